@@ -1,0 +1,2813 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["PyYAML>=6"]
+# ///
+"""Keep every AI coding agent's instruction file in step with one registry of your codebases.
+
+    ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
+        │  4 read and checked
+        ▼
+    Codebase ──6 rendered──► the text each agent should see (its target)
+                                 │  7 compared with the disk and with what was written last
+                                 ▼
+                               Plan ──► status, diff, sync --dry-run    (looks only)
+                                 │
+                                 ▼  3 backed up, then replaced in one step
+                  CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
+
+Contents
+     1 Errors              what the user can put right, one class
+     2 Places              every path below the home folder
+     3 Files               the only code that changes files on disk
+     4 Registry            YAML to frozen values, problem by problem
+     5 Detection           what kind of codebase a folder is
+     6 Agents              the table of agents, and the text they read
+     7 Sync                decide, plan, apply
+     8 Staleness           what sync would do, told as a status and as a diff
+    13 Commands            the command line; the only code that prints
+
+Each section uses only those above it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+__version__ = "0.1.0"
+
+# ── 1 Errors ──────────────────────────────────────────────────────────────────
+
+# What the user can put right is an OrchestraError and ends in one line; anything else is our bug
+# and keeps its traceback.
+
+
+class OrchestraError(Exception):
+    """Say what is wrong (place, what was expected, what was found) and, in `hint`, the way out."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(OrchestraError):
+    """A command line that cannot be carried out as it stands."""
+
+
+class RegistryError(OrchestraError):
+    """A registry file, or the name of one, that cannot be used."""
+
+
+class SyncError(OrchestraError):
+    """A managed file or a codebase folder that cannot be brought up to date."""
+
+
+class DaemonError(OrchestraError):
+    """Anything the daemon, its socket or its service manager cannot do."""
+
+
+class IoError(DaemonError):
+    """An operating system error, with the path it happened at."""
+
+    def __init__(self, path: str, source: OSError) -> None:
+        super().__init__(f"{path}: {explain_os_error(source)}", hint_for_os_error(source))
+        self.path = path
+        self.source = source
+
+
+def explain_os_error(error: OSError) -> str:
+    """Name an OSError in the system's own words, without Python's decoration."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def hint_for_os_error(error: OSError) -> str:
+    """Name the way out of the OSErrors that have one.
+
+    macOS answers EPERM to background programs in ~/Documents, ~/Desktop and ~/Downloads
+    (Transparency, Consent and Control), even where the shell may read.
+    """
+    if error.errno == errno.EPERM and sys.platform == "darwin":
+        return (
+            "System Settings > Privacy & Security > Full Disk Access for the Python that runs"
+            " Orchestra, or move the codebase out of Documents, Desktop and Downloads"
+        )
+    if error.errno == errno.ENOSPC:
+        return "free some space, then run orchestra sync --all"
+    return ""
+
+
+@contextmanager
+def blame(path: str) -> Iterator[None]:
+    """Turn an OSError inside the `with` into an IoError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise IoError(path, error) from error
+
+
+# ── 2 Places ──────────────────────────────────────────────────────────────────
+
+# Everything Orchestra keeps lies below the home folder; every function takes `home`.
+
+DAEMON_LABEL = "dev.orchestra.daemon"
+DAEMON_SOCKET = "daemon.sock"
+DAEMON_STDOUT_LOG = "daemon.log"
+DAEMON_STDERR_LOG = "daemon-err.log"
+DEBOUNCE_WINDOW = 0.5  # seconds
+
+Key = tuple[str, str]  # (project, codebase)
+
+
+def orchestra_root(home: str) -> str:
+    return os.path.join(home, ".orchestra")
+
+
+def projects_root(home: str) -> str:
+    return os.path.join(orchestra_root(home), "projects")
+
+
+def project_path(home: str, project: str) -> str:
+    return os.path.join(projects_root(home), project, "project.yaml")
+
+
+def codebase_path(home: str, key: Key) -> str:
+    return os.path.join(projects_root(home), key[0], key[1] + ".yaml")
+
+
+def hashes_root(home: str) -> str:
+    return os.path.join(orchestra_root(home), "hashes")
+
+
+def record_path(home: str, key: Key) -> str:
+    return os.path.join(hashes_root(home), key[0], key[1] + ".json")
+
+
+def backups_root(home: str) -> str:
+    return os.path.join(orchestra_root(home), "backups")
+
+
+def backups_of(home: str, key: Key) -> str:
+    return os.path.join(backups_root(home), *key)
+
+
+def run_dir(home: str) -> str:
+    return os.path.join(orchestra_root(home), "run")
+
+
+def registry_lock_path(home: str) -> str:
+    return os.path.join(run_dir(home), "registry.lock")
+
+
+def codebase_lock_path(home: str, key: Key) -> str:
+    return os.path.join(run_dir(home), "codebases", key[0], key[1] + ".lock")
+
+
+def socket_path(home: str) -> str:
+    return os.path.join(orchestra_root(home), DAEMON_SOCKET)
+
+
+def logs_dir(home: str) -> str:
+    return os.path.join(orchestra_root(home), "logs")
+
+
+def stdout_log_path(home: str) -> str:
+    return os.path.join(logs_dir(home), DAEMON_STDOUT_LOG)
+
+
+def stderr_log_path(home: str) -> str:
+    return os.path.join(logs_dir(home), DAEMON_STDERR_LOG)
+
+
+def launchd_plist_path(home: str) -> str:
+    return os.path.join(home, "Library", "LaunchAgents", DAEMON_LABEL + ".plist")
+
+
+def shorten_home(home: str, path: str) -> str:
+    """Write a path below the home folder as ~/..., the way people say it."""
+    return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+
+
+def expand_home(home: str, path: str) -> str:
+    """Undo `shorten_home`; only a leading ~/ (or ~ alone) is special."""
+    return home + path[1:] if path == "~" or path.startswith("~/") else path
+
+
+# ── 3 Files ───────────────────────────────────────────────────────────────────
+
+# The only code that changes files on disk. A reader of any file sees its old text or its new one;
+# a file that is not as it was when the change was planned is not touched (`FileChanged`).
+
+LOCK_TIMEOUT = 30.0  # seconds
+
+
+class Disk(NamedTuple):
+    """What stands at a path: `kind` is absent, file, symlink, folder or special."""
+
+    kind: str
+    data: bytes = b""
+    mode: int = 0
+
+
+ABSENT = Disk("absent")
+DISK_NAMES = {"absent": "none", "symlink": "a link", "folder": "a folder", "special": "a pipe, socket or device"}
+
+
+class FileChanged(Exception):
+    """The file is no longer what the plan was made from: somebody saved it meanwhile."""
+
+
+class Lock(NamedTuple):
+    """One writer's turn. Temporary files carry `token`, so that the next turn can sweep them."""
+
+    path: str
+    token: str
+
+
+class Backup(NamedTuple):
+    """One old version of a managed file: `when` is the UTC time its folder is named by."""
+
+    when: str
+    path: str
+    file: str
+    why: str
+
+
+def read_disk(path: str, limit: int = -1) -> Disk:
+    """Read what stands at `path` without following a link or waiting on a pipe.
+
+    At most `limit` bytes are read, all of them where it is negative.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return _disk_unopened(path, error)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
+        data = _read_all(fd, info.st_size + 1, limit)
+        return Disk("file", data, stat.S_IMODE(info.st_mode))
+    finally:
+        os.close(fd)
+
+
+def _disk_unopened(path: str, error: OSError) -> Disk:
+    # A parent that is a plain file (ENOTDIR) is reported where parents are checked.
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return ABSENT
+    # FreeBSD says EMLINK where Linux and macOS say ELOOP.
+    if error.errno in (errno.ELOOP, errno.EMLINK):
+        return Disk("symlink")
+    if error.errno == errno.ENXIO:  # a socket
+        return Disk("special")
+    raise IoError(path, error) from error
+
+
+def _read_all(fd: int, step: int, limit: int) -> bytes:
+    step = step if limit < 0 else min(step, limit)
+    data = os.read(fd, step)
+    while len(data) == step and (limit < 0 or len(data) < limit):
+        more = os.read(fd, 1 << 20)
+        if not more:
+            break
+        data += more
+        step = len(data)
+    return data
+
+
+def make_private_folder(path: str) -> None:
+    """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+
+
+def temporary_path(folder: str, token: str) -> str:
+    return os.path.join(folder, f".orchestra-{token}.tmp")
+
+
+def new_token() -> str:
+    return f"{os.getpid()}-{os.urandom(6).hex()}"
+
+
+def _write_temporary(path: str, data: bytes, mode: Optional[int], durable: bool) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        if mode is not None:
+            os.fchmod(fd, mode)
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable, as fsync does for a file's bytes."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(
+    path: str, data: bytes, expected: Disk, token: str, *, mode: Optional[int] = None, durable: bool = False
+) -> None:
+    """Replace a file in one step: a reader sees the old text or the new.
+
+    The old file's mode is kept; a new file gets `mode`, or the umask's. `durable` waits for the disk, and is
+    for files that hold what exists nowhere else. Raises FileChanged when `path` is not `expected`, OSError.
+    """
+    temporary = temporary_path(os.path.dirname(path), token)
+    try:
+        _write_temporary(temporary, data, expected.mode if expected.kind == "file" else mode, durable)
+        if read_disk(path) != expected:
+            raise FileChanged(path)
+        if expected.kind == "absent":
+            _place_new_file(temporary, path)
+        else:
+            os.rename(temporary, path)
+    except BaseException:
+        _unlink_quietly(temporary)
+        raise
+
+
+def _place_new_file(temporary: str, path: str) -> None:
+    # link() refuses to replace what appeared since the last look; rename() would not.
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise FileChanged(path) from None
+    except OSError:  # a file system without hard links
+        os.rename(temporary, path)
+    else:
+        os.unlink(temporary)
+
+
+def remove_file(path: str, expected: Disk) -> None:
+    """Remove a file that is still as planned; raises FileChanged, OSError."""
+    if read_disk(path) != expected:
+        raise FileChanged(path)
+    os.unlink(path)
+
+
+def remove_empty_folder(path: str) -> bool:
+    """Remove a folder if nothing is in it, and say whether it is gone."""
+    try:
+        os.rmdir(path)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+def _unlink_quietly(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # never made, or gone
+
+
+def save_private(path: str, data: bytes, token: str, *, durable: bool = True) -> None:
+    """Save a file of Orchestra's own (mode 0600) in one step; raises IoError."""
+    folder = os.path.dirname(path)
+    temporary = temporary_path(folder, token)
+    with blame(path):
+        make_private_folder(folder)
+        try:
+            _write_temporary(temporary, data, 0o600, durable)
+            os.rename(temporary, path)
+        except BaseException:
+            _unlink_quietly(temporary)
+            raise
+        if durable:
+            sync_folder(folder)
+
+
+def remove_private(path: str) -> None:
+    """Remove a file of Orchestra's own, if it is there; raises IoError."""
+    with blame(path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+@contextmanager
+def hold_lock(path: str, sweep: Sequence[str], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
+    """Wait for one's turn at `path`, at most `timeout` seconds, and sweep up after a killed holder.
+
+    The lock file holds the token of a turn that is under way and is empty between turns, so a token found
+    on taking the lock belongs to a dead process; its temporary files in the `sweep` folders are removed.
+    Raises SyncError when the turn does not come, IoError.
+    """
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _take_turn(fd, path, timeout)
+        with blame(path):
+            left = os.read(fd, 100).decode("ascii", "replace")
+            for folder in sweep if left else ():
+                _unlink_quietly(temporary_path(folder, left))
+            lock = Lock(path, new_token())
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, lock.token.encode(), 0)
+        yield lock
+        with blame(path):
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def _take_turn(fd: int, path: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise SyncError(
+                    f"{path}: expected the lock within {timeout:g} s, got none: another orchestra holds it",
+                    "wait for it to end, or end it",
+                ) from None
+            time.sleep(0.01)
+
+
+def lock_was_left(path: str) -> bool:
+    """Say whether a turn at `path` is under way or was ended by a kill."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
+
+
+BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
+
+
+def back_up(home: str, key: Key, path: str, disk: Disk, why: str, lock: Lock, clock: Callable[[], float]) -> str:
+    """Keep a file's bytes before they are replaced, and return the time they are kept under.
+
+    A version that is already the newest one kept is not kept again. Raises IoError.
+    """
+    newest = next((b for b in reversed(list_backups(home, key)) if b.path == path), None)
+    if newest and read_disk(newest.file).data == disk.data:
+        return newest.when
+    folder = backups_of(home, key)
+    with blame(folder):
+        make_private_folder(folder)
+        when = _backup_time(folder, path, clock())
+        target = os.path.join(folder, when, path)
+        make_private_folder(os.path.dirname(target))
+        temporary = temporary_path(folder, lock.token)
+        _write_temporary(temporary, disk.data, disk.mode, durable=True)
+        notes_file = os.path.join(folder, when, BACKUP_NOTES)
+        notes = {**_read_notes(notes_file), path: why}
+        save_private(notes_file, json.dumps(notes).encode(), lock.token)
+        os.rename(temporary, target)
+        sync_folder(os.path.dirname(target))
+    return when
+
+
+def _backup_time(folder: str, path: str, now: float) -> str:
+    # A clock that stands still or jumps back must not put two versions in one place.
+    while True:
+        when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1e6) % 1000000:06d}Z"
+        if not os.path.lexists(os.path.join(folder, when, path)):
+            return when
+        now += 1e-5
+
+
+def _read_notes(path: str) -> dict[str, str]:
+    try:
+        notes = json.loads(read_disk(path).data or b"{}")
+    except ValueError:
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def list_backups(home: str, key: Key) -> list[Backup]:
+    """List the kept versions of a codebase's files, oldest first; raises IoError."""
+    folder = backups_of(home, key)
+    with blame(folder):
+        try:
+            times = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+    return [backup for when in times for backup in _backups_at(os.path.join(folder, when), when)]
+
+
+def _backups_at(folder: str, when: str) -> Iterator[Backup]:
+    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            file = os.path.join(parent, name)
+            path = os.path.relpath(file, folder)
+            if not name.startswith(".orchestra"):
+                yield Backup(when, path, file, str(notes.get(path, "")))
+
+
+# ── 4 Registry ────────────────────────────────────────────────────────────────
+
+# A registry file is read straight from its YAML nodes, because a node knows its line and still has the
+# text the user typed: scalars are text, and only null means nothing.
+
+MAX_REGISTRY_FILE = 1 << 20  # bytes
+MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may repeat
+MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
+MAX_NAME = 100  # characters
+MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
+PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
+TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
+TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
+TARGETS = ("claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity")
+DEFAULT_TARGETS = ("claude", "codex")
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
+
+STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
+
+YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
+Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
+Pairs = tuple[tuple[str, str], ...]
+
+
+class Problem(NamedTuple):
+    """One thing wrong, on one line: `where` is a place (file:line), `message` says expected and got."""
+
+    where: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class Task(NamedTuple):
+    id: str
+    title: str
+    status: str = "pending"
+    description: str = ""
+    created_at: str = ""
+    updated_at: str = ""
+    extra: Extra = ()
+
+
+class AgentRole(NamedTuple):
+    agent_id: str
+    entry_point: str = ""
+    skills: tuple[str, ...] = ()
+    extra: Extra = ()
+
+
+class Skill(NamedTuple):
+    id: str
+    description: str = ""
+    extra: Extra = ()
+
+
+class Component(NamedTuple):
+    """One entry of a codebase's `projects` list."""
+
+    name: str
+    project_type: str
+    tasks: tuple[Task, ...] = ()
+    agents: tuple[AgentRole, ...] = ()
+    extra: Extra = ()
+
+
+class Codebase(NamedTuple):
+    """One registry file. `targets` is None where the file leaves the choice to its project."""
+
+    project: str
+    name: str
+    path: str
+    description: str = ""
+    targets: Optional[tuple[str, ...]] = None
+    commands: Pairs = ()
+    conventions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    skills: tuple[Skill, ...] = ()
+    projects: tuple[Component, ...] = ()
+    created_at: str = ""
+    updated_at: str = ""
+    extra: Extra = ()
+
+    @property
+    def key(self) -> Key:
+        return (self.project, self.name)
+
+
+class Project(NamedTuple):
+    """A `project.yaml`: what every codebase of the project inherits."""
+
+    name: str
+    description: str = ""
+    targets: Optional[tuple[str, ...]] = None
+    commands: Pairs = ()
+    conventions: tuple[str, ...] = ()
+    created_at: str = ""
+    extra: Extra = ()
+
+
+class Registry(NamedTuple):
+    """All that could be read, with inheritance applied, and every problem by the codebase it stops."""
+
+    codebases: Mapping[Key, Codebase]
+    broken: Mapping[Key, tuple[Problem, ...]]
+    stray: tuple[Problem, ...]  # problems of files that are no codebase's
+
+    @property
+    def keys(self) -> list[Key]:
+        return sorted([*self.codebases, *self.broken])
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
+
+
+def now_rfc3339(clock: Callable[[], float] = time.time) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
+
+
+# Names
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse a project or codebase name that would leave the registry or be passed over in it."""
+    expected = _name_rule_broken(name)
+    if kind == "codebase" and name.casefold() == "project":
+        expected = "any name but project (project.yaml describes the project itself)"
+    if expected:
+        shown = repr(name if len(name) <= 40 else name[:37] + "...")
+        raise RegistryError(f"{kind} name: expected {expected}, got {shown}", f"choose another {kind} name")
+
+
+def _name_rule_broken(name: str) -> str:
+    if not 1 <= len(name) <= MAX_NAME:
+        return f"1 to {MAX_NAME} characters"
+    try:
+        if len(name.encode()) > MAX_NAME_BYTES:
+            return f"at most {MAX_NAME_BYTES} bytes"
+    except UnicodeEncodeError:
+        return "valid UTF-8"
+    if "/" in name or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+        return "no slash and no control character"
+    if name[0] in ".#" or name[-1] == "~":
+        return "a name that starts with neither . nor # and does not end in ~"
+    return ""
+
+
+def label_for(key: Key) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
+def short_name(keys: Iterable[Key], key: Key) -> str:
+    """Name a codebase as briefly as it stays unique: api, or shop/api."""
+    return key[1] if sum(other[1] == key[1] for other in keys) == 1 else label_for(key)
+
+
+def find_key(keys: Sequence[Key], name: str) -> Key:
+    """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
+    project, slash, codebase = name.rpartition("/")
+    found = [key for key in keys if key[1] == codebase and (not slash or key[0] == project)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        candidates = ", ".join(label_for(key) for key in found)
+        raise RegistryError(f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too")
+    raise RegistryError(f"codebase {name}: expected a registered name, got an unknown one", "orchestra project list")
+
+
+# Reading YAML nodes
+
+
+class Document:
+    """One registry file under reading: `place` names it in problems, which are collected here."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.problems: list[Problem] = []
+        self.taken = 0  # characters
+
+    def complain(self, line: int, message: str) -> None:
+        self.problems.append(Problem(f"{self.place}:{line}", message))
+
+    def reject(self, node: YamlNode, key: str, expected: str) -> None:
+        self.complain(node.start_mark.line + 1, f"{key}: expected {expected}, got {name_node(node)}")
+
+
+NodeReader = Callable[[Document, YamlNode, str], Any]
+
+
+class Field(NamedTuple):
+    read: NodeReader
+    required: bool = False
+
+
+@functools.cache
+def text_loader() -> Any:
+    """Make the loader that leaves every scalar as typed: libyaml's parser where PyYAML has it."""
+    yaml = import_yaml()
+    tags = {yaml.ScalarNode: STR_TAG, yaml.SequenceNode: SEQ_TAG, yaml.MappingNode: MAP_TAG}
+
+    def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
+        return tags[kind]
+
+    base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    return type("TextLoader", (base,), {"resolve": resolve})
+
+
+def import_yaml() -> Any:
+    """Import PyYAML; raises OrchestraError where there is none."""
+    try:
+        import yaml
+    except ImportError:
+        raise OrchestraError(
+            f"PyYAML: expected it in {sys.executable}, found none", f"{sys.executable} -m pip install PyYAML"
+        ) from None
+    return yaml
+
+
+def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
+    """Parse YAML text to its root node; what is wrong with it is told to `doc`."""
+    yaml = import_yaml()
+    try:
+        if _is_too_deep(text):
+            doc.complain(1, f"yaml: expected at most {MAX_DEPTH} levels of nesting, got more")
+            return None
+        root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        doc.complain(line, f"yaml: expected printable text, got the character #x{error.character:04x}")
+        return None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        doc.complain(mark.line + 1 if mark else 1, f"yaml: expected valid YAML, got: {error.problem or error.context}")
+        return None
+    if root is None:
+        doc.complain(1, "file: expected a mapping, got nothing")
+    elif "*" in text and _has_cycle(root):
+        doc.complain(1, "yaml: expected aliases that end, got an alias cycle")
+        return None
+    return root
+
+
+def _is_too_deep(text: str) -> bool:
+    # A level of nesting needs a bracket or a column of its own, so most files need no second parse.
+    longest = max(map(len, text.split("\n")))
+    if longest + text.count("[") + text.count("{") <= 4 * MAX_DEPTH:
+        return False
+    yaml = import_yaml()
+    depth = 0
+    for event in yaml.parse(text, Loader=text_loader()):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            return True
+    return False
+
+
+def _children(node: YamlNode) -> list[YamlNode]:
+    if isinstance(node.value, str):
+        return []
+    return [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
+
+
+def _has_cycle(node: YamlNode) -> bool:
+    done: set[int] = set()
+    above: set[int] = set()
+
+    def visit(node: YamlNode) -> bool:
+        if id(node) in done:
+            return False
+        if id(node) in above:
+            return True
+        above.add(id(node))
+        cyclic = any(visit(child) for child in _children(node))
+        above.remove(id(node))
+        done.add(id(node))
+        return cyclic
+
+    return visit(node)
+
+
+def is_null(node: YamlNode) -> bool:
+    return isinstance(node.value, str) and not node.style and node.value in NULLS
+
+
+def name_node(node: YamlNode) -> str:
+    """Name what a node is, for a problem's `got`."""
+    if is_null(node):
+        return "nothing"
+    if isinstance(node.value, str):
+        return repr(node.value if len(node.value) <= 40 else node.value[:37] + "...")
+    return "a mapping" if node.id == "mapping" else "a list"
+
+
+def read_text(doc: Document, node: YamlNode, key: str) -> str:
+    if not isinstance(node.value, str) or is_null(node):
+        doc.reject(node, key, "text")
+        return ""
+    doc.taken += len(node.value)
+    if doc.taken > MAX_REGISTRY_TEXT:
+        if doc.taken - len(node.value) <= MAX_REGISTRY_TEXT:
+            doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
+        return ""
+    return str(node.value)
+
+
+def read_path(doc: Document, node: YamlNode, key: str) -> str:
+    path = read_text(doc, node, key)
+    if (path and not path.startswith(("/", "~/"))) or "\0" in path:
+        doc.reject(node, key, "an absolute path or ~/...")
+    return path
+
+
+def one_of(options: Sequence[str], aliases: Mapping[str, str]) -> NodeReader:
+    def read(doc: Document, node: YamlNode, key: str) -> str:
+        text = read_text(doc, node, key)
+        text = aliases.get(text, text)
+        if text and text not in options:
+            doc.reject(node, key, " | ".join(options))
+        return text
+
+    return read
+
+
+def list_of(read_item: NodeReader) -> NodeReader:
+    def read(doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+        if node.id != "sequence":
+            doc.reject(node, key, "a list")
+            return ()
+        return tuple(read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value))
+
+    return read
+
+
+def read_pairs(doc: Document, node: YamlNode, key: str) -> Pairs:
+    items = read_items(doc, node, key)
+    return tuple((name, read_text(doc, value, f"{key}.{name}")) for name, value in items.items())
+
+
+def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
+    """Read a mapping's keys as text, each once; values stay nodes."""
+    if node.id != "mapping":
+        doc.reject(node, key or "file", "a mapping")
+        return {}
+    items: dict[str, YamlNode] = {}
+    for name, value in node.value:
+        text = name.value if isinstance(name.value, str) else ""
+        if not text or (text == "<<" and not name.style):
+            doc.reject(name, key or "key", "plain text as a key")
+        elif text in items:
+            doc.complain(name.start_mark.line + 1, f"{_join(key, text)}: expected once, got it again")
+        else:
+            items[text] = value
+    return items
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
+    """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
+    items = read_items(doc, node, key)
+    values: dict[str, Any] = {}
+    for name, field in schema.items():
+        value = items.get(name)
+        if value is not None and not is_null(value):
+            values[name] = field.read(doc, value, _join(key, name))
+        elif field.required:
+            values[name] = ""
+            if node.id == "mapping":
+                line = (value or node).start_mark.line + 1
+                doc.complain(line, f"{_join(key, name)}: expected a value, got nothing")
+    values["extra"] = tuple((name, value) for name, value in items.items() if name not in schema)
+    return values
+
+
+def record_of(make: Callable[..., Any], schema: Mapping[str, Field]) -> NodeReader:
+    return lambda doc, node, key: make(**read_fields(doc, node, key, schema))
+
+
+_TEXT = Field(read_text)
+_TEXTS = Field(list_of(read_text))
+_NAME = Field(read_text, required=True)
+_TARGETS = Field(list_of(one_of(TARGETS, {})))
+
+TASK_SCHEMA = {
+    "id": _NAME,
+    "title": _NAME,
+    "status": Field(one_of(TASK_STATUSES, TASK_STATUS_ALIASES)),
+    "description": _TEXT,
+    "created_at": _TEXT,
+    "updated_at": _TEXT,
+}
+AGENT_ROLE_SCHEMA = {"agent_id": _NAME, "entry_point": _TEXT, "skills": _TEXTS}
+SKILL_SCHEMA = {"id": _NAME, "description": _TEXT}
+COMPONENT_SCHEMA = {
+    "name": _NAME,
+    "project_type": Field(one_of(PROJECT_TYPES, {}), required=True),
+    "tasks": Field(list_of(record_of(Task, TASK_SCHEMA))),
+    "agents": Field(list_of(record_of(AgentRole, AGENT_ROLE_SCHEMA))),
+}
+CODEBASE_SCHEMA = {
+    "name": _NAME,
+    "path": Field(read_path, required=True),
+    "description": _TEXT,
+    "targets": _TARGETS,
+    "commands": Field(read_pairs),
+    "conventions": _TEXTS,
+    "notes": _TEXTS,
+    "skills": Field(list_of(record_of(Skill, SKILL_SCHEMA))),
+    "projects": Field(list_of(record_of(Component, COMPONENT_SCHEMA))),
+    "created_at": _TEXT,
+    "updated_at": _TEXT,
+}
+PROJECT_SCHEMA = {
+    "name": _NAME,
+    "description": _TEXT,
+    "targets": _TARGETS,
+    "commands": Field(read_pairs),
+    "conventions": _TEXTS,
+    "created_at": _TEXT,
+}
+
+
+# Reading files
+
+
+def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
+    """Read one registry file to its root node; None where a problem in the document says why."""
+    doc = Document(shorten_home(home, file))
+    try:
+        disk = read_disk(os.path.realpath(file), MAX_REGISTRY_FILE + 1)
+    except IoError as error:
+        doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
+        return None, doc
+    if disk.kind != "file":
+        doc.complain(1, f"file: expected a file, got {DISK_NAMES[disk.kind]}")
+    elif len(disk.data) > MAX_REGISTRY_FILE:
+        doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
+    else:
+        text = _decode(disk.data, doc)
+        if text is not None:
+            return compose_document(text, doc), doc
+    return None, doc
+
+
+def _decode(data: bytes, doc: Document) -> Optional[str]:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        doc.complain(line, f"file: expected UTF-8, got the byte 0x{data[error.start]:02x}")
+        return None
+
+
+def read_codebase(home: str, key: Key) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
+    """Read one codebase's file, as it stands, without what its project adds."""
+    project, name = key
+    root, doc = read_registry_file(home, codebase_path(home, key))
+    if root is None:
+        return None, _with_hint(doc.problems, key)
+    values = read_fields(doc, root, "", CODEBASE_SCHEMA)
+    _check_own_name(doc, root, values["name"], name)
+    if doc.problems:
+        return None, _with_hint(doc.problems, key)
+    return Codebase(project=project, **values), ()
+
+
+def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
+    return tuple(problem._replace(hint=f"orchestra edit {label_for(key)}") for problem in problems)
+
+
+def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
+    """Read a project's file; a project without one has nothing to inherit."""
+    file = project_path(home, project)
+    if not os.path.lexists(file):
+        return Project(project), ()
+    root, doc = read_registry_file(home, file)
+    values: dict[str, Any] = {"name": project}
+    if root is not None:
+        values = read_fields(doc, root, "", PROJECT_SCHEMA)
+        _check_own_name(doc, root, values["name"], project)
+    hint = f"edit {shorten_home(home, file)}"
+    return Project(**values), tuple(problem._replace(hint=hint) for problem in doc.problems)
+
+
+def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) -> None:
+    if found and found != expected:
+        line = next(key.start_mark.line + 1 for key, _ in root.value if key.value == "name")
+        doc.complain(line, f"name: expected {expected}, as the registry has it, got {found!r}")
+
+
+def codebase_root(home: str, codebase: Codebase) -> str:
+    """Give the absolute path of a codebase's folder; links in it are not resolved."""
+    return os.path.normpath(expand_home(home, codebase.path))
+
+
+def inherit(codebase: Codebase, project: Project) -> Codebase:
+    """Add what a project gives its codebases: lists in front, the rest where the codebase is silent."""
+    return codebase._replace(
+        description=codebase.description or project.description,
+        targets=codebase.targets if codebase.targets is not None else project.targets,
+        commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
+        conventions=project.conventions + codebase.conventions,
+    )
+
+
+def is_ignored(name: str) -> bool:
+    """Say whether a name in the registry is an editor's own (backup, swap, lock) or otherwise hidden."""
+    return name.startswith((".", "#")) or name.endswith("~")
+
+
+def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
+    """List the codebases of the registry without reading their files, and what lies astray there."""
+    keys: list[Key] = []
+    stray: list[Problem] = []
+    for entry in _scan(projects_root(home)):
+        if entry.is_dir():
+            for item in _scan(entry.path):
+                problem = _astray(home, entry.name, item)
+                if problem:
+                    stray.append(problem)
+                elif item.name.endswith(".yaml") and item.name != "project.yaml":
+                    keys.append((entry.name, item.name[:-5]))
+        elif entry.name.lower().endswith((".yaml", ".yml")):
+            stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
+    return keys, stray
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    with blame(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return sorted((e for e in entries if not is_ignored(e.name)), key=lambda e: e.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Problem]:
+    stem, suffix = os.path.splitext(entry.name)
+    if suffix.lower() in (".yaml", ".yml"):
+        if suffix != ".yaml":
+            return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
+        return _name_problem(home, project, stem, entry.path)
+    if entry.is_dir() and any(e.name.lower().endswith((".yaml", ".yml")) for e in _scan(entry.path)):
+        return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
+    return None
+
+
+def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Problem]:
+    try:
+        check_name("project", project)
+        if stem != "project":
+            check_name("codebase", stem)
+    except RegistryError as error:
+        return Problem(f"{shorten_home(home, path)}:1", str(error), error.hint)
+    return None
+
+
+def _stray(home: str, path: str, expected: str, got: str) -> Problem:
+    return Problem(f"{shorten_home(home, path)}:1", f"file: expected {expected}, got {got}", "rename or move it")
+
+
+def load_registry(home: str) -> Registry:
+    """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
+    keys, stray = scan_registry(home)
+    projects = {project: read_project(home, project) for project in {key[0] for key in keys}}
+    codebases: dict[Key, Codebase] = {}
+    broken: dict[Key, tuple[Problem, ...]] = {}
+    for key in keys:
+        codebase, problems = read_codebase(home, key)
+        project, project_problems = projects[key[0]]
+        if codebase and not project_problems:
+            codebases[key] = inherit(codebase, project)
+        else:
+            broken[key] = problems + project_problems
+    for key, problem in _claim_paths(home, codebases):
+        del codebases[key]
+        broken[key] = (problem,)
+    return Registry(codebases, broken, tuple(stray))
+
+
+def _claim_paths(home: str, codebases: Mapping[Key, Codebase]) -> list[tuple[Key, Problem]]:
+    # The codebase registered first keeps the path.
+    owners: dict[str, Key] = {}
+    losers: list[tuple[Key, Problem]] = []
+    for codebase in sorted(codebases.values(), key=lambda c: (c.created_at, c.key)):
+        owner = owners.setdefault(codebase_root(home, codebase), codebase.key)
+        if owner != codebase.key:
+            place = shorten_home(home, codebase_path(home, codebase.key))
+            message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
+            losers.append((codebase.key, Problem(f"{place}:1", message, f"orchestra edit {label_for(codebase.key)}")))
+    return losers
+
+
+def list_codebases(home: str) -> list[Codebase]:
+    """List every readable codebase, sorted by project and name, inheritance applied."""
+    return [codebase for _, codebase in sorted(load_registry(home).codebases.items())]
+
+
+def load_codebase(home: str, project: str, name: str) -> Codebase:
+    """Load one codebase as its file has it, without inheritance; raises RegistryError."""
+    codebase, problems = read_codebase(home, (project, name))
+    if codebase is None:
+        raise error_for(problems)
+    return codebase
+
+
+def error_for(problems: Sequence[Problem]) -> RegistryError:
+    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
+
+
+# Writing
+
+
+def save_codebase(home: str, codebase: Codebase) -> None:
+    """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
+
+    Raises RegistryError for a name that cannot be one and for an old file that cannot be read, IoError.
+    """
+    check_name("project", codebase.project)
+    check_name("codebase", codebase.name)
+    file = os.path.realpath(codebase_path(home, codebase.key))
+    with _registry_turn(home, file) as lock:
+        text = _merge_yaml(home, codebase.key, _node_for(values_of(codebase)))
+        save_private(file, text.encode(), lock.token)
+
+
+def create_registry_file(home: str, file: str, values: Mapping[str, Any]) -> bool:
+    """Write a new registry file, and say whether it was new: one that is there stays as it is."""
+    with _registry_turn(home, file) as lock:
+        if os.path.lexists(file):
+            return False
+        save_private(file, _dump(_node_for(values)).encode(), lock.token)
+    return True
+
+
+def retire_codebase(home: str, key: Key, clock: Callable[[], float] = time.time) -> str:
+    """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
+    file = codebase_path(home, key)
+    with _registry_turn(home, file) as lock:
+        disk = read_disk(os.path.realpath(file))
+        when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock, clock)
+        remove_private(file)
+    return os.path.join(backups_of(home, key), when, os.path.basename(file))
+
+
+@contextmanager
+def _registry_turn(home: str, file: str) -> Iterator[Lock]:
+    with hold_lock(registry_lock_path(home), sweep=[os.path.dirname(file)]) as lock:
+        yield lock
+
+
+def values_of(record: Any) -> dict[str, Any]:
+    """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
+    values = record._asdict()
+    if isinstance(record, Codebase):
+        del values["project"]
+        values["commands"] = dict(record.commands)
+    return {**{k: v for k, v in values.items() if k != "extra" and v}, **dict(values["extra"])}
+
+
+def _node_for(value: Any) -> YamlNode:
+    yaml = import_yaml()
+    if isinstance(value, yaml.Node):
+        return _retag(value, {})
+    if isinstance(value, str):
+        return _text_node(value)
+    if hasattr(value, "_asdict"):
+        value = values_of(value)
+    if isinstance(value, dict):
+        return _mapping_node({k: _node_for(v) for k, v in value.items()})
+    items = [_node_for(item) for item in value]
+    return yaml.SequenceNode(SEQ_TAG, items, flow_style=all(isinstance(v, str) for v in value))
+
+
+def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
+    yaml = import_yaml()
+    pairs = [(_text_node(name), value) for name, value in items.items()]
+    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
+
+
+def _text_node(text: str) -> YamlNode:
+    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
+    yaml = import_yaml()
+    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
+    if not tag.endswith(":timestamp"):
+        tag = STR_TAG
+    return yaml.ScalarNode(tag, text, style="|" if "\n" in text else None)
+
+
+def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
+    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
+    if id(node) not in done:
+        yaml = import_yaml()
+        if node.id == "scalar":
+            bare = (not node.style, bool(node.style))
+            tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
+            done[id(node)] = yaml.ScalarNode(tag, node.value, style=node.style)
+        elif node.id == "sequence":
+            items = [_retag(item, done) for item in node.value]
+            done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
+        else:
+            pairs = [(_retag(key, done), _retag(value, done)) for key, value in node.value]
+            done[id(node)] = yaml.MappingNode(node.tag, pairs, flow_style=node.flow_style)
+    return done[id(node)]
+
+
+def _dump(node: YamlNode) -> str:
+    yaml = import_yaml()
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
+
+
+def _merge_yaml(home: str, key: Key, new: YamlNode) -> str:
+    file = codebase_path(home, key)
+    if not os.path.lexists(file):
+        return _dump(new)
+    old, doc = read_registry_file(home, file)
+    if old is None or old.id != "mapping":
+        raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
+    with blame(file):
+        text = read_disk(os.path.realpath(file)).data.decode("utf-8-sig")
+    merged = _splice(text, old, new)
+    again = compose_document(merged, Document(doc.place))
+    # Anchors, flow style and document marks can defeat a splice; then the file is written afresh.
+    return merged if again is not None and _content(again) == _content(new) else _dump(new)
+
+
+def _splice(text: str, old: YamlNode, new: YamlNode) -> str:
+    """Replace in `text` just the top-level keys whose values differ between the two nodes."""
+    wanted = {key.value: value for key, value in new.value}
+    kept = {key.value for key, _ in old.value}
+    for key, value in reversed(old.value):
+        replacement = wanted.get(key.value)
+        if (replacement is None and _plain(value)) or (
+            replacement is not None and _plain(value) != _plain(replacement)
+        ):
+            start, end = key.start_mark.index, _value_end(text, value)
+            entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
+            text = text[:start] + (entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")) + text[end:]
+    added = {key: value for key, value in wanted.items() if key not in kept}
+    if added:
+        text = (text if text.endswith("\n") else text + "\n") + _dump(_mapping_node(added))
+    return text
+
+
+def _value_end(text: str, value: YamlNode) -> int:
+    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
+    end = int(value.end_mark.index)
+    while True:
+        line = text.rfind("\n", 0, end - 1) + 1
+        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
+            return end
+        end = line
+
+
+def _content(node: YamlNode) -> dict[str, Any]:
+    return {key: value for key, value in _plain(node).items() if value}
+
+
+def _plain(node: YamlNode) -> Any:
+    if is_null(node):
+        return None
+    if node.id == "scalar":
+        return node.value
+    if node.id == "sequence":
+        return [_plain(item) for item in node.value]
+    return {_plain(key) if key.id == "scalar" else None: _plain(value) for key, value in node.value}
+
+
+# ── 5 Detection ───────────────────────────────────────────────────────────────
+
+# What `init` finds in a folder is a first draft for its registry file, which the user then owns.
+# Only manifests right in the folder are read; one that cannot be read says nothing.
+
+MAX_MANIFEST = 1 << 20  # bytes
+MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
+SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
+FRONTEND_PACKAGES = (
+    *("react", "vue", "svelte", "@angular/core", "next", "nuxt", "vite", "preact", "solid-js", "astro"),
+    *("lit", "ember-source", "@sveltejs/kit", "jquery"),
+)
+ML_PACKAGES = (
+    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
+    *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
+)
+AGENT_TRACES = {  # what an agent's user has in a repository, besides the files Orchestra writes
+    "claude": ("CLAUDE.md", ".claude"),
+    "codex": ("AGENTS.md", ".codex"),
+    "gemini": ("GEMINI.md", ".gemini"),
+    "copilot": (".github/copilot-instructions.md", ".github/instructions"),
+    "cursor": (".cursor", ".cursorrules"),
+    "windsurf": (".windsurf", ".windsurfrules", ".devin/rules"),
+    "cline": (".clinerules/",),
+    "antigravity": (".agents/rules", ".agent/rules"),
+}
+
+
+class Detected(NamedTuple):
+    """What a folder tells about itself; `evidence` is the file that decided the type."""
+
+    project_type: str
+    evidence: str
+    description: str = ""
+    commands: Pairs = ()
+    skills: tuple[Skill, ...] = ()
+    targets: tuple[str, ...] = ()
+
+
+def detect(folder: str) -> Detected:
+    """Read a folder's manifests; raises IoError if the folder cannot be listed."""
+    with blame(folder):
+        names = set(os.listdir(folder))
+    package = _read_package_json(folder)
+    pyproject = _read_manifest(folder, "pyproject.toml")
+    cargo = _read_manifest(folder, "Cargo.toml")
+    project_type, evidence = _detect_type(folder, names, package)
+    descriptions = (
+        package.get("description"),
+        _toml_text(pyproject, r"project|tool\.poetry", "description"),
+        _toml_text(cargo, "package", "description"),
+    )
+    return Detected(
+        project_type,
+        evidence,
+        next((d.strip() for d in descriptions if isinstance(d, str) and d.strip()), ""),
+        tuple(_detect_commands(folder, names, package).items()),
+        tuple(_detect_skills(names, package, pyproject, cargo)),
+        tuple(target for target in TARGETS if _has_trace(folder, target)),
+    )
+
+
+def _has_trace(folder: str, target: str) -> bool:
+    # ".clinerules/" asks for a folder: as a plain file it leaves no room for Orchestra's.
+    return any(os.path.exists(os.path.join(folder, trace)) for trace in AGENT_TRACES[target])
+
+
+def _read_manifest(folder: str, name: str) -> str:
+    try:
+        return read_disk(os.path.join(folder, name), MAX_MANIFEST).data.decode("utf-8", "replace")
+    except IoError:
+        return ""
+
+
+def _read_package_json(folder: str) -> dict[str, Any]:
+    try:
+        package = json.loads(_read_manifest(folder, "package.json") or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return package if isinstance(package, dict) else {}
+
+
+def _section(package: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = package.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _toml_text(text: str, table: str, key: str) -> str:
+    """Find a one-line string in a TOML table; tomllib is not in Python 3.9."""
+    value = r"""(["'])((?:\\.|(?!\2).)*)\2"""
+    found = re.search(rf"(?ms)^\[(?:{table})\][ \t]*$((?:(?!^\[).)*?)^{key}[ \t]*=[ \t]*{value}", text)
+    return re.sub(r"\\(.)", r"\1", found[3]) if found and "\n" not in found[3] else ""
+
+
+def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tuple[str, str]:
+    packages = {**_section(package, "dependencies"), **_section(package, "peerDependencies")}
+    dev_packages = _section(package, "devDependencies")
+    rules = (
+        ("mobile", _first(names, "pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
+        ("mobile", _first_package(packages, MOBILE_PACKAGES)),
+        ("ml", _ml_evidence(folder, names)),
+        ("frontend", _first_package({**packages, **dev_packages}, FRONTEND_PACKAGES)),
+        ("backend", _first_package(packages, SERVER_PACKAGES)),
+        ("frontend", _first(names, "index.html", "angular.json", "vite.config.*", "next.config.*")),
+        ("backend", _first(names, "pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
+        ("backend", _first(names, "build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
+        ("backend", _first(names, "package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
+    )
+    return next(((kind, evidence) for kind, evidence in rules if evidence), ("backend", "nothing recognized"))
+
+
+def _first(names: Iterable[str], *patterns: str) -> str:
+    for pattern in patterns:
+        rule = re.compile(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
+        for name in sorted(names):
+            if rule.match(name):
+                return name
+    return ""
+
+
+def _first_package(packages: Mapping[str, Any], wanted: Iterable[str]) -> str:
+    return next((f"{name} in package.json" for name in wanted if name in packages), "")
+
+
+def _ml_evidence(folder: str, names: set[str]) -> str:
+    words = "|".join(map(re.escape, ML_PACKAGES))
+    # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
+        text = _read_manifest(folder, name) if name in names else ""
+        if name == "pyproject.toml":
+            found = re.search(r"(?ms)^dependencies\s*=\s*\[(.*?)^\s*\]|^dependencies\s*=\s*\[(.*?)\]$", text)
+            text = found[0] if found else ""
+        match = re.search(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])", text)
+        if match:
+            return f"{match[1]} in {name}"
+    return _first(names, "*.ipynb")
+
+
+def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -> dict[str, str]:
+    commands: dict[str, str] = {}
+    manager = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lockb": "bun"}.get(
+        _first(names, "pnpm-lock.yaml", "yarn.lock", "bun.lockb"), "npm"
+    )
+    scripts = _section(package, "scripts")
+    for name in ("build", "test", "lint", "dev", "start", "typecheck", "format"):
+        if isinstance(scripts.get(name), str):
+            commands[name] = f"{manager} run {name}" if name != "test" else f"{manager} test"
+    if "Cargo.toml" in names:
+        commands = {"build": "cargo build", "test": "cargo test", **commands}
+    if "go.mod" in names:
+        commands = {"build": "go build ./...", "test": "go test ./...", **commands}
+    makefile = _read_manifest(folder, "Makefile")
+    for name in ("build", "test", "lint", "check", "format"):
+        if re.search(rf"(?m)^{name}[ \t]*:(?!=)", makefile):
+            commands.setdefault(name, f"make {name}")
+    if "tox.ini" in names:
+        commands.setdefault("test", "tox")
+    if _first(names, "pyproject.toml", "setup.py", "setup.cfg") and _first(names, "tests", "test", "pytest.ini"):
+        commands.setdefault("test", "python -m pytest")
+    return commands
+
+
+def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, cargo: str) -> Iterator[Skill]:
+    if _first(names, "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
+        version = _toml_text(pyproject, "project", "requires-python")
+        yield Skill("python", f"Python {version}".strip())
+    if package:
+        packages = {**_section(package, "dependencies"), **_section(package, "devDependencies")}
+        yield Skill("typescript", "TypeScript") if "tsconfig.json" in names else Skill("javascript", "JavaScript")
+        engine = _section(package, "engines").get("node")
+        yield Skill("node", f"Node.js {engine}" if isinstance(engine, str) else "Node.js")
+        for name in (*FRONTEND_PACKAGES, *SERVER_PACKAGES, *MOBILE_PACKAGES):
+            if name in packages:
+                yield Skill(name, f"{name} {packages[name]}")
+    if cargo:
+        edition = _toml_text(cargo, "package", "edition")
+        yield Skill("rust", f"Rust, edition {edition}" if edition else "Rust")
+    for pattern, name, text in (
+        ("go.mod", "go", "Go"),
+        ("pom.xml", "java", "Java, built with Maven"),
+        ("build.gradle*", "gradle", "Gradle"),
+        ("Gemfile", "ruby", "Ruby"),
+        ("pubspec.yaml", "dart", "Dart and Flutter"),
+        ("*.csproj", "csharp", "C#"),
+        ("Dockerfile", "docker", "Docker"),
+    ):
+        if _first(names, pattern):
+            yield Skill(name, text)
+
+
+# ── 6 Agents ──────────────────────────────────────────────────────────────────
+
+# One row an agent, as its makers' documentation stood in September-October 2026. The text below is a pure
+# function of the registry: no time, no counter, no look at the disk, so that a second sync writes nothing.
+
+BLOCK_BEGIN = "<!-- orchestra:begin -->"
+BLOCK_END = "<!-- orchestra:end -->"
+
+
+class Budget(NamedTuple):
+    """How much an agent reads: `limit` in `unit`s (lines, characters, bytes), and what happens beyond it."""
+
+    limit: int
+    unit: str
+    beyond: str
+
+
+class Agent(NamedTuple):
+    """An agent's file. `header` is the frontmatter of an owned file; a shared one holds a marked block."""
+
+    target: str
+    path: str
+    owned: bool
+    header: str = ""
+    budget: Optional[Budget] = None
+
+
+AGENTS = {
+    agent.target: agent
+    for agent in (
+        Agent("claude", "CLAUDE.md", False, budget=Budget(200, "lines", "Claude's makers advise fewer")),
+        Agent("codex", "AGENTS.md", False, budget=Budget(32 << 10, "bytes", "Codex cuts off the rest")),
+        Agent("gemini", "GEMINI.md", False),
+        Agent("copilot", ".github/copilot-instructions.md", False),
+        Agent(
+            "cursor",
+            ".cursor/rules/orchestra.mdc",
+            True,
+            "---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
+            Budget(500, "lines", "Cursor's makers advise fewer"),
+        ),
+        Agent(
+            "windsurf",
+            ".windsurf/rules/orchestra.md",
+            True,
+            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            Budget(12000, "characters", "Windsurf cuts off the rest"),
+        ),
+        Agent("cline", ".clinerules/orchestra.md", True),
+        Agent(
+            "antigravity",
+            ".agents/rules/orchestra.md",
+            True,
+            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            Budget(24000, "bytes", "Antigravity cuts off the rest"),
+        ),
+    )
+}
+AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
+TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked": "blocked"}
+
+
+# Text from the registry made harmless
+
+# Characters that end a line for some reader, or none should see; tab and newline stay.
+_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
+_CODE_SPAN = re.compile(r"(?<!`)((`+)(?!`).*?(?<!`)\2(?!`))")
+_FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+# Claude and Gemini import the file that a bare @word names.
+_AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[\w/~]")
+
+
+def defuse(text: str) -> str:
+    """Take from text what could open or close an HTML comment, Orchestra's markers among them."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
+    return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
+
+
+def _quote_at_words(line: str) -> str:
+    parts = _CODE_SPAN.split(line)
+    for i in range(0, len(parts), 3):  # text, span, its fence, text, ...
+        parts[i] = _AT_WORD.sub(lambda match: f"`{match[0]}`", parts[i])
+    del parts[2::3]
+    return "".join(parts)
+
+
+def one_line(text: str) -> str:
+    """Make text harmless for the inside of a line."""
+    return _quote_at_words(" ".join(defuse(text).split()))
+
+
+def many_lines(text: str, indent: str = "") -> str:
+    """Make Markdown text of several lines harmless: what it opens, it closes."""
+    lines: list[str] = []
+    fence = ""
+    for line in defuse(text).strip("\n").split("\n"):
+        found = _FENCE.match(line)
+        if fence:
+            closes = found and line.strip() == found[1] and found[1].startswith(fence)
+            fence = "" if closes else fence
+        elif found:
+            fence = found[1]
+        lines.append((line if fence or found else _quote_at_words(line)).rstrip())
+    if fence:
+        lines.append(fence)
+    return "\n".join(indent + line if line and i else line for i, line in enumerate(lines))
+
+
+def code_span(text: str) -> str:
+    """Put text of one line into backticks, however many it has itself."""
+    text = " ".join(defuse(text).split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{'`' * (longest + 1)}{pad}{text}{pad}{'`' * (longest + 1)}"
+
+
+def code_block(text: str, indent: str) -> str:
+    """Put text of several lines into an indented fence, which no line of it can close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join((indent + line).rstrip() for line in [fence, *defuse(text).strip("\n").split("\n"), fence])
+
+
+# The text
+
+
+def render_body(codebase: Codebase) -> str:
+    """Write what every agent is told about a codebase, in Markdown."""
+    parts = [f"# {one_line(codebase.name)}"]
+    if codebase.description:
+        parts.append(many_lines(codebase.description))
+    parts.append(_render_banner(codebase.key))
+    sections = (
+        ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
+        ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
+        ("Conventions", [f"- {many_lines(text, '  ')}" for text in codebase.conventions]),
+        ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
+        ("Skills", [_render_skill(skill) for skill in codebase.skills]),
+        ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
+        ("Notes", [f"- {many_lines(text, '  ')}" for text in codebase.notes]),
+    )
+    parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_banner(key: Key) -> str:
+    label = label_for(key)
+    if not re.fullmatch(r"[\w/.-]+", label):
+        label = "'" + label.replace("'", "'\\''") + "'"
+    file = code_span(f"~/.orchestra/projects/{label_for(key)}.yaml")
+    return (
+        f"> Generated by Orchestra from {file}. To change this text, edit that file and run\n"
+        f"> {code_span(f'orchestra sync {label}')}; edits made here are replaced by the next sync."
+    )
+
+
+def _render_command(name: str, command: str) -> str:
+    if "\n" in command.strip():
+        return f"- {one_line(name)}:\n\n{code_block(command, '  ')}\n"
+    return f"- {one_line(name)}: {code_span(command)}"
+
+
+def _render_task(task: Task) -> str:
+    line = f"- {one_line(task.id)} ({TASK_STATUS_WORDS[task.status]}): {one_line(task.title)}"
+    return f"{line}\n\n  {many_lines(task.description, '  ')}\n" if task.description.strip() else line
+
+
+def _render_skill(skill: Skill) -> str:
+    description = one_line(skill.description)
+    return f"- {one_line(skill.id)}" + (f": {description}" if description else "")
+
+
+def _render_role(role: AgentRole) -> str:
+    entry = f": {code_span(role.entry_point)}" if role.entry_point.strip() else ""
+    skills = f" (skills: {', '.join(map(one_line, role.skills))})" if role.skills else ""
+    return f"- {one_line(role.agent_id)}{entry}{skills}"
+
+
+def targets_of(codebase: Codebase) -> tuple[str, ...]:
+    return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
+
+
+def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str, bytes]:
+    """Write what is Orchestra's in each target's file: all of an owned file, the block of a shared one.
+
+    `import_agents_md` adds the line that lets Claude see a hand-written AGENTS.md, which a CLAUDE.md
+    beside it would otherwise hide.
+    """
+    body = render_body(codebase)
+    files = {}
+    for agent in (AGENTS[target] for target in targets_of(codebase)):
+        text = body
+        if agent.target == "claude" and import_agents_md:
+            text += "\n@AGENTS.md\n"
+        if agent.owned:
+            title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
+            text = agent.header.format(title=title) + text
+        else:
+            text = f"{BLOCK_BEGIN}\n{text}{BLOCK_END}"
+        files[agent.path] = text.encode("utf-8", "replace")
+    return files
+
+
+def describe_excess(agent: Agent, data: bytes) -> str:
+    """Say by how much a file is over its agent's budget; nothing where it is not."""
+    if agent.budget is None:
+        return ""
+    limit, unit, beyond = agent.budget
+    count = {"bytes": len(data), "lines": data.count(b"\n"), "characters": len(data.decode("utf-8", "replace"))}[unit]
+    return f"{count} {unit} are over the budget of {limit}: {beyond}" if count > limit else ""
+
+
+# ── 7 Sync ────────────────────────────────────────────────────────────────────
+
+# The one law: Orchestra never destroys what it cannot prove it wrote. Three facts decide the fate of a file:
+# what is ours on the disk, what we know to have written, and what the registry wants. What is ours of a
+# shared file is its block; of an owned file, all of it.
+
+KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
+REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
+MAX_EARLIER = 8  # hashes remembered a file
+MAX_TRIES = 5  # at a file that somebody else keeps saving
+
+
+class Record(NamedTuple):
+    """What Orchestra last wrote into a codebase.
+
+    `files` holds the hash of what is ours at each path; `earlier` those before it, which are as provably ours
+    (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
+    the user's text and an appended block, `folders` the folders made for managed files.
+    """
+
+    synced_at: str = ""
+    files: Mapping[str, str] = {}
+    earlier: Mapping[str, Sequence[str]] = {}
+    joins: Mapping[str, str] = {}
+    folders: Sequence[str] = ()
+
+    def known(self, path: str) -> tuple[str, ...]:
+        return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
+
+
+class FilePlan(NamedTuple):
+    """What is to happen to one managed file. `after` is None where it is to be gone."""
+
+    path: str
+    action: str
+    before: Disk = ABSENT
+    after: Optional[bytes] = None
+    digest: str = ""  # of what is Orchestra's in `after`
+    join: Optional[str] = None  # set where a block is appended
+    note: str = ""
+    problem: str = ""
+    changed: bool = False  # the file was saved by somebody else between plan and write
+
+    @property
+    def writes(self) -> bool:
+        return self.action in (CREATE, UPDATE, REPLACE, REMOVE, RELEASE, EVICT)
+
+
+class Plan(NamedTuple):
+    """What a sync of one codebase would do, and the record it would leave."""
+
+    root: str
+    files: tuple[FilePlan, ...]
+    old_record: Optional[Record]
+    record: Record
+
+    @property
+    def writes(self) -> bool:
+        return any(file.writes for file in self.files)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.writes and self.record == self.old_record
+
+
+class SyncScope(NamedTuple):
+    """What to sync: one codebase by name (api, shop/api), or all."""
+
+    name: Optional[str]
+
+    @classmethod
+    def all(cls) -> SyncScope:
+        return cls(None)
+
+    @classmethod
+    def codebase(cls, name: str) -> SyncScope:
+        return cls(name)
+
+
+class SyncCodebaseResult(NamedTuple):
+    """What a sync did to one codebase, or would do."""
+
+    project: str
+    codebase: str
+    files: tuple[FilePlan, ...] = ()
+    errors: tuple[Problem, ...] = ()
+
+    @property
+    def written(self) -> list[str]:
+        return [file.path for file in self.files if file.writes]
+
+    @property
+    def unchanged(self) -> list[str]:
+        return [file.path for file in self.files if not file.writes]
+
+
+# Blocks
+
+
+class Span(NamedTuple):
+    """Where the block lies in a file: from the begin marker's first byte to the end marker's last."""
+
+    start: int
+    end: int
+
+
+_MARKER = re.compile(rb"(?m)^<!-- orchestra:(begin|end) -->[ \t]*\r?$")
+
+
+def find_block(data: bytes) -> Optional[Span]:
+    """Find the block of a shared file; markers count where they have a line to themselves.
+
+    Raises SyncError where there is not one whole block or none.
+    """
+    markers = list(_MARKER.finditer(data, 3 if data.startswith(b"\xef\xbb\xbf") else 0))
+    if not markers:
+        return None
+    kinds = [marker[1] for marker in markers]
+    if kinds != [b"begin", b"end"]:
+        lines = [1 + data.count(b"\n", 0, marker.start()) for marker in markers]
+        found = ", ".join(f"{kind.decode()} on line {line}" for kind, line in zip(kinds, lines))
+        raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
+    return Span(markers[0].start(), markers[1].start() + len(BLOCK_END))
+
+
+def newline_of(data: bytes) -> bytes:
+    end = data.find(b"\n")
+    return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
+
+
+def digest_of(ours: bytes) -> str:
+    """Hash what is Orchestra's in a file; git may have turned its line ends into CRLF."""
+    return hashlib.sha256(ours.replace(b"\r\n", b"\n")).hexdigest()
+
+
+def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
+    """Cut out what is Orchestra's; raises SyncError for a file it cannot safely take part in."""
+    if agent.owned:
+        return data
+    check_text(data)
+    span = find_block(data)
+    return None if span is None else data[span.start : span.end]
+
+
+def check_text(data: bytes) -> None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SyncError(f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} at {error.start}") from None
+    if b"\0" in data:
+        raise SyncError(f"expected text, got a NUL byte at {data.index(0)}")
+
+
+def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
+    """Put what is wanted into a file's bytes, and say what was put in front of an appended block."""
+    data, newline = before.data, newline_of(before.data)
+    wanted = wanted.replace(b"\n", newline)
+    if agent.owned:
+        return wanted, None
+    span = find_block(data)
+    if span is not None:
+        return data[: span.start] + wanted + data[span.end :], None
+    if before.kind == "absent":
+        return wanted + b"\n", None
+    join = b"" if not data.strip(b"\xef\xbb\xbf") else newline if data.endswith(b"\n") else newline * 2
+    return data + join + wanted + newline, join.decode()
+
+
+def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[bytes]:
+    """Take what is Orchestra's out of a file: None where nothing of the user's is left.
+
+    `join` is what was put in front of the block when it was appended; None means that Orchestra made the file.
+    """
+    span = None if agent.owned else find_block(before.data)
+    if span is None:
+        return None
+    head, tail = before.data[: span.start], before.data[span.end :]
+    tail = tail[len(newline_of(tail)) :] if tail.startswith((b"\n", b"\r\n")) else tail
+    seam = (join or "").encode()
+    if seam and head.endswith(seam):
+        kept = newline_of(seam) if tail and len(seam) > len(newline_of(seam)) else b""
+        head = head[: -len(seam)] + kept
+    return None if join is None and not head + tail else head + tail
+
+
+# Decide
+
+
+def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], purge: bool = False) -> str:
+    """Decide what happens to a file from three hashes: ours on the disk, ours as known, ours as wanted."""
+    if disk == wanted:
+        return KEEP
+    if disk is None:
+        return CREATE
+    if wanted is None:
+        return REMOVE if disk in known else EVICT if purge else RELEASE
+    return UPDATE if disk in known else REPLACE
+
+
+REPLACE_REASON = "edited by hand, or not written by Orchestra"
+BACKED_UP = (REPLACE, EVICT)
+
+
+def plan_file(root: str, agent: Agent, record: Record, wanted: Optional[bytes], purge: bool = False) -> FilePlan:
+    """Plan one managed file from what stands on the disk now; a problem becomes part of the plan."""
+    try:
+        check_parents(root, agent.path)
+        before = read_disk(os.path.join(root, agent.path))
+        if before.kind == "symlink":
+            note = f"left alone: it is a link to {os.readlink(os.path.join(root, agent.path))}"
+            return FilePlan(agent.path, SKIP, before, note=note)
+        if before.kind not in ("file", "absent"):
+            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
+        return _plan_regular(agent, record, before, wanted, purge)
+    except (OrchestraError, OSError) as error:
+        return FilePlan(agent.path, SKIP, problem=_describe(error))
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, IoError):
+        error = error.source
+    return explain_os_error(error) if isinstance(error, OSError) else str(error)
+
+
+def _plan_regular(agent: Agent, record: Record, before: Disk, wanted: Optional[bytes], purge: bool) -> FilePlan:
+    ours = ours_in(agent, before.data) if before.kind == "file" else None
+    digest = digest_of(wanted) if wanted is not None else None
+    disk = digest_of(ours) if ours is not None else None
+    action = decide(disk, record.known(agent.path), digest, purge)
+    after, join = before.data if before.kind == "file" else None, None
+    if action in (CREATE, UPDATE, REPLACE) and wanted is not None:
+        after, join = merge_ours(agent, before, wanted)
+    elif action in (REMOVE, EVICT):
+        after = without_ours(agent, before, record.joins.get(agent.path))
+    note = describe_excess(agent, after) if after is not None and wanted is not None else ""
+    return FilePlan(agent.path, action, before, after, digest or "", join, note)
+
+
+def check_parents(root: str, path: str) -> None:
+    """Refuse a managed path whose folders lead out of the codebase or are no folders; raises SyncError."""
+    parts = path.split("/")[:-1]
+    for i in range(len(parts)):
+        folder = os.path.join(root, *parts[: i + 1])
+        try:
+            mode = os.lstat(folder).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(mode):
+            real = os.path.realpath(folder)
+            if not real.startswith(root.rstrip("/") + "/"):
+                raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
+            mode = os.stat(folder).st_mode
+        if not stat.S_ISDIR(mode):
+            raise SyncError(f"expected {'/'.join(parts[: i + 1])} to be a folder, got a file: move its text into one")
+
+
+def plan_codebase(home: str, codebase: Codebase, purge: bool = False) -> Plan:
+    """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
+
+    With `purge` nothing is wanted any more.
+    """
+    root = find_root(home, codebase)
+    old_record = load_record(home, codebase.key)
+    record = old_record or Record()
+    wanted = {} if purge else render_files(codebase, hides_agents_md(root, codebase))
+    paths = [*wanted, *(path for path in record.files if path not in wanted and path in AGENTS_BY_PATH)]
+    files = tuple(plan_file(root, AGENTS_BY_PATH[path], record, wanted.get(path), purge) for path in paths)
+    return Plan(root, files, old_record, _next_record(root, record, files))
+
+
+def find_root(home: str, codebase: Codebase) -> str:
+    """Resolve a codebase's folder, which must be there; raises SyncError, IoError."""
+    path = codebase_root(home, codebase)
+    hint = f"orchestra edit {label_for(codebase.key)}, or bring the folder back"
+    with blame(path):
+        try:
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            raise SyncError(f"{path}: expected the codebase's folder, found none", hint) from None
+    if not is_folder:
+        raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
+    return os.path.realpath(path)
+
+
+def hides_agents_md(root: str, codebase: Codebase) -> bool:
+    """Say whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
+
+    Claude Code reads AGENTS.md only where there is no CLAUDE.md (agents' table, October 2026). Where
+    CLAUDE.md has the user's own text, that was so before Orchestra came.
+    """
+    if "claude" not in targets_of(codebase):
+        return False
+    return _has_own_text(root, "AGENTS.md") and not _has_own_text(root, "CLAUDE.md")
+
+
+def _has_own_text(root: str, path: str) -> bool:
+    try:
+        data = read_disk(os.path.join(root, path)).data
+        span = find_block(data)
+    except (IoError, SyncError):
+        return False
+    return bool(data.strip() if span is None else data[: span.start].strip() or data[span.end :].strip())
+
+
+# The record
+
+
+def load_record(home: str, key: Key) -> Optional[Record]:
+    """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
+    disk = read_disk(record_path(home, key))
+    try:
+        values = json.loads(disk.data)
+        return Record(
+            str(values["synced_at"]),
+            _texts(values["files"]),
+            {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
+            _texts(values["joins"]),
+            [str(folder) for folder in values["folders"] if _stays_inside(folder)],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in values.items()}
+
+
+def _stays_inside(folder: str) -> bool:
+    return not folder.startswith("/") and ".." not in folder.split("/")
+
+
+def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
+    # Not durable: after a power cut an older record only makes the next sync back up more than it must.
+    data = json.dumps(record._asdict(), separators=(",", ":")).encode()
+    save_private(record_path(home, key), data, lock.token, durable=False)
+
+
+def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
+    """Make the record that is true before, while and after the planned files are written."""
+    new_files = {file.path: file.digest for file in files if file.digest}
+    new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
+    earlier = dict(record.earlier)
+    for path in record.files:
+        older = [digest for digest in record.known(path) if digest != new_files.get(path)]
+        earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
+    joins = dict(record.joins)
+    folders = set(record.folders)
+    for file in files:
+        if file.action == CREATE:
+            if file.join is not None:
+                joins[file.path] = file.join
+            elif file.before.kind == "absent":
+                joins.pop(file.path, None)
+            folders.update(_missing_folders(root, file.path))
+    return Record(
+        record.synced_at,
+        new_files,
+        {path: digests for path, digests in sorted(earlier.items()) if digests},
+        joins,
+        sorted(folders),
+    )
+
+
+def _missing_folders(root: str, path: str) -> Iterator[str]:
+    folder = os.path.dirname(path)
+    while folder and not os.path.isdir(os.path.join(root, folder)):
+        yield folder
+        folder = os.path.dirname(folder)
+
+
+# Apply
+
+
+def sync_codebase(
+    home: str, codebase: Codebase, dry_run: bool = False, purge: bool = False, clock: Callable[[], float] = time.time
+) -> SyncCodebaseResult:
+    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
+    key = codebase.key
+    lock_path = codebase_lock_path(home, key)
+    try:
+        plan = plan_codebase(home, codebase, purge)
+        if not dry_run and (not plan.is_done or lock_was_left(lock_path)):
+            with hold_lock(lock_path, sweep=_sweep_folders(home, key, plan.root)) as lock:
+                plan = _sync_until_done(home, codebase, purge, lock, clock)
+    except OrchestraError as error:
+        return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
+    return SyncCodebaseResult(*key, plan.files, plan_problems(key, plan))
+
+
+def _sync_until_done(home: str, codebase: Codebase, purge: bool, lock: Lock, clock: Callable[[], float]) -> Plan:
+    """Plan and apply, again while somebody else saves one of the files in between."""
+    if not purge and not os.path.lexists(codebase_path(home, codebase.key)):
+        raise SyncError("expected it in the registry, found it removed meanwhile")
+    written: dict[str, FilePlan] = {}
+    for _ in range(MAX_TRIES):
+        plan = plan_codebase(home, codebase, purge)
+        if not plan.is_done:
+            plan = apply_plan(home, codebase.key, plan, lock, clock)
+        plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
+        if not any(file.changed for file in plan.files):
+            break
+        written.update({file.path: file for file in plan.files if file.writes})
+    return plan
+
+
+def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
+    return SyncCodebaseResult(*key, errors=tuple(problems))
+
+
+def plan_problems(key: Key, plan: Plan) -> tuple[Problem, ...]:
+    """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
+    by_text: dict[str, list[str]] = {}
+    for file in plan.files:
+        if file.problem:
+            by_text.setdefault(file.problem, []).append(file.path)
+    return tuple(Problem(f"{label_for(key)}: {', '.join(paths)}", text) for text, paths in by_text.items())
+
+
+def _sweep_folders(home: str, key: Key, root: str) -> list[str]:
+    managed = [os.path.join(root, os.path.dirname(path)) for path in AGENTS_BY_PATH]
+    return [*managed, os.path.dirname(record_path(home, key)), backups_of(home, key)]
+
+
+def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Callable[[], float]) -> Plan:
+    """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
+    record = plan.record._replace(synced_at=now_rfc3339(clock))
+    save_record(home, key, record, lock)
+    files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
+    emptied = [folder for folder in reversed(record.folders) if remove_empty_folder(os.path.join(plan.root, folder))]
+    if emptied:
+        record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
+        save_record(home, key, record, lock)
+    return plan._replace(files=files, record=record)
+
+
+def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Callable[[], float]) -> FilePlan:
+    try:
+        return _write_file(home, key, plan.root, file, lock, clock)
+    except FileChanged:
+        problem = "expected it to hold still, got another save each time: sync again"
+        return file._replace(action=SKIP, problem=problem, changed=True)
+    except (OrchestraError, OSError) as error:
+        return file._replace(action=SKIP, problem=_describe(error))
+
+
+def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Callable[[], float]) -> FilePlan:
+    path = os.path.join(root, file.path)
+    if file.action in BACKED_UP:
+        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock, clock)
+        restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
+        file = file._replace(note="; ".join(filter(None, [restore, file.note])))
+    if file.action == RELEASE:
+        return file._replace(note="edited by hand, so it stays and is yours now")
+    if file.after is None:
+        remove_file(path, file.before)
+        return file
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    check_parents(root, file.path)
+    replace_file(path, file.after, file.before, lock.token, durable=_has_user_text(file))
+    return file
+
+
+def _has_user_text(file: FilePlan) -> bool:
+    agent, data = AGENTS_BY_PATH[file.path], file.before.data
+    return bool(data) and (ours_in(agent, data) or b"").strip() != data.strip()
+
+
+# Restore
+
+
+def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Callable[[], float] = time.time) -> bool:
+    """Put a kept version back, and say whether that changed anything; what it replaces is kept in turn.
+
+    Of a shared file only the block is put back, since the text around it is the user's. Raises SyncError, IoError.
+    """
+    agent = AGENTS_BY_PATH[backup.path]
+    root = find_root(home, codebase)
+    path = os.path.join(root, backup.path)
+    with hold_lock(codebase_lock_path(home, codebase.key), sweep=_sweep_folders(home, codebase.key, root)) as lock:
+        check_parents(root, backup.path)
+        before, kept = read_disk(path), read_disk(backup.file)
+        if before.kind not in ("file", "absent"):
+            raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
+        after = kept.data
+        if before.kind == "file" and not agent.owned:
+            after = merge_ours(agent, before, (ours_in(agent, kept.data) or b"").replace(b"\r\n", b"\n"))[0]
+        if before.kind == "file" and after == before.data:
+            return False
+        with blame(path):
+            if before.kind == "file":
+                back_up(home, codebase.key, backup.path, before, "replaced by restore", lock, clock)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                replace_file(path, after, before, lock.token, mode=kept.mode, durable=True)
+            except FileChanged:
+                raise SyncError(f"{path}: expected it to hold still, got another save: restore again") from None
+    return True
+
+
+# The pipeline
+
+
+def run_pipeline(
+    home: str,
+    scope: SyncScope,
+    dry_run: bool = False,
+    registry: Optional[Registry] = None,
+    progress: Callable[[int, int, Key], None] = lambda done, total, key: None,
+) -> list[SyncCodebaseResult]:
+    """Sync what `scope` names, one codebase after the other; each one's errors are in its result.
+
+    The command line and the daemon both come through here. Raises RegistryError for a name that is not one
+    codebase's, IoError for a registry that cannot be read.
+    """
+    if registry is None:
+        registry = load_registry(home)
+    keys = registry.keys if scope.name is None else [find_key(registry.keys, scope.name)]
+    results = []
+    for done, key in enumerate(keys):
+        progress(done, len(keys), key)
+        if key in registry.broken:
+            results.append(failed_result(key, registry.broken[key]))
+        else:
+            results.append(sync_codebase(home, registry.codebases[key], dry_run))
+    return results
+
+
+# ── 8 Staleness ───────────────────────────────────────────────────────────────
+
+# Status is sync without the last step: the same plan, put into a word.
+
+CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
+MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
+
+
+class Staleness(NamedTuple):
+    """How far a codebase's files are from what they should be: `status` is one of the constants above."""
+
+    project: str
+    codebase: str
+    status: str
+    detail: str = ""
+    last_sync_at: Optional[str] = None
+    last_sync_age: Optional[int] = None  # seconds
+    active_tasks: int = 0
+
+
+class Status(NamedTuple):
+    """The staleness of every codebase, and the problems that belong to none."""
+
+    codebases: tuple[Staleness, ...]
+    stray: tuple[Problem, ...]
+
+    @property
+    def summary(self) -> dict[str, int]:
+        return {
+            "projects": len({entry.project for entry in self.codebases}),
+            "codebases": len(self.codebases),
+            "stale": sum(entry.status not in (CURRENT, ERROR) for entry in self.codebases),
+        }
+
+
+def judge_plan(key: Key, plan: Plan) -> tuple[str, str]:
+    """Put a plan into a status and its detail; the first that applies, in the order of the tests below."""
+    problems = plan_problems(key, plan)
+    record = plan.old_record
+    by_action: dict[str, list[str]] = {}
+    for file in plan.files:
+        by_action.setdefault(_kind_of_change(file, record), []).append(file.path)
+    if problems:
+        return ERROR, "; ".join(f"{p.where.partition(': ')[2]}: {p.message}" for p in problems)
+    if not plan.writes:
+        return CURRENT, ""
+    if record is None:
+        return NEVER_SYNCED, ""
+    stale = [
+        f"{what}: {', '.join(by_action[kind])}"
+        for kind, what in (("missing", "missing"), (STALE, "registry changed"))
+        if kind in by_action
+    ]
+    if stale:
+        return STALE, "; ".join(stale)
+    if MODIFIED in by_action:
+        return MODIFIED, ", ".join(by_action[MODIFIED])
+    return ORPHAN, ", ".join(by_action[ORPHAN])
+
+
+def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
+    if not file.writes:
+        return CURRENT
+    if file.action in (REMOVE, RELEASE, EVICT):
+        return ORPHAN
+    if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
+        return STALE
+    return "missing" if file.action == CREATE else MODIFIED
+
+
+def check_staleness(home: str, codebase: Codebase, clock: Callable[[], float] = time.time) -> Staleness:
+    """Judge one codebase; what goes wrong is its status `error`."""
+    tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
+    try:
+        plan = plan_codebase(home, codebase)
+    except OrchestraError as error:
+        return Staleness(*codebase.key, ERROR, str(error), active_tasks=tasks)
+    status, detail = judge_plan(codebase.key, plan)
+    synced_at = plan.old_record.synced_at if plan.old_record else None
+    return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
+
+
+def age_of(when: Optional[str], clock: Callable[[], float]) -> Optional[int]:
+    """Give the age of an RFC 3339 time in whole seconds, None where there is none."""
+    from datetime import datetime
+
+    try:
+        then = datetime.fromisoformat((when or "").replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+    return max(0, int(clock() - then))
+
+
+def scan_staleness(
+    home: str, registry: Registry, project: Optional[str] = None, clock: Callable[[], float] = time.time
+) -> Status:
+    """Judge every codebase of the registry, or of one project."""
+    entries = []
+    for key in registry.keys:
+        if project not in (None, key[0]):
+            continue
+        if key in registry.broken:
+            entries.append(Staleness(*key, ERROR, "; ".join(map(str, registry.broken[key]))))
+        else:
+            entries.append(check_staleness(home, registry.codebases[key], clock))
+    return Status(tuple(entries), registry.stray)
+
+
+def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ...]]:
+    """Write a unified diff of what sync would do, with the problems that keep files out of it."""
+    import difflib
+
+    plan = plan_codebase(home, codebase)
+    parts: list[str] = []
+    for file in plan.files:
+        if file.writes and file.action != RELEASE:
+            old = file.before.data.decode("utf-8", "replace").splitlines(keepends=True)
+            new = (file.after or b"").decode("utf-8", "replace").splitlines(keepends=True)
+            source = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
+            target = "/dev/null" if file.after is None else f"b/{file.path}"
+            for line in difflib.unified_diff(old, new, source, target):
+                parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
+    return "".join(parts), plan_problems(codebase.key, plan)
+
+
+# ── 13 Commands ───────────────────────────────────────────────────────────────
+
+# stdout carries results, stderr talk and errors. Exit status: 0 fine; 1 looked and found it out of date (only
+# --check and --exit-code); 2 could not.
+
+OK, OUT_OF_DATE, FAILED = 0, 1, 2
+COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def report(message: str, hint: str) -> None:
+    """Tell what is wrong on stderr, a line each, and below it the way out."""
+    for line in message.split("\n"):
+        say(f"orchestra: {line}")
+    if hint:
+        say(f"  try: {hint}")
+
+
+def report_all(problems: Iterable[Problem]) -> int:
+    problems = list(dict.fromkeys(problems))
+    for problem in problems:
+        report(str(problem), problem.hint)
+    return FAILED if problems else OK
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str:
+    colored = sys.stdout.isatty() and "NO_COLOR" not in environ and environ.get("TERM") != "dumb"
+    return f"\033[{color}m{text}\033[0m" if colored else text
+
+
+def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
+    """Print rows in columns; a cell that is a key of `colors` gets that color."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = [paint(padded, colors[cell]) if cell in colors else padded for cell, padded in zip(row, cells)]
+        print("  ".join(cells).rstrip())
+
+
+def show_progress(done: int, total: int, key: Key) -> None:
+    if total > 20 and sys.stderr.isatty():
+        end = "\r" if done + 1 < total else "\r\033[K"
+        sys.stderr.write(f"\r\033[K{done + 1}/{total} {label_for(key)}{end}")
+        sys.stderr.flush()
+
+
+def format_age(seconds: Optional[int]) -> str:
+    if seconds is None:
+        return "never"
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit} ago"
+    return f"{seconds} s ago"
+
+
+# init and project
+
+
+def cmd_init(home: str, args: argparse.Namespace) -> int:
+    path = os.path.abspath(expand_home(home, args.path))
+    key = (args.project, args.name if args.name is not None else os.path.basename(path))
+    return register(home, key, path, args.type, args.sync)
+
+
+def cmd_project_add(home: str, args: argparse.Namespace) -> int:
+    path = os.path.abspath(expand_home(home, args.path if args.path is not None else args.name))
+    return register(home, (args.project or args.name, args.name), path, args.type, sync=False)
+
+
+def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
+    """Enter a folder in the registry, or find it there; then sync it if asked to."""
+    check_name("project", key[0])
+    check_name("codebase", key[1])
+    if not os.path.isdir(path):
+        raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
+    registry = load_registry(home)
+    _check_is_free(home, registry, key, path)
+    if key in registry.codebases:
+        _reregister(home, key, project_type)
+    else:
+        _register_new(home, registry, key, path, project_type)
+    return sync_and_report(home, SyncScope.codebase(label_for(key))) if sync else OK
+
+
+def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
+    if key in registry.broken:
+        raise error_for(registry.broken[key])
+    for other in registry.codebases.values():
+        folder = codebase_root(home, other)
+        same = folder == path or os.path.realpath(folder) == os.path.realpath(path)
+        if other.key == key and not same:
+            raise RegistryError(
+                f"codebase {label_for(key)}: expected the folder {path}, got {folder}: the name is taken",
+                f"orchestra init {path} -p {key[0]} --name ANOTHER_NAME",
+            )
+        if same and other.key != key:
+            raise RegistryError(
+                f"{path}: expected a folder not registered yet, got the folder of {label_for(other.key)}",
+                f"orchestra project remove {label_for(other.key)}",
+            )
+
+
+def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
+    codebase = load_codebase(home, *key)
+    file = shorten_home(home, codebase_path(home, key))
+    if project_type in (None, *(c.project_type for c in codebase.projects)):
+        print(f"{label_for(key)} is registered already: {file}")
+        return
+    rest = codebase.projects[1:]
+    first = codebase.projects[0] if codebase.projects else Component(key[1], "")
+    projects = (first._replace(project_type=project_type or ""), *rest)
+    save_codebase(home, codebase._replace(projects=projects, updated_at=now_rfc3339()))
+    print(f"{label_for(key)} is a {project_type} codebase now: {file}")
+
+
+def _register_new(home: str, registry: Registry, key: Key, path: str, project_type: Optional[str]) -> None:
+    found = detect(path)
+    project, problems = read_project(home, key[0])
+    if problems:
+        raise error_for(problems)
+    targets, source = found.targets, "found there"
+    if not targets:
+        targets = project.targets or DEFAULT_TARGETS
+        source = "as project.yaml says" if project.targets else "by default"
+    now = now_rfc3339()
+    codebase = Codebase(
+        *key,
+        path,
+        found.description,
+        targets=None if project.targets and not found.targets else targets,
+        commands=found.commands,
+        skills=found.skills,
+        projects=(Component(key[1], project_type or found.project_type),),
+        created_at=now,
+        updated_at=now,
+    )
+    _check_encodable(path)
+    create_registry_file(home, project_path(home, key[0]), {"name": key[0], "created_at": now})
+    if not create_registry_file(home, codebase_path(home, key), values_of(codebase)):
+        raise RegistryError(f"codebase {label_for(key)}: expected a free name, found it registered meanwhile")
+    evidence = "as you said" if project_type else found.evidence
+    print(f"registered {label_for(key)}: {codebase.projects[0].project_type} ({evidence})")
+    print(f"  targets: {', '.join(targets) or 'none'} ({source})")
+    print(f"  edit:    {shorten_home(home, codebase_path(home, key))}")
+
+
+def _check_encodable(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RegistryError(f"{path!r}: expected a path in UTF-8, got other bytes", "rename the folder") from None
+
+
+def cmd_project_list(home: str, args: argparse.Namespace) -> int:
+    registry = load_registry(home)
+    codebases = [registry.codebases[key] for key in registry.keys if key in registry.codebases]
+    if args.json:
+        print_json([_describe_codebase(home, codebase) for codebase in codebases])
+    elif codebases:
+        print_table([("CODEBASE", "TYPE", "PATH"), *(_codebase_row(home, codebase) for codebase in codebases)])
+    elif not registry.problems:
+        say("no codebases yet\n  try: orchestra init PATH -p PROJECT --sync")
+    return report_all(registry.problems)
+
+
+def _codebase_row(home: str, codebase: Codebase) -> tuple[str, str, str]:
+    types = ", ".join(component.project_type for component in codebase.projects)
+    return label_for(codebase.key), types, shorten_home(home, codebase_root(home, codebase))
+
+
+def _describe_codebase(home: str, codebase: Codebase) -> dict[str, Any]:
+    return {
+        "project": codebase.project,
+        "codebase": codebase.name,
+        "path": codebase_root(home, codebase),
+        "project_types": [component.project_type for component in codebase.projects],
+        "targets": list(targets_of(codebase)),
+    }
+
+
+def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
+    registry = load_registry(home)
+    key = find_key(registry.keys, args.name)
+    if args.purge and key in registry.broken:
+        raise error_for(registry.broken[key])
+    # Deregistered first: from then on no sync brings back what is purged.
+    kept = retire_codebase(home, key)
+    print(f"removed {label_for(key)} from the registry; its file is kept as {shorten_home(home, kept)}")
+    if not args.purge:
+        return OK
+    result = sync_codebase(home, registry.codebases[key], purge=True)
+    print_result(result)
+    if not result.errors:
+        remove_private(record_path(home, key))
+    return report_all(result.errors)
+
+
+# sync, status, diff
+
+
+def cmd_sync(home: str, args: argparse.Namespace) -> int:
+    if args.codebase is not None and args.all:
+        raise UsageError("sync: expected CODEBASE or --all, got both", "orchestra sync --all")
+    if args.all:
+        scope = SyncScope.all()
+    elif args.codebase is not None:
+        scope = SyncScope.codebase(args.codebase)
+    else:
+        scope = SyncScope.codebase(label_for(_key_of_current_folder(home)))
+    return sync_and_report(home, scope, args.dry_run or args.check, args.check, args.json)
+
+
+def _key_of_current_folder(home: str) -> Key:
+    here = os.path.realpath(os.curdir)
+    for codebase in list_codebases(home):
+        root = os.path.realpath(codebase_root(home, codebase))
+        if here == root or here.startswith(root + os.sep):
+            return codebase.key
+    raise UsageError(f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all")
+
+
+def sync_and_report(
+    home: str, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
+) -> int:
+    registry = load_registry(home)
+    results = run_pipeline(home, scope, dry_run, registry, show_progress)
+    if as_json:
+        print_json([_describe_result(result) for result in results])
+    else:
+        for result in results:
+            print_result(result)
+        print_totals(results, dry_run)
+    errors = [problem for result in results for problem in result.errors]
+    failed = report_all([*(registry.stray if scope.name is None else ()), *errors])
+    return failed or (OUT_OF_DATE if check and any(result.written for result in results) else OK)
+
+
+def print_result(result: SyncCodebaseResult) -> None:
+    label = label_for((result.project, result.codebase))
+    for file in result.files:
+        if file.writes:
+            print(f"{'remove' if file.action == EVICT else file.action:8} {label} {file.path}")
+        if file.note:
+            say(f"note: {label}: {file.path}: {file.note}")
+
+
+def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
+    written = sum(len(result.written) for result in results)
+    unchanged = sum(len(result.unchanged) for result in results)
+    noun = "codebase" if len(results) == 1 else "codebases"
+    print(f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged in {len(results)} {noun}")
+
+
+def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
+    return {
+        "project": result.project,
+        "codebase": result.codebase,
+        "written": result.written,
+        "unchanged": result.unchanged,
+        "files": [{"path": file.path, "action": file.action, "note": file.note} for file in result.files],
+        "errors": [str(problem) for problem in result.errors],
+    }
+
+
+def cmd_status(home: str, args: argparse.Namespace) -> int:
+    registry = load_registry(home)
+    if args.project is not None and args.project not in {key[0] for key in registry.keys}:
+        raise RegistryError(f"project {args.project}: expected a registered one, got an unknown one")
+    status = scan_staleness(home, registry, args.project)
+    if args.json:
+        print_json({"summary": status.summary, "codebases": [_describe_staleness(e) for e in status.codebases]})
+    elif status.codebases:
+        rows = [
+            (label_for((e.project, e.codebase)), e.status, format_age(e.last_sync_age), str(e.active_tasks), e.detail)
+            for e in status.codebases
+        ]
+        print_table([("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL"), *rows], COLORS)
+    else:
+        say("no codebases yet\n  try: orchestra init PATH -p PROJECT --sync")
+    failed = report_all(status.stray)
+    if any(entry.status == ERROR for entry in status.codebases):
+        failed = FAILED
+    return failed or (OUT_OF_DATE if args.check and status.summary["stale"] else OK)
+
+
+def _describe_staleness(entry: Staleness) -> dict[str, Any]:
+    names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
+    return {name: getattr(entry, name) for name in names}
+
+
+def find_codebase(home: str, name: str) -> Codebase:
+    """Find a registered codebase that can be read; raises RegistryError."""
+    registry = load_registry(home)
+    key = find_key(registry.keys, name)
+    if key in registry.broken:
+        raise error_for(registry.broken[key])
+    return registry.codebases[key]
+
+
+def cmd_diff(home: str, args: argparse.Namespace) -> int:
+    text, problems = diff_codebase(home, find_codebase(home, args.codebase))
+    sys.stdout.write(text)
+    return report_all(problems) or (OUT_OF_DATE if args.exit_code and text else OK)
+
+
+# restore and edit
+
+
+def cmd_restore(home: str, args: argparse.Namespace) -> int:
+    codebase = find_codebase(home, args.codebase)
+    backups = list_backups(home, codebase.key)
+    if args.list:
+        if backups:
+            print_table([("WHEN", "FILE", "WHY"), *((b.when, b.path, b.why) for b in backups)])
+        return OK
+    chosen = _choose_backups(backups, args.path, args.at)
+    if not chosen:
+        raise SyncError(
+            f"{label_for(codebase.key)}: expected a kept version of {args.path or 'a file'}"
+            f"{f' at {args.at}' if args.at else ''}, found none",
+            f"orchestra restore {label_for(codebase.key)} --list",
+        )
+    for backup in chosen:
+        changed = restore_file(home, codebase, backup)
+        print(f"{'restored' if changed else 'unchanged'} {label_for(codebase.key)} {backup.path} ({backup.when})")
+    say("note: the next sync that changes the file replaces it again; what shall stay belongs in the registry file")
+    return OK
+
+
+def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional[str]) -> list[Backup]:
+    found = [
+        backup
+        for backup in backups
+        if backup.path in AGENTS_BY_PATH
+        and (path is None or backup.path == os.path.normpath(path))
+        and (at is None or backup.when.startswith(at))
+    ]
+    return [backup for backup in found if backup.when == found[-1].when]
+
+
+def cmd_edit(home: str, args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
+    import shlex
+    import subprocess
+
+    key = find_key(load_registry(home).keys, args.codebase)
+    file = codebase_path(home, key)
+    editor = environ.get("VISUAL") or environ.get("EDITOR") or "vi"
+    try:
+        code = subprocess.call([*shlex.split(editor), file])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
+    if code:
+        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
+    return report_all(read_codebase(home, key)[1])
+
+
+# The command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    import argparse
+
+    purpose = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="orchestra", description=purpose, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    init = add_command(commands, "init", cmd_init, "register a folder")
+    init.add_argument("path", metavar="PATH")
+    init.add_argument("-p", "--project", required=True, help="the project the codebase belongs to")
+    init.add_argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected from the folder's manifests")
+    init.add_argument("--name", help="default: the folder's name")
+    init.add_argument("--sync", action="store_true", help="write the instruction files at once")
+
+    project = commands.add_parser("project", help="list, add or remove codebases", allow_abbrev=False)
+    project_commands = project.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = add_command(project_commands, "list", cmd_project_list, "list the registered codebases")
+    listing.add_argument("--json", action="store_true")
+    add = add_command(project_commands, "add", cmd_project_add, "register a folder under a name")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("-p", "--project", help="default: NAME")
+    add.add_argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected from the folder's manifests")
+    add.add_argument("--path", metavar="DIR", help="default: the folder NAME below the current one")
+    remove = add_command(project_commands, "remove", cmd_project_remove, "deregister a codebase")
+    remove.add_argument("name", metavar="NAME")
+    remove.add_argument("--purge", action="store_true", help="also take Orchestra's files and blocks out of it")
+
+    sync = add_command(commands, "sync", cmd_sync, "write the instruction files that are out of date")
+    sync.add_argument("codebase", metavar="CODEBASE", nargs="?", help="default: the one the current folder is in")
+    sync.add_argument("--all", action="store_true", help="every registered codebase")
+    sync.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    sync.add_argument("--check", action="store_true", help="write nothing, exit 1 if anything would be written")
+    sync.add_argument("--json", action="store_true")
+
+    status = add_command(commands, "status", cmd_status, "tell how stale every codebase is")
+    status.add_argument("--project", metavar="P", help="only this project's codebases")
+    status.add_argument("--json", action="store_true")
+    status.add_argument("--check", action="store_true", help="exit 1 if sync would write anything")
+
+    diff = add_command(commands, "diff", cmd_diff, "show what sync would write")
+    diff.add_argument("codebase", metavar="CODEBASE")
+    diff.add_argument("--exit-code", action="store_true", help="exit 1 if there is a difference")
+
+    restore = add_command(commands, "restore", cmd_restore, "give back what a sync replaced")
+    restore.add_argument("codebase", metavar="CODEBASE")
+    restore.add_argument("path", metavar="PATH", nargs="?", help="within the codebase; default: all of the last time")
+    restore.add_argument("--list", action="store_true", help="list what is kept")
+    restore.add_argument("--at", metavar="TIME", help="a time from --list, or how it starts")
+
+    edit = add_command(commands, "edit", cmd_edit, "open a codebase's registry file in your editor, and check it")
+    edit.add_argument("codebase", metavar="CODEBASE")
+    return parser
+
+
+def add_command(commands: Any, name: str, run: Callable[..., int], purpose: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+
+def find_home(environ: Mapping[str, str]) -> str:
+    home = environ.get("HOME", "")
+    if not os.path.isabs(home):
+        raise UsageError(f"HOME: expected an absolute path, got {home!r}", "export HOME=/path/to/your/home")
+    return os.path.normpath(home)
+
+
+def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
+    """Run one command and return its exit status."""
+    try:
+        args = build_parser().parse_args(argv)
+        status = args.run(find_home(environ), args)
+        sys.stdout.flush()
+        return int(status)
+    except OrchestraError as error:
+        report(str(error), error.hint)
+        return FAILED
+    except BrokenPipeError:
+        # The reader (head, less) has gone; the interpreter's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
