@@ -1267,9 +1267,7 @@ def _splice(text: str, old: YamlNode, new: YamlNode) -> str:
     kept = {key.value for key, _ in old.value}
     for key, value in reversed(old.value):
         replacement = wanted.get(key.value)
-        if (replacement is None and _plain(value)) or (
-            replacement is not None and _plain(value) != _plain(replacement)
-        ):
+        if (_plain(value) or None) != (replacement and _plain(replacement)):
             start, end = key.start_mark.index, _value_end(text, value)
             entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
             text = text[:start] + (entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")) + text[end:]
@@ -1471,7 +1469,8 @@ def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, 
         yield Skill("python", f"Python {version}".strip())
     if package:
         packages = {**_section(package, "dependencies"), **_section(package, "devDependencies")}
-        yield Skill("typescript", "TypeScript") if "tsconfig.json" in names else Skill("javascript", "JavaScript")
+        is_typed = "tsconfig.json" in names or "typescript" in packages
+        yield Skill("typescript", "TypeScript") if is_typed else Skill("javascript", "JavaScript")
         engine = _section(package, "engines").get("node")
         yield Skill("node", f"Node.js {engine}" if isinstance(engine, str) else "Node.js")
         for name in (*FRONTEND_PACKAGES, *SERVER_PACKAGES, *MOBILE_PACKAGES):
@@ -2605,9 +2604,15 @@ def print_result(result: SyncCodebaseResult) -> None:
     label = label_for((result.project, result.codebase))
     for file in result.files:
         if file.writes:
-            print(f"{'remove' if file.action == EVICT else file.action:8} {label} {file.path}")
+            print(f"{_verb_for(file):8} {label} {file.path}")
         if file.note:
             say(f"note: {label}: {file.path}: {file.note}")
+
+
+def _verb_for(file: FilePlan) -> str:
+    if file.join is not None:
+        return "append"
+    return REMOVE if file.action == EVICT else file.action
 
 
 def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
