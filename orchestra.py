@@ -25,6 +25,9 @@ Contents
      6 Agents              the table of agents, and the text they read
      7 Sync                decide, plan, apply
      8 Staleness           what sync would do, told as a status and as a diff
+     9 Watching            the registry's tree: hints, and what really changed
+    10 Protocol            the control socket's lines, and its client
+    11 Daemon              the worker, the socket server, the loop, the logs
     13 Commands            the command line; the only code that prints
 
 Each section uses only those above it.
@@ -88,6 +91,30 @@ class IoError(DaemonError):
         super().__init__(f"{path}: {explain_os_error(source)}", hint_for_os_error(source))
         self.path = path
         self.source = source
+
+
+class NotifyError(DaemonError):
+    """A source of file notifications that is not to be had."""
+
+
+class ProtocolError(DaemonError):
+    """A request or reply that cannot be understood or met; `closes` if the connection is beyond use."""
+
+    def __init__(self, message: str, hint: str = "", *, closes: bool = False) -> None:
+        super().__init__(message, hint)
+        self.closes = closes
+
+
+class DaemonBusy(ProtocolError):
+    """All of the daemon's places for clients are taken."""
+
+
+class DaemonNotRunning(DaemonError):
+    """Nobody listens at `socket`."""
+
+    def __init__(self, socket: str) -> None:
+        super().__init__("daemon is not running", "orchestra daemon start")
+        self.socket = socket
 
 
 def explain_os_error(error: OSError) -> str:
@@ -175,6 +202,10 @@ def registry_lock_path(home: str) -> str:
 
 def codebase_lock_path(home: str, key: Key) -> str:
     return os.path.join(run_dir(home), "codebases", key[0], key[1] + ".lock")
+
+
+def daemon_lock_path(home: str) -> str:
+    return os.path.join(run_dir(home), "daemon.lock")
 
 
 def socket_path(home: str) -> str:
@@ -300,6 +331,11 @@ def make_private_folder(path: str) -> None:
         except FileExistsError:
             if not os.path.isdir(path):
                 raise
+
+
+def make_folder(path: str) -> None:
+    """Create a codebase's folder for managed files, with the modes the user's umask gives."""
+    os.makedirs(path, exist_ok=True)
 
 
 def temporary_path(folder: str, token: str) -> str:
@@ -462,6 +498,52 @@ def lock_was_left(path: str) -> bool:
         return os.stat(path).st_size > 0
     except OSError:
         return False
+
+
+def try_lock(path: str) -> Optional[int]:
+    """Take a lock for as long as the returned descriptor is open; None where another process has it."""
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+    return fd
+
+
+def open_log(path: str) -> int:
+    """Open a log file for appending; raises IoError."""
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def rotate_log(path: str, kept: int) -> None:
+    """Move log to log.1, that to log.2 and so on; `kept` of them stay."""
+    for number in range(kept, 0, -1):
+        older = f"{path}.{number}"
+        newer = f"{path}.{number - 1}" if number > 1 else path
+        if os.path.exists(newer):
+            os.replace(newer, older)
+
+
+def is_same_file(fd: int, other: int) -> bool:
+    """Say whether two descriptors lead to one file; a closed one leads nowhere."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.fstat(other))
+    except OSError:
+        return False
+
+
+def open_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, lest another file get their numbers."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
@@ -638,10 +720,28 @@ class Registry(NamedTuple):
     codebases: Mapping[Key, Codebase]
     broken: Mapping[Key, tuple[Problem, ...]]
     stray: tuple[Problem, ...]  # problems of files that are no codebase's
+    owners: Mapping[str, Key]  # the codebase that has a folder
 
     @property
     def keys(self) -> list[Key]:
         return sorted([*self.codebases, *self.broken])
+
+    def find(self, name: str) -> Key:
+        """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
+        project, slash, codebase = name.rpartition("/")
+        if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
+            return (project, codebase)
+        found = [key for key in self.keys if key[1] == codebase and not slash]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            candidates = ", ".join(map(label_for, found))
+            raise RegistryError(
+                f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too"
+            )
+        raise RegistryError(
+            f"codebase {name}: expected a registered name, got an unknown one", "orchestra project list"
+        )
 
     @property
     def problems(self) -> list[Problem]:
@@ -684,21 +784,13 @@ def label_for(key: Key) -> str:
     return f"{key[0]}/{key[1]}"
 
 
-def short_name(keys: Iterable[Key], key: Key) -> str:
-    """Name a codebase as briefly as it stays unique: api, or shop/api."""
-    return key[1] if sum(other[1] == key[1] for other in keys) == 1 else label_for(key)
-
-
-def find_key(keys: Sequence[Key], name: str) -> Key:
-    """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
-    project, slash, codebase = name.rpartition("/")
-    found = [key for key in keys if key[1] == codebase and (not slash or key[0] == project)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        candidates = ", ".join(label_for(key) for key in found)
-        raise RegistryError(f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too")
-    raise RegistryError(f"codebase {name}: expected a registered name, got an unknown one", "orchestra project list")
+def short_names(keys: Iterable[Key]) -> dict[Key, str]:
+    """Name codebases as briefly as they stay unique: api, or shop/api where two projects have one."""
+    keys = list(keys)
+    counts: dict[str, int] = {}
+    for _, name in keys:
+        counts[name] = counts.get(name, 0) + 1
+    return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
 
 
 # Reading YAML nodes
@@ -1045,6 +1137,11 @@ def is_ignored(name: str) -> bool:
     return name.startswith((".", "#")) or name.endswith("~")
 
 
+def is_registry_file(name: str) -> bool:
+    """Say whether a name in the registry is a YAML file's, be it one that must be called otherwise."""
+    return name.lower().endswith((".yaml", ".yml")) and not is_ignored(name)
+
+
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
     """List the codebases of the registry without reading their files, and what lies astray there."""
     keys: list[Key] = []
@@ -1057,7 +1154,7 @@ def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
                     stray.append(problem)
                 elif item.name.endswith(".yaml") and item.name != "project.yaml":
                     keys.append((entry.name, item.name[:-5]))
-        elif entry.name.lower().endswith((".yaml", ".yml")):
+        elif is_registry_file(entry.name):
             stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
     return keys, stray
 
@@ -1077,7 +1174,7 @@ def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Proble
         if suffix != ".yaml":
             return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
         return _name_problem(home, project, stem, entry.path)
-    if entry.is_dir() and any(e.name.lower().endswith((".yaml", ".yml")) for e in _scan(entry.path)):
+    if entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path)):
         return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
     return None
 
@@ -1099,33 +1196,51 @@ def _stray(home: str, path: str, expected: str, got: str) -> Problem:
 def load_registry(home: str) -> Registry:
     """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
     keys, stray = scan_registry(home)
+    return _read_codebases(home, keys, Registry({}, {}, tuple(stray), {}))
+
+
+def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Registry:
+    """Read some codebases again, and with them those that were broken; a file that is gone drops out.
+
+    Costs what it reads, however large the registry.
+    """
+    again = {*keys, *registry.broken}
+    owners = dict(registry.owners)
+    for key in again & registry.codebases.keys():
+        del owners[codebase_root(home, registry.codebases[key])]
+    others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
+    present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
+    return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
+
+
+def _read_codebases(home: str, keys: Sequence[Key], base: Registry) -> Registry:
     projects = {project: read_project(home, project) for project in {key[0] for key in keys}}
-    codebases: dict[Key, Codebase] = {}
-    broken: dict[Key, tuple[Problem, ...]] = {}
+    codebases, broken, owners = dict(base.codebases), dict(base.broken), dict(base.owners)
     for key in keys:
         codebase, problems = read_codebase(home, key)
         project, project_problems = projects[key[0]]
-        if codebase and not project_problems:
-            codebases[key] = inherit(codebase, project)
-        else:
+        if codebase is None or project_problems:
             broken[key] = problems + project_problems
-    for key, problem in _claim_paths(home, codebases):
-        del codebases[key]
-        broken[key] = (problem,)
-    return Registry(codebases, broken, tuple(stray))
+            continue
+        codebases[key] = inherit(codebase, project)
+        root = codebase_root(home, codebase)
+        winner, loser = _settle_claim(codebases, key, owners.get(root, key))
+        owners[root] = winner
+        if loser != winner:
+            broken[loser] = (_claim_problem(home, codebases.pop(loser), winner),)
+    return Registry(codebases, broken, base.stray, owners)
 
 
-def _claim_paths(home: str, codebases: Mapping[Key, Codebase]) -> list[tuple[Key, Problem]]:
+def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
     # The codebase registered first keeps the path.
-    owners: dict[str, Key] = {}
-    losers: list[tuple[Key, Problem]] = []
-    for codebase in sorted(codebases.values(), key=lambda c: (c.created_at, c.key)):
-        owner = owners.setdefault(codebase_root(home, codebase), codebase.key)
-        if owner != codebase.key:
-            place = shorten_home(home, codebase_path(home, codebase.key))
-            message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
-            losers.append((codebase.key, Problem(f"{place}:1", message, f"orchestra edit {label_for(codebase.key)}")))
-    return losers
+    winner, loser = sorted((one, other), key=lambda key: (codebases[key].created_at, key))
+    return winner, loser
+
+
+def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
+    place = shorten_home(home, codebase_path(home, codebase.key))
+    message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
+    return Problem(f"{place}:1", message, f"orchestra edit {label_for(codebase.key)}")
 
 
 def list_codebases(home: str) -> list[Codebase]:
@@ -1770,17 +1885,17 @@ class Plan(NamedTuple):
 
 
 class SyncScope(NamedTuple):
-    """What to sync: one codebase by name (api, shop/api), or all."""
+    """What to sync: codebases by name (api, shop/api), or all of them where `names` is None."""
 
-    name: Optional[str]
+    names: Optional[tuple[str, ...]]
 
     @classmethod
     def all(cls) -> SyncScope:
         return cls(None)
 
     @classmethod
-    def codebase(cls, name: str) -> SyncScope:
-        return cls(name)
+    def codebase(cls, *names: str) -> SyncScope:
+        return cls(names)
 
 
 class SyncCodebaseResult(NamedTuple):
@@ -1790,6 +1905,10 @@ class SyncCodebaseResult(NamedTuple):
     codebase: str
     files: tuple[FilePlan, ...] = ()
     errors: tuple[Problem, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return (self.project, self.codebase)
 
     @property
     def written(self) -> list[str]:
@@ -2160,7 +2279,7 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
     if file.after is None:
         remove_file(path, file.before)
         return file
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     check_parents(root, file.path)
     replace_file(path, file.after, file.before, lock.token, durable=_has_user_text(file))
     return file
@@ -2195,7 +2314,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Callable[
         with blame(path):
             if before.kind == "file":
                 back_up(home, codebase.key, backup.path, before, "replaced by restore", lock, clock)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_folder(os.path.dirname(path))
             try:
                 replace_file(path, after, before, lock.token, mode=kept.mode, durable=True)
             except FileChanged:
@@ -2220,7 +2339,7 @@ def run_pipeline(
     """
     if registry is None:
         registry = load_registry(home)
-    keys = registry.keys if scope.name is None else [find_key(registry.keys, scope.name)]
+    keys = registry.keys if scope.names is None else [registry.find(name) for name in scope.names]
     results = []
     for done, key in enumerate(keys):
         progress(done, len(keys), key)
@@ -2354,6 +2473,1492 @@ def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ..
             for line in difflib.unified_diff(old, new, source, target):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     return "".join(parts), plan_problems(codebase.key, plan)
+
+
+# ── 9 Watching ────────────────────────────────────────────────────────────────
+
+# A notification is only a hint where to look. What counts is the comparison of the tree with the picture taken
+# of it before, so that lost, doubled and merged events do no harm. Watches are set before what they watch is
+# read: a change is either in what is read or announced afterwards.
+
+POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
+RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
+RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
+KQUEUE_RESERVE = 128  # descriptors not spent on watches
+
+Hints = Optional[set[str]]  # paths to look at; None: at everything
+
+
+class Seen(NamedTuple):
+    """One file in the picture: its stamp tells whether to read it, its digest whether it changed."""
+
+    stamp: tuple[int, ...]
+    digest: bytes
+    is_racy: bool
+
+
+class Changes(NamedTuple):
+    """What differs between two pictures, as paths."""
+
+    saved: frozenset[str]
+    deleted: frozenset[str]
+
+
+class PollingSource:
+    """Hint at everything whenever asked: for systems and limits that leave nothing better.
+
+    The contract of all three sources: `fileno()` is readable when there are hints (-1: never), `drain()` takes
+    them, `watch_folder` and `watch_file` set a watch, say whether it is a new one and raise OSError where they
+    cannot, `retain` drops all watches but those named, `close()` ends them.
+    """
+
+    name = "polling"
+
+    def fileno(self) -> int:
+        return -1
+
+    def watch_folder(self, path: str) -> bool:
+        return False
+
+    def watch_file(self, path: str) -> bool:
+        return False
+
+    def retain(self, paths: set[str]) -> None:
+        pass
+
+    def drain(self) -> Hints:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+class InotifySource(PollingSource):
+    """Hints from Linux's inotify(7), through ctypes. Watching a folder covers the files in it."""
+
+    name = "inotify"
+
+    # From linux/inotify.h. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE stay out: the daemon's own reads would wake it.
+    IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
+    IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
+    IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
+    MASK = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO
+    MASK |= IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
+    HEADER = 16  # bytes of struct inotify_event before the name: wd, mask, cookie, len
+
+    def __init__(self) -> None:
+        import ctypes
+
+        self._libc: Any = ctypes.CDLL(None, use_errno=True)
+        self._get_errno = ctypes.get_errno
+        self._fd = self._check(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
+        self._paths: dict[int, set[str]] = {}  # one folder may be reached by several paths
+
+    def _check(self, result: int, path: str) -> int:
+        if result < 0:
+            code = self._get_errno()
+            raise OSError(code, os.strerror(code), path)
+        return result
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def watch_folder(self, path: str) -> bool:
+        wd = self._libc.inotify_add_watch(self._fd, os.fsencode(path), self.MASK)
+        paths = self._paths.setdefault(self._check(wd, path), set())
+        is_new = path not in paths
+        paths.add(path)
+        return is_new
+
+    def retain(self, paths: set[str]) -> None:
+        for wd in list(self._paths):
+            self._paths[wd] &= paths
+            if not self._paths[wd]:
+                del self._paths[wd]
+                self._libc.inotify_rm_watch(self._fd, wd)
+
+    def drain(self) -> Hints:
+        hints: set[str] = set()
+        while True:
+            try:
+                data = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                return hints
+            for wd, mask, name in self._parse(data):
+                if mask & self.IN_Q_OVERFLOW:
+                    return None
+                for folder in self._paths.get(wd, ()):
+                    hints.add(os.path.join(folder, name) if name else folder)
+                if mask & self.IN_IGNORED:
+                    self._paths.pop(wd, None)
+
+    def _parse(self, data: bytes) -> Iterator[tuple[int, int, str]]:
+        at = 0
+        while at < len(data):
+            wd = int.from_bytes(data[at : at + 4], sys.byteorder, signed=True)
+            mask = int.from_bytes(data[at + 4 : at + 8], sys.byteorder)
+            length = int.from_bytes(data[at + 12 : at + 16], sys.byteorder)
+            at += self.HEADER + length
+            yield wd, mask, os.fsdecode(data[at - length : at].rstrip(b"\0"))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class KqueueSource(PollingSource):
+    """Hints from kqueue's EVFILT_VNODE (macOS, BSD): every folder and every file needs a descriptor of its own.
+
+    A folder's descriptor tells of entries that come and go; a write in place shows on the file's alone, and a
+    truncation there only as ATTRIB (xnu: kpi_vfs.c, tests/kqueue_file_tests.c).
+    """
+
+    name = "kqueue"
+    O_EVTONLY = 0x8000  # macOS's fcntl.h; in os from Python 3.10. Such a watch does not keep a volume mounted.
+
+    def __init__(self, budget: int) -> None:
+        import select
+
+        # Looked up by name, since mypy knows them on macOS alone.
+        self._select: Any = select
+        self._queue: Any = self._select.kqueue()
+        self._budget = budget
+        self._watched: dict[str, tuple[int, int, int]] = {}  # path: (descriptor, device, inode)
+        self._path_of: dict[int, str] = {}
+
+    def fileno(self) -> int:
+        return int(self._queue.fileno())
+
+    def watch_folder(self, path: str) -> bool:
+        return self._watch(path, self._folder_notes)
+
+    def watch_file(self, path: str) -> bool:
+        return self._watch(path, self._folder_notes | self._select.KQ_NOTE_EXTEND | self._select.KQ_NOTE_ATTRIB)
+
+    @property
+    def _folder_notes(self) -> int:
+        s = self._select
+        return int(s.KQ_NOTE_WRITE | s.KQ_NOTE_DELETE | s.KQ_NOTE_RENAME | s.KQ_NOTE_REVOKE)
+
+    def _watch(self, path: str, notes: int) -> bool:
+        info = os.stat(path)
+        known = self._watched.get(path)
+        if known and known[1:] == (info.st_dev, info.st_ino):
+            return False
+        if known:
+            self._forget(path)
+        if len(self._watched) >= self._budget:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        flags = self.O_EVTONLY if sys.platform == "darwin" else os.O_RDONLY
+        fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            add = self._select.KQ_EV_ADD | self._select.KQ_EV_CLEAR
+            event = self._select.kevent(fd, self._select.KQ_FILTER_VNODE, add, notes)
+            self._queue.control([event], 0)  # one at a time, so that an error raises
+            info = os.fstat(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        self._watched[path] = (fd, info.st_dev, info.st_ino)
+        self._path_of[fd] = path
+        return True
+
+    def _forget(self, path: str) -> None:
+        fd = self._watched.pop(path)[0]
+        del self._path_of[fd]
+        os.close(fd)
+
+    def retain(self, paths: set[str]) -> None:
+        for path in [path for path in self._watched if path not in paths]:
+            self._forget(path)
+
+    def drain(self) -> Hints:
+        hints: set[str] = set()
+        while True:
+            events = self._queue.control(None, 256, 0)
+            hints.update(self._path_of[event.ident] for event in events if event.ident in self._path_of)
+            if len(events) < 256:
+                return hints
+
+    def close(self) -> None:
+        self.retain(set())
+        self._queue.close()
+
+
+def open_source(wanted: str, descriptors: int) -> PollingSource:
+    """Open the best source of hints there is, or the one `wanted` (kqueue, inotify, polling, or "" for any).
+
+    `descriptors` is the process's limit on open files. Raises NotifyError for a source that is not to be had.
+    """
+    import select
+
+    best = "kqueue" if hasattr(select, "kqueue") else "inotify" if sys.platform.startswith("linux") else "polling"
+    name = wanted or best
+    try:
+        if name == "kqueue" and hasattr(select, "kqueue"):
+            return KqueueSource(descriptors - KQUEUE_RESERVE)
+        if name == "inotify" and sys.platform.startswith("linux"):
+            return InotifySource()
+    except OSError:
+        if wanted:
+            raise
+        name = "polling"
+    if name == "polling":
+        return PollingSource()
+    raise NotifyError(f"ORCHESTRA_WATCHER: expected kqueue, inotify or polling as this system has it, got {wanted!r}")
+
+
+class Watcher:
+    """Keep a picture of the registry's files, and tell what differs each time it is looked at again.
+
+    Raises nothing for what users and editors do to the tree meanwhile; what cannot be watched is polled.
+    """
+
+    def __init__(self, home: str, source: PollingSource, clock: Callable[[], float] = time.time) -> None:
+        self.source = source
+        self.must_poll = source.fileno() < 0
+        self._root = projects_root(home)
+        self._clock = clock
+        self._picture: dict[str, dict[str, Seen]] = {}  # folder: path: file
+        self._folders: set[str] = set()
+        self._anchors: dict[str, set[str]] = {}  # folders outside the tree: the names in them that matter
+        self._saved: set[str] = set()
+        self._deleted: set[str] = set()
+
+    @property
+    def interval(self) -> float:
+        """Seconds until everything should be looked at again."""
+        return POLL_INTERVAL if self.must_poll else RESCAN_INTERVAL
+
+    def files(self) -> dict[str, bytes]:
+        """Give the picture: every registry file's digest."""
+        return {path: seen.digest for files in self._picture.values() for path, seen in files.items()}
+
+    def drain(self) -> Changes:
+        """Look where the source hints."""
+        return self.look(self.source.drain())
+
+    def look(self, hints: Hints = None) -> Changes:
+        """Compare with the disk what `hints` name, or everything."""
+        self._saved, self._deleted = set(), set()
+        if hints is None or any(map(self._is_structural, hints)):
+            self._look_at_all()
+        else:
+            for path in hints:
+                if path in self._folders:
+                    self._look_at_folder(path)
+                elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
+                    self._look_at_file(path, trust_stamp=False)
+        return Changes(frozenset(self._saved), frozenset(self._deleted))
+
+    def _is_structural(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return folder == self._root or path in self._anchors or name in self._anchors.get(folder, ())
+
+    def _look_at_all(self) -> None:
+        self.must_poll = self.source.fileno() < 0
+        self._anchors = {os.path.dirname(self._root): {os.path.basename(self._root)}, self._root: set()}
+        for anchor in self._anchors:
+            self._watch(self.source.watch_folder, anchor)
+        self._anchor(self._root)
+        self._folders = set()
+        loose = set()
+        for entry in _scan_quietly(self._root):
+            if entry.is_symlink():
+                self._anchor(entry.path)
+            if entry.is_dir():
+                self._folders.add(entry.path)
+            elif is_registry_file(entry.name):
+                loose.add(entry.path)
+        self._look_at_files(self._root, loose)
+        for folder in [folder for folder in self._picture if folder not in self._folders and folder != self._root]:
+            self._look_at_files(folder, set())
+        for folder in self._folders:
+            self._look_at_folder(folder)
+        self.source.retain({*self._folders, *self._anchors, *self.files()})
+
+    def _look_at_folder(self, folder: str) -> None:
+        self._watch(self.source.watch_folder, folder)
+        files = set()
+        for entry in _scan_quietly(folder):
+            if is_registry_file(entry.name):
+                if entry.is_symlink():
+                    self._anchor(entry.path)
+                files.add(entry.path)
+        self._look_at_files(folder, files)
+
+    def _look_at_files(self, folder: str, files: set[str]) -> None:
+        for path in files:
+            self._look_at_file(path)
+        for path in self._picture.get(folder, {}).keys() - files:
+            self._drop(path)
+
+    def _look_at_file(self, path: str, trust_stamp: bool = True) -> None:
+        is_new_watch = self._watch(self.source.watch_file, path)
+        try:
+            info = os.stat(path)
+        except OSError:
+            return self._drop(path)
+        stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        files = self._picture.setdefault(os.path.dirname(path), {})
+        seen = files.get(path)
+        if seen and seen.stamp == stamp and trust_stamp and not seen.is_racy and not is_new_watch:
+            return None
+        age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
+        now = Seen(stamp, _digest_file(path), age < RACY_TIME)
+        files[path] = now
+        if seen is None or seen.digest != now.digest:
+            self._saved.add(path)
+            self._deleted.discard(path)
+        return None
+
+    def _drop(self, path: str) -> None:
+        if self._picture.get(os.path.dirname(path), {}).pop(path, None):
+            self._deleted.add(path)
+            self._saved.discard(path)
+
+    def _anchor(self, link: str) -> None:
+        # What a link leads to may go and come back (a git checkout): watch the nearest folder above it that stays.
+        folder, name = os.path.split(os.path.realpath(link))
+        while not os.path.isdir(folder):
+            folder, name = os.path.split(folder)
+        self._anchors.setdefault(folder, set()).add(name)
+        self._watch(self.source.watch_folder, folder)
+
+    def _watch(self, watch: Callable[[str], bool], path: str) -> bool:
+        try:
+            return watch(path)
+        except OSError as error:
+            # Gone meanwhile: its folder tells of that. All else (descriptors or watches used up, a network
+            # file system) leaves only polling.
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                self.must_poll = True
+            return False
+
+
+def _scan_quietly(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        return _scan(folder)
+    except IoError:
+        return []
+
+
+def _digest_file(path: str) -> bytes:
+    try:
+        disk = read_disk(os.path.realpath(path), MAX_REGISTRY_FILE + 1)
+    except IoError as error:
+        return str(error.source.errno).encode()
+    return disk.kind.encode() + hashlib.sha256(disk.data).digest()
+
+
+class Debouncer:
+    """Fire a target at once, then at most once a window while it keeps being noted; its last note always fires.
+
+    `window` is in seconds of `clock`.
+    """
+
+    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Callable[[], float] = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._open_until: dict[Any, float] = {}
+        self._waiting: set[Any] = set()
+
+    def note(self, targets: Iterable[Any]) -> None:
+        self._waiting.update(targets)
+
+    def take_due(self) -> set[Any]:
+        """Take the noted targets whose window is over, or was never opened, and open a new one for each."""
+        now = self._clock()
+        for target in [target for target, end in self._open_until.items() if end <= now]:
+            del self._open_until[target]
+        due = {target for target in self._waiting if target not in self._open_until}
+        self._waiting -= due
+        self._open_until.update(dict.fromkeys(due, now + self._window))
+        return due
+
+    def next_due(self) -> Optional[float]:
+        """Say when there is something to take, in the clock's seconds; None: nothing waits."""
+        return min((self._open_until.get(target, 0.0) for target in self._waiting), default=None)
+
+
+# ── 10 Protocol ───────────────────────────────────────────────────────────────
+
+# One request a line, one reply a line, both JSON. Cutting and understanding lines needs no socket, so that it
+# can be tested without one; the client below is the only code here that opens one.
+
+MAX_LINE = 64 << 10  # bytes
+STATUS_TRIES = 5
+STATUS_PAUSE = 0.1  # seconds between two tries
+REPLY_TIMEOUT = 10.0  # seconds; a sync may take as long as it takes
+
+
+TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
+
+
+class Request(NamedTuple):
+    """One understood line: `cmd` is status, sync or stop."""
+
+    cmd: str
+    codebase: Optional[str] = None
+
+
+class LineBuffer:
+    """Cut a stream of bytes into lines, whatever pieces it comes in."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._searched = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        self._data += data
+
+    def next_line(self, at_end: bool = False) -> Optional[bytes]:
+        """Take one line without its end; `at_end` lets an unfinished last one count.
+
+        Raises ProtocolError for a line that is longer than MAX_LINE.
+        """
+        end = self._data.find(b"\n", self._searched)
+        self._searched = len(self._data)
+        if end < 0 and at_end and self._data:
+            end = len(self._data)
+        if end > MAX_LINE or (end < 0 and len(self._data) > MAX_LINE):
+            raise ProtocolError(f"request: expected a line of at most {MAX_LINE} bytes, got a longer one", closes=True)
+        if end < 0:
+            return None
+        line = bytes(self._data[:end])
+        del self._data[: end + 1]
+        self._searched = 0
+        return line.rstrip(b"\r")
+
+
+def parse_request(line: bytes) -> Request:
+    """Understand one line; raises ProtocolError, which says whether the connection is beyond use."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"request: expected UTF-8, got the byte 0x{line[error.start]:02x}"
+        raise ProtocolError(message, closes=True) from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"request: expected JSON, got {_excerpt(text)}") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"request: expected a JSON object, got {_excerpt(text)}")
+    cmd, codebase = value.get("cmd"), value.get("codebase")
+    if not isinstance(cmd, str):
+        raise ProtocolError(f"cmd: expected status, sync or stop, got {_excerpt(json.dumps(cmd))}")
+    if cmd not in ("status", "sync", "stop"):
+        raise ProtocolError(f"cmd: expected status, sync or stop, got unknown command {_excerpt(cmd)}")
+    if not isinstance(codebase, (str, type(None))):
+        raise ProtocolError(f"codebase: expected text, got {_excerpt(json.dumps(codebase))}")
+    return Request(cmd, codebase)
+
+
+def _excerpt(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def encode_line(value: Mapping[str, Any]) -> bytes:
+    # ASCII only, so that no lone surrogate of a client's own making can stop a reply.
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def encode_reply(data: Any) -> bytes:
+    return encode_line({"ok": True, "data": data})
+
+
+def encode_error(message: str) -> bytes:
+    return encode_line({"ok": False, "error": message})
+
+
+# The client
+
+
+def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = REPLY_TIMEOUT) -> Any:
+    """Send one request to the daemon and return the reply's data.
+
+    Raises DaemonNotRunning, ProtocolError for a reply that is an error or none at all. `timeout` is in seconds.
+    """
+    import socket
+
+    path = socket_path(home)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(timeout)
+        try:
+            client.connect(path)
+        except OSError as error:
+            raise _not_reached(path, error) from error
+        try:
+            client.sendall(encode_line(request))
+            reply = _read_reply(client)
+        except OSError as error:
+            raise ProtocolError(f"{path}: expected a reply, got: {explain_os_error(error)}") from error
+    if not isinstance(reply, dict) or "ok" not in reply:
+        raise ProtocolError(f"{path}: expected a reply with ok, got {_excerpt(json.dumps(reply))}")
+    if not reply["ok"]:
+        message = str(reply.get("error"))
+        raise DaemonBusy(message) if message.startswith(TOO_MANY_CLIENTS) else ProtocolError(message)
+    return reply.get("data")
+
+
+def _not_reached(path: str, error: OSError) -> DaemonError:
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
+        return DaemonNotRunning(path)
+    return IoError(path, error)
+
+
+def _read_reply(client: Any) -> Any:
+    data = b""
+    while not data.endswith(b"\n"):
+        more = client.recv(1 << 16)
+        if not more:
+            raise ProtocolError("daemon: expected a reply, got the end of the connection")
+        data += more
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise ProtocolError(f"daemon: expected JSON, got {_excerpt(data.decode('utf-8', 'replace'))}") from None
+
+
+def request_status(home: str) -> Any:
+    """Ask for the daemon's status, as often as STATUS_TRIES says while it may still be starting."""
+    for _ in range(STATUS_TRIES - 1):
+        try:
+            return send_request(home, {"cmd": "status"})
+        except (DaemonNotRunning, DaemonBusy):
+            time.sleep(STATUS_PAUSE)
+    return send_request(home, {"cmd": "status"})
+
+
+def request_sync(home: str, codebase: Optional[str] = None) -> Any:
+    """Have the daemon sync one codebase, or all, and return the summary."""
+    return send_request(home, {"cmd": "sync", **({"codebase": codebase} if codebase else {})}, timeout=None)
+
+
+def request_stop(home: str) -> Any:
+    return send_request(home, {"cmd": "stop"})
+
+
+# ── 11 Daemon ─────────────────────────────────────────────────────────────────
+
+# The loop thread owns the selector: watcher, sockets, signals, timers. One worker thread does the syncing, so
+# that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
+# the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
+
+QUEUE_SIZE = 64
+MAX_CLIENTS = 128
+IDLE_TIMEOUT = 30.0  # seconds a client may be silent
+MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
+STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
+LOG_LIMIT = 10 << 20  # bytes a log file may have
+LOGS_KEPT = 5
+FOLLOW_PAUSE = 0.2  # seconds
+MAX_LOGGED_ERRORS = 10  # of one job
+MAX_DESCRIPTORS = 10240
+EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
+STRAY = ("", "stray")  # the key that stands for files that are no codebase's
+REQUESTS_A_TURN = 32  # of one client, then the others are served
+SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
+READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
+
+SyncTarget = SyncScope  # the seed's name for the scope of a job
+
+
+# Logs
+
+
+class Log:
+    """Write events, a line each, to the log files, and to stdout and stderr where those go elsewhere.
+
+    INFO goes to daemon.log, WARNING and above to daemon-err.log too. A full disk or a closed terminal does not
+    stop the daemon.
+    """
+
+    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._out = LogFile(stdout_log_path(home), 1, limit)
+        self._err = LogFile(stderr_log_path(home), 2, limit)
+
+    def info(self, message: str, **fields: object) -> None:
+        self._out.write(self._line("INFO", message, fields))
+
+    def warning(self, message: str, **fields: object) -> None:
+        line = self._line("WARNING", message, fields)
+        # One terminal need not be told twice.
+        self._out.write(line, echo=not is_same_file(1, 2))
+        self._err.write(line)
+
+    def _line(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
+        now = self._clock()
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        words = [when, level, message, *(f"{name}={_log_value(value)}" for name, value in fields.items())]
+        return (" ".join(words) + "\n").encode("utf-8", "backslashreplace")
+
+    def close(self) -> None:
+        self._out.close()
+        self._err.close()
+
+
+def _log_value(value: object) -> str:
+    text = str(value)
+    return text if re.fullmatch(r"[^\s\"=]+", text) else json.dumps(text, ensure_ascii=False)
+
+
+class LogFile:
+    """One rotating log file, and the standard stream that shows the same lines.
+
+    launchd opens the file itself and hands it over as the stream: then a line is written once, and after a
+    rotation the stream is moved to the new file.
+    """
+
+    def __init__(self, path: str, stream: int, limit: int) -> None:
+        self._path = path
+        self._stream = stream
+        self._limit = limit
+        self._fd = open_log(path)
+
+    def write(self, line: bytes, echo: bool = True) -> None:
+        is_stream = is_same_file(self._fd, self._stream)
+        try:
+            if os.fstat(self._fd).st_size + len(line) > self._limit:
+                self._rotate(is_stream)
+            os.write(self._fd, line)
+        except OSError:
+            pass  # what cannot be logged must not stop what it tells of
+        try:
+            if echo and not is_stream:
+                os.write(self._stream, line)
+        except OSError:
+            pass  # the terminal is gone
+
+    def _rotate(self, is_stream: bool) -> None:
+        rotate_log(self._path, LOGS_KEPT)
+        new = open_log(self._path)
+        os.dup2(new, self._fd, inheritable=False)
+        os.close(new)
+        if is_stream:
+            os.dup2(self._fd, self._stream)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+# The sync processor
+
+
+class RegistryCache(NamedTuple):
+    """What the daemon knows, frozen: the worker makes a new one, the loop reads the last one."""
+
+    registry: Registry
+    names: Mapping[Key, str] = {}  # each as short as it is unique
+    failures: Mapping[Key, tuple[Problem, ...]] = {}  # of codebases whose registry file is fine
+    last_sync_at: Optional[int] = None  # Unix time
+
+    @property
+    def problems(self) -> list[dict[str, str]]:
+        failed = [problem for key in sorted(self.failures) for problem in self.failures[key]]
+        return [{"where": p.where, "message": p.message} for p in [*self.registry.problems, *failed]]
+
+
+class SyncJob(NamedTuple):
+    """Work for the processor. `source` is start, watcher, socket or staleness.
+
+    `changed` are the keys whose files differ; `suspects` those of them that were found broken once already.
+    """
+
+    target: SyncTarget
+    source: str
+    respond_to: Optional[Callable[[JobOutcome], None]] = None
+    changed: frozenset[Key] = frozenset()
+    suspects: frozenset[Key] = frozenset()
+
+
+class SyncSummary(NamedTuple):
+    target: str
+    source: str
+    codebases: list[str]
+    written: int
+    unchanged: int
+    duration_ms: int
+    errors: list[str]
+
+    def as_reply(self) -> dict[str, Any]:
+        """Give the summary as the socket has it: `errors` only where there are some."""
+        fields = self._asdict()
+        return fields if self.errors else {name: fields[name] for name in fields if name != "errors"}
+
+
+class JobOutcome(NamedTuple):
+    """What became of a job: a summary, or an error that kept it from being done."""
+
+    job: SyncJob
+    summary: Optional[SyncSummary] = None
+    error: str = ""
+    suspects: frozenset[Key] = frozenset()  # broken for the first time: perhaps caught half-written
+    statuses: Mapping[str, int] = {}  # of a staleness scan
+
+
+def load_cache(home: str) -> RegistryCache:
+    return renew_cache(RegistryCache(Registry({}, {}, (), {})), load_registry(home))
+
+
+def renew_cache(
+    cache: RegistryCache, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
+) -> RegistryCache:
+    """Make the cache that follows `cache` when the registry was read again and some codebases synced."""
+    names = cache.names
+    if cache.registry.codebases.keys() != registry.codebases.keys() or cache.registry.broken or registry.broken:
+        names = short_names(registry.keys)
+    failures = {key: problems for key, problems in cache.failures.items() if key in registry.codebases}
+    for result in results:
+        failures.pop(result.key, None)
+        if result.errors and result.key in registry.codebases:
+            failures[result.key] = result.errors
+    return RegistryCache(registry, names, failures, now or cache.last_sync_at)
+
+
+def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
+    """Read again what the job is about, sync it, and return what is known then. Raises RegistryError, IoError."""
+    started = time.monotonic()
+    registry = _reload_for(home, cache.registry, job)
+    suspects: frozenset[Key] = frozenset()
+    if job.source == "watcher":
+        suspects = frozenset(registry.broken.keys() & cache.registry.codebases.keys()) - job.suspects
+        registry = _keep_old(registry, cache.registry, suspects)
+    results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
+    cache = renew_cache(cache, registry, results, int(time.time()))
+    summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
+    return cache, JobOutcome(job, summary, suspects=suspects)
+
+
+def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
+    if job.target.names is None or STRAY in job.changed:
+        return load_registry(home)
+    if job.source == "watcher":
+        return reload_codebases(home, old, job.changed)
+    # A client may name what was saved a moment ago, before the watcher's turn.
+    wanted = {name.rpartition("/")[2] for name in job.target.names}
+    keys = [key for key in scan_registry(home)[0] if key[1] in wanted or key not in old.codebases]
+    return reload_codebases(home, old, keys)
+
+
+def _keep_old(registry: Registry, old: Registry, keys: Iterable[Key]) -> Registry:
+    kept = {key: old.codebases[key] for key in keys}
+    broken = {key: problems for key, problems in registry.broken.items() if key not in kept}
+    owners = {root: key for root, key in old.owners.items() if key in kept}
+    return registry._replace(
+        codebases={**registry.codebases, **kept}, broken=broken, owners={**owners, **registry.owners}
+    )
+
+
+def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
+    if job.source == "socket" or (job.target.names is None and not suspects):
+        return job.target
+    if job.target.names is None:
+        wanted = set(registry.keys)
+    else:
+        mended = old.broken.keys() & registry.codebases.keys()
+        wanted = {*job.changed, *mended} & {*registry.codebases, *registry.broken}
+    return SyncScope.codebase(*map(label_for, sorted(wanted - suspects)))
+
+
+def summarize(
+    cache: RegistryCache, job: SyncJob, results: Sequence[SyncCodebaseResult], duration_ms: int
+) -> SyncSummary:
+    names = [cache.names[result.key] for result in results]
+    if job.target.names is None:
+        target = "all"
+    elif job.source == "socket":
+        target = job.target.names[0]
+    else:
+        target = names[0] if len(names) == 1 else f"{len(names)} codebases"
+    return SyncSummary(
+        target,
+        job.source,
+        names,
+        sum(len(result.written) for result in results),
+        sum(len(result.unchanged) for result in results),
+        duration_ms,
+        [str(problem) for result in results for problem in result.errors],
+    )
+
+
+class SyncProcessor:
+    """The worker: takes jobs one after the other, and leaves outcomes for the loop."""
+
+    def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
+        import queue
+        import threading
+        from collections import deque
+
+        self.cache = cache
+        self.jobs: queue.Queue[Optional[SyncJob]] = queue.Queue(QUEUE_SIZE)
+        self.outcomes: deque[JobOutcome] = deque()
+        self._home = home
+        self._wake = wake
+        # Not waited for at exit: a job that hangs on a dead network mount must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: SyncJob) -> bool:
+        """Queue a job, and say whether there was room."""
+        if self.jobs.full():
+            return False
+        self.jobs.put(job)  # the loop is the only one to put
+        return True
+
+    def finish(self) -> list[SyncJob]:
+        """End after the running job, and return those that were still queued."""
+        left: list[SyncJob] = []
+        while not self.jobs.empty():
+            job = self.jobs.get_nowait()
+            if job is not None:
+                left.append(job)
+        self.jobs.put(None)
+        return left
+
+    def _work(self) -> None:
+        while True:
+            job = self.jobs.get()
+            if job is not None:
+                self.outcomes.append(self._do(job))
+            self._wake()
+            if job is None:
+                return
+
+    def _do(self, job: SyncJob) -> JobOutcome:
+        try:
+            if job.source == "staleness":
+                return JobOutcome(job, statuses=self._count_statuses())
+            self.cache, outcome = run_job(self._home, self.cache, job)
+            return outcome
+        except OrchestraError as error:
+            return JobOutcome(job, error=str(error))
+        except Exception:  # our bug: it belongs in the log, and the daemon goes on
+            import traceback
+
+            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}")
+
+    def _count_statuses(self) -> dict[str, int]:
+        """Scan for staleness, until something more urgent comes in."""
+        counts: dict[str, int] = {}
+        for _, codebase in sorted(self.cache.registry.codebases.items()):
+            if not self.jobs.empty():
+                return {}
+            status = check_staleness(self._home, codebase).status
+            counts[status] = counts.get(status, 0) + 1
+        return counts
+
+
+# The socket server
+
+
+class Client:
+    """One connection: what it sent and is not answered yet, and what it has not read yet."""
+
+    def __init__(self, connection: Any, now: float) -> None:
+        self.connection = connection
+        self.lines = LineBuffer()
+        self.unsent = bytearray()
+        self.is_waiting = False  # for a job
+        self.is_ended = False  # it will send no more
+        self.is_closing = False  # it will be told no more
+        self.has_spoken = False
+        self.has_more = False  # lines to answer on its next turn
+        self.last_active = now
+
+    @property
+    def wants_to_read(self) -> bool:
+        return not (self.is_waiting or self.is_ended or self.is_closing) and len(self.unsent) < MAX_UNSENT
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.unsent and not self.is_waiting and (self.is_closing or (self.is_ended and not self.has_more))
+
+
+class SocketServer:
+    """Serve clients on the control socket. `handle(request, client)` answers at once or later, with `reply`."""
+
+    def __init__(
+        self,
+        listener: Any,
+        selector: Any,
+        handle: Callable[[Request, Client], None],
+        max_clients: int = MAX_CLIENTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._listener = listener
+        self._selector = selector
+        self._handle = handle
+        self._max_clients = max_clients
+        self._clock = clock
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.clients: set[Client] = set()
+        selector.register(listener, READABLE, self._accept)
+
+    def reply(self, client: Client, data: bytes) -> None:
+        client.unsent += data
+        client.is_waiting = False
+        self._advance(client)
+
+    def next_expiry(self) -> Optional[float]:
+        """Say when the first silent client is to be dropped, in the clock's seconds."""
+        silent = [client.last_active for client in self.clients if not client.is_waiting]
+        return min(silent) + IDLE_TIMEOUT if silent else None
+
+    def drop_silent(self) -> None:
+        limit = self._clock() - IDLE_TIMEOUT
+        for client in [client for client in self.clients if not client.is_waiting and client.last_active <= limit]:
+            self._close(client)
+
+    def stop_listening(self) -> None:
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+
+    def close(self) -> None:
+        """Close everything; what clients have not read yet is offered to them once more."""
+        self.stop_listening()
+        for client in list(self.clients):
+            self._send(client)
+            self._close(client)
+        os.close(self._spare)
+
+    def _accept(self, mask: int) -> None:
+        for _ in range(64):  # then the others' turn
+            try:
+                connection, _address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    return  # the client has gone again
+                self._turn_away_without_descriptor()
+                continue
+            connection.setblocking(False)
+            if peer_uid(connection) not in (os.getuid(), None):
+                connection.close()
+            elif len(self.clients) >= self._max_clients and not self._make_room():
+                self._turn_away(connection)
+            else:
+                self._admit(connection)
+
+    def _turn_away(self, connection: Any) -> None:
+        try:
+            connection.send(encode_error(f"{TOO_MANY_CLIENTS} {self._max_clients}, got one more"))
+        except OSError:
+            pass  # it has gone already
+        connection.close()
+
+    def _turn_away_without_descriptor(self) -> None:
+        # The spare descriptor takes the connection off the queue, which would otherwise wake the loop for ever.
+        os.close(self._spare)
+        try:
+            self._turn_away(self._listener.accept()[0])
+        except OSError:
+            pass
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _make_room(self) -> bool:
+        """Give the place of the client that has been silent longest to one that may have something to say."""
+        silent = [client for client in self.clients if not client.has_spoken]
+        eldest = min(silent, key=lambda client: client.last_active, default=None)
+        if eldest is None or self._clock() - eldest.last_active < SILENT_GRACE:
+            return False
+        self._close(eldest)
+        return True
+
+    def _admit(self, connection: Any) -> None:
+        client = Client(connection, self._clock())
+        self.clients.add(client)
+        self._selector.register(connection, READABLE, functools.partial(self._on_ready, client))
+
+    def _on_ready(self, client: Client, mask: int) -> None:
+        if mask & READABLE and client in self.clients and client.wants_to_read:
+            self._receive(client)
+        if client in self.clients:
+            self._advance(client)
+
+    def _receive(self, client: Client) -> None:
+        try:
+            data = client.connection.recv(MAX_LINE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # it has gone without a word
+        if data:
+            client.last_active = self._clock()
+            client.lines.feed(data)
+        else:
+            client.is_ended = True
+
+    def _advance(self, client: Client) -> None:
+        """Answer some requests, send what can be sent, and wait for the next turn."""
+        client.has_more = True
+        for _ in range(REQUESTS_A_TURN):
+            if client.is_waiting or client.is_closing or len(client.unsent) >= MAX_UNSENT:
+                break
+            client.has_more = self._answer_next(client)
+            if not client.has_more:
+                break
+        self._send(client)
+        if client.is_finished:
+            self._close(client)
+        elif client in self.clients:
+            self._watch(client)
+
+    def _answer_next(self, client: Client) -> bool:
+        try:
+            line = client.lines.next_line(at_end=client.is_ended)
+            if line is None:
+                return False
+            client.has_spoken = True
+            if line.strip():
+                self._handle(parse_request(line), client)
+        except ProtocolError as error:
+            client.unsent += encode_error(str(error))
+            client.is_closing = error.closes
+        return True
+
+    def _send(self, client: Client) -> None:
+        try:
+            while client.unsent:
+                sent = client.connection.send(client.unsent)
+                del client.unsent[:sent]
+                client.last_active = self._clock()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._close(client)
+
+    def _watch(self, client: Client) -> None:
+        wants_turn = client.unsent or (client.has_more and not client.is_waiting)
+        events = (READABLE if client.wants_to_read else 0) | (WRITABLE if wants_turn else 0)
+        is_registered = client.connection in self._selector.get_map()
+        on_ready = functools.partial(self._on_ready, client)
+        if not events:
+            if is_registered:
+                self._selector.unregister(client.connection)
+        elif not is_registered:
+            self._selector.register(client.connection, events, on_ready)
+        elif self._selector.get_key(client.connection).events != events:
+            self._selector.modify(client.connection, events, on_ready)
+
+    def _close(self, client: Client) -> None:
+        if client in self.clients:
+            self.clients.remove(client)
+            if client.connection in self._selector.get_map():
+                self._selector.unregister(client.connection)
+            client.connection.close()
+
+
+def peer_uid(connection: Any) -> Optional[int]:
+    """Ask who is at the other end of a Unix socket; None where the system does not say.
+
+    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at level 0.
+    """
+    import socket
+    import struct
+
+    try:
+        if sys.platform == "darwin":
+            data = connection.getsockopt(0, 1, 76)
+            return int(struct.unpack("=IIhxx16I", data)[1])
+        if hasattr(socket, "SO_PEERCRED"):
+            data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return int(struct.unpack("3i", data)[1])
+    except OSError:
+        return -1  # nobody: it has gone
+    return None
+
+
+def open_listener(home: str) -> Any:
+    """Bind the control socket, readable for its owner alone from the first instant; the daemon's lock is held.
+
+    A stale socket is removed. Raises IoError, and ProtocolError for a path that cannot be a socket's.
+    """
+    import socket
+
+    path = socket_path(home)
+    limit = 103 if sys.platform == "darwin" else 107  # sun_path less its final NUL
+    if len(os.fsencode(path)) > limit:
+        raise ProtocolError(f"{path}: expected a socket path of at most {limit} bytes, got {len(os.fsencode(path))}")
+    kind = read_disk(path).kind
+    if kind not in ("absent", "special"):
+        raise ProtocolError(f"{path}: expected a socket or nothing, got {DISK_NAMES[kind]}: move it away")
+    remove_private(path)
+    listener = socket.socket(socket.AF_UNIX)
+    old_umask = os.umask(0o177)
+    try:
+        with blame(path):
+            listener.bind(path)
+            listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(old_umask)
+    listener.setblocking(False)
+    return listener
+
+
+# The loop
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit on open files as far as is sensible, and return it. launchd gives 256."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return soft
+    return wanted
+
+
+class Daemon:
+    """The one process that keeps all codebases in step. `run` it, or turn it by hand with `step`."""
+
+    def __init__(self, home: str, environ: Mapping[str, str] = os.environ) -> None:
+        self.home = home
+        self._watcher_wanted = environ.get("ORCHESTRA_WATCHER", "")
+        self._clock = time.monotonic
+        self._started_at = int(time.time())
+        self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
+        self._due: set[Key] = set()
+        self._suspects: frozenset[Key] = frozenset()
+        self._watch_job_runs = False
+        self._staleness_at: Optional[float] = None
+        self._is_stopping = False
+        self._opened: list[Callable[[], object]] = []  # what `close` undoes, last first
+
+    # Opening and closing
+
+    def open(self) -> None:
+        """Take the lock, then everything else; raises DaemonError, RegistryError."""
+        import selectors
+        import socket
+
+        make_private_folder(orchestra_root(self.home))
+        open_standard_streams()
+        lock = try_lock(daemon_lock_path(self.home))
+        if lock is None:
+            raise DaemonError(f"daemon socket already in use: {socket_path(self.home)}", "orchestra daemon status")
+        self._opened.append(functools.partial(os.close, lock))
+        limit = raise_descriptor_limit()
+        self._log = Log(self.home)
+        self._opened.append(self._log.close)
+        with blame(projects_root(self.home)):
+            make_private_folder(projects_root(self.home))
+        self._selector = selectors.DefaultSelector()
+        self._opened.append(self._selector.close)
+        self._watcher = Watcher(self.home, open_source(self._watcher_wanted, limit))
+        self._opened.append(self._watcher.source.close)
+        self._watcher.look()
+        if self._watcher.source.fileno() >= 0:
+            self._selector.register(self._watcher.source, READABLE, self._on_hints)
+        self._wake_in, self._wake_out = socket.socketpair()
+        for end in (self._wake_in, self._wake_out):
+            end.setblocking(False)
+            self._opened.append(end.close)
+        self._selector.register(self._wake_out, READABLE, self._on_wake)
+        self._processor = SyncProcessor(self.home, load_cache(self.home), self._wake)
+        listener = open_listener(self.home)
+        self._opened.append(functools.partial(remove_private, socket_path(self.home)))
+        max_clients = max(4, min(MAX_CLIENTS, limit - 32))
+        self._server = SocketServer(listener, self._selector, self.handle_request, max_clients)
+        self._opened.append(self._server.close)
+        self._rescan_at = self._clock() + self._watcher.interval
+        self._processor.start()
+        self._processor.submit(SyncJob(SyncTarget.all(), "start"))
+        self._log.info("started", pid=os.getpid(), version=__version__, watcher=self._watcher.source.name)
+
+    def close(self) -> None:
+        for undo in reversed(self._opened):
+            undo()
+        self._opened.clear()
+
+    def run(self) -> int:
+        """Serve until stopped by the socket or by SIGINT or SIGTERM; return the exit status."""
+        try:
+            self.open()
+            self._install_signals()
+            sys.setswitchinterval(0.001)  # seconds: the loop must not wait long for the worker's turn to end
+            while not self.is_done:
+                self.step()
+            self._log.info("stopped", pid=os.getpid())
+        finally:
+            self.close()
+        return 0
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_stopping and not self._processor.is_alive
+
+    def step(self, timeout: Optional[float] = None) -> None:
+        """Wait for what comes next, at most `timeout` seconds, and do it."""
+        for key, mask in self._selector.select(self._time_left() if timeout is None else timeout):
+            key.data(mask)
+        if not self._is_stopping:
+            self._do_due()
+
+    # Waiting
+
+    def _time_left(self) -> float:
+        if self._is_stopping:
+            return 0.05  # seconds: the worker's end makes no event
+        deadlines = [self._rescan_at, self._staleness_at, self._server.next_expiry()]
+        if not self._watch_job_runs:
+            deadlines.append(self._debouncer.next_due())
+        known = [deadline for deadline in deadlines if deadline is not None]
+        return max(0.0, min(known) - self._clock())
+
+    def _do_due(self) -> None:
+        now = self._clock()
+        if now >= self._rescan_at:
+            self._note(self._watcher.look())
+            self._rescan_at = now + self._watcher.interval
+        self._server.drop_silent()
+        self._due |= self._debouncer.take_due()
+        if self._due and not self._watch_job_runs:
+            self._submit_due()
+        elif self._staleness_at is not None and now >= self._staleness_at:
+            self._staleness_at = None
+            self._processor.submit(SyncJob(SyncTarget(()), "staleness"))
+
+    def _submit_due(self) -> None:
+        changed = frozenset(self._due)
+        target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
+        job = SyncJob(target, "watcher", None, changed, self._suspects & changed)
+        if self._processor.submit(job):
+            self._due.clear()
+            self._watch_job_runs = True
+
+    # What wakes the loop
+
+    def _on_hints(self, mask: int) -> None:
+        self._note(self._watcher.drain())
+        if self._watcher.must_poll:
+            self._rescan_at = min(self._rescan_at, self._clock() + self._watcher.interval)
+
+    def _note(self, changes: Changes) -> None:
+        self._debouncer.note(key_of_change(self.home, path, True) for path in changes.saved)
+        self._debouncer.note(key_of_change(self.home, path, False) for path in changes.deleted)
+
+    def _wake(self) -> None:
+        try:
+            self._wake_in.send(b"\0")
+        except OSError:
+            pass  # the loop has plenty of reasons to wake already, or is gone
+
+    def _on_wake(self, mask: int) -> None:
+        import signal
+
+        try:
+            numbers = self._wake_out.recv(4096)
+        except BlockingIOError:
+            return
+        if signal.SIGHUP in numbers and not self._is_stopping:
+            self._log.info("rescanning everything", reason="SIGHUP")
+            self._watcher.look()
+            self._debouncer.note([EVERYTHING])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if number in numbers:
+                self._stop(signal.Signals(number).name)
+        while self._processor.outcomes:
+            self._finish_job(self._processor.outcomes.popleft())
+
+    def _install_signals(self) -> None:
+        import signal
+
+        signal.set_wakeup_fd(self._wake_in.fileno(), warn_on_full_buffer=False)
+        self._opened.append(functools.partial(signal.set_wakeup_fd, -1))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+
+    # Jobs
+
+    def _finish_job(self, outcome: JobOutcome) -> None:
+        job = outcome.job
+        if job.source == "watcher":
+            self._watch_job_runs = False
+            self._suspects = (self._suspects - job.changed) | outcome.suspects
+            self._debouncer.note(outcome.suspects)
+        if job.respond_to:
+            job.respond_to(outcome)
+        self._log_outcome(outcome)
+        if job.source != "staleness":
+            self._staleness_at = self._clock() + STALENESS_DELAY
+
+    def _log_outcome(self, outcome: JobOutcome) -> None:
+        summary = outcome.summary
+        if outcome.error:
+            self._log.warning("job failed", source=outcome.job.source, error=outcome.error)
+        elif summary is None:
+            if outcome.statuses:
+                self._log.info("staleness", **outcome.statuses)
+        else:
+            self._log.info(
+                "synced",
+                target=summary.target,
+                source=summary.source,
+                codebases=len(summary.codebases),
+                written=summary.written,
+                unchanged=summary.unchanged,
+                errors=len(summary.errors),
+                ms=summary.duration_ms,
+            )
+            for error in summary.errors[:MAX_LOGGED_ERRORS]:
+                self._log.warning("problem", error=error)
+            if len(summary.errors) > MAX_LOGGED_ERRORS:
+                self._log.warning("more problems", count=len(summary.errors) - MAX_LOGGED_ERRORS)
+
+    # Requests
+
+    def handle_request(self, request: Request, client: Client) -> None:
+        if request.cmd == "status":
+            client.unsent += encode_reply(self.status())
+        elif request.cmd == "stop":
+            client.unsent += encode_reply({"stopping": True})
+            self._stop("socket")
+        else:
+            self._handle_sync(request, client)
+
+    def _handle_sync(self, request: Request, client: Client) -> None:
+        target = SyncTarget.all() if request.codebase is None else SyncTarget.codebase(request.codebase)
+        job = SyncJob(target, "socket", lambda outcome: self._server.reply(client, encode_outcome(outcome)))
+        if self._is_stopping:
+            raise ProtocolError("daemon: expected to sync, but it is stopping")
+        if not self._processor.submit(job):
+            raise ProtocolError(f"daemon: expected room for the job, got a queue of {QUEUE_SIZE}: try again")
+        client.is_waiting = True
+
+    def status(self) -> dict[str, Any]:
+        cache = self._processor.cache
+        return {
+            "running": True,
+            "label": DAEMON_LABEL,
+            "started_at_unix": self._started_at,
+            "codebase_count": len(cache.names),
+            "codebases": sorted(cache.names.values()),
+            "socket": socket_path(self.home),
+            "projects_root": projects_root(self.home),
+            "version": __version__,
+            "pid": os.getpid(),
+            "watcher": self._watcher.source.name,
+            "last_sync_at_unix": cache.last_sync_at,
+            "queue_depth": self._processor.jobs.qsize(),
+            "problems": cache.problems,
+        }
+
+    def _stop(self, reason: str) -> None:
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self._log.info("stopping", reason=reason)
+        self._server.stop_listening()
+        for job in self._processor.finish():
+            if job.respond_to:
+                job.respond_to(JobOutcome(job, error="daemon: expected to sync, but it is stopping"))
+
+
+def encode_outcome(outcome: JobOutcome) -> bytes:
+    """Write a sync's reply: an error where it could not be done, or all of its codebases failed."""
+    summary = outcome.summary
+    if summary is None:
+        return encode_error(outcome.error)
+    if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
+        return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
+    return encode_reply(summary.as_reply())
+
+
+def key_of_change(home: str, path: str, is_saved: bool) -> Key:
+    """Say what a changed registry file means: its codebase, everything, or just another look at the registry."""
+    folder, name = os.path.split(path)
+    root, project = os.path.split(folder)
+    if root != projects_root(home) or not name.endswith(".yaml"):
+        return STRAY
+    if name == "project.yaml":
+        return EVERYTHING if is_saved else STRAY
+    return (project, name[:-5])
+
+
+def start_blocking(home: str) -> int:
+    """Run the daemon in the foreground until it is stopped; raises DaemonError, RegistryError."""
+    return Daemon(home).run()
+
+
+# Reading the logs
+
+
+def tail_lines(path: str, count: int) -> bytes:
+    """Read the last `count` lines of a file, however long it is; raises IoError."""
+    data = b""
+    with blame(path):
+        fd = _open_if_there(path)
+        if fd is None:
+            return b""
+        with open(fd, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end > 0 and data.count(b"\n") <= count:
+                start = max(0, end - (64 << 10))
+                file.seek(start)
+                data = file.read(end - start) + data
+                end = start
+    return b"".join(data.splitlines(keepends=True)[-count:] if count else [])
+
+
+def _open_if_there(path: str) -> Optional[int]:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+class LogFollower:
+    """Read what is appended to a log from now on, across its rotations; raises IoError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with blame(path):
+            self._fd = _open_if_there(path)
+            if self._fd is not None:
+                os.lseek(self._fd, 0, os.SEEK_END)
+
+    def read(self) -> bytes:
+        """Take what was appended since the last call."""
+        data = b""
+        with blame(self._path):
+            if self._fd is not None:
+                is_current = self._is_current(self._fd)
+                data = self._read_rest(self._fd)  # of a file rotated away too, since nothing is added to it now
+                if is_current:
+                    return data
+                os.close(self._fd)
+            self._fd = _open_if_there(self._path)
+            return data if self._fd is None else data + self._read_rest(self._fd)
+
+    def _is_current(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(fd))
+        except FileNotFoundError:
+            return True
+
+    def _read_rest(self, fd: int) -> bytes:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
 
 
 # ── 13 Commands ───────────────────────────────────────────────────────────────
@@ -2545,7 +4150,7 @@ def _describe_codebase(home: str, codebase: Codebase) -> dict[str, Any]:
 
 def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     registry = load_registry(home)
-    key = find_key(registry.keys, args.name)
+    key = registry.find(args.name)
     if args.purge and key in registry.broken:
         raise error_for(registry.broken[key])
     # Deregistered first: from then on no sync brings back what is purged.
@@ -2596,12 +4201,12 @@ def sync_and_report(
             print_result(result)
         print_totals(results, dry_run)
     errors = [problem for result in results for problem in result.errors]
-    failed = report_all([*(registry.stray if scope.name is None else ()), *errors])
+    failed = report_all([*(registry.stray if scope.names is None else ()), *errors])
     return failed or (OUT_OF_DATE if check and any(result.written for result in results) else OK)
 
 
 def print_result(result: SyncCodebaseResult) -> None:
-    label = label_for((result.project, result.codebase))
+    label = label_for(result.key)
     for file in result.files:
         if file.writes:
             print(f"{_verb_for(file):8} {label} {file.path}")
@@ -2662,7 +4267,7 @@ def _describe_staleness(entry: Staleness) -> dict[str, Any]:
 def find_codebase(home: str, name: str) -> Codebase:
     """Find a registered codebase that can be read; raises RegistryError."""
     registry = load_registry(home)
-    key = find_key(registry.keys, name)
+    key = registry.find(name)
     if key in registry.broken:
         raise error_for(registry.broken[key])
     return registry.codebases[key]
@@ -2713,7 +4318,7 @@ def cmd_edit(home: str, args: argparse.Namespace, environ: Mapping[str, str] = o
     import shlex
     import subprocess
 
-    key = find_key(load_registry(home).keys, args.codebase)
+    key = load_registry(home).find(args.codebase)
     file = codebase_path(home, key)
     editor = environ.get("VISUAL") or environ.get("EDITOR") or "vi"
     try:
@@ -2723,6 +4328,49 @@ def cmd_edit(home: str, args: argparse.Namespace, environ: Mapping[str, str] = o
     if code:
         raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
     return report_all(read_codebase(home, key)[1])
+
+
+# daemon
+
+
+def cmd_daemon_start(home: str, args: argparse.Namespace) -> int:
+    return start_blocking(home)
+
+
+def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
+    try:
+        request_stop(home)
+    except DaemonNotRunning as error:
+        print(error)
+        return OK
+    print("daemon stop requested")
+    return OK
+
+
+def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
+    try:
+        print_json(request_status(home))
+    except DaemonNotRunning as error:
+        print_json({"running": False, "socket": error.socket})
+    return OK
+
+
+def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
+    paths = [stderr_log_path(home)] if args.stderr_only else [stdout_log_path(home), stderr_log_path(home)]
+    for path in paths:
+        if len(paths) > 1:
+            print(f"==> {shorten_home(home, path)} <==")
+        sys.stdout.flush()
+        sys.stdout.buffer.write(tail_lines(path, args.lines))
+        sys.stdout.flush()
+    if args.follow:
+        followers = [LogFollower(path) for path in paths]
+        while True:
+            for follower in followers:
+                sys.stdout.buffer.write(follower.read())
+            sys.stdout.flush()
+            time.sleep(FOLLOW_PAUSE)
+    return OK
 
 
 # The command line
@@ -2780,7 +4428,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     edit = add_command(commands, "edit", cmd_edit, "open a codebase's registry file in your editor, and check it")
     edit.add_argument("codebase", metavar="CODEBASE")
+
+    daemon = commands.add_parser("daemon", help="keep everything in step in the background", allow_abbrev=False)
+    daemon_commands = daemon.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_command(daemon_commands, "start", cmd_daemon_start, "run the daemon in the foreground")
+    add_command(daemon_commands, "stop", cmd_daemon_stop, "ask the running daemon to end")
+    add_command(daemon_commands, "status", cmd_daemon_status, "print what the running daemon knows, as JSON")
+    logs = add_command(daemon_commands, "logs", cmd_daemon_logs, "print the end of the daemon's logs")
+    logs.add_argument("--lines", metavar="N", type=_line_count, default=100, help="of each log; default: 100")
+    logs.add_argument("--stderr-only", action="store_true", help="only daemon-err.log: warnings and errors")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is logged")
     return parser
+
+
+def _line_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(text)
+    return int(text)
 
 
 def add_command(commands: Any, name: str, run: Callable[..., int], purpose: str) -> argparse.ArgumentParser:
