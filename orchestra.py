@@ -28,12 +28,21 @@ Contents
      9 Watching            the registry's tree: hints, and what really changed
     10 Protocol            the control socket's lines, and its client
     11 Daemon              the worker, the socket server, the loop, the logs
+    12 launchd and installing  the service on macOS, the installed program, PyYAML
     13 Commands            the command line; the only code that prints
 
 Each section uses only those above it.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9) or sys.platform == "win32":
+    # Said before anything below can fail on it.
+    found = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}"
+    sys.stderr.write(f"orchestra: expected Python 3.9 or newer on macOS or Linux, got {found}\n")
+    sys.exit(2)
 
 import errno
 import fcntl
@@ -43,7 +52,6 @@ import json
 import os
 import re
 import stat
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
@@ -91,6 +99,13 @@ class IoError(DaemonError):
         super().__init__(f"{path}: {explain_os_error(source)}", hint_for_os_error(source))
         self.path = path
         self.source = source
+
+
+class LaunchdError(DaemonError):
+    """Something that launchd cannot do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"launchd error: {message}", hint)
 
 
 class NotifyError(DaemonError):
@@ -226,6 +241,27 @@ def stderr_log_path(home: str) -> str:
 
 def launchd_plist_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", DAEMON_LABEL + ".plist")
+
+
+def python_lib_dir(home: str) -> str:
+    """The place of Orchestra's own copy of PyYAML, for the Python that runs."""
+    return os.path.join(orchestra_root(home), "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+
+
+def pip_lock_path(home: str) -> str:
+    return os.path.join(run_dir(home), "pip.lock")
+
+
+def installed_script_path(home: str) -> str:
+    return os.path.join(orchestra_root(home), "lib", "orchestra.py")
+
+
+def binary_path(home: str) -> str:
+    return os.path.join(orchestra_root(home), "bin", "orchestra")
+
+
+def link_path(home: str) -> str:
+    return os.path.join(home, ".local", "bin", "orchestra")
 
 
 def shorten_home(home: str, path: str) -> str:
@@ -426,20 +462,45 @@ def _unlink_quietly(path: str) -> None:
         pass  # never made, or gone
 
 
-def save_private(path: str, data: bytes, token: str, *, durable: bool = True) -> None:
-    """Save a file of Orchestra's own (mode 0600) in one step; raises IoError."""
+def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Save a file of Orchestra's own in one step; raises IoError."""
     folder = os.path.dirname(path)
     temporary = temporary_path(folder, token)
     with blame(path):
         make_private_folder(folder)
         try:
-            _write_temporary(temporary, data, 0o600, durable)
+            _write_temporary(temporary, data, mode, durable)
             os.rename(temporary, path)
         except BaseException:
             _unlink_quietly(temporary)
             raise
         if durable:
             sync_folder(folder)
+
+
+def replace_private_folder(temporary: str, path: str) -> None:
+    """Put a finished folder in the place of an unfinished one; raises IoError."""
+    remove_private_folder(path)
+    with blame(path):
+        os.rename(temporary, path)
+
+
+def remove_private_folder(path: str) -> None:
+    """Remove a folder of Orchestra's own with all that is in it; raises IoError."""
+    import shutil
+
+    with blame(path):
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+
+
+def make_link(target: str, link: str) -> None:
+    """Make or renew a symbolic link in one step."""
+    folder = os.path.dirname(link)
+    make_folder(folder)
+    temporary = temporary_path(folder, new_token())
+    os.symlink(target, temporary)
+    os.replace(temporary, link)
 
 
 def remove_private(path: str) -> None:
@@ -3961,6 +4022,335 @@ class LogFollower:
         return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
 
 
+# ── 12 launchd and installing ─────────────────────────────────────────────────
+
+# The only code that starts other programs, all through one runner that tests replace. What launchctl says is not
+# believed without asking: its exit status 5 means four things, and bootout returns before the service is gone.
+
+LAUNCHCTL = "/bin/launchctl"
+LAUNCHCTL_TIMEOUT = 20.0  # seconds for one call
+SETTLE_TIMEOUT = 15.0  # seconds for a service to go, to be taken, or to answer
+SETTLE_PAUSE = 0.5  # seconds
+PROGRAM_TIMEOUT = 60.0  # seconds for an interpreter to show that it works
+PIP_TIMEOUT = 300.0  # seconds
+TRY_AGAIN = (5, 36, 37)  # launchctl's exit statuses: input/output error (still tearing down, among others), in progress
+NO_DOMAIN = (112, 125)
+DISABLED = 119
+TIMED_OUT, NOT_STARTED = 124, 127  # as timeout(1) and sh(1) have them
+SYSTEMD_HINT = "systemd-run --user --unit=orchestra orchestra daemon start"
+
+
+class Completed(NamedTuple):
+    """How a program ended: its exit status, and what it printed."""
+
+    code: int
+    output: str
+
+
+Runner = Callable[["Sequence[str]", float], Completed]
+
+
+def run_program(argv: Sequence[str], timeout: float) -> Completed:
+    """Run a program to its end, at most `timeout` seconds."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
+    except OSError as error:
+        return Completed(NOT_STARTED, explain_os_error(error))
+    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+def run_editor(editor: str, file: str) -> None:
+    """Open a file in the user's editor and wait for it to be closed; raises UsageError."""
+    import shlex
+    import subprocess
+
+    try:
+        code = subprocess.call([*shlex.split(editor), file])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
+    if code:
+        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
+
+
+# PyYAML
+
+
+def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> None:
+    """Make PyYAML importable: this Python's own, or Orchestra's copy, which is fetched the first time.
+
+    Raises OrchestraError where it cannot be had.
+    """
+    if _can_import_yaml():
+        return
+    lib = python_lib_dir(home)
+    sys.path.append(lib)
+    if not _can_import_yaml():
+        fetch_yaml(home, sys.executable, environ, tell, run)
+    if not _can_import_yaml():
+        raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
+
+
+def _can_import_yaml() -> bool:
+    import importlib
+
+    importlib.invalidate_caches()
+    try:
+        import_yaml()
+    except OrchestraError:
+        return False
+    return True
+
+
+def fetch_yaml(
+    home: str, python: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program
+) -> None:
+    """Install PyYAML below ~/.orchestra/lib with pip; whole, or not at all. Raises OrchestraError.
+
+    `pip install --target` is allowed on externally managed Pythons too (PEP 668).
+    """
+    lib = python_lib_dir(home)
+    hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
+    if environ.get("ORCHESTRA_NO_FETCH"):
+        raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
+    with hold_lock(pip_lock_path(home), sweep=[], timeout=PIP_TIMEOUT) as lock:
+        if os.path.isdir(os.path.join(lib, "yaml")):
+            return  # somebody else's first run has just fetched it
+        tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
+        temporary = temporary_path(os.path.dirname(lib), lock.token)
+        # --isolated: a user = true in the user's pip.conf cannot be combined with --target.
+        command = [python, "-m", "pip", "--isolated", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
+        done = run([*command, "--no-deps", "--target", temporary, "PyYAML>=6"], PIP_TIMEOUT)
+        if done.code == 0 and os.path.isdir(os.path.join(temporary, "yaml")):
+            replace_private_folder(temporary, lib)
+            return
+        remove_private_folder(temporary)
+    reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
+    raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {reason}", hint)
+
+
+# The installed program
+
+
+def choose_python(run: Runner = run_program) -> str:
+    """Choose the interpreter that the installed program names: one that stays, and was tried. Raises UsageError."""
+    candidates = [sys.executable]
+    if sys.prefix != sys.base_prefix:
+        # A virtual environment (uv run and pipx run make one) may be gone tomorrow.
+        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        candidates.insert(0, os.path.join(sys.base_prefix, "bin", version))
+    for candidate in candidates:
+        python = stable_python_path(candidate)
+        if run([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], PROGRAM_TIMEOUT).code == 0:
+            return python
+    raise UsageError(f"python: expected {' or '.join(candidates)} to run, got none that does")
+
+
+def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
+    """Name Homebrew's interpreter by its `opt` link: the versioned Cellar path is gone after an upgrade."""
+    found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
+    stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
+    return stable if exists(stable) else python
+
+
+def install_program(home: str, python: str, script: str) -> str:
+    """Copy the script to ~/.orchestra/lib, with an executable that imports it; return the executable's path.
+
+    Imported, the script is compiled once; run as it stands, at every start. Raises IoError, UsageError.
+    """
+    disk = read_disk(os.path.realpath(script))
+    if disk.kind != "file":
+        raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
+    save_private(installed_script_path(home), disk.data, new_token())
+    save_private(binary_path(home), launcher_for(home, python).encode(), new_token(), mode=0o700)
+    return binary_path(home)
+
+
+def launcher_for(home: str, python: str) -> str:
+    """Write the executable that runs the installed script with `python`, isolated from the user's environment."""
+    shebang = f"#!{python} -I\n"
+    if re.search(r"\s", python) or len(os.fsencode(shebang)) > 127:  # Linux's limit; and a space ends the path
+        quoted = python.replace("'", "'\"'\"'")
+        shebang = f"#!/bin/sh\n''':'\nexec '{quoted}' -I \"$0\" \"$@\"\n'''\n"
+    lib = os.path.dirname(installed_script_path(home))
+    return f"{shebang}import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
+
+
+def link_program(home: str) -> str:
+    """Make ~/.local/bin/orchestra lead to the installed program; raises UsageError where another program is."""
+    link = link_path(home)
+    with blame(link):
+        if os.path.lexists(link) and not (os.path.islink(link) and os.readlink(link) == binary_path(home)):
+            raise UsageError(f"{link}: expected nothing or Orchestra's link, found something else", "move it away")
+        make_link(binary_path(home), link)
+    return link
+
+
+# launchd
+
+
+def generate_plist(binary_path: str, log_dir: str) -> bytes:
+    """Write the service's property list (launchd.plist(5)); raises LaunchdError for a path XML cannot hold."""
+    import plistlib
+
+    values = {
+        "Label": DAEMON_LABEL,
+        "ProgramArguments": [binary_path, "daemon", "start"],
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "StandardOutPath": os.path.join(log_dir, DAEMON_STDOUT_LOG),
+        "StandardErrorPath": os.path.join(log_dir, DAEMON_STDERR_LOG),
+        "SoftResourceLimits": {"NumberOfFiles": MAX_DESCRIPTORS},  # launchd's own is 256
+        "ExitTimeOut": 20,  # seconds until SIGKILL; 5 in practice where it is not said
+    }
+    try:
+        return plistlib.dumps(values)
+    except (ValueError, UnicodeEncodeError) as error:
+        raise LaunchdError(f"{binary_path!r}: expected a path that a property list can hold, got: {error}") from None
+
+
+class Launchd:
+    """The user's launchd, asked through launchctl(1)."""
+
+    def __init__(
+        self,
+        run: Runner = run_program,
+        uid: Optional[int] = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._run = run
+        self._clock = clock
+        self._sleep = sleep
+        self.domain = f"gui/{os.getuid() if uid is None else uid}"
+        self.service = f"{self.domain}/{DAEMON_LABEL}"
+
+    def call(self, *arguments: str) -> Completed:
+        return self._run([LAUNCHCTL, *arguments], LAUNCHCTL_TIMEOUT)
+
+    def is_loaded(self) -> bool:
+        """Ask whether the service is known; raises LaunchdError where launchctl does not answer."""
+        done = self.call("print", self.service)
+        if done.code in (TIMED_OUT, NOT_STARTED):
+            raise LaunchdError(f"launchctl print: expected an answer, got: {done.output}")
+        return done.code == 0
+
+    def boot_out(self) -> None:
+        """Unload the service and wait until it is gone; raises LaunchdError if it stays."""
+        self.call("bootout", self.service)
+        if not self.wait_until(lambda: not self.is_loaded()):
+            raise LaunchdError(f"{self.service}: expected it to be unloaded, found it there after {SETTLE_TIMEOUT:g} s")
+
+    def bootstrap(self, plist: str) -> None:
+        """Load the service, again for as long as launchd says that it is busy; raises LaunchdError."""
+        tries: list[Completed] = []
+        self.wait_until(lambda: self._is_settled(plist, tries))
+        code, output = tries[-1]
+        if code in NO_DOMAIN:
+            raise LaunchdError(
+                f"{self.domain}: expected a desktop session, found none (launchctl says {code})",
+                "log in at the Mac's screen, and run orchestra daemon install there",
+            )
+        if code and not self.is_loaded():
+            raise LaunchdError(f"launchctl bootstrap: expected it to load {plist}, got {code}: {output}")
+
+    def _is_settled(self, plist: str, tries: list[Completed]) -> bool:
+        done = self.call("bootstrap", self.domain, plist)
+        tries.append(done)
+        if done.code == DISABLED:
+            self.call("enable", self.service)
+            return False
+        return done.code not in TRY_AGAIN or self.is_loaded()
+
+    def wait_until(self, condition: Callable[[], bool]) -> bool:
+        """Ask until it is so, or SETTLE_TIMEOUT is over."""
+        deadline = self._clock() + SETTLE_TIMEOUT
+        while not condition():
+            if self._clock() >= deadline:
+                return False
+            self._sleep(SETTLE_PAUSE)
+        return True
+
+
+def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> None:
+    """Have launchd run the daemon from now on; raises LaunchdError, IoError, and then the old plist is back."""
+    check_platform(platform)
+    plist = launchd_plist_path(home)
+    new = generate_plist(binary, logs_dir(home))
+    with blame(plist):
+        make_folder(os.path.dirname(plist))
+        make_private_folder(logs_dir(home))
+        make_private_folder(run_dir(home))
+        old = read_disk(plist)
+    save_private(plist, new, new_token())
+    try:
+        launchd.boot_out()
+        _stop_other_daemon(home, launchd)
+        launchd.bootstrap(plist)
+        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
+        if not launchd.wait_until(lambda: _answers(home)):
+            raise LaunchdError(
+                f"{launchd.service}: expected the daemon to answer on {socket_path(home)}, got nothing",
+                "orchestra daemon logs --stderr-only",
+            )
+    except DaemonError:
+        _put_back(plist, old, launchd)
+        raise
+
+
+def check_platform(platform: str) -> None:
+    """Raise LaunchdError where there is no launchd."""
+    if platform != "darwin":
+        raise LaunchdError("launchd management is only supported on macOS", SYSTEMD_HINT)
+
+
+def _stop_other_daemon(home: str, launchd: Launchd) -> None:
+    # One that somebody started by hand holds the lock: launchd's could not start beside it.
+    if _answers(home):
+        request_stop(home)
+        if not launchd.wait_until(lambda: not _answers(home)):
+            raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it answering")
+
+
+def _answers(home: str) -> bool:
+    try:
+        send_request(home, {"cmd": "status"})
+    except DaemonError:
+        return False
+    return True
+
+
+def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
+    launchd.call("bootout", launchd.service)
+    if old.kind == "file":
+        save_private(plist, old.data, new_token())
+        launchd.call("bootstrap", launchd.domain, plist)
+    else:
+        remove_private(plist)
+
+
+def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
+    """End launchd's running of the daemon, and say whether there was any; raises LaunchdError, IoError."""
+    check_platform(platform)
+    was_installed = os.path.lexists(launchd_plist_path(home))
+    if was_installed or launchd.is_loaded():
+        launchd.boot_out()
+        remove_private(launchd_plist_path(home))
+    if not _answers(home):
+        remove_private(socket_path(home))
+    return was_installed
+
+
 # ── 13 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results, stderr talk and errors. Exit status: 0 fine; 1 looked and found it out of date (only
@@ -4314,19 +4704,9 @@ def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional
     return [backup for backup in found if backup.when == found[-1].when]
 
 
-def cmd_edit(home: str, args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> int:
-    import shlex
-    import subprocess
-
+def cmd_edit(home: str, args: argparse.Namespace) -> int:
     key = load_registry(home).find(args.codebase)
-    file = codebase_path(home, key)
-    editor = environ.get("VISUAL") or environ.get("EDITOR") or "vi"
-    try:
-        code = subprocess.call([*shlex.split(editor), file])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
-    if code:
-        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
+    run_editor(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi", codebase_path(home, key))
     return report_all(read_codebase(home, key)[1])
 
 
@@ -4344,7 +4724,36 @@ def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
         print(error)
         return OK
     print("daemon stop requested")
+    if sys.platform == "darwin" and os.path.exists(launchd_plist_path(home)):
+        say("note: launchd starts it again at once; to end it for good: orchestra daemon uninstall")
     return OK
+
+
+def cmd_daemon_install(home: str, args: argparse.Namespace) -> int:
+    check_platform(sys.platform)
+    install_launchd(home, install_self(home), sys.platform, Launchd())
+    print(f"installed {DAEMON_LABEL}: {shorten_home(home, launchd_plist_path(home))}")
+    return OK
+
+
+def cmd_daemon_uninstall(home: str, args: argparse.Namespace) -> int:
+    was_installed = uninstall_launchd(home, sys.platform, Launchd())
+    print(f"uninstalled {DAEMON_LABEL}" if was_installed else f"{DAEMON_LABEL} was not installed")
+    return OK
+
+
+def cmd_self_install(home: str, args: argparse.Namespace) -> int:
+    """Do the part of install.sh that needs Python: the program, PyYAML, the link."""
+    install_self(home)
+    print(f"installed {shorten_home(home, link_program(home))}")
+    return OK
+
+
+def install_self(home: str) -> str:
+    python = choose_python()
+    if run_program([python, "-I", "-c", "import yaml"], PROGRAM_TIMEOUT).code:
+        fetch_yaml(home, python, os.environ, say)
+    return install_program(home, python, os.path.abspath(__file__))
 
 
 def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
@@ -4432,12 +4841,15 @@ def build_parser() -> argparse.ArgumentParser:
     daemon = commands.add_parser("daemon", help="keep everything in step in the background", allow_abbrev=False)
     daemon_commands = daemon.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_command(daemon_commands, "start", cmd_daemon_start, "run the daemon in the foreground")
-    add_command(daemon_commands, "stop", cmd_daemon_stop, "ask the running daemon to end")
-    add_command(daemon_commands, "status", cmd_daemon_status, "print what the running daemon knows, as JSON")
-    logs = add_command(daemon_commands, "logs", cmd_daemon_logs, "print the end of the daemon's logs")
+    add_command(daemon_commands, "stop", cmd_daemon_stop, "ask the running daemon to end", needs_yaml=False)
+    add_command(daemon_commands, "status", cmd_daemon_status, "print what the daemon knows, as JSON", needs_yaml=False)
+    add_command(daemon_commands, "install", cmd_daemon_install, "have launchd run the daemon", needs_yaml=False)
+    add_command(daemon_commands, "uninstall", cmd_daemon_uninstall, "end launchd's running of it", needs_yaml=False)
+    logs = add_command(daemon_commands, "logs", cmd_daemon_logs, "print the end of the logs", needs_yaml=False)
     logs.add_argument("--lines", metavar="N", type=_line_count, default=100, help="of each log; default: 100")
     logs.add_argument("--stderr-only", action="store_true", help="only daemon-err.log: warnings and errors")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is logged")
+    add_command(commands, "self-install", cmd_self_install, "", needs_yaml=False)  # for install.sh
     return parser
 
 
@@ -4447,9 +4859,12 @@ def _line_count(text: str) -> int:
     return int(text)
 
 
-def add_command(commands: Any, name: str, run: Callable[..., int], purpose: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
-    command.set_defaults(run=run)
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], purpose: str, needs_yaml: bool = True
+) -> argparse.ArgumentParser:
+    shown = {"help": purpose} if purpose else {}
+    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, allow_abbrev=False, **shown)
+    command.set_defaults(run=run, needs_yaml=needs_yaml)
     return command
 
 
@@ -4464,7 +4879,10 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     """Run one command and return its exit status."""
     try:
         args = build_parser().parse_args(argv)
-        status = args.run(find_home(environ), args)
+        home = find_home(environ)
+        if args.needs_yaml:
+            ensure_yaml(home, environ, say)
+        status = args.run(home, args)
         sys.stdout.flush()
         return int(status)
     except OrchestraError as error:
@@ -4480,3 +4898,4 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
 
 if __name__ == "__main__":
     sys.exit(main())
+# The last line: install.sh takes no copy without it.
