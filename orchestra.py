@@ -328,7 +328,8 @@ def read_disk(path: str, limit: int = -1) -> Disk:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-        data = _read_all(fd, info.st_size + 1, limit)
+        with blame(path):
+            data = _read_all(fd, info.st_size + 1, limit)
         return Disk("file", data, stat.S_IMODE(info.st_mode))
     finally:
         os.close(fd)
@@ -356,6 +357,14 @@ def _read_all(fd: int, step: int, limit: int) -> bytes:
         data += more
         step = len(data)
     return data
+
+
+def file_age(path: str, clock: Callable[[], float]) -> float:
+    """Give the seconds since a file was last written, 0 for one that is gone."""
+    try:
+        return clock() - os.stat(path).st_mtime
+    except OSError:
+        return 0.0
 
 
 def make_private_folder(path: str) -> None:
@@ -513,11 +522,11 @@ def remove_private(path: str) -> None:
 
 
 @contextmanager
-def hold_lock(path: str, sweep: Sequence[str], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
+def hold_lock(path: str, sweep: Callable[[], Iterable[str]], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
     """Wait for one's turn at `path`, at most `timeout` seconds, and sweep up after a killed holder.
 
     The lock file holds the token of a turn that is under way and is empty between turns, so a token found
-    on taking the lock belongs to a dead process; its temporary files in the `sweep` folders are removed.
+    on taking the lock belongs to a dead process; its temporary files in the folders of `sweep()` are removed.
     Raises SyncError when the turn does not come, IoError.
     """
     with blame(path):
@@ -527,7 +536,7 @@ def hold_lock(path: str, sweep: Sequence[str], timeout: float = LOCK_TIMEOUT) ->
         _take_turn(fd, path, timeout)
         with blame(path):
             left = os.read(fd, 100).decode("ascii", "replace")
-            for folder in sweep if left else ():
+            for folder in sweep() if left else ():
                 _unlink_quietly(temporary_path(folder, left))
             lock = Lock(path, new_token())
             os.ftruncate(fd, 0)
@@ -551,6 +560,13 @@ def _take_turn(fd: int, path: str, timeout: float) -> None:
                     "wait for it to end, or end it",
                 ) from None
             time.sleep(0.01)
+        except OSError as error:  # a file system without locks
+            raise IoError(path, error) from error
+
+
+def folders_below(path: str) -> list[str]:
+    """List a folder and all below it; links are not followed."""
+    return [folder for folder, _, _ in os.walk(path)]
 
 
 def lock_was_left(path: str) -> bool:
@@ -680,6 +696,7 @@ def _backups_at(folder: str, when: str) -> Iterator[Backup]:
 
 MAX_REGISTRY_FILE = 1 << 20  # bytes
 MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may repeat
+MAX_REGISTRY_ITEMS = 20000
 MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
 MAX_NAME = 100  # characters
 MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
@@ -757,6 +774,7 @@ class Codebase(NamedTuple):
     created_at: str = ""
     updated_at: str = ""
     extra: Extra = ()
+    source: str = ""  # digests of the files it was read from
 
     @property
     def key(self) -> Key:
@@ -773,6 +791,7 @@ class Project(NamedTuple):
     conventions: tuple[str, ...] = ()
     created_at: str = ""
     extra: Extra = ()
+    source: str = ""
 
 
 class Registry(NamedTuple):
@@ -863,7 +882,9 @@ class Document:
     def __init__(self, place: str) -> None:
         self.place = place
         self.problems: list[Problem] = []
+        self.source = ""  # digest of the bytes that were read
         self.taken = 0  # characters
+        self.items = 0  # of lists
 
     def complain(self, line: int, message: str) -> None:
         self.problems.append(Problem(f"{self.place}:{line}", message))
@@ -919,6 +940,9 @@ def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         doc.complain(mark.line + 1 if mark else 1, f"yaml: expected valid YAML, got: {error.problem or error.context}")
+        return None
+    except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
+        doc.complain(1, f"yaml: expected valid YAML, got: {error}")
         return None
     if root is None:
         doc.complain(1, "file: expected a mapping, got nothing")
@@ -983,6 +1007,9 @@ def read_text(doc: Document, node: YamlNode, key: str) -> str:
     if not isinstance(node.value, str) or is_null(node):
         doc.reject(node, key, "text")
         return ""
+    if not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
+        doc.complain(node.start_mark.line + 1, f"{key}: expected text in Unicode, got half a surrogate pair")
+        return ""
     doc.taken += len(node.value)
     if doc.taken > MAX_REGISTRY_TEXT:
         if doc.taken - len(node.value) <= MAX_REGISTRY_TEXT:
@@ -992,17 +1019,19 @@ def read_text(doc: Document, node: YamlNode, key: str) -> str:
 
 
 def read_path(doc: Document, node: YamlNode, key: str) -> str:
+    known = len(doc.problems)
     path = read_text(doc, node, key)
-    if (path and not path.startswith(("/", "~/"))) or "\0" in path:
+    if len(doc.problems) == known and (not path.startswith(("/", "~/")) or "\0" in path):
         doc.reject(node, key, "an absolute path or ~/...")
     return path
 
 
 def one_of(options: Sequence[str], aliases: Mapping[str, str]) -> NodeReader:
     def read(doc: Document, node: YamlNode, key: str) -> str:
+        known = len(doc.problems)
         text = read_text(doc, node, key)
         text = aliases.get(text, text)
-        if text and text not in options:
+        if len(doc.problems) == known and text not in options:
             doc.reject(node, key, " | ".join(options))
         return text
 
@@ -1013,6 +1042,10 @@ def list_of(read_item: NodeReader) -> NodeReader:
     def read(doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
         if node.id != "sequence":
             doc.reject(node, key, "a list")
+            return ()
+        doc.items += len(node.value)
+        if doc.items > MAX_REGISTRY_ITEMS:
+            doc.reject(node, key, f"at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
             return ()
         return tuple(read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value))
 
@@ -1032,8 +1065,12 @@ def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
     items: dict[str, YamlNode] = {}
     for name, value in node.value:
         text = name.value if isinstance(name.value, str) else ""
-        if not text or (text == "<<" and not name.style):
-            doc.reject(name, key or "key", "plain text as a key")
+        if text == "<<" and not name.style:
+            doc.complain(
+                name.start_mark.line + 1, f"{_join(key, text)}: expected no merge key, which YAML 1.2 lacks, got one"
+            )
+        elif not text:
+            doc.reject(name, key or "key", "text as a key")
         elif text in items:
             doc.complain(name.start_mark.line + 1, f"{_join(key, text)}: expected once, got it again")
         else:
@@ -1051,7 +1088,7 @@ def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Fi
     values: dict[str, Any] = {}
     for name, field in schema.items():
         value = items.get(name)
-        if value is not None and not is_null(value):
+        if value is not None and not is_null(value) and not (field.required and value.value == ""):
             values[name] = field.read(doc, value, _join(key, name))
         elif field.required:
             values[name] = ""
@@ -1123,7 +1160,9 @@ def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Docume
         return None, doc
     if disk.kind != "file":
         doc.complain(1, f"file: expected a file, got {DISK_NAMES[disk.kind]}")
-    elif len(disk.data) > MAX_REGISTRY_FILE:
+        return None, doc
+    doc.source = digest_source(disk.data)
+    if len(disk.data) > MAX_REGISTRY_FILE:
         doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
     else:
         text = _decode(disk.data, doc)
@@ -1151,7 +1190,7 @@ def read_codebase(home: str, key: Key) -> tuple[Optional[Codebase], tuple[Proble
     _check_own_name(doc, root, values["name"], name)
     if doc.problems:
         return None, _with_hint(doc.problems, key)
-    return Codebase(project=project, **values), ()
+    return Codebase(project=project, source=doc.source, **values), ()
 
 
 def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
@@ -1169,7 +1208,7 @@ def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]
         values = read_fields(doc, root, "", PROJECT_SCHEMA)
         _check_own_name(doc, root, values["name"], project)
     hint = f"edit {shorten_home(home, file)}"
-    return Project(**values), tuple(problem._replace(hint=hint) for problem in doc.problems)
+    return Project(source=doc.source, **values), tuple(problem._replace(hint=hint) for problem in doc.problems)
 
 
 def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) -> None:
@@ -1190,7 +1229,19 @@ def inherit(codebase: Codebase, project: Project) -> Codebase:
         targets=codebase.targets if codebase.targets is not None else project.targets,
         commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
         conventions=project.conventions + codebase.conventions,
+        source=codebase.source + project.source,
     )
+
+
+def digest_source(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_current(home: str, codebase: Codebase) -> bool:
+    """Say whether the files a codebase was read from still hold the same."""
+    files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
+    found = (read_disk(os.path.realpath(file), MAX_REGISTRY_FILE + 1) for file in files)
+    return codebase.source == "".join(digest_source(disk.data) for disk in found if disk.kind == "file")
 
 
 def is_ignored(name: str) -> bool:
@@ -1204,20 +1255,38 @@ def is_registry_file(name: str) -> bool:
 
 
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
-    """List the codebases of the registry without reading their files, and what lies astray there."""
+    """List the codebases of the registry without reading their files, and what lies astray there.
+
+    Raises IoError for a registry that cannot be listed at all.
+    """
     keys: list[Key] = []
     stray: list[Problem] = []
     for entry in _scan(projects_root(home)):
-        if entry.is_dir():
-            for item in _scan(entry.path):
-                problem = _astray(home, entry.name, item)
-                if problem:
-                    stray.append(problem)
-                elif item.name.endswith(".yaml") and item.name != "project.yaml":
-                    keys.append((entry.name, item.name[:-5]))
-        elif is_registry_file(entry.name):
-            stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
+        try:
+            if entry.is_dir():
+                _scan_project(home, entry, keys, stray)
+            elif is_registry_file(entry.name):
+                stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
+        except OSError as error:
+            stray.append(_stray(home, entry.path, "a project's folder", explain_os_error(error)))
+        except IoError as error:
+            stray.append(_stray(home, entry.path, "a folder to list", explain_os_error(error.source)))
     return keys, stray
+
+
+def _scan_project(home: str, folder: os.DirEntry[str], keys: list[Key], stray: list[Problem]) -> None:
+    found: list[Key] = []
+    names = set()
+    for item in _scan(folder.path):
+        names.add(item.name)
+        problem = _astray(home, folder.name, item)
+        if problem:
+            stray.append(problem)
+        elif item.name.endswith(".yaml") and item.name != "project.yaml":
+            found.append((folder.name, item.name[:-5]))
+    if not found and "project.yaml" in names:
+        stray.extend(read_project(home, folder.name)[1])
+    keys.extend(found)
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:
@@ -1225,7 +1294,7 @@ def _scan(folder: str) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(folder) as entries:
                 return sorted((e for e in entries if not is_ignored(e.name)), key=lambda e: e.name)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
 
 
@@ -1235,7 +1304,11 @@ def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Proble
         if suffix != ".yaml":
             return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
         return _name_problem(home, project, stem, entry.path)
-    if entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path)):
+    try:
+        has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
+    except (IoError, OSError):
+        has_files = False  # a folder without a meaning here
+    if has_files:
         return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
     return None
 
@@ -1294,14 +1367,26 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry) -> Registry:
 
 def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
     # The codebase registered first keeps the path.
-    winner, loser = sorted((one, other), key=lambda key: (codebases[key].created_at, key))
-    return winner, loser
+    def age(key: Key) -> tuple[bool, str, Key]:
+        created_at = codebases[key].created_at
+        return (not created_at, created_at, key)
+
+    return min(one, other, key=age), max(one, other, key=age)
 
 
 def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
     place = shorten_home(home, codebase_path(home, codebase.key))
     message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
     return Problem(f"{place}:1", message, f"orchestra edit {label_for(codebase.key)}")
+
+
+def reread_codebase(home: str, key: Key) -> Codebase:
+    """Read one codebase again, inheritance applied; raises RegistryError."""
+    codebase, problems = read_codebase(home, key)
+    project, project_problems = read_project(home, key[0])
+    if codebase is None or project_problems:
+        raise error_for(problems + project_problems)
+    return inherit(codebase, project)
 
 
 def list_codebases(home: str) -> list[Codebase]:
@@ -1324,22 +1409,34 @@ def error_for(problems: Sequence[Problem]) -> RegistryError:
 # Writing
 
 
-def save_codebase(home: str, codebase: Codebase) -> None:
+def save_codebase(home: str, codebase: Codebase, clock: Callable[[], float] = time.time) -> None:
     """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
 
-    Raises RegistryError for a name that cannot be one and for an old file that cannot be read, IoError.
+    Where that cannot be, the file is written afresh and the old one is kept in the backups. Raises
+    RegistryError for a name that cannot be one and for an old file that cannot be read, IoError.
     """
     check_name("project", codebase.project)
     check_name("codebase", codebase.name)
-    file = os.path.realpath(codebase_path(home, codebase.key))
-    with _registry_turn(home, file) as lock:
-        text = _merge_yaml(home, codebase.key, _node_for(values_of(codebase)))
-        save_private(file, text.encode(), lock.token)
+    key, new = codebase.key, _node_for(values_of(codebase))
+    file = os.path.realpath(codebase_path(home, key))
+    with _registry_turn(home) as lock:
+        disk = read_disk(file)
+        text: Optional[str] = None
+        if disk.kind == "file":
+            old, doc = read_registry_file(home, file)
+            if old is None or old.id != "mapping":
+                raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
+            bom = "\ufeff" if disk.data.startswith(b"\xef\xbb\xbf") else ""
+            merged = _merge_yaml(disk.data.decode("utf-8-sig"), old, new)
+            text = None if merged is None else bom + merged
+            if text is None:
+                back_up(home, key, os.path.basename(file), disk, "written afresh", lock, clock)
+        save_private(file, (_dump(new) if text is None else text).encode(), lock.token)
 
 
 def create_registry_file(home: str, file: str, values: Mapping[str, Any]) -> bool:
     """Write a new registry file, and say whether it was new: one that is there stays as it is."""
-    with _registry_turn(home, file) as lock:
+    with _registry_turn(home) as lock:
         if os.path.lexists(file):
             return False
         save_private(file, _dump(_node_for(values)).encode(), lock.token)
@@ -1349,26 +1446,33 @@ def create_registry_file(home: str, file: str, values: Mapping[str, Any]) -> boo
 def retire_codebase(home: str, key: Key, clock: Callable[[], float] = time.time) -> str:
     """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
     file = codebase_path(home, key)
-    with _registry_turn(home, file) as lock:
+    with _registry_turn(home) as lock:
         disk = read_disk(os.path.realpath(file))
+        if disk.kind != "file":
+            raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
         when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock, clock)
         remove_private(file)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
 @contextmanager
-def _registry_turn(home: str, file: str) -> Iterator[Lock]:
-    with hold_lock(registry_lock_path(home), sweep=[os.path.dirname(file)]) as lock:
+def _registry_turn(home: str) -> Iterator[Lock]:
+    with hold_lock(
+        registry_lock_path(home), lambda: [*folders_below(projects_root(home)), *folders_below(backups_root(home))]
+    ) as lock:
         yield lock
 
 
 def values_of(record: Any) -> dict[str, Any]:
     """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
     values = record._asdict()
+    extra = values.pop("extra")
     if isinstance(record, Codebase):
-        del values["project"]
+        del values["project"], values["source"]
         values["commands"] = dict(record.commands)
-    return {**{k: v for k, v in values.items() if k != "extra" and v}, **dict(values["extra"])}
+    # What is as it would be anyway need not be said; but targets: [] is not the default.
+    defaults = record._field_defaults
+    return {**{k: v for k, v in values.items() if v != defaults.get(k) and (v or k == "targets")}, **dict(extra)}
 
 
 def _node_for(value: Any) -> YamlNode:
@@ -1422,35 +1526,66 @@ def _dump(node: YamlNode) -> str:
     return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
 
 
-def _merge_yaml(home: str, key: Key, new: YamlNode) -> str:
-    file = codebase_path(home, key)
-    if not os.path.lexists(file):
-        return _dump(new)
-    old, doc = read_registry_file(home, file)
-    if old is None or old.id != "mapping":
-        raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
-    with blame(file):
-        text = read_disk(os.path.realpath(file)).data.decode("utf-8-sig")
-    merged = _splice(text, old, new)
-    again = compose_document(merged, Document(doc.place))
-    # Anchors, flow style and document marks can defeat a splice; then the file is written afresh.
-    return merged if again is not None and _content(again) == _content(new) else _dump(new)
-
-
-def _splice(text: str, old: YamlNode, new: YamlNode) -> str:
-    """Replace in `text` just the top-level keys whose values differ between the two nodes."""
+def _merge_yaml(text: str, old: YamlNode, new: YamlNode) -> Optional[str]:
+    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done."""
     wanted = {key.value: value for key, value in new.value}
-    kept = {key.value for key, _ in old.value}
-    for key, value in reversed(old.value):
-        replacement = wanted.get(key.value)
-        if (_plain(value) or None) != (replacement and _plain(replacement)):
+    newline = "\r\n" if "\r\n" in text else "\n"
+    edits = []
+    for key, value in old.value:
+        replacement = wanted.pop(key.value, None)
+        if _is_same(key.value, value, replacement):
+            continue
+        try:
+            edits += _edits_for(value, replacement)
+        except _NotSpliced:
             start, end = key.start_mark.index, _value_end(text, value)
             entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
-            text = text[:start] + (entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")) + text[end:]
-    added = {key: value for key, value in wanted.items() if key not in kept}
-    if added:
-        text = (text if text.endswith("\n") else text + "\n") + _dump(_mapping_node(added))
-    return text
+            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
+    for start, end, entry in sorted(edits, reverse=True):
+        text = text[:start] + entry.replace("\n", newline) + text[end:]
+    if wanted:
+        text += "" if text.endswith("\n") else newline
+        text += _dump(_mapping_node(wanted)).replace("\n", newline)
+    again = compose_document(text, Document(""))
+    # Anchors, flow style, document marks and what is dropped deep inside can defeat a splice.
+    return text if again is not None and _meaning_of(again) == _meaning_of(new) else None
+
+
+def _meaning_of(root: YamlNode) -> Any:
+    values = read_fields(Document(""), root, "", CODEBASE_SCHEMA)
+    return _plain(_node_for(values_of(Codebase(project="", **values))))
+
+
+class _NotSpliced(Exception):
+    """The difference between two nodes is more than some scalars."""
+
+
+def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, str]]:
+    if new is None or old.id != new.id:
+        raise _NotSpliced
+    if _plain(old) == _plain(new):
+        return []
+    if old.id == "scalar":
+        entry = _dump(_mapping_node({"k": new}))[3:-1]
+        if "\n" in entry or old.style in ("|", ">"):
+            raise _NotSpliced
+        return [(old.start_mark.index, old.end_mark.index, entry)]
+    if old.id == "mapping":
+        wanted = {key.value: value for key, value in new.value}
+        if wanted.keys() - {key.value for key, _ in old.value}:
+            raise _NotSpliced
+        pairs = [(value, wanted[key.value]) for key, value in old.value if key.value in wanted]
+    elif len(old.value) == len(new.value):
+        pairs = list(zip(old.value, new.value))
+    else:
+        raise _NotSpliced
+    return [edit for one, other in pairs for edit in _edits_for(one, other)]
+
+
+def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
+    if new is None:
+        return name != "targets" and not _plain(old)
+    return bool(_plain(old) == _plain(new))
 
 
 def _value_end(text: str, value: YamlNode) -> int:
@@ -1463,18 +1598,17 @@ def _value_end(text: str, value: YamlNode) -> int:
         end = line
 
 
-def _content(node: YamlNode) -> dict[str, Any]:
-    return {key: value for key, value in _plain(node).items() if value}
-
-
-def _plain(node: YamlNode) -> Any:
-    if is_null(node):
-        return None
-    if node.id == "scalar":
-        return node.value
-    if node.id == "sequence":
-        return [_plain(item) for item in node.value]
-    return {_plain(key) if key.id == "scalar" else None: _plain(value) for key, value in node.value}
+def _plain(node: YamlNode, done: Optional[dict[int, Any]] = None) -> Any:
+    """Give a node's value; a node that aliases repeat is built once."""
+    done = {} if done is None else done
+    if id(node) not in done:
+        if node.id == "scalar":
+            done[id(node)] = None if is_null(node) else node.value
+        elif node.id == "sequence":
+            done[id(node)] = [_plain(item, done) for item in node.value]
+        else:
+            done[id(node)] = {key.value if key.id == "scalar" else "": _plain(value, done) for key, value in node.value}
+    return done[id(node)]
 
 
 # ── 5 Detection ───────────────────────────────────────────────────────────────
@@ -1483,6 +1617,7 @@ def _plain(node: YamlNode) -> Any:
 # Only manifests right in the folder are read; one that cannot be read says nothing.
 
 MAX_MANIFEST = 1 << 20  # bytes
+MAX_FOUND = 300  # characters of a description
 MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
 SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
 FRONTEND_PACKAGES = (
@@ -1532,11 +1667,17 @@ def detect(folder: str) -> Detected:
     return Detected(
         project_type,
         evidence,
-        next((d.strip() for d in descriptions if isinstance(d, str) and d.strip()), ""),
+        next((tidy(d) for d in descriptions if isinstance(d, str) and tidy(d)), ""),
         tuple(_detect_commands(folder, names, package).items()),
-        tuple(_detect_skills(names, package, pyproject, cargo)),
+        tuple(Skill(s.id, tidy(s.description)) for s in _detect_skills(names, package, pyproject, cargo)),
         tuple(target for target in TARGETS if _has_trace(folder, target)),
     )
+
+
+def tidy(text: str) -> str:
+    """Bring a manifest's text into one line that any YAML file can hold."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    return "".join(c for c in text if c.isprintable())[:MAX_FOUND]
 
 
 def _has_trace(folder: str, target: str) -> bool:
@@ -1546,7 +1687,7 @@ def _has_trace(folder: str, target: str) -> bool:
 
 def _read_manifest(folder: str, name: str) -> str:
     try:
-        return read_disk(os.path.join(folder, name), MAX_MANIFEST).data.decode("utf-8", "replace")
+        return read_disk(os.path.join(folder, name), MAX_MANIFEST).data.decode("utf-8-sig", "replace")
     except IoError:
         return ""
 
@@ -1735,9 +1876,9 @@ TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked":
 # Characters that end a line for some reader, or none should see; tab and newline stay.
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
 _CODE_SPAN = re.compile(r"(?<!`)((`+)(?!`).*?(?<!`)\2(?!`))")
-_FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+_FENCED = re.compile(r"(?ms)^(```+|~~~+)\w*\n(?:.*?\n)?\1$")  # a plain fenced block, from its first column on
 # Claude and Gemini import the file that a bare @word names.
-_AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[\w/~]")
+_AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[^\s`.,;:!?)\]}'\"]")
 
 
 def defuse(text: str) -> str:
@@ -1746,8 +1887,13 @@ def defuse(text: str) -> str:
     return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
-def _quote_at_words(line: str) -> str:
-    parts = _CODE_SPAN.split(line)
+def _quote_at_words(text: str) -> str:
+    """Put bare @words in backticks; code spans protect them only where all backticks pair up, line by line."""
+    if "@" not in text:
+        return text
+    if "`" in re.sub(_CODE_SPAN, "", text):
+        text = text.replace("`", "\\`")
+    parts = _CODE_SPAN.split(text)
     for i in range(0, len(parts), 3):  # text, span, its fence, text, ...
         parts[i] = _AT_WORD.sub(lambda match: f"`{match[0]}`", parts[i])
     del parts[2::3]
@@ -1759,21 +1905,23 @@ def one_line(text: str) -> str:
     return _quote_at_words(" ".join(defuse(text).split()))
 
 
-def many_lines(text: str, indent: str = "") -> str:
-    """Make Markdown text of several lines harmless: what it opens, it closes."""
-    lines: list[str] = []
-    fence = ""
-    for line in defuse(text).strip("\n").split("\n"):
-        found = _FENCE.match(line)
-        if fence:
-            closes = found and line.strip() == found[1] and found[1].startswith(fence)
-            fence = "" if closes else fence
-        elif found:
-            fence = found[1]
-        lines.append((line if fence or found else _quote_at_words(line)).rstrip())
-    if fence:
-        lines.append(fence)
-    return "\n".join(indent + line if line and i else line for i, line in enumerate(lines))
+def many_lines(text: str, indent: str = "  ") -> str:
+    """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
+    text = defuse(text).strip("\n")
+    parts = []
+    end = 0
+    for block in _FENCED.finditer(text) if "<" not in text else ():
+        parts += [_quote_at_words(text[end : block.start()]), block[0]]
+        end = block.end()
+    lines = "".join([*parts, _quote_at_words(text[end:])]).split("\n")
+    return "\n".join((indent + line if i else line).rstrip() for i, line in enumerate(lines))
+
+
+def paragraphs(text: str) -> str:
+    """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
+    text = text.strip()
+    is_tame = not re.search(r"(?m)^\s*(?:[-*+>]|\d+[.)])?\s*(?:```|~~~|<)|^(?:    |\t)", text)
+    return many_lines(text, "") if is_tame else f"- {many_lines(text)}"
 
 
 def code_span(text: str) -> str:
@@ -1798,16 +1946,16 @@ def render_body(codebase: Codebase) -> str:
     """Write what every agent is told about a codebase, in Markdown."""
     parts = [f"# {one_line(codebase.name)}"]
     if codebase.description:
-        parts.append(many_lines(codebase.description))
+        parts.append(paragraphs(codebase.description))
     parts.append(_render_banner(codebase.key))
     sections = (
         ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
-        ("Conventions", [f"- {many_lines(text, '  ')}" for text in codebase.conventions]),
+        ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
         ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
         ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
-        ("Notes", [f"- {many_lines(text, '  ')}" for text in codebase.notes]),
+        ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
     parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
     return "\n\n".join(parts) + "\n"
@@ -1815,8 +1963,8 @@ def render_body(codebase: Codebase) -> str:
 
 def _render_banner(key: Key) -> str:
     label = label_for(key)
-    if not re.fullmatch(r"[\w/.-]+", label):
-        label = "'" + label.replace("'", "'\\''") + "'"
+    if not re.fullmatch(r"\w[\w/.-]*", label):
+        label = "-- '" + label.replace("'", "'\\''") + "'"
     file = code_span(f"~/.orchestra/projects/{label_for(key)}.yaml")
     return (
         f"> Generated by Orchestra from {file}. To change this text, edit that file and run\n"
@@ -1832,7 +1980,7 @@ def _render_command(name: str, command: str) -> str:
 
 def _render_task(task: Task) -> str:
     line = f"- {one_line(task.id)} ({TASK_STATUS_WORDS[task.status]}): {one_line(task.title)}"
-    return f"{line}\n\n  {many_lines(task.description, '  ')}\n" if task.description.strip() else line
+    return f"{line}\n\n  {many_lines(task.description)}\n" if task.description.strip() else line
 
 
 def _render_skill(skill: Skill) -> str:
@@ -1888,8 +2036,10 @@ def describe_excess(agent: Agent, data: bytes) -> str:
 
 KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
 REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
-MAX_EARLIER = 8  # hashes remembered a file
+MAX_EARLIER = 24  # hashes remembered a file
 MAX_TRIES = 5  # at a file that somebody else keeps saving
+YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
+YOUNG_PAUSE = 0.2  # seconds
 
 
 class Record(NamedTuple):
@@ -1977,7 +2127,11 @@ class SyncCodebaseResult(NamedTuple):
 
     @property
     def unchanged(self) -> list[str]:
-        return [file.path for file in self.files if not file.writes]
+        return [file.path for file in self.files if not file.writes and not file.problem]
+
+    @property
+    def failed(self) -> list[str]:
+        return [file.path for file in self.files if file.problem]
 
 
 # Blocks
@@ -1990,7 +2144,7 @@ class Span(NamedTuple):
     end: int
 
 
-_MARKER = re.compile(rb"(?m)^<!-- orchestra:(begin|end) -->[ \t]*\r?$")
+_MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?(<!-- orchestra:(begin|end) -->)[ \t]*\r?$")
 
 
 def find_block(data: bytes) -> Optional[Span]:
@@ -1998,15 +2152,15 @@ def find_block(data: bytes) -> Optional[Span]:
 
     Raises SyncError where there is not one whole block or none.
     """
-    markers = list(_MARKER.finditer(data, 3 if data.startswith(b"\xef\xbb\xbf") else 0))
+    markers = list(_MARKER.finditer(data))
     if not markers:
         return None
-    kinds = [marker[1] for marker in markers]
+    kinds = [marker[2] for marker in markers]
     if kinds != [b"begin", b"end"]:
         lines = [1 + data.count(b"\n", 0, marker.start()) for marker in markers]
         found = ", ".join(f"{kind.decode()} on line {line}" for kind, line in zip(kinds, lines))
         raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
-    return Span(markers[0].start(), markers[1].start() + len(BLOCK_END))
+    return Span(markers[0].start(1), markers[1].end(1))
 
 
 def newline_of(data: bytes) -> bytes:
@@ -2060,26 +2214,29 @@ def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[by
     span = None if agent.owned else find_block(before.data)
     if span is None:
         return None
-    head, tail = before.data[: span.start], before.data[span.end :]
-    tail = tail[len(newline_of(tail)) :] if tail.startswith((b"\n", b"\r\n")) else tail
-    seam = (join or "").encode()
-    if seam and head.endswith(seam):
-        kept = newline_of(seam) if tail and len(seam) > len(newline_of(seam)) else b""
-        head = head[: -len(seam)] + kept
+    head, tail = before.data[: span.start], re.sub(rb"\A\r?\n", b"", before.data[span.end :])
+    line_ends = (join or "").count("\n")
+    seam = re.search(rb"(?:\r?\n){0,%d}\Z" % line_ends, head)
+    if seam and (line_ends == 2 or re.search(rb"\n\r?\n\Z", head)):
+        # Two were needed where the user's text had no final line end: text that follows needs one.
+        head = head[: seam.start()] + (newline_of(head) if tail and line_ends == 2 else b"")
     return None if join is None and not head + tail else head + tail
 
 
 # Decide
 
 
-def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], purge: bool = False) -> str:
-    """Decide what happens to a file from three hashes: ours on the disk, ours as known, ours as wanted."""
+def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evict: bool = False) -> str:
+    """Decide what happens to a file from three hashes: ours on the disk, ours as known, ours as wanted.
+
+    `evict` takes out what is unwanted even where it was edited.
+    """
     if disk == wanted:
         return KEEP
     if disk is None:
         return CREATE
     if wanted is None:
-        return REMOVE if disk in known else EVICT if purge else RELEASE
+        return REMOVE if disk in known else EVICT if evict else RELEASE
     return UPDATE if disk in known else REPLACE
 
 
@@ -2112,7 +2269,8 @@ def _plan_regular(agent: Agent, record: Record, before: Disk, wanted: Optional[b
     ours = ours_in(agent, before.data) if before.kind == "file" else None
     digest = digest_of(wanted) if wanted is not None else None
     disk = digest_of(ours) if ours is not None else None
-    action = decide(disk, record.known(agent.path), digest, purge)
+    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
+    action = decide(disk, record.known(agent.path), digest, evict=purge and not agent.owned)
     after, join = before.data if before.kind == "file" else None, None
     if action in (CREATE, UPDATE, REPLACE) and wanted is not None:
         after, join = merge_ours(agent, before, wanted)
@@ -2140,22 +2298,35 @@ def check_parents(root: str, path: str) -> None:
             raise SyncError(f"expected {'/'.join(parts[: i + 1])} to be a folder, got a file: move its text into one")
 
 
-def plan_codebase(home: str, codebase: Codebase, purge: bool = False) -> Plan:
+def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False) -> Plan:
     """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
 
-    With `purge` nothing is wanted any more.
+    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more.
     """
-    root = find_root(home, codebase)
+    root = find_root(home, codebase, owners)
     old_record = load_record(home, codebase.key)
     record = old_record or Record()
     wanted = {} if purge else render_files(codebase, hides_agents_md(root, codebase))
-    paths = [*wanted, *(path for path in record.files if path not in wanted and path in AGENTS_BY_PATH)]
+    unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
+    paths = list(dict.fromkeys([*wanted, *unwanted]))
     files = tuple(plan_file(root, AGENTS_BY_PATH[path], record, wanted.get(path), purge) for path in paths)
+    files = tuple(_skip_twins(root, files))
     return Plan(root, files, old_record, _next_record(root, record, files))
 
 
-def find_root(home: str, codebase: Codebase) -> str:
-    """Resolve a codebase's folder, which must be there; raises SyncError, IoError."""
+def _skip_twins(root: str, files: Iterable[FilePlan]) -> Iterator[FilePlan]:
+    # Folders of several agents may be links to one: one file is written once.
+    places: dict[str, str] = {}
+    for file in files:
+        folder = os.path.join(root, os.path.dirname(file.path))
+        place = os.path.join(os.path.realpath(folder), os.path.basename(file.path)) if "/" in file.path else file.path
+        twin = places.setdefault(place, file.path)
+        is_twin = twin != file.path and not file.problem
+        yield FilePlan(file.path, SKIP, note=f"left alone: it is {twin} by another name") if is_twin else file
+
+
+def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
+    """Resolve a codebase's folder, which must be there and no other's; raises SyncError, IoError."""
     path = codebase_root(home, codebase)
     hint = f"orchestra edit {label_for(codebase.key)}, or bring the folder back"
     with blame(path):
@@ -2165,7 +2336,13 @@ def find_root(home: str, codebase: Codebase) -> str:
             raise SyncError(f"{path}: expected the codebase's folder, found none", hint) from None
     if not is_folder:
         raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
-    return os.path.realpath(path)
+    root = os.path.realpath(path)
+    owner = owners.get(root, codebase.key)
+    if owner != codebase.key:
+        raise SyncError(
+            f"{path}: expected a folder of its own, got a link to {root}, which {label_for(owner)} has", hint
+        )
+    return root
 
 
 def hides_agents_md(root: str, codebase: Codebase) -> bool:
@@ -2212,7 +2389,7 @@ def _texts(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def _stays_inside(folder: str) -> bool:
-    return not folder.startswith("/") and ".." not in folder.split("/")
+    return bool(folder) and "\0" not in folder and not folder.startswith("/") and ".." not in folder.split("/")
 
 
 def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
@@ -2232,6 +2409,8 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     joins = dict(record.joins)
     folders = set(record.folders)
     for file in files:
+        if file.action == KEEP and file.digest and file.path not in record.files and find_user_text(file):
+            joins.setdefault(file.path, "\n")  # written elsewhere, as it is mostly written
         if file.action == CREATE:
             if file.join is not None:
                 joins[file.path] = file.join
@@ -2247,6 +2426,12 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     )
 
 
+def find_user_text(file: FilePlan) -> bytes:
+    """Give what stands in front of a shared file's block."""
+    span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
+    return b"" if span is None else file.before.data[: span.start].strip(b"\xef\xbb\xbf")
+
+
 def _missing_folders(root: str, path: str) -> Iterator[str]:
     folder = os.path.dirname(path)
     while folder and not os.path.isdir(os.path.join(root, folder)):
@@ -2258,28 +2443,41 @@ def _missing_folders(root: str, path: str) -> Iterator[str]:
 
 
 def sync_codebase(
-    home: str, codebase: Codebase, dry_run: bool = False, purge: bool = False, clock: Callable[[], float] = time.time
+    home: str,
+    codebase: Codebase,
+    owners: Mapping[str, Key] = {},
+    dry_run: bool = False,
+    purge: bool = False,
+    clock: Callable[[], float] = time.time,
 ) -> SyncCodebaseResult:
     """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
     key = codebase.key
     lock_path = codebase_lock_path(home, key)
     try:
-        plan = plan_codebase(home, codebase, purge)
+        plan = plan_codebase(home, codebase, owners, purge)
         if not dry_run and (not plan.is_done or lock_was_left(lock_path)):
-            with hold_lock(lock_path, sweep=_sweep_folders(home, key, plan.root)) as lock:
-                plan = _sync_until_done(home, codebase, purge, lock, clock)
+            with hold_lock(lock_path, lambda: _sweep_folders(home, key, plan.root)) as lock:
+                plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
     return SyncCodebaseResult(*key, plan.files, plan_problems(key, plan))
 
 
-def _sync_until_done(home: str, codebase: Codebase, purge: bool, lock: Lock, clock: Callable[[], float]) -> Plan:
+def _sync_until_done(
+    home: str,
+    codebase: Codebase,
+    owners: Mapping[str, Key],
+    purge: bool,
+    lock: Lock,
+    clock: Callable[[], float],
+) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
-    if not purge and not os.path.lexists(codebase_path(home, codebase.key)):
-        raise SyncError("expected it in the registry, found it removed meanwhile")
+    if not purge and not is_current(home, codebase):
+        # Saved, or removed, since it was read: whoever writes last must write the newest.
+        codebase = reread_codebase(home, codebase.key)
     written: dict[str, FilePlan] = {}
     for _ in range(MAX_TRIES):
-        plan = plan_codebase(home, codebase, purge)
+        plan = plan_codebase(home, codebase, owners, purge)
         if not plan.is_done:
             plan = apply_plan(home, codebase.key, plan, lock, clock)
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
@@ -2304,7 +2502,7 @@ def plan_problems(key: Key, plan: Plan) -> tuple[Problem, ...]:
 
 def _sweep_folders(home: str, key: Key, root: str) -> list[str]:
     managed = [os.path.join(root, os.path.dirname(path)) for path in AGENTS_BY_PATH]
-    return [*managed, os.path.dirname(record_path(home, key)), backups_of(home, key)]
+    return [*managed, os.path.dirname(record_path(home, key)), *folders_below(backups_of(home, key))]
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Callable[[], float]) -> Plan:
@@ -2312,11 +2510,21 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Callable[[], 
     record = plan.record._replace(synced_at=now_rfc3339(clock))
     save_record(home, key, record, lock)
     files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
-    emptied = [folder for folder in reversed(record.folders) if remove_empty_folder(os.path.join(plan.root, folder))]
-    if emptied:
+    emptied = [folder for folder in reversed(record.folders) if _remove_if_empty(plan.root, folder)]
+    if not any(file.writes for file in files) and plan.writes:
+        record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
+    if emptied or record.synced_at == plan.record.synced_at:
         record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
         save_record(home, key, record, lock)
     return plan._replace(files=files, record=record)
+
+
+def _remove_if_empty(root: str, folder: str) -> bool:
+    try:
+        check_parents(root, folder + "/.")
+    except (SyncError, OSError):
+        return False  # it leads elsewhere by now
+    return remove_empty_folder(os.path.join(root, folder))
 
 
 def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Callable[[], float]) -> FilePlan:
@@ -2334,6 +2542,8 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
     if file.action in BACKED_UP:
         when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock, clock)
         restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
+        if file.action == EVICT:  # from a codebase that is registered no more
+            restore = f"the old text: {shorten_home(home, os.path.join(backups_of(home, key), when, file.path))}"
         file = file._replace(note="; ".join(filter(None, [restore, file.note])))
     if file.action == RELEASE:
         return file._replace(note="edited by hand, so it stays and is yours now")
@@ -2342,6 +2552,8 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         return file
     make_folder(os.path.dirname(path))
     check_parents(root, file.path)
+    if file.before.kind == "file" and not file.before.data and file_age(path, clock) < YOUNG:
+        time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
     replace_file(path, file.after, file.before, lock.token, durable=_has_user_text(file))
     return file
 
@@ -2360,16 +2572,17 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Callable[
     Of a shared file only the block is put back, since the text around it is the user's. Raises SyncError, IoError.
     """
     agent = AGENTS_BY_PATH[backup.path]
-    root = find_root(home, codebase)
+    root = find_root(home, codebase, {})
     path = os.path.join(root, backup.path)
-    with hold_lock(codebase_lock_path(home, codebase.key), sweep=_sweep_folders(home, codebase.key, root)) as lock:
+    with hold_lock(codebase_lock_path(home, codebase.key), lambda: _sweep_folders(home, codebase.key, root)) as lock:
         check_parents(root, backup.path)
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
             raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
         after = kept.data
-        if before.kind == "file" and not agent.owned:
-            after = merge_ours(agent, before, (ours_in(agent, kept.data) or b"").replace(b"\r\n", b"\n"))[0]
+        ours = ours_in(agent, kept.data)
+        if before.kind == "file" and not agent.owned and ours is not None:
+            after = merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
         if before.kind == "file" and after == before.data:
             return False
         with blame(path):
@@ -2407,7 +2620,7 @@ def run_pipeline(
         if key in registry.broken:
             results.append(failed_result(key, registry.broken[key]))
         else:
-            results.append(sync_codebase(home, registry.codebases[key], dry_run))
+            results.append(sync_codebase(home, registry.codebases[key], registry.owners, dry_run))
     return results
 
 
@@ -2481,15 +2694,17 @@ def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
     return "missing" if file.action == CREATE else MODIFIED
 
 
-def check_staleness(home: str, codebase: Codebase, clock: Callable[[], float] = time.time) -> Staleness:
+def check_staleness(
+    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, clock: Callable[[], float] = time.time
+) -> Staleness:
     """Judge one codebase; what goes wrong is its status `error`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
+    record = load_record(home, codebase.key)
     try:
-        plan = plan_codebase(home, codebase)
+        status, detail = judge_plan(codebase.key, plan_codebase(home, codebase, owners))
     except OrchestraError as error:
-        return Staleness(*codebase.key, ERROR, str(error), active_tasks=tasks)
-    status, detail = judge_plan(codebase.key, plan)
-    synced_at = plan.old_record.synced_at if plan.old_record else None
+        status, detail = ERROR, str(error)
+    synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
 
@@ -2515,8 +2730,13 @@ def scan_staleness(
         if key in registry.broken:
             entries.append(Staleness(*key, ERROR, "; ".join(map(str, registry.broken[key]))))
         else:
-            entries.append(check_staleness(home, registry.codebases[key], clock))
+            entries.append(check_staleness(home, registry.codebases[key], registry.owners, clock))
     return Status(tuple(entries), registry.stray)
+
+
+def _lines_of(data: bytes) -> list[str]:
+    # Not splitlines(): to diff and patch only a line feed ends a line.
+    return [line for line in re.split(r"(?<=\n)", data.decode("utf-8", "replace")) if line]
 
 
 def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ...]]:
@@ -2527,8 +2747,7 @@ def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ..
     parts: list[str] = []
     for file in plan.files:
         if file.writes and file.action != RELEASE:
-            old = file.before.data.decode("utf-8", "replace").splitlines(keepends=True)
-            new = (file.after or b"").decode("utf-8", "replace").splitlines(keepends=True)
+            old, new = _lines_of(file.before.data), _lines_of(file.after or b"")
             source = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
             target = "/dev/null" if file.after is None else f"b/{file.path}"
             for line in difflib.unified_diff(old, new, source, target):
@@ -3411,10 +3630,11 @@ class SyncProcessor:
     def _count_statuses(self) -> dict[str, int]:
         """Scan for staleness, until something more urgent comes in."""
         counts: dict[str, int] = {}
-        for _, codebase in sorted(self.cache.registry.codebases.items()):
+        registry = self.cache.registry
+        for codebase in registry.codebases.values():
             if not self.jobs.empty():
                 return {}
-            status = check_staleness(self._home, codebase).status
+            status = check_staleness(self._home, codebase, registry.owners).status
             counts[status] = counts.get(status, 0) + 1
         return counts
 
@@ -4123,7 +4343,7 @@ def fetch_yaml(
     hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
     if environ.get("ORCHESTRA_NO_FETCH"):
         raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
-    with hold_lock(pip_lock_path(home), sweep=[], timeout=PIP_TIMEOUT) as lock:
+    with hold_lock(pip_lock_path(home), tuple, timeout=PIP_TIMEOUT) as lock:
         if os.path.isdir(os.path.join(lib, "yaml")):
             return  # somebody else's first run has just fetched it
         tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
@@ -4186,14 +4406,16 @@ def launcher_for(home: str, python: str) -> str:
     return f"{shebang}import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
 
 
-def link_program(home: str) -> str:
-    """Make ~/.local/bin/orchestra lead to the installed program; raises UsageError where another program is."""
+def check_link(home: str) -> None:
+    """Raise UsageError where ~/.local/bin/orchestra is another program's, or cannot be made."""
     link = link_path(home)
-    with blame(link):
-        if os.path.lexists(link) and not (os.path.islink(link) and os.readlink(link) == binary_path(home)):
-            raise UsageError(f"{link}: expected nothing or Orchestra's link, found something else", "move it away")
-        make_link(binary_path(home), link)
-    return link
+    if os.path.lexists(link) and not (os.path.islink(link) and os.readlink(link) == binary_path(home)):
+        raise UsageError(f"{link}: expected nothing or Orchestra's link, found something else", "move it away")
+    folder = os.path.dirname(link)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: expected a folder that can be written, found otherwise")
 
 
 # launchd
@@ -4390,6 +4612,7 @@ def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str
 
 def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
     """Print rows in columns; a cell that is a key of `colors` gets that color."""
+    rows = [["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
@@ -4417,14 +4640,21 @@ def format_age(seconds: Optional[int]) -> str:
 
 
 def cmd_init(home: str, args: argparse.Namespace) -> int:
-    path = os.path.abspath(expand_home(home, args.path))
+    path = _absolute(home, args.path)
     key = (args.project, args.name if args.name is not None else os.path.basename(path))
     return register(home, key, path, args.type, args.sync)
 
 
 def cmd_project_add(home: str, args: argparse.Namespace) -> int:
-    path = os.path.abspath(expand_home(home, args.path if args.path is not None else args.name))
+    path = _absolute(home, args.path if args.path is not None else args.name)
     return register(home, (args.project or args.name, args.name), path, args.type, sync=False)
+
+
+def _absolute(home: str, path: str) -> str:
+    if not path:
+        raise UsageError("path: expected a folder, got nothing")
+    with blame("the current folder"):
+        return os.path.abspath(expand_home(home, path))
 
 
 def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
@@ -4541,18 +4771,26 @@ def _describe_codebase(home: str, codebase: Codebase) -> dict[str, Any]:
 def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     registry = load_registry(home)
     key = registry.find(args.name)
-    if args.purge and key in registry.broken:
-        raise error_for(registry.broken[key])
+    if args.purge:
+        _check_can_purge(home, registry, key)
     # Deregistered first: from then on no sync brings back what is purged.
     kept = retire_codebase(home, key)
     print(f"removed {label_for(key)} from the registry; its file is kept as {shorten_home(home, kept)}")
     if not args.purge:
         return OK
-    result = sync_codebase(home, registry.codebases[key], purge=True)
+    result = sync_codebase(home, registry.codebases[key], registry.owners, purge=True)
     print_result(result)
     if not result.errors:
         remove_private(record_path(home, key))
     return report_all(result.errors)
+
+
+def _check_can_purge(home: str, registry: Registry, key: Key) -> None:
+    if key in registry.broken:
+        raise error_for(registry.broken[key])
+    result = sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True, purge=True)
+    if result.errors:
+        raise SyncError("\n".join(map(str, result.errors)), "mend that, then purge; nothing was changed")
 
 
 # sync, status, diff
@@ -4571,12 +4809,15 @@ def cmd_sync(home: str, args: argparse.Namespace) -> int:
 
 
 def _key_of_current_folder(home: str) -> Key:
-    here = os.path.realpath(os.curdir)
-    for codebase in list_codebases(home):
-        root = os.path.realpath(codebase_root(home, codebase))
-        if here == root or here.startswith(root + os.sep):
-            return codebase.key
-    raise UsageError(f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all")
+    with blame("the current folder"):
+        here = os.path.realpath(os.getcwd())
+    roots = {os.path.realpath(codebase_root(home, codebase)): codebase.key for codebase in list_codebases(home)}
+    around = [root for root in roots if here == root or here.startswith(root + os.sep)]
+    if not around:
+        raise UsageError(
+            f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all"
+        )
+    return roots[max(around, key=len)]
 
 
 def sync_and_report(
@@ -4614,7 +4855,9 @@ def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
     written = sum(len(result.written) for result in results)
     unchanged = sum(len(result.unchanged) for result in results)
     noun = "codebase" if len(results) == 1 else "codebases"
-    print(f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged in {len(results)} {noun}")
+    failed = sum(len(result.failed) for result in results)
+    words = [f"{written} {'to write' if dry_run else 'written'}", f"{unchanged} unchanged"]
+    print(", ".join(words + [f"{failed} failed"] * bool(failed)) + f" in {len(results)} {noun}")
 
 
 def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
@@ -4623,6 +4866,7 @@ def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
         "codebase": result.codebase,
         "written": result.written,
         "unchanged": result.unchanged,
+        "failed": result.failed,
         "files": [{"path": file.path, "action": file.action, "note": file.note} for file in result.files],
         "errors": [str(problem) for problem in result.errors],
     }
@@ -4744,8 +4988,11 @@ def cmd_daemon_uninstall(home: str, args: argparse.Namespace) -> int:
 
 def cmd_self_install(home: str, args: argparse.Namespace) -> int:
     """Do the part of install.sh that needs Python: the program, PyYAML, the link."""
-    install_self(home)
-    print(f"installed {shorten_home(home, link_program(home))}")
+    check_link(home)
+    binary = install_self(home)
+    with blame(link_path(home)):
+        make_link(binary, link_path(home))
+    print(f"installed {shorten_home(home, link_path(home))}")
     return OK
 
 
@@ -4875,8 +5122,19 @@ def find_home(environ: Mapping[str, str]) -> str:
     return os.path.normpath(home)
 
 
+def prepare_output() -> None:
+    """See to it that whatever is printed can be: to a closed stream, in any encoding."""
+    open_standard_streams()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run one command and return its exit status."""
+    prepare_output()
     try:
         args = build_parser().parse_args(argv)
         home = find_home(environ)
@@ -4890,7 +5148,12 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         return FAILED
     except BrokenPipeError:
         # The reader (head, less) has gone; the interpreter's own flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        report(f"stdout: {explain_os_error(error)}", "")  # nothing else is written without a name
         return FAILED
     except KeyboardInterrupt:
         return 130
