@@ -1584,7 +1584,7 @@ def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, s
 
 def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
     if new is None:
-        return name != "targets" and not _plain(old)
+        return _plain(old) is None or (name != "targets" and not _plain(old))
     return bool(_plain(old) == _plain(new))
 
 
@@ -2193,11 +2193,12 @@ def check_text(data: bytes) -> None:
 
 def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
     """Put what is wanted into a file's bytes, and say what was put in front of an appended block."""
-    data, newline = before.data, newline_of(before.data)
+    data = before.data
+    span = None if agent.owned else find_block(data)
+    newline = newline_of(data[span.start :] if span else data)
     wanted = wanted.replace(b"\n", newline)
     if agent.owned:
         return wanted, None
-    span = find_block(data)
     if span is not None:
         return data[: span.start] + wanted + data[span.end :], None
     if before.kind == "absent":
@@ -2215,11 +2216,14 @@ def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[by
     if span is None:
         return None
     head, tail = before.data[: span.start], re.sub(rb"\A\r?\n", b"", before.data[span.end :])
-    line_ends = (join or "").count("\n")
-    seam = re.search(rb"(?:\r?\n){0,%d}\Z" % line_ends, head)
-    if seam and (line_ends == 2 or re.search(rb"\n\r?\n\Z", head)):
-        # Two were needed where the user's text had no final line end: text that follows needs one.
-        head = head[: seam.start()] + (newline_of(head) if tail and line_ends == 2 else b"")
+    seam = (join or "").encode()
+    count, newline = seam.count(b"\n"), newline_of(seam)
+    if newline_of(before.data[span.start :]) != newline:
+        newline = b"\r?\n"  # git has turned the line ends since
+    found = re.search(rb"(?:%b){0,%d}\Z" % (newline, count), head)
+    if found and (count == 2 or re.search(rb"\n%b\Z" % newline, head)):
+        # Two were put where the user's text had no final line end; what follows it needs one.
+        head = head[: found.start()] + (newline_of(seam) if tail and count == 2 else b"")
     return None if join is None and not head + tail else head + tail
 
 
