@@ -132,6 +132,11 @@ class DaemonNotRunning(DaemonError):
         self.socket = socket
 
 
+def visible(text: str) -> str:
+    """Spell out what would not show on a line of its own: line ends, escapes, half characters."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def explain_os_error(error: OSError) -> str:
     """Name an OSError in the system's own words, without Python's decoration."""
     return (error.strerror or str(error) or type(error).__name__).lower()
@@ -887,7 +892,7 @@ class Document:
         self.items = 0  # of lists
 
     def complain(self, line: int, message: str) -> None:
-        self.problems.append(Problem(f"{self.place}:{line}", message))
+        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message)))
 
     def reject(self, node: YamlNode, key: str, expected: str) -> None:
         self.complain(node.start_mark.line + 1, f"{key}: expected {expected}, got {name_node(node)}")
@@ -934,7 +939,9 @@ def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
             return None
         root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        # libyaml counts bytes, PyYAML's own reader characters.
+        before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
+        line = before.count("\n", 0, error.position) + 1
         doc.complain(line, f"yaml: expected printable text, got the character #x{error.character:04x}")
         return None
     except yaml.MarkedYAMLError as error:
@@ -1043,9 +1050,11 @@ def list_of(read_item: NodeReader) -> NodeReader:
         if node.id != "sequence":
             doc.reject(node, key, "a list")
             return ()
+        was_over = doc.items > MAX_REGISTRY_ITEMS
         doc.items += len(node.value)
         if doc.items > MAX_REGISTRY_ITEMS:
-            doc.reject(node, key, f"at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
+            if not was_over:
+                doc.complain(1, f"{key}: expected at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
             return ()
         return tuple(read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value))
 
@@ -1306,8 +1315,10 @@ def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Proble
         return _name_problem(home, project, stem, entry.path)
     try:
         has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
-    except (IoError, OSError):
-        has_files = False  # a folder without a meaning here
+    except IoError as error:
+        return _stray(home, entry.path, "a folder to list", explain_os_error(error.source))
+    except OSError as error:
+        return _stray(home, entry.path, "a registry file", explain_os_error(error))
     if has_files:
         return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
     return None
@@ -1319,12 +1330,13 @@ def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Pro
         if stem != "project":
             check_name("codebase", stem)
     except RegistryError as error:
-        return Problem(f"{shorten_home(home, path)}:1", str(error), error.hint)
+        return Problem(visible(f"{shorten_home(home, path)}:1"), str(error), error.hint)
     return None
 
 
 def _stray(home: str, path: str, expected: str, got: str) -> Problem:
-    return Problem(f"{shorten_home(home, path)}:1", f"file: expected {expected}, got {got}", "rename or move it")
+    place = visible(f"{shorten_home(home, path)}:1")
+    return Problem(place, visible(f"file: expected {expected}, got {got}"), "rename or move it")
 
 
 def load_registry(home: str) -> Registry:
@@ -1551,9 +1563,9 @@ def _merge_yaml(text: str, old: YamlNode, new: YamlNode) -> Optional[str]:
     return text if again is not None and _meaning_of(again) == _meaning_of(new) else None
 
 
-def _meaning_of(root: YamlNode) -> Any:
+def _meaning_of(root: YamlNode) -> str:
     values = read_fields(Document(""), root, "", CODEBASE_SCHEMA)
-    return _plain(_node_for(values_of(Codebase(project="", **values))))
+    return _digest_node(_node_for(values_of(Codebase(project="", **values))))
 
 
 class _NotSpliced(Exception):
@@ -1563,7 +1575,7 @@ class _NotSpliced(Exception):
 def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, str]]:
     if new is None or old.id != new.id:
         raise _NotSpliced
-    if _plain(old) == _plain(new):
+    if _digest_node(old) == _digest_node(new):
         return []
     if old.id == "scalar":
         entry = _dump(_mapping_node({"k": new}))[3:-1]
@@ -1584,8 +1596,8 @@ def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, s
 
 def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
     if new is None:
-        return _plain(old) is None or (name != "targets" and not _plain(old))
-    return bool(_plain(old) == _plain(new))
+        return is_null(old) or (name != "targets" and _is_empty(old))
+    return _digest_node(old) == _digest_node(new)
 
 
 def _value_end(text: str, value: YamlNode) -> int:
@@ -1598,16 +1610,22 @@ def _value_end(text: str, value: YamlNode) -> int:
         end = line
 
 
-def _plain(node: YamlNode, done: Optional[dict[int, Any]] = None) -> Any:
-    """Give a node's value; a node that aliases repeat is built once."""
+def _is_empty(node: YamlNode) -> bool:
+    return is_null(node) or not node.value
+
+
+def _digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
+    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
     done = {} if done is None else done
     if id(node) not in done:
         if node.id == "scalar":
-            done[id(node)] = None if is_null(node) else node.value
+            parts = ["null"] if is_null(node) else ["text", node.value]
         elif node.id == "sequence":
-            done[id(node)] = [_plain(item, done) for item in node.value]
+            parts = ["list", *(_digest_node(item, done) for item in node.value)]
         else:
-            done[id(node)] = {key.value if key.id == "scalar" else "": _plain(value, done) for key, value in node.value}
+            pairs = ((_digest_node(key, done), _digest_node(value, done)) for key, value in node.value)
+            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
+        done[id(node)] = digest_source(json.dumps(parts).encode())
     return done[id(node)]
 
 
@@ -1891,8 +1909,8 @@ def _quote_at_words(text: str) -> str:
     """Put bare @words in backticks; code spans protect them only where all backticks pair up, line by line."""
     if "@" not in text:
         return text
-    if "`" in re.sub(_CODE_SPAN, "", text):
-        text = text.replace("`", "\\`")
+    if "\\`" in text or "`" in _CODE_SPAN.sub("", text):
+        text = text.replace("`", "'")
     parts = _CODE_SPAN.split(text)
     for i in range(0, len(parts), 3):  # text, span, its fence, text, ...
         parts[i] = _AT_WORD.sub(lambda match: f"`{match[0]}`", parts[i])
@@ -1901,8 +1919,11 @@ def _quote_at_words(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Make text harmless for the inside of a line."""
-    return _quote_at_words(" ".join(defuse(text).split()))
+    """Make text harmless for the inside of a line, or for a line of a list: it opens no fence there."""
+    text = " ".join(defuse(text).split())
+    if re.match(r"~~~|```[^`]*$", text):
+        text = "\\" + text
+    return _quote_at_words(text)
 
 
 def many_lines(text: str, indent: str = "  ") -> str:
@@ -4616,7 +4637,7 @@ def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str
 
 def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
     """Print rows in columns; a cell that is a key of `colors` gets that color."""
-    rows = [["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in row] for row in rows]
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]

@@ -1,0 +1,2982 @@
+#!/usr/bin/env python3
+"""Tests of orchestra.py, in its order and under its banners.
+
+    python3 test_orchestra.py [pytest's arguments]
+
+runs them on any Python from 3.9 on: where pytest or PyYAML is missing, a virtual environment is made beside this file.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+HERE = Path(__file__).resolve().parent
+NEEDED = "import pytest, yaml"
+
+
+def run_in_own_environment() -> None:
+    """Start this file again in a virtual environment that has what the tests need."""
+    folder = HERE / ".venv-tests" / f"py{sys.version_info[0]}.{sys.version_info[1]}"
+    python = folder / "bin" / "python"
+    if not is_ready(python):
+        if importlib.util.find_spec("ensurepip") is None:
+            give_up("this Python cannot make virtual environments: apt install python3-venv")
+        print(f"making {folder} with pytest and PyYAML", file=sys.stderr)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest", "PyYAML"]
+        for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
+            if subprocess.call(command, stdin=subprocess.DEVNULL):
+                give_up(f"this failed: {' '.join(command)}")
+        if not is_ready(python):
+            give_up(f"pytest and PyYAML are in {folder}, but cannot be imported")
+    os.execv(python, [str(python), __file__, *sys.argv[1:]])
+
+
+def is_ready(python: Path) -> bool:
+    return python.exists() and not subprocess.call([str(python), "-c", NEEDED], stderr=subprocess.DEVNULL)
+
+
+def give_up(why: str) -> None:
+    print(f"{Path(__file__).name}: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+try:
+    import pytest
+    import yaml
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    run_in_own_environment()
+
+import orchestra  # noqa: E402 - the environment comes first
+
+SCRIPT = HERE / "orchestra.py"
+NOBODY = 65534
+ALL_TARGETS = list(orchestra.TARGETS)
+BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
+KNOWN_BUG = "a bug of orchestra.py, reported: "
+
+
+# ── Helpers ───────────────────────────────────────────────────────────────────
+
+
+class Ran(NamedTuple):
+    """What a command left: its exit status and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Tell of each file that was, or is to be, written."""
+        return [line for line in self.out.splitlines() if not re.match(r"\d+ (written|to write), ", line)]
+
+    @property
+    def complaints(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("orchestra: ")]
+
+
+class Home:
+    """A home folder with a registry to write, and beside it the folders of the codebases."""
+
+    def __init__(self, folder: str, capsys: Any) -> None:
+        self.folder = Path(os.path.realpath(folder))
+        self.path = str(self.folder / "home")
+        self.code = self.folder / "code"
+        self.environ = {"HOME": self.path}
+        self.capsys = capsys
+        os.mkdir(self.path)
+        self.code.mkdir()
+
+    def write_registry(self, name: str, text: Any) -> Path:
+        """Write a file below projects/: text as it is, a mapping as YAML."""
+        file = Path(orchestra.projects_root(self.path), name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(text, (str, bytes)):
+            text = yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    def make_codebase(self, label: str = "shop/api", files: dict[str, Any] = {}, **values: Any) -> Path:
+        """Make a codebase's folder with some files in it, and register it by hand."""
+        root = self.code / label
+        root.mkdir(parents=True, exist_ok=True)
+        put_files(root, files)
+        self.register(label, **values)
+        return root
+
+    def register(self, label: str = "shop/api", **values: Any) -> Path:
+        return self.write_registry(
+            f"{label}.yaml", {"name": label.split("/")[1], "path": str(self.code / label), **values}
+        )
+
+    def run(self, *argv: str) -> Ran:
+        """Run one command in this process."""
+        self.capsys.readouterr()
+        try:
+            status = orchestra.main(argv, self.environ)
+        except SystemExit as error:  # argparse's own exits
+            status = int(error.code or 0)
+        said = self.capsys.readouterr()
+        return Ran(status, said.out, said.err)
+
+    def run_fine(self, *argv: str) -> Ran:
+        ran = self.run(*argv)
+        assert ran.status == 0, ran
+        return ran
+
+    def sync(self, *argv: str) -> Ran:
+        return self.run_fine("sync", *(argv or ("--all",)))
+
+    def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the real script."""
+        environ = {**os.environ, "HOME": self.path, **options.pop("environ", {})}
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen([sys.executable, str(SCRIPT), *argv], env=environ, text=True, **options)
+
+    def run_script(self, *argv: str, **options: Any) -> Ran:
+        return finish(self.start(*argv, **options))
+
+    def run_as_nobody(self, *argv: str) -> Ran:
+        """Run one command as a user whom permissions hold back, which root they do not."""
+        if os.geteuid() != 0:
+            return self.run(*argv)
+        self.run("status", "--json")  # imports what the child may not be able to read
+        import difflib  # noqa: F401
+
+        for parent, folders, files in os.walk(self.folder):
+            for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
+                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        return in_child(lambda: self.run(*argv))
+
+    def registry(self) -> orchestra.Registry:
+        return orchestra.load_registry(self.path)
+
+    def problems(self) -> list[str]:
+        return [str(problem) for problem in self.registry().problems]
+
+    def status_of(self, label: str = "shop/api") -> str:
+        return str(self.staleness(label)["status"])
+
+    def staleness(self, label: str = "shop/api") -> dict[str, Any]:
+        entries = json.loads(self.run("status", "--json").out)["codebases"]
+        return next(entry for entry in entries if f"{entry['project']}/{entry['codebase']}" == label)
+
+    def backups(self, label: str = "shop/api") -> dict[str, bytes]:
+        """Give the newest kept version of each file."""
+        key = tuple(label.split("/"))
+        return {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(self.path, key)}
+
+    def leftovers(self) -> list[str]:
+        return [path for path in tree(self.folder) if path.endswith(".tmp")]
+
+
+def in_child(work: Callable[[], Ran]) -> Ran:
+    """Call `work` in a child process that has given up being root."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            ran = work()
+        except BaseException:
+            ran = Ran(-1, "", traceback.format_exc())
+        os.write(writer, json.dumps(ran).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        ran = Ran(*json.loads(pipe.read()))
+    os.waitpid(pid, 0)
+    return ran
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Ran(process.returncode, out, err)
+
+
+def put_files(root: Path, files: dict[str, Any]) -> None:
+    """Write files; a value is text, bytes, None for a folder, or a function that makes what is to stand there."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Give the inode, time and bytes of every file below a folder; of a link, where it leads."""
+    found = {}
+    for parent, _, files in os.walk(root):
+        for name in files:
+            path = os.path.join(parent, name)
+            info = os.lstat(path)
+            if stat.S_ISREG(info.st_mode):
+                data = Path(path).read_bytes()
+            else:
+                data = os.readlink(path).encode() if os.path.islink(path) else b""
+            found[os.path.relpath(path, root)] = (info.st_ino, info.st_mtime_ns, data)
+    return found
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path: data for path, (_, _, data) in tree(root).items()}
+
+
+def wait_until(is_true: Callable[[], Any], timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+def codebase_with(**values: Any) -> orchestra.Codebase:
+    return orchestra.Codebase("shop", "api", "/code/api", **values)
+
+
+CLINE = ".clinerules/orchestra.md"
+
+
+def block(text: str = "x") -> bytes:
+    return BEGIN + f"\n{text}\n".encode() + END
+
+
+@pytest.fixture
+def home(capsys: Any) -> Any:
+    folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
+    yield Home(folder, capsys)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["libyaml", "pure Python"])
+def loader(request: Any, monkeypatch: Any) -> Any:
+    """Read YAML with each of PyYAML's two parsers."""
+    if request.param == "libyaml" and not yaml.__with_libyaml__:
+        pytest.skip("this PyYAML has no libyaml")
+    monkeypatch.setattr(yaml, "__with_libyaml__", request.param == "libyaml")
+    orchestra.text_loader.cache_clear()
+    yield request.param
+    orchestra.text_loader.cache_clear()
+
+
+# ── The shape of the file ─────────────────────────────────────────────────────
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+MODULE = ast.parse(SOURCE)
+BANNER = re.compile(r"(?m)^# ── (\d+) (.+?) ─+$")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+SECTION_STARTS = [(SOURCE.count("\n", 0, match.start()) + 1, int(match[1])) for match in BANNER.finditer(SOURCE)]
+
+
+def section_of(node: Any) -> int:
+    """Give the number of the section a node stands in; 0 above the first."""
+    return next((number for line, number in reversed(SECTION_STARTS) if line <= node.lineno), 0)
+
+
+def without_annotations(node: ast.AST) -> list[ast.AST]:
+    """List a node and all below it but annotations, which are never evaluated."""
+    nodes = [node]
+    for name, value in ast.iter_fields(node):
+        if name not in ("annotation", "returns"):
+            for item in value if isinstance(value, list) else [value]:
+                nodes += without_annotations(item) if isinstance(item, ast.AST) else []
+    return nodes
+
+
+def names_defined_by(node: ast.stmt) -> set[str]:
+    if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+        return {node.name}
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+
+
+def dotted(node: ast.AST) -> str:
+    """Spell a call's function as it was written: os.path.join."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def sections_where(is_it: Callable[[ast.AST], bool]) -> set[int]:
+    return {section_of(node) for node in ast.walk(MODULE) if hasattr(node, "lineno") and is_it(node)}
+
+
+def sections_that_call(*names: str) -> set[int]:
+    return sections_where(lambda node: isinstance(node, ast.Call) and dotted(node.func) in names)
+
+
+def sections_that_import(*names: str) -> set[int]:
+    def imports(node: ast.AST) -> bool:
+        if isinstance(node, ast.ImportFrom):
+            return (node.module or "").split(".")[0] in names
+        return isinstance(node, ast.Import) and any(alias.name.split(".")[0] in names for alias in node.names)
+
+    return sections_where(imports)
+
+
+def test_the_contents_in_the_docstring_are_the_banners() -> None:
+    contents = re.findall(r"(?m)^ +(\d+) (\S.*?) {2,}\S", (ast.get_docstring(MODULE, clean=False) or ""))
+    assert contents == BANNER.findall(SOURCE)
+    assert [int(number) for number, _ in contents] == sorted(int(number) for number, _ in contents)
+
+
+def test_each_section_uses_only_those_above_it() -> None:
+    defined = {name: section_of(node) for node in MODULE.body for name in names_defined_by(node)}
+    below = []
+    for node in MODULE.body:
+        inner = without_annotations(node)
+        own = {n.id for n in inner if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {n.arg for n in inner if isinstance(n, ast.arg)}
+        used = {n.id for n in inner if isinstance(n, ast.Name)} - (own - names_defined_by(node))
+        below += [(section_of(node), name) for name in used if defined.get(name, 0) > section_of(node)]
+    assert below == []
+
+
+def test_main_is_last() -> None:
+    *_, main, start = MODULE.body
+    assert isinstance(main, ast.FunctionDef) and main.name == "main"
+    assert isinstance(start, ast.If) and ast.unparse(start.test) == "__name__ == '__main__'"
+
+
+def test_only_the_commands_print() -> None:
+    assert sections_that_call("print") == {13}
+
+
+CHANGES_ON_DISK = (
+    *("rename", "renames", "replace", "link", "symlink", "unlink", "remove", "mkdir", "makedirs", "rmdir"),
+    *("removedirs", "truncate", "ftruncate", "fsync", "chown", "utime", "mkfifo", "pwrite"),
+)
+
+
+def test_only_the_files_section_changes_files() -> None:
+    assert sections_that_call(*(f"os.{name}" for name in CHANGES_ON_DISK)) == {3}
+
+
+def test_only_the_files_section_opens_files_for_writing() -> None:
+    harmless = {
+        flag
+        for node in ast.walk(MODULE)
+        if isinstance(node, ast.Call) and node.args and dotted(node.args[0]) == "os.devnull"
+        for flag in ast.walk(node)
+    }
+    flags = ("os.O_WRONLY", "os.O_RDWR", "os.O_CREAT", "os.O_APPEND", "os.O_TRUNC")
+    assert sections_where(lambda node: dotted(node) in flags and node not in harmless) == {3}
+
+    def opens_to_write(node: ast.AST) -> bool:
+        if not isinstance(node, ast.Call) or dotted(node.func) != "open" or dotted(node.args[0]) == "os.devnull":
+            return False
+        words = [word.value for word in ast.walk(node) if isinstance(word, ast.Constant)]
+        return any(isinstance(word, str) and set(word) & set("wax+") for word in words)
+
+    assert sections_where(opens_to_write) <= {3}
+    assert sections_that_import("shutil", "tempfile", "pathlib") <= {3}
+
+
+def test_sockets_and_programs_have_their_sections() -> None:
+    assert sections_where(lambda node: dotted(node).startswith("socket.")) <= {10, 11}
+    assert sections_that_import("socket", "selectors") <= {0, 9, 10, 11}
+    assert sections_that_import("subprocess") <= {12, 13}
+    assert sections_where(lambda node: dotted(node) in ("os.fork", "os.system", "os.popen", "os.posix_spawn")) == set()
+
+
+def test_there_is_no_global_state() -> None:
+    assert sections_where(lambda node: isinstance(node, (ast.Global, ast.Nonlocal))) == set()
+
+
+def test_functions_fit_on_a_screen() -> None:
+    lengths = {n.name: (n.end_lineno or 0) - n.lineno + 1 for n in ast.walk(MODULE) if isinstance(n, FUNCTIONS)}
+    assert {name: length for name, length in lengths.items() if length > 60 and name != "build_parser"} == {}
+
+
+# ── 1 Errors ──────────────────────────────────────────────────────────────────
+
+
+def test_an_os_error_is_told_in_one_line_with_its_place() -> None:
+    told = "^/no/where: no such file or directory$"
+    with pytest.raises(orchestra.IoError, match=told) as caught, orchestra.blame("/no/where"):
+        os.stat("/no/where")
+    assert isinstance(caught.value.source, FileNotFoundError)
+
+
+def test_an_error_that_has_a_way_out_names_it() -> None:
+    assert "free some space" in orchestra.hint_for_os_error(OSError(28, "No space left on device"))
+
+
+def test_the_user_sees_one_line_and_the_way_out(home: Home) -> None:
+    ran = home.run("diff", "nope")
+    assert ran == (
+        2,
+        "",
+        "orchestra: codebase nope: expected a registered name, got an unknown one\n  try: orchestra project list\n",
+    )
+
+
+# ── 2 Places ──────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        (orchestra.orchestra_root("/h"), "/h/.orchestra"),
+        (orchestra.projects_root("/h"), "/h/.orchestra/projects"),
+        (orchestra.project_path("/h", "shop"), "/h/.orchestra/projects/shop/project.yaml"),
+        (orchestra.codebase_path("/h", ("shop", "api")), "/h/.orchestra/projects/shop/api.yaml"),
+        (orchestra.record_path("/h", ("shop", "api")), "/h/.orchestra/hashes/shop/api.json"),
+        (orchestra.backups_of("/h", ("shop", "api")), "/h/.orchestra/backups/shop/api"),
+        (orchestra.socket_path("/h"), "/h/.orchestra/daemon.sock"),
+        (orchestra.stdout_log_path("/h"), "/h/.orchestra/logs/daemon.log"),
+        (orchestra.stderr_log_path("/h"), "/h/.orchestra/logs/daemon-err.log"),
+        (orchestra.launchd_plist_path("/h"), "/h/Library/LaunchAgents/dev.orchestra.daemon.plist"),
+    ],
+)
+def test_everything_has_its_place_below_the_home(place: str, expected: str) -> None:
+    assert place == expected
+
+
+@pytest.mark.parametrize("path", ["/h/code/api", "/h2/code", "/h", "/other", "/h/~/x"])
+def test_shortening_a_path_is_undone_by_expanding_it(path: str) -> None:
+    assert orchestra.expand_home("/h", orchestra.shorten_home("/h", path)) == path
+
+
+def test_what_orchestra_keeps_is_private(home: Home) -> None:
+    home.make_codebase()
+    shutil.rmtree(orchestra.orchestra_root(home.path))
+    home.run_fine("init", str(home.code / "shop/api"), "-p", "shop", "--sync")
+    for parent, folders, files in os.walk(orchestra.orchestra_root(home.path)):
+        modes = {stat.S_IMODE(os.stat(os.path.join(parent, name)).st_mode) for name in folders}
+        assert modes <= {0o700}
+        assert {stat.S_IMODE(os.stat(os.path.join(parent, name)).st_mode) for name in files} <= {0o600}
+    assert stat.S_IMODE(os.stat(orchestra.orchestra_root(home.path)).st_mode) == 0o700
+
+
+# ── 3 Files ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"text", "file"),
+        (None, "folder"),
+        (link_to("elsewhere"), "symlink"),
+        (link_to("."), "symlink"),
+        (os.mkfifo, "special"),
+        (make_socket, "special"),
+    ],
+)
+def test_a_look_at_the_disk_never_follows_or_waits(home: Home, content: Any, kind: str) -> None:
+    put_files(home.code, {"x": content})
+    disk = orchestra.read_disk(str(home.code / "x"))
+    assert (disk.kind, disk.data) == (kind, b"text" if kind == "file" else b"")
+
+
+def test_what_is_not_there_is_absent(home: Home) -> None:
+    put_files(home.code, {"file": "x"})
+    assert orchestra.read_disk(str(home.code / "none")) == orchestra.ABSENT
+    assert orchestra.read_disk(str(home.code / "file/below")) == orchestra.ABSENT
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, (1 << 20) + 7])
+@pytest.mark.parametrize("limit", [-1, 4, 5, 6])
+def test_a_file_is_read_whole_or_up_to_the_limit(home: Home, size: int, limit: int) -> None:
+    data = os.urandom(size)
+    put_files(home.code, {"x": data})
+    assert orchestra.read_disk(str(home.code / "x"), limit).data == (data if limit < 0 else data[:limit])
+
+
+def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), "t")
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o640)
+    assert os.listdir(home.code) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("planned", "content"),
+    [(b"old", b"saved"), (b"old", None), (b"old", link_to("y")), (None, b"saved"), (None, link_to("y"))],
+)
+def test_a_file_that_is_not_as_planned_is_not_touched(home: Home, planned: Optional[bytes], content: Any) -> None:
+    expected = orchestra.ABSENT if planned is None else orchestra.Disk("file", planned, 0o644)
+    put_files(home.code, {"x": content})
+    before = tree(home.code)
+    with pytest.raises(orchestra.FileChanged):
+        orchestra.replace_file(str(home.code / "x"), b"new", expected, "t")
+    with pytest.raises(orchestra.FileChanged):
+        orchestra.remove_file(str(home.code / "x"), expected)
+    assert tree(home.code) == before
+
+
+def test_a_file_that_appears_at_the_last_moment_is_not_replaced(home: Home, monkeypatch: Any) -> None:
+    path = home.code / "x"
+
+    def look_then_let_it_appear(*args: Any) -> orchestra.Disk:
+        path.write_bytes(b"the user's")
+        return orchestra.ABSENT
+
+    monkeypatch.setattr(orchestra, "read_disk", look_then_let_it_appear)
+    with pytest.raises(orchestra.FileChanged):
+        orchestra.replace_file(str(path), b"new", orchestra.ABSENT, "t")
+    assert contents(home.code) == {"x": b"the user's"}
+
+
+def test_a_reader_sees_the_old_text_or_the_new(home: Home) -> None:
+    path = home.code / "x"
+    texts = [bytes([65 + i]) * 200_000 for i in range(2)]
+    path.write_bytes(texts[0])
+    seen = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(100):
+        orchestra.replace_file(str(path), texts[(i + 1) % 2], orchestra.read_disk(str(path)), "t")
+    done.set()
+    reader.join()
+    assert seen <= set(texts)
+
+
+def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
+    path = os.path.join(home.path, "lock")
+    with orchestra.hold_lock(path, sweep=list):
+        assert orchestra.lock_was_left(path)
+        second = orchestra.hold_lock(path, sweep=list, timeout=0.05)
+        with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
+            pass
+    assert not orchestra.lock_was_left(path)
+    with orchestra.hold_lock(path, sweep=list, timeout=0.05):
+        pass
+
+
+def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> None:
+    path = os.path.join(home.path, "lock")
+    Path(path).write_text("dead")
+    put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-alive.tmp": "x", "dead.tmp": "x"})
+    with orchestra.hold_lock(path, sweep=lambda: [str(home.code), "/no/where"]) as lock:
+        assert lock.token != "dead"
+    assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
+
+
+def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: Home) -> None:
+    key = ("shop", "api")
+    with orchestra.hold_lock(os.path.join(home.path, "lock"), sweep=list) as lock:
+        for text in (b"1", b"2", b"2", b"3", b"1"):
+            disk = orchestra.Disk("file", text, 0o640)
+            orchestra.back_up(home.path, key, "a/CLAUDE.md", disk, "why", lock, lambda: 1e9)
+    kept = orchestra.list_backups(home.path, key)
+    assert [Path(backup.file).read_bytes() for backup in kept] == [b"1", b"2", b"3", b"1"]
+    assert {(backup.path, backup.why, backup.when[:15]) for backup in kept} == {
+        ("a/CLAUDE.md", "why", "20010909T014640")
+    }
+    assert home.leftovers() == []
+
+
+# ── 4 Registry ────────────────────────────────────────────────────────────────
+
+GOOD = "name: api\npath: /code/api\n"
+
+
+def read(home: Home, text: Any, label: str = "shop/api") -> tuple[Optional[orchestra.Codebase], list[str]]:
+    home.write_registry(f"{label}.yaml", text)
+    codebase, problems = orchestra.read_codebase(home.path, tuple(label.split("/")))
+    return codebase and without_source(codebase), [str(problem) for problem in problems]
+
+
+def without_source(codebase: orchestra.Codebase) -> orchestra.Codebase:
+    return codebase._replace(source="")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["no", "Yes", "1.10", "12:30", "0x1F", "1_000", "2026-03-01", "2026-03-01T00:00:00Z", "007", "1e3", ".inf", "="],
+)
+def test_scalars_are_the_text_that_was_typed(home: Home, loader: str, typed: str) -> None:
+    codebase, problems = read(home, f"{GOOD}description: {typed}\nnotes: [{typed}]\ncommands: {{{typed}: {typed}}}\n")
+    assert problems == []
+    assert codebase == codebase_with(description=typed, notes=(typed,), commands=((typed, typed),))._replace(
+        path="/code/api"
+    )
+
+
+@pytest.mark.parametrize("null", ["", "~", "null", "Null", "NULL"])
+def test_null_means_absent(home: Home, loader: str, null: str) -> None:
+    codebase, problems = read(home, f"{GOOD}description: {null}\ntargets: {null}\nprojects: {null}\n")
+    assert (codebase, problems) == (codebase_with(), [])
+
+
+@pytest.mark.parametrize("quoted", ["'null'", '"~"', "'no'"])
+def test_quoted_text_is_never_null(home: Home, loader: str, quoted: str) -> None:
+    codebase, _ = read(home, f"{GOOD}description: {quoted}\n")
+    assert codebase and codebase.description == quoted[1:-1]
+
+
+FROM_RUST = """\
+name: api
+path: /code/api
+projects:
+- name: api
+  project_type: backend
+  tasks:
+  - id: T-1
+    title: Ship v2
+    status: inprogress
+    description: null
+    subtasks:
+    - id: T-1.1
+      title: half of it
+      done: false
+    tracked_files:
+    - src/main.rs
+    created_at: 2026-03-01T09:15:02.123456789Z
+    updated_at: 2026-03-01T09:15:02.123456789Z
+  agents:
+  - agent_id: reviewer
+    entry_point: AGENT/reviewer.md
+    skills: [rust]
+created_at: 2026-03-01T09:15:02.123456789Z
+updated_at: 2026-03-01T09:15:02.123456789Z
+"""
+
+
+def test_a_file_of_the_rust_original_loads(home: Home, loader: str) -> None:
+    codebase, problems = read(home, FROM_RUST)
+    assert problems == [] and codebase
+    (component,) = codebase.projects
+    (task,) = component.tasks
+    assert task[:4] == ("T-1", "Ship v2", "inprogress", "")
+    assert task.created_at == codebase.created_at == "2026-03-01T09:15:02.123456789Z"
+    assert [name for name, _ in task.extra] == ["subtasks", "tracked_files"]
+    assert component.agents[0][:3] == ("reviewer", "AGENT/reviewer.md", ("rust",))
+
+
+@pytest.mark.parametrize(
+    ("typed", "status"),
+    [("pending", "pending"), ("in_progress", "inprogress"), ("in-progress", "inprogress"), ("done", "done")],
+)
+def test_a_task_status_has_several_spellings(home: Home, typed: str, status: str) -> None:
+    tasks = f"{GOOD}projects: [{{name: a, project_type: ml, tasks: [{{id: 1, title: t, status: {typed}}}]}}]\n"
+    codebase, _ = read(home, tasks)
+    assert codebase and codebase.projects[0].tasks[0].status == status
+
+
+def task_file(fields: str) -> str:
+    return f"{GOOD}projects:\n- name: a\n  project_type: ml\n  tasks:\n  - {{{fields}}}\n"
+
+
+BAD_FILES = [
+    ("empty", b"", "1: file: expected a mapping, got nothing"),
+    ("only a comment", "# soon\n", "1: file: expected a mapping, got nothing"),
+    ("NUL", "name: api\npath: /x\0y\n", "2: yaml: expected printable text, got the character #x0000"),
+    ("list at top", "- api\n", "1: file: expected a mapping, got a list"),
+    ("text at top", "api\n", "1: file: expected a mapping, got 'api'"),
+    ("alias cycle", GOOD + "x: &a [*a]\n", "1: yaml: expected aliases that end, got an alias cycle"),
+    ("deep cycle", GOOD + "x: &a {b: [{c: *a}]}\n", "1: yaml: expected aliases that end, got an alias cycle"),
+    ("deep brackets", GOOD + "x: " + "[" * 100_000, "1: yaml: expected at most 100 levels of nesting, got more"),
+    ("deep dashes", GOOD + "x:\n" + "- " * 10_000 + "a\n", "1: yaml: expected at most 100 levels of nesting, got more"),
+    ("2 MiB", GOOD + "# " + "x" * (2 << 20), "1: file: expected at most 1048576 bytes, got more"),
+    ("invalid UTF-8", b"name: api\npath: /x\xff\n", "2: file: expected UTF-8, got the byte 0xff"),
+    ("open list", GOOD + "targets: [claude\n", r"\d: yaml: expected valid YAML, got: .*"),
+    ("tab", "name: api\n\tpath: /x\n", r"\d: yaml: expected valid YAML, got: .*"),
+    ("unknown anchor", "name: api\npath: *nope\n", r"2: yaml: expected valid YAML, got: .*undefined alias.*"),
+    ("two documents", GOOD + "---\n" + GOOD, r"3: yaml: expected valid YAML, got: .*another document.*"),
+    ("key twice", GOOD + "path: /y\n", "3: path: expected once, got it again"),
+    (
+        "nested key twice",
+        task_file("id: 1, title: t, id: 2"),
+        r"7: projects\[0\].tasks\[0\].id: expected once, got it again",
+    ),
+    ("list as key", GOOD + "? [a]\n: b\n", "3: key: expected text as a key, got a list"),
+    ("merge key", GOOD + "<<: {a: b}\n", "3: <<: expected no merge key, which YAML 1.2 lacks, got one"),
+    ("no name", "path: /x\n", "1: name: expected a value, got nothing"),
+    ("no path", "name: api\n", "1: path: expected a value, got nothing"),
+    ("null path", "name: api\npath: ~\n", "2: path: expected a value, got nothing"),
+    ("list as name", "name: [api]\npath: /x\n", "1: name: expected text, got a list"),
+    ("mapping as path", "name: api\npath: {a: b}\n", "2: path: expected text, got a mapping"),
+    ("other name", "name: web\npath: /x\n", "1: name: expected api, as the registry has it, got 'web'"),
+    ("relative path", "name: api\npath: code/api\n", r"2: path: expected an absolute path or ~/\.\.\., got 'code/api'"),
+    ("dot path", "name: api\npath: .\n", r"2: path: expected an absolute path or ~/\.\.\., got '\.'"),
+    ("NUL in path", 'name: api\npath: "/a\\0b"\n', r"2: path: expected an absolute path or ~/\.\.\., got '/a\\x00b'"),
+    ("text as targets", GOOD + "targets: claude\n", "3: targets: expected a list, got 'claude'"),
+    ("mapping as targets", GOOD + "targets: {a: b}\n", "3: targets: expected a list, got a mapping"),
+    (
+        "unknown target",
+        GOOD + "targets:\n- claude\n- emacs\n",
+        r"5: targets\[1\]: expected claude \| codex .*, got 'emacs'",
+    ),
+    ("null target", GOOD + "targets: [~]\n", r"3: targets\[0\]: expected text, got nothing"),
+    ("list as commands", GOOD + "commands: [make]\n", "3: commands: expected a mapping, got a list"),
+    ("list as command", GOOD + "commands: {a: [b]}\n", r"3: commands\.a: expected text, got a list"),
+    ("text as notes", GOOD + "notes: text\n", "3: notes: expected a list, got 'text'"),
+    ("mapping as note", GOOD + "notes: [a: b]\n", r"3: notes\[0\]: expected text, got a mapping"),
+    ("text as skill", GOOD + "skills: [sql]\n", r"3: skills\[0\]: expected a mapping, got 'sql'"),
+    ("skill without id", GOOD + "skills: [{description: d}]\n", r"3: skills\[0\]\.id: expected a value, got nothing"),
+    ("text as projects", GOOD + "projects: text\n", "3: projects: expected a list, got 'text'"),
+    ("task without title", task_file("id: 1"), r"7: projects\[0\]\.tasks\[0\]\.title: expected a value, got nothing"),
+    (
+        "unknown status",
+        task_file("id: 1, title: t, status: later"),
+        r"7: projects\[0\]\.tasks\[0\]\.status: expected pending \| inprogress \| blocked \| done, got 'later'",
+    ),
+    (
+        "unknown type",
+        GOOD + "projects: [{name: a, project_type: cloud}]\n",
+        r"3: projects\[0\]\.project_type: expected backend \| frontend \| mobile \| ml, got 'cloud'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), [pytest.param(*case[1:], id=case[0]) for case in BAD_FILES])
+def test_a_bad_file_is_one_line_and_the_others_go_on(home: Home, loader: str, text: Any, expected: str) -> None:
+    home.register("shop/good")
+    codebase, problems = read(home, text)
+    (problem,) = problems
+    assert codebase is None
+    assert re.fullmatch(rf"~/\.orchestra/projects/shop/api\.yaml:{expected}", problem), problem
+    assert list(home.registry().codebases) == [("shop", "good")]
+    assert home.problems() == problems
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "expected a file, got a folder"),
+        (os.mkfifo, "expected a file, got a pipe, socket or device"),
+        (link_to("nowhere"), "expected a file, got none"),
+        (link_to("bad.yaml"), "expected a file, got a link|too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_one_line(home: Home, content: Any, expected: str) -> None:
+    home.register("shop/good")
+    put_files(Path(orchestra.projects_root(home.path)), {"shop/bad.yaml": content})
+    (problem,) = home.problems()
+    assert re.fullmatch(rf"~/\.orchestra/projects/shop/bad\.yaml:1: file: .*(?:{expected})", problem)
+    assert list(home.registry().codebases) == [("shop", "good")]
+
+
+def test_an_unreadable_file_is_one_line_and_the_others_go_on(home: Home) -> None:
+    home.make_codebase("shop/good")
+    home.register("shop/bad").chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    assert ran.status == 2
+    assert ran.complaints == [
+        "orchestra: ~/.orchestra/projects/shop/bad.yaml:1: file: expected a readable file, got: permission denied"
+    ]
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+def test_a_registry_of_broken_files_says_a_line_for_each_and_syncs_the_rest(home: Home) -> None:
+    root = home.make_codebase("shop/good")
+    for number, (_, text, _) in enumerate(BAD_FILES):
+        home.write_registry(f"shop/bad{number}.yaml", text)
+    ran = home.run("sync", "--all")
+    files = [re.match(r"orchestra: ~/\.orchestra/projects/shop/(bad\d+)\.yaml:\d+: \S.*", c) for c in ran.complaints]
+    assert ran.status == 2 and all(files)
+    assert {match[1] for match in files if match} == {f"bad{number}" for number in range(len(BAD_FILES))}
+    assert (root / "CLAUDE.md").exists()
+    assert ran.err.count("\n") == 2 * len(ran.complaints)  # each with its way out, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shop/api.yml", "file: expected the name api.yaml, got api.yml"),
+        ("shop/api.YAML", "file: expected the name api.yaml, got api.YAML"),
+        ("api.yaml", "file: expected a place in a project's folder, got one beside the folders"),
+        ("api.yml", "file: expected a place in a project's folder, got one beside the folders"),
+        ("shop/Project.yaml", r"codebase name: expected any name but project .*, got 'Project'"),
+        ("shop/a\x7fb.yaml", r"codebase name: expected no slash and no control character, got 'a\\x7fb'"),
+    ],
+)
+def test_what_lies_astray_is_one_line_and_the_others_go_on(home: Home, name: str, expected: str) -> None:
+    home.register("shop/good")
+    home.write_registry(name, GOOD)
+    (problem,) = home.problems()
+    shown = re.escape(name.replace("\x7f", "\\x7f"))
+    assert re.fullmatch(rf"~/\.orchestra/projects/{shown}:1: {expected}", problem)
+    assert list(home.registry().codebases) == [("shop", "good")]
+    assert home.run("sync", "--all").status == 2
+
+
+def test_a_folder_of_yaml_files_in_a_project_is_one_line(home: Home) -> None:
+    home.register("shop/good")
+    home.write_registry("shop/nested/api.yaml", GOOD)
+    assert home.problems() == [
+        "~/.orchestra/projects/shop/nested:1: file: expected YAML files right in the project's folder,"
+        " got a folder of them"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shop/api.yaml~", "shop/.api.yaml.swp", "shop/.#api.yaml", "shop/#api.yaml#", "shop/.hidden.yaml"),
+        *("shop/api.yaml.bak", "shop/notes.txt", "shop/4913", ".git/config.yaml", "README.md", "#x#/api.yaml"),
+    ],
+)
+def test_editors_files_and_others_are_ignored(home: Home, name: str) -> None:
+    home.register("shop/good")
+    home.write_registry(name, "{")
+    assert home.problems() == []
+    assert list(home.registry().codebases) == [("shop", "good")]
+
+
+def test_two_codebases_cannot_claim_one_path(home: Home) -> None:
+    home.make_codebase("shop/api", created_at="2026-01-02T00:00:00Z")
+    home.register("shop/old", path=f"{home.code}/shop/x/../api/", created_at="2026-01-01T00:00:00Z")
+    assert list(home.registry().codebases) == [("shop", "old")]
+    (problem,) = home.problems()
+    assert re.fullmatch(
+        r"~/.*shop/api\.yaml:1: path: expected a folder of its own, got .*, which shop/old has", problem
+    )
+
+
+@pytest.mark.xfail(strict=True, reason=KNOWN_BUG + "_claim_paths does not resolve links, so two codebases fight")
+def test_two_codebases_cannot_claim_one_folder_under_two_names(home: Home) -> None:
+    root = home.make_codebase("shop/api")
+    (home.code / "link").symlink_to(root)
+    home.register("shop/web", path=str(home.code / "link"))
+    assert len(home.problems()) == 1
+
+
+@pytest.mark.parametrize("text", ["name: ''\npath: /x\n", "name: api\npath: ''\n"])
+def test_required_text_is_not_empty(home: Home, text: str) -> None:
+    codebase, problems = read(home, text)
+    assert codebase is None and len(problems) == 1
+
+
+@pytest.mark.parametrize("text", [GOOD + "targets: ['']\n", task_file("id: 1, title: t, status: ''")])
+def test_an_empty_word_is_no_enum_value(home: Home, text: str) -> None:
+    codebase, problems = read(home, text)
+    assert codebase is None and len(problems) == 1
+
+
+@pytest.mark.parametrize("name", ["loop", "shop/loop"])
+def test_a_link_to_itself_in_the_registry_stops_nothing(home: Home, name: str) -> None:
+    home.make_codebase("shop/good")
+    os.symlink(os.path.basename(name), Path(orchestra.projects_root(home.path), name))
+    home.run("sync", "--all")
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize("name", ["locked", "shop/locked"])
+def test_an_unreadable_folder_in_the_registry_stops_nothing_else(home: Home, name: str) -> None:
+    home.make_codebase("shop/good")
+    home.write_registry(f"{name}/api.yaml", GOOD).parent.chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    Path(orchestra.projects_root(home.path), name).chmod(0o700)
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+    assert ran.status == 2
+
+
+def limited(home: Home, *argv: str) -> Ran:
+    """Run the script with a deadline."""
+    return finish(home.start(*argv), timeout=3)
+
+
+def alias_bomb(task: str) -> str:
+    component = "&c {name: a, project_type: ml, tasks: [" + "*t," * 9999 + "]}"
+    return f"{GOOD}x: &t {task}\nprojects:\n- {component}\n" + "- *c\n" * 9999
+
+
+@pytest.mark.parametrize("task", ["{id: 1, title: t}", "{id: 1, title: " + "x" * 10_000 + "}"])
+def test_an_alias_bomb_is_refused_quickly(home: Home, task: str) -> None:
+    home.write_registry("shop/api.yaml", alias_bomb(task))
+    ran = limited(home, "project", "list")
+    assert ran.status == 2 and " at most " in ran.complaints[0]
+
+
+def test_text_that_aliases_repeat_is_limited(home: Home, loader: str) -> None:
+    _, problems = read(home, f"{GOOD}x: &t {'x' * 10_000}\nnotes: [{'*t,' * 1000}]\n")
+    assert len(problems) == 1 and " characters of text in all, aliases repeated, got " in problems[0]
+
+
+def test_an_alias_bomb_is_one_line(home: Home) -> None:
+    _, problems = read(home, alias_bomb("{id: 1, title: t}"))
+    assert len(problems) == 1
+
+
+def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
+    laughs = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 'lol'}]\n" for i in range(10))
+    root = home.make_codebase("shop/api")
+    home.write_registry("shop/api.yaml", f"name: api\npath: {root}\n{laughs}")
+    assert limited(home, "init", str(root), "-p", "shop", "-t", "ml").status == 0
+
+
+def test_the_line_of_an_unprintable_character_is_right_behind_other_scripts(home: Home, loader: str) -> None:
+    _, problems = read(home, "# " + "é" * 20 + "\n\0\n" + "\n" * 10)
+    assert problems[0].startswith("~/.orchestra/projects/shop/api.yaml:2: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("api", GOOD + 'commands: {"a\\nb": [x]}\n'), ("api", GOOD + '"a\\nb": 1\n"a\\nb": 1\n'), ("a\nb", GOOD)],
+)
+def test_a_line_end_in_a_name_does_not_break_a_problems_line(home: Home, name: str, text: str) -> None:
+    home.write_registry(f"shop/{name}.yaml", text)
+    (problem,) = home.problems()
+    assert "\n" not in problem
+
+
+def test_half_a_character_is_one_line(home: Home, loader: str) -> None:
+    codebase, problems = read(home, 'name: api\npath: "/x\\ud800"\n')
+    assert codebase is None and len(problems) == 1
+
+
+def test_a_broken_project_file_is_told_even_without_codebases(home: Home) -> None:
+    home.write_registry("shop/project.yaml", "{")
+    assert len(home.problems()) == 1
+
+
+def test_a_problem_is_followed_by_the_way_out(home: Home) -> None:
+    home.register("shop/api", targets="claude")
+    assert "  try: orchestra edit shop/api\n" in home.run("project", "list").err
+
+
+def test_a_project_gives_its_codebases_what_they_lack(home: Home) -> None:
+    home.write_registry(
+        "shop/project.yaml",
+        "name: shop\ndescription: of the shop\ntargets: [gemini]\ncommands: {build: make, lint: ruff}\n"
+        "conventions: [ours]\ncolour: red\n",
+    )
+    home.register("shop/plain")
+    home.register("shop/own", description="d", targets=[], commands={"build": "ninja"}, conventions=["mine"])
+    plain, own = home.registry().codebases[("shop", "plain")], home.registry().codebases[("shop", "own")]
+    assert plain[3:7] == ("of the shop", ("gemini",), (("build", "make"), ("lint", "ruff")), ("ours",))
+    assert own[3:7] == ("d", (), (("build", "ninja"), ("lint", "ruff")), ("ours", "mine"))
+
+
+def test_a_broken_project_file_stops_its_own_codebases_alone(home: Home) -> None:
+    home.write_registry("shop/project.yaml", "name: other\n")
+    home.register("shop/api")
+    home.register("blog/api")
+    assert list(home.registry().codebases) == [("blog", "api")]
+    assert home.problems() == [
+        "~/.orchestra/projects/shop/project.yaml:1: name: expected shop, as the registry has it, got 'other'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "../x", "a/b", "/", ".x", "..", ".", "#x", "x~", "a\0b", "a\nb", "a\x7fb", "a\x85b", "\udcff"),
+        *("a" * 101, "a" * 300, "\N{GRINNING FACE}" * 100),
+    ],
+)
+def test_names_that_would_leave_the_registry_or_hide_in_it_are_refused(home: Home, name: str) -> None:
+    for kind in ("project", "codebase"):
+        with pytest.raises(orchestra.RegistryError, match=f"^{kind} name: expected .*, got "):
+            orchestra.check_name(kind, name)
+    project, codebase = home.run("init", home.path, "-p", name), home.run("init", home.path, "-p", "p", "--name", name)
+    assert (project.status, codebase.status) == (2, 2)
+    assert contents(home.folder) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a" * 100, "Ünï", "日本", "a b", "a.b-c_d", "-x", "*", "x'y\"", "\N{GRINNING FACE}" * 60]
+)
+def test_any_other_name_works_everywhere(home: Home, name: str) -> None:
+    root = home.code / "x"
+    root.mkdir()
+    home.run_fine("init", str(root), "-p", name, f"--name={name}", "--sync") if name != "-x" else home.run_fine(
+        "init", str(root), "--project=-x", "--name=-x", "--sync"
+    )
+    assert home.status_of(f"{name}/{name}") == "current"
+    assert home.sync("--", name).lines == []
+
+
+def test_a_codebase_is_not_called_project_but_a_project_may_be(home: Home) -> None:
+    assert home.run("init", str(home.code), "-p", "shop", "--name", "project").status == 2
+    assert home.run("init", str(home.code), "-p", "project", "--name", "api").status == 0
+
+
+KEYS = [("blog", "api"), ("shop", "api"), ("shop", "web")]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("web", "--- /dev/null"),
+        ("shop/api", "--- /dev/null"),
+        ("blog/api", "--- /dev/null"),
+        ("api", "orchestra: codebase api: expected one, got 2: blog/api, shop/api"),
+        ("blog/web", "orchestra: codebase blog/web: expected a registered name, got an unknown one"),
+        ("", "orchestra: codebase : expected a registered name, got an unknown one"),
+        ("/api", "orchestra: codebase /api: expected a registered name, got an unknown one"),
+    ],
+)
+def test_a_short_name_is_enough_while_it_is_unique(home: Home, name: str, expected: str) -> None:
+    for key in KEYS:
+        home.make_codebase("/".join(key))
+    ran = home.run("diff", name)
+    assert (ran.out + ran.err).splitlines()[0] == expected
+
+
+def test_the_short_names_of_codebases_are_those_that_find_them() -> None:
+    assert sorted(orchestra.short_names(KEYS).values()) == ["blog/api", "shop/api", "web"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shop/web": {"description": "new"}},
+        {"shop/web": None},
+        {"shop/new": {}},
+        {"shop/api": "{"},
+        {"shop/bad": {}},
+        {"shop/web": {"path": "/a/api"}},  # which shop/api has
+        {"shop/api": {"path": "/a/web"}},
+        {"shop/api": {"path": "/a/other"}},  # whose old path shop/late claims too
+        {"shop/api": None, "shop/web": "- a"},
+        {"shop/late": {"path": "/a/late"}},
+        {},
+    ],
+)
+def test_reading_only_what_changed_gives_what_reading_all_gives(home: Home, changes: dict[str, Any]) -> None:
+    def write(label: str, values: Any) -> None:
+        if isinstance(values, dict):
+            name = label.split("/")[1]
+            values = {"name": name, "path": f"/a/{name}", "created_at": f"2026-01-{len(name):02}", **values}
+        home.write_registry(f"{label}.yaml", values)
+
+    for label, values in {"shop/api": {}, "shop/web": {}, "shop/late": {"path": "/a/api"}, "shop/bad": ""}.items():
+        write(label, values)
+    before = home.registry()
+    for label, values in changes.items():
+        if values is None:
+            os.unlink(orchestra.codebase_path(home.path, tuple(label.split("/"))))
+        else:
+            write(label, values)
+    after = orchestra.reload_codebases(home.path, before, [tuple(label.split("/")) for label in changes])
+    assert comparable(after) == comparable(home.registry())
+
+
+def comparable(registry: orchestra.Registry) -> Any:
+    # Nodes of unknown keys differ from one reading to the next.
+    assert not any(codebase.extra for codebase in registry.codebases.values())
+    return registry
+
+
+def save_changed(home: Home, text: str, **changes: Any) -> str:
+    """Save a codebase's file with some fields changed, and give the file's new text."""
+    file = home.write_registry("shop/api.yaml", text)
+    codebase = orchestra.load_codebase(home.path, "shop", "api")
+    orchestra.save_codebase(home.path, codebase._replace(**changes))
+    reread = orchestra.load_codebase(home.path, "shop", "api")
+    assert [getattr(reread, name) for name in changes] == list(changes.values())
+    return file.read_bytes().decode()
+
+
+TYPED = """\
+# The API.
+name: api   # as in the address
+path: "/code/api"
+
+colour: red          # Orchestra does not know this
+limits: {cpu: 0x10, on: yes}
+description: old    # short
+projects:
+- name: api
+  project_type: ml
+  owner: kim
+# the end
+created_at: 2026-03-01T00:00:00Z
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "old", "new"),
+    [
+        ({}, "", ""),
+        ({"description": "new"}, "description: old ", "description: new "),
+        ({"description": "1.10"}, "description: old ", "description: '1.10' "),
+        ({"description": "a: b # c"}, "description: old ", "description: 'a: b # c' "),
+        (
+            {"notes": ("n",)},
+            "# the end\ncreated_at: 2026-03-01T00:00:00Z\n",
+            "# the end\ncreated_at: 2026-03-01T00:00:00Z\nnotes: [n]\n",
+        ),
+        ({"projects": ()}, "projects:\n- name: api\n  project_type: ml\n  owner: kim\n", ""),
+        ({"targets": ("claude",)}, "03-01T00:00:00Z\n", "03-01T00:00:00Z\ntargets: [claude]\n"),
+    ],
+)
+def test_a_save_changes_only_what_changed(home: Home, loader: str, changes: dict[str, Any], old: str, new: str) -> None:
+    assert save_changed(home, TYPED, **changes) == TYPED.replace(old, new)
+
+
+def test_keys_orchestra_does_not_know_survive_inside_what_changed(home: Home, loader: str) -> None:
+    component = orchestra.Component("api", "backend")
+    file = home.write_registry("shop/api.yaml", FROM_RUST)
+    codebase = orchestra.load_codebase(home.path, "shop", "api")
+    (old,) = codebase.projects
+    orchestra.save_codebase(home.path, codebase._replace(projects=(old._replace(project_type="ml"), component)))
+    values = yaml.load(file.read_bytes(), Loader=yaml.BaseLoader)
+    assert values["projects"][0]["tasks"][0]["tracked_files"] == ["src/main.rs"]
+    assert values["projects"][0]["tasks"][0]["subtasks"] == [{"id": "T-1.1", "title": "half of it", "done": "false"}]
+    assert [component["project_type"] for component in values["projects"]] == ["ml", "backend"]
+    assert yaml.safe_load(file.read_bytes())["projects"][0]["tasks"][0]["subtasks"][0]["done"] is False
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{name: api, path: /code/api, colour: red, description: old}",
+        "--- # first\nname: api\npath: /code/api\ncolour: red\n...\n",
+        "name: api\r\npath: /code/api\r\ncolour: red\r\ndescription: old\r\n",
+        "\ufeffname: api\npath: /code/api\ncolour: red",
+        "name: api\npath: &p /code/api\ncolour: red\nbase: &b [1]\nagain: [*b, *p]\ndescription: old\n",
+        "name: api\npath: /code/api\ncolour: red\ndescription: |\n  old\n  text\n\n# after\nnotes:\n  - a\n",
+        "description: ä日\N{GRINNING FACE} old\nname: api\npath: /code/api\ncolour: red\n",
+        "name: api\npath: /code/api\ndescription:\ncolour: red\n",
+        "? name\n: api\npath: /code/api\ncolour: red\ndescription: >-\n  old\n",
+    ],
+)
+def test_a_save_survives_every_style_of_yaml(home: Home, loader: str, text: str) -> None:
+    saved = save_changed(home, text, description="new: ä\N{GRINNING FACE}\nline", notes=("no", "-", "x: y", "\ttab"))
+    values = yaml.load(saved, Loader=yaml.BaseLoader)
+    assert values["colour"] == "red"
+    assert "old" not in saved
+    if "again" in text:
+        assert values["again"] == [["1"], "/code/api"]
+    if "# after" in text:
+        assert "# after" in saved
+
+
+@pytest.mark.parametrize("text", ["{", "- a\n", b"\xff", ""])
+def test_a_save_does_not_replace_a_file_that_cannot_be_read(home: Home, text: Any) -> None:
+    file = home.write_registry("shop/api.yaml", text)
+    before = file.read_bytes()
+    with pytest.raises(orchestra.RegistryError):
+        orchestra.save_codebase(home.path, codebase_with())
+    assert file.read_bytes() == before
+
+
+def test_a_registry_file_that_is_a_link_stays_one(home: Home) -> None:
+    file = home.write_registry("shop/api.yaml", GOOD)
+    real = home.code / "api.yaml"
+    file.rename(real)
+    file.symlink_to(real)
+    orchestra.save_codebase(home.path, codebase_with(description="new"))
+    assert file.is_symlink() and "new" in real.read_text()
+
+
+def test_reading_never_rewrites(home: Home) -> None:
+    home.make_codebase("shop/api")
+    file = home.write_registry("shop/api.yaml", TYPED.replace("/code/api", str(home.code / "shop/api")))
+    before = file.stat()
+    home.sync()
+    home.run_fine("status")
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
+    hostile = (
+        "no",
+        "1.10",
+        "~",
+        "null",
+        "'",
+        '"',
+        "- a",
+        "a: b",
+        "#",
+        "a #b",
+        " lead",
+        "trail ",
+        "a\nb\n",
+        "\n",
+        "[",
+        "*a",
+        "&a",
+        "!x",
+    )
+    codebase = codebase_with(notes=hostile, commands=tuple((text, text) for text in hostile))
+    orchestra.save_codebase(home.path, codebase)
+    assert without_source(orchestra.load_codebase(home.path, "shop", "api")) == codebase
+
+
+# ── 5 Detection ───────────────────────────────────────────────────────────────
+
+
+def package_json(**sections: Any) -> str:
+    return json.dumps(sections)
+
+
+PEP_621 = r"""
+[project]
+name = "x"
+requires-python = ">=3.10"
+description = "A \"fine\" tool"
+dependencies = [
+  "torch>=2",
+]
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, ("backend", "nothing recognized")),
+        ({"README.md": "torch react expo"}, ("backend", "nothing recognized")),
+        ({"pubspec.yaml": "", "package.json": "{}"}, ("mobile", "pubspec.yaml")),
+        ({"App.xcodeproj": None}, ("mobile", "App.xcodeproj")),
+        ({"package.json": package_json(dependencies={"expo": "1", "react": "1"})}, ("mobile", "expo in package.json")),
+        ({"package.json": package_json(dependencies={"react": "18"})}, ("frontend", "react in package.json")),
+        ({"package.json": package_json(devDependencies={"vite": "5"})}, ("frontend", "vite in package.json")),
+        ({"package.json": package_json(peerDependencies={"vue": "3"})}, ("frontend", "vue in package.json")),
+        ({"package.json": package_json(dependencies={"express": "4"})}, ("backend", "express in package.json")),
+        ({"package.json": package_json(devDependencies={"express": "4"})}, ("backend", "package.json")),
+        ({"package.json": "{}", "index.html": ""}, ("frontend", "index.html")),
+        ({"package.json": "{}", "vite.config.ts": ""}, ("frontend", "vite.config.ts")),
+        ({"package.json": "not JSON"}, ("backend", "package.json")),
+        ({"package.json": "[1]"}, ("backend", "package.json")),
+        ({"package.json": "[" * 100_000}, ("backend", "package.json")),
+        ({"package.json": package_json(dependencies=["react"])}, ("backend", "package.json")),
+        ({"package.json": None}, ("backend", "package.json")),
+        ({"package.json": os.mkfifo}, ("backend", "package.json")),
+        ({"requirements.txt": "numpy\ntorch==2.1\n"}, ("ml", "torch in requirements.txt")),
+        ({"requirements.txt": "torchless\nmy-torch\n"}, ("backend", "requirements.txt")),
+        ({"pyproject.toml": PEP_621}, ("ml", "torch in pyproject.toml")),
+        (
+            {"pyproject.toml": '[project]\nname = "x"\n[project.optional-dependencies]\nml = ["torch"]\n'},
+            ("backend", "pyproject.toml"),
+        ),
+        ({"pyproject.toml": '[project]\ndependencies = ["jax"]\n'}, ("ml", "jax in pyproject.toml")),
+        ({"setup.py": "setup(install_requires=['keras'])"}, ("ml", "keras in setup.py")),
+        ({"study.ipynb": "{}"}, ("ml", "study.ipynb")),
+        ({"Cargo.toml": ""}, ("backend", "Cargo.toml")),
+        ({"go.mod": ""}, ("backend", "go.mod")),
+        ({"build.gradle.kts": ""}, ("backend", "build.gradle.kts")),
+        ({"Makefile": ""}, ("backend", "Makefile")),
+    ],
+)
+def test_the_type_of_a_codebase_is_told_by_its_manifests(home: Home, files: Any, expected: tuple[str, str]) -> None:
+    put_files(home.code, files)
+    assert orchestra.detect(str(home.code))[:2] == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "targets"),
+    [
+        ({}, ()),
+        ({"CLAUDE.md": ""}, ("claude",)),
+        ({".claude": None}, ("claude",)),
+        ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
+        ({".github/workflows/ci.yml": ""}, ()),
+        ({".github/copilot-instructions.md": ""}, ("copilot",)),
+        ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
+        ({".clinerules/a.md": ""}, ("cline",)),
+        ({".clinerules": "plain file"}, ()),
+        ({".agent/rules": None}, ("antigravity",)),
+        ({".agents/skills": None}, ()),
+    ],
+)
+def test_the_targets_are_the_agents_that_left_traces(home: Home, files: Any, targets: tuple[str, ...]) -> None:
+    put_files(home.code, files)
+    assert orchestra.detect(str(home.code)).targets == targets
+
+
+@pytest.mark.parametrize(
+    ("files", "commands"),
+    [
+        ({}, {}),
+        (
+            {"package.json": package_json(scripts={"build": "tsc", "test": "jest", "odd": "x"})},
+            {"build": "npm run build", "test": "npm test"},
+        ),
+        ({"package.json": package_json(scripts={"lint": "x"}), "yarn.lock": ""}, {"lint": "yarn run lint"}),
+        ({"package.json": package_json(scripts={"lint": "x"}), "pnpm-lock.yaml": ""}, {"lint": "pnpm run lint"}),
+        ({"package.json": package_json(scripts={"build": 1})}, {}),
+        ({"Cargo.toml": ""}, {"build": "cargo build", "test": "cargo test"}),
+        ({"go.mod": ""}, {"build": "go build ./...", "test": "go test ./..."}),
+        ({"Makefile": "test: x\n\tgo\nlint:=no\n"}, {"test": "make test"}),
+        ({"tox.ini": "", "setup.py": "", "tests": None}, {"test": "tox"}),
+        ({"pyproject.toml": "", "tests": None}, {"test": "python -m pytest"}),
+        ({"pyproject.toml": ""}, {}),
+    ],
+)
+def test_commands_come_from_the_manifests(home: Home, files: Any, commands: dict[str, str]) -> None:
+    put_files(home.code, files)
+    assert dict(orchestra.detect(str(home.code)).commands) == commands
+
+
+@pytest.mark.parametrize(
+    ("files", "description", "skills"),
+    [
+        ({"pyproject.toml": PEP_621}, 'A "fine" tool', ["Python >=3.10"]),
+        ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "old", ["Python"]),
+        ({"pyproject.toml": "[tool.other]\ndescription = 'no'\n"}, "", ["Python"]),
+        ({"Cargo.toml": '[package]\nedition = "2021"\ndescription = "Fast"\n'}, "Fast", ["Rust, edition 2021"]),
+        (
+            {
+                "package.json": package_json(
+                    description=" Web ", engines={"node": ">=18"}, dependencies={"react": "^18"}
+                )
+            },
+            "Web",
+            ["JavaScript", "Node.js >=18", "react ^18"],
+        ),
+        ({"package.json": package_json(description=7), "tsconfig.json": ""}, "", []),
+        ({"package.json": package_json(name="x"), "tsconfig.json": ""}, "", ["TypeScript", "Node.js"]),
+        ({"go.mod": "", "Dockerfile": ""}, "", ["Go", "Docker"]),
+    ],
+)
+def test_description_and_stack_come_from_the_manifests(
+    home: Home, files: Any, description: str, skills: list[str]
+) -> None:
+    put_files(home.code, files)
+    found = orchestra.detect(str(home.code))
+    assert found.description == description
+    if skills:
+        assert [skill.description for skill in found.skills] == skills
+
+
+# ── 6 Agents ──────────────────────────────────────────────────────────────────
+
+HOSTILE = [
+    "-->",
+    "<!-- orchestra:end -->",
+    "<!-- orchestra:begin -->\n<!-- orchestra:end -->",
+    "<!-->",
+    "x\n<!-- orchestra:end -->\ny",
+    "a | b\n|---|---|",
+    "one\r\ntwo\rthree\nfour",
+    "see @README.md",
+    "`@in/span` and @outside",
+    "``a ` @in`` @out",
+    "```\n@in/fence\n```\n@behind/fence",
+    "```\n@in/fence never closed",
+    "a ` b @README.md",
+    "~~~\n```\n@in\n~~~\n@out",
+    "````\n```\n@in\n````",
+    "@first\n@second (@third, @fourth)",
+    "mail me@example.org",
+    "@~/secret and @./here and @/etc/passwd",
+    "`",
+    "```",
+    "\x00\x07\x1b[31mred\x85\u2028\u2029\ufeff\x7f",
+    "---\ntrigger: manual\n---",
+    "key: value # comment",
+    "'quoted' \"twice\"",
+    "{title} {0} %s",
+    "\ud800",
+    "# heading",
+    "   ",
+]
+
+
+def hostile_codebase(text: str, targets: Any = orchestra.TARGETS) -> orchestra.Codebase:
+    name = " ".join(text.split())[:90].replace("/", "-") or "x"
+    task = orchestra.Task(text, text, "pending", text)
+    component = orchestra.Component(text, "ml", (task,), (orchestra.AgentRole(text, text, (text,)),))
+    return orchestra.Codebase(
+        *("shop", name, "/code/api", text, targets),
+        commands=((text, text),),
+        conventions=(text, text),
+        notes=(text,),
+        skills=(orchestra.Skill(text, text),),
+        projects=(component,),
+    )
+
+
+def frontmatter_of(data: bytes) -> Any:
+    found = re.match(rb"---\n(.*?\n)---\n\n", data, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
+
+
+def outside_fences(text: str) -> str:
+    """Drop the fenced code; a fence within a list item ends with the item."""
+    lines, fence, in_item = [], "", False
+    for line in text.split("\n"):
+        if in_item and line and not line.startswith("  "):
+            fence = ""
+        mark = re.match(r"(- )? *(`{3,}(?!.*`)|~{3,})", line)
+        if fence:
+            fence = "" if mark and mark[2].startswith(fence) and line.strip() == mark[2] else fence
+        elif mark:
+            fence, in_item = mark[2], line.startswith(("- ", "  "))
+        else:
+            lines.append(line)
+    assert fence == "" or in_item, "a fence is left open"
+    return "\n".join(lines)
+
+
+def bare_at_words(text: str) -> list[str]:
+    """Find the @words that Markdown puts neither into a code span nor into a fence: an agent would import them."""
+    found = []
+    for paragraph in re.split(r"\n[ >]*\n|\n(?=\s*[-#>])", outside_fences(text)):
+        prose = re.sub(r"(?s)(?<![`\\])(?:\\\\)*(`+)(?!`)(.+?)(?<!`)\1(?!`)", "", paragraph)
+        found += re.findall(r"(?<!\w)@[\w./~]\S*", prose)
+    return found
+
+
+def test_the_helper_finds_bare_at_words() -> None:
+    assert bare_at_words("a @b `@c` ``d ` @e`` \n```\n@f\n```\n- `g\n- @h`") == ["@b", "@h`"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_all_eight_targets_are_valid_whatever_the_registry_holds(text: str) -> None:
+    files = orchestra.render_files(hostile_codebase(text))
+    assert sorted(files) == sorted(agent.path for agent in orchestra.AGENTS.values())
+    for path, data in files.items():
+        agent = orchestra.AGENTS_BY_PATH[path]
+        assert b"\r" not in data and not data.startswith(b"\xef\xbb\xbf")
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", data.decode())
+        if agent.owned:
+            assert re.search(rb"[^\n]\n\Z", data)
+            assert BEGIN not in data and END not in data
+        else:
+            assert data.startswith(BEGIN + b"\n# ") and data.endswith(b"\n" + END)
+            assert data.count(b"<!--") == data.count(b"-->") == 2
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_each_agents_frontmatter_says_that_it_applies_always(text: str) -> None:
+    files = orchestra.render_files(hostile_codebase(text))
+    found = {agent.target: frontmatter_of(files[agent.path]) for agent in orchestra.AGENTS.values() if agent.owned}
+    title = found["cursor"].pop("description")
+    assert isinstance(title, str) and title.endswith(": instructions")
+    assert found["cursor"] == {"globs": None, "alwaysApply": True}
+    assert found["windsurf"] == found["antigravity"] == {"trigger": "always_on", "description": title}
+    assert found["cline"] is None and files[".clinerules/orchestra.md"].startswith(b"# ")
+
+
+UNCLOSED = "~~~\n@in/fence never closed"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_imports_a_file_or_leaves_a_fence_open(text: str) -> None:
+    assert bare_at_words(orchestra.render_body(hostile_codebase(text))) == []
+
+
+@pytest.mark.parametrize("text", [UNCLOSED, "intro\n```sh\n@in", "````\n```", "~~~\n~~~~\n~~~ x"])
+def test_what_a_text_opens_it_closes(text: str) -> None:
+    for values in ({"description": text}, {"notes": (text, "@next")}, {"conventions": (text,)}):
+        assert bare_at_words(orchestra.render_body(codebase_with(**values))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@README.md`x",
+        "`two\nlines @README.md`",
+        "a \\` b @README.md",
+        UNCLOSED,
+    ],
+)
+def test_stray_backticks_do_not_uncover_an_at_word(text: str) -> None:
+    assert bare_at_words(orchestra.render_body(hostile_codebase(text))) == []
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_neither_ends_the_block_nor_makes_the_next_sync_write(home: Home, text: str) -> None:
+    text = text.replace("\ud800", "?")
+    tasks = [{"id": "T-1", "title": text, "description": text}]
+    home.make_codebase(
+        *("shop/api", {"CLAUDE.md": "mine\n", "AGENTS.md": "mine too"}),
+        description=text,
+        targets=ALL_TARGETS,
+        conventions=[text],
+        commands={"run": text},
+        projects=[{"name": "a", "project_type": "ml", "tasks": tasks}],
+    )
+    home.sync()
+    before = tree(home.folder)
+    assert home.sync().lines == []
+    assert tree(home.folder) == before
+    assert home.status_of() == "current"
+
+
+FULL = """\
+# api
+
+Orders.
+
+> Generated by Orchestra from `~/.orchestra/projects/shop/api.yaml`. To change this text, edit that file and run
+> `orchestra sync shop/api`; edits made here are replaced by the next sync.
+
+## Stack
+
+- api: backend
+
+## Commands
+
+- build: `make`
+- both:
+
+  ```
+  make
+  make test
+  ```
+
+## Conventions
+
+- Money is cents
+- Two
+  lines
+
+## Tasks
+
+- T-1 (in progress): Ship
+
+  With care
+
+- T-2 (to do): Rest
+
+## Skills
+
+- sql: Postgres 16
+- git
+
+## Agents
+
+- reviewer: `AGENT/reviewer.md` (skills: rust, go)
+- idle
+
+## Notes
+
+- see `@README.md`
+"""
+
+
+def test_a_full_codebase_reads_well() -> None:
+    tasks = (
+        orchestra.Task("T-1", "Ship", "inprogress", "With care"),
+        orchestra.Task("T-0", "Begun", "done"),
+        orchestra.Task("T-2", "Rest"),
+    )
+    roles = (orchestra.AgentRole("reviewer", "AGENT/reviewer.md", ("rust", "go")), orchestra.AgentRole("idle"))
+    codebase = codebase_with(
+        description="Orders.",
+        commands=(("build", "make"), ("both", "make\nmake test\n")),
+        conventions=("Money is cents", "Two\nlines"),
+        notes=("see @README.md",),
+        skills=(orchestra.Skill("sql", "Postgres 16"), orchestra.Skill("git")),
+        projects=(orchestra.Component("api", "backend", tasks, roles),),
+    )
+    assert orchestra.render_body(codebase) == FULL
+    assert orchestra.render_files(codebase)["AGENTS.md"] == BEGIN + b"\n" + FULL.encode() + END
+
+
+def test_rendering_twice_gives_the_same_bytes() -> None:
+    assert orchestra.render_files(hostile_codebase("x")) == orchestra.render_files(hostile_codebase("x"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "files"), [(None, ["CLAUDE.md", "AGENTS.md"]), ((), []), (("gemini", "gemini"), ["GEMINI.md"])]
+)
+def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) -> None:
+    assert list(orchestra.render_files(codebase_with(targets=targets))) == files
+
+
+@pytest.mark.parametrize(
+    ("target", "fits", "told"),
+    [
+        ("claude", b"x\n" * 200, "201 lines are over the budget of 200"),
+        ("codex", b"x" * 32768, "32769 bytes are over the budget of 32768"),
+        ("windsurf", "ä".encode() * 12000, "12001 characters are over the budget of 12000"),
+        ("antigravity", b"x" * 24000, "24001 bytes are over the budget of 24000"),
+        ("gemini", b"x\n" * 100_000, ""),
+    ],
+)
+def test_an_excess_is_told_and_only_an_excess(target: str, fits: bytes, told: str) -> None:
+    agent = orchestra.AGENTS[target]
+    assert orchestra.describe_excess(agent, fits) == ""
+    assert orchestra.describe_excess(agent, fits + (b"x\n" if target == "claude" else b"x")).startswith(told)
+
+
+def test_a_text_over_its_budget_is_written_and_said(home: Home) -> None:
+    home.make_codebase("shop/api", notes=["x" * 40_000], targets=["codex"])
+    ran = home.sync()
+    assert ran.lines == ["create   shop/api AGENTS.md"]
+    assert re.search(r"(?m)^note: shop/api: AGENTS.md: \d+ bytes are over the budget of 32768: ", ran.err)
+
+
+# ── 7 Sync ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("disk", "known", "wanted", "purge", "action"),
+    [
+        (None, [], None, False, "keep"),
+        (None, ["old"], None, False, "keep"),
+        ("new", [], "new", False, "keep"),
+        ("new", ["old"], "new", False, "keep"),
+        (None, [], "new", False, "create"),
+        (None, ["new"], "new", False, "create"),
+        ("old", ["old"], "new", False, "update"),
+        ("older", ["old", "older"], "new", False, "update"),
+        ("edited", ["old"], "new", False, "replace"),
+        ("edited", [], "new", False, "replace"),
+        ("old", ["old"], None, False, "remove"),
+        ("older", ["old", "older"], None, True, "remove"),
+        ("edited", ["old"], None, False, "release"),
+        ("edited", ["old"], None, True, "evict"),
+        (None, ["old"], None, True, "keep"),
+    ],
+)
+def test_three_hashes_decide(disk: Any, known: list[str], wanted: Any, purge: bool, action: str) -> None:
+    assert orchestra.decide(disk, known, wanted, purge) == action
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", None),
+        (b"text\n", None),
+        (block(), block()),
+        (b"a\n" + block() + b"\nb", block()),
+        (b"a\r\n" + block().replace(b"\n", b"\r\n") + b"\r\n", block().replace(b"\n", b"\r\n")),
+        (BEGIN + b"  \nx\n" + END + b"\t\n", BEGIN + b"  \nx\n" + END),
+        (b"inline " + block(), "end on line 3"),
+        (b"> " + BEGIN + b"\n`" + END + b"`\n", None),
+        (block() + b"\n" + block(), "begin on line 1, end on line 3, begin on line 4, end on line 6"),
+        (BEGIN + b"\nx", "begin on line 1"),
+        (b"x\n" + END, "end on line 2"),
+        (END + b"\n" + BEGIN, "end on line 1, begin on line 2"),
+        (BEGIN + b"\n" + block(), "begin on line 1, begin on line 2, end on line 4"),
+    ],
+)
+def test_a_block_is_found_whole_or_refused(data: bytes, found: Any) -> None:
+    try:
+        span = orchestra.find_block(data)
+    except orchestra.SyncError as error:
+        assert isinstance(found, str) and f"got {found}: delete one" in str(error)
+    else:
+        assert (data[span.start : span.end] if span else None) == found
+
+
+# Files that users have before Orchestra comes.
+ORIGINALS = {
+    "one line": b"# Mine\n",
+    "many lines": b"# Mine\n\ntext\n",
+    "no final newline": b"# Mine",
+    "CRLF": b"# Mine\r\ntext\r\n",
+    "CRLF, no final newline": b"# Mine\r\ntext",
+    "mixed line ends": b"# Mine\r\nand\nothers\n",
+    "old Mac": b"# Mine\rtext\r",
+    "empty": b"",
+    "one newline": b"\n",
+    "blank lines at the end": b"# Mine\n\n\n",
+    "blanks": b"   ",
+    "BOM": b"\xef\xbb\xbf# Mine\n",
+    "BOM, CRLF": b"\xef\xbb\xbf# Mine\r\n",
+    "not English": "# Mün 日本\u2028\x85\n".encode(),
+    "mentions the markers": b"See `<!-- orchestra:begin -->` and\n <!-- orchestra:end -->\n",
+}
+ONLY_BOM = b"\xef\xbb\xbf"
+originals = pytest.mark.parametrize("original", [pytest.param(data, id=name) for name, data in ORIGINALS.items()])
+
+
+@originals
+def test_a_block_is_appended_and_everything_before_it_stays(home: Home, original: bytes) -> None:
+    root = home.make_codebase("shop/api", {"AGENTS.md": original}, targets=["codex"])
+    assert home.sync().lines == ["append   shop/api AGENTS.md"]
+    data = (root / "AGENTS.md").read_bytes()
+    newline = b"\r\n" if original.find(b"\r\n") == original.find(b"\n") - 1 >= 0 else b"\n"
+    assert data.startswith(original) and data.endswith(newline + END + newline)
+    assert home.backups() == {}
+
+
+@originals
+def test_bytes_outside_the_block_survive_any_number_of_syncs(home: Home, original: bytes) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    file = root / "AGENTS.md"
+    file.write_bytes(original)
+    home.sync()
+    head, tail = file.read_bytes().split(BEGIN)[0], b"\n\nbehind it\r\nmixed \xc3\xa4"
+    file.write_bytes(file.read_bytes() + tail)
+    after = file.read_bytes().split(END)[-1]
+    for number in range(4):
+        home.register("shop/api", targets=["codex"], description=f"version {number}")
+        assert home.sync().lines == ["update   shop/api AGENTS.md"]
+        data = file.read_bytes()
+        assert data.startswith(head) and data.endswith(after) and f"version {number}".encode() in data
+        assert data.count(BEGIN) == data.count(END) == 1 + original.count(BEGIN)
+    assert home.backups() == {}
+
+
+@originals
+@pytest.mark.parametrize("how", ["purge", "drop"])
+def test_taking_the_block_out_gives_back_the_original_bytes(home: Home, original: bytes, how: str) -> None:
+    root = home.make_codebase("shop/api", {"AGENTS.md": original})
+    home.sync()
+    home.register("shop/api", description="another version")
+    home.sync()
+    if how == "purge":
+        home.run_fine("project", "remove", "api", "--purge")
+    else:
+        home.register("shop/api", targets=[])
+        home.sync()
+    assert contents(root) == {"AGENTS.md": original}
+
+
+def test_a_block_right_behind_a_bom_is_found(home: Home) -> None:
+    home.make_codebase("shop/api", {"AGENTS.md": ONLY_BOM}, targets=["codex"])
+    home.sync()
+    assert home.sync().lines == []
+
+
+def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
+    mine = {".cursor/rules/mine.mdc": b"mine", "src/a.py": b"x", ".github/workflows/ci.yml": b"y"}
+    root = home.make_codebase("shop/api", mine, targets=ALL_TARGETS)
+    home.sync()
+    assert len(contents(root)) == len(mine) + 8
+    ran = home.run_fine("project", "remove", "api", "--purge")
+    assert len([line for line in ran.lines if line.startswith("remove ")]) == 8
+    assert contents(root) == mine
+    assert sorted(os.listdir(root)) == [".cursor", ".github", "src"]
+    assert home.registry().keys == []
+
+
+def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_place(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "cline"])
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# my api")
+    edit(root / CLINE, "# api", "# my api")
+    home.run_fine("project", "remove", "api", "--purge")
+    assert b"# my api" in home.backups()["CLAUDE.md"]
+    assert os.listdir(root) == [".clinerules"] and b"# my api" in (root / CLINE).read_bytes()
+
+
+def edit(file: Path, old: str, new: str) -> bytes:
+    """Edit a file by hand, and give its new bytes."""
+    data = file.read_bytes()
+    assert old.encode() in data
+    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    return file.read_bytes()
+
+
+def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    file = root / "CLAUDE.md"
+    file.write_bytes(b"my own\n" + file.read_bytes() + b"and this\n")
+    edited = file.read_bytes()
+    assert home.sync().lines == []
+    assert file.read_bytes() == edited and home.backups() == {}
+
+
+@pytest.mark.parametrize(("target", "path"), [("claude", "CLAUDE.md"), ("cursor", ".cursor/rules/orchestra.mdc")])
+@pytest.mark.parametrize("registry_changes", [False, True])
+def test_a_hand_edit_of_ours_is_backed_up_first_and_restore_gives_it_back(
+    home: Home, target: str, path: str, registry_changes: bool
+) -> None:
+    root = home.make_codebase("shop/api", targets=[target])
+    home.sync()
+    synced = (root / path).read_bytes()
+    edited = edit(root / path, "# api", "# my api")
+    if registry_changes:
+        home.register("shop/api", targets=[target], description="new")
+    else:
+        assert home.status_of() == "modified"
+    ran = home.sync()
+    assert ran.lines == [f"replace  shop/api {path}"]
+    assert f"orchestra restore shop/api {path} --at " in ran.err
+    assert ((root / path).read_bytes() == synced) == (not registry_changes)
+    assert home.backups() == {path: edited}
+    command = re.search(r"orchestra (restore .*)", ran.err)
+    assert command
+    home.run_fine(*command[1].split())
+    assert (root / path).read_bytes() == edited
+
+
+def test_restore_gives_back_only_the_block_of_a_shared_file(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    edited = edit(root / "CLAUDE.md", "# api", "# my api")
+    home.sync()
+    file = root / "CLAUDE.md"
+    file.write_bytes(b"written later\r\n" + file.read_bytes())
+    home.run_fine("restore", "api")
+    assert file.read_bytes().replace(b"\r\n", b"\n") == b"written later\n" + edited
+
+
+def test_restore_keeps_what_it_replaces(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    first = edit(root / CLINE, "# api", "# first")
+    home.sync()
+    second = edit(root / CLINE, "# api", "# second")
+    home.run_fine("restore", "api", ".clinerules/orchestra.md")
+    assert (root / CLINE).read_bytes() == first
+    home.run_fine("restore", "api")
+    assert (root / CLINE).read_bytes() == second
+
+
+def test_restore_lists_and_chooses(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex"])
+    home.sync()
+    assert home.run_fine("restore", "api", "--list").out == ""
+    assert home.run("restore", "api").complaints == [
+        "orchestra: shop/api: expected a kept version of a file, found none"
+    ]
+    edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
+    home.sync()
+    edited.append(edit(root / "CLAUDE.md", "# api", "# our api"))
+    edit(root / "AGENTS.md", "# api", "# agents")
+    home.sync()
+    rows = [line.split() for line in home.run_fine("restore", "api", "--list").out.splitlines()]
+    assert rows[0] == ["WHEN", "FILE", "WHY"]
+    assert sorted(row[1] for row in rows[1:]) == ["AGENTS.md", "CLAUDE.md", "CLAUDE.md"]
+    times = [row[0] for row in rows[1:] if row[1] == "CLAUDE.md"]
+    for when, text in zip(times, edited):
+        home.run_fine("restore", "api", "./CLAUDE.md", "--at", when)
+        assert (root / "CLAUDE.md").read_bytes() == text
+    assert home.run("restore", "api", "--at", "1999").status == 2
+    assert home.run("restore", "api", "GEMINI.md").status == 2
+    assert home.run("restore", "api", "../../etc/passwd").status == 2
+
+
+@pytest.mark.parametrize("link", [".clinerules", CLINE])
+def test_restore_does_not_write_through_links(home: Home, link: str) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    edit(root / CLINE, "# api", "# my api")
+    home.sync()
+    shutil.rmtree(root / ".clinerules")
+    put_files(home.code, {"outside/orchestra.md": "the user's"})
+    put_files(root, {link: link_to(str(home.code / "outside" / ("orchestra.md" if link == CLINE else "")))})
+    ran = home.run("restore", "api")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert contents(home.code / "outside") == {"orchestra.md": b"the user's"}
+
+
+def test_what_orchestra_did_not_write_is_backed_up_from_an_owned_path(home: Home) -> None:
+    home.make_codebase("shop/api", {CLINE: b"\xff\0mine"}, targets=["cline"])
+    assert home.sync().lines == ["replace  shop/api .clinerules/orchestra.md"]
+    assert home.backups() == {CLINE: b"\xff\0mine"}
+
+
+def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    for broken in ("", "{", "[]", '{"files": []}', "null", "[" * 100_000, '{"synced_at": 1, "files": {}}'):
+        home.sync()
+        old = edit(root / CLINE, "# api", f"# api {len(broken)}")
+        Path(orchestra.record_path(home.path, ("shop", "api"))).write_text(broken)
+        assert home.status_of() == "never_synced"
+        home.sync()
+        assert home.backups()[".clinerules/orchestra.md"] == old
+
+
+def test_a_second_sync_writes_nothing(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS, notes=["a"])
+    home.sync()
+    before = tree(home.folder)
+    assert home.sync().out == "0 written, 8 unchanged in 1 codebase\n"
+    assert tree(home.folder) == before
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o755])
+def test_the_mode_of_a_file_is_kept(home: Home, mode: int) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"})
+    (root / "CLAUDE.md").chmod(mode)
+    home.sync()
+    assert stat.S_IMODE((root / "CLAUDE.md").stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_of_the_umask(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor"])
+    old = os.umask(0o027)
+    try:
+        home.sync()
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE((root / name).stat().st_mode) for name in (".cursor", ".cursor/rules/orchestra.mdc")]
+    assert modes == [0o750, 0o640]
+
+
+def test_line_ends_that_git_turned_into_crlf_are_no_hand_edit(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "cursor"])
+    home.sync()
+    for path in ("CLAUDE.md", ".cursor/rules/orchestra.mdc"):
+        (root / path).write_bytes((root / path).read_bytes().replace(b"\n", b"\r\n"))
+    assert home.sync().lines == []
+    home.register("shop/api", targets=["claude", "cursor"], description="new")
+    assert {line.split()[0] for line in home.sync().lines} == {"update"}
+    assert b"\n" not in (root / "CLAUDE.md").read_bytes().replace(b"\r\n", b"")
+
+
+@pytest.mark.parametrize("target", ["AGENTS.md", "/etc/hostname", "nowhere", "CLAUDE.md"])
+def test_a_symlinked_managed_file_is_left_alone_and_said(home: Home, target: str) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": link_to(target)})
+    ran = home.sync()
+    assert ran.lines == ["create   shop/api AGENTS.md"]
+    assert f"note: shop/api: CLAUDE.md: left alone: it is a link to {target}\n" in ran.err
+    assert os.readlink(root / "CLAUDE.md") == target
+    assert home.status_of() == "current"
+    home.run_fine("project", "remove", "api", "--purge")
+    assert os.readlink(root / "CLAUDE.md") == target and os.listdir(root) == ["CLAUDE.md"]
+
+
+@pytest.mark.parametrize("link", [".cursor", ".cursor/rules"])
+def test_a_folder_that_leads_out_of_the_codebase_is_refused(home: Home, link: str) -> None:
+    outside = home.code / "outside"
+    outside.mkdir()
+    home.make_codebase("shop/api", {link: link_to(str(outside))}, targets=["claude", "cursor"])
+    ran = home.run("sync", "--all")
+    assert (ran.status, ran.lines) == (2, ["create   shop/api CLAUDE.md"])
+    assert ran.complaints == [
+        "orchestra: shop/api: .cursor/rules/orchestra.mdc: expected a folder inside the codebase,"
+        f" got a link to {outside}"
+    ]
+    assert os.listdir(outside) == []
+    assert home.status_of() == "error"
+
+
+def test_a_folder_that_leads_beside_the_codebase_is_refused(home: Home) -> None:
+    home.make_codebase("shop/api", {".cursor": link_to("../api-outside")}, targets=["cursor"])
+    (home.code / "shop/api-outside").mkdir()
+    assert home.run("sync", "--all").status == 2
+    assert os.listdir(home.code / "shop/api-outside") == []
+
+
+def test_a_folder_linked_within_the_codebase_is_fine(home: Home) -> None:
+    root = home.make_codebase(
+        "shop/api", {"config/cursor": None, ".cursor": link_to("config/cursor")}, targets=["cursor"]
+    )
+    home.sync()
+    assert (root / "config/cursor/rules/orchestra.mdc").exists()
+    assert home.sync().lines == []
+
+
+def test_a_codebase_reached_through_a_link_is_fine(home: Home) -> None:
+    root = home.make_codebase("shop/real")
+    os.unlink(orchestra.codebase_path(home.path, ("shop", "real")))
+    (home.code / "link").symlink_to(root)
+    home.register("shop/api", path=str(home.code / "link"), targets=["cursor"])
+    home.sync()
+    assert (root / ".cursor/rules/orchestra.mdc").exists()
+
+
+@pytest.mark.parametrize("content", ["a file", "nothing", link_to("nowhere")])
+def test_a_missing_codebase_folder_is_an_error_for_it_alone(home: Home, content: Any) -> None:
+    home.make_codebase("shop/good")
+    home.register("shop/gone", path=str(home.code / "gone"))
+    if content != "nothing":
+        put_files(home.code, {"gone": content})
+    before = os.path.lexists(home.code / "gone")
+    ran = home.run("sync", "--all")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert f"{home.code}/gone: expected the codebase's folder, found " in ran.complaints[0]
+    assert os.path.lexists(home.code / "gone") == before
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+    assert (home.status_of("shop/gone"), home.status_of("shop/good")) == ("error", "current")
+
+
+@pytest.mark.parametrize(
+    ("files", "target", "expected"),
+    [
+        ({".clinerules": "rules"}, "cline", "expected .clinerules to be a folder, got a file: move its text into one"),
+        (
+            {".cursor/rules": "rules"},
+            "cursor",
+            "expected .cursor/rules to be a folder, got a file: move its text into one",
+        ),
+        ({"GEMINI.md": None}, "gemini", "expected a file, got a folder"),
+        ({"GEMINI.md": os.mkfifo}, "gemini", "expected a file, got a pipe, socket or device"),
+        ({".clinerules/orchestra.md": make_socket}, "cline", "expected a file, got a pipe, socket or device"),
+        (
+            {"GEMINI.md": block() + b"\n" + block()},
+            "gemini",
+            "expected one orchestra:begin and then one orchestra:end, got .*",
+        ),
+        ({"GEMINI.md": b"x\n" + BEGIN + b"\nx\n"}, "gemini", "expected one .*, got begin on line 2: delete one"),
+        (
+            {"GEMINI.md": END + b"\n" + BEGIN},
+            "gemini",
+            "expected one .*, got end on line 1, begin on line 2: delete one",
+        ),
+        ({"GEMINI.md": b"a\0b"}, "gemini", "expected text, got a NUL byte at 1"),
+        ({"GEMINI.md": b"a\xff"}, "gemini", "expected UTF-8 text, got the byte 0xff at 1"),
+        ({"GEMINI.md": "x".encode("utf-16")}, "gemini", "expected UTF-8 text, got the byte 0xff at 0"),
+    ],
+)
+def test_a_file_orchestra_cannot_take_part_in_is_one_line_and_stays(
+    home: Home, files: dict[str, Any], target: str, expected: str
+) -> None:
+    root = home.make_codebase("shop/api", files, targets=["claude", target])
+    before = {path: data for path, data in contents(root).items() if path != "CLAUDE.md"}
+    ran = home.run("sync", "--all")
+    path = orchestra.AGENTS[target].path
+    assert (ran.status, ran.lines) == (2, ["create   shop/api CLAUDE.md"])
+    assert len(ran.complaints) == 1
+    assert re.fullmatch(rf"orchestra: shop/api: {re.escape(path)}: {expected}", ran.complaints[0]), ran
+    assert {path: data for path, data in contents(root).items() if path != "CLAUDE.md"} == before
+    assert home.status_of() == "error"
+    assert home.run("sync", "--check", "--all").status == 2
+    assert home.run("diff", "api").status == 2
+
+
+def test_what_could_not_be_written_is_still_known_to_be_ours(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "gemini"])
+    home.sync()
+    (root / "GEMINI.md").rename(home.code / "aside")
+    (root / "GEMINI.md").mkdir()
+    assert home.run("sync", "--all").status == 2
+    (root / "GEMINI.md").rmdir()
+    (home.code / "aside").rename(root / "GEMINI.md")
+    home.register("shop/api", targets=["claude"])
+    assert home.sync().lines == ["remove   shop/api GEMINI.md"]
+
+
+def test_a_read_only_codebase_is_one_line_and_the_others_go_on(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS)
+    home.make_codebase("shop/good")
+    root.chmod(0o555)
+    ran = home.run_as_nobody("sync", "--all")
+    root.chmod(0o755)
+    assert ran.status == 2
+    assert len(ran.complaints) == 1 and ran.complaints[0].endswith(": permission denied")
+    assert contents(root) == {"CLAUDE.md": b"mine"}
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize("locked", [".cursor", ".cursor/rules", "."])
+def test_a_folder_that_cannot_be_searched_is_one_line_and_the_others_go_on(home: Home, locked: str) -> None:
+    root = home.make_codebase("shop/api", {".cursor/rules/mine.mdc": "mine"}, targets=["cursor"])
+    home.make_codebase("shop/good")
+    (root / locked).chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    (root / locked).chmod(0o755)
+    assert ran.status == 2
+    assert ran.complaints == ["orchestra: shop/api: .cursor/rules/orchestra.mdc: permission denied"]
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+def test_a_read_only_file_in_a_writable_folder_is_still_replaced(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n"})
+    (root / "CLAUDE.md").chmod(0o444)
+    assert home.run_as_nobody("sync", "--all").status == 0
+    assert (root / "CLAUDE.md").read_bytes().startswith(b"mine\n\n" + BEGIN)
+
+
+def test_a_file_that_cannot_be_read_is_one_line_and_stays(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"})
+    (root / "CLAUDE.md").chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    assert ran.complaints == ["orchestra: shop/api: CLAUDE.md: permission denied"]
+    assert (root / "AGENTS.md").exists() and os.stat(root / "CLAUDE.md").st_size == 4
+
+
+def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
+    home.sync()
+    home.register("shop/api", targets=["claude"])
+    assert home.staleness()["status"] == "orphan"
+    assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
+    assert sorted(home.sync().lines) == ["remove   shop/api .cursor/rules/orchestra.mdc", "remove   shop/api AGENTS.md"]
+    assert sorted(contents(root)) == ["AGENTS.md", "CLAUDE.md"]
+    assert (root / "AGENTS.md").read_bytes() == b"mine\n"
+    assert not (root / ".cursor").exists()
+    assert home.status_of() == "current"
+
+
+def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor", "codex"])
+    home.sync()
+    edited = [edit(root / path, "# api", "# mine") for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")]
+    home.register("shop/api", targets=[])
+    assert home.status_of() == "orphan"
+    ran = home.sync()
+    assert sorted(line.split()[0] for line in ran.lines) == ["release", "release"]
+    assert "edited by hand, so it stays and is yours now" in ran.err
+    assert [(root / path).read_bytes() for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")] == edited
+    assert home.sync().lines == [] and home.status_of() == "current"
+
+
+@pytest.mark.parametrize(
+    ("files", "targets", "imports"),
+    [
+        ({"AGENTS.md": "mine"}, ["claude", "codex"], True),
+        ({"AGENTS.md": "mine"}, ["claude"], True),
+        ({"AGENTS.md": "mine", "CLAUDE.md": "mine too"}, ["claude"], False),
+        ({"AGENTS.md": "  \n"}, ["claude", "codex"], False),
+        ({}, ["claude", "codex"], False),
+        ({"AGENTS.md": link_to("docs.md"), "docs.md": "mine"}, ["claude"], False),
+    ],
+)
+def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: Any, targets: Any, imports: bool) -> None:
+    root = home.make_codebase("shop/api", files, targets=targets)
+    home.sync()
+    assert (b"\n@AGENTS.md\n" in (root / "CLAUDE.md").read_bytes()) == imports
+    assert home.sync().lines == []
+
+
+def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    agents = root / "AGENTS.md"
+    generated = agents.read_bytes()
+    agents.write_bytes(b"mine\n" + generated)
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    agents.write_bytes(generated)
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    assert home.backups() == {}
+
+
+# Interrupted and overtaken
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def die(*args: Any, **options: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("synced_before", [False, True])
+@pytest.mark.parametrize("function", ["replace_file", "_write_file"])
+def test_a_crash_between_record_and_file_is_no_hand_edit(
+    home: Home, monkeypatch: Any, synced_before: bool, function: str
+) -> None:
+    home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=ALL_TARGETS)
+    if synced_before:
+        home.sync()
+        home.register("shop/api", targets=ALL_TARGETS, description="new")
+    with monkeypatch.context() as patch:
+        patch.setattr(orchestra, function, die)
+        with pytest.raises(Killed):
+            home.run("sync", "--all")
+    assert home.status_of() == "stale"
+    verbs = {line.split()[0] for line in home.sync().lines}
+    assert verbs == ({"update"} if synced_before else {"create", "append"})
+    assert home.backups() == {} and home.leftovers() == []
+    assert home.status_of() == "current"
+
+
+def test_a_crash_between_two_files_is_no_hand_edit(home: Home, monkeypatch: Any) -> None:
+    home.make_codebase("shop/api", targets=ALL_TARGETS)
+    home.sync()
+    home.register("shop/api", targets=ALL_TARGETS, description="new")
+    real, calls = orchestra.replace_file, itertools.count()
+
+    def replace_three(*args: Any, **options: Any) -> None:
+        if next(calls) == 3:
+            raise Killed
+        real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orchestra, "replace_file", replace_three)
+        with pytest.raises(Killed):
+            home.run("sync", "--all")
+    lines = home.sync().lines
+    assert len(lines) == 5 and {line.split()[0] for line in lines} == {"update"}
+    assert home.backups() == {}
+
+
+def test_an_older_text_brought_back_by_git_is_updated_without_a_backup(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    texts = []
+    for number in range(4):
+        home.register("shop/api", targets=["claude"], description=f"version {number}")
+        home.sync()
+        texts.append((root / "CLAUDE.md").read_bytes())
+    for text in texts[:-1]:
+        (root / "CLAUDE.md").write_bytes(text)
+        assert home.status_of() == "stale"
+        assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    assert home.backups() == {}
+
+
+def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    first = (root / "CLAUDE.md").read_bytes()
+    for number in range(orchestra.MAX_EARLIER + 1):
+        home.register("shop/api", targets=["claude"], description=f"version {number}")
+        home.sync()
+    (root / "CLAUDE.md").write_bytes(first)
+    home.sync()
+    assert home.backups() == {"CLAUDE.md": first}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "code/shop/api",
+        "code/shop/api/.cursor/rules",
+        "home/.orchestra/hashes/shop",
+        "home/.orchestra/backups/shop/api",
+        "home/.orchestra/backups/shop/api/20260101T000000.000000Z",
+    ],
+)
+def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str) -> None:
+    home.make_codebase("shop/api", targets=ALL_TARGETS)
+    home.sync()
+    put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
+    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead")
+    assert home.sync().lines == []
+    assert home.leftovers() == []
+
+
+@pytest.mark.parametrize("project", ["shop", "blog"])
+def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: str) -> None:
+    home.write_registry("shop/.orchestra-1-dead.tmp", "half")
+    home.run_fine("project", "list")
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead"})
+    orchestra.save_codebase(home.path, orchestra.Codebase(project, "api", "/x"))
+    assert home.leftovers() == []
+
+
+@contextmanager
+def meddling(monkeypatch: Any, root: Path, meddle: Callable[[int], None]) -> Any:
+    """Call `meddle`, with the number of calls before, whenever a file of the codebase is about to be replaced."""
+    real, calls = orchestra._write_temporary, itertools.count()
+
+    def write(path: str, *args: Any, **options: Any) -> None:
+        real(path, *args, **options)
+        if path.startswith(f"{root}/"):
+            meddle(next(calls))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orchestra, "_write_temporary", write)
+        yield
+
+
+@pytest.mark.parametrize("before", [b"mine\n", None])
+def test_a_save_between_plan_and_write_is_not_lost(home: Home, monkeypatch: Any, before: Optional[bytes]) -> None:
+    root = home.make_codebase("shop/api", {} if before is None else {"CLAUDE.md": before}, targets=["claude"])
+    file = root / "CLAUDE.md"
+    with meddling(monkeypatch, root, lambda call: None if call else file.write_bytes(b"saved meanwhile\n") and None):
+        ran = home.sync()
+    assert ran.lines == ["append   shop/api CLAUDE.md"]
+    assert file.read_bytes().startswith(b"saved meanwhile\n\n" + BEGIN)
+    assert home.sync().lines == []
+
+
+def test_what_was_edited_between_plan_and_write_is_backed_up(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    home.register("shop/api", targets=["cline"], description="new")
+    file = root / CLINE
+    with meddling(monkeypatch, root, lambda call: None if call else file.write_bytes(b"saved meanwhile\n") and None):
+        ran = home.sync()
+    assert ran.lines == ["replace  shop/api .clinerules/orchestra.md"]
+    assert home.backups() == {CLINE: b"saved meanwhile\n"}
+
+
+def test_a_file_that_never_holds_still_is_left_to_its_writer(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    file = root / "CLAUDE.md"
+    with meddling(monkeypatch, root, lambda call: file.write_bytes(b"save %d\n" % call) and None):
+        ran = home.run("sync", "--all")
+    assert ran.status == 2 and ran.lines == []
+    assert "expected it to hold still" in ran.complaints[0]
+    assert re.fullmatch(rb"save \d\n", file.read_bytes())
+    assert home.sync().lines == ["append   shop/api CLAUDE.md"]
+
+
+def test_a_folder_swapped_for_a_link_between_plan_and_write_is_refused(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", {".cursor": None}, targets=["claude", "cursor"])
+    outside = home.code / "outside"
+    (outside / "rules").mkdir(parents=True)
+
+    def swap(call: int) -> None:
+        if call == 0:  # CLAUDE.md is about to be placed
+            (root / ".cursor").rmdir()
+            (root / ".cursor").symlink_to(outside)
+
+    with meddling(monkeypatch, root, swap):
+        assert home.run("sync", "--all").status == 2
+    assert contents(outside) == {}
+
+
+def test_no_folder_outside_the_codebase_is_removed(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor"])
+    home.sync()
+    shutil.rmtree(root / ".cursor")
+    (home.code / "outside/rules").mkdir(parents=True)
+    (root / ".cursor").symlink_to(home.code / "outside")
+    home.register("shop/api", targets=["claude"])
+    home.run("sync", "--all")
+    assert (home.code / "outside/rules").is_dir()
+
+
+def test_a_codebase_removed_while_a_sync_waits_is_not_written_again(home: Home) -> None:
+    root = home.make_codebase()
+    codebase = home.registry().codebases[("shop", "api")]
+    os.unlink(orchestra.codebase_path(home.path, codebase.key))
+    assert len(orchestra.sync_codebase(home.path, codebase).errors) == 1
+    assert contents(root) == {}
+
+
+def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
+    for name in ("api", "web"):
+        home.make_codebase(f"shop/{name}")
+    real = orchestra.hold_lock
+    monkeypatch.setattr(orchestra, "hold_lock", lambda path, sweep: real(path, sweep, 0.05))
+    with real(orchestra.codebase_lock_path(home.path, ("shop", "api")), sweep=list):
+        ran = home.run("sync", "--all")
+    assert ran.status == 2 and "expected the lock within 0.05 s" in ran.complaints[0]
+    assert contents(home.code / "shop/api") == {} and (home.code / "shop/web/CLAUDE.md").exists()
+
+
+# The pipeline
+
+
+def test_run_all_empty_registry_returns_empty(home: Home) -> None:
+    assert orchestra.run_pipeline(home.path, orchestra.SyncScope.all()) == []
+    assert contents(home.folder) == {}
+
+
+def test_run_single_codebase_returns_single_result(home: Home) -> None:
+    home.make_codebase("shop/api")
+    home.make_codebase("shop/web")
+    (result,) = orchestra.run_pipeline(home.path, orchestra.SyncScope.codebase("api"))
+    assert (result.project, result.codebase, result.written) == ("shop", "api", ["CLAUDE.md", "AGENTS.md"])
+    assert result.errors == ()
+    assert not (home.code / "shop/web/CLAUDE.md").exists()
+
+
+def test_a_dry_run_of_the_pipeline_writes_nothing(home: Home) -> None:
+    root = home.make_codebase()
+    before = contents(home.folder)
+    (result,) = orchestra.run_pipeline(home.path, orchestra.SyncScope.all(), dry_run=True)
+    assert result.written == ["CLAUDE.md", "AGENTS.md"]
+    assert contents(home.folder) == before and os.listdir(root) == []
+
+
+def test_the_record_names_what_was_written_and_when(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    record = json.loads(Path(orchestra.record_path(home.path, ("shop", "api"))).read_text())
+    digest = orchestra.digest_of((root / CLINE).read_bytes())
+    assert record["files"] == {".clinerules/orchestra.md": digest}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["synced_at"])
+
+
+# Whole processes
+
+
+def make_many(home: Home, count: int) -> list[Path]:
+    return [home.make_codebase(f"p{i % 5}/c{i}", {"CLAUDE.md": f"mine {i}\n"}, description="d") for i in range(count)]
+
+
+def assert_all_complete(home: Home, roots: list[Path]) -> None:
+    for i, root in enumerate(roots):
+        claude, agents = (root / "CLAUDE.md").read_bytes(), (root / "AGENTS.md").read_bytes()
+        assert claude.startswith(f"mine {i}\n\n".encode() + BEGIN) and claude.endswith(END + b"\n")
+        assert agents.startswith(BEGIN) and agents.endswith(END + b"\n")
+        assert claude.count(BEGIN) == agents.count(BEGIN) == 1
+    assert home.leftovers() == []
+    assert not os.path.exists(orchestra.backups_root(home.path))
+    assert {entry["status"] for entry in json.loads(home.run_fine("status", "--json").out)["codebases"]} == {"current"}
+
+
+@pytest.mark.parametrize("round", range(2))
+def test_two_syncs_at_once_do_not_disturb_each_other(home: Home, round: int) -> None:
+    roots = make_many(home, 100)
+    both = [finish(process) for process in [home.start("sync", "--all") for _ in range(2)]]
+    assert [(ran.status, ran.err) for ran in both] == [(0, ""), (0, "")]
+    written = [line for ran in both for line in ran.lines]
+    assert len(written) >= 200 and {line.split()[0] for line in written} == {"append", "create"}
+    assert_all_complete(home, roots)
+
+
+@pytest.mark.parametrize("written", [1, 60, 150])
+def test_a_sync_after_a_kill_completes_and_reports_no_hand_edit(home: Home, written: int) -> None:
+    roots = make_many(home, 200)
+    process = home.start("sync", "--all")
+    wait_until(
+        lambda: (roots[written] / "AGENTS.md").exists() or sum((r / "AGENTS.md").exists() for r in roots) > written
+    )
+    process.kill()
+    finish(process)
+    ran = home.sync()
+    assert {line.split()[0] for line in ran.lines} <= {"append", "create"} and ran.err == ""
+    assert_all_complete(home, roots)
+
+
+def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) -> None:
+    roots = make_many(home, 100)
+    process = home.start("sync", "--all")
+    wait_until(lambda: any((root / "AGENTS.md").exists() for root in roots))
+    process.send_signal(signal.SIGINT)
+    ran = finish(process)
+    assert ran.status in (0, 130) and ran.err == ""
+    assert home.leftovers() == []
+    home.sync()
+    assert_all_complete(home, roots)
+
+
+# ── 8 Staleness ───────────────────────────────────────────────────────────────
+
+
+def sync_it(home: Home) -> None:
+    home.run("sync", "--all")
+
+
+def add_it(targets: Any = ALL_TARGETS, files: dict[str, Any] = {}, **values: Any) -> Callable[[Home], None]:
+    return lambda home: home.make_codebase("shop/api", files, targets=targets, **values) and None
+
+
+def change_file(path: str, content: Any) -> Callable[[Home], None]:
+    """Replace a file's bytes; None removes it."""
+
+    def change(home: Home) -> None:
+        file = home.code / "shop/api" / path
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content(file.read_bytes()))
+
+    return change
+
+
+def edit_block(data: bytes) -> bytes:
+    return data.replace(b"# api", b"# my api")
+
+
+# How a codebase came to be as it is, and what status says of it.
+SCENARIOS = {
+    "new": ([add_it()], "never_synced"),
+    "new, among the user's files": (
+        [add_it(files={"CLAUDE.md": "mine", "AGENTS.md": "x\r\n", CLINE: "y"})],
+        "never_synced",
+    ),
+    "new, nothing wanted": ([add_it([])], "current"),
+    "synced": ([add_it(), sync_it], "current"),
+    "text around the block": ([add_it(), sync_it, change_file("CLAUDE.md", lambda d: b"a\n" + d + b"b")], "current"),
+    "registry changed": ([add_it(), sync_it, add_it(notes=["n"])], "stale"),
+    "target added": ([add_it(["claude"]), sync_it, add_it(["claude", "cline"])], "stale"),
+    "file missing": ([add_it(), sync_it, change_file("GEMINI.md", None)], "stale"),
+    "block missing": ([add_it(), sync_it, change_file("GEMINI.md", lambda d: b"mine\n")], "stale"),
+    "older text": (
+        [
+            add_it(),
+            sync_it,
+            add_it(notes=["n"]),
+            sync_it,
+            change_file(CLINE, lambda d: d.replace(b"\n## Notes\n\n- n\n", b"")),
+        ],
+        "stale",
+    ),
+    "changed and edited": ([add_it(), sync_it, add_it(notes=["n"]), change_file(CLINE, edit_block)], "stale"),
+    "block edited": ([add_it(), sync_it, change_file("CLAUDE.md", edit_block)], "modified"),
+    "owned file edited": ([add_it(), sync_it, change_file(CLINE, edit_block)], "modified"),
+    "missing and edited": (
+        [add_it(), sync_it, change_file("GEMINI.md", None), change_file(CLINE, edit_block)],
+        "stale",
+    ),
+    "target dropped": ([add_it(), sync_it, add_it(["claude"])], "orphan"),
+    "edited and dropped": ([add_it(), sync_it, change_file(CLINE, edit_block), add_it(["claude"])], "orphan"),
+    "orphan gone by hand": (
+        [add_it(["claude", "cline"]), sync_it, change_file(CLINE, None), add_it(["claude"])],
+        "current",
+    ),
+    "edited beside an orphan": (
+        [add_it(), sync_it, change_file("CLAUDE.md", edit_block), add_it(["claude"])],
+        "modified",
+    ),
+    "all dropped": ([add_it(), sync_it, add_it([])], "orphan"),
+    "linked": ([add_it(["claude"], {"CLAUDE.md": link_to("README.md")})], "current"),
+    "import to come": ([add_it(["claude"]), sync_it, add_it(["claude"], {"AGENTS.md": "mine"})], "stale"),
+    "two blocks": ([add_it(files={"GEMINI.md": block() + b"\n" + block()}), sync_it], "error"),
+    "folder gone": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "error"),
+    "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "error"),
+}
+scenarios = pytest.mark.parametrize(
+    ("steps", "status"), [pytest.param(*case, id=name) for name, case in SCENARIOS.items()]
+)
+
+
+@scenarios
+def test_status_puts_it_in_a_word(home: Home, steps: Any, status: str) -> None:
+    for step in steps:
+        step(home)
+    before = contents(home.folder)
+    ran = home.run("status", "--json")
+    entry = json.loads(ran.out)["codebases"][0]
+    assert list(entry) == ["project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks"]
+    assert entry["status"] == status
+    assert bool(entry["detail"]) == (status not in ("current", "never_synced"))
+    assert ran.status == (2 if status == "error" else 0)
+    assert home.run("status", "--check").status == {"current": 0, "error": 2}.get(status, 1)
+    assert json.loads(ran.out)["summary"] == {
+        "projects": 1,
+        "codebases": 1,
+        "stale": int(status not in ("current", "error")),
+    }
+    assert contents(home.folder) == before
+
+
+@scenarios
+def test_a_dry_run_lists_exactly_what_sync_then_writes(home: Home, steps: Any, status: str) -> None:
+    for step in steps:
+        step(home)
+    before = tree(home.folder)
+    dry, check = home.run("sync", "--all", "--dry-run"), home.run("sync", "--all", "--check")
+    json_dry = json.loads(home.run("sync", "--all", "--dry-run", "--json").out)
+    assert tree(home.folder) == before
+    files = tree(home.code)
+    real = home.run("sync", "--all")
+    assert dry.lines == check.lines == real.lines
+    assert [path for result in json_dry for path in result["written"]] == [line.split()[2] for line in real.lines]
+    assert dry.status == real.status == (2 if status == "error" else 0)
+    assert check.status == (2 if status == "error" else 1 if real.lines else 0)
+    released = {f"shop/api/{line.split()[2]}" for line in real.lines if line.startswith("release")}
+    touched = {
+        path for path, entry in {**files, **tree(home.code)}.items() if files.get(path) != tree(home.code).get(path)
+    }
+    assert touched == {f"shop/api/{line.split()[2]}" for line in real.lines} - released
+    assert (status == "current") == (not real.lines) or status == "error"
+    if status != "error":
+        after = tree(home.folder)
+        assert home.sync().lines == [] and home.status_of() == "current"
+        assert tree(home.folder) == after
+
+
+@scenarios
+def test_diff_shows_what_sync_then_writes(home: Home, steps: Any, status: str) -> None:
+    for step in steps:
+        step(home)
+    before = contents(home.code)
+    ran = home.run("diff", "api", "--exit-code")
+    assert contents(home.code) == before
+    if status == "error":
+        assert ran.status == 2
+        return
+    home.sync()
+    changed = {
+        path
+        for path, data in {**before, **contents(home.code)}.items()
+        if before.get(path) != contents(home.code).get(path)
+    }
+    named = set(re.findall(r"(?m)^(?:---|\+\+\+) [ab]/(.*)$", ran.out))
+    assert named == {path[len("shop/api/") :] for path in changed}
+    assert ran.status == (1 if changed else 0)
+    assert home.run("diff", "api").status == 0
+
+
+def test_a_diff_can_be_applied(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"})
+    copy = home.code / "copy"
+    shutil.copytree(root, copy)
+    (home.code / "d.patch").write_text(home.run_fine("diff", "api").out)
+    if not shutil.which("patch"):
+        pytest.skip("needs patch")
+    subprocess.run(["patch", "-p1", "-s", "-i", str(home.code / "d.patch")], cwd=copy, check=True)
+    home.sync()
+    assert contents(copy) == contents(root)
+
+
+def test_status_counts_what_is_to_do_and_how_long_ago_it_was_synced(home: Home) -> None:
+    tasks = [{"id": str(i), "title": "t", "status": s} for i, s in enumerate(orchestra.TASK_STATUSES)]
+    home.make_codebase("shop/api", projects=[{"name": "a", "project_type": "ml", "tasks": tasks}])
+    assert home.staleness() == {
+        "project": "shop",
+        "codebase": "api",
+        "status": "never_synced",
+        "detail": "",
+        "last_sync_age": None,
+        "last_sync_at": None,
+        "active_tasks": 3,
+    }
+    home.sync()
+    codebase = home.registry().codebases[("shop", "api")]
+    at = home.staleness()["last_sync_at"]
+    assert orchestra.check_staleness(home.path, codebase, clock=lambda: time.time() + 3600).last_sync_age in (
+        3600,
+        3601,
+    )
+    assert abs(orchestra.age_of(at, time.time) or 0) <= 2
+
+
+@pytest.mark.parametrize(
+    ("when", "age"),
+    [("2026-01-01T00:00:00Z", 60), ("2026-01-01T00:02:00Z", 0), ("", None), (None, None), ("yesterday", None)],
+)
+def test_an_age_is_in_whole_seconds_or_none(when: Optional[str], age: Optional[int]) -> None:
+    assert orchestra.age_of(when, lambda: 1767225660.9) == age
+
+
+def test_status_as_a_table(home: Home) -> None:
+    home.make_codebase("shop/api")
+    home.make_codebase("blog/site", {"CLAUDE.md": block() + b"\n" + block()})
+    home.sync("shop/api")
+    ran = home.run("status")
+    lines = [re.split(r" {2,}", line) for line in ran.out.splitlines()]
+    assert lines[0] == ["CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL"]
+    assert lines[1][:4] == ["blog/site", "error", "never", "0"] and lines[1][4].startswith("CLAUDE.md: expected one")
+    assert lines[2][:2] == ["shop/api", "current"] and re.fullmatch(r"\d s ago", lines[2][2])
+    assert home.run("status", "--project", "shop").out.count("\n") == 2
+    assert home.run("status", "--project", "nope").status == 2
+
+
+# ── 13 Commands ───────────────────────────────────────────────────────────────
+
+
+def test_init_registers_detects_and_syncs(home: Home) -> None:
+    put_files(home.code, {"web/package.json": package_json(dependencies={"react": "18"}), "web/GEMINI.md": "mine\n"})
+    ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
+    assert ran.out.splitlines() == [
+        "registered shop/web: frontend (react in package.json)",
+        "  targets: gemini (found there)",
+        "  edit:    ~/.orchestra/projects/shop/web.yaml",
+        "append   shop/web GEMINI.md",
+        "1 written, 0 unchanged in 1 codebase",
+    ]
+    values = yaml.load(Path(orchestra.codebase_path(home.path, ("shop", "web"))).read_bytes(), Loader=yaml.BaseLoader)
+    assert values["path"] == f"{home.code}/web" and values["targets"] == ["gemini"]
+    assert values["projects"] == [{"name": "web", "project_type": "frontend"}]
+    assert Path(orchestra.project_path(home.path, "shop")).exists()
+
+
+def test_init_again_changes_nothing(home: Home) -> None:
+    home.run_fine("init", str(home.code), "-p", "shop")
+    before = tree(home.folder)
+    assert "is registered already" in home.run_fine("init", f"{home.code}/../code/", "-p", "shop").out
+    assert {path: data for path, (_, _, data) in before.items()} == contents(home.folder)
+
+
+def test_init_with_another_type_changes_the_type_alone(home: Home) -> None:
+    home.run_fine("init", str(home.code), "-p", "shop")
+    file = Path(orchestra.codebase_path(home.path, ("shop", "code")))
+    file.write_text("# mine\n" + file.read_text() + "colour: red\n")
+    home.run_fine("init", str(home.code), "-p", "shop", "-t", "ml")
+    codebase = orchestra.load_codebase(home.path, "shop", "code")
+    assert [component.project_type for component in codebase.projects] == ["ml"]
+    assert file.read_text().startswith("# mine\n") and file.read_text().endswith("colour: red\n")
+
+
+def test_init_of_another_folder_under_a_taken_name_says_how(home: Home) -> None:
+    for name in ("a/api", "b/api"):
+        (home.code / name).mkdir(parents=True)
+    home.run_fine("init", str(home.code / "a/api"), "-p", "shop")
+    ran = home.run("init", str(home.code / "b/api"), "-p", "shop")
+    assert ran.status == 2 and "the name is taken" in ran.err and "--name ANOTHER_NAME" in ran.err
+    home.run_fine("init", str(home.code / "b/api"), "-p", "shop", "--name", "api2")
+    assert home.registry().keys == [("shop", "api"), ("shop", "api2")]
+
+
+def test_init_of_a_folder_registered_under_another_name_is_refused(home: Home) -> None:
+    root = home.make_codebase("shop/api")
+    (home.code / "link").symlink_to(root)
+    for path in (root, home.code / "link"):
+        ran = home.run("init", str(path), "-p", "blog", "--name", "other")
+        assert ran.status == 2 and "got the folder of shop/api" in ran.err
+    assert home.registry().keys == [("shop", "api")]
+
+
+@pytest.mark.parametrize(("content", "found"), [("x", "a file"), (link_to("nowhere"), "none"), ("", "none")])
+def test_init_needs_a_folder(home: Home, content: Any, found: str) -> None:
+    if content:
+        put_files(home.code, {"x": content})
+    ran = home.run("init", str(home.code / "x"), "-p", "shop")
+    assert ran.status == 2 and ran.complaints == [f"orchestra: {home.code}/x: expected a folder, found {found}"]
+    assert not os.path.exists(orchestra.orchestra_root(home.path))
+
+
+def test_a_relative_path_is_registered_as_an_absolute_one(home: Home, monkeypatch: Any) -> None:
+    (home.code / "api").mkdir()
+    monkeypatch.chdir(home.code)
+    home.run_fine("init", "api", "-p", "shop")
+    home.run_fine("project", "add", "web", "--path", ".")
+    assert [codebase.path for codebase in orchestra.list_codebases(home.path)] == [f"{home.code}/api", str(home.code)]
+
+
+def test_init_takes_the_targets_its_project_names(home: Home) -> None:
+    home.write_registry("shop/project.yaml", "name: shop\ntargets: [gemini]\n")
+    ran = home.run_fine("init", str(home.code), "-p", "shop", "--sync")
+    assert "targets: gemini (as project.yaml says)" in ran.out
+    assert os.listdir(home.code) == ["GEMINI.md"]
+
+
+def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkeypatch: Any) -> None:
+    (home.code / "api").mkdir()
+    monkeypatch.chdir(home.code)
+    home.run_fine("project", "add", "api", "-t", "ml")
+    home.run_fine("project", "add", "all", "-p", "shop", "--path", str(home.code))
+    assert json.loads(home.run_fine("project", "list", "--json").out) == [
+        {
+            "project": "api",
+            "codebase": "api",
+            "path": f"{home.code}/api",
+            "project_types": ["ml"],
+            "targets": ["claude", "codex"],
+        },
+        {
+            "project": "shop",
+            "codebase": "all",
+            "path": str(home.code),
+            "project_types": ["backend"],
+            "targets": ["claude", "codex"],
+        },
+    ]
+    assert home.run("project", "add", "nowhere").status == 2
+
+
+def test_project_list_as_a_table(home: Home) -> None:
+    assert home.run_fine("project", "list").err.startswith("no codebases yet\n  try: orchestra init ")
+    home.make_codebase("shop/api", projects=[{"name": "api", "project_type": "ml"}])
+    home.register("shop/near", path="~/near")
+    assert home.run_fine("project", "list").out.splitlines() == [
+        "CODEBASE   TYPE  PATH",
+        f"shop/api   ml    {home.code}/shop/api",
+        "shop/near        ~/near",
+    ]
+
+
+def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    before, file = contents(root), home.register().read_bytes()
+    ran = home.run_fine("project", "remove", "api")
+    assert contents(root) == before and home.registry().keys == []
+    kept = re.search(r"kept as ~(/\S+)", ran.out)
+    assert kept and Path(home.path + kept[1]).read_bytes() == file
+    assert home.run("project", "remove", "api").status == 2
+
+
+def test_a_broken_codebase_can_be_removed_but_not_purged(home: Home) -> None:
+    home.write_registry("shop/api.yaml", "{")
+    assert home.run("project", "remove", "api", "--purge").status == 2
+    assert home.run("project", "remove", "api").status == 0
+    assert home.registry().keys == []
+
+
+def test_a_codebase_registered_again_after_a_removal_is_current(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    home.run_fine("project", "remove", "api")
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    assert home.status_of() == "current" and home.backups().keys() == {"api.yaml"}
+
+
+def test_two_projects_may_have_a_codebase_of_the_same_name(home: Home) -> None:
+    for project in ("blog", "shop"):
+        (home.code / project / "api").mkdir(parents=True)
+        home.run_fine("init", str(home.code / project / "api"), "-p", project, "--sync")
+    assert (home.code / "blog/api/CLAUDE.md").exists() and (home.code / "shop/api/CLAUDE.md").exists()
+    edited = edit(home.code / "blog/api/CLAUDE.md", "# api", "# mine")
+    for command in (["sync"], ["diff"], ["restore"], ["edit"], ["project", "remove"]):
+        ran = home.run(*command, "api")
+        assert (ran.status, ran.complaints) == (2, ["orchestra: codebase api: expected one, got 2: blog/api, shop/api"])
+    assert home.sync("blog/api").lines == ["replace  blog/api CLAUDE.md"]
+    assert home.backups("shop/api") == {} and home.backups("blog/api") == {"CLAUDE.md": edited}
+    home.run_fine("project", "remove", "blog/api", "--purge")
+    assert contents(home.code / "blog") == {} and home.status_of("shop/api") == "current"
+    assert home.sync("api").lines == []
+
+
+def test_sync_without_a_name_is_for_the_current_folder(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", {"src/a.py": ""})
+    home.make_codebase("shop/web")
+    for folder in (root, root / "src"):
+        monkeypatch.chdir(folder)
+        assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
+    monkeypatch.chdir(home.code)
+    ran = home.run("sync")
+    assert ran.status == 2 and "orchestra sync --all" in ran.err
+
+
+def test_sync_in_a_codebase_within_a_codebase_is_for_the_inner(home: Home, monkeypatch: Any) -> None:
+    home.make_codebase("shop/all")
+    inner = home.make_codebase("shop/all/inner")
+    os.unlink(orchestra.codebase_path(home.path, ("shop", "all/inner")))
+    home.register("shop/inner", path=str(inner))
+    monkeypatch.chdir(inner)
+    assert all(" shop/inner " in line for line in home.sync("--dry-run").lines)
+
+
+@pytest.mark.parametrize(
+    "argv", [["sync", "api", "--all"], ["sync", "nope"], ["diff", "nope"], ["edit", "nope"], ["restore", "nope"]]
+)
+def test_what_cannot_be_done_is_exit_status_2(home: Home, argv: list[str]) -> None:
+    home.make_codebase()
+    ran = home.run(*argv)
+    assert ran.status == 2 and len(ran.complaints) == 1 and ran.out == ""
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nope"], ["init"], ["init", "x"], ["sync", "--nope"], ["init", ".", "-p", "x", "-t", "cloud"]]
+)
+def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, argv: list[str]) -> None:
+    ran = home.run(*argv)
+    assert ran.status == 2 and ran.err.startswith("usage: orchestra") and contents(home.folder) == {}
+
+
+def test_help_begins_with_the_purpose(home: Home) -> None:
+    purpose = (orchestra.__doc__ or "").splitlines()[0]
+    assert purpose in " ".join(home.run_fine("--help").out.split())
+    assert home.run_fine("--version").out == f"orchestra {orchestra.__version__}\n"
+
+
+@pytest.mark.parametrize("environ", [{}, {"HOME": ""}, {"HOME": "relative/home"}])
+def test_a_home_that_is_none_is_one_line(home: Home, environ: dict[str, str]) -> None:
+    home.environ = environ
+    ran = home.run("status")
+    assert ran.status == 2 and ran.complaints[0].startswith("orchestra: HOME: expected an absolute path, got ")
+
+
+def test_a_file_in_place_of_orchestras_folder_is_one_line(home: Home) -> None:
+    Path(home.path, ".orchestra").write_text("")
+    ran = home.run("init", str(home.code), "-p", "shop")
+    assert ran.status == 2 and len(ran.complaints) == 1
+
+
+@pytest.mark.parametrize(("code", "status", "said"), [("pass", 0, ""), ("raise SystemExit(3)", 2, "exit status 3")])
+def test_edit_opens_the_editor_and_checks_the_file(
+    home: Home, monkeypatch: Any, code: str, status: int, said: str
+) -> None:
+    home.make_codebase()
+    editor = home.code / "my editor.py"
+    editor.write_text(f"import sys\nopen({str(home.code / 'seen')!r}, 'w').write(sys.argv[-1])\n{code}\n")
+    monkeypatch.setenv("VISUAL", "")
+    monkeypatch.setenv("EDITOR", f"{sys.executable} '{editor}' --wait")
+    ran = home.run("edit", "api")
+    assert ran.status == status and said in ran.err
+    assert (home.code / "seen").read_text() == orchestra.codebase_path(home.path, ("shop", "api"))
+
+
+def test_edit_tells_what_was_broken(home: Home, monkeypatch: Any) -> None:
+    home.make_codebase()
+    editor = home.code / "editor.py"
+    editor.write_text("import sys\nopen(sys.argv[1], 'a').write('tasks: [\\n')\n")
+    monkeypatch.setenv("VISUAL", f"{sys.executable} {editor}")
+    ran = home.run("edit", "api")
+    assert ran.status == 2 and re.match(r"orchestra: ~/.*/api.yaml:\d: yaml: expected valid YAML", ran.err)
+    monkeypatch.setenv("VISUAL", "/no/such/editor")
+    assert "expected a program" in home.run("edit", "api").err
+    monkeypatch.setenv("VISUAL", "'unclosed")
+    assert home.run("edit", "api").status == 2
+
+
+def test_the_script_runs_by_itself(home: Home) -> None:
+    (home.code / "api").mkdir()
+    ran = home.run_script("init", ".", "-p", "shop", "--sync", cwd=home.code / "api")
+    assert (ran.status, ran.err) == (0, "")
+    assert home.run_script("sync", cwd=home.code / "api").out == "0 written, 2 unchanged in 1 codebase\n"
+    assert home.run_script("sync", "--check", "--all").status == 0
+    home.register("shop/api", path=str(home.code / "api"), description="new")
+    assert home.run_script("sync", "--check", "--all").status == 1
+    assert home.run_script("status", "--check").status == 1
+    assert home.run_script("diff", "api", "--exit-code").status == 1
+    assert home.run_script("sync", "nope").status == 2
+
+
+def test_output_in_a_pipe_is_plain(home: Home) -> None:
+    home.make_codebase()
+    assert "\033" not in home.run_script("status").out
+
+
+@pytest.mark.parametrize("argv", [["project", "list"], ["status", "--json"], ["diff", "c0"]])
+def test_a_reader_that_has_gone_is_no_traceback(home: Home, argv: list[str]) -> None:
+    for i in range(30):
+        home.make_codebase(f"shop/c{i}", notes=["long " * 2000])
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = home.start(*argv, stdout=writer)
+    os.close(writer)
+    assert finish(process).err == ""
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    home.make_codebase()
+    command = f'exec "$0" "$1" project list {redirection}'
+    process = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable, str(SCRIPT)],
+        env={**os.environ, "HOME": home.path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in process.stderr
+    assert (process.returncode, process.stderr.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
+
+
+def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
+    home.make_codebase("shop/api", description="日本")
+    assert "Traceback" not in home.run_script("diff", "api", environ={"PYTHONIOENCODING": "ascii"}).err
+
+
+@pytest.mark.parametrize("argv", [["sync"], ["init", ".", "-p", "shop"], ["project", "add", "x"]])
+def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) -> None:
+    gone = home.code / "gone"
+    gone.mkdir()
+    script = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(SCRIPT), *argv],
+        cwd=gone,
+        env={**os.environ, "HOME": home.path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "never"), (0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7199, "1 h ago"), (172800, "2 d ago")],
+)
+def test_an_age_is_told_in_its_largest_unit(seconds: Optional[int], text: str) -> None:
+    assert orchestra.format_age(seconds) == text
+
+
+def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert orchestra.paint("x", "31", {}) == "\033[31mx\033[0m"
+    assert orchestra.paint("x", "31", {"NO_COLOR": ""}) == orchestra.paint("x", "31", {"TERM": "dumb"}) == "x"
+    orchestra.show_progress(0, 21, ("shop", "api"))
+    orchestra.show_progress(0, 20, ("shop", "web"))
+    assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
