@@ -296,7 +296,13 @@ class Disk(NamedTuple):
 
 
 ABSENT = Disk("absent")
-DISK_NAMES = {"absent": "none", "symlink": "a link", "folder": "a folder", "special": "a pipe, socket or device"}
+DISK_NAMES = {
+    "absent": "none",
+    "file": "a file",
+    "symlink": "a link",
+    "folder": "a folder",
+    "special": "a pipe, socket or device",
+}
 
 
 class FileChanged(Exception):
@@ -1370,7 +1376,11 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry) -> Registry:
             continue
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
-        winner, loser = _settle_claim(codebases, key, owners.get(root, key))
+        owner = owners.get(root, key)
+        if not os.path.lexists(codebase_path(home, owner)):  # its file was renamed a moment ago
+            del codebases[owner]
+            owner = key
+        winner, loser = _settle_claim(codebases, key, owner)
         owners[root] = winner
         if loser != winner:
             broken[loser] = (_claim_problem(home, codebases.pop(loser), winner),)
@@ -2572,6 +2582,7 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         file = file._replace(note="; ".join(filter(None, [restore, file.note])))
     if file.action == RELEASE:
         return file._replace(note="edited by hand, so it stays and is yours now")
+    check_parents(root, file.path)
     if file.after is None:
         remove_file(path, file.before)
         return file
@@ -2788,6 +2799,7 @@ def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ..
 
 POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
+MAX_LINKS = 40  # followed from one name, as Linux does
 RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
 KQUEUE_RESERVE = 128  # descriptors not spent on watches
 
@@ -3003,9 +3015,9 @@ def open_source(wanted: str, descriptors: int) -> PollingSource:
             return KqueueSource(descriptors - KQUEUE_RESERVE)
         if name == "inotify" and sys.platform.startswith("linux"):
             return InotifySource()
-    except OSError:
+    except OSError as error:
         if wanted:
-            raise
+            raise NotifyError(f"{name}: expected to open it, got: {explain_os_error(error)}") from error
         name = "polling"
     if name == "polling":
         return PollingSource()
@@ -3052,6 +3064,8 @@ class Watcher:
                 if path in self._folders:
                     self._look_at_folder(path)
                 elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
+                    if os.path.islink(path):
+                        self._anchor(path)
                     self._look_at_file(path, trust_stamp=False)
         return Changes(frozenset(self._saved), frozenset(self._deleted))
 
@@ -3065,12 +3079,15 @@ class Watcher:
         for anchor in self._anchors:
             self._watch(self.source.watch_folder, anchor)
         self._anchor(self._root)
+        entries = self._scan(self._root)
+        if entries is None:
+            return
         self._folders = set()
         loose = set()
-        for entry in _scan_quietly(self._root):
+        for entry in entries:
             if entry.is_symlink():
                 self._anchor(entry.path)
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 self._folders.add(entry.path)
             elif is_registry_file(entry.name):
                 loose.add(entry.path)
@@ -3084,12 +3101,25 @@ class Watcher:
     def _look_at_folder(self, folder: str) -> None:
         self._watch(self.source.watch_folder, folder)
         files = set()
-        for entry in _scan_quietly(folder):
+        entries = self._scan(folder)
+        if entries is None:
+            return
+        for entry in entries:
             if is_registry_file(entry.name):
                 if entry.is_symlink():
                     self._anchor(entry.path)
                 files.add(entry.path)
         self._look_at_files(folder, files)
+
+    def _scan(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
+        """List a folder, empty where it is gone; None where that cannot be said now, and it is asked again soon."""
+        try:
+            return _scan(folder)
+        except IoError as error:
+            if error.source.errno == errno.ENOTDIR:
+                return []
+            self.must_poll = True
+            return None
 
     def _look_at_files(self, folder: str, files: set[str]) -> None:
         for path in files:
@@ -3122,12 +3152,26 @@ class Watcher:
             self._saved.discard(path)
 
     def _anchor(self, link: str) -> None:
-        # What a link leads to may go and come back (a git checkout): watch the nearest folder above it that stays.
-        folder, name = os.path.split(os.path.realpath(link))
-        while not os.path.isdir(folder):
-            folder, name = os.path.split(folder)
-        self._anchors.setdefault(folder, set()).add(name)
-        self._watch(self.source.watch_folder, folder)
+        # What a link leads to may go and come back (a git checkout), and links on the way may be turned.
+        path = link
+        for _ in range(MAX_LINKS):
+            onward = _first_link(path)
+            self._anchor_name(onward or path)
+            if onward is None:
+                return
+            path = os.path.join(os.path.dirname(onward), os.readlink(onward)) + path[len(onward) :]
+
+    def _anchor_name(self, path: str) -> None:
+        """Watch the nearest folder above a path that is there, set before it is asked which that is."""
+        while True:
+            folder, name = os.path.split(path)
+            while not os.path.isdir(folder):
+                folder, name = os.path.split(folder)
+            self._anchors.setdefault(folder, set()).add(name)
+            self._watch(self.source.watch_folder, folder)
+            nearer = os.path.join(folder, name)
+            if nearer == path or not os.path.isdir(nearer):
+                return
 
     def _watch(self, watch: Callable[[str], bool], path: str) -> bool:
         try:
@@ -3140,11 +3184,11 @@ class Watcher:
             return False
 
 
-def _scan_quietly(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        return _scan(folder)
-    except IoError:
-        return []
+def _first_link(path: str) -> Optional[str]:
+    """Find the first part of an absolute path that is a link."""
+    parts = os.path.normpath(path).split(os.sep)
+    prefixes = (os.sep.join(parts[: i + 1]) for i in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if os.path.islink(prefix)), None)
 
 
 def _digest_file(path: str) -> bytes:
@@ -3296,7 +3340,10 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
         except OSError as error:
             raise _not_reached(path, error) from error
         try:
-            client.sendall(encode_line(request))
+            try:
+                client.sendall(encode_line(request))
+            except BrokenPipeError:
+                pass  # turned away: the reply says why
             reply = _read_reply(client)
         except OSError as error:
             raise ProtocolError(f"{path}: expected a reply, got: {explain_os_error(error)}") from error
@@ -3311,6 +3358,8 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
 def _not_reached(path: str, error: OSError) -> DaemonError:
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
         return DaemonNotRunning(path)
+    if error.errno == errno.EAGAIN:  # Linux: more clients wait than it takes
+        return DaemonBusy(f"{TOO_MANY_CLIENTS} wait to be let in, got one more")
     return IoError(path, error)
 
 
@@ -3360,6 +3409,7 @@ STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
 LOG_LIMIT = 10 << 20  # bytes a log file may have
 LOGS_KEPT = 5
 FOLLOW_PAUSE = 0.2  # seconds
+TAIL_STEP = 64 << 10  # bytes
 MAX_LOGGED_ERRORS = 10  # of one job
 MAX_DESCRIPTORS = 10240
 EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
@@ -3391,9 +3441,9 @@ class Log:
 
     def warning(self, message: str, **fields: object) -> None:
         line = self._line("WARNING", message, fields)
-        # One terminal need not be told twice.
-        self._out.write(line, echo=not is_same_file(1, 2))
-        self._err.write(line)
+        # One terminal, or one file, need not be told twice.
+        self._out.write(line, echo=not is_same_file(1, 2) and not self._err.is_at(1))
+        self._err.write(line, echo=not self._out.is_at(2))
 
     def _line(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
         now = self._clock()
@@ -3424,8 +3474,11 @@ class LogFile:
         self._limit = limit
         self._fd = open_log(path)
 
+    def is_at(self, stream: int) -> bool:
+        return is_same_file(self._fd, stream)
+
     def write(self, line: bytes, echo: bool = True) -> None:
-        is_stream = is_same_file(self._fd, self._stream)
+        is_stream = self.is_at(self._stream)
         try:
             if os.fstat(self._fd).st_size + len(line) > self._limit:
                 self._rotate(is_stream)
@@ -3706,7 +3759,8 @@ class SocketServer:
         self._handle = handle
         self._max_clients = max_clients
         self._clock = clock
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare: Optional[int] = None
+        self._take_spare()
         self.clients: set[Client] = set()
         selector.register(listener, READABLE, self._accept)
 
@@ -3737,7 +3791,8 @@ class SocketServer:
         for client in list(self.clients):
             self._send(client)
             self._close(client)
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):  # then the others' turn
@@ -3767,12 +3822,19 @@ class SocketServer:
 
     def _turn_away_without_descriptor(self) -> None:
         # The spare descriptor takes the connection off the queue, which would otherwise wake the loop for ever.
-        os.close(self._spare)
+        if self._spare is not None:
+            os.close(self._spare)
         try:
             self._turn_away(self._listener.accept()[0])
         except OSError:
-            pass
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            time.sleep(0.01)  # the worker was quicker; it will give the descriptor back
+        self._take_spare()
+
+    def _take_spare(self) -> None:
+        try:
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._spare = None
 
     def _make_room(self) -> bool:
         """Give the place of the client that has been silent longest to one that may have something to say."""
@@ -3946,6 +4008,7 @@ class Daemon:
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
         self._due: set[Key] = set()
         self._suspects: frozenset[Key] = frozenset()
+        self._failed: frozenset[Key] = frozenset()  # to be tried again at the next rescan
         self._watch_job_runs = False
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
@@ -4012,7 +4075,7 @@ class Daemon:
 
     @property
     def is_done(self) -> bool:
-        return self._is_stopping and not self._processor.is_alive
+        return self._is_stopping and not self._processor.is_alive and not self._processor.outcomes
 
     def step(self, timeout: Optional[float] = None) -> None:
         """Wait for what comes next, at most `timeout` seconds, and do it."""
@@ -4036,13 +4099,15 @@ class Daemon:
         now = self._clock()
         if now >= self._rescan_at:
             self._note(self._watcher.look())
+            self._debouncer.note(self._failed)
+            self._failed = frozenset()
             self._rescan_at = now + self._watcher.interval
         self._server.drop_silent()
         self._due |= self._debouncer.take_due()
         if self._due and not self._watch_job_runs:
             self._submit_due()
-        elif self._staleness_at is not None and now >= self._staleness_at:
-            self._staleness_at = None
+        if self._staleness_at is not None and now >= self._staleness_at:
+            self._staleness_at = None  # the end of whatever keeps it from being queued sets it again
             self._processor.submit(SyncJob(SyncTarget(()), "staleness"))
 
     def _submit_due(self) -> None:
@@ -4084,8 +4149,7 @@ class Daemon:
         for number in (signal.SIGINT, signal.SIGTERM):
             if number in numbers:
                 self._stop(signal.Signals(number).name)
-        while self._processor.outcomes:
-            self._finish_job(self._processor.outcomes.popleft())
+        self._finish_jobs()
 
     def _install_signals(self) -> None:
         import signal
@@ -4097,12 +4161,17 @@ class Daemon:
 
     # Jobs
 
+    def _finish_jobs(self) -> None:
+        while self._processor.outcomes:
+            self._finish_job(self._processor.outcomes.popleft())
+
     def _finish_job(self, outcome: JobOutcome) -> None:
         job = outcome.job
         if job.source == "watcher":
             self._watch_job_runs = False
             self._suspects = (self._suspects - job.changed) | outcome.suspects
             self._debouncer.note(outcome.suspects)
+            self._failed |= job.changed if outcome.error else frozenset()
         if job.respond_to:
             job.respond_to(outcome)
         self._log_outcome(outcome)
@@ -4210,39 +4279,29 @@ def start_blocking(home: str) -> int:
 # Reading the logs
 
 
-def tail_lines(path: str, count: int) -> bytes:
-    """Read the last `count` lines of a file, however long it is; raises IoError."""
-    data = b""
-    with blame(path):
-        fd = _open_if_there(path)
-        if fd is None:
-            return b""
-        with open(fd, "rb") as file:
-            end = file.seek(0, os.SEEK_END)
-            while end > 0 and data.count(b"\n") <= count:
-                start = max(0, end - (64 << 10))
-                file.seek(start)
-                data = file.read(end - start) + data
-                end = start
-    return b"".join(data.splitlines(keepends=True)[-count:] if count else [])
-
-
-def _open_if_there(path: str) -> Optional[int]:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
-class LogFollower:
-    """Read what is appended to a log from now on, across its rotations; raises IoError."""
+class LogReader:
+    """Read the end of a log, and then what is appended to it, across its rotations; raises IoError."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         with blame(path):
             self._fd = _open_if_there(path)
-            if self._fd is not None:
-                os.lseek(self._fd, 0, os.SEEK_END)
+
+    def tail(self, count: int) -> bytes:
+        """Take the last `count` lines, however long the log is; `read` goes on behind them."""
+        if self._fd is None:
+            return b""
+        data = b""
+        with blame(self._path):
+            start = os.lseek(self._fd, 0, os.SEEK_END)
+            end = start
+            while start > 0 and data.count(b"\n") <= count:
+                size = min(start, TAIL_STEP)
+                start -= size
+                data = os.pread(self._fd, size, start) + data
+            os.lseek(self._fd, end, os.SEEK_SET)
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", data)
+        return b"".join(lines[-count:] if count else [])
 
     def read(self) -> bytes:
         """Take what was appended since the last call."""
@@ -4264,7 +4323,14 @@ class LogFollower:
             return True
 
     def _read_rest(self, fd: int) -> bytes:
-        return b"".join(iter(lambda: os.read(fd, 1 << 16), b""))
+        return b"".join(iter(lambda: os.read(fd, TAIL_STEP), b""))
+
+
+def _open_if_there(path: str) -> Optional[int]:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
 
 
 # ── 12 launchd and installing ─────────────────────────────────────────────────
@@ -5038,20 +5104,21 @@ def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
 
 def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
     paths = [stderr_log_path(home)] if args.stderr_only else [stdout_log_path(home), stderr_log_path(home)]
-    for path in paths:
-        if len(paths) > 1:
+    logs = {path: LogReader(path) for path in paths}
+    for path, log in logs.items():
+        if len(logs) > 1:
             print(f"==> {shorten_home(home, path)} <==")
-        sys.stdout.flush()
-        sys.stdout.buffer.write(tail_lines(path, args.lines))
-        sys.stdout.flush()
-    if args.follow:
-        followers = [LogFollower(path) for path in paths]
-        while True:
-            for follower in followers:
-                sys.stdout.buffer.write(follower.read())
-            sys.stdout.flush()
-            time.sleep(FOLLOW_PAUSE)
+        print_bytes(log.tail(args.lines))
+    while args.follow:
+        print_bytes(b"".join(log.read() for log in logs.values()))
+        time.sleep(FOLLOW_PAUSE)
     return OK
+
+
+def print_bytes(data: bytes) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
 
 
 # The command line

@@ -9,22 +9,29 @@ runs them on any Python from 3.9 on: where pytest or PyYAML is missing, a virtua
 from __future__ import annotations
 
 import ast
+import errno
 import importlib.util
 import io
 import itertools
 import json
 import os
+import random
 import re
+import resource
+import select
+import selectors  # before a stand-in for kqueue can mislead it
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -71,9 +78,10 @@ import orchestra  # noqa: E402 - the environment comes first
 
 SCRIPT = HERE / "orchestra.py"
 NOBODY = 65534
+IS_LINUX = sys.platform.startswith("linux")
+HAS_KQUEUE = hasattr(select, "kqueue")
 ALL_TARGETS = list(orchestra.TARGETS)
 BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
-KNOWN_BUG = "a bug of orchestra.py, reported: "
 
 
 # ── Helpers ───────────────────────────────────────────────────────────────────
@@ -263,7 +271,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path: data for path, (_, _, data) in tree(root).items()}
 
 
-def wait_until(is_true: Callable[[], Any], timeout: float = 20) -> None:
+def wait_until(is_true: Callable[[], Any], timeout: float = 30) -> None:
     deadline = time.monotonic() + timeout
     while not is_true():
         assert time.monotonic() < deadline, "waited in vain"
@@ -297,6 +305,186 @@ def loader(request: Any, monkeypatch: Any) -> Any:
     orchestra.text_loader.cache_clear()
     yield request.param
     orchestra.text_loader.cache_clear()
+
+
+class Clock:
+    """A clock that only tests wind."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Live:
+    """A home folder, its registry, its codebases, and the daemons started in it."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(os.path.realpath(folder))
+        self.path = str(self.folder / "h")
+        self.code = self.folder / "c"
+        self.projects = Path(orchestra.projects_root(self.path))
+        self.socket = orchestra.socket_path(self.path)
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.lookouts: list[Lookout] = []
+        self.code.mkdir()
+        self.projects.mkdir(parents=True)
+
+    # The registry
+
+    def file(self, label: str = "shop/api") -> Path:
+        return self.projects / f"{label}.yaml"
+
+    def text(self, label: str = "shop/api", note: str = "first") -> str:
+        root = self.code / label
+        root.mkdir(parents=True, exist_ok=True)
+        return f"name: {label.split('/')[1]}\npath: {root}\ntargets: [claude]\nnotes:\n- {note}\n"
+
+    def save(self, label: str = "shop/api", note: str = "first") -> Path:
+        """Save a registry file as most editors do: a reader sees the old text or the new."""
+        file = self.file(label)
+        file.parent.mkdir(exist_ok=True)
+        return replace(file, self.text(label, note))
+
+    def save_many(self, count: int, note: str = "first") -> list[str]:
+        labels = [f"p{number % 10}/c{number}" for number in range(count)]
+        for label in labels:
+            self.save(label, note)
+        return labels
+
+    def has(self, note: str, label: str = "shop/api") -> bool:
+        return f"- {note}\n" in self.read(label)
+
+    def read(self, label: str = "shop/api") -> str:
+        file = self.code / label / "CLAUDE.md"
+        return file.read_text() if file.exists() else ""
+
+    # The daemon
+
+    def command(self, *argv: str, kind: str = "") -> list[str]:
+        if kind == "kqueue" and not HAS_KQUEUE:
+            return [sys.executable, "-c", DRIVER, *argv]
+        return [sys.executable, str(SCRIPT), *argv]
+
+    def start(self, kind: str = "", wait: bool = True, **options: Any) -> subprocess.Popen[bytes]:
+        """Start the real daemon as a process; what it says goes to the file `said`."""
+        environ = {**os.environ, "HOME": self.path, "ORCHESTRA_WATCHER": kind, **options.pop("environ", {})}
+        with open(self.folder / "said", "ab") as said:
+            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said, **options}
+            daemon = subprocess.Popen(self.command("daemon", "start", kind=kind), env=environ, **options)
+        self.daemons.append(daemon)
+        if wait:
+            wait_until(lambda: daemon.poll() is not None or self.answers())
+            assert daemon.poll() is None, self.said()
+        return daemon
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run one command as a process."""
+        options = {"env": {**os.environ, "HOME": self.path}, "capture_output": True, "text": True, **options}
+        return subprocess.run(self.command(*argv), check=False, timeout=60, stdin=subprocess.DEVNULL, **options)
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.status()["running"])
+        except orchestra.DaemonError:
+            return False
+
+    def status(self) -> Any:
+        return orchestra.send_request(self.path, {"cmd": "status"}, 60)
+
+    def is_quiet(self) -> bool:
+        """Say whether all that was submitted is done and logged: jobs end with a line each."""
+        return self.status()["queue_depth"] == 0 and self.synced() > 0
+
+    def log(self) -> str:
+        return Path(orchestra.stdout_log_path(self.path)).read_text()
+
+    def errors(self) -> str:
+        return Path(orchestra.stderr_log_path(self.path)).read_text()
+
+    def synced(self, source: str = "") -> int:
+        return self.log().count(f" source={source}") if source else self.log().count(" synced ")
+
+    def wait_for_start_job(self) -> None:
+        wait_until(lambda: self.synced("start") == 1)
+
+    def stop(self, daemon: subprocess.Popen[bytes]) -> None:
+        """Stop a daemon that should have nothing to complain of, and see it leave nothing behind."""
+        orchestra.request_stop(self.path)
+        self.expect_end(daemon)
+
+    def expect_end(self, daemon: subprocess.Popen[bytes], status: int = 0) -> None:
+        assert daemon.wait(60) == status, self.said()
+        assert not os.path.lexists(self.socket)
+        assert "Traceback" not in self.said() + self.errors()
+
+    @contextmanager
+    def connection(self, data: bytes = b"") -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(self.socket)
+            client.sendall(data)
+            yield client
+
+    def talk(self, data: bytes) -> bytes:
+        """Send bytes and no more, and give all that comes back."""
+        with self.connection(data) as client:
+            client.shutdown(socket.SHUT_WR)
+            return read_all(client)
+
+    def close(self) -> None:
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait()
+        for lookout in self.lookouts:
+            lookout.close()
+        shutil.rmtree(self.folder)
+
+
+def replace(file: Path, text: str) -> Path:
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(text)
+    temporary.replace(file)
+    return file
+
+
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+def read_line(client: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        more = client.recv(1)
+        assert more, data
+        data += more
+    return data
+
+
+def run_git(folder: Path, *argv: str) -> None:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "init.defaultBranch=one", "-c", "gc.auto=0"]
+    environ = {**os.environ, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1"}
+    subprocess.run(["git", *identity, *argv], cwd=folder, check=True, capture_output=True, env=environ)
+
+
+@pytest.fixture
+def live() -> Iterator[Live]:
+    live = Live(tempfile.mkdtemp(prefix="orc", dir="/tmp"))
+    yield live
+    live.close()
+
+
+@pytest.fixture
+def served(live: Live) -> Iterator[Live]:
+    """A home with a daemon in it, which must end well after the test."""
+    daemon = live.start()
+    live.wait_for_start_job()
+    yield live
+    live.stop(daemon)
 
 
 # ── The shape of the file ─────────────────────────────────────────────────────
@@ -875,12 +1063,14 @@ def test_two_codebases_cannot_claim_one_path(home: Home) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason=KNOWN_BUG + "_claim_paths does not resolve links, so two codebases fight")
-def test_two_codebases_cannot_claim_one_folder_under_two_names(home: Home) -> None:
+def test_a_folder_that_another_codebase_has_is_refused_under_a_link_s_name_too(home: Home) -> None:
     root = home.make_codebase("shop/api")
     (home.code / "link").symlink_to(root)
     home.register("shop/web", path=str(home.code / "link"))
-    assert len(home.problems()) == 1
+    ran = home.run("sync", "--all")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert "which shop/api has" in ran.complaints[0] and ran.complaints[0].startswith("orchestra: shop/web: ")
+    assert home.run("status").out.count("current") == 1
 
 
 @pytest.mark.parametrize("text", ["name: ''\npath: /x\n", "name: api\npath: ''\n"])
@@ -1491,6 +1681,11 @@ UNCLOSED = "~~~\n@in/fence never closed"
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_imports_a_file_or_leaves_a_fence_open(text: str) -> None:
     assert bare_at_words(orchestra.render_body(hostile_codebase(text))) == []
+
+
+def test_code_in_a_whole_fence_stays_as_it_is() -> None:
+    body = orchestra.render_body(codebase_with(notes=("```sh\nmake @all `date`\n```",)))
+    assert "- ```sh\n  make @all `date`\n  ```\n" in body
 
 
 @pytest.mark.parametrize("text", [UNCLOSED, "intro\n```sh\n@in", "````\n```", "~~~\n~~~~\n~~~ x"])
@@ -2327,6 +2522,16 @@ def test_a_folder_swapped_for_a_link_between_plan_and_write_is_refused(home: Hom
     assert contents(outside) == {}
 
 
+def test_no_folder_is_made_through_a_link_that_appears_between_plan_and_write(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "cursor"])
+    (home.code / "outside").mkdir()
+    with meddling(
+        monkeypatch, root, lambda call: None if call else (root / ".cursor").symlink_to(home.code / "outside")
+    ):
+        home.run("sync", "--all")
+    assert os.listdir(home.code / "outside") == []
+
+
 def test_no_folder_outside_the_codebase_is_removed(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["cursor"])
     home.sync()
@@ -2647,6 +2852,2339 @@ def test_status_as_a_table(home: Home) -> None:
     assert lines[2][:2] == ["shop/api", "current"] and re.fullmatch(r"\d s ago", lines[2][2])
     assert home.run("status", "--project", "shop").out.count("\n") == 2
     assert home.run("status", "--project", "nope").status == 2
+
+
+# ── 9 Watching ────────────────────────────────────────────────────────────────
+
+# kqueue off macOS: a stand-in that follows the table in macos.md, over inotify.
+
+KQUEUE_NAMES = {"KQ_FILTER_VNODE": -4, "KQ_EV_ADD": 1, "KQ_EV_DELETE": 2, "KQ_EV_CLEAR": 0x20}
+DELETE, WRITE, EXTEND, ATTRIB, LINK, RENAME, REVOKE = 1, 2, 4, 8, 16, 32, 64
+NOTES = {
+    "DELETE": DELETE,
+    "WRITE": WRITE,
+    "EXTEND": EXTEND,
+    "ATTRIB": ATTRIB,
+    "LINK": LINK,
+    "RENAME": RENAME,
+    "REVOKE": REVOKE,
+}
+KQUEUE_NAMES.update({f"KQ_NOTE_{name}": value for name, value in NOTES.items()})
+
+
+class Kevent(NamedTuple):
+    ident: int
+    filter: int
+    flags: int
+    fflags: int = 0
+
+
+class Knote:
+    """One watched descriptor: what it led to, and what is to be told of it."""
+
+    def __init__(self, ident: int, fflags: int) -> None:
+        info = os.fstat(ident)
+        self.ident = ident
+        self.fflags = fflags
+        self.inode = (info.st_dev, info.st_ino)
+        self.is_folder = stat.S_ISDIR(info.st_mode)
+        self.size = info.st_size
+        self.links = info.st_nlink
+        self.wds: set[int] = set()
+        self.pending = 0
+
+    @property
+    def is_open(self) -> bool:
+        try:
+            info = os.fstat(self.ident)
+        except OSError:
+            return False
+        return (info.st_dev, info.st_ino) == self.inode
+
+    def note_link_count(self) -> int:
+        """Say what a changed number of names means: a folder that is gone has none."""
+        links, self.links = self.links, os.fstat(self.ident).st_nlink
+        return DELETE | LINK if self.links < links else LINK if self.links > links else 0
+
+    def note_size(self) -> int:
+        size, self.size = self.size, os.fstat(self.ident).st_size
+        if self.size < size or self.size == size == 0:
+            return ATTRIB
+        return WRITE | EXTEND if self.size > size else WRITE
+
+
+class StandInKqueue:
+    """select.kqueue for EVFILT_VNODE, over inotify(7). As there, closing a descriptor ends its watch."""
+
+    IN = orchestra.InotifySource
+    FILE_MASK = IN.IN_MODIFY | IN.IN_ATTRIB | IN.IN_MOVE_SELF | IN.IN_DELETE_SELF
+    ENTRY_MASK = IN.IN_CREATE | IN.IN_DELETE | IN.IN_MOVED_FROM | IN.IN_MOVED_TO
+    FOLDER_MASK = ENTRY_MASK | IN.IN_MOVE_SELF | IN.IN_DELETE_SELF
+    IN_ISDIR = 0x40000000
+
+    def __init__(self) -> None:
+        self._inotify = orchestra.InotifySource()
+        self._knotes: dict[int, Knote] = {}
+        self._more, self._more_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable while events are left over
+        self._epoll = select.epoll()
+        self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
+        self._epoll.register(self._more, select.EPOLLIN)
+
+    def fileno(self) -> int:
+        return self._epoll.fileno()
+
+    def control(self, changes: Optional[Iterable[Kevent]], max_events: int, timeout: Optional[float] = None) -> Any:
+        for change in changes or ():
+            assert change.filter == KQUEUE_NAMES["KQ_FILTER_VNODE"]
+            self._forget(change.ident)
+            if change.flags & KQUEUE_NAMES["KQ_EV_ADD"]:
+                assert change.flags & KQUEUE_NAMES["KQ_EV_CLEAR"]
+                self._add(Knote(change.ident, change.fflags))
+        if not max_events:
+            return []
+        select.select([self._epoll], [], [], timeout)
+        self._read()
+        told = [knote for knote in self._knotes.values() if knote.pending & knote.fflags][:max_events]
+        events = [Kevent(knote.ident, -4, 0x20, knote.pending & knote.fflags) for knote in told]
+        for knote in told:
+            knote.pending = 0
+        if len(told) == max_events:
+            os.write(self._more_in, b"x")
+        return events
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._inotify.close()
+        os.close(self._more)
+        os.close(self._more_in)
+
+    def _add(self, knote: Knote) -> None:
+        folder_of = Path(os.readlink(f"/proc/self/fd/{knote.ident}")).parent
+        knote.wds.add(self._watch(f"/proc/self/fd/{knote.ident}", knote.is_folder))
+        if knote.is_folder:
+            # While it is open, inotify tells of a folder's removal only where it was listed.
+            try:
+                knote.wds.add(-self._watch(str(folder_of), True))
+            except FileNotFoundError:
+                pass
+        self._knotes[knote.ident] = knote
+
+    def _watch(self, path: str, is_folder: bool) -> int:
+        mask = self.FOLDER_MASK if is_folder else self.FILE_MASK
+        wd = self._inotify._libc.inotify_add_watch(self._inotify.fileno(), os.fsencode(path), mask)
+        return self._inotify._check(wd, path)
+
+    def _forget(self, ident: int) -> None:
+        knote = self._knotes.pop(ident, None)
+        for wd in knote.wds if knote else ():
+            if not any({wd, -wd} & other.wds for other in self._knotes.values()):
+                self._inotify._libc.inotify_rm_watch(self._inotify.fileno(), abs(wd))
+
+    def _read(self) -> None:
+        try:
+            os.read(self._more, 1 << 16)
+        except BlockingIOError:
+            pass
+        for ident in [ident for ident, knote in self._knotes.items() if not knote.is_open]:
+            self._forget(ident)
+        while True:
+            try:
+                data = os.read(self._inotify.fileno(), 1 << 16)
+            except BlockingIOError:
+                return
+            for wd, mask, _ in self._inotify._parse(data):
+                for knote in self._knotes.values():
+                    try:
+                        knote.pending |= self._notes_for(knote, wd, mask)
+                    except OSError:
+                        pass  # closed, while another thread used its number
+
+    def _notes_for(self, knote: Knote, wd: int, mask: int) -> int:
+        if mask & self.IN.IN_Q_OVERFLOW:
+            return knote.fflags
+        if wd not in knote.wds:
+            is_gone = -wd in knote.wds and mask & self.IN.IN_DELETE and not os.fstat(knote.ident).st_nlink
+            return DELETE | LINK if is_gone else 0
+        notes = RENAME if mask & self.IN.IN_MOVE_SELF else 0
+        if knote.is_folder:
+            is_new_link = mask & self.IN_ISDIR and mask & (self.IN.IN_CREATE | self.IN.IN_DELETE)
+            return notes | (WRITE if mask & self.ENTRY_MASK else 0) | (LINK if is_new_link else 0)
+        if mask & self.IN.IN_ATTRIB:
+            notes |= knote.note_link_count() or ATTRIB
+        return notes | (knote.note_size() if mask & self.IN.IN_MODIFY else 0)
+
+
+def install_stand_in(set_name: Callable[[Any, str, Any], None] = setattr) -> None:
+    set_name(select, "kqueue", StandInKqueue)
+    set_name(select, "kevent", Kevent)
+    for name, value in KQUEUE_NAMES.items():
+        set_name(select, name, value)
+
+
+DRIVER = f"""
+import sys
+sys.path[:0] = [{str(HERE)!r}]
+import {Path(__file__).stem} as tests
+tests.install_stand_in()
+sys.exit(tests.orchestra.main(sys.argv[1:]))
+"""
+
+
+def require(kind: str, monkeypatch: Any) -> None:
+    if kind == "kqueue" and not HAS_KQUEUE:
+        if not IS_LINUX:
+            pytest.skip("neither kqueue nor inotify to make a stand-in of")
+        install_stand_in(lambda place, name, value: monkeypatch.setattr(place, name, value, raising=False))
+    if kind == "inotify" and not IS_LINUX:
+        pytest.skip("inotify is Linux's")
+
+
+@pytest.fixture(params=["kqueue", "inotify", "polling"])
+def kind(request: Any, monkeypatch: Any) -> str:
+    """Each of the watchers in turn."""
+    require(request.param, monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def kqueue(monkeypatch: Any) -> None:
+    require("kqueue", monkeypatch)
+
+
+def act_on_entry(path: Path, act: str) -> None:
+    if act == "create":
+        (path / "new").write_text("x")
+    elif act == "make a folder":
+        (path / "new").mkdir()
+    elif act == "write an entry in place":
+        (path / "file").write_text("longer than before")
+    elif act == "remove an entry":
+        (path / "file").unlink()
+    elif act == "rename over an entry":
+        (path / "other").replace(path / "file")
+    elif act == "rename an entry out":
+        (path / "file").rename(path.parent / "out")
+    elif act == "rename it":
+        path.rename(path.parent / "renamed")
+    elif act == "remove it":
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("act", "notes"),
+    [
+        ("create", WRITE),
+        ("make a folder", WRITE | LINK),
+        ("write an entry in place", 0),
+        ("remove an entry", WRITE),
+        ("rename over an entry", WRITE),
+        ("rename an entry out", WRITE),
+        ("rename it", RENAME),
+        ("remove it", WRITE | DELETE | LINK),
+    ],
+)
+def test_kqueue_tells_of_a_folder_what_the_table_says(live: Live, kqueue: None, act: str, notes: int) -> None:
+    folder = live.code / "watched"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    (folder / "other").write_text("x")
+    assert notes_told(folder, lambda: act_on_entry(folder, act)) & ~LINK == notes & ~LINK
+
+
+@pytest.mark.parametrize(
+    ("act", "notes"),
+    [
+        ("append", WRITE | EXTEND),
+        ("write in place", WRITE),
+        ("truncate", ATTRIB),
+        ("chmod", ATTRIB),
+        ("unlink", DELETE | LINK),
+        ("rename over", DELETE),
+        ("rename", RENAME),
+        ("read", 0),
+    ],
+)
+def test_kqueue_tells_of_a_file_what_the_table_says(live: Live, kqueue: None, act: str, notes: int) -> None:
+    file, other = live.code / "file", live.code / "other"
+    file.write_text("text")
+    other.write_text("x")
+
+    def do() -> None:
+        if act == "append":
+            with open(file, "a") as out:
+                out.write("more")
+        elif act == "write in place":
+            with open(file, "r+") as out:
+                out.write("TEXT")
+        elif act == "truncate":
+            os.truncate(file, 1)
+        elif act == "chmod":
+            file.chmod(0o600)
+        elif act == "unlink":
+            file.unlink()
+        elif act == "rename over":
+            other.replace(file)
+        elif act == "rename":
+            file.rename(live.code / "new")
+        else:
+            file.read_text()
+
+    assert notes_told(file, do) & ~LINK == notes & ~LINK
+
+
+def notes_told(path: Path, act: Callable[[], None]) -> int:
+    queue: Any = select.kqueue()  # type: ignore[attr-defined,unused-ignore]
+    fd = os.open(path, os.O_RDONLY)
+    flags = KQUEUE_NAMES["KQ_EV_ADD"] | KQUEUE_NAMES["KQ_EV_CLEAR"]
+    queue.control([select.kevent(fd, -4, flags, sum(NOTES.values()))], 0)  # type: ignore[attr-defined,unused-ignore]
+    assert select.select([queue], [], [], 0)[0] == []
+    act()
+    told = 0
+    while select.select([queue], [], [], 0.02)[0]:
+        assert select.select([queue], [], [], 0)[0] == [queue]  # level-triggered
+        for event in queue.control(None, 8, 0):
+            assert event.ident == fd
+            told |= event.fflags
+    os.close(fd)
+    queue.close()
+    return told
+
+
+# The three watchers
+
+
+class Lookout:
+    """A watcher, turned by hand, and what it told of."""
+
+    def __init__(self, live: Live, kind: str, make: Any = orchestra.Watcher) -> None:
+        self.live = live
+        self.source = orchestra.open_source(kind, 4096) if isinstance(kind, str) else kind
+        self.is_open = True
+        live.lookouts.append(self)
+        self.watcher = make(live.path, self.source)
+        self.saved: set[str] = set()
+        self.deleted: set[str] = set()
+        self.take(self.watcher.look())
+        self.drain()
+        self.forget()
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.source.close()
+
+    def forget(self) -> None:
+        self.saved, self.deleted = set(), set()
+
+    def take(self, changes: orchestra.Changes) -> None:
+        self.saved |= set(map(self.name, changes.saved))
+        self.deleted |= set(map(self.name, changes.deleted))
+
+    def name(self, path: str) -> str:
+        return os.path.relpath(path, self.live.projects)
+
+    def turn(self, seconds: float = 0.02) -> bool:
+        """Look where there are hints, or everywhere where nothing hints; say whether there were some."""
+        fd = self.source.fileno()
+        if fd < 0:
+            time.sleep(0.001)
+            self.take(self.watcher.look())
+        elif select.select([fd], [], [], seconds)[0]:
+            self.take(self.watcher.drain())
+            return True
+        return False
+
+    def drain(self) -> None:
+        for _ in range(1000):
+            if not self.turn(0.015):
+                return
+        raise AssertionError("the watcher wakes itself")
+
+    def files(self) -> dict[str, bytes]:
+        return {self.name(path): digest for path, digest in self.watcher.files().items()}
+
+    def is_true_to_disk(self) -> bool:
+        fresh = orchestra.Watcher(self.live.path, orchestra.PollingSource())
+        fresh.look()
+        return bool(fresh.files() == self.watcher.files())
+
+    def expect(self, saved: Iterable[str] = (), deleted: Iterable[str] = (), timeout: float = 20) -> None:
+        """Wait until these were told of, then see that the picture is the disk's."""
+        wanted = [name if "." in name else f"{name}.yaml" for name in saved]
+        gone = [name if "." in name else f"{name}.yaml" for name in deleted]
+        deadline = time.monotonic() + timeout
+        while not (self.saved >= set(wanted) and self.deleted >= set(gone) and self.is_true_to_disk()):
+            assert time.monotonic() < deadline, (self.saved, self.deleted, wanted, gone)
+            self.turn()
+        self.drain()
+        assert self.is_true_to_disk()
+        assert self.source.fileno() < 0 or not self.watcher.must_poll
+        self.forget()
+
+
+def save_in_place(file: Path, text: str) -> None:
+    with open(file, "r+") as out:
+        out.write(text)
+        out.truncate()
+
+
+def save_after_truncating(file: Path, text: str) -> None:
+    with open(file, "w") as out:
+        time.sleep(0.01)
+        out.write(text)
+
+
+def save_keeping_backup(file: Path, text: str) -> None:
+    """Save as vim does with backup on and backupcopy=no."""
+    file.rename(f"{file}~")
+    file.write_text(text)
+
+
+def save_without_backup(file: Path, text: str) -> None:
+    """Save as vim does with backup off and backupcopy=no."""
+    save_keeping_backup(file, text)
+    os.unlink(f"{file}~")
+
+
+def save_over_a_copy(file: Path, text: str) -> None:
+    """Save as vim does with backupcopy=yes: through a swap file, keeping the inode."""
+    swap = file.with_name(f".{file.name}.swp")
+    swap.write_text("b0VIM")
+    shutil.copy(file, f"{file}~")
+    with open(file, "w") as out:
+        out.write(text)
+    swap.unlink()
+
+
+def save_with_sed(file: Path, text: str) -> None:
+    subprocess.run(["sed", "-i.bak", f"s/^- .*/{text.splitlines()[-1]}/", str(file)], check=True)
+
+
+def save_with_vim(*settings: str) -> Callable[[Path, str], None]:
+    def save(file: Path, text: str) -> None:
+        if not shutil.which("vim"):
+            pytest.skip("no vim here")
+        commands = [f"+{one}" for one in (*(f"set {s}" for s in settings), f"%s/^- .*/{text.splitlines()[-1]}/", "wq")]
+        subprocess.run(["vim", "-u", "NONE", "-es", *commands, str(file)], check=True, stdin=subprocess.DEVNULL)
+
+    save.__name__ = "vim-" + "-".join(settings)
+    return save
+
+
+SAVES = [
+    replace,
+    save_in_place,
+    save_after_truncating,
+    save_keeping_backup,
+    save_without_backup,
+    save_over_a_copy,
+    save_with_sed,
+    save_with_vim("backup", "backupcopy=no"),
+    save_with_vim("nobackup", "backupcopy=yes"),
+]
+
+
+@pytest.mark.parametrize("save", SAVES, ids=lambda save: save.__name__)
+def test_every_way_to_save_is_noticed(live: Live, kind: str, save: Callable[[Path, str], Any]) -> None:
+    file = live.save()
+    live.save("shop/web")
+    lookout = Lookout(live, kind)
+    for note in ("other", "third"):
+        save(file, live.text(note=note))
+        lookout.expect(saved=["shop/api"])
+    assert file.read_text() == live.text(note="third")
+
+
+def test_files_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> None:
+    live.save()
+    lookout = Lookout(live, kind)
+    live.save("shop/web")
+    lookout.expect(saved=["shop/web"])
+    live.file("shop/web").rename(live.file("shop/app"))
+    lookout.expect(saved=["shop/app"], deleted=["shop/web"])
+    live.file("shop/app").unlink()
+    lookout.expect(deleted=["shop/app"])
+    live.save("shop/app")
+    lookout.expect(saved=["shop/app"])
+    (live.projects / "astray.yml").write_text("x")
+    lookout.expect(saved=["astray.yml"])
+    live.save("shop/app", "other")
+    live.file("shop/app").rename(live.file())
+    lookout.expect(saved=["shop/api"], deleted=["shop/app"])
+
+
+def test_folders_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> None:
+    lookout = Lookout(live, kind)
+    live.save("shop/api")
+    lookout.expect(saved=["shop/api"])
+    shutil.rmtree(live.projects / "shop")
+    lookout.expect(deleted=["shop/api"])
+    live.save("shop/api")
+    lookout.expect(saved=["shop/api"])
+    shutil.rmtree(live.projects / "shop")
+    live.save("shop/api", "other")
+    lookout.expect(saved=["shop/api"])
+    (live.projects / "shop").rename(live.projects / "store")
+    lookout.expect(saved=["store/api"], deleted=["shop/api"])
+    live.save("store/api", "third")
+    lookout.expect(saved=["store/api"])
+    save_in_place(live.file("store/api"), "fourth")
+    lookout.expect(saved=["store/api"])
+    (live.projects / "store").rename(live.code / "away")
+    lookout.expect(deleted=["store/api"])
+    (live.code / "away/api.yaml").write_text("not watched any more")
+    (live.code / "away").rename(live.projects / "back")
+    lookout.expect(saved=["back/api"])
+    save_in_place(live.file("back/api"), "fifth")
+    lookout.expect(saved=["back/api"])
+
+
+def test_a_linked_folder_is_watched_where_it_is(live: Live, kind: str) -> None:
+    elsewhere = live.code / "team" / "shop"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "api.yaml").write_text("one")
+    lookout = Lookout(live, kind)
+    (live.projects / "shop").symlink_to(elsewhere)
+    lookout.expect(saved=["shop/api"])
+    save_in_place(elsewhere / "api.yaml", "two")
+    lookout.expect(saved=["shop/api"])
+    shutil.rmtree(elsewhere.parent)
+    lookout.expect(deleted=["shop/api"])
+    elsewhere.parent.mkdir()
+    lookout.drain()
+    elsewhere.mkdir()
+    lookout.drain()
+    (elsewhere / "api.yaml").write_text("three")
+    lookout.expect(saved=["shop/api"])
+    elsewhere.parent.rename(live.code / "away")
+    lookout.expect(deleted=["shop/api"])
+    (live.code / "away").rename(elsewhere.parent)
+    lookout.expect(saved=["shop/api"])
+    replace(elsewhere / "api.yaml", "four")
+    lookout.expect(saved=["shop/api"])
+
+
+def test_a_linked_file_is_watched_where_it_is(live: Live, kind: str) -> None:
+    elsewhere = live.code / "api.yaml"
+    elsewhere.write_text("one")
+    (live.projects / "shop").mkdir()
+    live.file().symlink_to(elsewhere)
+    lookout = Lookout(live, kind)
+    save_in_place(elsewhere, "two")
+    lookout.expect(saved=["shop/api"])
+    replace(elsewhere, "three")
+    lookout.expect(saved=["shop/api"])
+    elsewhere.unlink()
+    lookout.expect(deleted=["shop/api"])
+    elsewhere.write_text("four")
+    lookout.expect(saved=["shop/api"])
+
+
+def test_a_file_linked_meanwhile_is_watched_where_it_is(live: Live, kind: str) -> None:
+    elsewhere = live.code / "api.yaml"
+    elsewhere.write_text("one")
+    (live.projects / "shop").mkdir()
+    lookout = Lookout(live, kind)
+    live.file().symlink_to(elsewhere)
+    lookout.expect(saved=["shop/api"])
+    save_in_place(elsewhere, "two")
+    lookout.expect(saved=["shop/api"], timeout=1)
+
+
+@pytest.mark.parametrize("is_linked", [False, True], ids=["in the registry", "linked from it"])
+def test_a_git_checkout_of_many_files_is_noticed(live: Live, kind: str, is_linked: bool) -> None:
+    repository = live.code / "team" if is_linked else live.projects
+    repository.mkdir(exist_ok=True)
+    run_git(repository, "init", "-q")
+    shops = repository / "shop"
+    shops.mkdir()
+    for number in range(30):
+        (shops / f"c{number}.yaml").write_text(f"one {number}")
+    run_git(repository, "add", ".")
+    run_git(repository, "commit", "-qm", "one")
+    run_git(repository, "checkout", "-qb", "two")
+    for number in range(20):
+        (shops / f"c{number}.yaml").write_text(f"two {number}, and longer")
+    (shops / "c29.yaml").unlink()
+    run_git(repository, "commit", "-qam", "two")
+    run_git(repository, "checkout", "-qb", "none")
+    run_git(repository, "rm", "-q", "-r", "shop")
+    run_git(repository, "commit", "-qm", "none")
+    run_git(repository, "checkout", "-q", "one")
+    if is_linked:
+        (live.projects / "shop").symlink_to(shops)
+    lookout = Lookout(live, kind)
+    assert len(lookout.files()) == 30
+    run_git(repository, "checkout", "-q", "two")
+    lookout.expect([f"shop/c{number}" for number in range(20)], ["shop/c29"])
+    run_git(repository, "checkout", "-q", "none")
+    lookout.expect(deleted=[f"shop/c{number}" for number in range(29)])
+    run_git(repository, "checkout", "-q", "one")
+    lookout.expect([f"shop/c{number}" for number in range(30)])
+
+
+def test_the_registry_itself_may_be_replaced(live: Live, kind: str) -> None:
+    live.save()
+    live.save("shop/web")
+    lookout = Lookout(live, kind)
+    live.projects.rename(live.code / "old")
+    lookout.expect(deleted=["shop/api", "shop/web"])
+    live.projects.mkdir()
+    lookout.drain()
+    live.save(note="other")
+    lookout.expect(saved=["shop/api"])
+    shutil.copytree(live.code / "old", live.code / "new")
+    live.projects.rename(live.code / "older")
+    (live.code / "new").rename(live.projects)
+    lookout.expect(saved=["shop/api", "shop/web"])
+    save_in_place(live.file("shop/web"), "at once")
+    lookout.expect(saved=["shop/web"])
+
+
+def test_the_registry_may_be_a_link(live: Live, kind: str) -> None:
+    live.save()
+    live.projects.rename(live.code / "registry")
+    live.projects.symlink_to(live.code / "registry")
+    lookout = Lookout(live, kind)
+    live.save(note="other")
+    lookout.expect(saved=["shop/api"])
+    (live.code / "registry").rename(live.code / "away")
+    lookout.expect(deleted=["shop/api"])
+    (live.code / "away").rename(live.code / "registry")
+    lookout.expect(saved=["shop/api"])
+    save_in_place(live.file(), "third")
+    lookout.expect(saved=["shop/api"])
+
+
+def test_many_files_at_once_are_noticed(live: Live, kind: str) -> None:
+    lookout = Lookout(live, kind)
+    labels = live.save_many(300)
+    lookout.expect(saved=labels)
+    for label in labels:
+        save_in_place(live.file(label), f"in place {label}")
+    lookout.expect(saved=labels)
+
+
+def test_a_hinted_edit_of_the_same_size_and_time_is_noticed(live: Live, kind: str) -> None:
+    file = live.save(note="one")
+    before = file.stat()
+    lookout = Lookout(live, kind)
+    save_in_place(file, live.text(note="two"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size and file.stat().st_mtime_ns == before.st_mtime_ns
+    lookout.expect(saved=["shop/api"])
+
+
+def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Live) -> None:
+    file = live.save(note="one")
+    watcher = orchestra.Watcher(live.path, orchestra.PollingSource(), clock=lambda: time.time() + 100)
+    watcher.look()
+    save_in_place(file, live.text(note="two"))
+    # Where the clock of the file system ticks slowly, both edits have one stamp.
+    info = file.stat()
+    stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    seen = watcher._picture[str(file.parent)]
+    seen[str(file)] = seen[str(file)]._replace(stamp=stamp)
+    assert watcher.look({str(file.parent)}).saved == frozenset()
+    assert watcher.look({str(file)}).saved == {str(file)}
+
+
+@pytest.mark.parametrize(("age", "is_read"), [(0.0, True), (1.9, True), (60.0, False)])
+def test_a_young_file_is_read_whatever_its_stamp(live: Live, age: float, is_read: bool) -> None:
+    file = live.save(note="one")
+    changed = max(file.stat().st_mtime, file.stat().st_ctime)
+    watcher = orchestra.Watcher(live.path, orchestra.PollingSource(), clock=lambda: changed + age)
+    watcher.look()
+    save_in_place(file, live.text(note="two"))
+    info = file.stat()
+    stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+    seen = watcher._picture[str(file.parent)]
+    seen[str(file)] = seen[str(file)]._replace(stamp=stamp)
+    assert bool(watcher.look().saved) == is_read
+
+
+def test_what_is_not_a_registry_file_is_passed_over(live: Live, kind: str) -> None:
+    live.save()
+    lookout = Lookout(live, kind)
+    for name in (".hidden.yaml", "#lock.yaml", "api.yaml~", "api.yaml.swp", "4913", "README.md"):
+        (live.projects / "shop" / name).write_text("x")
+        lookout.drain()
+    (live.projects / "shop" / "api.yaml").chmod(0o600)
+    live.file().touch()
+    lookout.drain()
+    assert (lookout.saved, lookout.deleted) == (set(), set())
+    assert list(lookout.files()) == ["shop/api.yaml"]
+
+
+def test_looking_wakes_nobody(live: Live, kind: str) -> None:
+    labels = live.save_many(20)
+    lookout = Lookout(live, kind)
+    lookout.take(lookout.watcher.look())
+    for label in labels:
+        live.file(label).read_text()
+    assert lookout.turn() is False
+    assert (lookout.saved, lookout.deleted) == (set(), set())
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
+def test_after_an_overflow_of_inotify_everything_is_looked_at(live: Live) -> None:
+    files = [live.save("shop/api"), live.save("shop/web")]
+    lookout = Lookout(live, "inotify")
+    for _ in range(int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())):
+        for file in files:
+            os.utime(file)
+    live.save("new/api")
+    lookout.expect(saved=["new/api"])
+
+
+def test_what_finds_no_descriptor_is_polled(live: Live, kqueue: None) -> None:
+    live.save_many(5)
+    watcher = orchestra.Watcher(live.path, orchestra.KqueueSource(4))
+    watcher.look()
+    assert watcher.must_poll and watcher.interval == orchestra.POLL_INTERVAL
+    save_in_place(live.file("p4/c4"), "other")
+    assert watcher.look().saved == {str(live.file("p4/c4"))}
+    for label in ("p2/c2", "p3/c3", "p4/c4", "p1/c1"):
+        live.file(label).unlink()
+        live.file(label).parent.rmdir()
+    watcher.look()
+    watcher.look()
+    watcher.source.close()
+
+
+def test_watches_of_what_is_gone_are_dropped(live: Live, kqueue: None) -> None:
+    live.save()
+    lookout = Lookout(live, "kqueue")
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(5):
+        live.save_many(20)
+        lookout.expect(saved=["p0/c0"])
+        for number in range(10):
+            shutil.rmtree(live.projects / f"p{number}")
+        lookout.expect(deleted=["p0/c0"])
+    assert len(os.listdir("/dev/fd")) == before
+    lookout.close()
+    assert len(os.listdir("/dev/fd")) < before
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [("", None), ("polling", "polling"), ("kqueue", "kqueue"), ("inotify", "inotify"), ("Polling", ""), ("x", "")],
+)
+def test_a_source_is_opened_by_name_or_the_best(wanted: str, name: Optional[str]) -> None:
+    best = "kqueue" if HAS_KQUEUE else "inotify" if IS_LINUX else "polling"
+    if name == "" or (name in ("kqueue", "inotify") and name != best):
+        with pytest.raises(orchestra.NotifyError, match=f"ORCHESTRA_WATCHER: .*, got '{wanted}'"):
+            orchestra.open_source(wanted, 4096)
+        return
+    source = orchestra.open_source(wanted, 4096)
+    assert source.name == (name or best)
+    source.close()
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
+def test_a_source_asked_for_that_cannot_be_had_is_an_error_of_ours() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        with pytest.raises(orchestra.OrchestraError):
+            orchestra.open_source("inotify", 4096)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class Meddler(orchestra.PollingSource):
+    """A source on whose first watch of a folder something happens just before the watch is set."""
+
+    def __init__(self, folder: Path, act: Callable[[], None]) -> None:
+        self.folder = str(folder)
+        self.act: Optional[Callable[[], None]] = act
+        self.watched: set[str] = set()
+
+    def fileno(self) -> int:
+        return 0
+
+    def watch_folder(self, path: str) -> bool:
+        if path == self.folder and self.act:
+            act, self.act = self.act, None
+            act()
+        os.stat(path)
+        self.watched.add(path)
+        return True
+
+
+def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Live) -> None:
+    target = live.code / "team" / "shop"
+    (live.projects / "shop").symlink_to(target)
+    # The folder above the target is made just before the watch on the one above that is set.
+    source = Meddler(live.code, (live.code / "team").mkdir)
+    orchestra.Watcher(live.path, source).look()
+    assert str(live.code / "team") in source.watched
+
+
+def test_a_link_by_way_of_another_link_is_followed_anew(live: Live) -> None:
+    for version in ("v1", "v2"):
+        (live.code / version / "shop").mkdir(parents=True)
+        (live.code / version / "shop" / "api.yaml").write_text(version)
+    (live.code / "current").symlink_to("v1")
+    (live.projects / "shop").symlink_to(live.code / "current" / "shop")
+    lookout = Lookout(live, "")
+    (live.code / "next").symlink_to("v2")
+    (live.code / "next").replace(live.code / "current")
+    lookout.expect(saved=["shop/api"], timeout=1)
+
+
+# At random
+
+
+class Churn:
+    """Creates, saves, renames and deletes files and folders of a registry at random."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.root = root
+        self.random = random.Random(seed)
+        self.count = 0
+
+    def run(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self.step()
+
+    def step(self) -> None:
+        self.count += 1
+        text = f"{self.count}" * self.random.randint(1, 40)
+        acts: list[Callable[[], Any]] = [
+            lambda: self.folder().mkdir(),
+            lambda: self.file().write_text(text),
+            lambda: self.file().write_text(text),
+            lambda: replace(self.file(), text),
+            lambda: replace(self.file(), text),
+            lambda: save_in_place(self.file(), text),
+            lambda: save_in_place(self.file(), text),
+            lambda: self.file().unlink(),
+            lambda: self.file().rename(self.file()),
+            lambda: self.folder().rename(self.folder()),
+            lambda: shutil.rmtree(self.folder()),
+        ]
+        try:
+            self.random.choice(acts)()
+        except OSError:
+            pass  # the dice ask for what is not there
+        time.sleep(self.random.choice((0, 0, 0.001, 0.003)))
+
+    def folder(self) -> Path:
+        return self.root / self.random.choice(("p", "q", "r"))
+
+    def file(self) -> Path:
+        return self.folder() / self.random.choice(("a.yaml", "b.yaml", "c.yaml"))
+
+
+def is_stale_after_churn(lookout: Lookout, seed: int, seconds: float) -> bool:
+    churn = Churn(lookout.live.projects, seed)
+    thread = threading.Thread(target=churn.run, args=(seconds,))
+    thread.start()
+    while thread.is_alive():
+        lookout.turn(0.005)
+    lookout.drain()
+    return not lookout.is_true_to_disk()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_picture_equals_the_disk_after_random_changes(live: Live, kind: str, seed: int) -> None:
+    lookout = Lookout(live, kind)
+    assert not is_stale_after_churn(lookout, seed, 1.5)
+    assert lookout.source.fileno() < 0 or not lookout.watcher.must_poll
+
+
+@contextmanager
+def folders_only() -> Iterator[Any]:
+    class FoldersOnly(orchestra.KqueueSource):
+        def watch_file(self, path: str) -> bool:
+            return False
+
+    yield FoldersOnly
+
+
+@contextmanager
+def registering_late() -> Iterator[Any]:
+    class RegisteringLate(orchestra.KqueueSource):
+        """Registers after the scan, 5 ms late."""
+
+        def __init__(self, budget: int) -> None:
+            super().__init__(budget)
+            self.late: list[tuple[Callable[[str], bool], str]] = []
+
+        def watch_folder(self, path: str) -> bool:
+            self.late.append((super().watch_folder, path))
+            return False
+
+        def watch_file(self, path: str) -> bool:
+            self.late.append((super().watch_file, path))
+            return False
+
+        def fileno(self) -> int:
+            late, self.late = self.late, []
+            for number, (watch, path) in enumerate(dict.fromkeys(late)):
+                if number == 0:
+                    time.sleep(0.005)
+                try:
+                    watch(path)
+                except OSError:
+                    pass
+            return super().fileno()
+
+    yield RegisteringLate
+
+
+@contextmanager
+def as_it_is() -> Iterator[Any]:
+    yield orchestra.KqueueSource
+
+
+@pytest.mark.parametrize(
+    ("make", "is_sound"), [(as_it_is, True), (folders_only, False), (registering_late, False)], ids=lambda v: str(v)
+)
+def test_the_random_changes_catch_unsound_watchers(live: Live, kqueue: None, make: Any, is_sound: bool) -> None:
+    with make() as source_class:
+        lookout = Lookout(live, source_class(4096))
+        stale = False
+        for seed in range(15 if is_sound else 300):
+            stale = is_stale_after_churn(lookout, seed, 0.03)
+            if stale:
+                break
+    assert stale is not is_sound
+
+
+# Debouncing
+
+
+@pytest.mark.parametrize(
+    ("notes", "fired"),
+    [
+        ([0], [0]),  # the first fires at once
+        ([0, 100], [0, 500]),  # what comes inside the window fires when it closes
+        ([0, 100, 200, 300, 499], [0, 500]),
+        ([0, 500], [0, 500]),  # the window is over
+        ([0, 499, 501], [0, 500, 1000]),
+        ([0, 600], [0, 600]),
+        ([0, 100, 600, 700], [0, 500, 1000]),
+        (list(range(0, 2000, 20)), [0, 500, 1000, 1500, 2000]),
+        ([0, 450], [0, 500]),
+        ([0, 2000], [0, 2000]),
+    ],
+)
+def test_debounce_coalesces_rapid_events(notes: list[int], fired: list[int]) -> None:
+    clock = Clock(0)
+    debouncer = orchestra.Debouncer(0.5, clock)
+    seen: list[int] = []
+    for now in range(3000):
+        clock.now = now / 1000
+        if now in notes:
+            debouncer.note(["api"])
+        due = debouncer.next_due()
+        if due is not None and due <= clock.now:
+            assert debouncer.take_due() == {"api"}
+            seen.append(now)
+        else:
+            assert debouncer.take_due() == set()
+    assert seen == fired
+    assert max(seen) >= max(notes)
+    assert debouncer.next_due() is None
+
+
+def test_targets_are_debounced_each_for_itself() -> None:
+    clock = Clock()
+    debouncer = orchestra.Debouncer(0.5, clock)
+    debouncer.note(["api", "web"])
+    assert debouncer.take_due() == {"api", "web"}
+    clock.now += 0.2
+    debouncer.note(["api", "app"])
+    assert debouncer.take_due() == {"app"}
+    assert debouncer.next_due() == 1000.5
+    clock.now = 1000.5
+    debouncer.note(["app"])
+    assert debouncer.take_due() == {"api"}
+    assert debouncer.next_due() == pytest.approx(1000.7)
+    clock.now += 10
+    assert debouncer.take_due() == {"app"}
+    assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
+
+
+# ── 10 Protocol ───────────────────────────────────────────────────────────────
+
+STATUS = b'{"cmd":"status"}'
+NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
+TOO_LONG = b'{"ok":false,"error":"request: expected a line of at most 65536 bytes, got a longer one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("data", "lines", "last"),
+    [
+        (b"", [], None),
+        (b"one\n", [b"one"], None),
+        (b"one\r\ntwo\r\n", [b"one", b"two"], None),
+        (b"one\ntwo\nthree", [b"one", b"two"], b"three"),
+        (b"\n\n", [b"", b""], None),
+        (b"one\rtwo\n", [b"one\rtwo"], None),
+        (b"no end\r", [], b"no end"),
+        (b"x" * orchestra.MAX_LINE + b"\ny\n", [b"x" * orchestra.MAX_LINE, b"y"], None),
+        (b"x" * orchestra.MAX_LINE, [], b"x" * orchestra.MAX_LINE),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+def test_lines_are_cut_whatever_the_pieces(data: bytes, lines: list[bytes], last: Optional[bytes], size: int) -> None:
+    buffer = orchestra.LineBuffer()
+    found = []
+    for at in range(0, len(data), size):
+        buffer.feed(data[at : at + size])
+        found += list(iter(buffer.next_line, None))
+    assert found == lines
+    assert buffer.next_line(at_end=True) == last
+    assert buffer.next_line(at_end=True) is None
+    assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\nmore\n"])
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_a_line_too_long_ends_the_conversation(end: bytes, size: int) -> None:
+    buffer = orchestra.LineBuffer()
+    data = b"x" * (orchestra.MAX_LINE + 1) + end
+    with pytest.raises(orchestra.ProtocolError, match="at most 65536 bytes") as error:
+        for at in range(0, len(data), size):
+            buffer.feed(data[at : at + size])
+            assert buffer.next_line() is None
+    assert error.value.closes
+
+
+@pytest.mark.parametrize(
+    ("line", "request_"),
+    [
+        (STATUS, ("status", None)),
+        (b' { "cmd" : "stop" } ', ("stop", None)),
+        (b'{"cmd":"sync"}', ("sync", None)),
+        (b'{"cmd":"sync","codebase":null}', ("sync", None)),
+        (b'{"cmd":"sync","codebase":"shop/api"}', ("sync", "shop/api")),
+        (b'{"cmd":"sync","codebase":"../../etc"}', ("sync", "../../etc")),
+        (b'{"cmd":"sync","codebase":"\\ud800"}', ("sync", "\ud800")),
+        ('{"cmd":"sync","codebase":"größe","more":[1]}'.encode(), ("sync", "größe")),
+        (b'{"cmd":"stop","cmd":"status"}', ("status", None)),
+    ],
+)
+def test_a_request_is_understood(line: bytes, request_: tuple[str, Optional[str]]) -> None:
+    assert orchestra.parse_request(line) == request_
+
+
+BAD_REQUESTS = [
+    (b"hello", "request: expected JSON, got 'hello'"),
+    (b"{", "request: expected JSON, got '{'"),
+    (b'{"cmd":"status"} {}', "request: expected JSON, got"),
+    (b"[" * 60000, "request: expected JSON, got '[[["),
+    (b'{"a":' * 10000, "request: expected JSON, got"),
+    (b"[]", "request: expected a JSON object, got '[]'"),
+    (b"null", "request: expected a JSON object, got 'null'"),
+    (b'"\\ud800"', "request: expected a JSON object"),
+    (b"{}", "cmd: expected status, sync or stop, got 'null'"),
+    (b'{"cmd":7}', "cmd: expected status, sync or stop, got '7'"),
+    (b'{"cmd":{"a":[1]}}', "cmd: expected status, sync or stop, got"),
+    (b'{"cmd":NaN}', "cmd: expected status, sync or stop, got 'NaN'"),
+    (b'{"cmd":' + b"9" * 5000 + b"}", ""),
+    (b'{"cmd":"Status"}', "cmd: expected status, sync or stop, got unknown command 'Status'"),
+    (b'{"cmd":"\\ud800"}', "cmd: expected status, sync or stop, got unknown command"),
+    (b'{"cmd":"' + b"x" * 60000 + b'"}', "cmd: expected status, sync or stop, got unknown command 'xxx"),
+    (b'{"cmd":"sync","codebase":[]}', "codebase: expected text, got '[]'"),
+    (b'{"cmd":"sync","codebase":1}', "codebase: expected text, got '1'"),
+    (b"\x00", "request: expected JSON"),
+    (b"\xef\xbb\xbf" + STATUS, "request: expected JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_a_bad_request_is_refused_and_the_connection_kept(line: bytes, message: str) -> None:
+    with pytest.raises(orchestra.ProtocolError) as error:
+        orchestra.parse_request(line)
+    assert str(error.value).startswith(message) and len(str(error.value)) < 150
+    assert not error.value.closes
+    reply = orchestra.encode_error(str(error.value))
+    assert json.loads(reply) == {"ok": False, "error": str(error.value)}
+
+
+def test_a_request_that_is_not_utf8_ends_the_conversation() -> None:
+    with pytest.raises(orchestra.ProtocolError, match="request: expected UTF-8, got the byte 0xff") as error:
+        orchestra.parse_request(b'{"cmd":"\xff"}')
+    assert error.value.closes
+
+
+@pytest.mark.parametrize("text", ['{"cmd":%s}', '{"cmd":"sync","codebase":%s}', "%s"])
+@pytest.mark.parametrize("brackets", ["[]", '{"":0}'])
+def test_nesting_at_the_very_limit_of_the_parser_is_refused(text: str, brackets: str) -> None:
+    opening, closing = brackets[:-1].rstrip("0"), brackets[-1]
+    middle = "0" if closing == "}" else ""
+
+    def nested(depth: int) -> str:
+        return text % (opening * depth + middle + closing * depth)
+
+    low, high = 1, 30000
+    while high - low > 1:
+        depth = (low + high) // 2
+        try:
+            json.loads(nested(depth))
+            low = depth
+        except RecursionError:
+            high = depth
+    for depth in range(max(1, low - 40), low + 10):
+        with pytest.raises(orchestra.ProtocolError):
+            orchestra.parse_request(nested(depth).encode())
+
+
+def test_replies_are_lines_of_ascii() -> None:
+    assert orchestra.encode_reply({"stopping": True}) == b'{"ok":true,"data":{"stopping":true}}\n'
+    assert orchestra.encode_error("größe \ud800\n") == b'{"ok":false,"error":"gr\\u00f6\\u00dfe \\ud800\\n"}\n'
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (b'{"ok":true,"data":[1]}\n', ""),
+        (b'{"ok":true}\n', ""),
+        (b'{"ok":false,"error":"what now"}\n', "what now"),
+        (b"", "expected a reply, got the end of the connection"),
+        (b'{"ok":true', "expected a reply, got the end of the connection"),
+        (b"hello\n", "expected JSON, got 'hello"),
+        (b"\xff\n", "expected JSON"),
+        (b"[]\n", "expected a reply with ok, got"),
+        (b"{}\n", "expected a reply with ok, got"),
+    ],
+)
+def test_the_client_understands_replies(live: Live, reply: bytes, error: str) -> None:
+    with answering(live, [reply]) as requests:
+        if error:
+            with pytest.raises(orchestra.ProtocolError, match=error):
+                orchestra.send_request(live.path, {"cmd": "status"})
+        else:
+            assert orchestra.send_request(live.path, {"cmd": "status"}) == json.loads(reply).get("data")
+    assert requests == [STATUS + b"\n"]
+
+
+def test_the_client_asks_again_while_the_daemon_is_busy(live: Live) -> None:
+    busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
+    with answering(live, [busy, busy, b'{"ok":true,"data":7}\n']) as requests:
+        assert orchestra.request_status(live.path) == 7
+    assert len(requests) == 3
+    with answering(live, [busy] * 5), pytest.raises(orchestra.DaemonBusy):
+        orchestra.request_status(live.path)
+
+
+def test_the_client_gives_up_on_a_silent_daemon(live: Live) -> None:
+    with answering(live, [b""], is_silent=True), pytest.raises(orchestra.ProtocolError, match="timed out"):
+        orchestra.send_request(live.path, {"cmd": "status"}, timeout=0.05)
+
+
+@contextmanager
+def answering(
+    live: Live, replies: list[bytes], is_silent: bool = False, asks_nothing: bool = False
+) -> Iterator[list[bytes]]:
+    """Answer at the control socket with what is given, one connection after the other."""
+    requests: list[bytes] = []
+    done = threading.Event()
+
+    def answer() -> None:
+        for reply in replies:
+            connection = listener.accept()[0]
+            requests.append(b"" if asks_nothing else read_line(connection))
+            if is_silent:
+                done.wait(20)
+            try:
+                connection.sendall(reply)
+            except OSError:
+                pass  # the client would not wait
+            connection.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(live.socket)
+        listener.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield requests
+        finally:
+            done.set()
+            thread.join(20)
+    os.unlink(live.socket)
+
+
+def test_a_client_that_is_turned_away_while_it_sends_hears_why(live: Live) -> None:
+    busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
+    with answering(live, [busy], asks_nothing=True), pytest.raises(orchestra.DaemonBusy):
+        orchestra.send_request(live.path, {"cmd": "x" * 5_000_000})
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="elsewhere a full backlog refuses")
+def test_a_backlog_that_is_full_means_busy(live: Live) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(live.socket)
+        listener.listen(0)
+        first.connect(live.socket)
+        with pytest.raises((orchestra.DaemonBusy, orchestra.DaemonNotRunning)):
+            orchestra.send_request(live.path, {"cmd": "status"})
+
+
+@pytest.mark.parametrize("stale", ["nothing", "socket", "file", "no folder"])
+def test_without_a_daemon_the_client_says_so(live: Live, stale: str) -> None:
+    if stale == "socket":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(live.socket)
+    elif stale == "file":
+        Path(live.socket).write_text("")
+    elif stale == "no folder":
+        shutil.rmtree(Path(live.socket).parent)
+    with pytest.raises(orchestra.DaemonNotRunning, match="daemon is not running"):
+        orchestra.request_stop(live.path)
+
+
+# ── 11 Daemon ─────────────────────────────────────────────────────────────────
+
+# In this process
+
+
+class Channel:
+    """A connection in memory, as the server sees it; a test is its other end."""
+
+    def __init__(self, sent: bytes = b"", uid: Optional[int] = None) -> None:
+        self.incoming = bytearray(sent)
+        self.is_ended = False
+        self.got = bytearray()
+        self.room = 1 << 30  # bytes the other end will take
+        self.is_closed = False
+        self.uid = os.getuid() if uid is None else uid
+
+    def setblocking(self, flag: bool) -> None:
+        assert flag is False
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        if sys.platform == "darwin":
+            return struct.pack("=IIhxx16I", 0, self.uid, 1, *[0] * 16)
+        return struct.pack("3i", 1, self.uid, 1)
+
+    def recv(self, size: int) -> bytes:
+        if not self.incoming and not self.is_ended:
+            raise BlockingIOError
+        data = bytes(self.incoming[:size])
+        del self.incoming[:size]
+        return data
+
+    def send(self, data: bytes) -> int:
+        taken = bytes(data[: self.room])
+        if not taken:
+            raise BlockingIOError
+        self.room -= len(taken)
+        self.got += taken
+        return len(taken)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    @property
+    def replies(self) -> list[Any]:
+        return [json.loads(line) for line in self.got.splitlines()]
+
+
+class Switchboard:
+    """A listener and a selector in memory: `turn` calls who is ready, once."""
+
+    def __init__(self) -> None:
+        self.calling: list[Any] = []
+        self.keys: dict[Any, selectors.SelectorKey] = {}
+
+    def accept(self) -> tuple[Any, str]:
+        if not self.calling:
+            raise BlockingIOError
+        caller = self.calling.pop(0)
+        if isinstance(caller, OSError):
+            raise caller
+        return caller, ""
+
+    def register(self, thing: Any, events: int, data: Any) -> None:
+        assert thing not in self.keys and events
+        self.keys[thing] = selectors.SelectorKey(thing, 0, events, data)
+
+    def modify(self, thing: Any, events: int, data: Any) -> None:
+        self.unregister(thing)
+        self.register(thing, events, data)
+
+    def unregister(self, thing: Any) -> None:
+        del self.keys[thing]
+
+    def get_map(self) -> Any:
+        return self.keys
+
+    def get_key(self, thing: Any) -> selectors.SelectorKey:
+        return self.keys[thing]
+
+    def close(self) -> None:
+        self.calling.clear()
+
+    def turn(self) -> bool:
+        """Call everyone who is ready, and say whether anyone was."""
+        ready = []
+        for thing, key in self.keys.items():
+            if thing is self:
+                mask = orchestra.READABLE if self.calling else 0
+            else:
+                mask = orchestra.READABLE if thing.incoming or thing.is_ended else 0
+                mask |= orchestra.WRITABLE if thing.room else 0
+            if mask & key.events:
+                ready.append((key, mask & key.events))
+        for key, mask in ready:
+            key.data(mask)
+        return bool(ready)
+
+    def run(self) -> None:
+        for _ in range(10000):
+            if not self.turn():
+                return
+        raise AssertionError("the server spins")
+
+
+class Exchange:
+    """A server whose clients are channels, and which answers every request with its `cmd`."""
+
+    def __init__(self, handle: Any = None, **options: Any) -> None:
+        self.board = Switchboard()
+        self.clock = Clock()
+        handle = handle or self.answer
+        self.server = orchestra.SocketServer(self.board, self.board, handle, clock=self.clock, **options)
+
+    def answer(self, request: orchestra.Request, client: orchestra.Client) -> None:
+        client.unsent += orchestra.encode_reply(request.cmd)
+
+    def connect(self, *channels: Any) -> Any:
+        self.board.calling += channels
+        self.board.run()
+        return channels[0]
+
+
+@pytest.fixture
+def turned(live: Live) -> Iterator[orchestra.Daemon]:
+    """A daemon in this process, turned by hand."""
+    daemon = orchestra.Daemon(live.path, {})
+    daemon.open()
+    yield daemon
+    for _ in daemon._processor.finish():
+        pass
+    wait_until(lambda: not daemon._processor.is_alive)
+    daemon.close()
+
+
+def turn_until(daemon: orchestra.Daemon, is_true: Callable[[], Any]) -> None:
+    def turn() -> Any:
+        daemon.step(0.002)
+        return is_true()
+
+    wait_until(turn)
+
+
+def test_socket_protocol_status_and_stop_over_in_memory_channels(live: Live, turned: orchestra.Daemon) -> None:
+    live.save()
+    exchange = Exchange(turned.handle_request)
+    turn_until(turned, lambda: turned.status()["codebases"] == ["api"])
+    channel = exchange.connect(Channel(STATUS + b'\n{"cmd":"fly"}\n'))
+    status, error = channel.replies
+    assert status == {"ok": True, "data": turned.status()}
+    assert list(status["data"])[:7] == [
+        *("running", "label", "started_at_unix", "codebase_count", "codebases", "socket", "projects_root")
+    ]
+    assert error == {"ok": False, "error": "cmd: expected status, sync or stop, got unknown command 'fly'"}
+    assert not turned.is_done and not channel.is_closed
+    channel.incoming += b'{"cmd":"stop"}\n'
+    exchange.board.run()
+    assert channel.got.endswith(b'{"ok":true,"data":{"stopping":true}}\n')
+    turn_until(turned, lambda: turned.is_done)
+
+
+def test_registry_cache_reload_updates_changed_codebase(live: Live) -> None:
+    live.save("shop/api", "one")
+    live.save("shop/web", "one")
+    cache = orchestra.load_cache(live.path)
+    live.save("shop/api", "two")
+    live.save("shop/web", "two")
+    job = orchestra.SyncJob(orchestra.SyncTarget.codebase("shop/api"), "watcher", None, frozenset([("shop", "api")]))
+    new, outcome = orchestra.run_job(live.path, cache, job)
+    notes = {key: codebase.notes for key, codebase in new.registry.codebases.items()}
+    assert notes == {("shop", "api"): ("two",), ("shop", "web"): ("one",)}
+    assert outcome.summary.codebases == ["api"] and outcome.summary.written == 1
+    assert cache.registry.codebases["shop", "api"].notes == ("one",)
+    assert live.has("two") and live.read("shop/web") == ""
+
+
+def test_another_user_is_not_admitted() -> None:
+    exchange = Exchange()
+    channel = exchange.connect(Channel(STATUS + b"\n", uid=os.getuid() + 1))
+    assert channel.is_closed and channel.got == b"" and channel.incoming
+    assert exchange.connect(Channel(STATUS + b"\n")).replies == [{"ok": True, "data": "status"}]
+
+
+def test_one_client_too_many_is_told_so_and_closed() -> None:
+    exchange = Exchange(max_clients=3)
+    first = [Channel() for _ in range(3)]
+    exchange.connect(*first)
+    late = exchange.connect(Channel(STATUS + b"\n"))
+    assert late.replies == [{"ok": False, "error": f"{orchestra.TOO_MANY_CLIENTS} 3, got one more"}] and late.is_closed
+    exchange.clock.now += orchestra.SILENT_GRACE
+    late = exchange.connect(Channel(STATUS + b"\n"))
+    assert late.replies == [{"ok": True, "data": "status"}]
+    assert sum(channel.is_closed for channel in first) == 1
+    assert len(exchange.server.clients) == 3
+
+
+def test_clients_that_have_spoken_keep_their_places() -> None:
+    exchange = Exchange(max_clients=2)
+    first = [Channel(STATUS + b"\n") for _ in range(2)]
+    exchange.connect(*first)
+    exchange.clock.now += 5
+    assert not exchange.connect(Channel(STATUS + b"\n")).replies[0]["ok"]
+    assert not any(channel.is_closed for channel in first)
+
+
+def test_silent_clients_are_dropped_in_time() -> None:
+    exchange = Exchange()
+    silent = exchange.connect(Channel())
+    exchange.clock.now += 20
+    spoken = exchange.connect(Channel(STATUS + b"\n"))
+    assert exchange.server.next_expiry() == 1030
+    exchange.clock.now = 1029.9
+    exchange.server.drop_silent()
+    assert not silent.is_closed
+    exchange.clock.now = 1030
+    exchange.server.drop_silent()
+    assert silent.is_closed and not spoken.is_closed
+    assert exchange.server.next_expiry() == 1050
+
+
+def test_a_client_that_never_reads_costs_little() -> None:
+    def answer(request: orchestra.Request, client: orchestra.Client) -> None:
+        client.unsent += orchestra.encode_reply("x" * 1000)
+
+    exchange = Exchange(answer)
+    deaf = Channel()
+    deaf.room = 0
+    exchange.connect(deaf)
+    for _ in range(300):
+        deaf.incoming += (STATUS + b"\n") * 100
+        exchange.board.run()
+    (client,) = exchange.server.clients
+    assert len(client.unsent) < orchestra.MAX_UNSENT + 2000
+    assert len(client.lines) <= 2 * orchestra.MAX_LINE
+    assert len(exchange.connect(Channel(STATUS + b"\n")).replies) == 1
+    deaf.room = 1 << 30
+    deaf.is_ended = True
+    exchange.board.run()
+    assert len(deaf.replies) == 30000 and deaf.is_closed
+
+
+def test_a_client_that_asks_without_end_lets_others_speak() -> None:
+    exchange = Exchange()
+    exchange.board.calling += [Channel((STATUS + b"\n") * 1000), Channel(STATUS + b"\n")]
+    greedy, modest = exchange.board.calling
+    for _ in range(3):
+        exchange.board.turn()
+    assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.REQUESTS_A_TURN
+    exchange.board.run()
+    assert len(greedy.replies) == 1000
+
+
+def test_running_out_of_descriptors_turns_callers_away() -> None:
+    exchange = Exchange()
+    late = exchange.connect(OSError(errno.EMFILE, "no descriptor"), Channel(STATUS + b"\n")) and None
+    assert late is None
+    assert exchange.server.clients == set()
+    assert exchange.connect(Channel(STATUS + b"\n")).replies == [{"ok": True, "data": "status"}]
+
+
+def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
+    taken: list[int] = []
+
+    class Taker(Channel):
+        """The worker opens a file just when the spare descriptor is free."""
+
+        def close(self) -> None:
+            super().close()
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    exchange = Exchange()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        exchange.connect(OSError(errno.EMFILE, "no descriptor"), Taker())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in taken:
+            os.close(fd)
+
+
+def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Live, turned: orchestra.Daemon) -> None:
+    turn_until(turned, lambda: live.synced("start"))
+    replies: list[orchestra.JobOutcome] = []
+    job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket", replies.append)
+    assert turned._processor.submit(job)
+    wait_until(lambda: turned._processor.outcomes)
+    turned._stop("test")
+    wait_until(lambda: not turned._processor.is_alive)
+    while not turned.is_done:
+        turned.step()
+    assert len(replies) == 1
+
+
+def test_a_full_queue_does_not_make_the_loop_spin(live: Live, turned: orchestra.Daemon) -> None:
+    turn_until(turned, lambda: live.synced("start"))
+    live.save()
+    turn_until(turned, lambda: live.has("first"))
+    turn_until(turned, lambda: live.synced("watcher"))
+    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+        job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket")
+        assert turned._processor.submit(job)
+        wait_until(lambda: not turned._processor.jobs.qsize())
+        while turned._processor.submit(job):
+            pass
+        live.save(note="second")
+        deadline = time.monotonic() + orchestra.STALENESS_DELAY + 0.2
+        while time.monotonic() < deadline:
+            turned.step(0.01)
+        left = turned._time_left()
+    assert left > 0
+    turn_until(turned, lambda: live.has("second"))
+
+
+def test_a_queue_without_room_is_an_error_reply(live: Live, turned: orchestra.Daemon) -> None:
+    live.save()
+    turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
+    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+        exchange = Exchange(turned.handle_request)
+        channels = [Channel(b'{"cmd":"sync"}\n') for _ in range(orchestra.QUEUE_SIZE + 3)]
+        exchange.connect(*channels)
+        refused = [channel for channel in channels if channel.got]
+        assert 1 <= len(refused) <= 3
+        assert "expected room for the job, got a queue of 64" in refused[0].replies[0]["error"]
+        assert turned.status()["queue_depth"] >= 60
+        turned._processor.finish()
+
+
+@pytest.mark.parametrize(
+    ("path", "is_saved", "key"),
+    [
+        ("shop/api.yaml", True, ("shop", "api")),
+        ("shop/api.yaml", False, ("shop", "api")),
+        ("shop/project.yaml", True, orchestra.EVERYTHING),
+        ("shop/project.yaml", False, orchestra.STRAY),
+        ("astray.yaml", True, orchestra.STRAY),
+        ("shop/api.yml", True, orchestra.STRAY),
+        ("shop/API.YAML", True, orchestra.STRAY),
+        ("shop/a.b.yaml", True, ("shop", "a.b")),
+    ],
+)
+def test_a_change_means_its_codebase_or_everything(path: str, is_saved: bool, key: orchestra.Key) -> None:
+    file = os.path.join(orchestra.projects_root("/home/x"), path)
+    assert orchestra.key_of_change("/home/x", file, is_saved) == key
+
+
+# As a process: from a save to the file
+
+
+def test_daemon_autosync_after_registry_change(live: Live) -> None:
+    shutil.rmtree(live.path)
+    os.mkdir(live.path)
+    daemon = live.start()
+    wait_until(lambda: json.loads(live.run("daemon", "status").stdout)["running"])
+    (live.code / "api").mkdir()
+    assert live.run("init", str(live.code / "api"), "-p", "shop").returncode == 0
+    assert live.run("sync", "api").returncode == 0
+    claude = live.code / "api" / "CLAUDE.md"
+    assert "SENTINEL" not in claude.read_text()
+    with open(live.file(), "a") as file:
+        file.write("notes:\n- SENTINEL\n")
+    wait_until(lambda: "SENTINEL" in claude.read_text(), 10)
+    assert live.run("daemon", "stop").stdout == "daemon stop requested\n"
+    live.expect_end(daemon)
+
+
+def test_every_watcher_drives_the_daemon(live: Live, kind: str) -> None:
+    live.save("shop/api")
+    daemon = live.start(kind)
+    assert live.status()["watcher"] == kind
+    wait_until(lambda: live.has("first"))
+    for note, save in [("second", replace), ("third", save_in_place), ("fourth", save_after_truncating)]:
+        save(live.file(), live.text(note=note))
+        wait_until(lambda note=note: live.has(note))  # type: ignore[misc]
+    live.save("new/app", "at once")
+    wait_until(lambda: live.has("at once", "new/app"))
+    (live.code / "web").mkdir()
+    assert live.run("project", "add", "web", "-p", "team", "--path", str(live.code / "web")).returncode == 0
+    wait_until(lambda: (live.code / "web" / "CLAUDE.md").exists())
+    time.sleep(1.2 * orchestra.DEBOUNCE_WINDOW)
+    (live.projects / "new").rename(live.projects / "newer")
+    wait_until(lambda: "projects/newer/app.yaml" in live.read("new/app"))
+    shutil.rmtree(live.projects / "team")
+    wait_until(lambda: live.status()["codebases"] == ["api", "app"])
+    live.stop(daemon)
+    assert live.errors() == ""
+
+
+def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Live) -> None:
+    served.save("new/app", "at once")
+    wait_until(lambda: served.has("at once", "new/app"))
+    (served.projects / "new").rename(served.projects / "newer")
+    wait_until(lambda: "projects/newer/app.yaml" in served.read("new/app"))
+    assert served.errors() == ""
+
+
+def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Live) -> None:
+    started = time.monotonic()
+    for number in range(20):
+        served.save(note=f"save {number}")
+        time.sleep(0.02)
+    windows = int((time.monotonic() - started) / orchestra.DEBOUNCE_WINDOW)
+    wait_until(lambda: served.has("save 19"))
+    time.sleep(2 * orchestra.DEBOUNCE_WINDOW)  # for syncs too many
+    assert served.synced("watcher") <= 3 + windows
+
+
+@pytest.mark.parametrize("save", [replace, save_in_place], ids=lambda save: save.__name__)
+def test_the_second_of_two_saves_arrives(served: Live, save: Callable[[Path, str], Any]) -> None:
+    file = served.save(note="one")
+    for pause in (0.0, 0.15, 0.45, 0.55):
+        time.sleep(orchestra.DEBOUNCE_WINDOW)
+        save(file, served.text(note=f"first of {pause}"))
+        time.sleep(pause)
+        save(file, served.text(note=f"second of {pause}"))
+        wait_until(lambda pause=pause: served.has(f"second of {pause}"))  # type: ignore[misc]
+
+
+def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Live) -> None:
+    served.save(note="one")
+    wait_until(lambda: served.synced("watcher") == 1)
+    time.sleep(orchestra.DEBOUNCE_WINDOW)
+    with orchestra.hold_lock(orchestra.codebase_lock_path(served.path, ("shop", "api")), ()):
+        served.save(note="two")
+        time.sleep(0.2)
+        for note in ("three", "four"):
+            served.save(note=note)
+            time.sleep(0.3)
+        assert served.has("one")
+        assert served.status()["running"]
+    wait_until(lambda: served.has("four"))
+    wait_until(lambda: served.synced("watcher") == 3)
+
+
+def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Live) -> None:
+    labels = live.save_many(300)
+    daemon = live.start()
+    served = live
+    waits = []
+    served.save(labels[0], "second")
+    served.save(labels[-1], "second")
+    while not served.synced("start"):
+        started = time.monotonic()
+        status = served.status()
+        waits.append(time.monotonic() - started)
+        assert status["codebase_count"] == 300
+    print(f"status while 300 sync: {len(waits)} asked, worst {max(waits) * 1000:.1f} ms")
+    assert max(waits) < 0.25
+    wait_until(lambda: served.has("second", labels[0]) and served.has("second", labels[-1]))
+    assert all(served.read(label) for label in labels)
+    live.stop(daemon)
+    assert live.errors() == ""
+
+
+def test_a_file_caught_half_written_is_never_reported(served: Live) -> None:
+    file = served.save(note="one")
+    wait_until(lambda: served.has("one"))
+    for number in range(3):
+        time.sleep((1.2, 0.5, 1.2)[number] * orchestra.DEBOUNCE_WINDOW)
+        text = served.text(note=f"whole {number}")
+        started = time.monotonic()
+        with open(file, "w") as out:
+            out.write("notes: [")
+            out.flush()
+            while time.monotonic() < started + 0.1:
+                assert served.status()["problems"] == []
+                time.sleep(0.01)
+            out.seek(0)
+            out.write(text)
+        if time.monotonic() - started > 0.4:
+            pytest.skip("this machine is too busy to be broken for 100 ms only")
+        wait_until(lambda number=number: served.has(f"whole {number}"))  # type: ignore[misc]
+    time.sleep(1.2 * orchestra.DEBOUNCE_WINDOW)
+    assert served.status()["problems"] == []
+    assert served.errors() == ""
+
+
+def test_a_file_that_stays_broken_is_a_problem_until_it_is_mended(served: Live) -> None:
+    served.save("shop/api", "one")
+    served.save("shop/web", "one")
+    wait_until(lambda: served.has("one") and served.has("one", "shop/web"))
+    save_in_place(served.file(), served.text(note="bad") + "targets: [\n")
+    wait_until(lambda: served.status()["problems"])
+    (problem,) = served.status()["problems"]
+    assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
+    assert "daemon-err" not in problem["message"]
+    assert "shop/api.yaml" in served.errors()
+    assert served.status()["codebases"] == ["api", "web"]
+    served.save("shop/web", "two")
+    wait_until(lambda: served.has("two", "shop/web"))
+    assert served.has("one") and served.status()["problems"] == [problem]
+    save_in_place(served.file(), served.text(note="mended"))
+    wait_until(lambda: served.has("mended"))
+    wait_until(lambda: served.status()["problems"] == [])
+
+
+def test_a_file_broken_from_the_start_is_a_problem_and_others_go_on(live: Live) -> None:
+    live.save("shop/web")
+    live.save("shop/api").write_text("name: api\npath: [")
+    daemon = live.start()
+    wait_until(lambda: live.has("first", "shop/web"))
+    (problem,) = live.status()["problems"]
+    assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
+    live.save("shop/api", "mended")
+    wait_until(lambda: live.has("mended"))
+    wait_until(lambda: live.status()["problems"] == [])
+    live.stop(daemon)
+
+
+def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Live) -> None:
+    served.save()
+    wait_until(lambda: served.has("first"))
+    root = served.code / "shop" / "api"
+    shutil.rmtree(root)
+    text = served.text(note="second")
+    root.rmdir()
+    replace(served.file(), text)
+    wait_until(lambda: served.status()["problems"])
+    assert str(root) in served.status()["problems"][0]["message"] + served.status()["problems"][0]["where"]
+    root.mkdir()
+    assert orchestra.request_sync(served.path, "api")["written"] == 1
+    assert served.status()["problems"] == []
+
+
+def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Live) -> None:
+    served.save("shop/api")
+    served.save("team/api")
+    wait_until(lambda: served.status()["codebases"] == ["shop/api", "team/api"])
+    served.file("team/api").unlink()
+    wait_until(lambda: served.status()["codebases"] == ["api"])
+    assert served.status()["codebase_count"] == 1
+    assert served.has("first", "team/api")
+
+
+def test_edits_made_while_it_was_down_are_synced_at_the_start(live: Live) -> None:
+    live.save("shop/api")
+    live.save("shop/web")
+    for note in ("one", "two"):
+        live.save(note=note)
+        daemon = live.start()
+        wait_until(lambda note=note: live.has(note) and live.read("shop/web"))  # type: ignore[misc]
+        live.stop(daemon)
+
+
+def test_a_change_of_the_project_syncs_all(served: Live) -> None:
+    served.save("shop/api")
+    served.save("shop/web")
+    wait_until(lambda: served.has("first") and served.has("first", "shop/web"))
+    project = served.projects / "shop" / "project.yaml"
+    for note in ("of the shop", "of the new shop"):
+        project.write_text(f"name: shop\nconventions:\n- {note}\n")
+        wait_until(lambda note=note: served.has(note) and served.has(note, "shop/web"))  # type: ignore[misc]
+
+
+# As a process: signals, one alone, what stands in the way
+
+
+def test_sighup_looks_at_everything_again(served: Live) -> None:
+    served.save()
+    wait_until(lambda: served.has("first"))
+    (served.code / "shop" / "api" / "CLAUDE.md").unlink()
+    served.daemons[-1].send_signal(signal.SIGHUP)
+    wait_until(lambda: served.has("first"))
+    assert "rescanning everything reason=SIGHUP" in served.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_well(live: Live, number: signal.Signals) -> None:
+    daemon = live.start()
+    live.wait_for_start_job()
+    daemon.send_signal(number)
+    live.expect_end(daemon)
+    assert f"stopping reason={number.name}" in live.log()
+    assert live.errors() == "" and live.said() == ""
+
+
+def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Live) -> None:
+    live.save()
+    daemon = live.start()
+    live.wait_for_start_job()
+    sync = b'{"cmd":"sync","codebase":"api"}\n'
+    refusal = {"ok": False, "error": "daemon: expected to sync, but it is stopping"}
+    with live.connection() as running, live.connection() as queued, live.connection() as stopper:
+        with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+            running.sendall(sync)
+            wait_until(lambda: live.status()["queue_depth"] == 0)
+            queued.sendall(sync)
+            wait_until(lambda: live.status()["queue_depth"] == 1)
+            stopper.sendall(b'{"cmd":"stop"}\n')
+            assert read_line(stopper) == b'{"ok":true,"data":{"stopping":true}}\n'
+            assert json.loads(read_line(queued)) == refusal
+            stopper.sendall(STATUS + b"\n" + sync)
+            assert json.loads(read_line(stopper))["ok"] is True
+            assert json.loads(read_line(stopper)) == refusal
+            assert daemon.poll() is None
+        assert json.loads(read_line(running))["data"]["codebases"] == ["api"]
+    live.expect_end(daemon)
+
+
+def test_without_a_daemon_stop_and_status_say_so(live: Live) -> None:
+    ran = live.run("daemon", "stop")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "daemon is not running\n", "")
+    started = time.monotonic()
+    ran = live.run("daemon", "status")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == f'{{\n  "running": false,\n  "socket": "{live.socket}"\n}}\n'
+    assert time.monotonic() - started > 4 * orchestra.STATUS_PAUSE
+
+
+def test_status_waits_for_a_daemon_that_is_starting(live: Live) -> None:
+    asking = subprocess.Popen(
+        live.command("daemon", "status"), env={**os.environ, "HOME": live.path}, stdout=subprocess.PIPE
+    )
+    daemon = live.start(wait=False)
+    out = asking.communicate(timeout=60)[0]
+    assert json.loads(out)["running"] in (True, False)
+    wait_until(live.answers)
+    live.stop(daemon)
+
+
+def check_that_one_of_two_survives(live: Live, is_killed: bool) -> None:
+    said = len(live.said()) if live.daemons else 0
+    started = time.monotonic()
+    both = [live.start(wait=False), live.start(wait=False)]
+    wait_until(lambda: any(daemon.poll() is not None for daemon in both))
+    assert time.monotonic() - started < 15
+    (loser,) = (daemon for daemon in both if daemon.poll() is not None)
+    (winner,) = (daemon for daemon in both if daemon is not loser)
+    assert loser.returncode == 2
+    assert live.said()[said:].splitlines()[0] == f"orchestra: daemon socket already in use: {live.socket}"
+    wait_until(live.answers)
+    assert live.status()["pid"] == winner.pid and winner.poll() is None
+    if is_killed:
+        winner.kill()
+        winner.wait()
+        assert os.path.lexists(live.socket)
+    else:
+        live.stop(winner)
+
+
+@pytest.mark.parametrize("rounds", [5, pytest.param(40, marks=pytest.mark.soak)])
+def test_of_two_daemons_started_at_once_one_survives(live: Live, rounds: int) -> None:
+    for number in range(rounds):
+        check_that_one_of_two_survives(live, is_killed=number % 2 == 0)
+
+
+def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Live) -> None:
+    second = served.start(wait=False)
+    assert second.wait(60) == 2
+    assert served.said().splitlines() == [
+        f"orchestra: daemon socket already in use: {served.socket}",
+        "  try: orchestra daemon status",
+    ]
+    assert served.answers()
+    assert stat.S_IMODE(os.stat(served.socket).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(served.socket)).st_mode) & 0o077 in (0, 0o055)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "file",
+        "folder",
+        "link",
+    ],
+)
+def test_what_is_not_a_socket_is_not_removed(live: Live, what: str) -> None:
+    path = Path(live.socket)
+    if what == "file":
+        path.write_text("precious")
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("elsewhere")
+    daemon = live.start(wait=False)
+    assert daemon.wait(60) == 2
+    assert live.said().startswith(f"orchestra: {live.socket}: expected a socket or nothing, got a ")
+    assert os.path.lexists(path) and (what != "file" or path.read_text() == "precious")
+    assert "Traceback" not in live.said()
+
+
+def test_a_home_too_long_for_a_socket_is_an_error(live: Live) -> None:
+    live.path += "/" + "x" * 100
+    live.socket = orchestra.socket_path(live.path)
+    os.mkdir(live.path)
+    daemon = live.start(wait=False)
+    assert daemon.wait(60) == 2
+    limit = 103 if sys.platform == "darwin" else 107
+    assert f"expected a socket path of at most {limit} bytes, got {len(live.socket)}" in live.said()
+    for command in ("stop", "status"):
+        ran = live.run("daemon", command)
+        assert "Traceback" not in ran.stderr
+
+
+def test_an_unknown_watcher_is_an_error(live: Live) -> None:
+    daemon = live.start(wait=False, environ={"ORCHESTRA_WATCHER": "eyes"})
+    assert daemon.wait(60) == 2
+    assert live.said().startswith("orchestra: ORCHESTRA_WATCHER: expected kqueue, inotify or polling")
+    assert not os.path.lexists(live.socket)
+
+
+def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Live) -> None:
+    text = served.text("shop/api")
+    os.mkfifo(served.code / "shop" / "api" / "CLAUDE.md")
+    replace_in_new_folder(served, "shop/api", text)
+    waits = []
+    for number in range(20):
+        started = time.monotonic()
+        served.status()
+        waits.append(time.monotonic() - started)
+        served.save("shop/web", f"save {number}")
+    wait_until(lambda: served.has("save 19", "shop/web"))
+    print(f"status beside a pipe: worst {max(waits) * 1000:.1f} ms")
+    assert max(waits) < 0.25
+    wait_until(lambda: served.status()["problems"])
+    assert "CLAUDE.md" in json.dumps(served.status()["problems"])
+
+
+def replace_in_new_folder(live: Live, label: str, text: str) -> None:
+    live.file(label).parent.mkdir(exist_ok=True)
+    replace(live.file(label), text)
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="reads /proc")
+@pytest.mark.parametrize("kind", ["kqueue", "inotify"])
+def test_an_idle_daemon_sleeps(live: Live, kind: str, monkeypatch: Any) -> None:
+    require(kind, monkeypatch)
+    live.save()
+    daemon = live.start(kind)
+    wait_until(lambda: live.has("first"))
+    with live.connection(b'{"cmd":') as half, live.connection() as ended:
+        ended.shutdown(socket.SHUT_RD)
+        half.shutdown(socket.SHUT_WR)
+        wait_until(lambda: " staleness " in live.log())
+        before = cpu_ticks(daemon.pid)
+        time.sleep(0.7)
+        assert cpu_ticks(daemon.pid) - before <= 5  # of 10 ms
+    live.stop(daemon)
+
+
+def cpu_ticks(pid: int) -> int:
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+# As a process: the socket
+
+
+def test_conversations_are_as_agreed_byte_for_byte(served: Live) -> None:
+    served.save()
+    wait_until(lambda: served.has("first"))
+    data = json.dumps(served.status(), separators=(",", ":")).encode()
+    said = b'{"ok":true,"data":' + data + b"}\n"
+    # Between two questions a staleness scan may have been queued, or done.
+    wait_until(lambda: served.talk(STATUS + b"\n") == said.replace(b'"queue_depth":1', b'"queue_depth":0'))
+    assert list(served.status()) == [
+        *("running", "label", "started_at_unix", "codebase_count", "codebases", "socket", "projects_root"),
+        *("version", "pid", "watcher", "last_sync_at_unix", "queue_depth", "problems"),
+    ]
+    assert data.startswith(b'{"running":true,"label":"dev.orchestra.daemon","started_at_unix":')
+    for request, target in ((b'{"cmd":"sync","codebase":"api"}', b"api"), (b'{"cmd":"sync"}', b"all")):
+        reply = served.talk(request + b"\n")
+        start, end = reply.split(b'"duration_ms":')
+        assert start == (
+            b'{"ok":true,"data":{"target":"' + target + b'","source":"socket",'
+            b'"codebases":["api"],"written":0,"unchanged":1,'
+        )
+        assert end.endswith(b"}}\n") and end[:-3].isdigit()
+    for unknown in ("nope", "../../etc/passwd", "shop/nope", "", "\ud800", "x" * 60000):
+        reply = json.loads(served.talk(json.dumps({"cmd": "sync", "codebase": unknown}).encode() + b"\n"))
+        assert reply["ok"] is False and "expected a registered name, got an unknown one" in reply["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (STATUS + b"\n", 1),
+        (STATUS, 1),
+        (STATUS + b"\r\n", 1),
+        ((STATUS + b"\n") * 100, 100),
+        ((STATUS + b"\r\n") * 3 + STATUS, 4),
+        (b"\n\r\n  \n" + STATUS + b"\n", 1),
+        (b"", 0),
+        (b"\n", 0),
+        (b'{"cmd":"sync"}\n' + STATUS + b'\n{"cmd":"sync"}', 3),
+        (b"hello\n[1]\n{}\n" + STATUS + b"\n", 4),
+    ],
+    ids=range(10),
+)
+def test_half_closed_clients_get_all_their_replies(served: Live, data: bytes, count: int) -> None:
+    replies = served.talk(data).splitlines()
+    assert len(replies) == count
+    assert all(json.loads(reply)["ok"] for reply in replies) is (b"hello" not in data)
+    with served.connection() as client:
+        for byte in data:
+            client.sendall(bytes([byte]))
+        client.shutdown(socket.SHUT_WR)
+        assert len(read_all(client).splitlines()) == count
+
+
+def test_bad_requests_leave_the_connection_open(served: Live) -> None:
+    with served.connection() as client:
+        for line, message in BAD_REQUESTS:
+            client.sendall(line + b"\n")
+            reply = json.loads(read_line(client))
+            assert reply["ok"] is False and reply["error"].startswith(message)
+        client.sendall(STATUS + b"\n")
+        assert json.loads(read_line(client))["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("data", "reply"),
+    [
+        (b"\xff\n", NOT_UTF8),
+        (b"x" * (orchestra.MAX_LINE + 1) + b"\n", TOO_LONG),
+        (b"x" * (orchestra.MAX_LINE + 1), TOO_LONG),
+        (b"[" * 100_000 + b"\n", TOO_LONG),
+        (b"x" * (10 << 20), TOO_LONG),
+        (b"x" * (10 << 20) + b"\n" + STATUS + b"\n", TOO_LONG),
+    ],
+    ids=["not UTF-8", "too long", "without end", "brackets", "10 MB", "10 MB and a request"],
+)
+def test_a_line_beyond_use_gets_an_error_and_the_end(served: Live, data: bytes, reply: bytes) -> None:
+    with served.connection() as client:
+        try:
+            client.sendall(data)
+        except OSError:
+            pass  # the daemon need not read it all
+        assert read_line(client) == reply
+        try:
+            assert client.recv(1) == b""
+        except ConnectionResetError:
+            pass
+    assert served.answers()
+    with served.connection(b" " * (orchestra.MAX_LINE - len(STATUS)) + STATUS + b"\n") as client:
+        assert json.loads(read_line(client))["ok"] is True
+
+
+def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) -> None:
+    before = memory_of(served.daemons[0].pid)
+    deaf = socket.socket(socket.AF_UNIX)
+    deaf.connect(served.socket)
+    deaf.setblocking(False)
+    asked = 0
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        try:
+            asked += deaf.send((STATUS + b"\n") * 1000)
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert asked > 1000
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+    for client in silent:
+        client.connect(served.socket)  # without a timeout, which would make a full backlog an error
+    time.sleep(orchestra.SILENT_GRACE)
+    waits = []
+    for number in range(20):
+        started = time.monotonic()
+        wait_until(served.answers)
+        waits.append(time.monotonic() - started)
+        served.save(note=f"save {number}")
+    wait_until(lambda: served.has("save 19"))
+    print(f"status among 200 silent: worst {max(waits) * 1000:.1f} ms")
+    assert sorted(waits)[10] < 0.25
+    assert memory_of(served.daemons[0].pid) - before < 50 << 20
+    for client in (*silent, deaf):
+        client.close()
+    wait_until(served.answers)
+
+
+def memory_of(pid: int) -> int:
+    if not IS_LINUX:
+        return 0
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("kind", ["", "kqueue"])
+def test_with_few_descriptors_it_lives_and_serves(live: Live, kind: str, monkeypatch: Any) -> None:
+    if kind:
+        require(kind, monkeypatch)
+    live.save_many(20)
+    few = 64
+    daemon = live.start(kind, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+    for client in clients:
+        client.connect(live.socket)
+    for number in range(5):
+        live.save("shop/api", f"save {number}")
+        wait_until(lambda: live.answers())
+        time.sleep(0.1)
+    wait_until(lambda: live.has("save 4"))
+    for client in clients:
+        client.close()
+    wait_until(live.answers)
+    live.stop(daemon)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("is_open", [False, True], ids=["as it is", "with modes that let everyone in"])
+def test_another_user_gets_nothing(served: Live, is_open: bool) -> None:
+    if is_open:
+        for path in (served.folder, Path(served.path), Path(served.socket).parent):
+            path.chmod(0o755)
+        os.chmod(served.socket, 0o666)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            said = served.talk(STATUS + b"\n")
+        except OSError as error:
+            said = errno.errorcode[error.errno or 0].encode()
+        os.write(writer, said or b"nothing")
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    assert said in ([b"nothing", b"ECONNRESET", b"EPIPE", b"ENOTCONN"] if is_open else [b"EACCES"])
+    assert served.answers()
+
+
+# Logs
+
+
+def log_files(live: Live) -> list[Path]:
+    """List daemon.log and its older versions, oldest first."""
+    path = Path(orchestra.stdout_log_path(live.path))
+    return [*sorted(path.parent.glob("daemon.log.*"), key=lambda p: -int(p.suffix[1:])), path]
+
+
+def test_a_foreground_run_leaves_both_logs(live: Live) -> None:
+    live.save("shop/api").write_text("name: api\npath: [")
+    said = live.folder / "out"
+    with open(said, "wb") as out:
+        daemon = live.start(stdout=out, stderr=subprocess.STDOUT)
+        live.wait_for_start_job()
+        wait_until(lambda: "WARNING" in live.errors())
+        live.stop(daemon)
+    info, warnings = live.log().splitlines(), live.errors().splitlines()
+    assert [line.split()[1] for line in warnings] == ["WARNING"] * len(warnings)
+    assert set(warnings) <= set(info) and len(info) > len(warnings) >= 1
+    assert said.read_text().splitlines() == info
+    assert all(line[:4].isdigit() and line[23] == "Z" for line in info)
+    assert stat.S_IMODE(os.stat(orchestra.stdout_log_path(live.path)).st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "is_one",
+    [
+        pytest.param(False, id="each into its own"),
+        pytest.param(True, id="both into daemon.log"),
+    ],
+)
+def test_streams_that_are_the_log_files_are_not_doubled(live: Live, is_one: bool) -> None:
+    live.save("shop/api").write_text("name: api\npath: [")
+    os.mkdir(orchestra.logs_dir(live.path))
+    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
+    with open(out_path, "ab") as out, open(out_path if is_one else err_path, "ab") as err:
+        daemon = live.start(stdout=out, stderr=err)
+    wait_until(lambda: " job" in live.log() or "WARNING" in live.errors())
+    live.stop(daemon)
+    info, warnings = live.log().splitlines(), live.errors().splitlines()
+    assert len(warnings) >= 1 and " stopped " in info[-1]
+    assert len(set(info)) == len(info) and len(set(warnings)) == len(warnings)
+    assert set(warnings) <= set(info)
+
+
+WRITE_LOG = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import orchestra
+log = orchestra.Log(sys.argv[2], limit=4000)
+for number in range(int(sys.argv[3])):
+    (log.warning if number % 2 else log.info)("line", number=number)
+"""
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["apart", "streams are the logs"])
+@pytest.mark.parametrize("count", [300, 1500])
+def test_rotation_loses_and_doubles_nothing(live: Live, is_stream: bool, count: int) -> None:
+    os.mkdir(orchestra.logs_dir(live.path))
+    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
+    if not is_stream:
+        out_path, err_path = str(live.folder / "out"), str(live.folder / "err")
+    with open(out_path, "ab") as out, open(err_path, "ab") as err:
+        subprocess.run(
+            [sys.executable, "-c", WRITE_LOG, str(HERE), live.path, str(count)], check=True, stdout=out, stderr=err
+        )
+    files = log_files(live)
+    numbers = [int(line.rpartition("number=")[2]) for file in files for line in file.read_text().splitlines()]
+    assert numbers == list(range(count - len(numbers), count))
+    assert all(file.stat().st_size <= 4000 for file in files)
+    if count == 300:
+        assert len(numbers) == count
+    else:
+        assert [file.name for file in files] == [*(f"daemon.log.{n}" for n in (5, 4, 3, 2, 1)), "daemon.log"]
+    if not is_stream:
+        told = [int(line.rpartition("=")[2]) for line in Path(out_path).read_text().splitlines()]
+        assert told == list(range(count))
+
+
+def write_logs(live: Live, count: int = 10) -> None:
+    os.makedirs(orchestra.logs_dir(live.path), exist_ok=True)
+    for path, name in ((orchestra.stdout_log_path(live.path), "out"), (orchestra.stderr_log_path(live.path), "err")):
+        with open(path, "a") as file:
+            file.writelines(f"{name} {number}\n" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("argv", "out"),
+    [
+        (
+            ("--lines", "2"),
+            "==> ~/.orchestra/logs/daemon.log <==\nout 8\nout 9\n"
+            "==> ~/.orchestra/logs/daemon-err.log <==\nerr 8\nerr 9\n",
+        ),
+        (("--lines", "2", "--stderr-only"), "err 8\nerr 9\n"),
+        (("--lines", "0", "--stderr-only"), ""),
+        (("--lines", "99", "--stderr-only"), "".join(f"err {number}\n" for number in range(10))),
+        (("--stderr-only",), "".join(f"err {number}\n" for number in range(10))),
+    ],
+    ids=range(5),
+)
+def test_daemon_logs_prints_the_end_of_both(live: Live, argv: tuple[str, ...], out: str) -> None:
+    write_logs(live)
+    ran = live.run("daemon", "logs", *argv)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, out, "")
+
+
+def test_daemon_logs_without_logs_is_no_error(live: Live) -> None:
+    ran = live.run("daemon", "logs", "--stderr-only")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert live.run("daemon", "logs", "--lines", "-1").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "tail"),
+    [
+        (b"", 3, b""),
+        (b"a\nb\nc\n", 2, b"b\nc\n"),
+        (b"a\nb\nc", 2, b"b\nc"),
+        (b"a\nb\n", 2, b"a\nb\n"),
+        (b"a\n", 0, b""),
+        (b"\n\n\n", 2, b"\n\n"),
+        (b"x" * 200_000 + b"\nlast\n", 1, b"last\n"),
+        (b"x" * 200_000 + b"\nlast\n", 2, b"x" * 200_000 + b"\nlast\n"),
+        (b"line\n" * 100_000, 50_000, b"line\n" * 50_000),
+    ],
+    ids=range(9),
+)
+def test_the_last_lines_are_read(live: Live, data: bytes, count: int, tail: bytes) -> None:
+    file = live.code / "log"
+    file.write_bytes(data)
+    assert orchestra.LogReader(str(file)).tail(count) == tail
+
+
+def test_a_carriage_return_ends_no_line_of_a_log(live: Live) -> None:
+    file = live.code / "log"
+    file.write_bytes(b"one\ntwo\rstill two\n")
+    assert orchestra.LogReader(str(file)).tail(2) == b"one\ntwo\rstill two\n"
+
+
+def test_the_last_lines_of_a_huge_file_come_at_once(live: Live) -> None:
+    write_logs(live, 0)
+    path = orchestra.stderr_log_path(live.path)
+    os.truncate(path, 200 << 20)
+    write_logs(live, 150)
+    started = time.monotonic()
+    tail = orchestra.LogReader(path).tail(100)
+    print(f"100 lines of 200 MB: {(time.monotonic() - started) * 1000:.1f} ms")
+    assert time.monotonic() - started < 0.5
+    assert tail.splitlines() == [f"err {number}".encode() for number in range(50, 150)]
+
+
+@contextmanager
+def following(live: Live, *argv: str) -> Iterator[Any]:
+    command = live.command("daemon", "logs", "-f", "--stderr-only", *argv)
+    environ = {**os.environ, "HOME": live.path}
+    follower = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield follower
+        follower.send_signal(signal.SIGINT)
+        assert follower.communicate(timeout=60)[1] == b""
+        assert follower.returncode == 130
+    finally:
+        follower.kill()
+        follower.communicate()
+
+
+def test_following_goes_on_across_rotations(live: Live) -> None:
+    write_logs(live, 2)
+    path = orchestra.stderr_log_path(live.path)
+    with following(live) as follower:
+        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
+        time.sleep(0.5)  # until it follows
+        for number in range(8):
+            with open(path, "a") as file:
+                file.write(f"before {number}\n")
+            orchestra.rotate_log(path, 5)
+            with open(path, "a") as file:
+                file.write(f"after {number}\n")
+            for word in (b"before", b"after"):
+                assert follower.stdout.readline() == b"%s %d\n" % (word, number)
+
+
+def test_following_waits_for_a_log_that_is_not_there_yet(live: Live) -> None:
+    with following(live) as follower:
+        time.sleep(0.5)  # until it follows
+        write_logs(live, 2)
+        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
+
+
+def test_following_loses_nothing_between_the_tail_and_the_rest(live: Live) -> None:
+    write_logs(live, 50_000)  # more than a pipe holds
+    with following(live, "--lines", "50000") as follower:
+        assert follower.stdout.readline() == b"err 0\n"
+        with open(orchestra.stderr_log_path(live.path), "a") as file:
+            file.write("meanwhile\n")
+        lines = [follower.stdout.readline() for _ in range(49_999)]
+        assert lines[-1] == b"err 49999\n"
+        time.sleep(0.6)
+        with open(orchestra.stderr_log_path(live.path), "a") as file:
+            file.write("later\n")
+        assert follower.stdout.readline() == b"meanwhile\n"
+
+
+def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -> None:
+    write_logs(live, 1)
+    path = orchestra.stderr_log_path(live.path)
+    follower = orchestra.LogReader(path)
+    assert follower.tail(1) == b"err 0\n"
+    with open(path, "a") as file:
+        file.write("old\n")
+    orchestra.rotate_log(path, 5)
+    with open(path, "a") as file:
+        file.write("new\n")
+    assert follower.read() == b"old\nnew\n"
+    assert follower.read() == b""
 
 
 # ── 13 Commands ───────────────────────────────────────────────────────────────
