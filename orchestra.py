@@ -370,6 +370,11 @@ def _read_all(fd: int, step: int, limit: int) -> bytes:
     return data
 
 
+def follow_link(path: str) -> str:
+    """Give the path that a link in the last place leads to; any other path stays as it is."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def file_age(path: str, clock: Callable[[], float]) -> float:
     """Give the seconds since a file was last written, 0 for one that is gone."""
     try:
@@ -921,8 +926,11 @@ def text_loader() -> Any:
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
+    def skip(loader: Any, *path: Any) -> None:
+        """Track no paths: only path resolvers, of which there are none, would ask."""
+
     base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    return type("TextLoader", (base,), {"resolve": resolve})
+    return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": skip, "ascend_resolver": skip})
 
 
 def import_yaml() -> Any:
@@ -1169,7 +1177,7 @@ def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Docume
     """Read one registry file to its root node; None where a problem in the document says why."""
     doc = Document(shorten_home(home, file))
     try:
-        disk = read_disk(os.path.realpath(file), MAX_REGISTRY_FILE + 1)
+        disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
     except IoError as error:
         doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
         return None, doc
@@ -1255,7 +1263,7 @@ def digest_source(data: bytes) -> str:
 def is_current(home: str, codebase: Codebase) -> bool:
     """Say whether the files a codebase was read from still hold the same."""
     files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
-    found = (read_disk(os.path.realpath(file), MAX_REGISTRY_FILE + 1) for file in files)
+    found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
     return codebase.source == "".join(digest_source(disk.data) for disk in found if disk.kind == "file")
 
 
@@ -2353,11 +2361,18 @@ def _skip_twins(root: str, files: Iterable[FilePlan]) -> Iterator[FilePlan]:
     # Folders of several agents may be links to one: one file is written once.
     places: dict[str, str] = {}
     for file in files:
-        folder = os.path.join(root, os.path.dirname(file.path))
-        place = os.path.join(os.path.realpath(folder), os.path.basename(file.path)) if "/" in file.path else file.path
+        place = os.path.join(root, file.path)
+        if _has_link(root, file.path):
+            folder, name = os.path.split(place)
+            place = os.path.join(os.path.realpath(folder), name)
         twin = places.setdefault(place, file.path)
         is_twin = twin != file.path and not file.problem
         yield FilePlan(file.path, SKIP, note=f"left alone: it is {twin} by another name") if is_twin else file
+
+
+def _has_link(root: str, path: str) -> bool:
+    parts = path.split("/")[:-1]
+    return any(os.path.islink(os.path.join(root, *parts[: i + 1])) for i in range(len(parts)))
 
 
 def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
@@ -2489,9 +2504,12 @@ def sync_codebase(
     key = codebase.key
     lock_path = codebase_lock_path(home, key)
     try:
-        plan = plan_codebase(home, codebase, owners, purge)
-        if not dry_run and (not plan.is_done or lock_was_left(lock_path)):
-            with hold_lock(lock_path, lambda: _sweep_folders(home, key, plan.root)) as lock:
+        root = find_root(home, codebase, owners)
+        # A first look without a turn: mostly there is nothing to do. The first sync of all needs none.
+        is_first = not dry_run and not os.path.lexists(record_path(home, key))
+        plan = None if is_first else plan_codebase(home, codebase, owners, purge)
+        if plan is None or (not dry_run and (not plan.is_done or lock_was_left(lock_path))):
+            with hold_lock(lock_path, lambda: _sweep_folders(home, key, root)) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -3193,7 +3211,7 @@ def _first_link(path: str) -> Optional[str]:
 
 def _digest_file(path: str) -> bytes:
     try:
-        disk = read_disk(os.path.realpath(path), MAX_REGISTRY_FILE + 1)
+        disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
     except IoError as error:
         return str(error.source.errno).encode()
     return disk.kind.encode() + hashlib.sha256(disk.data).digest()
