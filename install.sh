@@ -24,7 +24,12 @@ works() { "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/nul
 is_shim() { [ "$(command -v "$1")" = /usr/bin/python3 ] && [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; }
 
 find_python() {
-    for python in ${ORCHESTRA_PYTHON:+"$ORCHESTRA_PYTHON"} python3 python3.13 python3.12 python3.11 python3.10 python3.9; do
+    if [ -n "${ORCHESTRA_PYTHON:-}" ]; then
+        works "$ORCHESTRA_PYTHON" || die "ORCHESTRA_PYTHON: expected Python 3.9 or newer, got $ORCHESTRA_PYTHON, which is not"
+        command -v "$ORCHESTRA_PYTHON"
+        return
+    fi
+    for python in python3 python3.13 python3.12 python3.11 python3.10 python3.9; do
         if command -v "$python" >/dev/null 2>&1 && ! is_shim "$python" && works "$python"; then
             command -v "$python"
             return
@@ -102,12 +107,14 @@ install() {
 }
 
 uninstall() {
-    if [ -x "$root/bin/orchestra" ]; then
-        if [ "$(uname)" = Darwin ]; then
-            "$root/bin/orchestra" daemon uninstall || exit 2
-        else
-            "$root/bin/orchestra" daemon stop || exit 2
+    if [ "$(uname)" = Darwin ]; then
+        plist=$HOME/Library/LaunchAgents/dev.orchestra.daemon.plist
+        if [ -e "$plist" ] && ! "$root/bin/orchestra" daemon uninstall; then
+            launchctl bootout "gui/$(id -u)/dev.orchestra.daemon" 2>/dev/null || :
+            rm -f -- "$plist"
         fi
+    elif [ -x "$root/bin/orchestra" ]; then
+        "$root/bin/orchestra" daemon stop || say "a daemon that still runs ends with its session"
     fi
     if [ "$(readlink "$HOME/.local/bin/orchestra" 2>/dev/null)" = "$root/bin/orchestra" ]; then
         rm -f -- "$HOME/.local/bin/orchestra"

@@ -557,9 +557,11 @@ def hold_lock(path: str, sweep: Callable[[], Iterable[str]], timeout: float = LO
             lock = Lock(path, new_token())
             os.ftruncate(fd, 0)
             os.pwrite(fd, lock.token.encode(), 0)
-        yield lock
-        with blame(path):
-            os.ftruncate(fd, 0)
+        try:
+            yield lock
+        finally:
+            with blame(path):
+                os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 
@@ -4450,6 +4452,8 @@ def fetch_yaml(
     """
     lib = python_lib_dir(home)
     hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
+    if os.path.isdir(os.path.join(lib, "yaml")):
+        return
     if environ.get("ORCHESTRA_NO_FETCH"):
         raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
     with hold_lock(pip_lock_path(home), tuple, timeout=PIP_TIMEOUT) as lock:
@@ -4457,13 +4461,16 @@ def fetch_yaml(
             return  # somebody else's first run has just fetched it
         tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
         temporary = temporary_path(os.path.dirname(lib), lock.token)
-        # --isolated: a user = true in the user's pip.conf cannot be combined with --target.
-        command = [python, "-m", "pip", "--isolated", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
-        done = run([*command, "--no-deps", "--target", temporary, "PyYAML>=6"], PIP_TIMEOUT)
-        if done.code == 0 and os.path.isdir(os.path.join(temporary, "yaml")):
-            replace_private_folder(temporary, lib)
-            return
-        remove_private_folder(temporary)
+        # With --target neither of the two settings makes sense, and pip refuses.
+        command = ["/usr/bin/env", "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0", python, "-m", "pip", "install"]
+        options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--target", temporary]
+        try:
+            done = run([*command, *options, "PyYAML>=6"], PIP_TIMEOUT)
+            if done.code == 0 and os.path.isdir(os.path.join(temporary, "yaml")):
+                replace_private_folder(temporary, lib)
+                return
+        finally:
+            remove_private_folder(temporary)
     reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
     raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {reason}", hint)
 
@@ -4507,12 +4514,14 @@ def install_program(home: str, python: str, script: str) -> str:
 
 def launcher_for(home: str, python: str) -> str:
     """Write the executable that runs the installed script with `python`, isolated from the user's environment."""
-    shebang = f"#!{python} -I\n"
-    if re.search(r"\s", python) or len(os.fsencode(shebang)) > 127:  # Linux's limit; and a space ends the path
-        quoted = python.replace("'", "'\"'\"'")
-        shebang = f"#!/bin/sh\n''':'\nexec '{quoted}' -I \"$0\" \"$@\"\n'''\n"
     lib = os.path.dirname(installed_script_path(home))
-    return f"{shebang}import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
+    program = f"import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
+    shebang = f"#!{python} -I\n"
+    if not re.search(r"\s", python) and len(os.fsencode(shebang)) <= 127:  # Linux's limit; a space ends the path
+        return shebang + program
+    import shlex
+
+    return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {shlex.quote(program)} "$@"\n'
 
 
 def check_link(home: str) -> None:
@@ -4662,10 +4671,15 @@ def _answers(home: str) -> bool:
 
 
 def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
-    launchd.call("bootout", launchd.service)
+    try:
+        launchd.boot_out()
+        if old.kind == "file":
+            save_private(plist, old.data, new_token())
+            launchd.bootstrap(plist)
+    except LaunchdError:
+        pass  # what went wrong before is the one to tell
     if old.kind == "file":
         save_private(plist, old.data, new_token())
-        launchd.call("bootstrap", launchd.domain, plist)
     else:
         remove_private(plist)
 
@@ -4677,8 +4691,12 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
     if was_installed or launchd.is_loaded():
         launchd.boot_out()
         remove_private(launchd_plist_path(home))
-    if not _answers(home):
+    try:
+        request_status(home)
+    except DaemonNotRunning:
         remove_private(socket_path(home))
+    except DaemonError:
+        pass  # it runs, but has no time: the socket is its own
     return was_installed
 
 

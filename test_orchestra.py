@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import ast
 import errno
+import functools
+import hashlib
+import http.server
 import importlib.util
 import io
 import itertools
 import json
 import os
+import plistlib
 import random
 import re
 import resource
 import select
 import selectors  # before a stand-in for kqueue can mislead it
+import shlex
 import shutil
 import signal
 import socket
@@ -31,7 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -5185,6 +5190,1431 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -
         file.write("new\n")
     assert follower.read() == b"old\nnew\n"
     assert follower.read() == b""
+
+
+# ── 12 launchd and installing ─────────────────────────────────────────────────
+
+INSTALLER = HERE / "install.sh"
+ORCHESTRA_PY = (HERE / "orchestra.py").read_bytes()
+PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+# A virtual environment's Python is not what is installed: the one below it is.
+BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
+SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
+SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
+
+
+class Place:
+    """A home folder of a machine that has no Orchestra yet, and beside it room for a test's own things."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(os.path.realpath(folder))
+        self.home = self.folder / "h"
+        self.home.mkdir()
+        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
+        self.code = self.folder / "c"
+        self.code.mkdir()
+
+    @property
+    def path(self) -> str:
+        return str(self.home)
+
+    def move_home(self, name: str) -> None:
+        self.home = self.home.rename(self.folder / name)
+
+    def environ(self, **more: Optional[str]) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRA_", "PYTHON"))}
+        found = {**kept, "HOME": self.path, "PATH": f"{self.tools}:{os.environ['PATH']}", **more}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def run(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end; `environ` holds variables to change, None for one to take away."""
+        environ = self.environ(**options.pop("environ", {}))
+        options = {"stdin": subprocess.DEVNULL, "cwd": "/", **options}
+        if "input" in options:
+            del options["stdin"]
+        return subprocess.run(
+            list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
+        )
+
+    def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run install.sh: as a file, or, where `url` is given, from a pipe."""
+        url = options.pop("url", None)
+        environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, **options.pop("environ", {})}
+        if url is None:
+            return self.run(*find_shell(shell), INSTALLER, *argv, environ=environ, **options)
+        text = INSTALLER.read_text()
+        environ["ORCHESTRA_URL"] = url
+        return self.run(*find_shell(shell), "-s", "--", *argv, input=text, environ=environ, **options)
+
+    def orchestra(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run what was installed, from another folder and with launchd's short PATH."""
+        return self.run(orchestra.link_path(self.path), *argv, **{"environ": {"PATH": SHORT_PATH}, **options})
+
+    def make_tool(self, name: str, text: str, folder: str = "tools") -> Path:
+        tool = self.folder / folder / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n{text}\n")
+        tool.chmod(0o755)
+        return tool
+
+    def only_tools(self, *names: str) -> str:
+        """Give a PATH that has these programs, and those that every machine has."""
+        folder = self.folder / "only"
+        folder.mkdir()
+        every = "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname"
+        for name in (*every.split(), *names):
+            found = shutil.which(name)
+            if found:
+                (folder / name).symlink_to(found)
+        return f"{self.tools}:{folder}"
+
+    def give_yaml(self) -> None:
+        """Put PyYAML where an earlier fetch would have put it, so that nothing is fetched."""
+        import yaml
+
+        target = Path(orchestra.python_lib_dir(self.path), "yaml")
+        shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def listing(self) -> dict[str, tuple[str, bytes]]:
+        """Give the mode and bytes of all below HOME, folders too; of a link, where it leads."""
+        found = {}
+        for path in sorted(self.home.rglob("*")):
+            mode = path.lstat().st_mode
+            data = path.read_bytes() if stat.S_ISREG(mode) else b""
+            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
+            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
+        return found
+
+    def answers(self) -> bool:
+        try:
+            return bool(orchestra.send_request(self.path, {"cmd": "status"}))
+        except orchestra.DaemonError:
+            return False
+
+    @contextmanager
+    def daemon(self, *command: object) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a real daemon that somebody starts by hand."""
+        command = command or (orchestra.link_path(self.path),)
+        with open(self.folder / "said", "wb") as said:
+            argv = [*map(str, command), "daemon", "start"]
+            process = subprocess.Popen(argv, env=self.environ(), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            until(lambda: process.poll() is not None or self.answers())
+            assert process.poll() is None, (self.folder / "said").read_text()
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def until(is_true: Callable[[], Any], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def find_shell(name: str) -> list[str]:
+    if not shutil.which(SHELLS[name][0]):
+        pytest.skip(f"no {SHELLS[name][0]} here")
+    return [str(shutil.which(SHELLS[name][0])), *SHELLS[name][1:]]
+
+
+@functools.cache
+def reaches_pypi() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "--isolated", "download", "--quiet", "--no-deps", "--dest", folder]
+        return subprocess.call([*pip, "PyYAML>=6"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
+
+
+def need_pypi() -> None:
+    if not reaches_pypi():
+        pytest.skip("pip cannot fetch PyYAML here")
+
+
+@pytest.fixture
+def place() -> Any:
+    folder = tempfile.mkdtemp(prefix="ori", dir="/tmp")
+    yield Place(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def bare_python() -> Any:
+    """A Python without PyYAML, in a virtual environment."""
+    pip = importlib.util.find_spec("pip")
+    with tempfile.TemporaryDirectory(prefix="orv", dir="/tmp") as folder:
+        # Borrowed, for pip takes seconds to install.
+        borrows = ["--without-pip"] if pip else []
+        subprocess.run([BASE_PYTHON, "-m", "venv", *borrows, folder], check=True, stdin=subprocess.DEVNULL)
+        if pip:
+            os.symlink(pip.submodule_search_locations[0], f"{folder}/lib/{PYTHON_XY}/site-packages/pip")
+        yield os.path.join(folder, "bin", "python")
+
+
+@pytest.fixture
+def server(place: Place) -> Any:
+    """A web server with a copy of the checkout; yields its address and its folder."""
+    folder = place.folder / "www"
+    folder.mkdir()
+    shutil.copy(INSTALLER, folder)
+    (folder / "orchestra.py").write_bytes(ORCHESTRA_PY)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}", folder
+        running.shutdown()
+        thread.join()
+
+
+# The property list
+
+
+def test_plist_contains_required_launchd_fields() -> None:
+    data = orchestra.generate_plist("/Users/me/.orchestra/bin/orchestra", "/Users/me/.orchestra/logs")
+    assert plistlib.loads(data) == {
+        "Label": "dev.orchestra.daemon",
+        "ProgramArguments": ["/Users/me/.orchestra/bin/orchestra", "daemon", "start"],
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "StandardOutPath": "/Users/me/.orchestra/logs/daemon.log",
+        "StandardErrorPath": "/Users/me/.orchestra/logs/daemon-err.log",
+        "SoftResourceLimits": {"NumberOfFiles": 10240},
+        "ExitTimeOut": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    "home", ["/Users/me", "/Users/Ann & Bob", "/Users/<x>", "/Users/Zoë Łuk/日本", "/Users/'\"]]>"]
+)
+def test_a_plist_holds_whatever_the_home_folder_is_called(home: str) -> None:
+    data = orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
+    values = plistlib.loads(data)
+    assert values["ProgramArguments"] == [f"{home}/bin/orchestra", "daemon", "start"]
+    assert values["StandardErrorPath"] == f"{home}/logs/daemon-err.log"
+
+
+@pytest.mark.skipif(not shutil.which("plistutil"), reason="no plistutil here")
+@pytest.mark.parametrize("home", ["/Users/me", "/Users/A & <B>", "/Users/Zoë 日本"])
+def test_apples_format_is_understood_by_another_reader_than_pythons(place: Place, home: str) -> None:
+    file = place.folder / "p.plist"
+    file.write_bytes(orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs"))
+    binary = place.folder / "p.bin"
+    done = place.run("plistutil", "-i", file, "-f", "bin", "-o", binary)
+    assert done.returncode == 0, done
+    assert plistlib.loads(binary.read_bytes()) == plistlib.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize("home", ["/a\x01b", "/a\nb\x00", "/a\x1b", "/\udcff"])
+def test_a_home_that_xml_cannot_hold_is_a_launchd_error(home: str) -> None:
+    with pytest.raises(orchestra.LaunchdError, match="property list"):
+        orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
+
+
+# A launchd to test with
+
+
+class Answerer:
+    """Something that answers on the control socket, as a daemon does."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        if os.path.lexists(path):
+            os.unlink(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(8)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while True:
+            with self.listener.accept()[0] as client:
+                line = client.recv(4096)
+                if line == b"end":
+                    return
+                client.sendall(b'{"ok":true,"data":{"running":true}}\n')
+
+    def stop(self) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.path)
+            client.sendall(b"end")
+            self.thread.join()
+        self.listener.close()  # and leaves a stale socket
+
+
+class Service:
+    """A daemon run as launchd runs it: from its plist, with HOME, a short PATH, and logs opened for appending."""
+
+    def __init__(self, home: str, plist: dict[str, Any]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        out, err = (os.open(plist[name], flags, 0o600) for name in ("StandardOutPath", "StandardErrorPath"))
+        environ = {"HOME": home, "PATH": SHORT_PATH}
+        self.process = subprocess.Popen(
+            plist["ProgramArguments"], env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        os.close(out)
+        os.close(err)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class FakeLaunchctl:
+    """A launchd that keeps state; `codes` are exit codes to answer a subcommand with before it does its work."""
+
+    def __init__(self, home: str, teardown: float = 0.0, start: Any = None, **codes: Sequence[int]) -> None:
+        self.home = home
+        self.teardown = teardown  # seconds that a service is still known after bootout
+        self.start_service = start or (lambda plist: Answerer(orchestra.socket_path(home)))
+        self.codes = {name: list(left) for name, left in codes.items()}
+        self.loaded: Optional[dict[str, Any]] = None
+        self.loaded_bytes = b""
+        self.gone_at: Optional[float] = None
+        self.disabled = False
+        self.running: Any = None
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def launchd(self, **options: Any) -> orchestra.Launchd:
+        return orchestra.Launchd(
+            **{"run": self.run, "uid": 501, "clock": lambda: self.now, "sleep": self.sleep, **options}
+        )
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        assert argv[0] == "/bin/launchctl"
+        assert timeout > 0
+        words = [word.replace("gui/501", "GUI").replace(self.home, "HOME") for word in argv[1:]]
+        self.calls.append(" ".join(words))
+        if self.gone_at is not None and self.now >= self.gone_at:
+            self.loaded = self.gone_at = None
+        left = self.codes.get(argv[1], [])
+        code = left.pop(0) if left else getattr(self, argv[1])(*argv[2:])
+        return orchestra.Completed(code, f"{argv[1]} said {code}")
+
+    def verbs(self) -> list[str]:
+        """Give what was asked for, without the looking."""
+        return [call.split()[0] for call in self.calls if not call.startswith("print")]
+
+    def bootout(self, service: str) -> int:
+        assert service == "gui/501/dev.orchestra.daemon"
+        if self.loaded is None:
+            return 3
+        self.stop()
+        self.gone_at = self.now + self.teardown
+        return 0
+
+    def print(self, service: str) -> int:
+        return 113 if self.loaded is None else 0
+
+    def bootstrap(self, domain: str, plist: str) -> int:
+        assert domain == "gui/501"
+        if self.loaded is not None:
+            return 37 if self.gone_at else 5
+        if self.disabled:
+            return 119
+        self.loaded_bytes = Path(plist).read_bytes()
+        self.loaded = plistlib.loads(self.loaded_bytes)
+        return self.start()
+
+    def kickstart(self, flag: str, service: str) -> int:
+        assert flag == "-k"
+        self.stop()
+        return 113 if self.loaded is None else self.start()
+
+    def enable(self, service: str) -> int:
+        self.disabled = False
+        return 0
+
+    def start(self) -> int:
+        self.running = self.start_service(self.loaded)
+        return 0
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+        self.running = None
+
+
+@pytest.fixture
+def launchctl(place: Place) -> Any:
+    """Make a stand-in for launchd, whose services end with the test."""
+    made = []
+
+    def make(**options: Any) -> FakeLaunchctl:
+        made.append(FakeLaunchctl(place.path, **options))
+        return made[-1]
+
+    yield make
+    for fake in made:
+        fake.stop()
+
+
+BINARY = "/opt/orchestra"
+
+
+def install_with(place: Place, fake: FakeLaunchctl, binary: str = BINARY, **options: Any) -> bytes:
+    """Install, and give the plist's bytes."""
+    orchestra.install_launchd(place.path, binary, "darwin", fake.launchd(**options))
+    return plist_of(place).read_bytes()
+
+
+def plist_of(place: Place) -> Path:
+    return Path(orchestra.launchd_plist_path(place.path))
+
+
+def no_daemon(plist: Any) -> None:
+    """Start a daemon that ends at once."""
+
+
+def test_install_boots_out_then_bootstraps_then_kickstarts(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    data = install_with(place, fake)
+    assert fake.calls == [
+        "bootout GUI/dev.orchestra.daemon",
+        "print GUI/dev.orchestra.daemon",
+        "bootstrap GUI HOME/Library/LaunchAgents/dev.orchestra.daemon.plist",
+        "kickstart -k GUI/dev.orchestra.daemon",
+    ]
+    assert data == fake.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(place.path))
+    assert os.path.isdir(orchestra.run_dir(place.path))
+    assert os.path.isdir(orchestra.logs_dir(place.path))
+    assert fake.now == 0.0
+
+
+def test_install_waits_while_the_old_service_is_torn_down(place: Place, launchctl: Any) -> None:
+    fake = launchctl(teardown=4.0)
+    install_with(place, fake)
+    fake.calls.clear()
+    install_with(place, fake)
+    assert fake.now == 4.0
+    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
+    assert [call.split()[0] for call in fake.calls].count("print") == 9
+    assert place.answers()
+
+
+@pytest.mark.parametrize("codes", [[5], [37], [36], [5, 37, 5], [5] * 20])
+def test_install_tries_again_while_launchd_is_busy(place: Place, launchctl: Any, codes: list[int]) -> None:
+    fake = launchctl(bootstrap=codes)
+    install_with(place, fake)
+    assert fake.verbs() == ["bootout", *["bootstrap"] * (len(codes) + 1), "kickstart"]
+    assert fake.now == len(codes) * 0.5
+
+
+def test_install_gives_up_when_launchd_stays_busy(place: Place, launchctl: Any) -> None:
+    fake = launchctl(bootstrap=[5] * 1000)
+    with pytest.raises(
+        orchestra.LaunchdError, match=r"^launchd error: launchctl bootstrap: expected it to load .* got 5"
+    ):
+        install_with(place, fake)
+    assert fake.now <= 16
+    assert not plist_of(place).exists()
+
+
+def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    inner = fake.bootstrap
+
+    def bootstrap(domain: str, plist: str) -> int:
+        inner(domain, plist)
+        return 5
+
+    fake.bootstrap = bootstrap
+    install_with(place, fake)
+    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
+    assert place.answers()
+
+
+def test_an_unknown_exit_code_is_not_tried_again(place: Place, launchctl: Any) -> None:
+    fake = launchctl(bootstrap=[78])
+    with pytest.raises(orchestra.LaunchdError, match="got 78: bootstrap said 78"):
+        install_with(place, fake)
+    assert fake.verbs() == ["bootout", "bootstrap", "bootout"]
+
+
+def test_a_disabled_service_is_enabled_then_loaded(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    fake.disabled = True
+    install_with(place, fake)
+    assert fake.verbs() == ["bootout", "bootstrap", "enable", "bootstrap", "kickstart"]
+
+
+@pytest.mark.parametrize("code", [112, 125])
+def test_without_a_desktop_session_the_message_says_so(place: Place, launchctl: Any, code: int) -> None:
+    fake = launchctl(bootout=[code] * 9, print=[code] * 9, bootstrap=[code] * 9)
+    with pytest.raises(orchestra.LaunchdError, match="expected a desktop session, found none") as caught:
+        install_with(place, fake)
+    assert "gui/501" in str(caught.value)
+    assert str(code) in str(caught.value)
+    assert "log in" in caught.value.hint
+    assert not plist_of(place).exists()
+    assert fake.now < 1
+
+
+def test_a_service_that_cannot_be_unloaded_stops_the_install(place: Place, launchctl: Any) -> None:
+    fake = launchctl(teardown=1000.0)
+    old = install_with(place, fake)
+    with pytest.raises(orchestra.LaunchdError, match="expected it to be unloaded"):
+        install_with(place, fake, "/opt/new")
+    assert plist_of(place).read_bytes() == old
+
+
+def test_reinstalling_the_same_bytes_restarts_the_service(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    first = install_with(place, fake)
+    running = fake.running
+    fake.calls.clear()
+    assert install_with(place, fake) == first
+    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
+    assert fake.running is not running
+
+
+def test_an_install_whose_daemon_never_answers_restores_the_old_plist(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    old = install_with(place, fake)
+    alive = fake.start_service
+    fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
+    with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer") as caught:
+        install_with(place, fake, "/opt/broken")
+    assert "daemon logs" in caught.value.hint
+    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
+    assert place.answers()
+
+
+def test_a_failed_first_install_leaves_no_plist(place: Place, launchctl: Any) -> None:
+    fake = launchctl(start=no_daemon)
+    with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer"):
+        install_with(place, fake)
+    assert not plist_of(place).exists()
+    assert fake.verbs()[-1] == "bootout"
+    assert list(plist_of(place).parent.iterdir()) == []
+
+
+def test_a_failed_install_has_the_old_service_running_again(place: Place, launchctl: Any) -> None:
+    fake = launchctl(teardown=3.0)
+    old = install_with(place, fake)
+    alive = fake.start_service
+    fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
+    with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer"):
+        install_with(place, fake, "/opt/broken")
+    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
+    assert fake.gone_at is None
+    assert place.answers()
+
+
+def test_a_plist_that_cannot_be_written_is_an_error_and_asks_launchd_nothing(place: Place, launchctl: Any) -> None:
+    (place.home / "Library").write_text("not a folder")
+    fake = launchctl()
+    with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
+        install_with(place, fake)
+    assert fake.calls == []
+
+
+def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(place: Place, launchctl: Any) -> None:
+    fake = launchctl(teardown=3.0)
+    install_with(place, fake)
+    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is True
+    assert fake.now == 3.0
+    assert fake.loaded is None
+    assert not plist_of(place).exists()
+    assert not os.path.lexists(orchestra.socket_path(place.path))
+
+
+def test_uninstall_when_nothing_is_installed_says_so(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    before = place.listing()
+    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is False
+    assert fake.verbs() == []
+    assert place.listing() == before
+
+
+def test_uninstall_unloads_a_service_whose_plist_was_deleted(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    install_with(place, fake)
+    plist_of(place).unlink()
+    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is False
+    assert fake.loaded is None
+
+
+def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(place: Place, launchctl: Any) -> None:
+    running = Answerer(orchestra.socket_path(place.path))
+    running.stop()
+    os.unlink(running.path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(running.path)
+        listener.listen(8)
+
+        def refuse() -> None:
+            client, _ = listener.accept()
+            client.sendall(orchestra.encode_error(orchestra.TOO_MANY_CLIENTS))
+            client.close()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+        thread.join()
+    assert os.path.lexists(running.path)
+
+
+# launchctl as a program
+
+LAUNCHCTL_PROGRAM = """\
+#!/bin/sh
+# A line of the file named like a subcommand is what it does next: an exit code, or hang.
+cd "$(dirname "$0")" || exit 99
+echo "$1" >>calls
+if [ -s "$1" ]; then
+    next=$(head -n 1 "$1")
+    tail -n +2 "$1" >rest
+    mv rest "$1"
+    [ "$next" != hang ] || exec sleep 60
+    exit "$next"
+fi
+case $1 in
+    bootout) [ -e loaded ] || exit 3; rm loaded ;;
+    print) [ -e loaded ] || exit 113 ;;
+    bootstrap) [ ! -e loaded ] || exit 5; cp "$3" loaded ;;
+    kickstart) [ -e loaded ] || exit 113 ;;
+esac
+"""
+
+
+def launchctl_program(place: Place, timeout: float = 20.0, **nexts: str) -> orchestra.Runner:
+    """Make the program, and a runner that starts it where /bin/launchctl is asked for."""
+    folder = place.folder / "launchctl"
+    folder.mkdir(exist_ok=True)
+    program = folder / "launchctl"
+    program.write_text(LAUNCHCTL_PROGRAM)
+    program.chmod(0o755)
+    for name, text in nexts.items():
+        (folder / name).write_text("".join(f"{word}\n" for word in text.split()))
+    return lambda argv, _: orchestra.run_program([{"/bin/launchctl": str(program)}[argv[0]], *argv[1:]], timeout)
+
+
+def calls_of(place: Place) -> list[str]:
+    return [line for line in (place.folder / "launchctl/calls").read_text().split() if line != "print"]
+
+
+def test_install_holds_with_a_real_program_for_launchctl(place: Place) -> None:
+    run = launchctl_program(place, bootstrap="5 37")
+    (place.folder / "launchctl/loaded").touch()
+    started: list[Answerer] = []
+    naps: list[float] = []
+
+    def run_and_answer(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        if argv[1] == "kickstart":
+            started.append(Answerer(orchestra.socket_path(place.path)))
+        return run(argv, timeout)
+
+    launchd = orchestra.Launchd(run=run_and_answer, uid=501, sleep=naps.append)
+    orchestra.install_launchd(place.path, BINARY, "darwin", launchd)
+    started[0].stop()
+    assert calls_of(place) == ["bootout", "bootstrap", "bootstrap", "bootstrap", "kickstart"]
+    assert (place.folder / "launchctl/loaded").read_bytes() == plist_of(place).read_bytes()
+    assert naps == [0.5, 0.5]
+    assert orchestra.uninstall_launchd(place.path, "darwin", launchd) is True
+    assert not (place.folder / "launchctl/loaded").exists()
+
+
+@pytest.mark.parametrize("hangs", ["print", "bootstrap"])
+def test_a_launchctl_that_hangs_is_an_error_and_the_old_plist_is_back(place: Place, hangs: str) -> None:
+    plist_of(place).parent.mkdir(parents=True)
+    plist_of(place).write_bytes(b"the old one")
+    run = launchctl_program(place, 0.3, **{hangs: "hang"})
+    with pytest.raises(orchestra.LaunchdError, match=r"no answer within 0\.3 s"):
+        orchestra.install_launchd(place.path, BINARY, "darwin", orchestra.Launchd(run=run, uid=501))
+    assert plist_of(place).read_bytes() == b"the old one"
+
+
+def test_a_launchctl_that_cannot_be_started_is_an_error(place: Place) -> None:
+    launchd = orchestra.Launchd(run=lambda argv, timeout: orchestra.run_program(["/nowhere/launchctl"], timeout))
+    with pytest.raises(orchestra.LaunchdError, match="no such file"):
+        orchestra.install_launchd(place.path, BINARY, "darwin", launchd)
+    assert not plist_of(place).exists()
+
+
+def test_a_program_is_ended_when_its_time_is_over() -> None:
+    started = time.monotonic()
+    assert orchestra.run_program(["sleep", "60"], 0.2) == (orchestra.TIMED_OUT, "no answer within 0.2 s")
+    assert time.monotonic() - started < 10
+    assert orchestra.run_program(["sh", "-c", "echo out; echo err >&2; exit 7"], 10) == (7, "out\nerr")
+    assert orchestra.run_program(["/nowhere"], 10).code == orchestra.NOT_STARTED
+
+
+# The real daemon, run as launchd runs it
+
+
+def test_install_takes_over_from_a_daemon_started_by_hand(place: Place, launchctl: Any) -> None:
+    place.give_yaml()
+    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    fake = launchctl(start=lambda plist: Service(place.path, plist))
+    with place.daemon(binary) as by_hand:
+        # Real time: the daemons are real.
+        install_with(place, fake, binary, clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
+        assert by_hand.wait(20) == 0
+        assert place.answers()
+        status = orchestra.send_request(place.path, {"cmd": "status"})
+        assert status["label"] == "dev.orchestra.daemon"
+        register(place)
+        orchestra.request_sync(place.path)
+        assert (place.code / "CLAUDE.md").exists()
+        assert "source=socket" in Path(orchestra.stdout_log_path(place.path)).read_text()
+    launchd = fake.launchd(clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
+    assert orchestra.uninstall_launchd(place.path, "darwin", launchd) is True
+    assert not place.answers()
+    assert not os.path.lexists(orchestra.socket_path(place.path))
+
+
+def test_install_upgrades_a_running_service(place: Place, launchctl: Any) -> None:
+    place.move_home("Ann & Zoë")
+    place.give_yaml()
+    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    fake = FakeLaunchctl(place.path, start=lambda plist: Service(place.path, plist))
+    options = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
+    try:
+        first = install_with(place, fake, binary, **options)
+        assert install_with(place, fake, binary, **options) == first
+        assert place.answers()
+    finally:
+        fake.stop()
+
+
+def register(place: Place) -> None:
+    file = Path(orchestra.codebase_path(place.path, ("shop", "api")))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"name: api\npath: {place.code}\ntargets: [claude]\n")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
+    place: Place, capsys: Any, command: str
+) -> None:
+    before = place.listing()
+    assert orchestra.main(["daemon", command], {"HOME": place.path}) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0] == "orchestra: launchd error: launchd management is only supported on macOS"
+    assert "systemd" in lines[1]
+    assert place.listing() == before
+
+
+def test_the_platform_is_checked_before_anything_is_done(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    for act in (
+        lambda: orchestra.install_launchd(place.path, BINARY, "linux", fake.launchd()),
+        lambda: orchestra.uninstall_launchd(place.path, "linux", fake.launchd()),
+    ):
+        with pytest.raises(orchestra.LaunchdError):
+            act()
+    assert fake.calls == []
+    assert place.listing() == {}
+
+
+# The installed program
+
+
+@pytest.mark.parametrize(
+    ("python", "stable"),
+    [
+        ("/opt/homebrew/Cellar/python@3.12/3.12.4/bin/python3.12", "/opt/homebrew/opt/python@3.12/bin/python3.12"),
+        (
+            "/opt/homebrew/Cellar/python@3.13/3.13.0_1/Frameworks/Python.framework/Versions/3.13/bin/python3.13",
+            "/opt/homebrew/opt/python@3.13/bin/python3.13",
+        ),
+        ("/usr/local/Cellar/python@3.9/3.9.1/bin/python3", "/usr/local/opt/python@3.9/bin/python3"),
+        ("/usr/bin/python3", "/usr/bin/python3"),
+        ("/Users/me/Cellar/bin/python3", "/Users/me/Cellar/bin/python3"),
+    ],
+)
+def test_homebrews_python_is_named_by_the_link_that_survives_an_upgrade(python: str, stable: str) -> None:
+    assert orchestra.stable_python_path(python, exists=lambda path: True) == stable
+    assert orchestra.stable_python_path(python, exists=lambda path: path == python) == python
+
+
+def test_the_installed_python_is_not_a_virtual_environments(place: Place, bare_python: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import orchestra; print(orchestra.choose_python())"
+    done = place.run(bare_python, "-I", "-c", code)
+    assert not done.stdout.startswith(os.path.dirname(bare_python)), done
+    version = place.run(
+        done.stdout.strip(), "-c", "import sys; print(sys.version_info[:2], sys.prefix == sys.base_prefix)"
+    )
+    assert version.stdout == f"{sys.version_info[:2]} True\n"
+
+
+def test_a_python_that_does_not_run_is_not_chosen() -> None:
+    tried = []
+
+    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        tried.append(argv[0])
+        return orchestra.Completed(1 if len(tried) == 1 else 0, "")
+
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("there is one candidate outside a virtual environment")
+    assert orchestra.choose_python(run) == orchestra.stable_python_path(sys.executable)
+    assert tried == [orchestra.stable_python_path(BASE_PYTHON), orchestra.stable_python_path(sys.executable)]
+
+
+def test_without_any_python_that_runs_the_message_says_so() -> None:
+    with pytest.raises(orchestra.UsageError, match="got none that does"):
+        orchestra.choose_python(lambda argv, timeout: orchestra.Completed(1, ""))
+
+
+@pytest.mark.parametrize(
+    "folder", ["plain", "with space", "a'quote", "a' b", "'", "ends' '", "Zoë", '$HOME `x` "q"', "long" * 40]
+)
+def test_the_launcher_runs_with_a_python_wherever_it_lies(place: Place, folder: str) -> None:
+    python = place.folder / folder / "python"
+    python.parent.mkdir()
+    python.symlink_to(BASE_PYTHON)
+    binary = orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    for _ in range(2):
+        done = place.run(binary, "--version", environ={"PATH": SHORT_PATH})
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"orchestra {orchestra.__version__}\n", "")
+    assert place.run(binary, "sync", "a 'b", "--nope").returncode == 2
+
+
+def test_the_launcher_runs_with_a_python_whose_path_has_a_backslash(place: Place) -> None:
+    python = place.folder / "a \\x" / "python"
+    python.parent.mkdir()
+    python.symlink_to(BASE_PYTHON)
+    binary = orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    assert place.run(binary, "--version").stdout == f"orchestra {orchestra.__version__}\n"
+
+
+def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment(place: Place) -> None:
+    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    assert binary == f"{place.path}/.orchestra/bin/orchestra"
+    assert stat.S_IMODE(os.stat(binary).st_mode) == 0o700
+    first, *rest = Path(binary).read_text().splitlines()
+    assert first == f"#!{BASE_PYTHON} -I"
+    assert len(rest) == 2
+    trap = place.folder / "trap"
+    trap.mkdir()
+    (trap / "json.py").write_text("1 / 0")
+    (trap / "orchestra.py").write_text("1 / 0")
+    done = place.run(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=str(trap))
+    assert done.stdout == f"orchestra {orchestra.__version__}\n", done
+    assert list(Path(orchestra.installed_script_path(place.path)).parent.glob("__pycache__/orchestra.*.pyc"))
+
+
+@pytest.mark.parametrize("home", ["h", "Ann & Zoë's home"])
+def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(place: Place, home: str) -> None:
+    place.move_home(home)
+    place.give_yaml()
+    copy = place.folder / "downloaded (1).txt"
+    copy.write_bytes(ORCHESTRA_PY)
+    copy.chmod(0o444)
+    link = place.folder / "o"
+    link.symlink_to(copy)
+    done = place.run(BASE_PYTHON, link, "self-install")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "installed ~/.local/bin/orchestra\n", "")
+    copy.unlink()
+    link.unlink()
+    assert Path(orchestra.installed_script_path(place.path)).read_bytes() == ORCHESTRA_PY
+    assert_works(place)
+
+
+def assert_works(place: Place) -> None:
+    """Show that what is installed does its work from any folder."""
+    for argv in (("init", str(place.code), "-p", "demo", "--sync"), ("status", "--check")):
+        done = place.orchestra(*argv)
+        assert (done.returncode, done.stderr) == (0, ""), done
+    assert (place.code / "CLAUDE.md").exists()
+
+
+def test_installing_again_upgrades_in_place_even_from_the_installed_copy(place: Place) -> None:
+    place.give_yaml()
+    assert place.run(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
+    newer = place.folder / "newer.py"
+    newer.write_bytes(new_version())
+    assert place.run(BASE_PYTHON, newer, "self-install").returncode == 0
+    assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
+    assert place.orchestra("self-install").returncode == 0
+    assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
+    assert [path for path in place.listing() if path.endswith(".tmp")] == []
+
+
+def new_version() -> bytes:
+    # Of another length: bytecode is cached by seconds and size.
+    return re.sub(rb'(?m)^__version__ = ".*"', b'__version__ = "9.9.10"', ORCHESTRA_PY)
+
+
+def test_a_script_that_is_no_file_cannot_be_installed(place: Place) -> None:
+    with pytest.raises(orchestra.UsageError, match="expected the script's own file"):
+        orchestra.install_program(place.path, BASE_PYTHON, str(place.folder))
+    assert place.listing() == {}
+
+
+def test_the_script_alone_in_an_empty_folder_under_another_name_works(place: Place) -> None:
+    script = place.folder / "alone" / "tool"
+    script.parent.mkdir()
+    script.write_bytes(ORCHESTRA_PY)
+    for argv in (["init", ".", "-p", "demo"], ["sync", "c"], ["status", "--check"], ["project", "list"]):
+        done = place.run(sys.executable, script, *argv, cwd=place.code)
+        assert (done.returncode, done.stderr) == (0, ""), done
+    assert (place.code / "CLAUDE.md").exists()
+    assert list(script.parent.iterdir()) == [script]
+
+
+# PyYAML
+
+
+def test_a_bare_python_fetches_pyyaml_once_and_says_so(place: Place, bare_python: str) -> None:
+    need_pypi()
+    argv = [bare_python, HERE / "orchestra.py", "init", place.code, "-p", "demo", "--sync"]
+    first = place.run(*argv)
+    assert (first.returncode, first.stderr) == (0, f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}\n")
+    assert (place.code / "CLAUDE.md").exists()
+    second = place.run(*argv)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert [path.name for path in (place.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
+
+
+def test_two_first_runs_at_once_do_not_harm_each_other(place: Place, bare_python: str) -> None:
+    need_pypi()
+    argv = [bare_python, str(HERE / "orchestra.py"), "status", "--json"]
+    options: dict[str, Any] = {
+        "env": place.environ(),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    runs = [subprocess.Popen(argv, stdin=subprocess.DEVNULL, **options) for _ in range(2)]
+    said = [run.communicate(timeout=100) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert "".join(err for _, err in said).count("fetching PyYAML") == 1
+    assert [path.name for path in (place.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/usr/bin/python3")
+    or subprocess.call(["/usr/bin/python3", "-c", "import yaml"], stderr=subprocess.DEVNULL) == 0
+    or subprocess.call(["/usr/bin/python3", "-m", "pip", "--version"], stdout=subprocess.DEVNULL) != 0,
+    reason="/usr/bin/python3 has PyYAML, or has no pip, or is not there",
+)
+def test_the_systems_own_python_fetches_pyyaml(place: Place) -> None:
+    need_pypi()
+    done = place.run("/usr/bin/python3", HERE / "orchestra.py", "status", "--json")
+    assert done.returncode == 0, done
+    assert len(done.stderr.splitlines()) == 1
+
+
+def left_of_pyyaml(place: Place) -> list[str]:
+    """Give what a first run left but the lock's file."""
+    left = {path for path in place.listing() if re.match(r"\.orchestra/(?!run)", path)}
+    return sorted(left - {".orchestra/lib"})
+
+
+def test_pyyaml_is_not_fetched_where_that_is_forbidden(place: Place, bare_python: str) -> None:
+    done = place.run(bare_python, HERE / "orchestra.py", "status", environ={"ORCHESTRA_NO_FETCH": "1"})
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert re.match(r"orchestra: PyYAML: expected it in .*, found none, and ORCHESTRA_NO_FETCH is set$", lines[0])
+    assert "pip install PyYAML" in lines[1]
+    assert len(lines) == 2
+    assert place.listing() == {}
+
+
+def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(place: Place, bare_python: str) -> None:
+    place.give_yaml()
+    environ = {"ORCHESTRA_NO_FETCH": "1"}
+    done = place.run(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_upgrade_fetches_nothing_where_pyyaml_was_fetched_before(place: Place) -> None:
+    place.give_yaml()
+    told: list[str] = []
+    orchestra.fetch_yaml(place.path, sys.executable, {"ORCHESTRA_NO_FETCH": "1"}, told.append, no_program)
+    assert told == []
+
+
+def no_program(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+    raise AssertionError(argv)
+
+
+@pytest.mark.parametrize(
+    ("done", "reason"),
+    [
+        (orchestra.Completed(1, "WARNING: x\nERROR: No matching distribution"), "ERROR: No matching distribution"),
+        (orchestra.Completed(1, ""), "exit status 1"),
+        (orchestra.Completed(orchestra.TIMED_OUT, "no answer within 300 s"), "no answer within 300 s"),
+        (orchestra.Completed(1, "/x/python: No module named pip"), "No module named pip"),
+        (orchestra.Completed(0, "did nothing"), "did nothing"),
+    ],
+)
+def test_a_failing_pip_leaves_nothing_half_installed(place: Place, done: orchestra.Completed, reason: str) -> None:
+    told: list[str] = []
+
+    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        target = Path(argv[argv.index("--target") + 1])
+        (target / "half").mkdir(parents=True)
+        return done
+
+    with pytest.raises(orchestra.OrchestraError, match=r"^PyYAML: expected pip to fetch it, got: ") as caught:
+        orchestra.fetch_yaml(place.path, "/x/python", {}, told.append, run)
+    assert str(caught.value).endswith(reason)
+    assert "/x/python -m pip install PyYAML" in caught.value.hint
+    assert told == [f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"]
+    assert left_of_pyyaml(place) == []
+
+
+def test_an_interrupted_pip_leaves_nothing_half_installed(place: Place) -> None:
+    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        Path(argv[argv.index("--target") + 1], "half").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        orchestra.fetch_yaml(place.path, "/x/python", {}, lambda text: None, run)
+    assert left_of_pyyaml(place) == []
+
+
+@pytest.mark.parametrize(
+    "environ", [{"PIP_NO_INDEX": "1"}, {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}]
+)
+def test_pip_hears_the_users_own_settings_and_failing_leaves_nothing(
+    place: Place, bare_python: str, environ: dict[str, str]
+) -> None:
+    need_pypi()
+    nothing_else = {"PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None, "PIP_CONFIG_FILE": os.devnull}
+    done = place.run(bare_python, HERE / "orchestra.py", "status", environ={**nothing_else, **environ})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected pip to fetch it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left_of_pyyaml(place) == []
+
+
+def test_a_pip_without_network_leaves_nothing_half_installed(place: Place, bare_python: str) -> None:
+    # A proxy that nobody serves is a network that is down, to pip --isolated too.
+    nowhere = "http://127.0.0.1:9"
+    program = place.make_tool("slow", f'exec "{bare_python}" "$@" --retries 0 --proxy {nowhere} --no-index')
+
+    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        return orchestra.run_program([str(program), *argv[1:]], timeout)
+
+    with pytest.raises(orchestra.OrchestraError, match="expected pip to fetch it, got: "):
+        orchestra.fetch_yaml(place.path, bare_python, {}, lambda text: None, run)
+    assert left_of_pyyaml(place) == []
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["--version"], ["daemon", "status"], ["daemon", "stop"], ["daemon", "logs"], ["sync", "--help"]],
+)
+def test_what_reads_no_registry_needs_no_pyyaml(place: Place, bare_python: str, argv: list[str]) -> None:
+    done = place.run(bare_python, HERE / "orchestra.py", *argv, environ={"ORCHESTRA_NO_FETCH": "1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert place.listing() == {}
+
+
+# Pythons that are too old
+
+
+def old_python() -> str:
+    found = Path.home() / ".pyenv/versions/3.8.18/bin/python"
+    if not found.exists():
+        pytest.skip("no Python 3.8 here")
+    return str(found)
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["sync", "--all"], []])
+def test_on_python_3_8_one_clear_line_is_said(place: Place, argv: list[str]) -> None:
+    done = place.run(old_python(), HERE / "orchestra.py", *argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    expected = "orchestra: expected Python 3.9 or newer on macOS or Linux, got Python 3.8 on"
+    assert done.stderr == f"{expected} {sys.platform}\n"
+
+
+# Tools that read the PEP 723 header
+
+
+@pytest.mark.parametrize("tool", [["uv", "run", "--python", BASE_PYTHON], ["pipx", "run"]], ids=["uv", "pipx"])
+def test_tools_that_read_the_header_run_the_script(place: Place, tool: list[str]) -> None:
+    program = shutil.which(tool[0]) or shutil.which(tool[0], path="/tmp/uvx/v/bin")
+    if not program:
+        pytest.skip(f"no {tool[0]} here")
+    need_pypi()
+    shutil.copy(HERE / "orchestra.py", place.folder)
+    for argv in (["--version"], ["status", "--json"]):
+        done = place.run(program, *tool[1:], "./orchestra.py", *argv, cwd=place.folder)
+        assert done.returncode == 0, done
+        assert "fetching PyYAML" not in done.stderr
+
+
+# install.sh
+
+every_shell = pytest.mark.parametrize("shell", [name for name in SHELLS if name != "sh"])
+
+
+def assert_refused(done: Any, *words: str) -> None:
+    """Show that install.sh said in one line why not."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("install.sh: "), done
+    for word in words:
+        assert word in last
+
+
+@every_shell
+def test_install_sh_from_a_checkout_leaves_a_working_program(place: Place, shell: str) -> None:
+    place.move_home("home of Ann" if shell == "dash" else "h2")
+    place.give_yaml()
+    done = place.install(shell)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    lines = done.stdout.splitlines()
+    assert lines[0] == "installed ~/.local/bin/orchestra"
+    assert lines[1] == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
+    assert [line for line in lines if line.startswith("next:  orchestra init")]
+    assert Path(orchestra.binary_path(place.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
+    assert os.readlink(orchestra.link_path(place.path)) == orchestra.binary_path(place.path)
+    assert sorted(os.listdir(place.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
+    assert_works(place)
+
+
+@every_shell
+def test_install_sh_from_a_pipe_leaves_a_working_program(place: Place, shell: str, server: Any) -> None:
+    place.give_yaml()
+    done = place.install(
+        shell, url=server[0] + "/", environ={"ORCHESTRA_SHA256": hashlib.sha256(ORCHESTRA_PY).hexdigest()}
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert Path(orchestra.installed_script_path(place.path)).read_bytes() == ORCHESTRA_PY
+    assert_works(place)
+
+
+def test_install_sh_piped_from_curl_as_the_readme_says_fetches_all_it_needs(place: Place, server: Any) -> None:
+    need_pypi()
+    if not shutil.which("curl"):
+        pytest.skip("no curl here")
+    done = place.run("sh", "-c", f"curl -fsSL {server[0]}/install.sh | ORCHESTRA_URL={server[0]} sh")
+    assert done.returncode == 0, done
+    assert_works(place)
+
+
+def test_install_sh_upgrades_in_place_while_a_daemon_runs(place: Place, server: Any) -> None:
+    place.give_yaml()
+    url, folder = server
+    assert place.install(url=url).returncode == 0
+    register(place)
+    (folder / "orchestra.py").write_bytes(new_version())
+    with place.daemon() as daemon:
+        done = place.install(url=url)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
+        assert place.answers()
+        assert place.orchestra("daemon", "stop").returncode == 0
+        assert daemon.wait(20) == 0
+    assert (place.code / "CLAUDE.md").exists()
+
+
+def cut_points(count: int) -> list[int]:
+    """Give places all over the script, and all those of its last line and the one above it."""
+    size = len(ORCHESTRA_PY)
+    return sorted(
+        {0, 1, 20, *(size * number // count for number in range(1, count)), size - 1, size - 2, size - 53, size - 54}
+    )
+
+
+def test_a_download_cut_short_changes_nothing(place: Place, server: Any) -> None:
+    url, folder = server
+    before = place.listing()
+    for end in cut_points(8):
+        (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
+        done = place.install(url=url)
+        assert_refused(done, "expected the whole script")
+        assert place.listing() == before, end
+
+
+def test_a_download_cut_short_leaves_an_earlier_install_as_it_was(place: Place, server: Any) -> None:
+    url, folder = server
+    place.give_yaml()
+    assert place.install(url=url).returncode == 0
+    before = place.listing()
+    for end in (len(ORCHESTRA_PY) - 1, len(ORCHESTRA_PY) // 2):
+        (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
+        assert_refused(place.install(url=url), "expected the whole script")
+        assert place.listing() == before
+
+
+def check_of_cuts(place: Place, ends: Sequence[int]) -> list[int]:
+    """Call install.sh's own check on the script cut at many places; give the cuts that it lets pass."""
+    functions = INSTALLER.read_text().rsplit('{ main "$@"; }', 1)[0]
+    check = f"{functions}\ncd {shlex.quote(str(place.folder))}\nORCHESTRA_SHA256=\nwhile read -r end; do\n"
+    check += 'head -c "$end" whole >cut\n(check_script cut) 2>/dev/null && echo "$end"\ndone\nexit 0\n'
+    (place.folder / "whole").write_bytes(ORCHESTRA_PY)
+    script = place.folder / "check.sh"
+    script.write_text(check)
+    done = subprocess.run(
+        ["sh", script], input="".join(f"{end}\n" for end in ends), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [int(end) for end in done.stdout.split()]
+
+
+def test_no_cut_of_the_scripts_last_200_bytes_passes_the_check(place: Place) -> None:
+    size = len(ORCHESTRA_PY)
+    assert check_of_cuts(place, range(size - 200, size + 1)) == [size]
+
+
+@pytest.mark.soak
+def test_no_cut_of_the_script_at_all_passes_the_check(place: Place) -> None:
+    size = len(ORCHESTRA_PY)
+    assert check_of_cuts(place, range(size + 1)) == [size]
+
+
+def runs_something(place: Place, shell: str, text: bytes) -> bool:
+    """Say whether a (part of) install.sh from a pipe does anything: looking for a Python is the first."""
+    mark = place.folder / "ran"
+    python = place.folder / "tools/python"
+    if not python.exists():
+        place.make_tool("python", f"echo x >{shlex.quote(str(mark))}\nexit 1")
+    environ = place.environ(ORCHESTRA_PYTHON=str(python), PATH=str(place.tools), ORCHESTRA_URL="http://127.0.0.1:9")
+    subprocess.run(
+        find_shell(shell), input=text, env=environ, cwd=place.code, capture_output=True, check=False, timeout=20
+    )
+    return mark.exists()
+
+
+@every_shell
+def test_install_sh_cut_short_runs_nothing(place: Place, shell: str) -> None:
+    text = INSTALLER.read_bytes()
+    last = 200 if shell == "dash" else 40
+    # Without only the final line end it is whole.
+    for end in (*range(0, len(text) - last, 211), *range(len(text) - last, len(text) - 1)):
+        assert not runs_something(place, shell, text[:end]), end
+    assert (place.listing(), list(place.code.iterdir())) == ({}, [])
+    assert runs_something(place, shell, text)
+
+
+@pytest.mark.soak
+@every_shell
+def test_install_sh_cut_short_anywhere_runs_nothing(place: Place, shell: str) -> None:
+    text = INSTALLER.read_bytes()
+    for end in range(len(text) - 1):
+        assert not runs_something(place, shell, text[:end]), end
+    assert (place.listing(), list(place.code.iterdir())) == ({}, [])
+
+
+def test_install_sh_refuses_a_script_of_another_checksum(place: Place, server: Any) -> None:
+    for sums in ("0" * 64, hashlib.sha256(ORCHESTRA_PY).hexdigest()[:-1], "sha256"):
+        done = place.install(url=server[0], environ={"ORCHESTRA_SHA256": sums})
+        assert_refused(done, f"expected SHA-256 {sums}, got {hashlib.sha256(ORCHESTRA_PY).hexdigest()}")
+        assert place.listing() == {}
+
+
+def test_install_sh_refuses_a_page_instead_of_the_script(place: Place, server: Any) -> None:
+    url, folder = server
+    (folder / "orchestra.py").write_text("<!DOCTYPE html>\n<title>Sign in to the network</title>\n")
+    assert_refused(place.install(url=url), "expected the whole script, got something else")
+    assert place.listing() == {}
+
+
+def test_install_sh_refuses_a_script_that_does_not_start(place: Place, server: Any) -> None:
+    url, folder = server
+    (folder / "orchestra.py").write_bytes(b"1 / 0\n# The last line: install.sh takes no copy without it.\n")
+    done = place.install(url=url)
+    assert done.returncode == 2
+    assert "expected it to start, got: " in done.stderr
+    assert place.listing() == {}
+
+
+def test_install_sh_says_so_when_the_script_is_not_there(place: Place, server: Any) -> None:
+    url, folder = server
+    (folder / "orchestra.py").unlink()
+    assert_refused(place.install(url=url), f"{url}/orchestra.py: expected to download it, could not")
+    assert_refused(place.install(url="http://127.0.0.1:9"), "http://127.0.0.1:9/orchestra.py")
+    assert_refused(place.install(url=""), "ORCHESTRA_URL: expected the address of a folder")
+    assert place.listing() == {}
+
+
+def test_install_sh_without_python_says_which_it_wants(place: Place) -> None:
+    path = place.only_tools()
+    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+    assert_refused(done, "python3: expected Python 3.9 or newer on PATH, found none")
+    assert place.listing() == {}
+
+
+@pytest.mark.parametrize("kind", ["real", "stand-in"])
+def test_install_sh_with_only_python_3_8_says_which_it_wants(place: Place, kind: str) -> None:
+    path = place.only_tools()
+    if kind == "real":
+        (place.folder / "only/python3").symlink_to(old_python())
+    else:
+        place.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
+    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+    assert_refused(done, "expected Python 3.9 or newer on PATH, found Python 3.8.")
+    assert place.listing() == {}
+
+
+def test_install_sh_takes_a_newer_python_beside_an_old_python3(place: Place) -> None:
+    place.give_yaml()
+    path = place.only_tools()
+    place.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
+    if sys.version_info >= (3, 14):
+        pytest.skip("install.sh looks for names up to python3.13")
+    place.make_tool(PYTHON_XY, f'exec "{BASE_PYTHON}" "$@"', "only")
+    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+    assert done.returncode == 0, done
+    assert_works(place)
+
+
+def test_install_sh_does_not_take_another_python_than_the_one_asked_for(place: Place) -> None:
+    place.give_yaml()
+    done = place.install(environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
+    assert_refused(done, "/nowhere/python3")
+
+
+@pytest.mark.parametrize("has", ["wget", "neither"])
+def test_install_sh_downloads_with_wget_where_there_is_no_curl(place: Place, server: Any, has: str) -> None:
+    if has == "wget" and not shutil.which("wget"):
+        pytest.skip("no wget here")
+    place.give_yaml()
+    before = place.listing()
+    environ = {"PATH": place.only_tools(has), "ORCHESTRA_PYTHON": BASE_PYTHON, "ORCHESTRA_URL": server[0]}
+    done = place.run("/bin/sh", input=INSTALLER.read_text(), environ=environ)
+    if has == "wget":
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert_works(place)
+    else:
+        assert done.returncode == 2
+        assert "install.sh: wget: expected it on PATH, found none" in done.stderr
+        assert place.listing() == before
+
+
+@pytest.mark.parametrize("what", ["home", "local"])
+def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(place: Place, what: str) -> None:
+    place.give_yaml()
+    (place.home / ".local").mkdir()
+    options: dict[str, Any] = {}
+    python = BASE_PYTHON
+    if os.geteuid() == 0:
+        options = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        for path in (place.folder, place.home, *place.home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        candidates = [BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"]
+        python = next((path for path in candidates if is_for_nobody(path)), "")
+        if not python:
+            pytest.skip("no Python here that another user may run")
+    shutil.copy(INSTALLER, place.folder)
+    shutil.copy(HERE / "orchestra.py", place.folder)
+    if what == "home":
+        shutil.rmtree(place.home / ".orchestra")
+    blocked = place.home if what == "home" else place.home / ".local"
+    before = place.listing()
+    blocked.chmod(0o555)
+    environ = {"ORCHESTRA_PYTHON": python, "PATH": f"{place.tools}:{SHORT_PATH}"}
+    done = place.run("/bin/sh", place.folder / "install.sh", environ=environ, **options)
+    blocked.chmod(0o755)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert "expected " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert place.listing() == before
+
+
+def is_for_nobody(python: str) -> bool:
+    try:
+        return (
+            subprocess.call([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], user=NOBODY) == 0
+        )
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_install_sh_leaves_another_programs_file_alone(place: Place, kind: str) -> None:
+    link = Path(orchestra.link_path(place.path))
+    link.parent.mkdir(parents=True)
+    if kind == "file":
+        link.write_text("another orchestra")
+    elif kind == "link":
+        link.symlink_to("/opt/another")
+    else:
+        link.mkdir()
+    before = place.listing()
+    done = place.install()
+    assert done.returncode == 2
+    assert "expected nothing or Orchestra's link, found something else" in done.stderr
+    assert place.listing() == before
+    assert place.install("sh", "--uninstall").returncode == 0
+    assert place.listing() == before
+
+
+@every_shell
+def test_uninstalling_leaves_the_registry_and_the_backups(place: Place, shell: str) -> None:
+    place.give_yaml()
+    assert place.install(shell).returncode == 0
+    (place.code / "CLAUDE.md").write_text("by hand\n")
+    assert_works(place)
+    backups = place.home / ".orchestra/backups"
+    backups.mkdir(exist_ok=True)
+    with place.daemon() as daemon:
+        done = place.install(shell, "--uninstall")
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert daemon.wait(20) == 0
+    assert done.stdout.splitlines()[-1] == "uninstalled"
+    assert sorted(os.listdir(place.home / ".orchestra")) == ["backups", "projects"]
+    assert not os.path.lexists(orchestra.link_path(place.path))
+    assert (place.code / "CLAUDE.md").exists()
+
+
+def test_uninstalling_what_is_not_there_is_fine(place: Place) -> None:
+    done = place.install("sh", "--uninstall")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
+    assert place.listing() == {}
+
+
+def test_uninstalling_works_when_the_python_is_gone(place: Place) -> None:
+    place.give_yaml()
+    python = place.folder / "gone"
+    python.symlink_to(BASE_PYTHON)
+    orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    python.unlink()
+    done = place.install("sh", "--uninstall")
+    assert done.returncode == 0, done
+    assert not os.path.exists(place.home / ".orchestra")
+
+
+@every_shell
+def test_install_sh_refuses_what_it_does_not_know(place: Place, shell: str) -> None:
+    for word in ("--help-me", "uninstall", "-x"):
+        assert_refused(place.install(shell, word), f"{word}: expected nothing or --uninstall")
+    assert_refused(place.install(shell, environ={"HOME": None}), "HOME: expected an absolute path, got ''")
+    assert_refused(place.install(shell, environ={"HOME": "here"}), "HOME: expected an absolute path, got 'here'")
+    assert place.listing() == {}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
+def test_install_sh_has_launchd_run_the_daemon_on_macos(place: Place) -> None:
+    place.give_yaml()
+    place.make_tool("uname", "echo Darwin")
+    done = place.install()
+    # The script knows better where it runs.
+    assert done.returncode == 2
+    assert "orchestra: launchd error: launchd management is only supported on macOS" in done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
+def test_shellcheck_finds_nothing_in_install_sh(place: Place) -> None:
+    done = place.run("shellcheck", INSTALLER)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 # ── 13 Commands ───────────────────────────────────────────────────────────────
