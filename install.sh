@@ -29,7 +29,7 @@ find_python() {
         command -v "$ORCHESTRA_PYTHON"
         return
     fi
-    for python in python3 python3.13 python3.12 python3.11 python3.10 python3.9; do
+    for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
         if command -v "$python" >/dev/null 2>&1 && ! is_shim "$python" && works "$python"; then
             command -v "$python"
             return

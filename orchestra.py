@@ -16,6 +16,8 @@
                                  ▼  3 backed up, then replaced in one step
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
+    The daemon:  a YAML file is saved ──9──► hint ──► what changed ──► debounced ──11──► job ──► Plan, as above
+
 Contents
      1 Errors              what the user can put right, one class
      2 Places              every path below the home folder
@@ -39,7 +41,7 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 9) or sys.platform == "win32":
-    # Said before anything below can fail on it.
+    # Python 3.7 and 3.8 get this far, and no farther.
     found = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}"
     sys.stderr.write(f"orchestra: expected Python 3.9 or newer on macOS or Linux, got {found}\n")
     sys.exit(2)
@@ -53,7 +55,7 @@ import os
 import re
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 if TYPE_CHECKING:
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 __version__ = "0.1.0"
+
+Clock = Callable[[], float]  # gives seconds
 
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
@@ -135,6 +139,11 @@ class DaemonNotRunning(DaemonError):
 def visible(text: str) -> str:
     """Spell out what would not show on a line of its own: line ends, escapes, half characters."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def excerpt(text: str) -> str:
+    """Quote the beginning of a text that may be long."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def explain_os_error(error: OSError) -> str:
@@ -281,8 +290,9 @@ def expand_home(home: str, path: str) -> str:
 
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
-# The only code that changes files on disk. A reader of any file sees its old text or its new one;
-# a file that is not as it was when the change was planned is not touched (`FileChanged`).
+# All changes to the user's files, the registry's and Orchestra's own are made here (pip and the socket make theirs).
+# A reader of any file sees its old text or its new one; a file that is not as it was when the change was planned is
+# not touched (`FileChanged`).
 
 LOCK_TIMEOUT = 30.0  # seconds
 
@@ -375,7 +385,7 @@ def follow_link(path: str) -> str:
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def file_age(path: str, clock: Callable[[], float]) -> float:
+def file_age(path: str, clock: Clock) -> float:
     """Give the seconds since a file was last written, 0 for one that is gone."""
     try:
         return clock() - os.stat(path).st_mtime
@@ -612,7 +622,8 @@ def open_log(path: str) -> int:
     """Open a log file for appending; raises IoError."""
     with blame(path):
         make_private_folder(os.path.dirname(path))
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        # O_NONBLOCK: a FIFO is an error instead of a wait for its reader.
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
 
 
 def rotate_log(path: str, kept: int) -> None:
@@ -644,7 +655,7 @@ def open_standard_streams() -> None:
 BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
 
 
-def back_up(home: str, key: Key, path: str, disk: Disk, why: str, lock: Lock, clock: Callable[[], float]) -> str:
+def back_up(home: str, key: Key, path: str, disk: Disk, why: str, lock: Lock, clock: Clock) -> str:
     """Keep a file's bytes before they are replaced, and return the time they are kept under.
 
     A version that is already the newest one kept is not kept again. Raises IoError.
@@ -838,15 +849,22 @@ class Registry(NamedTuple):
                 f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too"
             )
         raise RegistryError(
-            f"codebase {name}: expected a registered name, got an unknown one", "orchestra project list"
+            f"codebase {_shorten(name)}: expected a registered name, got an unknown one", "orchestra project list"
         )
+
+    def readable(self, name: str) -> Codebase:
+        """Find a codebase by name whose file could be read; raises RegistryError."""
+        key = self.find(name)
+        if key in self.broken:
+            raise error_for(self.broken[key])
+        return self.codebases[key]
 
     @property
     def problems(self) -> list[Problem]:
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
 
-def now_rfc3339(clock: Callable[[], float] = time.time) -> str:
+def now_rfc3339(clock: Clock = time.time) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
 
 
@@ -859,8 +877,16 @@ def check_name(kind: str, name: str) -> None:
     if kind == "codebase" and name.casefold() == "project":
         expected = "any name but project (project.yaml describes the project itself)"
     if expected:
-        shown = repr(name if len(name) <= 40 else name[:37] + "...")
-        raise RegistryError(f"{kind} name: expected {expected}, got {shown}", f"choose another {kind} name")
+        raise RegistryError(f"{kind} name: expected {expected}, got {excerpt(name)}", f"choose another {kind} name")
+
+
+def is_valid_key(key: Key) -> bool:
+    try:
+        check_name("project", key[0])
+        check_name("codebase", key[1])
+    except RegistryError:
+        return False
+    return True
 
 
 def _name_rule_broken(name: str) -> str:
@@ -876,6 +902,10 @@ def _name_rule_broken(name: str) -> str:
     if name[0] in ".#" or name[-1] == "~":
         return "a name that starts with neither . nor # and does not end in ~"
     return ""
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 2 * MAX_NAME else excerpt(name)
 
 
 def label_for(key: Key) -> str:
@@ -1022,7 +1052,7 @@ def name_node(node: YamlNode) -> str:
     if is_null(node):
         return "nothing"
     if isinstance(node.value, str):
-        return repr(node.value if len(node.value) <= 40 else node.value[:37] + "...")
+        return excerpt(node.value)
     return "a mapping" if node.id == "mapping" else "a list"
 
 
@@ -1367,9 +1397,7 @@ def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Regi
     Costs what it reads, however large the registry.
     """
     again = {*keys, *registry.broken}
-    owners = dict(registry.owners)
-    for key in again & registry.codebases.keys():
-        del owners[codebase_root(home, registry.codebases[key])]
+    owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
     others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
     present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
     return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
@@ -1387,8 +1415,8 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry) -> Registry:
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
         owner = owners.get(root, key)
-        if not os.path.lexists(codebase_path(home, owner)):  # its file was renamed a moment ago
-            del codebases[owner]
+        if owner != key and not os.path.lexists(codebase_path(home, owner)):  # its file was renamed a moment ago
+            codebases.pop(owner, None)
             owner = key
         winner, loser = _settle_claim(codebases, key, owner)
         owners[root] = winner
@@ -1441,7 +1469,7 @@ def error_for(problems: Sequence[Problem]) -> RegistryError:
 # Writing
 
 
-def save_codebase(home: str, codebase: Codebase, clock: Callable[[], float] = time.time) -> None:
+def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
 
     Where that cannot be, the file is written afresh and the old one is kept in the backups. Raises
@@ -1475,7 +1503,7 @@ def create_registry_file(home: str, file: str, values: Mapping[str, Any]) -> boo
     return True
 
 
-def retire_codebase(home: str, key: Key, clock: Callable[[], float] = time.time) -> str:
+def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
     file = codebase_path(home, key)
     with _registry_turn(home) as lock:
@@ -1487,12 +1515,9 @@ def retire_codebase(home: str, key: Key, clock: Callable[[], float] = time.time)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
-@contextmanager
-def _registry_turn(home: str) -> Iterator[Lock]:
-    with hold_lock(
-        registry_lock_path(home), lambda: [*folders_below(projects_root(home)), *folders_below(backups_root(home))]
-    ) as lock:
-        yield lock
+def _registry_turn(home: str) -> AbstractContextManager[Lock]:
+    places = (projects_root(home), backups_root(home))
+    return hold_lock(registry_lock_path(home), lambda: [folder for place in places for folder in folders_below(place)])
 
 
 def values_of(record: Any) -> dict[str, Any]:
@@ -2338,6 +2363,8 @@ def check_parents(root: str, path: str) -> None:
             real = os.path.realpath(folder)
             if not real.startswith(root.rstrip("/") + "/"):
                 raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
+            if not os.path.exists(real):
+                raise SyncError(f"expected a folder, got a link to {real}, where nothing is")
             mode = os.stat(folder).st_mode
         if not stat.S_ISDIR(mode):
             raise SyncError(f"expected {'/'.join(parts[: i + 1])} to be a folder, got a file: move its text into one")
@@ -2389,18 +2416,24 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
     if not is_folder:
         raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
     root = os.path.realpath(path)
-    owner = owners.get(root, codebase.key)
-    if owner != codebase.key:
+    owner = None if root == path else _owner_of(root, codebase.key, owners)
+    if owner:
         raise SyncError(
             f"{path}: expected a folder of its own, got a link to {root}, which {label_for(owner)} has", hint
         )
     return root
 
 
+def _owner_of(root: str, key: Key, owners: Mapping[str, Key]) -> Optional[Key]:
+    """Find who else has a folder that was reached by a link: who names it outright, or else the first by name."""
+    others = ((path, owner) for path, owner in owners.items() if owner != key and (path == root or owner < key))
+    return next((owner for path, owner in others if os.path.realpath(path) == root), None)
+
+
 def hides_agents_md(root: str, codebase: Codebase) -> bool:
     """Say whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
 
-    Claude Code reads AGENTS.md only where there is no CLAUDE.md (agents' table, October 2026). Where
+    Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation, October 2026). Where
     CLAUDE.md has the user's own text, that was so before Orchestra came.
     """
     if "claude" not in targets_of(codebase):
@@ -2461,8 +2494,9 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     joins = dict(record.joins)
     folders = set(record.folders)
     for file in files:
-        if file.action == KEEP and file.digest and file.path not in record.files and find_user_text(file):
-            joins.setdefault(file.path, "\n")  # written elsewhere, as it is mostly written
+        if file.action == KEEP and file.digest and file.path not in record.files and text_before_block(file):
+            # The block came with the repository, from another machine: it will have been appended as usual.
+            joins.setdefault(file.path, "\n")
         if file.action == CREATE:
             if file.join is not None:
                 joins[file.path] = file.join
@@ -2478,8 +2512,8 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     )
 
 
-def find_user_text(file: FilePlan) -> bytes:
-    """Give what stands in front of a shared file's block."""
+def text_before_block(file: FilePlan) -> bytes:
+    """Give the user's text in front of a shared file's block."""
     span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
     return b"" if span is None else file.before.data[: span.start].strip(b"\xef\xbb\xbf")
 
@@ -2500,7 +2534,7 @@ def sync_codebase(
     owners: Mapping[str, Key] = {},
     dry_run: bool = False,
     purge: bool = False,
-    clock: Callable[[], float] = time.time,
+    clock: Clock = time.time,
 ) -> SyncCodebaseResult:
     """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
     key = codebase.key
@@ -2524,7 +2558,7 @@ def _sync_until_done(
     owners: Mapping[str, Key],
     purge: bool,
     lock: Lock,
-    clock: Callable[[], float],
+    clock: Clock,
 ) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
     if not purge and not is_current(home, codebase):
@@ -2547,12 +2581,16 @@ def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
 
 
 def plan_problems(key: Key, plan: Plan) -> tuple[Problem, ...]:
+    return tuple(Problem(f"{label_for(key)}: {paths}", text) for paths, text in group_problems(plan))
+
+
+def group_problems(plan: Plan) -> list[tuple[str, str]]:
     """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
     by_text: dict[str, list[str]] = {}
     for file in plan.files:
         if file.problem:
             by_text.setdefault(file.problem, []).append(file.path)
-    return tuple(Problem(f"{label_for(key)}: {', '.join(paths)}", text) for text, paths in by_text.items())
+    return [(", ".join(paths), text) for text, paths in by_text.items()]
 
 
 def _sweep_folders(home: str, key: Key, root: str) -> list[str]:
@@ -2560,7 +2598,7 @@ def _sweep_folders(home: str, key: Key, root: str) -> list[str]:
     return [*managed, os.path.dirname(record_path(home, key)), *folders_below(backups_of(home, key))]
 
 
-def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Callable[[], float]) -> Plan:
+def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
     record = plan.record._replace(synced_at=now_rfc3339(clock))
     save_record(home, key, record, lock)
@@ -2582,7 +2620,7 @@ def _remove_if_empty(root: str, folder: str) -> bool:
     return remove_empty_folder(os.path.join(root, folder))
 
 
-def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Callable[[], float]) -> FilePlan:
+def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
     try:
         return _write_file(home, key, plan.root, file, lock, clock)
     except FileChanged:
@@ -2592,7 +2630,7 @@ def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clo
         return file._replace(action=SKIP, problem=_describe(error))
 
 
-def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Callable[[], float]) -> FilePlan:
+def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
     path = os.path.join(root, file.path)
     if file.action in BACKED_UP:
         when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock, clock)
@@ -2622,7 +2660,7 @@ def _has_user_text(file: FilePlan) -> bool:
 # Restore
 
 
-def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Callable[[], float] = time.time) -> bool:
+def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
     """Put a kept version back, and say whether that changed anything; what it replaces is kept in turn.
 
     Of a shared file only the block is put back, since the text around it is the user's. Raises SyncError, IoError.
@@ -2715,15 +2753,15 @@ class Status(NamedTuple):
         }
 
 
-def judge_plan(key: Key, plan: Plan) -> tuple[str, str]:
+def judge_plan(plan: Plan) -> tuple[str, str]:
     """Put a plan into a status and its detail; the first that applies, in the order of the tests below."""
-    problems = plan_problems(key, plan)
+    problems = group_problems(plan)
     record = plan.old_record
     by_action: dict[str, list[str]] = {}
     for file in plan.files:
         by_action.setdefault(_kind_of_change(file, record), []).append(file.path)
     if problems:
-        return ERROR, "; ".join(f"{p.where.partition(': ')[2]}: {p.message}" for p in problems)
+        return ERROR, "; ".join(f"{paths}: {text}" for paths, text in problems)
     if not plan.writes:
         return CURRENT, ""
     if record is None:
@@ -2751,20 +2789,20 @@ def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
 
 
 def check_staleness(
-    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, clock: Callable[[], float] = time.time
+    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, clock: Clock = time.time
 ) -> Staleness:
     """Judge one codebase; what goes wrong is its status `error`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
     record = load_record(home, codebase.key)
     try:
-        status, detail = judge_plan(codebase.key, plan_codebase(home, codebase, owners))
+        status, detail = judge_plan(plan_codebase(home, codebase, owners))
     except OrchestraError as error:
         status, detail = ERROR, str(error)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
 
-def age_of(when: Optional[str], clock: Callable[[], float]) -> Optional[int]:
+def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
     """Give the age of an RFC 3339 time in whole seconds, None where there is none."""
     from datetime import datetime
 
@@ -2775,9 +2813,7 @@ def age_of(when: Optional[str], clock: Callable[[], float]) -> Optional[int]:
     return max(0, int(clock() - then))
 
 
-def scan_staleness(
-    home: str, registry: Registry, project: Optional[str] = None, clock: Callable[[], float] = time.time
-) -> Status:
+def scan_staleness(home: str, registry: Registry, project: Optional[str] = None, clock: Clock = time.time) -> Status:
     """Judge every codebase of the registry, or of one project."""
     entries = []
     for key in registry.keys:
@@ -2795,11 +2831,11 @@ def _lines_of(data: bytes) -> list[str]:
     return [line for line in re.split(r"(?<=\n)", data.decode("utf-8", "replace")) if line]
 
 
-def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ...]]:
+def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}) -> tuple[str, tuple[Problem, ...]]:
     """Write a unified diff of what sync would do, with the problems that keep files out of it."""
     import difflib
 
-    plan = plan_codebase(home, codebase)
+    plan = plan_codebase(home, codebase, owners)
     parts: list[str] = []
     for file in plan.files:
         if file.writes and file.action != RELEASE:
@@ -2819,6 +2855,7 @@ def diff_codebase(home: str, codebase: Codebase) -> tuple[str, tuple[Problem, ..
 
 POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
+MAX_READS = 4  # of a source's events in one go
 MAX_LINKS = 40  # followed from one name, as Linux does
 RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
 KQUEUE_RESERVE = 128  # descriptors not spent on watches
@@ -2916,11 +2953,11 @@ class InotifySource(PollingSource):
 
     def drain(self) -> Hints:
         hints: set[str] = set()
-        while True:
+        for _ in range(MAX_READS):  # then the others' turn; what is left keeps the descriptor readable
             try:
                 data = os.read(self._fd, 1 << 16)
             except BlockingIOError:
-                return hints
+                break
             for wd, mask, name in self._parse(data):
                 if mask & self.IN_Q_OVERFLOW:
                     return None
@@ -2928,6 +2965,7 @@ class InotifySource(PollingSource):
                     hints.add(os.path.join(folder, name) if name else folder)
                 if mask & self.IN_IGNORED:
                     self._paths.pop(wd, None)
+        return hints
 
     def _parse(self, data: bytes) -> Iterator[tuple[int, int, str]]:
         at = 0
@@ -3050,7 +3088,7 @@ class Watcher:
     Raises nothing for what users and editors do to the tree meanwhile; what cannot be watched is polled.
     """
 
-    def __init__(self, home: str, source: PollingSource, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, home: str, source: PollingSource, clock: Clock = time.time) -> None:
         self.source = source
         self.must_poll = source.fileno() < 0
         self._root = projects_root(home)
@@ -3179,7 +3217,11 @@ class Watcher:
             self._anchor_name(onward or path)
             if onward is None:
                 return
-            path = os.path.join(os.path.dirname(onward), os.readlink(onward)) + path[len(onward) :]
+            try:
+                target = os.readlink(onward)
+            except OSError:
+                return  # gone or replaced meanwhile, which the watch just set tells of
+            path = os.path.join(os.path.dirname(onward), target) + path[len(onward) :]
 
     def _anchor_name(self, path: str) -> None:
         """Watch the nearest folder above a path that is there, set before it is asked which that is."""
@@ -3225,7 +3267,7 @@ class Debouncer:
     `window` is in seconds of `clock`.
     """
 
-    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Clock = time.monotonic) -> None:
         self._window = window
         self._clock = clock
         self._open_until: dict[Any, float] = {}
@@ -3312,21 +3354,17 @@ def parse_request(line: bytes) -> Request:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise ProtocolError(f"request: expected JSON, got {_excerpt(text)}") from None
+        raise ProtocolError(f"request: expected JSON, got {excerpt(text)}") from None
     if not isinstance(value, dict):
-        raise ProtocolError(f"request: expected a JSON object, got {_excerpt(text)}")
+        raise ProtocolError(f"request: expected a JSON object, got {excerpt(text)}")
     cmd, codebase = value.get("cmd"), value.get("codebase")
     if not isinstance(cmd, str):
-        raise ProtocolError(f"cmd: expected status, sync or stop, got {_excerpt(json.dumps(cmd))}")
+        raise ProtocolError(f"cmd: expected status, sync or stop, got {excerpt(json.dumps(cmd))}")
     if cmd not in ("status", "sync", "stop"):
-        raise ProtocolError(f"cmd: expected status, sync or stop, got unknown command {_excerpt(cmd)}")
+        raise ProtocolError(f"cmd: expected status, sync or stop, got unknown command {excerpt(cmd)}")
     if not isinstance(codebase, (str, type(None))):
-        raise ProtocolError(f"codebase: expected text, got {_excerpt(json.dumps(codebase))}")
+        raise ProtocolError(f"codebase: expected text, got {excerpt(json.dumps(codebase))}")
     return Request(cmd, codebase)
-
-
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
@@ -3368,7 +3406,7 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
         except OSError as error:
             raise ProtocolError(f"{path}: expected a reply, got: {explain_os_error(error)}") from error
     if not isinstance(reply, dict) or "ok" not in reply:
-        raise ProtocolError(f"{path}: expected a reply with ok, got {_excerpt(json.dumps(reply))}")
+        raise ProtocolError(f"{path}: expected a reply with ok, got {excerpt(json.dumps(reply))}")
     if not reply["ok"]:
         message = str(reply.get("error"))
         raise DaemonBusy(message) if message.startswith(TOO_MANY_CLIENTS) else ProtocolError(message)
@@ -3393,7 +3431,7 @@ def _read_reply(client: Any) -> Any:
     try:
         return json.loads(data)
     except ValueError:
-        raise ProtocolError(f"daemon: expected JSON, got {_excerpt(data.decode('utf-8', 'replace'))}") from None
+        raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
 
 
 def request_status(home: str) -> Any:
@@ -3420,6 +3458,9 @@ def request_stop(home: str) -> Any:
 # The loop thread owns the selector: watcher, sockets, signals, timers. One worker thread does the syncing, so
 # that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
 # the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
+#
+# A registry file that breaks while it is watched may have been caught half-written. It is a suspect: what was known
+# of its codebase stays, and it is read again one debounce window later. Still broken then, it is a problem.
 
 QUEUE_SIZE = 64
 MAX_CLIENTS = 128
@@ -3429,6 +3470,7 @@ STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
 LOG_LIMIT = 10 << 20  # bytes a log file may have
 LOGS_KEPT = 5
 FOLLOW_PAUSE = 0.2  # seconds
+PIPE_PIECE = 512  # bytes that a pipe which can be written takes whole: POSIX's least PIPE_BUF
 TAIL_STEP = 64 << 10  # bytes
 MAX_LOGGED_ERRORS = 10  # of one job
 MAX_DESCRIPTORS = 10240
@@ -3438,7 +3480,7 @@ REQUESTS_A_TURN = 32  # of one client, then the others are served
 SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
 
-SyncTarget = SyncScope  # the seed's name for the scope of a job
+SyncTarget = SyncScope  # what a job is for
 
 
 # Logs
@@ -3447,11 +3489,11 @@ SyncTarget = SyncScope  # the seed's name for the scope of a job
 class Log:
     """Write events, a line each, to the log files, and to stdout and stderr where those go elsewhere.
 
-    INFO goes to daemon.log, WARNING and above to daemon-err.log too. A full disk or a closed terminal does not
+    INFO goes to daemon.log, WARNING to daemon-err.log too. A full disk or a closed terminal does not
     stop the daemon.
     """
 
-    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Clock = time.time) -> None:
         self._clock = clock
         self._out = LogFile(stdout_log_path(home), 1, limit)
         self._err = LogFile(stderr_log_path(home), 2, limit)
@@ -3501,18 +3543,16 @@ class LogFile:
         is_stream = self.is_at(self._stream)
         try:
             if os.fstat(self._fd).st_size + len(line) > self._limit:
-                self._rotate(is_stream)
+                rotate_log(self._path, LOGS_KEPT)
+            if not os.path.exists(self._path):  # rotated, or removed by somebody
+                self._reopen(is_stream)
             os.write(self._fd, line)
-        except OSError:
+        except (OSError, IoError):
             pass  # what cannot be logged must not stop what it tells of
-        try:
-            if echo and not is_stream:
-                os.write(self._stream, line)
-        except OSError:
-            pass  # the terminal is gone
+        if echo and not is_stream:
+            _write_if_taken(self._stream, line)
 
-    def _rotate(self, is_stream: bool) -> None:
-        rotate_log(self._path, LOGS_KEPT)
+    def _reopen(self, is_stream: bool) -> None:
         new = open_log(self._path)
         os.dup2(new, self._fd, inheritable=False)
         os.close(new)
@@ -3521,6 +3561,19 @@ class LogFile:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _write_if_taken(stream: int, line: bytes) -> None:
+    """Write to a stream as long as it takes it at once: a reader that has stopped must not stop the daemon."""
+    import select
+
+    while line:
+        try:
+            if not select.select([], [stream], [], 0)[1]:
+                return
+            line = line[os.write(stream, line[:PIPE_PIECE]) :]
+        except (OSError, ValueError):
+            return  # the terminal is gone
 
 
 # The sync processor
@@ -3541,7 +3594,7 @@ class RegistryCache(NamedTuple):
 
 
 class SyncJob(NamedTuple):
-    """Work for the processor. `source` is start, watcher, socket or staleness.
+    """Work for the processor. `source` is start, watcher, socket, staleness, or bug for one that is told twice.
 
     `changed` are the keys whose files differ; `suspects` those of them that were found broken once already.
     """
@@ -3574,6 +3627,7 @@ class JobOutcome(NamedTuple):
     job: SyncJob
     summary: Optional[SyncSummary] = None
     error: str = ""
+    is_bug: bool = False
     suspects: frozenset[Key] = frozenset()  # broken for the first time: perhaps caught half-written
     statuses: Mapping[str, int] = {}  # of a staleness scan
 
@@ -3623,9 +3677,11 @@ def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
 
 
 def _keep_old(registry: Registry, old: Registry, keys: Iterable[Key]) -> Registry:
-    kept = {key: old.codebases[key] for key in keys}
+    """Let codebases stay as they were known, unless somebody else has their folder by now."""
+    roots = {key: root for root, key in old.owners.items()}
+    kept = {key: old.codebases[key] for key in keys if roots.get(key) not in registry.owners}
     broken = {key: problems for key, problems in registry.broken.items() if key not in kept}
-    owners = {root: key for root, key in old.owners.items() if key in kept}
+    owners = {roots[key]: key for key in kept if key in roots}
     return registry._replace(
         codebases={**registry.codebases, **kept}, broken=broken, owners={**owners, **registry.owners}
     )
@@ -3707,7 +3763,11 @@ class SyncProcessor:
         while True:
             job = self.jobs.get()
             if job is not None:
-                self.outcomes.append(self._do(job))
+                outcome = self._do(job)
+                if outcome.is_bug and self._start_afresh():
+                    self.outcomes.append(outcome._replace(job=job._replace(source="bug", respond_to=None)))
+                    outcome = self._do(job)
+                self.outcomes.append(outcome)
             self._wake()
             if job is None:
                 return
@@ -3723,7 +3783,15 @@ class SyncProcessor:
         except Exception:  # our bug: it belongs in the log, and the daemon goes on
             import traceback
 
-            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}")
+            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}", is_bug=True)
+
+    def _start_afresh(self) -> bool:
+        """Forget what may be at fault, so that no bug in keeping it can cost a save."""
+        try:
+            self.cache = load_cache(self._home)
+        except Exception:  # then the bug is elsewhere, and has been told
+            return False
+        return True
 
     def _count_statuses(self) -> dict[str, int]:
         """Scan for staleness, until something more urgent comes in."""
@@ -3772,7 +3840,7 @@ class SocketServer:
         selector: Any,
         handle: Callable[[Request, Client], None],
         max_clients: int = MAX_CLIENTS,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._listener = listener
         self._selector = selector
@@ -3816,6 +3884,8 @@ class SocketServer:
 
     def _accept(self, mask: int) -> None:
         for _ in range(64):  # then the others' turn
+            if self._listener is None:
+                return  # stopped by another client of the same turn
             try:
                 connection, _address = self._listener.accept()
             except BlockingIOError:
@@ -4047,6 +4117,7 @@ class Daemon:
         if lock is None:
             raise DaemonError(f"daemon socket already in use: {socket_path(self.home)}", "orchestra daemon status")
         self._opened.append(functools.partial(os.close, lock))
+        self._lock = lock
         limit = raise_descriptor_limit()
         self._log = Log(self.home)
         self._opened.append(self._log.close)
@@ -4066,7 +4137,7 @@ class Daemon:
         self._selector.register(self._wake_out, READABLE, self._on_wake)
         self._processor = SyncProcessor(self.home, load_cache(self.home), self._wake)
         listener = open_listener(self.home)
-        self._opened.append(functools.partial(remove_private, socket_path(self.home)))
+        self._opened.append(self._remove_socket)
         max_clients = max(4, min(MAX_CLIENTS, limit - 32))
         self._server = SocketServer(listener, self._selector, self.handle_request, max_clients)
         self._opened.append(self._server.close)
@@ -4079,6 +4150,17 @@ class Daemon:
         for undo in reversed(self._opened):
             undo()
         self._opened.clear()
+
+    def _remove_socket(self) -> None:
+        if self._has_lock():
+            remove_private(socket_path(self.home))
+
+    def _has_lock(self) -> bool:
+        """Say whether the lock is still the one others look at: if ~/.orchestra was removed, it is not."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(daemon_lock_path(self.home)))
+        except OSError:
+            return False
 
     def run(self) -> int:
         """Serve until stopped by the socket or by SIGINT or SIGTERM; return the exit status."""
@@ -4118,6 +4200,9 @@ class Daemon:
     def _do_due(self) -> None:
         now = self._clock()
         if now >= self._rescan_at:
+            if not self._has_lock():
+                self._stop("the lock file was removed")
+                return
             self._note(self._watcher.look())
             self._debouncer.note(self._failed)
             self._failed = frozenset()
@@ -4142,6 +4227,8 @@ class Daemon:
 
     def _on_hints(self, mask: int) -> None:
         self._note(self._watcher.drain())
+        if not os.path.exists(projects_root(self.home)) and not self._has_lock():
+            self._stop("the lock file was removed")
         if self._watcher.must_poll:
             self._rescan_at = min(self._rescan_at, self._clock() + self._watcher.interval)
 
@@ -4274,7 +4361,7 @@ def encode_outcome(outcome: JobOutcome) -> bytes:
     """Write a sync's reply: an error where it could not be done, or all of its codebases failed."""
     summary = outcome.summary
     if summary is None:
-        return encode_error(outcome.error)
+        return encode_error(outcome.error.strip().rpartition("\n")[2] if outcome.is_bug else outcome.error)
     if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
         return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
     return encode_reply(summary.as_reply())
@@ -4288,7 +4375,8 @@ def key_of_change(home: str, path: str, is_saved: bool) -> Key:
         return STRAY
     if name == "project.yaml":
         return EVERYTHING if is_saved else STRAY
-    return (project, name[:-5])
+    key = (project, name[:-5])
+    return key if is_valid_key(key) else STRAY
 
 
 def start_blocking(home: str) -> int:
@@ -4456,11 +4544,12 @@ def fetch_yaml(
         return
     if environ.get("ORCHESTRA_NO_FETCH"):
         raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
-    with hold_lock(pip_lock_path(home), tuple, timeout=PIP_TIMEOUT) as lock:
+    with hold_lock(pip_lock_path(home), tuple, timeout=PIP_TIMEOUT):
         if os.path.isdir(os.path.join(lib, "yaml")):
             return  # somebody else's first run has just fetched it
         tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
-        temporary = temporary_path(os.path.dirname(lib), lock.token)
+        temporary = f"{lib}.new"
+        remove_private_folder(temporary)  # a killed fetch left it
         # With --target neither of the two settings makes sense, and pip refuses.
         command = ["/usr/bin/env", "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0", python, "-m", "pip", "install"]
         options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--target", temporary]
@@ -4508,6 +4597,8 @@ def install_program(home: str, python: str, script: str) -> str:
     if disk.kind != "file":
         raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
     save_private(installed_script_path(home), disk.data, new_token())
+    # Bytecode is matched by size and whole seconds: an upgrade of the same size within one would run the old.
+    remove_private_folder(os.path.join(os.path.dirname(installed_script_path(home)), "__pycache__"))
     save_private(binary_path(home), launcher_for(home, python).encode(), new_token(), mode=0o700)
     return binary_path(home)
 
@@ -4534,6 +4625,14 @@ def check_link(home: str) -> None:
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{folder}: expected a folder that can be written, found otherwise")
+
+
+def install_self(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> str:
+    """Install the running script, with PyYAML for the Python chosen for it; return the executable's path."""
+    python = choose_python(run)
+    if run([python, "-I", "-c", "import yaml"], PROGRAM_TIMEOUT).code:
+        fetch_yaml(home, python, environ, tell, run)
+    return install_program(home, python, os.path.abspath(__file__))
 
 
 # launchd
@@ -4566,7 +4665,7 @@ class Launchd:
         self,
         run: Runner = run_program,
         uid: Optional[int] = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._run = run
@@ -4837,14 +4936,15 @@ def _register_new(home: str, registry: Registry, key: Key, path: str, project_ty
         raise error_for(problems)
     targets, source = found.targets, "found there"
     if not targets:
-        targets = project.targets or DEFAULT_TARGETS
-        source = "as project.yaml says" if project.targets else "by default"
+        inherits = project.targets is not None
+        targets = project.targets if project.targets is not None else DEFAULT_TARGETS
+        source = "as project.yaml says" if inherits else "by default"
     now = now_rfc3339()
     codebase = Codebase(
         *key,
         path,
         found.description,
-        targets=None if project.targets and not found.targets else targets,
+        targets=None if project.targets is not None and not found.targets else targets,
         commands=found.commands,
         skills=found.skills,
         projects=(Component(key[1], project_type or found.project_type),),
@@ -5025,17 +5125,9 @@ def _describe_staleness(entry: Staleness) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in names}
 
 
-def find_codebase(home: str, name: str) -> Codebase:
-    """Find a registered codebase that can be read; raises RegistryError."""
-    registry = load_registry(home)
-    key = registry.find(name)
-    if key in registry.broken:
-        raise error_for(registry.broken[key])
-    return registry.codebases[key]
-
-
 def cmd_diff(home: str, args: argparse.Namespace) -> int:
-    text, problems = diff_codebase(home, find_codebase(home, args.codebase))
+    registry = load_registry(home)
+    text, problems = diff_codebase(home, registry.readable(args.codebase), registry.owners)
     sys.stdout.write(text)
     return report_all(problems) or (OUT_OF_DATE if args.exit_code and text else OK)
 
@@ -5044,7 +5136,7 @@ def cmd_diff(home: str, args: argparse.Namespace) -> int:
 
 
 def cmd_restore(home: str, args: argparse.Namespace) -> int:
-    codebase = find_codebase(home, args.codebase)
+    codebase = load_registry(home).readable(args.codebase)
     backups = list_backups(home, codebase.key)
     if args.list:
         if backups:
@@ -5077,8 +5169,8 @@ def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional
 
 def cmd_edit(home: str, args: argparse.Namespace) -> int:
     key = load_registry(home).find(args.codebase)
-    run_editor(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi", codebase_path(home, key))
-    return report_all(read_codebase(home, key)[1])
+    run_editor(args.environ.get("VISUAL") or args.environ.get("EDITOR") or "vi", codebase_path(home, key))
+    return report_all(load_registry(home).broken.get(key, ()))
 
 
 # daemon
@@ -5102,7 +5194,7 @@ def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
 
 def cmd_daemon_install(home: str, args: argparse.Namespace) -> int:
     check_platform(sys.platform)
-    install_launchd(home, install_self(home), sys.platform, Launchd())
+    install_launchd(home, install_self(home, args.environ, say), sys.platform, Launchd())
     print(f"installed {DAEMON_LABEL}: {shorten_home(home, launchd_plist_path(home))}")
     return OK
 
@@ -5116,18 +5208,11 @@ def cmd_daemon_uninstall(home: str, args: argparse.Namespace) -> int:
 def cmd_self_install(home: str, args: argparse.Namespace) -> int:
     """Do the part of install.sh that needs Python: the program, PyYAML, the link."""
     check_link(home)
-    binary = install_self(home)
+    binary = install_self(home, args.environ, say)
     with blame(link_path(home)):
         make_link(binary, link_path(home))
     print(f"installed {shorten_home(home, link_path(home))}")
     return OK
-
-
-def install_self(home: str) -> str:
-    python = choose_python()
-    if run_program([python, "-I", "-c", "import yaml"], PROGRAM_TIMEOUT).code:
-        fetch_yaml(home, python, os.environ, say)
-    return install_program(home, python, os.path.abspath(__file__))
 
 
 def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
@@ -5268,6 +5353,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         home = find_home(environ)
         if args.needs_yaml:
             ensure_yaml(home, environ, say)
+        args.environ = environ
         status = args.run(home, args)
         sys.stdout.flush()
         return int(status)
