@@ -380,9 +380,17 @@ def _read_all(fd: int, step: int, limit: int) -> bytes:
     return data
 
 
+def real_path(path: str) -> str:
+    """Resolve all links of a path, as far as they can be."""
+    try:
+        return os.path.realpath(path)
+    except OSError:  # a link that went while it was followed
+        return path
+
+
 def follow_link(path: str) -> str:
     """Give the path that a link in the last place leads to; any other path stays as it is."""
-    return os.path.realpath(path) if os.path.islink(path) else path
+    return real_path(path) if os.path.islink(path) else path
 
 
 def file_age(path: str, clock: Clock) -> float:
@@ -1478,7 +1486,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     check_name("project", codebase.project)
     check_name("codebase", codebase.name)
     key, new = codebase.key, _node_for(values_of(codebase))
-    file = os.path.realpath(codebase_path(home, key))
+    file = real_path(codebase_path(home, key))
     with _registry_turn(home) as lock:
         disk = read_disk(file)
         text: Optional[str] = None
@@ -1507,7 +1515,7 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
     file = codebase_path(home, key)
     with _registry_turn(home) as lock:
-        disk = read_disk(os.path.realpath(file))
+        disk = read_disk(real_path(file))
         if disk.kind != "file":
             raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
         when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock, clock)
@@ -2360,7 +2368,7 @@ def check_parents(root: str, path: str) -> None:
         except FileNotFoundError:
             return
         if stat.S_ISLNK(mode):
-            real = os.path.realpath(folder)
+            real = real_path(folder)
             if not real.startswith(root.rstrip("/") + "/"):
                 raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
             if not os.path.exists(real):
@@ -2393,7 +2401,7 @@ def _skip_twins(root: str, files: Iterable[FilePlan]) -> Iterator[FilePlan]:
         place = os.path.join(root, file.path)
         if _has_link(root, file.path):
             folder, name = os.path.split(place)
-            place = os.path.join(os.path.realpath(folder), name)
+            place = os.path.join(real_path(folder), name)
         twin = places.setdefault(place, file.path)
         is_twin = twin != file.path and not file.problem
         yield FilePlan(file.path, SKIP, note=f"left alone: it is {twin} by another name") if is_twin else file
@@ -2415,7 +2423,7 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
             raise SyncError(f"{path}: expected the codebase's folder, found none", hint) from None
     if not is_folder:
         raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
-    root = os.path.realpath(path)
+    root = real_path(path)
     owner = None if root == path else _owner_of(root, codebase.key, owners)
     if owner:
         raise SyncError(
@@ -2427,7 +2435,7 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
 def _owner_of(root: str, key: Key, owners: Mapping[str, Key]) -> Optional[Key]:
     """Find who else has a folder that was reached by a link: who names it outright, or else the first by name."""
     others = ((path, owner) for path, owner in owners.items() if owner != key and (path == root or owner < key))
-    return next((owner for path, owner in others if os.path.realpath(path) == root), None)
+    return next((owner for path, owner in others if real_path(path) == root), None)
 
 
 def hides_agents_md(root: str, codebase: Codebase) -> bool:
@@ -3115,17 +3123,23 @@ class Watcher:
     def look(self, hints: Hints = None) -> Changes:
         """Compare with the disk what `hints` name, or everything."""
         self._saved, self._deleted = set(), set()
-        if hints is None or any(map(self._is_structural, hints)):
-            self._look_at_all()
-        else:
-            for path in hints:
-                if path in self._folders:
-                    self._look_at_folder(path)
-                elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
-                    if os.path.islink(path):
-                        self._anchor(path)
-                    self._look_at_file(path, trust_stamp=False)
+        try:
+            if hints is None or any(map(self._is_structural, hints)):
+                self._look_at_all()
+            else:
+                self._look_at_hints(hints)
+        except OSError:
+            self.must_poll = True  # something went while it was looked at: look again soon
         return Changes(frozenset(self._saved), frozenset(self._deleted))
+
+    def _look_at_hints(self, hints: set[str]) -> None:
+        for path in hints:
+            if path in self._folders:
+                self._look_at_folder(path)
+            elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
+                if os.path.islink(path):
+                    self._anchor(path)
+                self._look_at_file(path, trust_stamp=False)
 
     def _is_structural(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -4593,7 +4607,7 @@ def install_program(home: str, python: str, script: str) -> str:
 
     Imported, the script is compiled once; run as it stands, at every start. Raises IoError, UsageError.
     """
-    disk = read_disk(os.path.realpath(script))
+    disk = read_disk(real_path(script))
     if disk.kind != "file":
         raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
     save_private(installed_script_path(home), disk.data, new_token())
@@ -4903,7 +4917,7 @@ def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
         raise error_for(registry.broken[key])
     for other in registry.codebases.values():
         folder = codebase_root(home, other)
-        same = folder == path or os.path.realpath(folder) == os.path.realpath(path)
+        same = folder == path or real_path(folder) == real_path(path)
         if other.key == key and not same:
             raise RegistryError(
                 f"codebase {label_for(key)}: expected the folder {path}, got {folder}: the name is taken",
@@ -5037,8 +5051,8 @@ def cmd_sync(home: str, args: argparse.Namespace) -> int:
 
 def _key_of_current_folder(home: str) -> Key:
     with blame("the current folder"):
-        here = os.path.realpath(os.getcwd())
-    roots = {os.path.realpath(codebase_root(home, codebase)): codebase.key for codebase in list_codebases(home)}
+        here = real_path(os.getcwd())
+    roots = {real_path(codebase_root(home, codebase)): codebase.key for codebase in list_codebases(home)}
     around = [root for root in roots if here == root or here.startswith(root + os.sep)]
     if not around:
         raise UsageError(

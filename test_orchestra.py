@@ -393,10 +393,14 @@ class Live:
         return subprocess.run(self.command(*argv), check=False, timeout=60, stdin=subprocess.DEVNULL, **options)
 
     def answers(self) -> bool:
+        return self.served_by() != 0
+
+    def served_by(self) -> int:
+        """Give the process that answers on the socket, 0 for none."""
         try:
-            return bool(self.status()["running"])
+            return int(self.status()["pid"])
         except orchestra.DaemonError:
-            return False
+            return 0
 
     def status(self) -> Any:
         return orchestra.send_request(self.path, {"cmd": "status"}, 60)
@@ -5243,6 +5247,20 @@ def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Live, monkeyp
     assert watcher.look().saved == {str(file)}
 
 
+def test_a_link_that_comes_and_goes_stops_nothing(served: Live) -> None:
+    file = served.save("shop/one")
+    target = served.code / "one.yaml"
+    target.write_text(served.text("shop/one"))
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        file.unlink()
+        file.symlink_to(target)
+        file.unlink()
+        file.write_text(served.text("shop/one"))
+    served.save("shop/one", "last")
+    wait_until(lambda: served.has("last", "shop/one"))
+
+
 def test_a_client_that_connects_in_the_turn_of_a_stop_does_no_harm(live: Live) -> None:
     daemon = live.start()
     live.wait_for_start_job()
@@ -5287,10 +5305,10 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
     first = live.start()
     shutil.rmtree(orchestra.run_dir(live.path))
     second = live.start(wait=False)
-    wait_until(lambda: live.answers() and live.status()["pid"] == second.pid)
+    wait_until(lambda: live.served_by() == second.pid)
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) == 0
-    assert live.status()["pid"] == second.pid
+    assert live.served_by() == second.pid
     live.stop(second)
 
 
