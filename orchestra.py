@@ -5328,8 +5328,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _line_count(text: str) -> int:
+    import argparse
+
     if not text.isascii() or not text.isdigit():
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {excerpt(text)}")
     return int(text)
 
 
