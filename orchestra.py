@@ -2424,7 +2424,7 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
     if not is_folder:
         raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
     root = real_path(path)
-    owner = None if root == path else _owner_of(root, codebase.key, owners)
+    owner = None if root == path else _owner_of(path, root, codebase.key, owners)
     if owner:
         raise SyncError(
             f"{path}: expected a folder of its own, got a link to {root}, which {label_for(owner)} has", hint
@@ -2432,10 +2432,14 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
     return root
 
 
-def _owner_of(root: str, key: Key, owners: Mapping[str, Key]) -> Optional[Key]:
+def _owner_of(path: str, root: str, key: Key, owners: Mapping[str, Key]) -> Optional[Key]:
     """Find who else has a folder that was reached by a link: who names it outright, or else the first by name."""
-    others = ((path, owner) for path, owner in owners.items() if owner != key and (path == root or owner < key))
-    return next((owner for path, owner in others if real_path(path) == root), None)
+    if owners.get(root, key) != key:
+        return owners[root]
+    if not os.path.islink(path):
+        return None  # only the way there has a link, as with ~/code on another disk: resolving all others would be slow
+    others = (other for other, owner in owners.items() if owner < key)
+    return next((owners[other] for other in others if real_path(other) == root), None)
 
 
 def hides_agents_md(root: str, codebase: Codebase) -> bool:

@@ -1072,6 +1072,18 @@ def test_two_codebases_cannot_claim_one_path(home: Home) -> None:
     )
 
 
+def test_of_two_links_to_one_folder_the_first_by_name_has_it(home: Home) -> None:
+    root = home.code / "real"
+    root.mkdir()
+    for name in ("one", "two"):
+        (home.code / name).symlink_to(root)
+        home.register(f"shop/{name}", path=str(home.code / name))
+    for _ in range(2):
+        ran = home.run("sync", "--all")
+        assert ran.status == 2 and len(ran.complaints) == 1 and "which shop/one has" in ran.complaints[0]
+    assert ran.lines == []
+
+
 def test_a_folder_that_another_codebase_has_is_refused_under_a_link_s_name_too(home: Home) -> None:
     root = home.make_codebase("shop/api")
     (home.code / "link").symlink_to(root)
