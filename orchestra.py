@@ -21,7 +21,7 @@
 Contents
      1 Errors              what the user can put right, one class
      2 Places              every path below the home folder
-     3 Files               the only code that changes files on disk
+     3 Files               every change to files on disk: locks, backups, replacing in one step
      4 Registry            YAML to frozen values, problem by problem
      5 Detection           what kind of codebase a folder is
      6 Agents              the table of agents, and the text they read
@@ -3318,8 +3318,6 @@ MAX_LINE = 64 << 10  # bytes
 STATUS_TRIES = 5
 STATUS_PAUSE = 0.1  # seconds between two tries
 REPLY_TIMEOUT = 10.0  # seconds; a sync may take as long as it takes
-
-
 TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
 
 
@@ -3494,6 +3492,7 @@ MAX_LOGGED_ERRORS = 10  # of one job
 MAX_DESCRIPTORS = 10240
 EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
 STRAY = ("", "stray")  # the key that stands for files that are no codebase's
+STOPPING = "daemon: expected to sync, but it is stopping"
 REQUESTS_A_TURN = 32  # of one client, then the others are served
 SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
@@ -4341,7 +4340,7 @@ class Daemon:
         target = SyncTarget.all() if request.codebase is None else SyncTarget.codebase(request.codebase)
         job = SyncJob(target, "socket", lambda outcome: self._server.reply(client, encode_outcome(outcome)))
         if self._is_stopping:
-            raise ProtocolError("daemon: expected to sync, but it is stopping")
+            raise ProtocolError(STOPPING)
         if not self._processor.submit(job):
             raise ProtocolError(f"daemon: expected room for the job, got a queue of {QUEUE_SIZE}: try again")
         client.is_waiting = True
@@ -4372,7 +4371,7 @@ class Daemon:
         self._server.stop_listening()
         for job in self._processor.finish():
             if job.respond_to:
-                job.respond_to(JobOutcome(job, error="daemon: expected to sync, but it is stopping"))
+                job.respond_to(JobOutcome(job, error=STOPPING))
 
 
 def encode_outcome(outcome: JobOutcome) -> bytes:
@@ -4823,6 +4822,7 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
 # --check and --exit-code); 2 could not.
 
 OK, OUT_OF_DATE, FAILED = 0, 1, 2
+NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
 
 
@@ -4994,7 +4994,7 @@ def cmd_project_list(home: str, args: argparse.Namespace) -> int:
     elif codebases:
         print_table([("CODEBASE", "TYPE", "PATH"), *(_codebase_row(home, codebase) for codebase in codebases)])
     elif not registry.problems:
-        say("no codebases yet\n  try: orchestra init PATH -p PROJECT --sync")
+        say(NO_CODEBASES)
     return report_all(registry.problems)
 
 
@@ -5131,7 +5131,7 @@ def cmd_status(home: str, args: argparse.Namespace) -> int:
         ]
         print_table([("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL"), *rows], COLORS)
     else:
-        say("no codebases yet\n  try: orchestra init PATH -p PROJECT --sync")
+        say(NO_CODEBASES)
     failed = report_all(status.stray)
     if any(entry.status == ERROR for entry in status.codebases):
         failed = FAILED
