@@ -295,6 +295,11 @@ def expand_home(home: str, path: str) -> str:
 # not touched (`FileChanged`).
 
 LOCK_TIMEOUT = 30.0  # seconds
+MAX_LEFTOVER = 64 << 10  # bytes of a lock file
+WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
+WRITER_PAUSE = 0.005  # seconds
+DAYS_KEPT = 30  # days with a backup of their own
+NEWEST_KEPT = 10  # backups of a file
 
 
 class Disk(NamedTuple):
@@ -319,11 +324,45 @@ class FileChanged(Exception):
     """The file is no longer what the plan was made from: somebody saved it meanwhile."""
 
 
-class Lock(NamedTuple):
-    """One writer's turn. Temporary files carry `token`, so that the next turn can sweep them."""
+class Swap(NamedTuple):
+    """A file about to be replaced: its `temporary` holds bytes of one of the `hashes`, or else a save of the user's."""
 
     path: str
+    temporary: str
+    hashes: Sequence[str]
+
+
+class Leftover(NamedTuple):
+    """What a turn may have left behind: temporary files named by `token`, and the last swap."""
+
     token: str
+    swap: Optional[Swap] = None
+
+
+class Lock:
+    """One writer's turn. The lock file says what the next turn must clear up if this one is killed."""
+
+    def __init__(self, fd: int) -> None:
+        self.left = Leftover(new_token())
+        self.is_clean = True
+        self._fd = fd
+        self._count = 0
+        self._announce()
+
+    @property
+    def token(self) -> str:
+        return self.left.token
+
+    def new_temporary(self, folder: str) -> str:
+        self._count += 1
+        return temporary_path(folder, f"{self.token}-{self._count}")
+
+    def announce_swap(self, swap: Swap) -> None:
+        self.left = self.left._replace(swap=swap)
+        self._announce()
+
+    def _announce(self) -> None:
+        os.pwrite(self._fd, json.dumps(self.left).encode() + b"\n", 0)
 
 
 class Backup(NamedTuple):
@@ -401,6 +440,10 @@ def file_age(path: str, clock: Clock) -> float:
         return 0.0
 
 
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def make_private_folder(path: str) -> None:
     """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
     if not os.path.isdir(path):
@@ -425,18 +468,33 @@ def new_token() -> str:
     return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def _write_temporary(path: str, data: bytes, mode: Optional[int], durable: bool) -> None:
+def _write_temporary(path: str, data: bytes, mode: Optional[int], durable: bool, like: str = "") -> None:
+    """Write a new file with `mode`, or the umask's where it is None; with all else as the file at `like` has it."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
         if mode is not None:
-            os.fchmod(fd, mode)
+            os.fchmod(fd, _take_after(fd, like, mode) if like else mode)
         if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _take_after(fd: int, like: str, mode: int) -> int:
+    """Give a file another's owner, group and extended attributes; return its mode, less what they cannot guard."""
+    old, new = os.stat(like, follow_symlinks=False), os.fstat(fd)
+    try:
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.fchown(fd, old.st_uid if os.geteuid() == 0 else -1, old.st_gid)
+        if hasattr(os, "listxattr"):  # Linux; an access control list is one of them
+            for name in os.listxattr(like, follow_symlinks=False):
+                os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+    except OSError as error:
+        return mode if error.errno == errno.ENOTSUP else mode & ~0o077
+    return mode
 
 
 def sync_folder(path: str) -> None:
@@ -449,25 +507,34 @@ def sync_folder(path: str) -> None:
 
 
 def replace_file(
-    path: str, data: bytes, expected: Disk, token: str, *, mode: Optional[int] = None, durable: bool = False
+    path: str, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
 ) -> None:
     """Replace a file in one step: a reader sees the old text or the new.
 
-    The old file's mode is kept; a new file gets `mode`, or the umask's. `durable` waits for the disk, and is
-    for files that hold what exists nowhere else. Raises FileChanged when `path` is not `expected`, OSError.
+    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
+    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when `path` is not `expected`,
+    OSError.
     """
-    temporary = temporary_path(os.path.dirname(path), token)
+    temporary = lock.new_temporary(os.path.dirname(path))
+    is_new = expected.kind == "absent"
     try:
-        _write_temporary(temporary, data, expected.mode if expected.kind == "file" else mode, durable)
+        _write_temporary(temporary, data, mode if is_new else expected.mode, durable, "" if is_new else path)
         if read_disk(path) != expected:
             raise FileChanged(path)
-        if expected.kind == "absent":
+        if is_new:
             _place_new_file(temporary, path)
-        else:
+            return
+        lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)]))
+        is_swapped = swap_files(temporary, path)
+        if not is_swapped:  # the instant since the last look stays open
             os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _unlink_quietly(temporary)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(path) from error
         raise
+    if is_swapped:
+        _judge_swapped(temporary, path, expected, data)
 
 
 def _place_new_file(temporary: str, path: str) -> None:
@@ -482,11 +549,91 @@ def _place_new_file(temporary: str, path: str) -> None:
         os.unlink(temporary)
 
 
-def remove_file(path: str, expected: Disk) -> None:
+def _judge_swapped(temporary: str, path: str, expected: Disk, data: bytes) -> None:
+    """Look at what a swap brought out: the user's save of the last instant gets its name back (FileChanged)."""
+    try:
+        if not _is_let_go(temporary, lambda disk: disk == expected):
+            raise FileChanged(path)
+    except BaseException:
+        swap_files(temporary, path)
+        if not _is_let_go(temporary, lambda disk: disk.data == data):
+            # Saved once more, over what was there for an instant. The newer save stays; a sweep keeps the other.
+            swap_files(temporary, path)
+            raise
+        os.unlink(temporary)
+        raise
+    os.unlink(temporary)
+
+
+def _is_let_go(path: str, is_it: Callable[[Disk], bool]) -> bool:
+    """Wait until nobody writes to a file that has lost its name, and say whether it is still what it was."""
+    deadline = time.monotonic() + WRITER_PATIENCE
+    while _has_writer(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(WRITER_PAUSE)
+    return is_it(read_disk(path))
+
+
+def _has_writer(path: str) -> bool:
+    """Say whether somebody has a file open for writing, where the system tells.
+
+    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); not so on some file systems, nor for others' files.
+    """
+    import signal
+
+    if not sys.platform.startswith("linux"):
+        return False
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(fd)
+    return False
+
+
+def swap_files(one: str, other: str) -> bool:
+    """Let two files change names in one step, and say whether the file system can; raises OSError."""
+    swap = _find_swap()
+    if swap is None:
+        return False
+    code = swap(os.fsencode(one), os.fsencode(other))
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    if code:
+        raise OSError(code, os.strerror(code), other)
+    return True
+
+
+@functools.cache
+def _find_swap() -> Optional[Callable[[bytes, bytes], int]]:
+    """Find the system's own: renameat2(2) of Linux, renamex_np(2) of macOS; None where there is neither."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renamex_np"):
+        swap_flag = 0x2  # RENAME_SWAP in sys/stdio.h
+        return lambda one, other: ctypes.get_errno() if libc.renamex_np(one, other, swap_flag) else 0
+    if hasattr(libc, "renameat2"):
+        here, exchange_flag = -100, 0x2  # AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
+        return lambda one, other: ctypes.get_errno() if libc.renameat2(here, one, here, other, exchange_flag) else 0
+    return None
+
+
+def remove_file(path: str, expected: Disk, lock: Lock) -> None:
     """Remove a file that is still as planned; raises FileChanged, OSError."""
     if read_disk(path) != expected:
         raise FileChanged(path)
-    os.unlink(path)
+    temporary = lock.new_temporary(os.path.dirname(path))
+    lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data)]))
+    os.rename(path, temporary)
+    if not _is_let_go(temporary, lambda disk: disk == expected):
+        _place_new_file(temporary, path)  # unless a newer one is there: then a sweep keeps this
+        raise FileChanged(path)
+    os.unlink(temporary)
 
 
 def remove_empty_folder(path: str) -> bool:
@@ -556,11 +703,10 @@ def remove_private(path: str) -> None:
 
 
 @contextmanager
-def hold_lock(path: str, sweep: Callable[[], Iterable[str]], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
-    """Wait for one's turn at `path`, at most `timeout` seconds, and sweep up after a killed holder.
+def hold_lock(path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
+    """Wait for one's turn at `path`, at most `timeout` seconds, and `sweep` up after a turn that was killed.
 
-    The lock file holds the token of a turn that is under way and is empty between turns, so a token found
-    on taking the lock belongs to a dead process; its temporary files in the folders of `sweep()` are removed.
+    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill.
     Raises SyncError when the turn does not come, IoError.
     """
     with blame(path):
@@ -569,19 +715,37 @@ def hold_lock(path: str, sweep: Callable[[], Iterable[str]], timeout: float = LO
     try:
         _take_turn(fd, path, timeout)
         with blame(path):
-            left = os.read(fd, 100).decode("ascii", "replace")
-            for folder in sweep() if left else ():
-                _unlink_quietly(temporary_path(folder, left))
-            lock = Lock(path, new_token())
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, lock.token.encode(), 0)
-        try:
-            yield lock
-        finally:
+            left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
+            if left:
+                sweep(left)
+            lock = Lock(fd)
+        yield lock
+        if lock.is_clean:
             with blame(path):
                 os.ftruncate(fd, 0)
     finally:
         os.close(fd)
+
+
+def _parse_leftover(data: bytes) -> Optional[Leftover]:
+    try:
+        token, swap = json.loads(data.partition(b"\n")[0])
+        return Leftover(str(token), Swap(*swap) if swap else None)
+    except (ValueError, TypeError):
+        return None  # empty, or not of our making
+
+
+def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
+    """Remove the temporary files that a turn left in some folders."""
+    for folder in folders:
+        with blame(folder):
+            try:
+                names = os.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for path in [os.path.join(folder, n) for n in names if n.startswith(f".orchestra-{left.token}")]:
+                if read_disk(path).kind == "file":
+                    os.unlink(path)
 
 
 def _take_turn(fd: int, path: str, timeout: float) -> None:
@@ -663,28 +827,60 @@ def open_standard_streams() -> None:
 BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
 
 
-def back_up(home: str, key: Key, path: str, disk: Disk, why: str, lock: Lock, clock: Clock) -> str:
+def keep_swapped(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
+    """Back up what a turn had swapped out when it ended, if that was a save of the user's; raises IoError."""
+    if left.swap is None:
+        return
+    disk = read_disk(left.swap.temporary)
+    if disk.kind == "file" and sha256_of(disk.data) not in left.swap.hashes:
+        path = os.path.relpath(left.swap.path, root)
+        back_up(home, key, path, disk, "saved in the instant of a sync that was ended", left.token, clock)
+
+
+def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, clock: Clock) -> str:
     """Keep a file's bytes before they are replaced, and return the time they are kept under.
 
-    A version that is already the newest one kept is not kept again. Raises IoError.
+    A version that is already the newest one kept is not kept again; old ones are thinned. Raises IoError.
     """
-    newest = next((b for b in reversed(list_backups(home, key)) if b.path == path), None)
-    if newest and read_disk(newest.file).data == disk.data:
-        return newest.when
+    kept = [backup for backup in list_backups(home, key) if backup.path == path]
+    if kept and read_disk(kept[-1].file).data == disk.data:
+        return kept[-1].when
     folder = backups_of(home, key)
     with blame(folder):
         make_private_folder(folder)
         when = _backup_time(folder, path, clock())
         target = os.path.join(folder, when, path)
         make_private_folder(os.path.dirname(target))
-        temporary = temporary_path(folder, lock.token)
+        temporary = temporary_path(folder, token)
         _write_temporary(temporary, disk.data, disk.mode, durable=True)
         notes_file = os.path.join(folder, when, BACKUP_NOTES)
         notes = {**_read_notes(notes_file), path: why}
-        save_private(notes_file, json.dumps(notes).encode(), lock.token)
+        save_private(notes_file, json.dumps(notes).encode(), token)
         os.rename(temporary, target)
         sync_folder(os.path.dirname(target))
+        for backup in kept:
+            if backup.when in times_to_drop([*(b.when for b in kept), when]):
+                _drop_backup(folder, backup)
     return when
+
+
+def times_to_drop(times: Sequence[str]) -> set[str]:
+    """Choose which versions of a file go, from the times of all, oldest first.
+
+    What stays: the first, which is the user's original; the newest ten; the last of each of the newest 30 days
+    that have any; the last of each month.
+    """
+    last_of_day = {when[:8]: when for when in times}
+    last_of_month = {when[:6]: when for when in times}
+    days = sorted(last_of_day)[-DAYS_KEPT:]
+    kept = {*times[:1], *times[-NEWEST_KEPT:], *(last_of_day[day] for day in days), *last_of_month.values()}
+    return {*times} - kept
+
+
+def _drop_backup(folder: str, backup: Backup) -> None:
+    os.unlink(backup.file)
+    if not any(_backups_at(os.path.join(folder, backup.when), backup.when)):
+        remove_private_folder(os.path.join(folder, backup.when))
 
 
 def _backup_time(folder: str, path: str, now: float) -> str:
@@ -1224,7 +1420,7 @@ def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Docume
     if disk.kind != "file":
         doc.complain(1, f"file: expected a file, got {DISK_NAMES[disk.kind]}")
         return None, doc
-    doc.source = digest_source(disk.data)
+    doc.source = sha256_of(disk.data)
     if len(disk.data) > MAX_REGISTRY_FILE:
         doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
     else:
@@ -1296,15 +1492,11 @@ def inherit(codebase: Codebase, project: Project) -> Codebase:
     )
 
 
-def digest_source(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def is_current(home: str, codebase: Codebase) -> bool:
     """Say whether the files a codebase was read from still hold the same."""
     files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
     found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
-    return codebase.source == "".join(digest_source(disk.data) for disk in found if disk.kind == "file")
+    return codebase.source == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
 def is_ignored(name: str) -> bool:
@@ -1487,7 +1679,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     check_name("codebase", codebase.name)
     key, new = codebase.key, _node_for(values_of(codebase))
     file = real_path(codebase_path(home, key))
-    with _registry_turn(home) as lock:
+    with _registry_turn(home, clock) as lock:
         disk = read_disk(file)
         text: Optional[str] = None
         if disk.kind == "file":
@@ -1498,34 +1690,59 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             merged = _merge_yaml(disk.data.decode("utf-8-sig"), old, new)
             text = None if merged is None else bom + merged
             if text is None:
-                back_up(home, key, os.path.basename(file), disk, "written afresh", lock, clock)
-        save_private(file, (_dump(new) if text is None else text).encode(), lock.token)
+                back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock)
+        with _expect_stillness(file):
+            make_private_folder(os.path.dirname(file))
+            data = (_dump(new) if text is None else text).encode()
+            replace_file(file, data, disk, lock, mode=0o600, durable=True)
 
 
-def create_registry_file(home: str, file: str, values: Mapping[str, Any]) -> bool:
+@contextmanager
+def _expect_stillness(file: str) -> Iterator[None]:
+    with blame(file):
+        try:
+            yield
+        except FileChanged:
+            raise RegistryError(f"{file}: expected it to hold still, got another save meanwhile", "try again") from None
+
+
+def create_registry_file(home: str, file: str, values: Mapping[str, Any], clock: Clock = time.time) -> bool:
     """Write a new registry file, and say whether it was new: one that is there stays as it is."""
-    with _registry_turn(home) as lock:
+    with _registry_turn(home, clock) as lock:
         if os.path.lexists(file):
             return False
-        save_private(file, _dump(_node_for(values)).encode(), lock.token)
+        with _expect_stillness(file):
+            make_private_folder(os.path.dirname(file))
+            replace_file(file, _dump(_node_for(values)).encode(), ABSENT, lock, mode=0o600, durable=True)
     return True
 
 
 def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
     file = codebase_path(home, key)
-    with _registry_turn(home) as lock:
+    with _registry_turn(home, clock) as lock:
         disk = read_disk(real_path(file))
         if disk.kind != "file":
             raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
-        when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock, clock)
-        remove_private(file)
+        when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock.token, clock)
+        with _expect_stillness(file):
+            if os.path.islink(file):
+                remove_private(file)  # what it leads to stays: another registry may have it
+            else:
+                remove_file(file, disk, lock)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
-def _registry_turn(home: str) -> AbstractContextManager[Lock]:
-    places = (projects_root(home), backups_root(home))
-    return hold_lock(registry_lock_path(home), lambda: [folder for place in places for folder in folders_below(place)])
+def _registry_turn(home: str, clock: Clock) -> AbstractContextManager[Lock]:
+    def sweep(left: Leftover) -> None:
+        folders = [*folders_below(projects_root(home)), *folders_below(backups_root(home))]
+        if left.swap:
+            folder, name = os.path.split(left.swap.path)
+            keep_swapped(home, (os.path.basename(folder), os.path.splitext(name)[0]), folder, left, clock)
+            folders.append(folder)
+        sweep_folders(folders, left)
+
+    return hold_lock(registry_lock_path(home), sweep)
 
 
 def values_of(record: Any) -> dict[str, Any]:
@@ -1678,7 +1895,7 @@ def _digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
         else:
             pairs = ((_digest_node(key, done), _digest_node(value, done)) for key, value in node.value)
             parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
-        done[id(node)] = digest_source(json.dumps(parts).encode())
+        done[id(node)] = sha256_of(json.dumps(parts).encode())
     return done[id(node)]
 
 
@@ -2557,7 +2774,7 @@ def sync_codebase(
         is_first = not dry_run and not os.path.lexists(record_path(home, key))
         plan = None if is_first else plan_codebase(home, codebase, owners, purge)
         if plan is None or (not dry_run and (not plan.is_done or lock_was_left(lock_path))):
-            with hold_lock(lock_path, lambda: _sweep_folders(home, key, root)) as lock:
+            with hold_lock(lock_path, lambda left: _clear_up(home, key, root, left, clock)) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -2605,9 +2822,13 @@ def group_problems(plan: Plan) -> list[tuple[str, str]]:
     return [(", ".join(paths), text) for text, paths in by_text.items()]
 
 
-def _sweep_folders(home: str, key: Key, root: str) -> list[str]:
-    managed = [os.path.join(root, os.path.dirname(path)) for path in AGENTS_BY_PATH]
-    return [*managed, os.path.dirname(record_path(home, key)), *folders_below(backups_of(home, key))]
+def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
+    """Clear up after a turn that was killed or had trouble; raises IoError."""
+    backups = folders_below(backups_of(home, key))
+    sweep_folders(backups, left)  # first, for this may be the second try
+    keep_swapped(home, key, root, left, clock)
+    managed = {os.path.dirname(os.path.join(root, path)) for path in AGENTS_BY_PATH}
+    sweep_folders([*managed, os.path.dirname(record_path(home, key))], left)
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
@@ -2637,15 +2858,20 @@ def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clo
         return _write_file(home, key, plan.root, file, lock, clock)
     except FileChanged:
         problem = "expected it to hold still, got another save each time: sync again"
-        return file._replace(action=SKIP, problem=problem, changed=True)
+        failed = file._replace(action=SKIP, problem=problem, changed=True)
     except (OrchestraError, OSError) as error:
-        return file._replace(action=SKIP, problem=_describe(error))
+        failed = file._replace(action=SKIP, problem=_describe(error))
+    try:
+        _clear_up(home, key, plan.root, lock.left, clock)
+    except IoError:
+        lock.is_clean = False
+    return failed
 
 
 def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
     path = os.path.join(root, file.path)
     if file.action in BACKED_UP:
-        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock, clock)
+        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock.token, clock)
         restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
         if file.action == EVICT:  # from a codebase that is registered no more
             restore = f"the old text: {shorten_home(home, os.path.join(backups_of(home, key), when, file.path))}"
@@ -2654,13 +2880,13 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         return file._replace(note="edited by hand, so it stays and is yours now")
     check_parents(root, file.path)
     if file.after is None:
-        remove_file(path, file.before)
+        remove_file(path, file.before, lock)
         return file
     make_folder(os.path.dirname(path))
     check_parents(root, file.path)
     if file.before.kind == "file" and not file.before.data and file_age(path, clock) < YOUNG:
         time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
-    replace_file(path, file.after, file.before, lock.token, durable=_has_user_text(file))
+    replace_file(path, file.after, file.before, lock, durable=_has_user_text(file))
     return file
 
 
@@ -2680,7 +2906,8 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
     path = os.path.join(root, backup.path)
-    with hold_lock(codebase_lock_path(home, codebase.key), lambda: _sweep_folders(home, codebase.key, root)) as lock:
+    key = codebase.key
+    with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, key, root, left, clock)) as lock:
         check_parents(root, backup.path)
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
@@ -2693,10 +2920,10 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
             return False
         with blame(path):
             if before.kind == "file":
-                back_up(home, codebase.key, backup.path, before, "replaced by restore", lock, clock)
+                back_up(home, key, backup.path, before, "replaced by restore", lock.token, clock)
             make_folder(os.path.dirname(path))
             try:
-                replace_file(path, after, before, lock.token, mode=kept.mode, durable=True)
+                replace_file(path, after, before, lock, mode=kept.mode, durable=True)
             except FileChanged:
                 raise SyncError(f"{path}: expected it to hold still, got another save: restore again") from None
     return True
@@ -4561,7 +4788,7 @@ def fetch_yaml(
         return
     if environ.get("ORCHESTRA_NO_FETCH"):
         raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
-    with hold_lock(pip_lock_path(home), tuple, timeout=PIP_TIMEOUT):
+    with hold_lock(pip_lock_path(home), lambda left: None, timeout=PIP_TIMEOUT):
         if os.path.isdir(os.path.join(lib, "yaml")):
             return  # somebody else's first run has just fetched it
         tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")

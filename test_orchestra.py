@@ -721,11 +721,17 @@ def test_a_file_is_read_whole_or_up_to_the_limit(home: Home, size: int, limit: i
     assert orchestra.read_disk(str(home.code / "x"), limit).data == (data if limit < 0 else data[:limit])
 
 
-def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home) -> None:
+@pytest.fixture
+def lock(home: Home) -> Iterator[orchestra.Lock]:
+    with orchestra.hold_lock(os.path.join(home.path, "lock"), sweep=print) as lock:
+        yield lock
+
+
+def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home, lock: orchestra.Lock) -> None:
     path = home.code / "x"
     path.write_bytes(b"old")
     path.chmod(0o640)
-    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), "t")
+    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o640)
     assert os.listdir(home.code) == ["x"]
 
@@ -734,18 +740,22 @@ def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home) -> None:
     ("planned", "content"),
     [(b"old", b"saved"), (b"old", None), (b"old", link_to("y")), (None, b"saved"), (None, link_to("y"))],
 )
-def test_a_file_that_is_not_as_planned_is_not_touched(home: Home, planned: Optional[bytes], content: Any) -> None:
+def test_a_file_that_is_not_as_planned_is_not_touched(
+    home: Home, lock: orchestra.Lock, planned: Optional[bytes], content: Any
+) -> None:
     expected = orchestra.ABSENT if planned is None else orchestra.Disk("file", planned, 0o644)
     put_files(home.code, {"x": content})
     before = tree(home.code)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.replace_file(str(home.code / "x"), b"new", expected, "t")
+        orchestra.replace_file(str(home.code / "x"), b"new", expected, lock)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.remove_file(str(home.code / "x"), expected)
+        orchestra.remove_file(str(home.code / "x"), expected, lock)
     assert tree(home.code) == before
 
 
-def test_a_file_that_appears_at_the_last_moment_is_not_replaced(home: Home, monkeypatch: Any) -> None:
+def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
+    home: Home, lock: orchestra.Lock, monkeypatch: Any
+) -> None:
     path = home.code / "x"
 
     def look_then_let_it_appear(*args: Any) -> orchestra.Disk:
@@ -754,11 +764,11 @@ def test_a_file_that_appears_at_the_last_moment_is_not_replaced(home: Home, monk
 
     monkeypatch.setattr(orchestra, "read_disk", look_then_let_it_appear)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.replace_file(str(path), b"new", orchestra.ABSENT, "t")
+        orchestra.replace_file(str(path), b"new", orchestra.ABSENT, lock)
     assert contents(home.code) == {"x": b"the user's"}
 
 
-def test_a_reader_sees_the_old_text_or_the_new(home: Home) -> None:
+def test_a_reader_sees_the_old_text_or_the_new(home: Home, lock: orchestra.Lock) -> None:
     path = home.code / "x"
     texts = [bytes([65 + i]) * 200_000 for i in range(2)]
     path.write_bytes(texts[0])
@@ -772,7 +782,7 @@ def test_a_reader_sees_the_old_text_or_the_new(home: Home) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(100):
-        orchestra.replace_file(str(path), texts[(i + 1) % 2], orchestra.read_disk(str(path)), "t")
+        orchestra.replace_file(str(path), texts[(i + 1) % 2], orchestra.read_disk(str(path)), lock)
     done.set()
     reader.join()
     assert seen <= set(texts)
@@ -780,37 +790,141 @@ def test_a_reader_sees_the_old_text_or_the_new(home: Home) -> None:
 
 def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
     path = os.path.join(home.path, "lock")
-    with orchestra.hold_lock(path, sweep=list):
+    with orchestra.hold_lock(path, sweep=print):
         assert orchestra.lock_was_left(path)
-        second = orchestra.hold_lock(path, sweep=list, timeout=0.05)
+        second = orchestra.hold_lock(path, sweep=print, timeout=0.05)
         with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
             pass
     assert not orchestra.lock_was_left(path)
-    with orchestra.hold_lock(path, sweep=list, timeout=0.05):
+    with orchestra.hold_lock(path, sweep=print, timeout=0.05):
         pass
 
 
 def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> None:
     path = os.path.join(home.path, "lock")
-    Path(path).write_text("dead")
-    put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-alive.tmp": "x", "dead.tmp": "x"})
-    with orchestra.hold_lock(path, sweep=lambda: [str(home.code), "/no/where"]) as lock:
+    put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
+    put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
+    Path(path).write_text('["dead", null]\nand what a longer one left')
+    folders = [str(home.code), "/no/where"]
+    with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
         assert lock.token != "dead"
     assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
 
 
 def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: Home) -> None:
     key = ("shop", "api")
-    with orchestra.hold_lock(os.path.join(home.path, "lock"), sweep=list) as lock:
-        for text in (b"1", b"2", b"2", b"3", b"1"):
-            disk = orchestra.Disk("file", text, 0o640)
-            orchestra.back_up(home.path, key, "a/CLAUDE.md", disk, "why", lock, lambda: 1e9)
+    for text in (b"1", b"2", b"2", b"3", b"1"):
+        disk = orchestra.Disk("file", text, 0o640)
+        orchestra.back_up(home.path, key, "a/CLAUDE.md", disk, "why", "t", lambda: 1e9)
     kept = orchestra.list_backups(home.path, key)
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"1", b"2", b"3", b"1"]
     assert {(backup.path, backup.why, backup.when[:15]) for backup in kept} == {
         ("a/CLAUDE.md", "why", "20010909T014640")
     }
     assert home.leftovers() == []
+
+
+DAYS = [f"202601{day:02d}T120000.000000Z" for day in range(1, 32)]
+MONTHS = [f"{2020 + i // 12}{i % 12 + 1:02d}01T000000.000000Z" for i in range(60)]
+MINUTES = [f"20260301T12{minute:02d}00.000000Z" for minute in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("times", "dropped"),
+    [
+        ([], []),
+        (MINUTES[:11], []),
+        (MINUTES[:12], MINUTES[1:2]),
+        (MINUTES, MINUTES[1:50]),
+        (DAYS, []),
+        ([*DAYS, "20260201T000000.000000Z"], DAYS[1:2]),
+        ([*DAYS, *MINUTES], [*DAYS[1:2], *MINUTES[:50]]),
+        (MONTHS, []),
+    ],
+)
+def test_the_first_backup_stays_for_good_and_later_ones_are_thinned(times: list[str], dropped: list[str]) -> None:
+    assert orchestra.times_to_drop(times) == set(dropped)
+
+
+def test_thinned_backups_leave_no_empty_folders(home: Home) -> None:
+    key = ("shop", "api")
+    for i in range(15):
+        for path in ("a/CLAUDE.md", "GEMINI.md"):
+            if path == "a/CLAUDE.md" or i % 2:
+                disk = orchestra.Disk("file", b"%d" % i, 0o640)
+                orchestra.back_up(home.path, key, path, disk, "why", "t", lambda now=i: 1e9 + now)
+    kept = orchestra.list_backups(home.path, key)
+    texts = {path: [Path(b.file).read_text() for b in kept if b.path == path] for path in ("a/CLAUDE.md", "GEMINI.md")}
+    assert texts["a/CLAUDE.md"] == ["0", *map(str, range(5, 15))]
+    assert texts["GEMINI.md"] == [str(i) for i in range(15) if i % 2]
+    assert {backup.why for backup in kept} == {"why"}
+    assert len(os.listdir(orchestra.backups_of(home.path, key))) == len({backup.when for backup in kept})
+
+
+@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
+def test_replacing_keeps_extended_attributes(home: Home, lock: orchestra.Lock) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    try:
+        os.setxattr(path, "user.note", b"mine")
+    except OSError as error:
+        pytest.skip(f"the file system has no extended attributes: {error}")
+    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize(
+    ("user", "group", "mode", "expected"),
+    [
+        (0, NOBODY, 0o640, (0, NOBODY, 0o640)),
+        (NOBODY, NOBODY, 0o640, (NOBODY, NOBODY, 0o640)),
+        (NOBODY, 0, 0o604, (NOBODY, 0, 0o604)),
+    ],
+)
+def test_replacing_keeps_owner_and_group(
+    home: Home, lock: orchestra.Lock, user: int, group: int, mode: int, expected: tuple[int, int, int]
+) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    os.chown(path, user, group)
+    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    info = path.stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == expected
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_a_file_whose_group_cannot_be_kept_is_not_opened_to_another(home: Home) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    os.chown(path, NOBODY, 12345)
+    for folder in (home.folder, home.code):
+        folder.chmod(0o777)
+
+    def replace_as_nobody() -> Ran:
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+        return Ran(0, "", "")
+
+    assert in_child(replace_as_nobody).err == ""
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who writes")
+def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home: Home, lock: orchestra.Lock) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    planned = orchestra.read_disk(str(path))
+    with open(path, "r+b") as file:
+        with pytest.raises(orchestra.FileChanged):
+            orchestra.replace_file(str(path), b"new", planned, lock)
+        file.write(b"users")
+    assert contents(home.code) == {"x": b"users"}
+    with open(path, "rb"):
+        orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert contents(home.code) == {"x": b"new"}
 
 
 # ── 4 Registry ────────────────────────────────────────────────────────────────
@@ -2466,7 +2580,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
     home.make_codebase("shop/api", targets=ALL_TARGETS)
     home.sync()
     put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
-    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead")
+    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text('["1-dead", null]')
     assert home.sync().lines == []
     assert home.leftovers() == []
 
@@ -2475,7 +2589,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: str) -> None:
     home.write_registry("shop/.orchestra-1-dead.tmp", "half")
     home.run_fine("project", "list")
-    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead"})
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": '["1-dead", null]'})
     orchestra.save_codebase(home.path, orchestra.Codebase(project, "api", "/x"))
     assert home.leftovers() == []
 
@@ -2577,7 +2691,7 @@ def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, mon
         home.make_codebase(f"shop/{name}")
     real = orchestra.hold_lock
     monkeypatch.setattr(orchestra, "hold_lock", lambda path, sweep: real(path, sweep, 0.05))
-    with real(orchestra.codebase_lock_path(home.path, ("shop", "api")), sweep=list):
+    with real(orchestra.codebase_lock_path(home.path, ("shop", "api")), sweep=print):
         ran = home.run("sync", "--all")
     assert ran.status == 2 and "expected the lock within 0.05 s" in ran.complaints[0]
     assert contents(home.code / "shop/api") == {} and (home.code / "shop/web/CLAUDE.md").exists()
@@ -4365,7 +4479,7 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Live, turned: orchestra.
     live.save()
     turn_until(turned, lambda: live.has("first"))
     turn_until(turned, lambda: live.synced("watcher"))
-    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
         job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket")
         assert turned._processor.submit(job)
         wait_until(lambda: not turned._processor.jobs.qsize())
@@ -4383,7 +4497,7 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Live, turned: orchestra.
 def test_a_queue_without_room_is_an_error_reply(live: Live, turned: orchestra.Daemon) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
-    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
         exchange = Exchange(turned.handle_request)
         channels = [Channel(b'{"cmd":"sync"}\n') for _ in range(orchestra.QUEUE_SIZE + 3)]
         exchange.connect(*channels)
@@ -4488,7 +4602,7 @@ def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Live) -> None
     served.save(note="one")
     wait_until(lambda: served.synced("watcher") == 1)
     time.sleep(orchestra.DEBOUNCE_WINDOW)
-    with orchestra.hold_lock(orchestra.codebase_lock_path(served.path, ("shop", "api")), ()):
+    with orchestra.hold_lock(orchestra.codebase_lock_path(served.path, ("shop", "api")), print):
         served.save(note="two")
         time.sleep(0.2)
         for note in ("three", "four"):
@@ -4649,7 +4763,7 @@ def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Live)
     sync = b'{"cmd":"sync","codebase":"api"}\n'
     refusal = {"ok": False, "error": "daemon: expected to sync, but it is stopping"}
     with live.connection() as running, live.connection() as queued, live.connection() as stopper:
-        with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), ()):
+        with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
             running.sendall(sync)
             wait_until(lambda: live.status()["queue_depth"] == 0)
             queued.sendall(sync)
