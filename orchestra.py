@@ -2312,7 +2312,7 @@ def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str
 
 def describe_excess(agent: Agent, data: bytes) -> str:
     """Say by how much a file is over its agent's budget; nothing where it is not."""
-    if agent.budget is None:
+    if agent.budget is None or len(data) <= agent.budget.limit:
         return ""
     limit, unit, beyond = agent.budget
     count = {"bytes": len(data), "lines": data.count(b"\n"), "characters": len(data.decode("utf-8", "replace"))}[unit]
@@ -2338,7 +2338,8 @@ class Record(NamedTuple):
 
     `files` holds the hash of what is ours at each path; `earlier` those before it, which are as provably ours
     (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
-    the user's text and an appended block, `folders` the folders made for managed files.
+    the user's text and an appended block, `folders` the folders made for managed files, `source` what `files` were
+    rendered from.
     """
 
     synced_at: str = ""
@@ -2346,9 +2347,20 @@ class Record(NamedTuple):
     earlier: Mapping[str, Sequence[str]] = {}
     joins: Mapping[str, str] = {}
     folders: Sequence[str] = ()
+    source: str = ""
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
+
+
+class Look(NamedTuple):
+    """What was found at a managed path; `ours` is the hash of what is Orchestra's there."""
+
+    disk: Disk = ABSENT
+    ours: Optional[str] = None
+    place: str = ""  # the path with all links of its folders resolved
+    note: str = ""  # why it is left alone
+    problem: str = ""
 
 
 class FilePlan(NamedTuple):
@@ -2384,6 +2396,9 @@ class Plan(NamedTuple):
     @property
     def is_done(self) -> bool:
         return not self.writes and self.record == self.old_record
+
+
+Render = Callable[[], "Mapping[str, bytes]"]  # gives what is Orchestra's in each target's file
 
 
 class SyncScope(NamedTuple):
@@ -2436,6 +2451,7 @@ class Span(NamedTuple):
 
 
 _MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?(<!-- orchestra:(begin|end) -->)[ \t]*\r?$")
+_MARKER_STUB = b"<!-- orchestra:"
 
 
 def find_block(data: bytes) -> Optional[Span]:
@@ -2443,7 +2459,7 @@ def find_block(data: bytes) -> Optional[Span]:
 
     Raises SyncError where there is not one whole block or none.
     """
-    markers = list(_MARKER.finditer(data))
+    markers = list(_find_markers(data))
     if not markers:
         return None
     kinds = [marker[2] for marker in markers]
@@ -2452,6 +2468,16 @@ def find_block(data: bytes) -> Optional[Span]:
         found = ", ".join(f"{kind.decode()} on line {line}" for kind, line in zip(kinds, lines))
         raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
     return Span(markers[0].start(1), markers[1].end(1))
+
+
+def _find_markers(data: bytes) -> Iterator[re.Match[bytes]]:
+    # A plain search first: the expression alone would try every line.
+    at = data.find(_MARKER_STUB)
+    while at >= 0:
+        marker = _MARKER.match(data, data.rfind(b"\n", 0, at) + 1)
+        if marker:
+            yield marker
+        at = data.find(_MARKER_STUB, at + 1)
 
 
 def newline_of(data: bytes) -> bytes:
@@ -2539,19 +2565,20 @@ REPLACE_REASON = "edited by hand, or not written by Orchestra"
 BACKED_UP = (REPLACE, EVICT)
 
 
-def plan_file(root: str, agent: Agent, record: Record, wanted: Optional[bytes], purge: bool = False) -> FilePlan:
-    """Plan one managed file from what stands on the disk now; a problem becomes part of the plan."""
+def look_at(root: str, path: str) -> Look:
+    """Look at one managed file; what keeps it from being managed becomes part of the look."""
+    disk = ABSENT
     try:
-        check_parents(root, agent.path)
-        before = read_disk(os.path.join(root, agent.path))
-        if before.kind == "symlink":
-            note = f"left alone: it is a link to {os.readlink(os.path.join(root, agent.path))}"
-            return FilePlan(agent.path, SKIP, before, note=note)
-        if before.kind not in ("file", "absent"):
-            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
-        return _plan_regular(agent, record, before, wanted, purge)
+        place = check_parents(root, path)
+        disk = read_disk(place)
+        if disk.kind == "symlink":
+            return Look(disk, place=place, note=f"left alone: it is a link to {os.readlink(place)}")
+        if disk.kind not in ("file", "absent"):
+            raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
+        ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
+        return Look(disk, None if ours is None else digest_of(ours), place)
     except (OrchestraError, OSError) as error:
-        return FilePlan(agent.path, SKIP, problem=_describe(error))
+        return Look(disk, problem=_describe(error))
 
 
 def _describe(error: Exception) -> str:
@@ -2560,39 +2587,56 @@ def _describe(error: Exception) -> str:
     return explain_os_error(error) if isinstance(error, OSError) else str(error)
 
 
-def _plan_regular(agent: Agent, record: Record, before: Disk, wanted: Optional[bytes], purge: bool) -> FilePlan:
-    ours = ours_in(agent, before.data) if before.kind == "file" else None
-    digest = digest_of(wanted) if wanted is not None else None
-    disk = digest_of(ours) if ours is not None else None
-    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
-    action = decide(disk, record.known(agent.path), digest, evict=purge and not agent.owned)
-    after, join = before.data if before.kind == "file" else None, None
-    if action in (CREATE, UPDATE, REPLACE) and wanted is not None:
-        after, join = merge_ours(agent, before, wanted)
-    elif action in (REMOVE, EVICT):
-        after = without_ours(agent, before, record.joins.get(agent.path))
-    note = describe_excess(agent, after) if after is not None and wanted is not None else ""
-    return FilePlan(agent.path, action, before, after, digest or "", join, note)
+def check_parents(root: str, path: str, make: bool = False) -> str:
+    """Give the real place of a managed path, whose missing folders are made if asked for.
 
-
-def check_parents(root: str, path: str) -> None:
-    """Refuse a managed path whose folders lead out of the codebase or are no folders; raises SyncError."""
-    parts = path.split("/")[:-1]
-    for i in range(len(parts)):
-        folder = os.path.join(root, *parts[: i + 1])
+    Raises SyncError where they lead out of the codebase or are no folders.
+    """
+    folder = root
+    has_link = False
+    for name in path.split("/")[:-1]:
+        folder = f"{folder}/{name}"
         try:
             mode = os.lstat(folder).st_mode
         except FileNotFoundError:
-            return
+            if not make:
+                break
+            make_folder(folder)
+            continue
         if stat.S_ISLNK(mode):
-            real = real_path(folder)
-            if not real.startswith(root.rstrip("/") + "/"):
-                raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
-            if not os.path.exists(real):
-                raise SyncError(f"expected a folder, got a link to {real}, where nothing is")
+            has_link = True
+            _check_link(root, folder)
             mode = os.stat(folder).st_mode
         if not stat.S_ISDIR(mode):
-            raise SyncError(f"expected {'/'.join(parts[: i + 1])} to be a folder, got a file: move its text into one")
+            raise SyncError(f"expected {folder[len(root) + 1 :]} to be a folder, got a file: move its text into one")
+    if has_link:
+        folder, name = os.path.split(path)
+        return f"{real_path(f'{root}/{folder}')}/{name}"
+    return f"{root}/{path}"
+
+
+def _check_link(root: str, link: str) -> None:
+    real = real_path(link)
+    if not real.startswith(root.rstrip("/") + "/"):
+        raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
+    if not os.path.exists(real):
+        raise SyncError(f"expected a folder, got a link to {real}, where nothing is")
+
+
+def plan_file(path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool) -> FilePlan:
+    """Plan one managed file; `digest` is the hash of what is wanted there, None where nothing is."""
+    if look.note or look.problem:
+        return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem)
+    agent, before = AGENTS_BY_PATH[path], look.disk
+    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
+    action = decide(look.ours, record.known(path), digest, evict=purge and not agent.owned)
+    after, join = before.data if before.kind == "file" else None, None
+    if action in (CREATE, UPDATE, REPLACE):
+        after, join = merge_ours(agent, before, render()[path])
+    elif action in (REMOVE, EVICT):
+        after = without_ours(agent, before, record.joins.get(path))
+    note = describe_excess(agent, after) if after is not None and digest is not None else ""
+    return FilePlan(path, action, before, after, digest or "", join, note)
 
 
 def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False) -> Plan:
@@ -2603,30 +2647,42 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     root = find_root(home, codebase, owners)
     old_record = load_record(home, codebase.key)
     record = old_record or Record()
-    wanted = {} if purge else render_files(codebase, hides_agents_md(root, codebase))
+    wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
-    paths = list(dict.fromkeys([*wanted, *unwanted]))
-    files = tuple(plan_file(root, AGENTS_BY_PATH[path], record, wanted.get(path), purge) for path in paths)
-    files = tuple(_skip_twins(root, files))
-    return Plan(root, files, old_record, _next_record(root, record, files))
+    looks = {path: look_at(root, path) for path in [*wanted, *unwanted]}
+    imports = hides_agents_md(root, wanted, looks)
+    render = functools.cache(lambda: render_files(codebase, imports))
+    source = f"{program_stamp()} {imports:d} {codebase.source}"
+    if source == record.source:
+        digests: Mapping[str, str] = record.files
+    else:
+        digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
+    files = tuple(
+        plan_file(path, look, record, digests[path] if path in wanted else None, render, purge)
+        for path, look in _without_twins(looks)
+    )
+    new_record = _next_record(root, record, files)
+    is_whole = all(path in new_record.files for path in wanted)
+    return Plan(root, files, old_record, new_record._replace(source=source if is_whole else ""))
 
 
-def _skip_twins(root: str, files: Iterable[FilePlan]) -> Iterator[FilePlan]:
+@functools.cache
+def program_stamp() -> str:
+    """Tell this program from any other version of it, which may render otherwise."""
+    try:
+        info = os.stat(__file__)
+    except OSError:
+        return __version__
+    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
+
+
+def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
     # Folders of several agents may be links to one: one file is written once.
     places: dict[str, str] = {}
-    for file in files:
-        place = os.path.join(root, file.path)
-        if _has_link(root, file.path):
-            folder, name = os.path.split(place)
-            place = os.path.join(real_path(folder), name)
-        twin = places.setdefault(place, file.path)
-        is_twin = twin != file.path and not file.problem
-        yield FilePlan(file.path, SKIP, note=f"left alone: it is {twin} by another name") if is_twin else file
-
-
-def _has_link(root: str, path: str) -> bool:
-    parts = path.split("/")[:-1]
-    return any(os.path.islink(os.path.join(root, *parts[: i + 1])) for i in range(len(parts)))
+    for path, look in looks.items():
+        twin = places.setdefault(look.place, path)
+        is_twin = twin != path and not look.problem
+        yield path, look._replace(note=f"left alone: it is {twin} by another name") if is_twin else look
 
 
 def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
@@ -2659,22 +2715,22 @@ def _owner_of(path: str, root: str, key: Key, owners: Mapping[str, Key]) -> Opti
     return next((owners[other] for other in others if real_path(other) == root), None)
 
 
-def hides_agents_md(root: str, codebase: Codebase) -> bool:
+def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look]) -> bool:
     """Say whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
 
     Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation, October 2026). Where
     CLAUDE.md has the user's own text, that was so before Orchestra came.
     """
-    if "claude" not in targets_of(codebase):
+    if "CLAUDE.md" not in wanted or _has_own_text(looks["CLAUDE.md"]):
         return False
-    return _has_own_text(root, "AGENTS.md") and not _has_own_text(root, "CLAUDE.md")
+    return _has_own_text(looks.get("AGENTS.md") or look_at(root, "AGENTS.md"))
 
 
-def _has_own_text(root: str, path: str) -> bool:
+def _has_own_text(look: Look) -> bool:
+    data = look.disk.data
     try:
-        data = read_disk(os.path.join(root, path)).data
         span = find_block(data)
-    except (IoError, SyncError):
+    except SyncError:
         return False
     return bool(data.strip() if span is None else data[: span.start].strip() or data[span.end :].strip())
 
@@ -2693,6 +2749,7 @@ def load_record(home: str, key: Key) -> Optional[Record]:
             {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
             _texts(values["joins"]),
             [str(folder) for folder in values["folders"] if _stays_inside(folder)],
+            str(values["source"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -2769,12 +2826,11 @@ def sync_codebase(
     key = codebase.key
     lock_path = codebase_lock_path(home, key)
     try:
-        root = find_root(home, codebase, owners)
         # A first look without a turn: mostly there is nothing to do. The first sync of all needs none.
         is_first = not dry_run and not os.path.lexists(record_path(home, key))
         plan = None if is_first else plan_codebase(home, codebase, owners, purge)
         if plan is None or (not dry_run and (not plan.is_done or lock_was_left(lock_path))):
-            with hold_lock(lock_path, lambda left: _clear_up(home, key, root, left, clock)) as lock:
+            with hold_lock(lock_path, lambda left: _clear_up(home, codebase, left, clock)) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -2797,7 +2853,7 @@ def _sync_until_done(
     for _ in range(MAX_TRIES):
         plan = plan_codebase(home, codebase, owners, purge)
         if not plan.is_done:
-            plan = apply_plan(home, codebase.key, plan, lock, clock)
+            plan = apply_plan(home, codebase, plan, lock, clock)
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
         if not any(file.changed for file in plan.files):
             break
@@ -2822,26 +2878,26 @@ def group_problems(plan: Plan) -> list[tuple[str, str]]:
     return [(", ".join(paths), text) for text, paths in by_text.items()]
 
 
-def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
-    """Clear up after a turn that was killed or had trouble; raises IoError."""
-    backups = folders_below(backups_of(home, key))
-    sweep_folders(backups, left)  # first, for this may be the second try
+def _clear_up(home: str, codebase: Codebase, left: Leftover, clock: Clock) -> None:
+    """Clear up after a turn that was killed or had trouble; raises SyncError, IoError."""
+    key, root = codebase.key, find_root(home, codebase, {})
+    sweep_folders(folders_below(backups_of(home, key)), left)  # first, for this may be the second try
     keep_swapped(home, key, root, left, clock)
-    managed = {os.path.dirname(os.path.join(root, path)) for path in AGENTS_BY_PATH}
+    managed = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
     sweep_folders([*managed, os.path.dirname(record_path(home, key))], left)
 
 
-def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
+def apply_plan(home: str, codebase: Codebase, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
     record = plan.record._replace(synced_at=now_rfc3339(clock))
-    save_record(home, key, record, lock)
-    files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
+    save_record(home, codebase.key, record, lock)
+    files = tuple(_apply_file(home, codebase, plan, file, lock, clock) if file.writes else file for file in plan.files)
     emptied = [folder for folder in reversed(record.folders) if _remove_if_empty(plan.root, folder)]
     if not any(file.writes for file in files) and plan.writes:
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if emptied or record.synced_at == plan.record.synced_at:
         record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
-        save_record(home, key, record, lock)
+        save_record(home, codebase.key, record, lock)
     return plan._replace(files=files, record=record)
 
 
@@ -2853,23 +2909,22 @@ def _remove_if_empty(root: str, folder: str) -> bool:
     return remove_empty_folder(os.path.join(root, folder))
 
 
-def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+def _apply_file(home: str, codebase: Codebase, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
     try:
-        return _write_file(home, key, plan.root, file, lock, clock)
+        return _write_file(home, codebase.key, plan.root, file, lock, clock)
     except FileChanged:
         problem = "expected it to hold still, got another save each time: sync again"
         failed = file._replace(action=SKIP, problem=problem, changed=True)
     except (OrchestraError, OSError) as error:
         failed = file._replace(action=SKIP, problem=_describe(error))
     try:
-        _clear_up(home, key, plan.root, lock.left, clock)
-    except IoError:
+        _clear_up(home, codebase, lock.left, clock)
+    except OrchestraError:
         lock.is_clean = False
     return failed
 
 
 def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
-    path = os.path.join(root, file.path)
     if file.action in BACKED_UP:
         when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock.token, clock)
         restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
@@ -2878,12 +2933,10 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         file = file._replace(note="; ".join(filter(None, [restore, file.note])))
     if file.action == RELEASE:
         return file._replace(note="edited by hand, so it stays and is yours now")
-    check_parents(root, file.path)
+    path = check_parents(root, file.path, make=file.after is not None)
     if file.after is None:
         remove_file(path, file.before, lock)
         return file
-    make_folder(os.path.dirname(path))
-    check_parents(root, file.path)
     if file.before.kind == "file" and not file.before.data and file_age(path, clock) < YOUNG:
         time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
     replace_file(path, file.after, file.before, lock, durable=_has_user_text(file))
@@ -2905,10 +2958,9 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     """
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
-    path = os.path.join(root, backup.path)
     key = codebase.key
-    with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, key, root, left, clock)) as lock:
-        check_parents(root, backup.path)
+    with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, codebase, left, clock)) as lock:
+        path = check_parents(root, backup.path)
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
             raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
@@ -2921,7 +2973,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
         with blame(path):
             if before.kind == "file":
                 back_up(home, key, backup.path, before, "replaced by restore", lock.token, clock)
-            make_folder(os.path.dirname(path))
+            check_parents(root, backup.path, make=True)
             try:
                 replace_file(path, after, before, lock, mode=kept.mode, durable=True)
             except FileChanged:
