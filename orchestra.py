@@ -262,6 +262,14 @@ def python_lib_dir(home: str) -> str:
     return os.path.join(orchestra_root(home), "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}")
 
 
+def parsed_path(home: str) -> str:
+    return os.path.join(run_dir(home), "parsed.jsonl")
+
+
+def parsed_lock_path(home: str) -> str:
+    return os.path.join(run_dir(home), "parsed.lock")
+
+
 def pip_lock_path(home: str) -> str:
     return os.path.join(run_dir(home), "pip.lock")
 
@@ -388,9 +396,9 @@ def read_disk(path: str, limit: int = -1) -> Disk:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-        with blame(path):
-            data = _read_all(fd, info.st_size + 1, limit)
-        return Disk("file", data, stat.S_IMODE(info.st_mode))
+        return Disk("file", _read_all(fd, info.st_size + 1, limit), stat.S_IMODE(info.st_mode))
+    except OSError as error:
+        raise IoError(path, error) from error
     finally:
         os.close(fd)
 
@@ -442,6 +450,16 @@ def file_age(path: str, clock: Clock) -> float:
 
 def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+@functools.cache
+def program_stamp() -> str:
+    """Tell this program from any other version of it, which may render otherwise."""
+    try:
+        info = os.stat(__file__)
+    except OSError:
+        return __version__
+    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
 
 
 def make_private_folder(path: str) -> None:
@@ -932,6 +950,7 @@ MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may
 MAX_REGISTRY_ITEMS = 20000
 MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
 MAX_NAME = 100  # characters
+FEW_PARSED = 20  # files that are parsed again each time rather than remembered
 MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
 PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
 TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
@@ -1411,6 +1430,12 @@ PROJECT_SCHEMA = {
 
 def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
     """Read one registry file to its root node; None where a problem in the document says why."""
+    data, doc = _read_registry_data(home, file)
+    text = None if data is None else _decode(data, doc)
+    return (None if text is None else compose_document(text, doc)), doc
+
+
+def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document]:
     doc = Document(shorten_home(home, file))
     try:
         disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
@@ -1423,11 +1448,8 @@ def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Docume
     doc.source = sha256_of(disk.data)
     if len(disk.data) > MAX_REGISTRY_FILE:
         doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
-    else:
-        text = _decode(disk.data, doc)
-        if text is not None:
-            return compose_document(text, doc), doc
-    return None, doc
+        return None, doc
+    return disk.data, doc
 
 
 def _decode(data: bytes, doc: Document) -> Optional[str]:
@@ -1439,17 +1461,116 @@ def _decode(data: bytes, doc: Document) -> Optional[str]:
         return None
 
 
-def read_codebase(home: str, key: Key) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
-    """Read one codebase's file, as it stands, without what its project adds."""
-    project, name = key
-    root, doc = read_registry_file(home, codebase_path(home, key))
+def read_codebase(
+    home: str, key: Key, parsed: Optional[ParsedFiles] = None
+) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
+    """Read one codebase's file, as it stands, without what its project adds.
+
+    What `parsed` knows is without the keys that Orchestra does not know: only a save needs them.
+    """
+    data, doc = _read_registry_data(home, codebase_path(home, key))
+    known = parsed.find(key, doc.source) if parsed else None
+    if known:
+        return known, ()
+    text = None if data is None else _decode(data, doc)
+    root = None if text is None else compose_document(text, doc)
     if root is None:
         return None, _with_hint(doc.problems, key)
     values = read_fields(doc, root, "", CODEBASE_SCHEMA)
-    _check_own_name(doc, root, values["name"], name)
+    _check_own_name(doc, root, values["name"], key[1])
     if doc.problems:
         return None, _with_hint(doc.problems, key)
-    return Codebase(project=project, source=doc.source, **values), ()
+    codebase = Codebase(project=key[0], source=doc.source, **values)
+    if parsed:
+        parsed.add(codebase)
+    return codebase, ()
+
+
+class ParsedFiles:
+    """What was parsed before, by the hash of a file's bytes: parsing YAML is the dearest part of a look.
+
+    Kept in one file, a line each: the hash, and the codebase in JSON. It is saved when it would spare much, and
+    whatever is wrong with it only means parsing again.
+    """
+
+    def __init__(self, home: str) -> None:
+        self._home = home
+        self._known = dict(line.split(b" ", 1) for line in self._load() if b" " in line)
+        self._used: list[bytes] = []
+        self._fresh = 0
+
+    def _load(self) -> list[bytes]:
+        try:
+            stamp, *lines = read_disk(parsed_path(self._home)).data.splitlines()
+        except (ValueError, IoError):
+            return []
+        return lines if stamp == program_stamp().encode() else []
+
+    def find(self, key: Key, source: str) -> Optional[Codebase]:
+        line = self._known.get(source.encode())
+        try:
+            codebase = _codebase_from(key[0], json.loads(line)) if line else None
+        except (ValueError, TypeError):
+            return None
+        if line is None or codebase is None or codebase.name != key[1]:
+            return None
+        self._used.append(source.encode() + b" " + line)
+        return codebase
+
+    def add(self, codebase: Codebase) -> None:
+        line = json.dumps(codebase, default=lambda node: None, separators=(",", ":"))
+        self._used.append(f"{codebase.source} {line}".encode())
+        self._fresh += 1
+
+    def save_if_worth_it(self) -> None:
+        if self._fresh <= max(FEW_PARSED, len(self._used) // 8):
+            return
+        data = b"\n".join([program_stamp().encode(), *self._used])
+        folder = run_dir(self._home)
+        try:
+            with hold_lock(parsed_lock_path(self._home), lambda left: sweep_folders([folder], left), 0) as lock:
+                save_private(parsed_path(self._home), data, lock.token, durable=False)
+        except OrchestraError:
+            pass  # somebody else is saving it, or the disk is full: then it is parsed again
+
+
+def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
+    (
+        _,
+        name,
+        path,
+        description,
+        targets,
+        commands,
+        conventions,
+        notes,
+        skills,
+        projects,
+        created,
+        updated,
+        _,
+        source,
+    ) = values
+    return Codebase(
+        project,
+        name,
+        path,
+        description,
+        None if targets is None else tuple(targets),
+        tuple((key, value) for key, value in commands),
+        tuple(conventions),
+        tuple(notes),
+        tuple(Skill(*skill[:-1]) for skill in skills),
+        tuple(_component_from(*component) for component in projects),
+        created,
+        updated,
+        source=source,
+    )
+
+
+def _component_from(name: str, kind: str, tasks: Sequence[Any], roles: Sequence[Any], extra: object) -> Component:
+    agents = tuple(AgentRole(agent, entry, tuple(skills)) for agent, entry, skills, _ in roles)
+    return Component(name, kind, tuple(Task(*task[:-1]) for task in tasks), agents)
 
 
 def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
@@ -1588,7 +1709,10 @@ def _stray(home: str, path: str, expected: str, got: str) -> Problem:
 def load_registry(home: str) -> Registry:
     """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
     keys, stray = scan_registry(home)
-    return _read_codebases(home, keys, Registry({}, {}, tuple(stray), {}))
+    parsed = ParsedFiles(home)
+    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), {}), parsed)
+    parsed.save_if_worth_it()
+    return registry
 
 
 def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Registry:
@@ -1603,11 +1727,11 @@ def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Regi
     return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
 
 
-def _read_codebases(home: str, keys: Sequence[Key], base: Registry) -> Registry:
+def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Optional[ParsedFiles] = None) -> Registry:
     projects = {project: read_project(home, project) for project in {key[0] for key in keys}}
     codebases, broken, owners = dict(base.codebases), dict(base.broken), dict(base.owners)
     for key in keys:
-        codebase, problems = read_codebase(home, key)
+        codebase, problems = read_codebase(home, key, parsed)
         project, project_problems = projects[key[0]]
         if codebase is None or project_problems:
             broken[key] = problems + project_problems
@@ -2165,8 +2289,14 @@ TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked":
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
 _CODE_SPAN = re.compile(r"(?<!`)((`+)(?!`).*?(?<!`)\2(?!`))")
 _FENCED = re.compile(r"(?ms)^(```+|~~~+)\w*\n(?:.*?\n)?\1$")  # a plain fenced block, from its first column on
+_NOT_PLAIN = re.compile(r"[<>`@~]|  |^ | $")
 # Claude and Gemini import the file that a bare @word names.
 _AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[^\s`.,;:!?)\]}'\"]")
+
+
+def is_plain(text: str) -> bool:
+    """Say whether a line is harmless as it is, which most are and can be told faster than made."""
+    return text.isprintable() and not _NOT_PLAIN.search(text)
 
 
 def defuse(text: str) -> str:
@@ -2190,6 +2320,8 @@ def _quote_at_words(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Make text harmless for the inside of a line, or for a line of a list: it opens no fence there."""
+    if is_plain(text):
+        return text
     text = " ".join(defuse(text).split())
     if re.match(r"~~~|```[^`]*$", text):
         text = "\\" + text
@@ -2198,6 +2330,8 @@ def one_line(text: str) -> str:
 
 def many_lines(text: str, indent: str = "  ") -> str:
     """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
+    if is_plain(text):
+        return text
     text = defuse(text).strip("\n")
     parts = []
     end = 0
@@ -2217,6 +2351,8 @@ def paragraphs(text: str) -> str:
 
 def code_span(text: str) -> str:
     """Put text of one line into backticks, however many it has itself."""
+    if is_plain(text):
+        return f"`{text}`"
     text = " ".join(defuse(text).split())
     longest = max(map(len, re.findall("`+", text)), default=0)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -2487,7 +2623,7 @@ def newline_of(data: bytes) -> bytes:
 
 def digest_of(ours: bytes) -> str:
     """Hash what is Orchestra's in a file; git may have turned its line ends into CRLF."""
-    return hashlib.sha256(ours.replace(b"\r\n", b"\n")).hexdigest()
+    return sha256_of(ours.replace(b"\r\n", b"\n"))
 
 
 def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
@@ -2649,7 +2785,7 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     record = old_record or Record()
     wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
-    looks = {path: look_at(root, path) for path in [*wanted, *unwanted]}
+    looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     source = f"{program_stamp()} {imports:d} {codebase.source}"
@@ -2664,16 +2800,6 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     new_record = _next_record(root, record, files)
     is_whole = all(path in new_record.files for path in wanted)
     return Plan(root, files, old_record, new_record._replace(source=source if is_whole else ""))
-
-
-@functools.cache
-def program_stamp() -> str:
-    """Tell this program from any other version of it, which may render otherwise."""
-    try:
-        info = os.stat(__file__)
-    except OSError:
-        return __version__
-    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
 
 
 def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
@@ -2771,6 +2897,10 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
 
 def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
     """Make the record that is true before, while and after the planned files are written."""
+    if len(files) == len(record.files) and all(
+        file.action == KEEP and record.files.get(file.path) == file.digest for file in files
+    ):
+        return record
     new_files = {file.path: file.digest for file in files if file.digest}
     new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
     earlier = dict(record.earlier)
@@ -2892,7 +3022,8 @@ def apply_plan(home: str, codebase: Codebase, plan: Plan, lock: Lock, clock: Clo
     record = plan.record._replace(synced_at=now_rfc3339(clock))
     save_record(home, codebase.key, record, lock)
     files = tuple(_apply_file(home, codebase, plan, file, lock, clock) if file.writes else file for file in plan.files)
-    emptied = [folder for folder in reversed(record.folders) if _remove_if_empty(plan.root, folder)]
+    spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
+    emptied = [folder for folder in reversed(spare) if _remove_if_empty(plan.root, folder)]
     if not any(file.writes for file in files) and plan.writes:
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if emptied or record.synced_at == plan.record.synced_at:

@@ -1966,6 +1966,13 @@ def test_a_text_over_its_budget_is_written_and_said(home: Home) -> None:
     assert re.search(r"(?m)^note: shop/api: AGENTS.md: \d+ bytes are over the budget of 32768: ", ran.err)
 
 
+@pytest.mark.parametrize("text", [*HOSTILE, "", "a", " a", "a ", "a  b", "naïve", "x -- y", "a_b*c*", "#1", "- a"])
+def test_what_counts_as_plain_would_be_left_as_it_is(text: str, monkeypatch: Any) -> None:
+    quick = [orchestra.one_line(text), orchestra.many_lines(text), orchestra.code_span(text)]
+    monkeypatch.setattr(orchestra, "is_plain", lambda text: False)
+    assert quick == [orchestra.one_line(text), orchestra.many_lines(text), orchestra.code_span(text)]
+
+
 # ── 7 Sync ────────────────────────────────────────────────────────────────────
 
 
