@@ -354,11 +354,14 @@ class Lock:
         self.left = Leftover(new_token())
         self.is_clean = True
         self._fd = fd
+        self._is_announced = False
         self._count = 0
-        self._announce()
 
     @property
     def token(self) -> str:
+        """What names temporary files; once asked for, the lock file has it."""
+        if not self._is_announced:
+            self._announce()
         return self.left.token
 
     def new_temporary(self, folder: str) -> str:
@@ -371,6 +374,12 @@ class Lock:
 
     def _announce(self) -> None:
         os.pwrite(self._fd, json.dumps(self.left).encode() + b"\n", 0)
+        self._is_announced = True
+
+    def end(self) -> None:
+        """Empty the lock file, unless something is left to clear up."""
+        if self._is_announced and self.is_clean:
+            os.ftruncate(self._fd, 0)
 
 
 class Backup(NamedTuple):
@@ -507,12 +516,28 @@ def _take_after(fd: int, like: str, mode: int) -> int:
     try:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             os.fchown(fd, old.st_uid if os.geteuid() == 0 else -1, old.st_gid)
-        if hasattr(os, "listxattr"):  # Linux; an access control list is one of them
-            for name in os.listxattr(like, follow_symlinks=False):
-                os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+        _copy_attributes(like, fd)
     except OSError as error:
         return mode if error.errno == errno.ENOTSUP else mode & ~0o077
     return mode
+
+
+def _copy_attributes(like: str, fd: int) -> None:
+    """Copy the extended attributes, and with them the access control list."""
+    if hasattr(os, "listxattr"):  # Linux
+        for name in os.listxattr(like, follow_symlinks=False):
+            os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+    elif sys.platform == "darwin":
+        import ctypes
+
+        acl_and_xattr = 0b101  # COPYFILE_ACL | COPYFILE_XATTR in copyfile.h
+        source = os.open(like, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if ctypes.CDLL(None, use_errno=True).fcopyfile(source, fd, None, acl_and_xattr):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), like)
+        finally:
+            os.close(source)
 
 
 def sync_folder(path: str) -> None:
@@ -736,11 +761,11 @@ def hold_lock(path: str, sweep: Callable[[Leftover], object], timeout: float = L
             left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
             if left:
                 sweep(left)
-            lock = Lock(fd)
-        yield lock
-        if lock.is_clean:
-            with blame(path):
                 os.ftruncate(fd, 0)
+        lock = Lock(fd)
+        yield lock
+        with blame(path):
+            lock.end()
     finally:
         os.close(fd)
 
@@ -785,14 +810,6 @@ def _take_turn(fd: int, path: str, timeout: float) -> None:
 def folders_below(path: str) -> list[str]:
     """List a folder and all below it; links are not followed."""
     return [folder for folder, _, _ in os.walk(path)]
-
-
-def lock_was_left(path: str) -> bool:
-    """Say whether a turn at `path` is under way or was ended by a kill."""
-    try:
-        return os.stat(path).st_size > 0
-    except OSError:
-        return False
 
 
 def try_lock(path: str) -> Optional[int]:
@@ -2789,17 +2806,16 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     source = f"{program_stamp()} {imports:d} {codebase.source}"
-    if source == record.source:
+    if source == record.source and all(path in record.files or looks[path].note for path in wanted):
         digests: Mapping[str, str] = record.files
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
     files = tuple(
-        plan_file(path, look, record, digests[path] if path in wanted else None, render, purge)
+        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge)
         for path, look in _without_twins(looks)
     )
-    new_record = _next_record(root, record, files)
-    is_whole = all(path in new_record.files for path in wanted)
-    return Plan(root, files, old_record, new_record._replace(source=source if is_whole else ""))
+    source = "" if any(file.problem for file in files) else source
+    return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source))
 
 
 def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
@@ -2954,13 +2970,11 @@ def sync_codebase(
 ) -> SyncCodebaseResult:
     """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
     key = codebase.key
-    lock_path = codebase_lock_path(home, key)
     try:
-        # A first look without a turn: mostly there is nothing to do. The first sync of all needs none.
-        is_first = not dry_run and not os.path.lexists(record_path(home, key))
-        plan = None if is_first else plan_codebase(home, codebase, owners, purge)
-        if plan is None or (not dry_run and (not plan.is_done or lock_was_left(lock_path))):
-            with hold_lock(lock_path, lambda left: _clear_up(home, codebase, left, clock)) as lock:
+        if dry_run:
+            plan = plan_codebase(home, codebase, owners, purge)
+        else:
+            with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, codebase, left, clock)) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -2976,12 +2990,13 @@ def _sync_until_done(
     clock: Clock,
 ) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
-    if not purge and not is_current(home, codebase):
-        # Saved, or removed, since it was read: whoever writes last must write the newest.
-        codebase = reread_codebase(home, codebase.key)
     written: dict[str, FilePlan] = {}
-    for _ in range(MAX_TRIES):
+    for tries in range(MAX_TRIES):
         plan = plan_codebase(home, codebase, owners, purge)
+        if tries == 0 and not (purge or plan.is_done or is_current(home, codebase)):
+            # Saved, or removed, since it was read: whoever writes last must write the newest.
+            codebase = reread_codebase(home, codebase.key)
+            continue
         if not plan.is_done:
             plan = apply_plan(home, codebase, plan, lock, clock)
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))

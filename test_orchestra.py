@@ -791,11 +791,9 @@ def test_a_reader_sees_the_old_text_or_the_new(home: Home, lock: orchestra.Lock)
 def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
     path = os.path.join(home.path, "lock")
     with orchestra.hold_lock(path, sweep=print):
-        assert orchestra.lock_was_left(path)
         second = orchestra.hold_lock(path, sweep=print, timeout=0.05)
         with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
             pass
-    assert not orchestra.lock_was_left(path)
     with orchestra.hold_lock(path, sweep=print, timeout=0.05):
         pass
 
@@ -807,7 +805,9 @@ def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> Non
     Path(path).write_text('["dead", null]\nand what a longer one left')
     folders = [str(home.code), "/no/where"]
     with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
-        assert lock.token != "dead"
+        assert Path(path).read_bytes() == b""
+        assert lock.token != "dead" and lock.token in Path(path).read_text()
+    assert Path(path).read_bytes() == b""
     assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
 
 
@@ -871,6 +871,26 @@ def test_replacing_keeps_extended_attributes(home: Home, lock: orchestra.Lock) -
         pytest.skip(f"the file system has no extended attributes: {error}")
     orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
+
+
+def test_on_macos_attributes_are_copied_by_the_systems_own_call(
+    home: Home, lock: orchestra.Lock, monkeypatch: Any
+) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    calls = []
+
+    class Libc:
+        def fcopyfile(self, source: int, target: int, state: None, flags: int) -> int:
+            calls.append((os.pread(source, 9, 0), os.fstat(target).st_size, state, flags))
+            return 0
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.delattr(os, "listxattr", raising=False)
+    monkeypatch.setattr("ctypes.CDLL", lambda name, use_errno: Libc())
+    monkeypatch.setattr(orchestra, "swap_files", lambda one, other: False)
+    orchestra.replace_file(str(path), b"newer", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), calls) == (b"newer", [(b"old", 5, None, 5)])
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
