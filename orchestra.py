@@ -304,6 +304,7 @@ def expand_home(home: str, path: str) -> str:
 
 LOCK_TIMEOUT = 30.0  # seconds
 MAX_LEFTOVER = 64 << 10  # bytes of a lock file
+MAX_SWAPS = 10  # to give a file its name back that somebody keeps saving
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
 DAYS_KEPT = 30  # days with a backup of their own
@@ -350,9 +351,10 @@ class Leftover(NamedTuple):
 class Lock:
     """One writer's turn. The lock file says what the next turn must clear up if this one is killed."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self.left = Leftover(new_token())
         self.is_clean = True
+        self._path = path
         self._fd = fd
         self._is_announced = False
         self._count = 0
@@ -373,13 +375,17 @@ class Lock:
         self._announce()
 
     def _announce(self) -> None:
-        os.pwrite(self._fd, json.dumps(self.left).encode() + b"\n", 0)
+        with blame(self._path):
+            # The number at both ends tells a line that was cut short, with an older one showing behind it.
+            swap = json.dumps([self._count, self.left.swap, self._count])
+            os.pwrite(self._fd, f"{self.left.token}\n{swap}\n".encode(), 0)
         self._is_announced = True
 
     def end(self) -> None:
         """Empty the lock file, unless something is left to clear up."""
         if self._is_announced and self.is_clean:
-            os.ftruncate(self._fd, 0)
+            with blame(self._path):
+                os.ftruncate(self._fd, 0)
 
 
 class Backup(NamedTuple):
@@ -581,13 +587,17 @@ def replace_file(
 
 
 def _place_new_file(temporary: str, path: str) -> None:
-    # link() refuses to replace what appeared since the last look; rename() would not.
+    # Not by a plain rename, which would replace what has appeared since the last look.
     try:
+        if rename_exclusively(temporary, path):
+            return
         os.link(temporary, path)
     except FileExistsError:
         raise FileChanged(path) from None
-    except OSError:  # a file system without hard links
-        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(temporary, path)  # a file system that has neither: the instant since the last look stays open
     else:
         os.unlink(temporary)
 
@@ -595,27 +605,36 @@ def _place_new_file(temporary: str, path: str) -> None:
 def _judge_swapped(temporary: str, path: str, expected: Disk, data: bytes) -> None:
     """Look at what a swap brought out: the user's save of the last instant gets its name back (FileChanged)."""
     try:
-        if not _is_let_go(temporary, lambda disk: disk == expected):
+        if _read_let_go(temporary) != expected:
             raise FileChanged(path)
     except BaseException:
-        swap_files(temporary, path)
-        if not _is_let_go(temporary, lambda disk: disk.data == data):
-            # Saved once more, over what was there for an instant. The newer save stays; a sweep keeps the other.
-            swap_files(temporary, path)
-            raise
-        os.unlink(temporary)
+        _swap_back(temporary, path, data)
         raise
     os.unlink(temporary)
 
 
-def _is_let_go(path: str, is_it: Callable[[Disk], bool]) -> bool:
-    """Wait until nobody writes to a file that has lost its name, and say whether it is still what it was."""
+def _swap_back(temporary: str, path: str, data: bytes) -> None:
+    """Give the user's file its name back. Of several saves meanwhile the newest has it; a sweep keeps the other."""
+    shown = data
+    for _ in range(MAX_SWAPS):
+        saved = read_disk(temporary).data
+        swap_files(temporary, path)
+        came = _read_let_go(temporary)
+        if came and came.data == shown:
+            break
+        shown = saved
+    if shown is data:
+        os.unlink(temporary)
+
+
+def _read_let_go(path: str) -> Optional[Disk]:
+    """Read a file that has lost its name, once nobody writes to it; None if somebody goes on."""
     deadline = time.monotonic() + WRITER_PATIENCE
     while _has_writer(path):
         if time.monotonic() > deadline:
-            return False
+            return None
         time.sleep(WRITER_PAUSE)
-    return is_it(read_disk(path))
+    return read_disk(path)
 
 
 def _has_writer(path: str) -> bool:
@@ -627,7 +646,10 @@ def _has_writer(path: str) -> bool:
 
     if not sys.platform.startswith("linux"):
         return False
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # a link by now, or something else that is told when it is read
     try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
@@ -640,29 +662,35 @@ def _has_writer(path: str) -> bool:
 
 def swap_files(one: str, other: str) -> bool:
     """Let two files change names in one step, and say whether the file system can; raises OSError."""
-    swap = _find_swap()
-    if swap is None:
-        return False
-    code = swap(os.fsencode(one), os.fsencode(other))
+    return _rename_by_flag(one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
+
+
+def rename_exclusively(path: str, new: str) -> bool:
+    """Rename a file unless the name is taken, and say whether the file system can; raises OSError."""
+    return _rename_by_flag(path, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
+
+
+def _rename_by_flag(one: str, other: str, flags: Mapping[str, int]) -> bool:
+    flag, rename = flags.get(sys.platform, 0), _find_rename()
+    code = rename(os.fsencode(one), os.fsencode(other), flag) if flag and rename else errno.ENOSYS
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
         return False
     if code:
-        raise OSError(code, os.strerror(code), other)
+        raise OSError(code, os.strerror(code), one, None, other)
     return True
 
 
 @functools.cache
-def _find_swap() -> Optional[Callable[[bytes, bytes], int]]:
-    """Find the system's own: renameat2(2) of Linux, renamex_np(2) of macOS; None where there is neither."""
+def _find_rename() -> Optional[Callable[[bytes, bytes, int], int]]:
+    """Find the rename that takes flags: renameat2(2) of Linux, renamex_np(2) of macOS; None where there is neither."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "renamex_np"):
-        swap_flag = 0x2  # RENAME_SWAP in sys/stdio.h
-        return lambda one, other: ctypes.get_errno() if libc.renamex_np(one, other, swap_flag) else 0
+        return lambda one, other, flag: ctypes.get_errno() if libc.renamex_np(one, other, flag) else 0
     if hasattr(libc, "renameat2"):
-        here, exchange_flag = -100, 0x2  # AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
-        return lambda one, other: ctypes.get_errno() if libc.renameat2(here, one, here, other, exchange_flag) else 0
+        here = -100  # AT_FDCWD in fcntl.h
+        return lambda one, other, flag: ctypes.get_errno() if libc.renameat2(here, one, here, other, flag) else 0
     return None
 
 
@@ -673,7 +701,7 @@ def remove_file(path: str, expected: Disk, lock: Lock) -> None:
     temporary = lock.new_temporary(os.path.dirname(path))
     lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data)]))
     os.rename(path, temporary)
-    if not _is_let_go(temporary, lambda disk: disk == expected):
+    if _read_let_go(temporary) != expected:
         _place_new_file(temporary, path)  # unless a newer one is there: then a sweep keeps this
         raise FileChanged(path)
     os.unlink(temporary)
@@ -762,20 +790,22 @@ def hold_lock(path: str, sweep: Callable[[Leftover], object], timeout: float = L
             if left:
                 sweep(left)
                 os.ftruncate(fd, 0)
-        lock = Lock(fd)
+        lock = Lock(path, fd)
         yield lock
-        with blame(path):
-            lock.end()
+        lock.end()
     finally:
         os.close(fd)
 
 
 def _parse_leftover(data: bytes) -> Optional[Leftover]:
+    token, newline, rest = data.partition(b"\n")
+    if not newline:
+        return None  # empty, or cut short before any file was named so
     try:
-        token, swap = json.loads(data.partition(b"\n")[0])
-        return Leftover(str(token), Swap(*swap) if swap else None)
+        begin, swap, end = json.loads(rest.partition(b"\n")[0])
+        return Leftover(token.decode(), Swap(*swap) if swap and begin == end else None)
     except (ValueError, TypeError):
-        return None  # empty, or not of our making
+        return Leftover(token.decode("utf-8", "replace"))  # cut short before the swap
 
 
 def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
@@ -786,8 +816,9 @@ def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
                 names = os.listdir(folder)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            for path in [os.path.join(folder, n) for n in names if n.startswith(f".orchestra-{left.token}")]:
-                if read_disk(path).kind == "file":
+            for name in names:
+                path = os.path.join(folder, name)
+                if name.startswith((f".orchestra-{left.token}-", f".orchestra-{left.token}.")) and os.path.isfile(path):
                     os.unlink(path)
 
 
@@ -930,7 +961,7 @@ def _backup_time(folder: str, path: str, now: float) -> str:
 def _read_notes(path: str) -> dict[str, str]:
     try:
         notes = json.loads(read_disk(path).data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
 
@@ -1778,7 +1809,7 @@ def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tu
 def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
     place = shorten_home(home, codebase_path(home, codebase.key))
     message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
-    return Problem(f"{place}:1", message, f"orchestra edit {label_for(codebase.key)}")
+    return Problem(visible(f"{place}:1"), visible(message), f"orchestra edit {label_for(codebase.key)}")
 
 
 def reread_codebase(home: str, key: Key) -> Codebase:
@@ -1814,7 +1845,8 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
 
     Where that cannot be, the file is written afresh and the old one is kept in the backups. Raises
-    RegistryError for a name that cannot be one and for an old file that cannot be read, IoError.
+    RegistryError for a name that cannot be one and for an old file that cannot be read, FileChanged where it is
+    no longer the one that the codebase was loaded from, IoError.
     """
     check_name("project", codebase.project)
     check_name("codebase", codebase.name)
@@ -1822,6 +1854,8 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     file = real_path(codebase_path(home, key))
     with _registry_turn(home, clock) as lock:
         disk = read_disk(file)
+        if codebase.source and codebase.source != sha256_of(disk.data):
+            raise FileChanged(file)
         text: Optional[str] = None
         if disk.kind == "file":
             old, doc = read_registry_file(home, file)
@@ -1832,7 +1866,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             text = None if merged is None else bom + merged
             if text is None:
                 back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock)
-        with _expect_stillness(file):
+        with blame(file):
             make_private_folder(os.path.dirname(file))
             data = (_dump(new) if text is None else text).encode()
             replace_file(file, data, disk, lock, mode=0o600, durable=True)
@@ -1886,6 +1920,12 @@ def _registry_turn(home: str, clock: Clock) -> AbstractContextManager[Lock]:
     return hold_lock(registry_lock_path(home), sweep)
 
 
+def clear_registry(home: str) -> None:
+    """Clear up after a command that was killed while it changed the registry; raises IoError."""
+    with _registry_turn(home, time.time):
+        pass
+
+
 def values_of(record: Any) -> dict[str, Any]:
     """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
     values = record._asdict()
@@ -1924,7 +1964,10 @@ def _text_node(text: str) -> YamlNode:
     tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
     if not tag.endswith(":timestamp"):
         tag = STR_TAG
-    return yaml.ScalarNode(tag, text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else None
+    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
+        style = '"'
+    return yaml.ScalarNode(tag, text, style=style)
 
 
 def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
@@ -1934,7 +1977,8 @@ def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
         if node.id == "scalar":
             bare = (not node.style, bool(node.style))
             tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            done[id(node)] = yaml.ScalarNode(tag, node.value, style=node.style)
+            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
+            done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
         elif node.id == "sequence":
             items = [_retag(item, done) for item in node.value]
             done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
@@ -2514,6 +2558,7 @@ class Look(NamedTuple):
     place: str = ""  # the path with all links of its folders resolved
     note: str = ""  # why it is left alone
     problem: str = ""
+    hint: str = ""  # the way out of the problem
 
 
 class FilePlan(NamedTuple):
@@ -2527,6 +2572,7 @@ class FilePlan(NamedTuple):
     join: Optional[str] = None  # set where a block is appended
     note: str = ""
     problem: str = ""
+    hint: str = ""  # the way out of the problem
     changed: bool = False  # the file was saved by somebody else between plan and write
 
     @property
@@ -2603,7 +2649,7 @@ class Span(NamedTuple):
     end: int
 
 
-_MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?(<!-- orchestra:(begin|end) -->)[ \t]*\r?$")
+_MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$")
 _MARKER_STUB = b"<!-- orchestra:"
 
 
@@ -2673,7 +2719,7 @@ def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Option
         return data[: span.start] + wanted + data[span.end :], None
     if before.kind == "absent":
         return wanted + b"\n", None
-    join = b"" if not data.strip(b"\xef\xbb\xbf") else newline if data.endswith(b"\n") else newline * 2
+    join = b"" if not data.replace(b"\xef\xbb\xbf", b"") else newline if data.endswith(b"\n") else newline * 2
     return data + join + wanted + newline, join.decode()
 
 
@@ -2731,13 +2777,15 @@ def look_at(root: str, path: str) -> Look:
         ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
         return Look(disk, None if ours is None else digest_of(ours), place)
     except (OrchestraError, OSError) as error:
-        return Look(disk, problem=_describe(error))
+        return Look(disk, **_describe(error))
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception) -> dict[str, Any]:
     if isinstance(error, IoError):
         error = error.source
-    return explain_os_error(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return {"problem": explain_os_error(error), "hint": hint_for_os_error(error)}
+    return {"problem": str(error), "hint": getattr(error, "hint", "")}
 
 
 def check_parents(root: str, path: str, make: bool = False) -> str:
@@ -2779,7 +2827,7 @@ def _check_link(root: str, link: str) -> None:
 def plan_file(path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool) -> FilePlan:
     """Plan one managed file; `digest` is the hash of what is wanted there, None where nothing is."""
     if look.note or look.problem:
-        return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem)
+        return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem, hint=look.hint)
     agent, before = AGENTS_BY_PATH[path], look.disk
     # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
     action = decide(look.ours, record.known(path), digest, evict=purge and not agent.owned)
@@ -2920,7 +2968,7 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     new_files = {file.path: file.digest for file in files if file.digest}
     new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
     earlier = dict(record.earlier)
-    for path in record.files:
+    for path in {**record.files, **new_files}:
         older = [digest for digest in record.known(path) if digest != new_files.get(path)]
         earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
     joins = dict(record.joins)
@@ -2947,7 +2995,7 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
 def text_before_block(file: FilePlan) -> bytes:
     """Give the user's text in front of a shared file's block."""
     span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
-    return b"" if span is None else file.before.data[: span.start].strip(b"\xef\xbb\xbf")
+    return b"" if span is None else file.before.data[: span.start].replace(b"\xef\xbb\xbf", b"")
 
 
 def _missing_folders(root: str, path: str) -> Iterator[str]:
@@ -3011,16 +3059,16 @@ def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
 
 
 def plan_problems(key: Key, plan: Plan) -> tuple[Problem, ...]:
-    return tuple(Problem(f"{label_for(key)}: {paths}", text) for paths, text in group_problems(plan))
+    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(plan))
 
 
-def group_problems(plan: Plan) -> list[tuple[str, str]]:
+def group_problems(plan: Plan) -> list[Problem]:
     """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
-    by_text: dict[str, list[str]] = {}
+    paths: dict[tuple[str, str], list[str]] = {}
     for file in plan.files:
         if file.problem:
-            by_text.setdefault(file.problem, []).append(file.path)
-    return [(", ".join(paths), text) for text, paths in by_text.items()]
+            paths.setdefault((file.problem, file.hint), []).append(file.path)
+    return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
 
 
 def _clear_up(home: str, codebase: Codebase, left: Leftover, clock: Clock) -> None:
@@ -3035,14 +3083,20 @@ def _clear_up(home: str, codebase: Codebase, left: Leftover, clock: Clock) -> No
 def apply_plan(home: str, codebase: Codebase, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
     record = plan.record._replace(synced_at=now_rfc3339(clock))
-    save_record(home, codebase.key, record, lock)
+    known = plan.old_record.files if plan.old_record else {}
+    # What is to go stays recorded until it is gone, lest an interrupted sync forget it.
+    doomed = {f.path: known[f.path] for f in plan.files if f.writes and f.after is None and f.path in known}
+    first = record._replace(files={**record.files, **doomed})
+    save_record(home, codebase.key, first, lock)
     files = tuple(_apply_file(home, codebase, plan, file, lock, clock) if file.writes else file for file in plan.files)
+    stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
+    record = record._replace(files={**record.files, **stuck})
     spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
     emptied = [folder for folder in reversed(spare) if _remove_if_empty(plan.root, folder)]
+    record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
     if not any(file.writes for file in files) and plan.writes:
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
-    if emptied or record.synced_at == plan.record.synced_at:
-        record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
+    if record != first:
         save_record(home, codebase.key, record, lock)
     return plan._replace(files=files, record=record)
 
@@ -3062,7 +3116,7 @@ def _apply_file(home: str, codebase: Codebase, plan: Plan, file: FilePlan, lock:
         problem = "expected it to hold still, got another save each time: sync again"
         failed = file._replace(action=SKIP, problem=problem, changed=True)
     except (OrchestraError, OSError) as error:
-        failed = file._replace(action=SKIP, problem=_describe(error))
+        failed = file._replace(action=SKIP, **_describe(error))
     try:
         _clear_up(home, codebase, lock.left, clock)
     except OrchestraError:
@@ -3198,7 +3252,7 @@ def judge_plan(plan: Plan) -> tuple[str, str]:
     for file in plan.files:
         by_action.setdefault(_kind_of_change(file, record), []).append(file.path)
     if problems:
-        return ERROR, "; ".join(f"{paths}: {text}" for paths, text in problems)
+        return ERROR, "; ".join(map(str, problems))
     if not plan.writes:
         return CURRENT, ""
     if record is None:
@@ -5041,7 +5095,7 @@ def install_program(home: str, python: str, script: str) -> str:
     save_private(installed_script_path(home), disk.data, new_token())
     # Bytecode is matched by size and whole seconds: an upgrade of the same size within one would run the old.
     remove_private_folder(os.path.join(os.path.dirname(installed_script_path(home)), "__pycache__"))
-    save_private(binary_path(home), launcher_for(home, python).encode(), new_token(), mode=0o700)
+    save_private(binary_path(home), os.fsencode(launcher_for(home, python)), new_token(), mode=0o700)
     return binary_path(home)
 
 
@@ -5050,7 +5104,8 @@ def launcher_for(home: str, python: str) -> str:
     lib = os.path.dirname(installed_script_path(home))
     program = f"import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
     shebang = f"#!{python} -I\n"
-    if not re.search(r"\s", python) and len(os.fsencode(shebang)) <= 127:  # Linux's limit; a space ends the path
+    # Linux's limit; a space ends the path; Python looks for its program's encoding there.
+    if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
         return shebang + program
     import shlex
 
@@ -5083,6 +5138,7 @@ def install_self(home: str, environ: Mapping[str, str], tell: Callable[[str], No
 def generate_plist(binary_path: str, log_dir: str) -> bytes:
     """Write the service's property list (launchd.plist(5)); raises LaunchdError for a path XML cannot hold."""
     import plistlib
+    from xml.parsers.expat import ExpatError
 
     values = {
         "Label": DAEMON_LABEL,
@@ -5095,8 +5151,11 @@ def generate_plist(binary_path: str, log_dir: str) -> bytes:
         "ExitTimeOut": 20,  # seconds until SIGKILL; 5 in practice where it is not said
     }
     try:
-        return plistlib.dumps(values)
-    except (ValueError, UnicodeEncodeError) as error:
+        data = plistlib.dumps(values)
+        if plistlib.loads(data) != values:
+            raise ValueError("a line end that XML turns into another")
+        return data
+    except (ValueError, ExpatError) as error:
         raise LaunchdError(f"{binary_path!r}: expected a path that a property list can hold, got: {error}") from None
 
 
@@ -5332,6 +5391,7 @@ def register(home: str, key: Key, path: str, project_type: Optional[str], sync: 
     check_name("codebase", key[1])
     if not os.path.isdir(path):
         raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
+    clear_registry(home)
     registry = load_registry(home)
     _check_is_free(home, registry, key, path)
     if key in registry.codebases:
@@ -5360,16 +5420,22 @@ def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
 
 
 def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
-    codebase = load_codebase(home, *key)
     file = shorten_home(home, codebase_path(home, key))
-    if project_type in (None, *(c.project_type for c in codebase.projects)):
-        print(f"{label_for(key)} is registered already: {file}")
+    for _ in range(MAX_TRIES):
+        codebase = load_codebase(home, *key)
+        if project_type in (None, *(c.project_type for c in codebase.projects)):
+            print(f"{label_for(key)} is registered already: {file}")
+            return
+        rest = codebase.projects[1:]
+        first = codebase.projects[0] if codebase.projects else Component(key[1], "")
+        projects = (first._replace(project_type=project_type or ""), *rest)
+        try:
+            save_codebase(home, codebase._replace(projects=projects, updated_at=now_rfc3339()))
+        except FileChanged:
+            continue
+        print(f"{label_for(key)} is a {project_type} codebase now: {file}")
         return
-    rest = codebase.projects[1:]
-    first = codebase.projects[0] if codebase.projects else Component(key[1], "")
-    projects = (first._replace(project_type=project_type or ""), *rest)
-    save_codebase(home, codebase._replace(projects=projects, updated_at=now_rfc3339()))
-    print(f"{label_for(key)} is a {project_type} codebase now: {file}")
+    raise RegistryError(f"{file}: expected it to hold still, got another save each time", "try again")
 
 
 def _register_new(home: str, registry: Registry, key: Key, path: str, project_type: Optional[str]) -> None:
@@ -5688,11 +5754,25 @@ def print_bytes(data: bytes) -> None:
 # The command line
 
 
+def _terminal_width() -> int:
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
+    except (OSError, ValueError):
+        return 78
+
+
 def build_parser() -> argparse.ArgumentParser:
     import argparse
 
     purpose = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="orchestra", description=purpose, allow_abbrev=False)
+
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **options: Any) -> None:
+            # Left to itself, argparse loads shutil and three compressors to learn the terminal's width.
+            formatter = functools.partial(argparse.HelpFormatter, width=_terminal_width())
+            super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
+
+    parser = Parser(prog="orchestra", description=purpose)
     parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -5703,7 +5783,7 @@ def build_parser() -> argparse.ArgumentParser:
     init.add_argument("--name", help="default: the folder's name")
     init.add_argument("--sync", action="store_true", help="write the instruction files at once")
 
-    project = commands.add_parser("project", help="list, add or remove codebases", allow_abbrev=False)
+    project = commands.add_parser("project", help="list, add or remove codebases")
     project_commands = project.add_subparsers(title="commands", metavar="COMMAND", required=True)
     listing = add_command(project_commands, "list", cmd_project_list, "list the registered codebases")
     listing.add_argument("--json", action="store_true")
@@ -5741,7 +5821,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit = add_command(commands, "edit", cmd_edit, "open a codebase's registry file in your editor, and check it")
     edit.add_argument("codebase", metavar="CODEBASE")
 
-    daemon = commands.add_parser("daemon", help="keep everything in step in the background", allow_abbrev=False)
+    daemon = commands.add_parser("daemon", help="keep everything in step in the background")
     daemon_commands = daemon.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_command(daemon_commands, "start", cmd_daemon_start, "run the daemon in the foreground")
     add_command(daemon_commands, "stop", cmd_daemon_stop, "ask the running daemon to end", needs_yaml=False)
@@ -5768,7 +5848,7 @@ def add_command(
     commands: Any, name: str, run: Callable[..., int], purpose: str, needs_yaml: bool = True
 ) -> argparse.ArgumentParser:
     shown = {"help": purpose} if purpose else {}
-    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, allow_abbrev=False, **shown)
+    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, **shown)
     command.set_defaults(run=run, needs_yaml=needs_yaml)
     return command
 

@@ -1,23 +1,30 @@
 #!/usr/bin/env python3
 """Tests of orchestra.py, in its order and under its banners.
 
-    python3 test_orchestra.py [pytest's arguments]
+    python3 test_orchestra.py [bench | soak] [pytest's arguments]
 
 runs them on any Python from 3.9 on: where pytest or PyYAML is missing, a virtual environment is made beside this file.
+`bench` measures instead, and prints a table (ORCHESTRA_MOST=1000 leaves the largest registry out, ORCHESTRA_IDLE=20
+shortens the idle watch); `soak` runs the tests that take minutes.
 """
 
 from __future__ import annotations
 
 import ast
+import collections
+import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import http.server
 import importlib.util
 import io
 import itertools
 import json
+import math
 import os
+import platform
 import plistlib
 import random
 import re
@@ -29,6 +36,7 @@ import shutil
 import signal
 import socket
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -37,7 +45,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -802,7 +810,7 @@ def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> Non
     path = os.path.join(home.path, "lock")
     put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
     put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
-    Path(path).write_text('["dead", null]\nand what a longer one left')
+    Path(path).write_text("dead\n[0, null, 0]\nand what a longer one left")
     folders = [str(home.code), "/no/where"]
     with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
         assert Path(path).read_bytes() == b""
@@ -2607,7 +2615,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
     home.make_codebase("shop/api", targets=ALL_TARGETS)
     home.sync()
     put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
-    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text('["1-dead", null]')
+    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead\n[0, null, 0]\n")
     assert home.sync().lines == []
     assert home.leftovers() == []
 
@@ -2616,7 +2624,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: str) -> None:
     home.write_registry("shop/.orchestra-1-dead.tmp", "half")
     home.run_fine("project", "list")
-    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": '["1-dead", null]'})
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n[0, null, 0]\n"})
     orchestra.save_codebase(home.path, orchestra.Codebase(project, "api", "/x"))
     assert home.leftovers() == []
 
@@ -5077,9 +5085,11 @@ def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) 
 
 
 def memory_of(pid: int) -> int:
-    if not IS_LINUX:
-        return 0
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    """Give the bytes of memory a process has resident."""
+    if IS_LINUX:
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024
 
 
 @pytest.mark.parametrize("kind", ["", "kqueue"])
@@ -5383,8 +5393,8 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Live, monkeypatch
     file = live.save("shop/one")
     read = orchestra.read_codebase
 
-    def read_and_remove(home: str, key: orchestra.Key) -> Any:
-        result = read(home, key)
+    def read_and_remove(*args: Any) -> Any:
+        result = read(*args)
         file.unlink()
         return result
 
@@ -7215,5 +7225,4096 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
+# ── Every step interrupted, every write failing ───────────────────────────────
+
+# A change of the disk is carried out again and again in a child: once killed after its first operation, once after
+# its second, and so on until a child gets through; then with each operation failing instead. `run_hooked` replaces
+# the functions of `os` in the child alone, and the strace test shows that it misses none.
+
+DISK_CALLS = (
+    *("write", "pwrite", "ftruncate", "fchmod", "fchown", "fsync", "rename", "replace", "link", "unlink", "remove"),
+    *("symlink", "mkdir", "rmdir", "chmod", "chown", "truncate", "utime", "setxattr"),
+)
+TWO_NAMES = ("rename", "replace", "link", "symlink", "swap_files", "rename_exclusively")
+FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+USER_YAML = (
+    "# comment: dunlin\nname: api\npath: {root}\ntargets: [claude]\nnotes:\n- x # comment: redshank\nmine: plover\n"
+)
+FLOW_YAML = "# comment: dunlin\n{{name: api, path: {root}, targets: [claude], # comment: redshank\n mine: plover}}\n"
+
+
+class Fault(NamedTuple):
+    """What happens at the operation number `at`, the first being 1: an error, or else the end of the process."""
+
+    at: int = 0
+    error: int = 0
+    sticky: bool = False
+    half: bool = False  # the last write reaches the disk only in part
+
+    @property
+    def counts_reads(self) -> bool:
+        return self.error == errno.EMFILE
+
+    def is_due(self, number: int) -> bool:
+        return number == self.at or (self.sticky and number > self.at)
+
+
+NO_FAULT = Fault()
+
+
+class DiskHook:
+    """Count what this process does to the disk, and have one operation fail or be the last."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.done: list[tuple[str, str]] = []
+        self.hit = ("", "")
+        self.number = 0
+        self.paths: dict[int, str] = {}
+
+    def install(self) -> None:
+        for name in DISK_CALLS:
+            if hasattr(os, name):
+                setattr(os, name, self.wrap(name, getattr(os, name)))
+        for name in ("swap_files", "rename_exclusively"):  # of the system's, through ctypes
+            setattr(orchestra, name, self.wrap(name, getattr(orchestra, name)))
+        os.open = self.wrap_open(os.open)
+
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            place = self.paths.get(args[0], "") if isinstance(args[0], int) else os.fspath(args[name in TWO_NAMES])
+            self.begin(name, place, not isinstance(args[0], int), not self.fault.counts_reads)
+            if self.fault.half and self.fault.is_due(self.number) and name in ("write", "pwrite"):
+                real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
+                self.die()
+            try:
+                # What is written outlives a killed process without fsync, which only costs time here.
+                return None if name == "fsync" else real(*args, **options)
+            finally:
+                self.end()
+
+        return call
+
+    def wrap_open(self, real: Callable[..., int]) -> Callable[..., int]:
+        def call(path: Any, flags: int, *args: Any, **options: Any) -> int:
+            changes = bool(flags & FOR_WRITING)
+            if not changes and not self.fault.counts_reads:
+                fd = real(path, flags, *args, **options)
+            else:
+                self.begin("open" if changes else "read", os.fspath(path), True, True)
+                try:
+                    fd = real(path, flags, *args, **options)
+                finally:
+                    self.end()
+            self.paths[fd] = os.fspath(path)
+            return fd
+
+        return call
+
+    def begin(self, name: str, place: str, has_name: bool, is_counted: bool) -> None:
+        self.done.append((name, place))
+        self.number += is_counted
+        if self.fault.error and is_counted and self.fault.is_due(self.number):
+            self.hit = (name, place) if self.number == self.fault.at else self.hit
+            raise OSError(self.fault.error, os.strerror(self.fault.error), *([place] if has_name else []))
+
+    def end(self) -> None:
+        if not self.fault.error and self.fault.is_due(self.number):
+            self.die()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hooked(NamedTuple):
+    """What became of a command in a child: what it did, and what failed. One that was killed left no word."""
+
+    ran: Optional[Ran]
+    done: Sequence[tuple[str, str]] = ()
+    hit: tuple[str, str] = ("", "")
+
+
+def run_hooked(home: Home, argv: Sequence[str], fault: Fault, file_size: int = 0) -> Hooked:
+    """Run one command in a child of this process, with a fault or with a limit to the size of files."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if file_size:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+            report = json.dumps(run_with_hook(home, argv, fault)).encode()
+            with open(writer, "wb") as pipe:
+                pipe.write(report)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        report = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return Hooked(None)
+    ran, done, hit = json.loads(report)
+    return Hooked(Ran(*ran), [(name, place) for name, place in done], tuple(hit))
+
+
+def run_with_hook(home: Home, argv: Sequence[str], fault: Fault) -> Hooked:
+    gc.disable()  # it would touch, and so copy, all of the parent's memory
+    out, err = io.StringIO(), io.StringIO()
+    hook = DiskHook(fault)
+    hook.install()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = orchestra.main(argv, home.environ)
+        except BaseException:
+            status = -1
+            traceback.print_exc()
+    return Hooked(Ran(status, out.getvalue(), err.getvalue()), hook.done, hook.hit)
+
+
+# What is changed
+
+
+class Shape(NamedTuple):
+    """What stands at a path, without what differs from run to run."""
+
+    mode: int
+    data: bytes
+
+
+def shapes_below(root: Path) -> dict[str, Shape]:
+    """Give all files, links and folders below a folder."""
+    found = {}
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            mode = os.lstat(path).st_mode
+            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else b""
+            found[os.path.relpath(path, root)] = Shape(mode, Path(path).read_bytes() if stat.S_ISREG(mode) else data)
+    return found
+
+
+def without_times(data: bytes) -> bytes:
+    return re.sub(rb"(?m)^(created|updated)_at: .*$", b"", data)
+
+
+class Picture(NamedTuple):
+    """All that matters of a home folder at one moment."""
+
+    code: dict[str, Shape]
+    registry: dict[str, bytes]
+    backups: list[tuple[str, bytes]]
+
+    @classmethod
+    def of(cls, home: Home) -> Picture:
+        registry = contents(Path(orchestra.projects_root(home.path)))
+        backups = contents(Path(orchestra.backups_root(home.path)))
+        kept = [(name.split("/", 3)[3], data) for name, data in backups.items() if is_kept_version(name)]
+        return cls(
+            shapes_below(home.code), {name: without_times(data) for name, data in registry.items()}, sorted(kept)
+        )
+
+
+def is_kept_version(name: str) -> bool:
+    return not os.path.basename(name).startswith(".orchestra")
+
+
+def is_temporary(name: str) -> bool:
+    return bool(re.fullmatch(r"\.orchestra-.*\.tmp", os.path.basename(name)))
+
+
+class Scenario(NamedTuple):
+    """A change to interrupt: `words` are the user's, each with the file it is to stay in; "" is any, or a backup.
+
+    `edited` are the files that a sync may call edited by hand, `mend` what a user does after an interruption.
+    """
+
+    prepare: Callable[[Home], None]
+    argv: Callable[[Home], list[str]]
+    words: dict[str, str]
+    edited: frozenset[str] = frozenset()
+    mend: Callable[[Home], None] = lambda home: None
+    stays_synced: bool = True  # a sync after the change has nothing to do
+
+
+EDITED_WORDS = {
+    "finch": "aaa/CLAUDE.md",
+    "wren": "web/CLAUDE.md",
+    "kestrel": "api/CLAUDE.md",
+    "osprey": "api/AGENTS.md",
+    "kite": "api/.github/copilot-instructions.md",
+    "buzzard": "api/.github/copilot-instructions.md",
+    "goshawk": "api/.clinerules/orchestra.md",
+    "merlin": "",
+    "harrier": "",
+    "dunlin": "",
+}
+CURSOR, COPILOT = ".cursor/rules/orchestra.mdc", ".github/copilot-instructions.md"
+EDITED_FILES = frozenset({"AGENTS.md", CURSOR})
+
+
+def edit_everything(home: Home) -> None:
+    """Leave a codebase in which a sync has one of everything to do, between two with an update each."""
+    kept = [target for target in ALL_TARGETS if target not in ("windsurf", "cline")]
+    root = home.make_codebase("shop/api", {"AGENTS.md": "osprey\n", COPILOT: "kite\n"}, targets=ALL_TARGETS)
+    home.write_registry("shop/project.yaml", {"name": "shop"})
+    home.make_codebase("shop/aaa", {"CLAUDE.md": "finch\n"}, targets=["claude"])
+    home.make_codebase("shop/web", {"CLAUDE.md": "wren\n"}, targets=["claude"])
+    home.sync()
+    (root / "CLAUDE.md").write_text("kestrel\n")
+    (root / "CLAUDE.md").chmod(0o640)
+    (root / "AGENTS.md").write_bytes((root / "AGENTS.md").read_bytes().replace(END, b"merlin\n" + END))
+    (root / "GEMINI.md").unlink()
+    (root / "GEMINI.md").symlink_to("AGENTS.md")
+    for name, word in ((COPILOT, "buzzard"), (CURSOR, "harrier"), (CLINE, "goshawk")):
+        (root / name).write_bytes((root / name).read_bytes() + f"\n{word}\n".encode())
+    shutil.rmtree(root / ".agents")
+    file = home.register("shop/api", targets=kept, notes=["new"])
+    file.write_text(file.read_text() + "# comment: dunlin\n")
+    home.register("shop/aaa", targets=["claude"], notes=["new"])
+    home.register("shop/web", targets=["claude"], notes=["new"])
+
+
+def sync_everything(home: Home) -> None:
+    edit_everything(home)
+    home.sync()
+
+
+def make_new_folder(home: Home) -> None:
+    put_files(home.code / "shop/api", {"CLAUDE.md": "kestrel\n", ".cursor/rules/mine.mdc": "osprey\n"})
+
+
+def register_with(text: str) -> Callable[[Home], None]:
+    def prepare(home: Home) -> None:
+        (home.code / "shop/api").mkdir(parents=True)
+        home.write_registry("shop/api.yaml", text.format(root=home.code / "shop/api"))
+
+    return prepare
+
+
+def init_argv(*more: str) -> Callable[[Home], list[str]]:
+    return lambda home: ["init", str(home.code / "shop/api"), "-p", "shop", *more]
+
+
+def restore_argv(home: Home) -> list[str]:
+    oldest = next(b for b in orchestra.list_backups(home.path, ("shop", "api")) if b.path == "AGENTS.md")
+    # By its time: what the interrupted restore put away may be the newest by now.
+    return ["restore", "shop/api", "AGENTS.md", "--at", oldest.when]
+
+
+def register_again(home: Home) -> None:
+    if ("shop", "api") not in home.registry().codebases:
+        home.run_fine(*init_argv()(home))
+
+
+REGISTRY_WORDS = {"dunlin": "", "redshank": "", "plover": ""}
+CHANGES = {
+    "sync": Scenario(edit_everything, lambda home: ["sync", "--all"], EDITED_WORDS, EDITED_FILES),
+    "init": Scenario(
+        make_new_folder,
+        init_argv("--sync"),
+        {"kestrel": "api/CLAUDE.md", "osprey": "api/.cursor/rules/mine.mdc"},
+    ),
+    "purge": Scenario(
+        edit_everything,
+        lambda home: ["project", "remove", "shop/api", "--purge"],
+        EDITED_WORDS,
+        EDITED_FILES,
+        register_again,
+        stays_synced=False,
+    ),
+    "restore": Scenario(sync_everything, restore_argv, EDITED_WORDS, EDITED_FILES, stays_synced=False),
+    "registry": Scenario(
+        register_with(USER_YAML), init_argv("-t", "mobile"), REGISTRY_WORDS, frozenset(), stays_synced=False
+    ),
+    "registry afresh": Scenario(
+        register_with(FLOW_YAML), init_argv("-t", "mobile"), REGISTRY_WORDS, frozenset(), stays_synced=False
+    ),
+}
+
+
+class Stage:
+    """A home folder in which a scenario can be played any number of times."""
+
+    def __init__(self, home: Home, scenario: Scenario) -> None:
+        self.home, self.scenario = home, scenario
+        self.kept = home.folder / "kept"
+        scenario.prepare(home)
+        age_records(home)
+        for name in ("home", "code"):
+            shutil.copytree(home.folder / name, self.kept / name, symlinks=True)
+        self.argv = scenario.argv(home)
+        self.before = Picture.of(home)
+        done = self.play()
+        assert done.ran is not None
+        assert done.ran.status == 0, done.ran
+        self.operations = done.done
+        self.after = Picture.of(home)
+
+    def set(self) -> None:
+        """Put everything back to where it was before the change."""
+        for name in ("home", "code"):
+            shutil.rmtree(self.home.folder / name)
+            shutil.copytree(self.kept / name, self.home.folder / name, symlinks=True)
+
+    def play(self, fault: Fault = NO_FAULT, file_size: int = 0) -> Hooked:
+        """Carry out the change from the beginning."""
+        self.set()
+        return run_hooked(self.home, self.argv, fault, file_size)
+
+    def check_report(self, hooked: Hooked) -> None:
+        """See a failure told, with its place, and all the rest done."""
+        ran = hooked.ran
+        assert ran is not None
+        assert "Traceback" not in ran.err, ran.err
+        assert ran.status in (0, 2), ran
+        code, after = without_rubbish(Picture.of(self.home).code), without_rubbish(self.after.code)
+        if ran.status == 0:
+            assert self.is_harmless(*hooked.hit), hooked.hit
+            assert code == after
+            return
+        assert ran.complaints
+        for line in ran.complaints:
+            assert "shop/" in line or self.home.path in line or "~/.orchestra" in line, line
+        named = {label for label in LABELS if label in ran.err}
+        if "shop/project.yaml:" in ran.err:
+            named = set(LABELS)  # which all inherit from it
+        if self.argv[0] == "sync":
+            assert named
+            for label in LABELS - named:
+                assert below(label, code) == below(label, after), (label, ran)
+
+    def is_harmless(self, name: str, place: str) -> bool:
+        """Say whether an operation may fail without a word, since what was asked for is done all the same.
+
+        Where link() fails, rename() takes its place. A folder that is to be made may be there. What could not be read
+        at the first look is looked at again. An empty folder, and a temporary file whose text is in its place, stay.
+        """
+        folder = self.before.code.get(os.path.relpath(place, self.home.code))
+        is_there = folder is not None and stat.S_ISDIR(folder.mode)
+        is_spare = name in ("unlink", "remove") and is_temporary(place)
+        return name in ("link", "read", "rmdir") or (name == "mkdir" and is_there) or is_spare
+
+    def check_nothing_lost(self) -> None:
+        """See every file in its old state or its new one, every word of the user's, and no edit that was none."""
+        now = Picture.of(self.home)
+        for name in {*self.before.code, *self.after.code, *now.code} - {*filter(is_temporary, now.code)}:
+            assert now.code.get(name) in (self.before.code.get(name), self.after.code.get(name)), name
+        for name in {*self.before.registry, *self.after.registry, *now.registry}:
+            if not is_temporary(name):
+                old, new = self.before.registry.get(name), self.after.registry.get(name)
+                assert now.registry.get(name) in (old, new), name
+        kept = b"".join(data for _, data in now.backups)
+        for word, name in self.scenario.words.items():
+            data = now.code[f"shop/{name}"].data if name else kept + self.all_text(now)
+            assert word.encode() in data, (word, name)
+        if self.argv[0] != "sync":  # where the recovery sees it too
+            self.sync(dry_run=True)
+
+    def all_text(self, now: Picture) -> bytes:
+        code = (shape.data for name, shape in now.code.items() if not is_temporary(name))
+        registry = (data for name, data in now.registry.items() if not is_temporary(name))
+        return b"\n".join((*code, *registry))
+
+    def check_recovery(self, has_rubbish: bool = False) -> None:
+        """Give the command again, and see the disk as if nothing had happened; `has_rubbish` allows empty folders."""
+        self.scenario.mend(self.home)
+        if self.argv[0] == "sync":
+            self.sync()
+        else:
+            self.home.run_fine(*self.argv)
+        now = Picture.of(self.home)
+        tidy = without_rubbish if has_rubbish else dict
+        assert tidy(now.code) == tidy(self.after.code)
+        assert now.registry == self.after.registry
+        assert without_registry(now.backups) == without_registry(self.after.backups)
+        written = self.sync()
+        assert written == [] or not self.scenario.stays_synced
+        for name in ("home", "code"):
+            for _, _, names in os.walk(self.home.folder / name):
+                assert not any(map(is_temporary, names)), names
+        self.check_locks()
+
+    def sync(self, dry_run: bool = False) -> list[str]:
+        """Sync all, and see neither errors nor edits by hand that were none."""
+        results = orchestra.run_pipeline(self.home.path, orchestra.SyncScope.all(), dry_run)
+        for result in results:
+            assert result.errors == ()
+            edited = {file.path for file in result.files if file.action in orchestra.BACKED_UP}
+            assert edited <= (self.scenario.edited if result.codebase == "api" else set()), result
+        return [path for result in results for path in result.written]
+
+    def check_locks(self) -> None:
+        locks = [
+            Path(parent, name) for parent, _, names in os.walk(orchestra.run_dir(self.home.path)) for name in names
+        ]
+        for path in locks:
+            fd = orchestra.try_lock(str(path))
+            assert fd is not None
+            os.close(fd)
+            # The registry's may name a turn that was killed when all was done; only the next one to write looks there.
+            assert path.parent.name == "run" or path.read_bytes() == b""
+
+
+def age_records(home: Home) -> None:
+    """Date what was written last back: within one second there is one write more."""
+    for file in Path(orchestra.hashes_root(home.path)).glob("*/*.json"):
+        values = json.loads(file.read_bytes())
+        file.write_text(json.dumps({**values, "synced_at": "2026-03-01T00:00:00Z"}))
+
+
+def without_registry(backups: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    # A codebase that is registered again is retired again, and its new file kept like the first.
+    return [(name, data) for name, data in backups if not name.endswith("api.yaml")]
+
+
+LABELS = frozenset({"shop/aaa", "shop/api", "shop/web"})
+
+
+def below(label: str, code: dict[str, Shape]) -> dict[str, Shape]:
+    return {name: shape for name, shape in code.items() if name.startswith(label + "/")}
+
+
+def without_rubbish(code: dict[str, Shape]) -> dict[str, Shape]:
+    """Leave out what a failing clean-up leaves behind: temporary files and empty folders."""
+    return {name: shape for name, shape in code.items() if not stat.S_ISDIR(shape.mode) and not is_temporary(name)}
+
+
+@pytest.fixture
+def quick_home(capsys: Any, monkeypatch: Any) -> Iterator[Home]:
+    """Make a home folder in memory where that can be: it is filled and emptied a thousand times."""
+    parser = orchestra.build_parser()
+    monkeypatch.setattr(orchestra, "build_parser", lambda: parser)
+    folder = tempfile.mkdtemp(prefix="orc", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
+    yield Home(folder, capsys)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(params=CHANGES)
+def stage(request: Any, quick_home: Home) -> Stage:
+    return Stage(quick_home, CHANGES[request.param])
+
+
+@pytest.fixture
+def sync_stage(quick_home: Home) -> Stage:
+    return Stage(quick_home, CHANGES["sync"])
+
+
+# Killed
+
+
+def test_a_kill_after_any_operation_loses_nothing_and_the_next_run_finishes(stage: Stage) -> None:
+    survived = 0
+    for number in itertools.count(1):
+        hooked = stage.play(Fault(number))
+        if hooked.ran is not None:
+            survived = number
+            break
+        with blamed_on(stage, number):
+            stage.check_nothing_lost()
+            stage.check_recovery()
+    assert survived == len(stage.operations) + 1
+
+
+def test_a_kill_in_the_middle_of_any_write_loses_nothing(stage: Stage) -> None:
+    for number, (name, _) in enumerate(stage.operations, 1):
+        if name in ("write", "pwrite"):
+            assert stage.play(Fault(number, half=True)).ran is None
+            with blamed_on(stage, number):
+                stage.check_nothing_lost()
+                stage.check_recovery()
+
+
+@contextmanager
+def blamed_on(stage: Stage, number: int, what: str = "killed at") -> Iterator[None]:
+    """Say at which operation it was that a check fails."""
+    try:
+        yield
+    except AssertionError as error:
+        places = [*stage.operations, ("nothing", "")]
+        raise AssertionError(f"{what} {number}, {places[min(number, len(places)) - 1]}: {error}") from error
+
+
+# Failing
+
+ERRORS = {name: getattr(errno, name) for name in ("ENOSPC", "EACCES", "EROFS", "EIO", "EMFILE")}
+
+
+def fail_at_each(stage: Stage, error: int, sticky: bool, numbers: Iterable[int]) -> int:
+    """Have the operations of these numbers fail, each in a run of its own; say how many could."""
+    count = 0
+    for number in numbers:
+        hooked = stage.play(Fault(number, error, sticky))
+        if not any(hooked.hit):
+            break
+        count += 1
+        with blamed_on(stage, number, f"{errno.errorcode[error]}, {sticky=}, {hooked.hit} failed at"):
+            stage.check_report(hooked)
+            stage.check_nothing_lost()
+            stage.check_recovery(has_rubbish=hooked.hit[0] == "rmdir")
+    return count
+
+
+@pytest.mark.parametrize("stage", ["sync", "restore", "registry", "registry afresh"], indirect=True)
+def test_an_operation_that_fails_once_is_told_and_the_next_run_finishes(stage: Stage) -> None:
+    numbers = itertools.count(1, 3 if stage.argv[0] == "sync" else 1)  # the longest row in part; the soak takes all
+    assert fail_at_each(stage, errno.ENOSPC, False, numbers) > 2
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("sticky", [False, True])
+def test_every_kind_of_failure_is_told(stage: Stage, error: str, sticky: bool) -> None:
+    # A sample, which begins elsewhere for each kind; the soak takes all.
+    first = 1 + list(ERRORS).index(error)
+    assert fail_at_each(stage, ERRORS[error], sticky, itertools.count(first, 30)) > 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("sticky", [False, True])
+def test_every_kind_of_failure_is_told_at_every_operation(stage: Stage, error: str, sticky: bool) -> None:
+    assert fail_at_each(stage, ERRORS[error], sticky, itertools.count(1)) > 0
+
+
+@pytest.mark.parametrize("size", [10, 300, 700])
+def test_a_limit_to_the_size_of_files_is_told(sync_stage: Stage, size: int) -> None:
+    hooked = sync_stage.play(file_size=size)
+    assert hooked.ran is not None
+    assert hooked.ran.status == 2
+    assert "file too large" in hooked.ran.err
+    sync_stage.check_report(hooked)
+    sync_stage.check_nothing_lost()
+    sync_stage.check_recovery()
+
+
+@contextmanager
+def mounted(folder: Path, kept: Path) -> Iterator[None]:
+    """Have a folder on a small file system of its own, with what is in another one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        ran = subprocess.run(mount, check=False, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount")
+    if ran.returncode:
+        pytest.skip(f"mounting is not allowed: {ran.stderr.strip()}")
+    try:
+        shutil.copytree(kept, folder, symlinks=True, dirs_exist_ok=True)
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill_disk(file: Path) -> None:
+    """Write to a file until nothing more goes in."""
+    with open(file, "wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while stream.write(b"x" * 512):
+            pass
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="needs tmpfs")
+@pytest.mark.parametrize("place", ["code/shop/api", "home/.orchestra"])
+def test_a_full_disk_is_told_and_the_next_run_finishes(sync_stage: Stage, place: str) -> None:
+    stage, folder = sync_stage, sync_stage.home.folder / place
+    stage.set()
+    with mounted(folder, stage.kept / place):
+        fill_disk(folder / "filler")
+        hooked = run_hooked(stage.home, stage.argv, NO_FAULT)
+        (folder / "filler").unlink()
+        assert hooked.ran is not None
+        assert hooked.ran.status == 2
+        assert "no space left on device" in hooked.ran.err
+        stage.check_report(hooked)
+        stage.check_nothing_lost()
+        stage.check_recovery()
+
+
+def test_a_folder_that_may_not_be_written_is_told_and_the_next_run_finishes(home: Home) -> None:
+    stage = Stage(home, CHANGES["sync"])
+    stage.set()
+    root = home.code / "shop/api"
+    mode = root.stat().st_mode
+    root.chmod(0o555)
+    ran = home.run_as_nobody(*stage.argv)
+    root.chmod(mode)
+    assert ran.status == 2
+    assert [line for line in ran.complaints if "CLAUDE.md" in line and "permission denied" in line]
+    stage.check_report(Hooked(ran))
+    stage.check_nothing_lost()
+    stage.check_recovery()
+
+
+# The real process
+
+SAME_CALLS = {
+    "replace": "rename",
+    "remove": "unlink",
+    "swap_files": "swap",
+    "rename_exclusively": "rename",
+    "pwrite64": "pwrite",
+    "creat": "open",
+}
+# swap_files is renameat2 with RENAME_EXCHANGE.
+SYSTEM_CALLS = [
+    *(
+        "open",
+        "openat",
+        "openat2",
+        "creat",
+        "write",
+        "writev",
+        "pwrite64",
+        "pwritev",
+        "ftruncate",
+        "truncate",
+        "fchmod",
+    ),
+    *("chmod", "fchmodat", "fchown", "chown", "lchown", "fchownat", "fsync", "fdatasync", "rename", "renameat"),
+    *(
+        "renameat2",
+        "link",
+        "linkat",
+        "unlink",
+        "unlinkat",
+        "rmdir",
+        "symlink",
+        "symlinkat",
+        "mkdir",
+        "mkdirat",
+        "mknod",
+    ),
+    *("mknodat", "setxattr", "lsetxattr", "fsetxattr", "utimensat", "fallocate", "copy_file_range", "sendfile"),
+]
+
+
+class Call(NamedTuple):
+    """One system call that changes the disk: the `number`-th of this name in its process."""
+
+    name: str
+    number: int
+    kind: str
+
+
+def need_strace() -> str:
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("there is no strace")
+    if subprocess.call([strace, "-o", os.devnull, "true"], stderr=subprocess.DEVNULL):
+        pytest.skip("strace may not trace here")
+    return strace
+
+
+def run_traced(stage: Stage, *options: str) -> subprocess.CompletedProcess[str]:
+    """Carry out the change from the beginning, in the real program under strace."""
+    stage.set()
+    trace = "trace=" + ",".join("?" + name for name in SYSTEM_CALLS)
+    argv = [need_strace(), "-f", "-y", "-e", trace, *options, sys.executable, str(SCRIPT), *stage.argv]
+    environ = {**os.environ, **stage.home.environ}
+    return subprocess.run(argv, env=environ, check=False, capture_output=True, text=True, timeout=60)
+
+
+def calls_in(trace: str, folder: str) -> Iterator[Call]:
+    """Read from strace's output what was done to the disk below a folder."""
+    count: collections.Counter[str] = collections.Counter()
+    for line in trace.splitlines():
+        match = re.match(r"(?:\d+ +)?(\w+)\((.*)", line)
+        if match is None:
+            continue
+        name, rest = match[1], match[2]
+        count[name] += 1
+        kind = re.sub(r"(?<!ch)at2?$", "", name) if name not in SAME_CALLS else SAME_CALLS[name]
+        if kind == "open" and not re.search("O_WRONLY|O_RDWR|O_CREAT|O_TRUNC", rest) and name != "creat":
+            continue
+        kind = "rmdir" if "AT_REMOVEDIR" in rest else "swap" if "RENAME_EXCHANGE" in rest else kind
+        if folder + "/" in rest.rsplit(" = ", 1)[0]:
+            yield Call(name, count[name], kind)
+
+
+def test_the_hook_misses_nothing_that_the_real_process_does(sync_stage: Stage) -> None:
+    trace = sync_stage.home.folder / "trace"
+    ran = run_traced(sync_stage, "-o", str(trace))
+    assert ran.returncode == 0, ran.stderr
+    traced = collections.Counter(call.kind for call in calls_in(trace.read_text(), str(sync_stage.home.folder)))
+    hooked = collections.Counter(SAME_CALLS.get(name, name) for name, _ in sync_stage.operations)
+    assert sum(traced.values()) > 50
+    assert traced - hooked == {}
+    assert Picture.of(sync_stage.home)[:2] == sync_stage.after[:2]
+
+
+@pytest.mark.soak
+def test_a_real_process_killed_at_any_system_call_loses_nothing(sync_stage: Stage) -> None:
+    trace = sync_stage.home.folder / "trace"
+    run_traced(sync_stage, "-o", str(trace))
+    for number, call in enumerate(list(calls_in(trace.read_text(), str(sync_stage.home.folder)))):
+        ran = run_traced(sync_stage, "-o", str(trace), "-e", f"inject={call.name}:signal=SIGKILL:when={call.number}")
+        assert ran.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), (call, ran)
+        with blamed_on(sync_stage, number, f"{call} killed before"):
+            sync_stage.check_nothing_lost()
+            sync_stage.check_recovery()
+
+
+# ── Random histories ──────────────────────────────────────────────────────────
+
+# A user and Orchestra take turns by the dice. What Orchestra did is judged from two pictures of the disk, by a
+# parser of blocks and a listing of backups that are the test's own.
+
+BOM = b"\xef\xbb\xbf"
+NEWLINES = (b"\n", b"\r\n")
+IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
+MANAGED = list(IS_SHARED)
+MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
+USER_WORD = re.compile(rb"\bu\d+x\b")
+CHANGES_DISK = (
+    "open",
+    "write",
+    "pwrite",
+    "ftruncate",
+    "fchmod",
+    "fsync",
+    "link",
+    "unlink",
+    "rename",
+    "replace",
+    "mkdir",
+)
+RENAMES = ("swap_files", "rename_exclusively")  # of the system's, through ctypes
+SOAK_SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "300"))
+
+
+class Seen(NamedTuple):
+    """What stands at a path. Of a folder only that it is there."""
+
+    kind: str
+    mode: int = 0
+    inode: int = 0
+    mtime: int = 0
+    data: bytes = b""
+
+
+class Parts(NamedTuple):
+    """A shared file cut at its block."""
+
+    head: bytes
+    block: Optional[bytes] = None
+    tail: bytes = b""
+
+
+def look_at(path: str) -> Seen:
+    info = os.lstat(path)
+    if stat.S_ISLNK(info.st_mode):
+        return Seen("link", 0, info.st_ino, info.st_mtime_ns, os.readlink(path).encode())
+    if stat.S_ISDIR(info.st_mode):
+        return Seen("folder")
+    if not stat.S_ISREG(info.st_mode):
+        return Seen("special")
+    return Seen("file", stat.S_IMODE(info.st_mode), info.st_ino, info.st_mtime_ns, Path(path).read_bytes())
+
+
+def take_picture(top: str) -> dict[str, Seen]:
+    """Give all that stands below a folder, by its path from there."""
+    places = [os.path.join(at, name) for at, folders, files in os.walk(top) for name in (*folders, *files)]
+    return {os.path.relpath(place, top): look_at(place) for place in places}
+
+
+def cut_up(data: bytes) -> Optional[Parts]:
+    """Cut a shared file at its block; None where Orchestra has to leave it alone."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return None
+    found, offset = [], 0
+    for line in data.split(b"\n"):
+        bare = line.rstrip(b" \t\r")
+        start = offset + (3 if bare.startswith(BOM) else 0)
+        if bare[start - offset :] in (BEGIN, END):
+            found.append((bare[start - offset :], start))
+        offset += len(line) + 1
+    if b"\0" in data or [marker for marker, _ in found] not in ([], [BEGIN, END]):
+        return None
+    if not found:
+        return Parts(data)
+    start, end = found[0][1], found[1][1] + len(END)
+    return Parts(data[:start], data[start:end], data[end:])
+
+
+def without_block(parts: Parts) -> set[bytes]:
+    """Give what may be left of a file when its block is taken out: all of the user's, but for a join."""
+    tails = {parts.tail, *(parts.tail[len(n) :] for n in NEWLINES if parts.tail.startswith(n))}
+    heads = {parts.head}
+    for _ in range(2):
+        heads |= {head[: -len(n)] for head in heads for n in NEWLINES if head.endswith(n)}
+    return {head + seam + tail for head in heads for tail in tails for seam in (b"", *NEWLINES)}
+
+
+def user_words(data: bytes) -> set[bytes]:
+    return set(USER_WORD.findall(data))
+
+
+def split_place(where: str) -> tuple[str, str]:
+    """Give the codebase and the path there of what lies in home/code."""
+    parts = where.split("/", 3)
+    return ("/".join(parts[1:3]), parts[3]) if parts[0] == "code" and len(parts) == 4 else ("", where)
+
+
+def key_of(label: str) -> tuple[str, str]:
+    project, _, name = label.partition("/")
+    return project, name
+
+
+def simplify(picture: dict[str, Seen]) -> dict[str, tuple[Any, ...]]:
+    return {path: (seen.kind, seen.mode, seen.data) for path, seen in picture.items()}
+
+
+def unify(data: bytes) -> bytes:
+    return data.replace(b"\r\n", b"\n")
+
+
+def die_after(calls: int, late: bool) -> None:
+    """Have this process killed at its n-th call that changes the disk, before or after that is done."""
+    count = itertools.count(1)
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            is_reading = real is real_open and not args[1] & (os.O_WRONLY | os.O_RDWR)
+            is_time = not is_reading and next(count) == calls
+            if is_time and not late:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **options)
+            if is_time:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    real_open = os.open
+    names = [*CHANGES_DISK, "rmdir"]
+    for name in names:
+        setattr(os, name, wrap(getattr(os, name)))
+    for name in RENAMES:
+        setattr(orchestra, name, wrap(getattr(orchestra, name)))
+
+
+def run_killed(work: Callable[[], Any]) -> int:
+    """Do `work` in a child, which it may have killed; return the child's wait status."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1]
+
+
+class Wrong(AssertionError):
+    """What a history found, with all that replays it."""
+
+
+class History(Home):
+    """A home folder whose user and whose Orchestra are driven by dice."""
+
+    def __init__(self, folder: str, capsys: Any, seed: int) -> None:
+        super().__init__(folder, capsys)
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.code = Path(self.path, "code")
+        self.copy = self.folder / "copy"
+        self.steps: list[str] = []
+        self.count = itertools.count()
+        self.clock = Clock(1.6e9)
+        self.ours: dict[tuple[str, str], set[bytes]] = {}  # what Orchestra wrote at each path
+        self.appended: dict[tuple[str, str], tuple[bytes, Parts]] = {}
+        self.spoilt: dict[Path, bytes] = {}
+        self.values: dict[str, dict[str, Any]] = {}
+        self.killed: set[str] = set()
+        self.known: dict[tuple[str, str], set[bytes]] = {}
+        self.registered: set[str] = set()
+        self.broken: set[str] = set()
+        put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
+        for label in ("shop/api", "shop/web"):
+            self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r")}
+            self.enter(label)
+            (self.code / label).mkdir(parents=True)
+        self.cache = orchestra.load_cache(self.path)
+
+    # Words and choices
+
+    def word(self, letter: str = "u") -> str:
+        return f"{letter}{next(self.count) + 1}x"
+
+    def line(self, newline: bytes = b"\n") -> bytes:
+        return f"{self.word()} of the user".encode() + newline
+
+    def choose(self, choices: Iterable[Any]) -> Any:
+        return self.random.choice(list(choices))
+
+    def is_likely(self, chance: float) -> bool:
+        return self.random.random() < chance
+
+    def tell(self, *words: object) -> None:
+        self.steps.append(" ".join(map(str, words)))
+
+    def pick(self) -> tuple[str, str, Path]:
+        """Choose a managed file of a codebase."""
+        label = self.choose(self.values)
+        os.stat(self.code / label)  # no user makes it anew while it is away
+        targets = [orchestra.AGENTS[target].path for target in self.values[label]["targets"]]
+        path = self.choose(targets if targets and self.is_likely(0.8) else MANAGED)
+        return label, path, self.code / label / path
+
+    def write(self, file: Path, data: bytes) -> None:
+        """Save as an editor does: in place, or by renaming."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.is_likely(0.5):
+            file.write_bytes(data)
+        else:
+            beside = file.with_name(f"{file.name}.swp")
+            beside.write_bytes(data)
+            beside.replace(file)
+        if not data:  # else Orchestra waits, as for an editor that has just emptied it
+            os.utime(file, (1e9, 1e9))
+
+    # The user's steps; one that cannot be made is left out
+
+    def edit_inside(self) -> None:
+        label, path, file = self.pick()
+        parts = cut_up(file.read_bytes()) if IS_SHARED[path] else Parts(b"", file.read_bytes())
+        if parts is None or parts.block is None:
+            return
+        lines = parts.block.splitlines(keepends=True)
+        last = len(lines) - 1 if IS_SHARED[path] else len(lines)
+        at = self.random.randint(1, max(1, last))
+        how = self.choose(("insert", "replace", "drop"))
+        newline = b"\r\n" if b"\r\n" in parts.block else b"\n"
+        new = [] if how == "drop" else [self.line(newline)]
+        lines[at : at + (how != "insert" and at < last)] = new
+        self.tell("edit inside", label, path, how)
+        self.write(file, parts.head + b"".join(lines) + parts.tail)
+
+    def edit_outside(self) -> None:
+        label, path, file = self.pick()
+        newline, where = self.choose(NEWLINES), self.choose(("before", "after", "both"))
+        data = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+        parts = cut_up(data) if IS_SHARED[path] else Parts(b"", None)
+        if parts is None or os.path.lexists(file) != bool(data):
+            return
+        head = self.line(newline) + parts.head if where != "after" else parts.head
+        tail = parts.tail + self.line(newline) if where != "before" else parts.tail
+        if parts.block is None and self.is_likely(0.3):
+            tail = tail[: -len(newline)] if tail.endswith(newline) else tail
+        if parts.block is not None and tail and not tail.startswith(NEWLINES):
+            tail = newline + tail
+        bom = BOM if not data and self.is_likely(0.1) else b""
+        self.tell("edit outside", label, path, where, newline)
+        self.write(file, bom + head + (parts.block or b"") + tail)
+
+    def edit_bare(self) -> None:
+        """Empty a file, take its block out, or give it other line ends, as git does."""
+        label, path, file = self.pick()
+        if file.is_symlink():
+            return
+        data, how = file.read_bytes(), self.choose(("crlf", "lf", "without block", "empty"))
+        parts = cut_up(data)
+        if how == "crlf":
+            data = unify(data).replace(b"\n", b"\r\n")
+        elif how == "lf":
+            data = unify(data)
+        elif how == "empty":
+            data = b""
+        elif parts is not None:
+            data = parts.head + parts.tail
+        self.tell("rewrite", label, path, how)
+        self.forget(label, path)
+        self.write(file, data)
+
+    def write_own(self) -> None:
+        label, path, file = self.pick()
+        if not os.path.lexists(file) or file.is_file():
+            self.tell("write", label, path, "afresh")
+            self.forget(label, path)
+            file.unlink() if file.is_symlink() else None
+            self.write(file, b"# mine\n" + self.line() * self.random.randint(1, 2))
+
+    def forget(self, label: str, path: str) -> None:
+        self.appended.pop((label, path), None)
+        self.spoilt.pop(self.code / label / path, None)
+
+    def clear(self, label: str, path: str, file: Path) -> None:
+        self.forget(label, path)
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif os.path.lexists(file):
+            file.unlink()
+
+    def delete(self) -> None:
+        label, path, file = self.pick()
+        if os.path.lexists(file):
+            self.tell("delete", label, path)
+            self.clear(label, path, file)
+
+    def link(self) -> None:
+        label, path, file = self.pick()
+        inside = self.code / label / self.choose(other for other in MANAGED if other != path)
+        target = os.path.relpath(self.choose((inside, Path(self.path, "outside/CLAUDE.md"))), file.parent)
+        self.clear(label, path, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.symlink_to(target)
+        self.tell("link", label, path, "to", target)
+
+    def make_folder_of_it(self) -> None:
+        label, path, file = self.pick()
+        self.clear(label, path, file)
+        put_files(file, {"mine.md": self.line()})
+        self.tell("folder at", label, path)
+
+    def untangle(self) -> None:
+        """Take links and folders away from where managed files belong."""
+        for label, path in itertools.product(self.values, MANAGED):
+            file = self.code / label / path
+            if file.is_symlink() or file.is_dir():
+                self.tell("untangle", label, path)
+                self.clear(label, path, file)
+
+    def spoil(self) -> None:
+        label, path, file = self.pick()
+        if not IS_SHARED[path] or file.is_symlink() or file in self.spoilt:
+            return
+        data = file.read_bytes()
+        wrong = {
+            "doubled": data + b"\n" + BEGIN + b"\n" + self.line() + END + b"\n",
+            "no end": data.replace(END, b""),
+            "no begin": data.replace(BEGIN, self.line()),
+            "turned": data.replace(BEGIN, b"@").replace(END, BEGIN).replace(b"@", END),
+            "no text": data + b"\xff\xfe",
+            "NUL": data + b"\0",
+        }
+        how = self.choose(wrong)
+        self.spoilt[file] = data
+        self.tell("spoil", label, path, how)
+        self.write(file, wrong[how])
+
+    def mend(self) -> None:
+        for file, data in self.spoilt.items():
+            if file.is_file():
+                self.tell("mend", file.name)
+                self.write(file, data)
+        self.spoilt.clear()
+
+    def change_mode(self) -> None:
+        label, path, file = self.pick()
+        if file.is_file() and not file.is_symlink():
+            mode = self.choose((0o600, 0o640, 0o644, 0o755))
+            self.tell("chmod", label, path, oct(mode))
+            file.chmod(mode)
+
+    def link_parent(self) -> None:
+        """Lead the folder of an owned file out of the codebase, or back."""
+        folder = self.code / self.choose(self.values) / ".clinerules"
+        beside = folder.with_name("rules.mine")
+        if folder.is_symlink():
+            folder.unlink()
+            beside.rename(folder)
+        elif folder.is_dir() and not self.leftovers():
+            folder.rename(beside)
+            folder.symlink_to(os.path.relpath(Path(self.path, "outside/rules"), folder.parent))
+        self.tell("parent is a link:", folder.is_symlink())
+
+    def move_root(self) -> None:
+        root = self.code / self.choose(self.values)
+        away = root.with_name(f"{root.name}.away")
+        if away.exists():
+            away.rename(root)
+        else:
+            root.rename(away)
+        self.tell("root", root.name, "away" if away.exists() else "back")
+
+    def enter(self, label: str) -> None:
+        """Write a codebase's registry file. `~` lets a copy of the home be one of its own."""
+        self.register(label, path=f"~/code/{label}", **self.values[label])
+        self.registered.add(label)
+        self.broken.discard(label)
+
+    def change_targets(self) -> None:
+        label = self.choose(self.values)
+        count = self.choose((0, 1, 2, 3, len(ALL_TARGETS)))
+        self.values[label]["targets"] = self.random.sample(ALL_TARGETS, count)
+        self.enter_if_there(label)
+        self.tell("targets", label, self.values[label]["targets"])
+
+    def change_text(self) -> None:
+        label = self.choose(self.values)
+        key = self.choose(("notes", "conventions", "description"))
+        self.values[label][key] = self.word("r") if key == "description" else [self.word("r")]
+        self.enter_if_there(label)
+        self.tell("text", label, key, self.values[label][key])
+
+    def enter_if_there(self, label: str) -> None:
+        if label in self.registered:
+            self.enter(label)
+
+    def change_project(self) -> None:
+        word = self.word("r")
+        self.write_registry("shop/project.yaml", {"name": "shop", "conventions": [word]})
+        self.tell("project.yaml", word)
+
+    def break_registry(self) -> None:
+        label = self.choose(self.values)
+        if label in self.registered:
+            self.write_registry(f"{label}.yaml", "name: [\n")
+            self.broken.add(label)
+            self.tell("break", label)
+
+    def mend_registry(self) -> None:
+        for label in sorted(self.broken):
+            self.tell("mend", label)
+            self.enter(label)
+
+    def add_again(self) -> None:
+        for label in sorted(self.values.keys() - self.registered):
+            self.tell("add", label)
+            self.enter(label)
+
+    def wind(self) -> None:
+        self.clock.now += self.choose((-1e6, -5, 0, 1, 1e6))
+        self.tell("clock", self.clock.now)
+
+    # Pictures, and what Orchestra may have done between two
+
+    def see(self) -> dict[str, Seen]:
+        """Look at all but what is Orchestra's own."""
+        own = re.compile(r"\.orchestra/(backups|hashes|run)(/|$)")
+        return {path: seen for path, seen in take_picture(self.path).items() if not own.match(path)}
+
+    def kept(self) -> dict[tuple[str, str], dict[str, bytes]]:
+        """Give what is in the backups: by codebase and path, by time."""
+        found: dict[tuple[str, str], dict[str, bytes]] = {}
+        for path, seen in take_picture(orchestra.backups_root(self.path)).items():
+            parts = path.split("/", 3)
+            if seen.kind == "file" and len(parts) == 4 and not parts[3].startswith(".orchestra"):
+                found.setdefault(("/".join(parts[:2]), parts[3]), {})[parts[2]] = seen.data
+        return found
+
+    @contextmanager
+    def judged(
+        self, labels: set[str], is_whole: bool = True, is_restore: bool = False, but: str = ""
+    ) -> Iterator[dict[str, Seen]]:
+        """Judge what is done inside: to managed files of `labels` what may be done to them, to all else nothing."""
+        before, kept = self.see(), self.kept()
+        self.known = {place: set(texts) for place, texts in self.ours.items()}
+        changed: dict[str, Seen] = {}
+        yield changed
+        after, kept_now = self.see(), self.kept()
+        for place, versions in kept.items():
+            assert versions.items() <= kept_now[place].items(), f"the backups of {place} have changed"
+        for where in sorted(before.keys() | after.keys()):
+            old, new = before.get(where), after.get(where)
+            label, path = split_place(where)
+            if old == new or where == but:
+                continue
+            if label in labels and path in IS_SHARED:
+                changed[where] = old or Seen("absent")
+                versions = kept_now.get((label, path), {})
+                self.judge(label, path, old, new, versions, is_restore)
+                is_ours = old is not None and unify(self.ours_in(path, old.data)) in self.ours_before(label, path)
+                is_more = len(versions) > len(kept.get((label, path), {}))
+                # After a kill amid a swap it may be kept for safety's sake.
+                is_excused = is_restore or (label in self.killed)
+                assert is_excused or not (is_ours and is_more), f"{where}: kept as if edited by hand"
+            elif label in labels and path in MANAGED_FOLDERS:
+                assert "folder" in (old or new or Seen("")).kind, where
+            else:
+                assert is_temporary(where) and (new is None or not is_whole), f"{where}: {old} became {new}"
+
+    def ours_in(self, path: str, data: bytes) -> bytes:
+        parts = cut_up(data) if IS_SHARED[path] else Parts(b"", data)
+        return (parts.block if parts else None) or b""
+
+    def ours_before(self, label: str, path: str) -> set[bytes]:
+        return self.known.get((label, path), set())
+
+    def judge(
+        self, label: str, path: str, old: Optional[Seen], new: Optional[Seen], kept: dict[str, bytes], restored: bool
+    ) -> None:
+        place = (label, path)
+        for seen in (old, new):
+            assert seen is None or seen.kind == "file", f"{place}: {old} became {new}"
+        assert old is None or new is None or old.mode == new.mode, f"{place}: the mode has changed"
+        was, now = old.data if old else b"", new.data if new else b""
+        lost = user_words(was) - user_words(now)
+        assert lost <= user_words(b" ".join(kept.values())), f"{place}: {lost} is lost"
+        if restored:
+            assert old is None or was in kept.values(), f"{place}: what was restored over is not kept"
+            return
+        ours_was, ours_now = was, now
+        if IS_SHARED[path]:
+            ours_was, ours_now = self.judge_outside(place, old, new)
+        if old and ours_was and ours_was != ours_now and unify(ours_was) not in self.ours.get(place, set()):
+            assert was in kept.values(), f"{place}: edited by hand, replaced, and not kept"
+        if ours_now and ours_now != ours_was:
+            self.ours.setdefault(place, set()).add(unify(ours_now))
+
+    def judge_outside(self, place: tuple[str, str], old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
+        """See that the user's text around a block is as it was, and give the block before and after."""
+        was, now = old.data if old else b"", new.data if new else b""
+        a, b = cut_up(was), cut_up(now)
+        assert a and b, f"{place}: {was!r} became {now!r}"
+        if a.block is None:
+            assert b.block is not None, f"{place}: {was!r} became {now!r}"
+            join = b.head[len(was) :]
+            assert b.head.startswith(was) and join in {b"", *NEWLINES, *(n * 2 for n in NEWLINES)}, f"{place}: {b}"
+            assert b.tail in NEWLINES, f"{place}: {b}"
+            self.appended[place] = (was, b)
+            if old is None:
+                self.appended.pop(place)
+        elif b.block is not None:
+            assert (a.head, a.tail) == (b.head, b.tail), f"{place}: the user's text has changed: {a} became {b}"
+        elif new is None:
+            assert not a.head and a.tail in (b"", *NEWLINES), f"{place}: {a} was removed"
+        else:
+            assert now in without_block(a), f"{place}: {a} became {now!r}"
+            text, then = self.appended.pop(place, (b"", Parts(b"?")))
+            if (then.head, then.tail) == (a.head, a.tail):
+                assert now == text, f"{place}: {text!r} did not come back, but {now!r}"
+        return a.block or b"", b.block or b""
+
+    # Orchestra's steps
+
+    def label_or_all(self) -> Optional[str]:
+        return self.choose((None, *sorted(self.registered)))
+
+    def labels_of(self, scope: Optional[str]) -> set[str]:
+        return {scope} if scope else set(self.registered)
+
+    def run_in(self, home: str, *argv: str) -> int:
+        self.capsys.readouterr()
+        return orchestra.main(argv, {"HOME": home})
+
+    def sync_by(self, way: str, home: str, scope: Optional[str]) -> None:
+        scoped = orchestra.SyncScope.codebase(scope) if scope else orchestra.SyncScope.all()
+        if way == "main":
+            self.run_in(home, "sync", scope or "--all")
+        elif way == "pipeline":
+            orchestra.run_pipeline(home, scoped)
+        elif way == "one by one":
+            registry = orchestra.load_registry(home)
+            for label in sorted(self.labels_of(scope)):
+                codebase = registry.codebases.get(key_of(label))
+                if codebase:
+                    orchestra.sync_codebase(home, codebase, registry.owners, clock=self.clock)
+        else:
+            self.run_job(home, scope, scoped)
+
+    def run_job(self, home: str, scope: Optional[str], scoped: orchestra.SyncScope) -> None:
+        """Sync as the daemon's worker does; what it knows is kept from one job to the next."""
+        cache = self.cache if home == self.path else orchestra.load_cache(home)
+        keys = frozenset(map(key_of, self.labels_of(scope)))
+        job = orchestra.SyncJob(scoped, "start" if scope is None else "watcher", changed=keys)
+        cache, outcome = orchestra.run_job(home, cache, job)
+        if outcome.suspects:
+            again = job._replace(suspects=outcome.suspects, changed=outcome.suspects)
+            cache, outcome = orchestra.run_job(home, cache, again)
+        if home == self.path:
+            self.cache = cache
+
+    def look(self) -> dict[str, orchestra.SyncCodebaseResult]:
+        """See what a sync would write, and that `status` says the same."""
+        before = self.see()
+        registry = orchestra.load_registry(self.path)
+        results = orchestra.run_pipeline(self.path, orchestra.SyncScope.all(), True, registry)
+        status = orchestra.scan_staleness(self.path, registry, clock=self.clock)
+        for result, entry in zip(results, status.codebases):
+            is_current = not result.written and not result.errors
+            assert (entry.project, entry.codebase) == result.key
+            assert (entry.status == orchestra.CURRENT) == is_current, (entry, result.written, result.errors)
+            assert (entry.status == orchestra.ERROR) == bool(result.errors), entry
+        assert len(results) == len(status.codebases) == len(self.registered)
+        assert self.see() == before, "looking has changed something"
+        return {orchestra.label_for(result.key): result for result in results}
+
+    def sync(self, *argv: str) -> Any:
+        scope = self.label_or_all()
+        ways = ["main", "pipeline", "one by one", "job"]
+        way = self.choose(ways)
+        self.tell("sync", scope or "all", "by", way)
+        if scope is None and not self.registered:
+            return
+        planned = self.look()
+        labels = self.labels_of(scope)
+        if way == "job":  # what was known broken is looked at again
+            labels |= set(map(orchestra.label_for, self.cache.registry.broken)) & self.registered
+        others = [other for other in ways if other != way] if self.is_likely(0.2) else []
+        others = others if labels == self.labels_of(scope) else []
+        if others:
+            shutil.copytree(self.path, self.copy, symlinks=True)
+        with self.judged(labels) as changed:
+            self.sync_by(way, self.path, scope)
+        self.judge_sync(labels, planned, changed)
+        if others:
+            self.compare(self.choose(others), scope)
+        shutil.rmtree(self.copy, ignore_errors=True)
+        if changed and self.is_likely(0.3):
+            self.give_back(self.choose(sorted(changed.items())))
+
+    def compare(self, way: str, scope: Optional[str]) -> None:
+        """See another way of syncing lead to the same files, in a copy of the home as it was before."""
+        self.sync_by(way, str(self.copy), scope)
+        mine, other = (simplify(take_picture(str(top))) for top in (self.code, self.copy / "code"))
+        assert mine == other, f"by {way} it is something else"
+
+    def judge_sync(self, labels: set[str], planned: dict[str, Any], changed: dict[str, Seen]) -> None:
+        files = {
+            f"code/{label}/{file.path}"
+            for label in labels
+            for file in planned[label].files
+            if file.writes and file.action != orchestra.RELEASE
+        }
+        assert files == set(changed), "a dry run said otherwise"
+        for label in labels:
+            self.judge_result(label)
+        self.killed -= {label for label in labels if (self.code / label).exists()} - self.broken
+        before = self.see_all()
+        orchestra.run_pipeline(self.path, orchestra.SyncScope.codebase(*labels))
+        assert self.see_all() == before, "a second sync has changed something"
+        for label, result in self.look().items():
+            assert label not in labels or not result.written, result.written
+
+    def see_all(self) -> dict[str, Seen]:
+        return {path: seen for path, seen in take_picture(self.path).items() if "/run/" not in path}
+
+    def judge_result(self, label: str) -> None:
+        """See that the files that can be are as the registry wants them, and nothing else lies there."""
+        root = self.code / label
+        if label in self.broken or not root.exists():
+            assert root.exists() or not os.path.lexists(root)
+            return
+        assert not [path for path in take_picture(str(root)) if is_temporary(path)]
+        for target in self.values[label]["targets"]:
+            path = orchestra.AGENTS[target].path
+            file = root / path
+            if not file.is_file() or file.is_symlink() or file.parent.is_symlink():
+                assert os.path.lexists(file) or file.parent.is_symlink(), f"{file} is missing"
+                continue
+            data = file.read_bytes()
+            parts = cut_up(data) if IS_SHARED[path] else Parts(b"", data)
+            if parts is not None:
+                assert self.values[label]["description"].encode() in (parts.block or b""), f"{file}: {data!r}"
+                self.ours.setdefault((label, path), set()).add(unify(parts.block or b""))
+
+    def give_back(self, changed: tuple[str, Seen]) -> None:
+        """Restore, in a copy of the home, what a sync has replaced; then the file says it again."""
+        where, old = changed
+        label, path = split_place(where)
+        now = look_at(os.path.join(self.path, where)).data if os.path.lexists(os.path.join(self.path, where)) else b""
+        lost = user_words(old.data) - user_words(now)
+        if not lost or label not in self.registered or label in self.broken:
+            return
+        kept = self.kept()[(label, path)]
+        when = next(when for when, data in sorted(kept.items()) if data == old.data)
+        self.tell("give back", label, path)
+        shutil.copytree(self.path, self.copy, symlinks=True)
+        status = self.run_in(str(self.copy), "restore", label, path, "--at", when)
+        given = (self.copy / where).read_bytes()
+        assert status == 0 and lost <= user_words(given), f"{where}: {lost} did not come back"
+        if cut_up(now):
+            assert cut_up(now).head == cut_up(given).head if IS_SHARED[path] else given == old.data
+        shutil.rmtree(self.copy)
+
+    def restore(self) -> None:
+        found = [(place, when) for place, versions in self.kept().items() for when in versions]
+        found = sorted((p, w) for p, w in found if p[1] in IS_SHARED and p[0] in self.registered - self.broken)
+        if found:
+            (label, path), when = self.choose(found)
+            self.tell("restore", label, path, when)
+            self.forget(label, path)
+            with self.judged({label}, is_restore=True):
+                self.run_in(self.path, "restore", label, path, "--at", when)
+
+    def crash(self) -> None:
+        scope, calls, is_late = self.label_or_all(), self.random.randint(1, 70), self.is_likely(0.5)
+        way = self.choose(("pipeline", "one by one"))
+        self.tell("crash at call", calls, "late" if is_late else "early", scope or "all", way)
+        with self.judged(self.labels_of(scope), is_whole=False):
+            status = run_killed(lambda: (die_after(calls, is_late), self.sync_by(way, self.path, scope)))
+        assert status in (0, signal.SIGKILL), status
+        self.killed |= self.labels_of(scope)
+
+    def remove(self) -> None:
+        label = self.choose(self.values)
+        if label not in self.registered:
+            return
+        file, purge = Path(orchestra.projects_root(self.path), f"{label}.yaml"), self.is_likely(0.6)
+        self.tell("remove", label, "and purge" if purge else "")
+        text = file.read_bytes()
+        with self.judged({label} if purge else set(), but=f".orchestra/projects/{label}.yaml"):
+            status = self.run_in(self.path, "project", "remove", label, *["--purge"] * purge)
+        if file.exists():
+            assert purge and status == 2 and file.read_bytes() == text
+            return
+        assert text in self.kept()[(label, f"{label[5:]}.yaml")].values()
+        self.registered.discard(label)
+        self.broken.discard(label)
+        for path in MANAGED if purge else ():
+            self.ours.pop((label, path), None)  # what was written is forgotten
+            where = self.code / label / path
+            parts = cut_up(where.read_bytes()) if where.is_file() and IS_SHARED[path] else None
+            assert where.is_symlink() or parts is None or parts.block is None, f"{where}: not purged"
+
+    # A history
+
+    def one_step(self) -> None:
+        users = [
+            *(self.edit_inside, self.edit_outside) * 4,
+            *(self.change_mode, self.spoil, self.link_parent, self.change_text) * 3,
+            *(self.delete, self.untangle, self.mend_registry) * 2,
+            *(self.edit_bare, self.write_own, self.link, self.make_folder_of_it, self.mend, self.move_root),
+            *(self.change_targets, self.change_project, self.break_registry, self.add_again, self.wind),
+        ]
+        orchestras = [*(self.sync,) * 6, self.restore, *(self.crash,) * 2, self.remove]
+        try:
+            self.choose(users if self.is_likely(0.6) else orchestras)()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
+            if orchestra.__file__ in traceback.format_exc():
+                raise
+            # the dice ask for what is not there
+
+    def tidy_up(self) -> None:
+        """End with all in order: everything current, and nothing left of killed runs."""
+        for away in self.code.glob("*/*.away"):
+            away.rename(away.with_suffix(""))
+        for file in self.code.glob("*/*/.clinerules"):
+            if file.is_symlink():
+                file.unlink()
+        self.add_again()
+        self.mend_registry()
+        self.mend()
+        self.untangle()
+        for label, path in itertools.product(self.values, MANAGED):
+            file = self.code / label / path
+            if IS_SHARED[path] and file.is_file() and cut_up(file.read_bytes()) is None:
+                file.unlink()
+        self.tell("tidy up")
+        with self.judged(set(self.values)):
+            assert self.run_in(self.path, "sync", "--all") == orchestra.OK, self.capsys.readouterr().err
+        assert {result.errors for result in self.look().values()} == {()}
+        assert self.leftovers() == []
+
+    def play(self, steps: int) -> None:
+        try:
+            for _ in range(steps):
+                self.one_step()
+            self.tidy_up()
+        except Exception as error:
+            steps_told = "\n".join(f"  {number}: {step}" for number, step in enumerate(self.steps))
+            raise Wrong(f"History({self.seed}), after\n{steps_told}\n{error}") from error
+
+
+def play_histories(capsys: Any, seeds: Iterable[int], seconds: float, steps: int = 40) -> tuple[int, int]:
+    """Play histories until time is up; count them and their steps."""
+    deadline = time.monotonic() + seconds
+    histories = done = 0
+    for seed in seeds:
+        folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
+        history = History(folder, capsys, seed)
+        history.play(steps)
+        shutil.rmtree(folder)
+        histories, done = histories + 1, done + len(history.steps)
+        if time.monotonic() > deadline:
+            break
+    return histories, done
+
+
+@pytest.mark.parametrize("first", [0, 100, 200])
+def test_whatever_user_and_orchestra_do_in_turns_nothing_is_lost(capsys: Any, first: int) -> None:
+    play_histories(capsys, range(first, first + 8), 1.8)
+
+
+@pytest.mark.soak
+def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
+    first = int(os.environ.get("ORCHESTRA_SEED", "0")) or random.randrange(1 << 40)
+    histories, steps = play_histories(capsys, itertools.count(first), SOAK_SECONDS, 60)
+    with capsys.disabled():
+        print(f"\n{histories} histories from seed {first} on, {steps} steps")
+
+
+# ── Races ─────────────────────────────────────────────────────────────────────
+
+# The worst instants, met on purpose: between the last look at a file and its replacing, and right after that.
+
+API = ("shop", "api")
+needs_swap = pytest.mark.skipif(not IS_LINUX, reason="open writers are told by Linux alone")
+needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux has read leases")
+
+
+def save_renaming(file: Path, data: bytes) -> None:
+    beside = file.with_name(f".{file.name}.swp")
+    beside.write_bytes(data)
+    os.replace(beside, file)
+
+
+def write_over(file: Path, data: bytes) -> None:
+    with open(file, "wb") as opened:
+        opened.write(data)
+
+
+def save_patching(file: Path, data: bytes) -> None:
+    with open(file, "r+b") as opened:
+        opened.write(data)
+        opened.truncate()
+
+
+def save_anew(file: Path, data: bytes) -> None:
+    os.remove(file)
+    with open(file, "xb") as opened:
+        opened.write(data)
+
+
+WHOLE_SAVES = [save_renaming, write_over, save_patching, save_anew]
+every_way = pytest.mark.parametrize("save", WHOLE_SAVES, ids=lambda way: way.__name__)
+
+
+def append_line(file: Path, line: bytes) -> None:
+    with open(file, "ab") as opened:
+        opened.write(line)
+
+
+class Instants:
+    """Calls `before` and `after` around each replacing of a managed file, with the number of replacings so far.
+
+    What Orchestra itself does to disk meanwhile is let through; what the user does then is no replacing.
+    """
+
+    def __init__(self, file: Path, before: Callable[[int], Any], after: Callable[[int], Any]) -> None:
+        self.file, self.before, self.after = str(file), before, after
+        self.count = 0
+        self.is_users = False
+
+    def wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if self.is_users or self.file not in map(str, args[:2]):
+                return real(*args, **options)
+            number, self.count = self.count, self.count + 1
+            self.let(self.before, number)
+            result = real(*args, **options)
+            self.let(self.after, number)
+            return result
+
+        return call
+
+    def let(self, act: Callable[[int], Any], number: int) -> None:
+        self.is_users = True
+        try:
+            act(number)
+        finally:
+            self.is_users = False
+
+
+def nothing(number: int) -> None:
+    pass
+
+
+def only_at(wanted: int, act: Callable[[], Any]) -> Callable[[int], Any]:
+    return lambda number: act() if number == wanted else None
+
+
+@contextmanager
+def instants(
+    monkeypatch: Any, file: Path, before: Callable[[int], Any] = nothing, after: Callable[[int], Any] = nothing
+) -> Iterator[Instants]:
+    """Meet the instants at which a file is replaced, placed or removed, however that is done."""
+    watched = Instants(file, before, after)
+    with monkeypatch.context() as patch:
+        for name in RENAMES:
+            patch.setattr(orchestra, name, watched.wrap(getattr(orchestra, name)))
+        for name in ("rename", "replace", "link", "unlink"):
+            patch.setattr(os, name, watched.wrap(getattr(os, name)))
+        yield watched
+
+
+class Scene(NamedTuple):
+    """A codebase whose CLAUDE.md has the user's text and a block that the next sync will change."""
+
+    home: Home
+    root: Path
+    file: Path
+
+    def user_text(self) -> bytes:
+        parts = cut_up(self.file.read_bytes())
+        assert parts and parts.block
+        return parts.head + parts.tail
+
+    def found(self) -> bytes:
+        """Give all that the user can find again: the file, and what is kept of it."""
+        now = self.file.read_bytes() if self.file.is_file() else b""
+        folder = Path(orchestra.backups_of(self.home.path, API))
+        return b"\n".join([now, *(kept.read_bytes() for kept in folder.glob("*/CLAUDE.md"))])
+
+    def is_new(self) -> bool:
+        return b"second" in self.file.read_bytes() and self.home.sync().lines == []
+
+
+def set_scene(home: Home, text: str = "mine\n") -> Scene:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": text}, targets=["claude"], description="first")
+    home.sync()
+    home.register("shop/api", targets=["claude"], description="second")
+    return Scene(home, root, root / "CLAUDE.md")
+
+
+def with_line(file: Path, line: bytes) -> bytes:
+    """Give what an editor would save that has the file open as it is now, and adds a line of the user's."""
+    return line + file.read_bytes()
+
+
+@every_way
+def test_a_save_at_the_instant_of_replacing_is_in_the_file_afterwards(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    with instants(monkeypatch, scene.file, only_at(0, lambda: save(scene.file, with_line(scene.file, b"u1x\n")))) as at:
+        home.run("sync", "--all")
+    assert at.count > 0
+    assert scene.user_text().startswith(b"u1x\nmine\n")
+    home.sync()
+    assert scene.is_new() and home.leftovers() == []
+
+
+def test_a_line_appended_at_the_instant_of_replacing_is_in_the_file_afterwards(home: Home, monkeypatch: Any) -> None:
+    scene = set_scene(home)
+    with instants(monkeypatch, scene.file, only_at(0, lambda: append_line(scene.file, b"u1x\n"))):
+        home.run("sync", "--all")
+    assert scene.user_text().endswith(b"u1x\n")
+    home.sync()
+    assert scene.is_new() and home.leftovers() == []
+
+
+@every_way
+def test_an_edit_of_the_block_at_the_instant_of_replacing_is_kept(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    edited = scene.file.read_bytes().replace(b"first", b"first u1x")
+    with instants(monkeypatch, scene.file, only_at(0, lambda: save(scene.file, edited))):
+        home.run("sync", "--all")
+    home.sync()
+    assert edited in home.backups().values()
+    assert scene.is_new()
+
+
+@every_way
+def test_a_file_of_orchestras_that_is_saved_at_the_instant_is_kept(home: Home, monkeypatch: Any, save: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"], description="first")
+    home.sync()
+    home.register("shop/api", targets=["cline"], description="second")
+    with instants(monkeypatch, root / CLINE, only_at(0, lambda: save(root / CLINE, b"u1x\n"))):
+        home.run("sync", "--all")
+    home.sync()
+    assert home.backups() == {CLINE: b"u1x\n"}
+    assert b"second" in (root / CLINE).read_bytes()
+
+
+@needs_swap
+@every_way
+def test_a_save_right_after_the_replacing_is_in_the_file_afterwards(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    act = only_at(0, lambda: save(scene.file, with_line(scene.file, b"u1x\n")))
+    with instants(monkeypatch, scene.file, after=act):
+        home.run("sync", "--all")
+    assert scene.user_text().startswith(b"u1x\n")
+    home.sync()
+    assert scene.is_new() and home.leftovers() == []
+
+
+@needs_swap
+@every_way
+def test_of_two_saves_around_the_replacing_the_last_is_in_the_file(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    words = [b"u1x\n", b"u2x\n"]
+    first = only_at(0, lambda: save(scene.file, with_line(scene.file, words[0])))
+    second = only_at(0, lambda: save(scene.file, with_line(scene.file, words[1])))
+    with instants(monkeypatch, scene.file, first, second):
+        home.run("sync", "--all")
+    assert words[1] in scene.user_text() and words[0] in scene.found()
+    home.sync()
+    assert scene.is_new() and home.leftovers() == []
+
+
+@pytest.mark.parametrize("times", [2, 3, 4])
+@every_way
+def test_saves_at_several_instants_in_a_row_are_not_lost(home: Home, monkeypatch: Any, save: Any, times: int) -> None:
+    scene = set_scene(home)
+
+    def act(number: int) -> None:
+        if number < times:
+            save(scene.file, with_line(scene.file, b"u%dx\n" % number))
+
+    with instants(monkeypatch, scene.file, act):
+        home.run("sync", "--all")
+    home.sync()
+    assert b"u%dx\n" % (times - 1) in scene.user_text(), "the last save is not in the file"
+    assert user_words(scene.found()) == {b"u%dx" % number for number in range(times)}
+    assert scene.is_new() and home.leftovers() == []
+
+
+@pytest.mark.parametrize("times", [2, 3, 4])
+def test_lines_appended_at_several_instants_in_a_row_are_not_lost(home: Home, monkeypatch: Any, times: int) -> None:
+    scene = set_scene(home)
+
+    def act(number: int) -> None:
+        if number < times:
+            append_line(scene.file, b"u%dx\n" % number)
+
+    with instants(monkeypatch, scene.file, act, lambda number: act(number + 10 - 10 * (number >= times))):
+        home.run("sync", "--all")
+    home.sync()
+    assert user_words(scene.found()) == {b"u%dx" % number for number in range(times)}
+    assert b"mine\n" in scene.user_text() and scene.is_new()
+
+
+@every_way
+def test_a_file_saved_at_every_try_has_the_last_save_in_it(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    saved = [scene.file.read_bytes()]
+
+    def act(number: int) -> None:
+        if scene.file.read_bytes() == saved[-1]:  # else it is being put back
+            saved.append(b"u%dx\n" % len(saved))
+            save(scene.file, saved[-1])
+
+    with instants(monkeypatch, scene.file, act):
+        ran = home.run("sync", "--all")
+    assert ran.status == 2 and "expected it to hold still" in ran.complaints[0]
+    assert scene.file.read_bytes() == saved[-1] and len(saved) > 2
+    home.sync()
+    assert scene.user_text().startswith(saved[-1]) and home.leftovers() == []
+
+
+def make_link_of(file: Path) -> None:
+    file.rename(file.with_name("mine.md"))
+    file.symlink_to("mine.md")
+
+
+def make_folder_of(file: Path) -> None:
+    file.unlink()
+    put_files(file, {"mine.md": "u1x\n"})
+
+
+@pytest.mark.parametrize("change", [make_link_of, make_folder_of], ids=lambda change: change.__name__)
+def test_what_is_no_file_any_more_at_the_instant_of_replacing_stays(
+    home: Home, monkeypatch: Any, change: Callable[[Path], None]
+) -> None:
+    scene = set_scene(home)
+    with instants(monkeypatch, scene.file, only_at(0, lambda: change(scene.file))):
+        home.run("sync", "--all")
+    assert scene.file.is_symlink() or (scene.file / "mine.md").read_text() == "u1x\n"
+    if scene.file.is_symlink():
+        assert b"mine\n" in scene.file.read_bytes() and b"second" not in scene.file.read_bytes()
+    assert home.leftovers() == []
+
+
+def test_a_file_deleted_at_the_instant_of_replacing_does_not_come_back(home: Home, monkeypatch: Any) -> None:
+    scene = set_scene(home)
+    with instants(monkeypatch, scene.file, only_at(0, scene.file.unlink)):
+        home.run("sync", "--all")
+    home.sync()
+    assert b"mine" not in scene.file.read_bytes()
+    assert scene.is_new() and home.leftovers() == []
+
+
+@pytest.mark.parametrize("save", [save_renaming, write_over], ids=lambda way: way.__name__)
+def test_a_file_that_appears_at_the_instant_of_placing_stays(home: Home, monkeypatch: Any, save: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    file = root / "CLAUDE.md"
+    with instants(monkeypatch, file, only_at(0, lambda: save(file, b"u1x\n"))):
+        home.run("sync", "--all")
+    home.sync()
+    assert file.read_bytes().startswith(b"u1x\n\n" + BEGIN)
+
+
+@pytest.mark.parametrize("argv", [("sync", "--all"), ("project", "remove", "api", "--purge")], ids=lambda v: v[0])
+@pytest.mark.parametrize("save", [save_renaming, write_over, save_patching], ids=lambda way: way.__name__)
+def test_a_save_at_the_instant_of_removing_stays(home: Home, monkeypatch: Any, save: Any, argv: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    file = root / "CLAUDE.md"
+    home.sync()
+    home.register("shop/api", targets=[])
+    with instants(monkeypatch, file, only_at(0, lambda: save(file, with_line(file, b"u1x\n")))):
+        home.run(*argv)
+    assert file.exists(), "the user's save was removed"
+    assert user_words(file.read_bytes()) == {b"u1x"}
+    assert home.leftovers() == []
+
+
+@every_way
+def test_a_save_at_the_instant_of_restoring_is_not_lost(home: Home, monkeypatch: Any, save: Any) -> None:
+    scene = set_scene(home)
+    scene.file.write_bytes(scene.file.read_bytes().replace(b"first", b"first by hand"))
+    home.sync()
+    with instants(monkeypatch, scene.file, only_at(0, lambda: save(scene.file, with_line(scene.file, b"u1x\n")))):
+        home.run("restore", "api")
+    assert b"u1x\n" in scene.user_text() and home.leftovers() == []
+
+
+# A writer that has the file open
+
+
+@needs_leases
+@pytest.mark.parametrize("mode", ["ab", "r+b"])
+def test_a_file_that_somebody_has_open_for_writing_is_not_replaced_under_him(home: Home, mode: str) -> None:
+    scene = set_scene(home)
+    with open(scene.file, mode) as opened:
+        home.run("sync", "--all")
+        opened.seek(0, os.SEEK_END)
+        opened.write(b"u1x\n")
+    home.sync()
+    assert scene.user_text().endswith(b"u1x\n")
+    assert scene.is_new()
+
+
+@needs_leases
+def test_a_file_opened_at_the_instant_of_replacing_keeps_what_is_written_to_it(home: Home, monkeypatch: Any) -> None:
+    scene = set_scene(home)
+    opened: list[Any] = []
+    with instants(monkeypatch, scene.file, only_at(0, lambda: opened.append(open(scene.file, "ab")))):
+        home.run("sync", "--all")
+    opened[0].write(b"u1x\n")
+    opened[0].close()
+    home.sync()
+    assert scene.user_text().endswith(b"u1x\n")
+    assert scene.is_new() and home.leftovers() == []
+
+
+@needs_leases
+def test_a_file_that_was_emptied_and_is_still_open_is_waited_for(home: Home) -> None:
+    scene = set_scene(home)
+    whole = with_line(scene.file, b"u1x\n")
+    with open(scene.file, "wb") as opened:
+        home.run("sync", "--all")
+        opened.write(whole)
+    home.sync()
+    assert scene.user_text().startswith(b"u1x\nmine\n")
+    assert scene.is_new()
+
+
+@needs_leases
+def test_a_reader_does_not_keep_a_file_from_being_replaced(home: Home) -> None:
+    scene = set_scene(home)
+    with open(scene.file, "rb"):
+        home.sync()
+    assert scene.is_new()
+
+
+# A kill at the worst instant
+
+
+def kill_now(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("instant", ["before", "after"])
+@pytest.mark.parametrize(
+    "way", [None, save_renaming, write_over, append_line], ids=lambda w: getattr(w, "__name__", "")
+)
+def test_a_kill_at_the_instant_of_replacing_loses_no_save(home: Home, monkeypatch: Any, way: Any, instant: str) -> None:
+    scene = set_scene(home)
+
+    def save(number: int) -> None:
+        if way:
+            way(scene.file, b"u1x\n" if way is append_line else with_line(scene.file, b"u1x\n"))
+        if instant == "before":
+            kill_now(number)
+
+    def sync() -> None:
+        with instants(monkeypatch, scene.file, save, kill_now):
+            orchestra.run_pipeline(home.path, orchestra.SyncScope.all())
+
+    assert run_killed(sync) == signal.SIGKILL
+    assert b"mine\n" in scene.file.read_bytes()
+    home.sync()
+    assert user_words(scene.found()) == ({b"u1x"} if way else set())
+    assert b"mine\n" in scene.user_text() and scene.is_new()
+    assert home.leftovers() == []
+
+
+# Editors that save in a loop, as processes of their own
+
+Change = Callable[[bytes], bytes]
+RACE_SECONDS = [0.5, pytest.param(SOAK_SECONDS / 10, marks=pytest.mark.soak)]
+
+
+def edit_renaming(file: Path, change: Change) -> None:
+    save_renaming(file, change(file.read_bytes()))
+
+
+def edit_truncating(file: Path, change: Change) -> None:
+    write_over(file, change(file.read_bytes()))
+
+
+def edit_patching(file: Path, change: Change) -> None:
+    with open(file, "r+b") as opened:
+        data = change(opened.read())
+        opened.seek(0)
+        opened.write(data)  # never shorter than it was
+
+
+def edit_anew(file: Path, change: Change) -> None:
+    data = change(file.read_bytes())
+    file.unlink()
+    write_over(file, data)
+
+
+def edit_slowly(file: Path, change: Change) -> None:
+    data = change(file.read_bytes())
+    with open(file, "wb") as opened:
+        time.sleep(0.05)
+        opened.write(data)
+
+
+class Child:
+    """Work in a forked process that goes on until it is stopped; what it returns comes back as JSON."""
+
+    def __init__(self, work: Callable[[Callable[[], bool]], Any]) -> None:
+        self.reader, writer = os.pipe()
+        self.is_over, self.end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                result = [work(lambda: bool(select.select([self.is_over], [], [], 0)[0]) or os.getppid() == 1), ""]
+            except BaseException:
+                result = [None, traceback.format_exc()]
+            os.write(writer, json.dumps(result).encode())
+            os._exit(0)
+        os.close(writer)
+
+    def stop(self) -> Any:
+        os.write(self.end, b"x")
+        with open(self.reader, "rb") as pipe:
+            result, failure = json.loads(pipe.read() or b'[null, "the child died"]')
+        os.waitpid(self.pid, 0)
+        os.close(self.is_over)
+        os.close(self.end)
+        assert not failure, failure
+        return result
+
+
+class KeptWords:
+    """The user's words in the backups; each file is read once."""
+
+    def __init__(self, folder: str, name: str) -> None:
+        self.pattern = Path(folder), f"**/{name}"
+        self.read: set[Path] = set()
+        self.words: set[bytes] = set()
+
+    def __call__(self) -> set[bytes]:
+        for file in set(self.pattern[0].glob(self.pattern[1])) - self.read:
+            self.words |= user_words(file.read_bytes())
+            self.read.add(file)
+        return self.words
+
+
+class Saver:
+    """A user who saves whole files: each save has a word of its own outside the block, some have one inside it.
+
+    What he saved is not lost while the one outside is in the file, and the one inside in the file or in the backups.
+    He looks before he saves again, since what he overwrites himself is his own loss.
+    """
+
+    def __init__(self, file: Path, kept: KeptWords, edit: Callable[[Path, Change], None], pause: float) -> None:
+        self.file, self.kept, self.edit, self.pause = file, kept, edit, pause
+        self.random = random.Random(1)
+        self.number = 0
+        self.lost: list[str] = []
+        self.blocks: set[bytes] = set()
+
+    def change(self, data: bytes) -> bytes:
+        parts = cut_up(data) or Parts(data)
+        if parts.block is not None:
+            self.blocks.add(unify(re.sub(rb"u\d+x\n", b"", parts.block)))
+            if self.inside:
+                return (
+                    re.sub(rb"u\d+x", self.outside, parts.head)
+                    + parts.block.replace(BEGIN, BEGIN + b"\n" + self.inside, 1)
+                    + parts.tail
+                )
+        return re.sub(rb"u\d+x", self.outside, parts.head) + (parts.block or b"") + parts.tail
+
+    def save_once(self) -> None:
+        self.number += 2
+        self.outside = b"u%07dx" % self.number
+        self.inside = b"u%07dx" % (self.number + 1) if self.number % 8 == 0 else b""
+        self.edit(self.file, self.change)
+        self.rest()
+
+    def rest(self) -> None:
+        """Pause shortly, now and then so long that a sync finds the file at rest."""
+        time.sleep(self.random.random() * self.pause * (40 if self.random.random() < 0.1 else 1))
+
+    def is_safe(self) -> bool:
+        data = self.file.read_bytes() if self.file.exists() else b""
+        parts = cut_up(data)
+        is_outside = bool(parts) and self.outside in parts.head
+        return is_outside and (not self.inside or self.inside in data or self.inside in self.kept())
+
+    def run(self, is_over: Callable[[], bool]) -> tuple[int, int, list[str]]:
+        while not is_over():
+            self.save_once()
+            try:
+                wait_until(self.is_safe, 3)
+            except AssertionError:
+                self.lost.append(f"save {self.number} of {self.file}")
+                if not self.file.exists() or b"mine" not in self.file.read_bytes():
+                    break
+        return self.number // 2, len(self.blocks), self.lost
+
+
+class Appender(Saver):
+    """A user, or his `>>`, who appends lines; each of them is in the file or in the backups in the end."""
+
+    def run(self, is_over: Callable[[], bool]) -> tuple[int, int, list[str]]:
+        while not is_over():
+            append_line(self.file, b"u%07dx\n" % (self.number + 2))
+            self.number += 2
+            self.rest()
+        return self.number // 2, 2, []
+
+
+# Who writes into a file that Orchestra is about to replace is seen by a lease, which only Linux has.
+WAYS_IN_PLACE = [edit_truncating, edit_patching, edit_slowly, append_line]
+WAYS_OF_EDITING = [edit_renaming, edit_anew, *(WAYS_IN_PLACE if IS_LINUX else [])]
+
+
+def stir(live: Live, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
+    """Change the registry all the time, with daemon and command line syncing at once; count the changes."""
+    deadline, dice = time.monotonic() + seconds, random.Random(2)
+    seen: dict[str, set[str]] = {label: set() for label in labels}
+    commands: list[Any] = []
+    number = 0
+    # Until all have met: what nobody wrote into proves nothing.
+    while time.monotonic() < deadline or (min(map(len, seen.values())) < 3 and time.monotonic() < deadline + 20):
+        number += 1
+        label = labels[number % len(labels)]
+        live.save(label, note=f"note {number}")
+        seen[label] |= set(re.findall(r"note \d+", live.read(label)))
+        act()
+        if all(command.poll() is not None for command in commands[-2:]):
+            commands += [start_command(live, "sync", "--all") for _ in range(2)]
+        time.sleep(dice.random() * 0.03)
+    for command in commands:
+        ran = finish(command)
+        assert "Traceback" not in ran.err
+        assert ran.status == 0 or "expected it to hold still" in ran.err, ran
+    return number
+
+
+def start_command(live: Live, *argv: str) -> Any:
+    environ = {**os.environ, "HOME": live.path}
+    options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(live.command(*argv), env=environ, **options)
+
+
+def settle(live: Live, labels: list[str]) -> None:
+    """Let the last change arrive, and see all be well."""
+    for label in labels:
+        live.save(label, note="the last")
+    wait_until(lambda: live.status()["queue_depth"] == 0)
+    ran = live.run("sync", "--all")
+    assert ran.returncode == 0, ran
+    assert all(live.has("the last", label) for label in labels)
+    assert live.run("status", "--check").returncode == 0
+    left = [path for top in (live.code, live.path) for path in take_picture(str(top)) if is_temporary(path)]
+    assert left == []
+
+
+def kept_of(live: Live, label: str, name: str = "CLAUDE.md") -> KeptWords:
+    return KeptWords(orchestra.backups_of(live.path, key_of(label)), name)
+
+
+@pytest.mark.parametrize(
+    ("ways", "seconds"),
+    [
+        pytest.param(WAYS_OF_EDITING, 1.5, id="all"),
+        *(pytest.param([way], SOAK_SECONDS / 10, id=way.__name__, marks=pytest.mark.soak) for way in WAYS_OF_EDITING),
+    ],
+)
+def test_what_editors_save_during_syncs_is_not_lost(served: Live, capsys: Any, ways: list[Any], seconds: float) -> None:
+    savers = {}
+    for number, way in enumerate(ways):
+        label = f"shop/c{number}"
+        served.save(label)
+        file = served.code / label / "CLAUDE.md"
+        save_renaming(file, b"mine: u0000000x\n\n")
+        savers[label] = (Appender if way is append_line else Saver)(file, kept_of(served, label), way, 0.004)
+    assert served.run("sync", "--all").returncode == 0
+    children = {label: Child(saver.run) for label, saver in savers.items()}
+    try:
+        changes = stir(served, list(savers), seconds)
+    finally:
+        results = {label: child.stop() for label, child in children.items()}
+    assert [lost for _, _, many in results.values() for lost in many] == [], results
+    settle(served, list(savers))
+    for label, (saves, blocks, _) in results.items():
+        saver, name = savers[label], savers[label].edit.__name__
+        data = saver.file.read_bytes()
+        wanted = range(1, saves + 1) if name == "append_line" else [saves]
+        words = {b"u%07dx" % (number * 2) for number in wanted}
+        in_file = user_words(data)
+        assert words <= in_file | (saver.kept() if name == "append_line" else set()), f"{name}: {words - in_file}"
+        assert saves > 5, name
+        counted = f"{saves} saves, {blocks} versions met, {changes} changes, {len(words - in_file)} only in the backups"
+        tell_soak(capsys, seconds, f"{name}: {counted}")
+
+
+def tell_soak(capsys: Any, seconds: float, text: str) -> None:
+    if seconds > 1.5:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+
+# Several syncs at once, and a codebase that goes meanwhile
+
+
+@pytest.mark.parametrize("seconds", RACE_SECONDS)
+def test_daemon_and_commands_at_once_leave_whole_files(served: Live, capsys: Any, seconds: float) -> None:
+    labels = [f"shop/c{number}" for number in range(5)]
+    files = [served.code / label / "CLAUDE.md" for label in labels]
+    for label, file in zip(labels, files):
+        served.save(label)
+        save_renaming(file, b"u1x mine\n")
+    looks = itertools.count()
+
+    def look() -> None:
+        for file in files:
+            parts = cut_up(file.read_bytes())
+            assert parts and parts.head.startswith(b"u1x mine\n") and parts.tail in (b"", b"\n"), parts
+            next(looks)
+
+    changes = stir(served, labels, seconds, look)
+    settle(served, labels)
+    assert [kept_of(served, label)() for label in labels] == [set()] * 5
+    tell_soak(capsys, seconds, f"{changes} changes, {next(looks)} looks")
+
+
+@pytest.mark.parametrize("seconds", RACE_SECONDS)
+def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Live, seconds: float) -> None:
+    root = served.code / "shop/api"
+    text = served.text().replace("[claude]", f"[{', '.join(ALL_TARGETS)}]")
+    deadline, rounds = time.monotonic() + seconds, 0
+    while rounds < 2 or time.monotonic() < deadline:
+        rounds += 1
+        purge = rounds % 2 == 0
+        put_files(root, {"CLAUDE.md": "u1x mine\n"})
+        put_files(served.projects, {"shop/api.yaml": text + f"- round {rounds}\n"})
+        syncs = [start_command(served, "sync", "--all") for _ in range(2)]
+        ran = served.run("project", "remove", "api", *["--purge"] * purge)
+        assert ran.returncode == 0, ran
+        for sync in syncs:
+            said = finish(sync)
+            assert "Traceback" not in said.err and said.status in (0, 2), said
+        wait_until(lambda: served.status()["queue_depth"] == 0)
+        assert not served.file().exists()
+        found = {path: seen.data for path, seen in take_picture(str(root)).items() if seen.kind == "file"}
+        assert not any(map(is_temporary, found))
+        if purge:
+            assert found == {"CLAUDE.md": b"u1x mine\n"}
+            assert not os.path.exists(orchestra.record_path(served.path, API))
+        else:
+            assert found["CLAUDE.md"].startswith(b"u1x mine\n") and cut_up(found["CLAUDE.md"])
+
+
+# The registry's own files
+
+
+class RegistrySaver(Saver):
+    """A user who saves a registry file in a loop."""
+
+    def change(self, data: bytes) -> bytes:
+        return re.sub(rb"u\d+x", self.outside, data)
+
+    def is_safe(self) -> bool:
+        data = self.file.read_bytes() if self.file.exists() else b""
+        return self.outside in data or self.outside in self.kept()
+
+
+@pytest.mark.parametrize("seconds", RACE_SECONDS)
+@pytest.mark.parametrize("edit", [edit_renaming, edit_truncating, edit_slowly], ids=lambda way: way.__name__)
+def test_what_an_editor_saves_of_a_registry_file_during_init_is_not_lost(
+    live: Live, capsys: Any, edit: Callable[[Path, Change], None], seconds: float
+) -> None:
+    file = live.save(note="mine u0000000x  # u0000000x")
+    root, environ = str(live.code / "shop/api"), {"HOME": live.path}
+    child = Child(RegistrySaver(file, kept_of(live, "shop/api", "api.yaml"), edit, 0.004).run)
+    deadline, rounds = time.monotonic() + seconds, 0
+    try:
+        while rounds < 5 or time.monotonic() < deadline:
+            rounds += 1
+            kind = ("backend", "frontend")[rounds % 2]
+            orchestra.main(["init", root, "-p", "shop", "-t", kind], environ)
+    finally:
+        saves, _, lost = child.stop()
+    assert lost == [], f"{len(lost)} of {saves} saves are lost"
+    assert b"u%07dx" % (saves * 2) in file.read_bytes(), "the last save is not in the file"
+    assert "Traceback" not in capsys.readouterr().err
+    tell_soak(capsys, seconds, f"{edit.__name__}: {saves} saves, {rounds} of init")
+
+
+@pytest.mark.parametrize("function", ["load_codebase", "_merge_yaml", ""])
+@pytest.mark.parametrize("save", [save_renaming, write_over], ids=lambda way: way.__name__)
+def test_a_save_of_a_registry_file_while_init_changes_it_is_not_lost(
+    home: Home, monkeypatch: Any, save: Any, function: str
+) -> None:
+    root = home.make_codebase("shop/api", notes=["mine"])
+    file = Path(orchestra.codebase_path(home.path, API))
+    saves = itertools.count()
+
+    def save_it(number: int = 0) -> None:
+        if next(saves) == 0:
+            save(file, file.read_bytes().replace(b"mine", b"u1x"))
+
+    def call_and_save(*args: Any, **options: Any) -> Any:
+        result = real(*args, **options)
+        save_it()
+        return result
+
+    real = getattr(orchestra, function, None)
+    with instants(monkeypatch, file, nothing if real else save_it), monkeypatch.context() as patch:
+        if real:
+            patch.setattr(orchestra, function, call_and_save)
+        home.run("init", str(root), "-p", "shop", "-t", "mobile")
+    assert next(saves) > 0
+    assert user_words(file.read_bytes()) == {b"u1x"}
+
+
+# A clock that jumps back
+
+
+def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    registry, clock, edits = home.registry(), Clock(2e9), []
+    for jump in (0, 0, -1e9, 0, 5e8, -1e-6, 1e9, -1.5e9):
+        clock.now += jump
+        edits.append(b"u%dx\n" % len(edits))
+        (root / CLINE).write_bytes(edits[-1])
+        result = orchestra.sync_codebase(home.path, registry.codebases[API], registry.owners, clock=clock)
+        assert result.written == [CLINE] and not result.errors
+    when = {backup.file: backup.when for backup in orchestra.list_backups(home.path, API)}
+    assert sorted(Path(file).read_bytes() for file in when) == edits
+    for file, time_kept in when.items():
+        home.run_fine("restore", "api", CLINE, "--at", time_kept)
+        assert (root / CLINE).read_bytes() == Path(file).read_bytes()
+    assert home.staleness()["last_sync_age"] >= 0
+
+
+# ── At random ─────────────────────────────────────────────────────────────────
+
+# At random: bytes
+
+# No bytes, however odd, make more than a problem. Each test tries some inputs whose seeds never change; marked soak, it
+# tries new ones for ORCHESTRA_SOAK seconds. ORCHESTRA_SEED=N begins with the input N, which a failure names.
+
+MOST_BYTES = 64 << 10  # of an input
+MOST_SECONDS = 2.0  # of the processor, for one input
+MOST_MEMORY = 256 << 20  # bytes that a test's inputs may add to the peak
+
+
+class Dose:
+    """How many inputs a test tries."""
+
+    def __init__(self, is_soak: bool) -> None:
+        self.is_soak = is_soak
+        self.seed = 0
+        self.tried = 0
+
+    def inputs(self, count: int) -> Iterator[random.Random]:
+        """Give the dice for one input after the other: `count` of them, or as many as the time allows."""
+        deadline = time.monotonic() + float(os.environ.get("ORCHESTRA_SOAK") or 300)
+        first = int(os.environ.get("ORCHESTRA_SEED") or (time.time_ns() // 1000 if self.is_soak else 0))
+        for self.seed in itertools.count(first):
+            if (time.monotonic() > deadline) if self.is_soak else (self.seed - first >= count):
+                return
+            yield random.Random(self.seed)
+            self.tried += 1
+
+
+@pytest.fixture(params=["some", pytest.param("soak", marks=pytest.mark.soak)])
+def dose(request: Any) -> Iterator[Dose]:
+    dose = Dose(request.param == "soak")
+    yield dose
+    print(f"{request.node.name}: {dose.tried} inputs were fine, the last one tried was ORCHESTRA_SEED={dose.seed}")
+
+
+def mutate(dice: random.Random, data: bytes, tokens: Sequence[bytes], others: Sequence[bytes]) -> bytes:
+    """Flip, delete, insert, repeat and splice some pieces."""
+    for _ in range(dice.choice((1, 1, 2, 3, 5, 10, 30))):
+        start = dice.randint(0, len(data))
+        end = min(len(data), start + dice.choice((0, 0, 1, 1, 2, 5, 20, 100)))
+        data = data[:start] + mutated_piece(dice, data[start:end], tokens, others) + data[end:]
+    return data[:MOST_BYTES]
+
+
+def mutated_piece(dice: random.Random, piece: bytes, tokens: Sequence[bytes], others: Sequence[bytes]) -> bytes:
+    other = dice.choice(others)
+    start = dice.randint(0, len(other))
+    pieces = (
+        b"",
+        bytes(byte ^ 1 << dice.randrange(8) for byte in piece),
+        bytes(dice.choices(range(256), k=dice.randint(1, 4))),
+        dice.choice(tokens),
+        dice.choice(tokens) + piece + dice.choice(tokens),
+        piece * dice.choice((2, 3, 10, 100)),
+        (dice.choice(tokens)[:100] * dice.choice((1, 1, 1, 2, 50, 3000)))[:MOST_BYTES],
+        other[start : start + dice.choice((5, 50, 500))],
+    )
+    return dice.choice(pieces)
+
+
+def peak_memory() -> int:
+    """Give the most bytes this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if IS_LINUX else 1)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fail where the inputs of a test take too much memory."""
+    before = peak_memory()
+    yield
+    assert peak_memory() - before < MOST_MEMORY
+
+
+ODD_TEXTS = (
+    *("", " ", "x", "Ünï", "\N{GRINNING FACE}", "\n", "\n\n", "\r\n", "\r", "\t", "\x85", "\u2028", "\ufeff", "\xa0"),
+    *("\0", "\x1b[31m", "\x7f", "\x1c", "\ufffe", "e\u0301", "`", "``", "```", "\n```sh\n", "~~~", "\\`", "\\"),
+    *("'", '"'),
+    *("<!--", "-->", "<!-", "-", ">", "--!>", orchestra.BLOCK_BEGIN, orchestra.BLOCK_END, "\n" + orchestra.BLOCK_END),
+    *("@AGENTS.md", "@x", "null", "~", "1.10", "0x1F", "yes", "2026-03-01T00:00:00Z", "12:30", "=", "<<", "- x", "# x"),
+    *("? ", ": ", "a: b", "a:", "[x]", "{x}", "|", ">", "%YAML 1.2", "---", "...", "&a", "*a", "!x", "long " * 300),
+)
+
+
+def odd_text(dice: random.Random) -> str:
+    return "".join(dice.choices(ODD_TEXTS, k=dice.choice((1, 1, 2, 3, 6))))
+
+
+# At random: the registry
+
+REGISTRY_TEXTS = (
+    b"""\
+# one comment
+name: api
+path: /code/api   # another
+description: Orders and payments
+targets: [claude, codex, cursor]
+commands: {build: make, test: 'make test'}
+conventions: ["Money is integer cents", Never `rm`]
+notes:
+- |
+  several
+    lines
+- >-
+  folded
+  text
+skills: [{id: sql, description: Postgres 16}]
+colour: &c {deep: [1, 2.0, yes, *d]}
+projects:
+- name: api
+  project_type: backend
+  tasks:
+  - {id: T-1, title: Ship v2, status: in_progress, description: "soon\\n<!-- orchestra:end -->", due: 2026-03-01}
+  agents:
+  - agent_id: reviewer
+    entry_point: AGENT/reviewer.md
+    skills: [sql]
+created_at: 2026-03-01T00:00:00Z
+updated_at: 2026-03-01T00:00:00Z
+""".replace(b", *d", b""),
+    b"name: api\npath: ~/code/api\nnotes: [&a x, *a, *a]\nskills: &s [{id: *a}]\nmine: *s\nother: &t {a: *s, b: *s}\n",
+    b'\xef\xbb\xbf%YAML 1.1\n---\n"name": "api"\r\n? path\r\n: "/\\u00e9\\x41\\N"\r\ntargets: []\r\n'
+    b"notes: !!seq [!x y]\r\n...\r\n",
+    b"name: api\npath: /x\nmine: {a: , b: [x, {c}]}\nskills: [{id: s, due: }]\nprojects: []\n",
+    b"name: api\npath: /x\nnotes: ['null', '~', '<<', '']\ncommands: {'<<': '', '~': \"a\\Nb\\nc\"}\n",
+    b"{name: api, path: /x, description: null, targets: ~, commands: {}, notes: [], projects: []}",
+    b"description: of the shop\ntargets: [gemini]\ncommands:\n  build: make\n  lint: |\n    a\n    b\n"
+    b"conventions: [ours]\n",
+)
+BROKEN_TEXTS = (
+    *(b"commands: {'a': x, \"\\e[31m\\n\": [x]}", b"mine: &a [x, *a]", b"mine: " + b"[" * 2000 + b"]" * 2000),
+    *(b'notes: ["\\ud800"]', b'notes: ["\\U00110000"]', b"notes: [\0]", b"notes: [\xff]", b"<<: {a: b}"),
+)
+REGISTRY_TOKENS = (
+    *(b"\n", b"\r\n", b"\r", b"  ", b"\t", b"- ", b"? ", b": ", b":", b", ", b"[", b"]", b"{", b"}", b"#"),
+    *(b" #", b"\\"),
+    *(b"'", b'"', b"|\n", b">-\n", b"|2+\n", b"&a ", b"*a", b"*a : ", b"!!str ", b"!!binary ", b"!x ", b"!<"),
+    *(b"<<: ", b"%YAML 1.2\n"),
+    *(b"---\n", b"...\n", b"--- ", b"~", b"null", b"0", b"-1", b"1e999", b"\0", b"\x1b", b"\x7f", b"\xff", b"\xc2\x85"),
+    *(b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\xf0\x9f\x98\x80", b'"\\ud800"'),
+    *(b'"\\U00110000"', b'"\\UFFFFFFFF"'),
+    *(b'"\\0\\r\\n\\N\\L"', b'"\\x"', b"name: ", b"path: /", b"\npath: /a\x85b\n", b"\ntargets: "),
+    *(b"\nprojects:\n- ", b"\ntasks: "),
+    *(b"\nnotes: ", b"status: ", b"[&a [*a]]", b"[" * 99, b"{a: " * 99, b"? " * 99),
+    *(b"- " * 99, b"<!-- orchestra:end -->"),
+)
+
+
+def odd_values(dice: random.Random) -> dict[str, Any]:
+    """Make a codebase of odd texts, all in their right places."""
+
+    def texts() -> list[str]:
+        return [odd_text(dice) for _ in range(dice.choice((0, 1, 2, 3)))]
+
+    def role() -> dict[str, Any]:
+        return {"agent_id": odd_text(dice) or "r", "entry_point": odd_text(dice), "skills": texts()}
+
+    def task() -> dict[str, Any]:
+        task = {name: odd_text(dice) for name in ("id", "title", "description", "due", "created_at")}
+        return {**task, "id": task["id"] or "T", "title": task["title"] or "t", "status": dice.choice(STATUSES)}
+
+    def component() -> dict[str, Any]:
+        kind = dice.choice(orchestra.PROJECT_TYPES)
+        return {"name": odd_text(dice) or "x", "project_type": kind, "tasks": [task()], "agents": [role()], "k": None}
+
+    values = {
+        "description": odd_text(dice),
+        "targets": dice.sample(ALL_TARGETS, dice.randrange(9)),
+        "commands": {name or "k": odd_text(dice) for name in texts()},
+        "conventions": texts(),
+        "notes": texts(),
+        "skills": [{"id": name or "s", "description": odd_text(dice)} for name in texts()],
+        "projects": [component() for _ in range(dice.choice((0, 1, 2)))],
+        "created_at": odd_text(dice),
+        "mine": dice.choice((5, 1.5, True, None, {"a": [odd_text(dice), 1]}, odd_text(dice))),
+    }
+    chosen = dice.sample(sorted(values), dice.randint(1, len(values)))
+    return {"name": "api", "path": "/" + odd_text(dice).replace("\0", ""), **{name: values[name] for name in chosen}}
+
+
+STATUSES = (*orchestra.TASK_STATUSES, *orchestra.TASK_STATUS_ALIASES)
+
+
+def odd_registry_text(dice: random.Random) -> bytes:
+    """Make a registry file that can be read, nearly so, or not at all."""
+    data = dice.choice(REGISTRY_TEXTS)
+    if dice.random() < 0.5:
+        style: dict[str, Any] = {"default_flow_style": dice.choice((True, False)), "allow_unicode": dice.random() < 0.5}
+        style["default_style"] = dice.choice((None, None, "'", '"', "|", ">"))
+        data = yaml.safe_dump(odd_values(dice), sort_keys=False, width=dice.choice((20, 1000)), **style).encode()
+    if dice.random() < 0.6:
+        data = mutate(dice, data, REGISTRY_TOKENS, REGISTRY_TEXTS)
+    if dice.random() < 0.1:
+        wide = data.decode("utf-8", "replace").encode("utf-16")
+        data = dice.choice((data.replace(b"\n", b"\r\n"), wide, data.rstrip()))
+    return data
+
+
+def meaning_of(value: Any) -> Any:
+    """Give what a codebase says: without where it was read from, and unknown keys whatever they look like."""
+    if isinstance(value, yaml.Node):
+        return orchestra._digest_node(value)
+    if hasattr(value, "_asdict"):
+        fields = {name: item for name, item in value._asdict().items() if name != "source"}
+        return {name: meaning_of(dict(item) if name == "extra" else item) for name, item in fields.items()}
+    if isinstance(value, dict):
+        return {name: meaning_of(item) for name, item in value.items()}
+    return [meaning_of(item) for item in value] if isinstance(value, tuple) else value
+
+
+def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> None:
+    """See that what agents are told cannot get out of its block."""
+    files = orchestra.render_files(codebase, has_import)
+    assert files == orchestra.render_files(codebase, has_import)
+    for path, data in files.items():
+        agent = orchestra.AGENTS_BY_PATH[path]
+        if agent.owned:
+            assert orchestra.find_block(data) is None and b"<!--" not in data and b"-->" not in data
+            continue
+        assert data.startswith(BEGIN + b"\n") and data.endswith(b"\n" + END)
+        assert data.count(b"<!--") == data.count(b"-->") == 2
+        for text in (data, data.replace(b"\n", b"\r\n")):
+            head = b"mine\n\n"
+            assert orchestra.find_block(head + text + b"\n\nmine\n") == (len(head), len(head) + len(text))
+
+
+def check_problems(problems: Iterable[orchestra.Problem]) -> None:
+    for problem in problems:
+        assert str(problem).isprintable(), problem
+        assert re.match(r"~/\.orchestra/projects/.+?:\d+: .", str(problem)), problem
+
+
+def check_save(home: str, codebase: orchestra.Codebase) -> orchestra.Codebase:
+    orchestra.save_codebase(home, codebase)
+    again, problems = orchestra.read_codebase(home, codebase.key)
+    assert again and (meaning_of(again), problems) == (meaning_of(codebase), ())
+    return again
+
+
+def changed_at_random(dice: random.Random, codebase: orchestra.Codebase) -> orchestra.Codebase:
+    changes: list[dict[str, Any]] = [
+        {"description": odd_text(dice), "updated_at": odd_text(dice)},
+        {"notes": (*codebase.notes, odd_text(dice)), "conventions": codebase.conventions[1:]},
+        {"targets": dice.choice((None, (), ("claude",))), "commands": (("k", odd_text(dice)), ("l", odd_text(dice)))},
+        {"skills": (orchestra.Skill("s", odd_text(dice)),), "projects": (), "notes": ()},
+        {"projects": tuple(component._replace(tasks=component.tasks[1:]) for component in codebase.projects)},
+    ]
+    return codebase._replace(**dice.choice(changes))
+
+
+FINE = "name: fine\npath: /a/path/that/is/made/nowhere/else\n"
+
+
+def test_any_bytes_in_the_registry_make_a_codebase_or_problems(live: Live, loader: str, dose: Dose) -> None:
+    (live.projects / "shop").mkdir()
+    live.save("blog/fine").write_text(FINE)
+    read = 0
+    text = b""
+    with bounded():
+        for line in BROKEN_TEXTS:
+            (live.projects / "shop" / "api.yaml").write_bytes(b"name: api\npath: /x\n" + line)
+            assert not check_registry(live.path, random.Random(0))
+        for dice in dose.inputs(100 if loader == "libyaml" else 25):
+            for name, odds in (("api", 1.0), ("web", 0.3), ("project", 0.2)):
+                (live.projects / "shop" / f"{name}.yaml").unlink(missing_ok=True)
+                if dice.random() < odds:
+                    text = text if name == "web" and dice.random() < 0.5 else odd_registry_text(dice)
+                    text = text.replace(b"name: api\n", f"name: {name}\n".encode())
+                    (live.projects / "shop" / f"{name}.yaml").write_bytes(text)
+            read += check_registry(live.path, dice)
+    assert read > dose.tried / 4
+
+
+def check_registry(home: str, dice: random.Random) -> bool:
+    """See a registry with some odd files be read, and say whether api could be."""
+    started = time.process_time()
+    registry = orchestra.load_registry(home)
+    assert ("blog", "fine") in registry.codebases
+    check_problems(registry.problems)
+    for codebase in registry.codebases.values():
+        check_text_for_agents(codebase, dice.random() < 0.5)
+    assert time.process_time() - started < MOST_SECONDS
+    orchestra.run_pipeline(home, orchestra.SyncScope.all(), dry_run=True, registry=registry)
+    codebase, _ = orchestra.read_codebase(home, ("shop", "api"))
+    if codebase and dice.random() < 0.5:
+        check_save(home, changed_at_random(dice, check_save(home, codebase)))
+    return codebase is not None
+
+
+LONG_FRAMES = (
+    *(b"%b", b"notes: %b", b"notes: [%b", b"notes:\n- '%b", b'notes: "%b', b"notes: |\n  %b", b"- %b", b"{%b", b"%%%b"),
+)
+LONG_PIECES = (
+    *(b"[", b"{", b"- ", b"? ", b"a: ", b"[a, ", b"{a: ", b"&a ", b"*a ", b"!x ", b"'", b'"', b"\\", b"#", b"%"),
+    *(b"x", b","),
+    *(b"\n", b"\r\n", b"- x\n", b"a: b\n", b"x ", b"x\n", b"a:\n ", b"'' ", b'"" ', b"''", b'"\\\n', b"|\n"),
+    *(b"---\n", b"\\N"),
+    *(b"\t", b"\0", b"\xff", b"\xc2\x85", b"- - ", b"[],", b"{},", b"a,", b"? a\n", b"--- a\n...\n", b"!!seq "),
+    *(b": ", b"]", b"}"),
+)
+
+
+def test_no_file_of_64_kib_takes_long_to_read(live: Live, loader: str, dose: Dose) -> None:
+    (live.projects / "shop").mkdir()
+    live.save("blog/fine").write_text(FINE)
+    with bounded():
+        for dice in dose.inputs(10 if loader == "libyaml" else 4):
+            piece = b"".join(dice.choices(LONG_PIECES, k=dice.choice((1, 1, 2, 3))))
+            text = b"name: api\npath: /x\n" + dice.choice(LONG_FRAMES) % (piece * (MOST_BYTES // len(piece)))
+            (live.projects / "shop" / "api.yaml").write_bytes(text[:MOST_BYTES])
+            check_registry(live.path, dice)
+
+
+# At random: managed files
+
+MANAGED_TEXTS = (
+    b"",
+    b"# Mine\n\nSome text.\n",
+    b"# Mine\r\n\r\nSome text.",
+    b"\xef\xbb\xbfmine\n",
+    b"above\n\n" + block("old") + b"\n\nbelow\n",
+    b"above\r\n\r\n" + block("old\r") + b"\r\n",
+    block("# shop/api") + b"\n",
+    b"\xef\xbb\xbf" + block() + b"\r\nbelow",
+    b"\xef\xbb\xbf\xef\xbb\xbf",
+    b"\xef\xbb\xbb",
+    b"---\ndescription: mine\n---\n\n" + block() + b"\n" + block(),
+)
+MANAGED_TOKENS = (
+    *(b"\n", b"\r\n", b"\r", b"\n\n", b" ", b"\t", b"\xef\xbb\xbf", b"\xef", b"\xff", b"\0", b"x"),
+    *(b"\xc2\x85", b"\xef\xbb\xbb"),
+    *(BEGIN, END, BEGIN + b"\n", b"\n" + END + b"\n", BEGIN + b" \t\r\n", b" " + END, BEGIN[:-1], END[1:], BEGIN + END),
+    *(block("old"), b"\n" + block("x") + b"\n", b"<!--", b"-->", b"orchestra:begin", b"```\n", b"\xe2\x80\xa8"),
+    *(b"\x0b", b"\x0c"),
+)
+SHARED = [agent for agent in orchestra.AGENTS.values() if not agent.owned]
+BREAKS = bytes.maketrans(b"", b""), b"\r\n"
+
+
+def odd_managed_text(dice: random.Random) -> bytes:
+    data = dice.choice(MANAGED_TEXTS)
+    return data if dice.random() < 0.1 else mutate(dice, data, MANAGED_TOKENS, MANAGED_TEXTS)
+
+
+def file_of(data: bytes) -> orchestra.Disk:
+    return orchestra.Disk("file", data, 0o644)
+
+
+def test_any_bytes_around_a_block_survive(dose: Dose) -> None:
+    appended = 0
+    for dice in dose.inputs(1500):
+        data, agent = odd_managed_text(dice), dice.choice(SHARED)
+        wanted = block(dice.choice(("", "new", "new\n\nlines\n", "x" * 100)))
+        try:
+            ours = orchestra.ours_in(agent, data)
+        except orchestra.SyncError as error:
+            assert str(error).isprintable()
+            continue
+        after, join = orchestra.merge_ours(agent, file_of(data), wanted)
+        assert orchestra.digest_of(orchestra.ours_in(agent, after) or b"") == orchestra.digest_of(wanted)
+        assert orchestra.merge_ours(agent, file_of(after), wanted) == (after, None)
+        if ours is None:
+            appended += 1
+            assert after.startswith(data) and join is not None
+            assert orchestra.without_ours(agent, file_of(after), join) == data
+        else:
+            check_text_around(agent, data, after)
+        check_text_left(dice, agent, after)
+    assert appended > dose.tried / 5
+
+
+def check_text_around(agent: orchestra.Agent, old: bytes, new: bytes) -> None:
+    one, other = orchestra.find_block(old), orchestra.find_block(new)
+    assert one and other
+    assert (new[: other.start], new[other.end :]) == (old[: one.start], old[one.end :])
+
+
+def check_text_left(dice: random.Random, agent: orchestra.Agent, data: bytes) -> None:
+    """See that without its block a file has all that stood around it, but for line ends at the seam."""
+    span = orchestra.find_block(data)
+    assert span
+    head, tail = data[: span.start], data[span.end :]
+    join = dice.choice((None, "", "\n", "\n\n", "\r\n", "\r\n\r\n"))
+    left = orchestra.without_ours(agent, file_of(data), join) or b""
+    assert left.startswith(head.rstrip(b"\r\n")) and left.endswith(tail.lstrip(b"\r\n"))
+    assert left.translate(*BREAKS) == (head + tail).translate(*BREAKS)
+    assert left.count(b"\n") + 3 >= (head + tail).count(b"\n")
+
+
+def test_any_three_hashes_lead_to_a_fate_that_destroys_nothing(dose: Dose) -> None:
+    for dice in dose.inputs(500):
+        disk, wanted = (dice.choice((None, "a", "b", "c")) for _ in range(2))
+        known = dice.choices("abc", k=dice.randrange(3))
+        action = orchestra.decide(disk, known, wanted, evict=dice.random() < 0.5)
+        is_lost = action in (orchestra.UPDATE, orchestra.REMOVE)  # without a backup
+        assert not is_lost or disk in known
+        assert (action == orchestra.KEEP) is (disk == wanted)
+        assert (action == orchestra.CREATE) is (disk is None and wanted is not None)
+
+
+def test_any_bytes_in_the_managed_files_survive_syncs_and_a_purge(live: Live, dose: Dose) -> None:
+    codebase = orchestra.Codebase("shop", "api", str(live.code / "api"), targets=tuple(ALL_TARGETS))
+    live.save("shop/api").write_text(f"name: api\npath: {live.code}/api\ntargets: [{', '.join(ALL_TARGETS)}]\n")
+    for dice in dose.inputs(10):
+        root = live.code / "api"
+        for folder in (root, orchestra.backups_root(live.path), orchestra.hashes_root(live.path)):
+            shutil.rmtree(folder, ignore_errors=True)
+        root.mkdir()
+        put_files(root, {path: odd_managed_text(dice) for path in orchestra.AGENTS_BY_PATH if dice.random() < 0.6})
+        check_syncs(live.path, codebase, root)
+
+
+def check_syncs(home: str, codebase: orchestra.Codebase, root: Path) -> None:
+    """Sync twice and purge; what was no block of a file, or was kept in no backup, is as it was."""
+    before = contents(root)
+    first = orchestra.sync_codebase(home, codebase)
+    synced = contents(root)
+    second = orchestra.sync_codebase(home, codebase)
+    assert contents(root) == synced and not second.written
+    assert first.failed == second.failed and all(str(problem).isprintable() for problem in first.errors)
+    orchestra.sync_codebase(home, codebase, purge=True)
+    left = contents(root)
+    kept = {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(home, codebase.key)}
+    for path, data in before.items():
+        has_block = not orchestra.AGENTS_BY_PATH[path].owned and END in data
+        if path in first.failed:
+            assert synced[path] == left[path] == data
+        elif path in kept:
+            assert kept[path] == data
+        elif not has_block and path in first.written:
+            assert left[path] == data
+    assert set(left) <= set(before)
+
+
+# At random: requests
+
+REQUEST_TEXTS = (
+    *(STATUS + b"\n", b'{"cmd":"sync","codebase":"api"}\r\n'),
+    *(b'{"cmd":"stop"}\n', b'{"cmd":"sync","codebase":null}\n' + STATUS),
+    b"\n\n",
+    *(b'{"cmd": ["status"], "codebase": 5, "x": {"y": [1.5e3, true, "\\ud83d\\ude00"]}}\n', b"[" * 2000 + b"]" * 2000),
+)
+REQUEST_TOKENS = (
+    *(b"\n", b"\r\n", b"\r", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"\\u0000", b"\\ud800", b"null"),
+    *(b"NaN", b"-Infinity"),
+    *(b"1e999", b"9" * 5000, b'"cmd":', b'"codebase":', b'"status"', b'"sync"', b'"api"', b"\0", b"\xff"),
+    *(b"\xef\xbb\xbf", b" " * 1000),
+    *(b"{" * 500, b'{"cmd":' * 300, STATUS, STATUS + b"\n", b"x" * orchestra.MAX_LINE, b"../../x"),
+    *(b"\xe2\x80\xa8", b"\x1b[2J"),
+)
+
+
+def odd_requests(dice: random.Random) -> bytes:
+    data = b"".join(dice.choices(REQUEST_TEXTS, k=dice.choice((1, 1, 2, 5))))
+    if dice.random() < 0.3:
+        depth = dice.randint(1, 2 * sys.getrecursionlimit())
+        data += b'{"cmd":' + b"[" * depth + b"]" * depth + b"}\n" + STATUS + b"\n"
+    return mutate(dice, data, REQUEST_TOKENS, REQUEST_TEXTS) + dice.choice((b"", b"", b"x" * orchestra.MAX_LINE * 2))
+
+
+def pieces_of(dice: random.Random, data: bytes) -> Iterator[bytes]:
+    """Cut bytes into pieces of a random size each."""
+    largest = dice.choice((10, 1000, 1 << 16)) if len(data) < 5000 else 1 << 16
+    start = 0
+    while start < len(data):
+        end = start + dice.randint(1, largest)
+        yield data[start:end]
+        start = end
+
+
+def lines_of(pieces: Iterable[bytes]) -> list[bytes]:
+    """Cut a stream into lines as the server does; the last item is an error where the stream was given up."""
+    lines = orchestra.LineBuffer()
+    found: list[bytes] = []
+    try:
+        for piece in (*pieces, b""):
+            lines.feed(piece)
+            while (line := lines.next_line(at_end=not piece)) is not None:
+                found.append(line)
+    except orchestra.ProtocolError as error:
+        assert error.closes
+        found.append(b"error: " + str(error).encode())
+    return found
+
+
+def lines_expected(data: bytes) -> list[bytes]:
+    found = []
+    for line in data.removesuffix(b"\n").split(b"\n") if data else ():
+        if len(line) > orchestra.MAX_LINE:
+            return [*found, b"error: " + json.loads(TOO_LONG)["error"].encode()]
+        found.append(line.rstrip(b"\r"))
+    return found
+
+
+def test_any_bytes_as_requests_are_understood_or_refused(dose: Dose) -> None:
+    for dice in dose.inputs(150):
+        data = odd_requests(dice)
+        lines = lines_of(pieces_of(dice, data))
+        assert lines == lines_expected(data)
+        for line in lines:
+            try:
+                request = orchestra.parse_request(line)
+                assert request.cmd in ("status", "sync", "stop") and isinstance(request.codebase, (str, type(None)))
+            except orchestra.ProtocolError as error:
+                assert str(error).isprintable() and len(str(error)) < 500
+                assert json.loads(orchestra.encode_error(str(error))) == {"ok": False, "error": str(error)}
+
+
+def test_any_bytes_on_the_socket_leave_the_others_served(served: Live, dose: Dose) -> None:
+    pid, before = served.daemons[0].pid, memory_of(served.daemons[0].pid)
+    for dice in dose.inputs(30):
+        data = odd_requests(dice).replace(b"stop", b"halt")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(5)
+            client.connect(served.socket)
+            babble(dice, client, data)
+            assert orchestra.send_request(served.path, {"cmd": "status"}, 2)["pid"] == pid
+            if dice.random() < 0.5:
+                check_replies(client)
+    assert memory_of(pid) - before < 30 << 20
+    assert "Traceback" not in served.said() + served.log()
+
+
+def babble(dice: random.Random, client: socket.socket, data: bytes) -> None:
+    try:
+        for piece in pieces_of(dice, data):
+            client.sendall(piece)
+            if dice.random() < 0.02:
+                break
+        if dice.random() < 0.7:
+            client.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # given up by the daemon, or full of replies that nobody reads
+
+
+def check_replies(client: socket.socket) -> None:
+    """See that all a client is told are replies, line by line."""
+    client.settimeout(0.05)
+    data = b""
+    try:
+        data = read_all(client)
+    except OSError:
+        pass  # the daemon waits for the rest of a line
+    for line in data.splitlines():
+        assert "ok" in json.loads(line)
+
+
+# At random: launchd's file, the launcher, Orchestra's own files
+
+PATH_PIECES = (
+    *("a", "/", "/Users/x/", " ", "  ", "'", '"', "\\", "$HOME", "`id`", "$(id)", "!", "#", "%s", "{x}", "&", "<"),
+    *(">", "&amp;", "]]>"),
+    *("\n", "\r", "\t", "\x0b", "\x1b", "\x7f", "\x85", "\xa0", "\u2028", "\ufeff", "\ufffe", "\uffff", "Ünï"),
+    *("e\u0301", "\N{GRINNING FACE}"),
+    *("\udcff", "\udc80", "-*- coding: utf-16 -*-", "coding:latin-1", "-I", "*", "~", ";", "(", "|"),
+    *("\x01", "long" * 40),
+)
+
+
+def odd_path(dice: random.Random, pieces: Sequence[str] = PATH_PIECES) -> str:
+    return "/" + "".join(dice.choices(pieces, k=dice.choice((1, 2, 3, 6))))
+
+
+def test_any_path_is_in_the_plist_as_it_is_or_refused(dose: Dose) -> None:
+    fine = 0
+    for dice in dose.inputs(500):
+        binary, logs = odd_path(dice), odd_path(dice)
+        try:
+            values = plistlib.loads(orchestra.generate_plist(binary, logs))
+        except orchestra.LaunchdError as error:
+            assert str(error).isprintable()
+            continue
+        assert values["ProgramArguments"] == [binary, "daemon", "start"]
+        assert values["StandardOutPath"] == os.path.join(logs, "daemon.log")
+        assert values["StandardErrorPath"] == os.path.join(logs, "daemon-err.log")
+        fine += 1
+    assert fine > dose.tried / 5
+
+
+STAND_IN = "import sys\n\n\ndef main():\n    print(ascii([__file__, *sys.argv[1:]]))\n    return 7\n"
+
+
+def test_a_launcher_runs_with_any_home_and_python(live: Live, dose: Dose) -> None:
+    pieces = [piece.replace("/", "") or "x" for piece in PATH_PIECES]
+    for dice in dose.inputs(6):
+        home = str(live.code) + odd_path(dice, pieces)[:200]
+        python = str(live.folder / "bin") + odd_path(dice, pieces)[:200] + "/python"
+        try:
+            check_launcher(home, python)
+        finally:
+            shutil.rmtree(live.folder / "bin", ignore_errors=True)
+            shutil.rmtree(live.code)
+
+
+def check_launcher(home: str, python: str) -> None:
+    os.makedirs(os.path.dirname(python))
+    os.symlink(BASE_PYTHON, python)
+    script = Path(orchestra.installed_script_path(home))
+    script.parent.mkdir(parents=True)
+    script.write_text(STAND_IN)
+    binary = orchestra.install_program(home, python, str(script))
+    done = subprocess.run([binary, "a 'b", "\N{GRINNING FACE}"], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (7, b""), (python, done)
+    assert ast.literal_eval(done.stdout.decode()) == [str(script), "a 'b", "\N{GRINNING FACE}"]
+
+
+RECORD_TEXTS = (
+    b'{"synced_at":"2026-03-01T00:00:00Z","files":{"CLAUDE.md":"a1","AGENTS.md":"b2",".clinerules/orchestra.md":"c3"},'
+    b'"earlier":{"CLAUDE.md":["d4"]},"joins":{"AGENTS.md":"\\n\\n"},"folders":[".clinerules",".github"]}',
+    b'{"CLAUDE.md": "edited by hand", ".clinerules/orchestra.md": "x"}',
+    b"[" * 100_000,
+)
+RECORD_TOKENS = (
+    *(b"{", b"}", b"[", b"]", b'"', b":", b",", b"null", b"5", b"-1.5", b"NaN", b'"\\ud800"', b'"\\u0000"'),
+    *(b'"../../x"', b'"/etc"'),
+    *(b'"."', b'""', b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000),
+    *(b'"files":', b'"folders":'),
+    *(b'"joins":', b'"earlier":', b'"CLAUDE.md":', b'["x"]', b'"x"', b'".github"'),
+    *(b'"AGENTS.md":"\\ud800"', b'".github/\\ud800"'),
+)
+
+
+def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Live, dose: Dose) -> None:
+    live.save("shop/api")
+    codebase = orchestra.Codebase("shop", "api", str(live.code / "shop/api"), targets=("claude", "cline"))
+    record = Path(orchestra.record_path(live.path, codebase.key))
+    notes = Path(orchestra.backups_of(live.path, codebase.key)) / "20260301T000000.000000Z" / orchestra.BACKUP_NOTES
+    mine = {"mine.txt": b"mine"}
+    for dice in dose.inputs(15):
+        shutil.rmtree(codebase.path)
+        managed = {"CLAUDE.md": b"x\n" + block(), "AGENTS.md": b"mine\n\n" + block("old") + b"\nmore\n"}
+        put_files(Path(codebase.path), {**mine, **dice.choice(({}, managed))})
+        for file in (record, notes):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(mutate(dice, dice.choice(RECORD_TEXTS), RECORD_TOKENS, RECORD_TEXTS))
+        (notes.parent / "CLAUDE.md").write_bytes(b"old")
+        assert any(backup.path == "CLAUDE.md" for backup in orchestra.list_backups(live.path, codebase.key))
+        orchestra.load_record(live.path, codebase.key)
+        assert orchestra.sync_codebase(live.path, codebase, dry_run=True).errors == ()
+        assert orchestra.sync_codebase(live.path, codebase).errors == ()
+        assert orchestra.sync_codebase(live.path, codebase, purge=True).errors == ()
+        assert (Path(codebase.path) / "mine.txt").read_bytes() == b"mine"
+        shutil.rmtree(notes.parent.parent)
+
+
+def test_the_tail_of_any_log_is_its_last_lines(live: Live, dose: Dose) -> None:
+    path = live.folder / "log"
+    for dice in dose.inputs(40):
+        line = dice.choice((b"\n", b"x\n", b"\r\n", b"long" * 5000 + b"\n", b"\0\xff\n", b"x"))
+        data = mutate(dice, line * dice.choice((0, 1, 10, 3000)), (b"\n", b"x", b"\xff", b"\n\n"), (line * 100,))
+        data = b"x" * dice.choice((0, orchestra.TAIL_STEP - 1, orchestra.TAIL_STEP)) + data
+        path.write_bytes(data)
+        count = dice.choice((0, 1, 2, 10, 100, 100_000))
+        reader = orchestra.LogReader(str(path))
+        lines = io.BytesIO(data).readlines()
+        assert reader.tail(count) == b"".join(lines[max(0, len(lines) - count) :])
+        with open(path, "ab") as log:
+            log.write(b"more")
+        assert reader.read() == b"more"
+
+
+# At random: a long run
+
+
+class Figures(NamedTuple):
+    """What a daemon takes, and what it was put through so far."""
+
+    seconds: int
+    memory: int  # KiB
+    descriptors: int
+    threads: int
+    wait: float  # seconds for an answer to status
+    codebases: int
+    edits: int
+    hands: int
+    syncs: int
+    clients: int
+    signals: int
+    logs: int
+
+
+class Turmoil:
+    """Does to a daemon all that users, editors, agents and other programs do, at random."""
+
+    HANDS = "hands"  # the one project whose managed files are edited by hand
+    MIX = (*["edits"] * 50, *["hands"] * 20, *["clients"] * 20, *["syncs"] * 5, *["signals"] * 3, *["logs"] * 2)
+
+    def __init__(self, live: Live, daemon: subprocess.Popen[bytes], seed: int) -> None:
+        self.live = live
+        self.daemon = daemon
+        self.random = random.Random(seed)
+        self.counts = dict.fromkeys(("edits", "hands", "syncs", "clients", "signals", "logs"), 0)
+        self.later: list[tuple[float, Callable[[], Any]]] = []
+        self.clients: list[socket.socket] = []
+        self.programs: list[subprocess.Popen[bytes]] = []
+        self.complaints = orchestra.LogReader(orchestra.stderr_log_path(live.path))
+        (live.folder / "elsewhere").mkdir()
+
+    # The turns
+
+    def run(self, seconds: float, acts: dict[str, Sequence[Callable[[], Any]]]) -> None:
+        deadline = time.monotonic() + seconds
+        kinds = [kind for kind in self.MIX if kind in acts]
+        while time.monotonic() < deadline:
+            kind = self.random.choice(kinds)
+            self.do(kind, self.random.choice(acts[kind]))
+            self.do_what_is_due(time.monotonic())
+            time.sleep(self.random.choice((0, 0.001, 0.01, 0.05, 0.1)))
+
+    def do(self, kind: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+            self.counts[kind] += 1
+        except OSError:
+            pass  # the dice ask for what is not there
+
+    def do_what_is_due(self, now: float) -> None:
+        due = [act for when, act in self.later if when <= now]
+        self.later = [(when, act) for when, act in self.later if when > now]
+        for act in due:
+            self.do("edits", act)
+        self.programs = [program for program in self.programs if program.poll() is None]
+
+    def soon(self, act: Callable[[], Any]) -> None:
+        self.later.append((time.monotonic() + self.random.choice((0.001, 0.05, 0.3, 0.6, 2)), act))
+
+    def all_acts(self) -> dict[str, Sequence[Callable[[], Any]]]:
+        talk = [self.ask, self.request_sync, self.babble, self.connect_half, self.connect_mute]
+        return {
+            "edits": self.edits(),
+            "hands": [self.edit_outside, self.edit_inside, self.break_block, self.remove_managed],
+            "clients": [*talk * 4, self.crowd, self.connect_deaf],
+            "syncs": [self.run_program],
+            "signals": [self.hang_up],
+            "logs": [self.touch_logs],
+        }
+
+    # The registry
+
+    def edits(self) -> list[Callable[[], Any]]:
+        saves = [self.save_whole, self.save_in_place, self.save_in_halves, self.save_anew, self.save_as_vim_does]
+        others = [self.save_project, self.save_link, self.save_twin, self.save_stray, self.save_broken, self.save_bytes]
+        removals = [self.remove_codebase, self.rename_codebase, self.rename_project, self.remove_project]
+        return [*saves * 4, *others * 2, *removals]
+
+    def label(self) -> str:
+        project = self.random.choice((self.HANDS, self.HANDS, "p0", "p1", "p2", "p3", "p4"))
+        return f"{project}/c{self.random.randrange(5)}"
+
+    def other_label(self) -> str:
+        return f"p{self.random.randrange(5)}/c{self.random.randrange(5)}"
+
+    def file(self, label: str = "") -> Path:
+        file = self.live.file(label or self.label())
+        file.parent.mkdir(exist_ok=True)
+        return file
+
+    def text(self, file: Path) -> str:
+        root = self.live.code / file.parent.name / file.stem
+        root.mkdir(parents=True, exist_ok=True)
+        targets = ", ".join(self.random.sample(ALL_TARGETS, self.random.choice((1, 2, 2, 3, 8))))
+        return f"name: {file.stem}\npath: {root}\ntargets: [{targets}]\nnotes:\n- note {self.random.random()}\n"
+
+    def save_whole(self) -> None:
+        file = self.file()
+        replace(file, self.text(file))
+
+    def save_in_place(self) -> None:
+        file = self.file()
+        file.write_text(self.text(file))
+
+    def save_in_halves(self) -> None:
+        file = self.file()
+        text = self.text(file)
+        file.write_text(text[: self.random.randrange(len(text))])
+        self.soon(lambda: file.write_text(text))
+
+    def save_anew(self) -> None:
+        file = self.file()
+        file.unlink(missing_ok=True)
+        self.soon(lambda: file.write_text(self.text(file)))
+
+    def save_as_vim_does(self) -> None:
+        file = self.file()
+        file.rename(f"{file}~")
+        file.write_text(self.text(file))
+        Path(f"{file}~").unlink()
+
+    def save_broken(self) -> None:
+        file = self.file()
+        ends = ("tasks: [", "\t", "notes: again\n", "skills: 5\n", "%", "x: *y\n")
+        broken = self.text(file) + self.random.choice(ends)
+        self.random.choice((replace, save_in_place))(file, broken)
+        if self.random.random() < 0.8:
+            self.soon(lambda: replace(file, self.text(file)))
+
+    def save_bytes(self) -> None:
+        self.file().write_bytes(mutate(self.random, b"name: c1\n", REGISTRY_TOKENS, (b"notes: [x]\n",)))
+
+    def save_project(self) -> None:
+        file = self.file().with_name("project.yaml")
+        texts = ("conventions: [one]\n", "conventions: [two]\n", "commands: {a: b}\n", "targets: 5\n", "")
+        self.random.choice((replace, save_in_place))(file, self.random.choice(texts))
+        self.soon(lambda: file.write_text("conventions: [three]\n") if self.random.random() < 0.5 else file.unlink())
+
+    def save_link(self) -> None:
+        file = self.file()
+        target = self.live.folder / "elsewhere" / f"{file.parent.name}-{file.name}"
+        self.random.choice((replace, save_in_place))(target, self.text(file))
+        if not file.is_symlink():
+            file.unlink(missing_ok=True)
+            file.symlink_to(target)
+
+    def save_twin(self) -> None:
+        one, other = self.file(self.other_label()), self.file(self.other_label())
+        other.write_bytes(one.read_bytes().replace(b"name: %b" % one.stem.encode(), b"name: %b" % other.stem.encode()))
+
+    def save_stray(self) -> None:
+        near = self.file()
+        places = (near.with_suffix(".yml"), self.live.projects / "c.yaml", near.parent / "x" / "c.yaml")
+        file = self.random.choice(places)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+        self.soon(file.unlink)
+
+    def remove_codebase(self) -> None:
+        self.file().unlink()
+
+    def rename_codebase(self) -> None:
+        self.file(self.other_label()).rename(self.file(self.other_label()))
+
+    def rename_project(self) -> None:
+        self.file(self.other_label()).parent.rename(self.live.projects / f"p{self.random.randrange(5)}")
+
+    def remove_project(self) -> None:
+        shutil.rmtree(self.file(self.other_label()).parent)
+
+    # The managed files
+
+    def managed(self) -> Path:
+        path = self.random.choice(list(orchestra.AGENTS_BY_PATH))
+        return self.live.code / self.HANDS / f"c{self.random.randrange(5)}" / path
+
+    def edit_outside(self) -> None:
+        file = self.managed()
+        file.write_text(f"above\n\n{file.read_text()[-5000:]}\nbelow\n")
+
+    def edit_inside(self) -> None:
+        file = self.managed()
+        file.write_text(file.read_text().replace("\n- ", f"\n- {self.random.random()}\n- ", 1))
+
+    def break_block(self) -> None:
+        file = self.managed()
+        text = file.read_text()
+        file.write_text(text + f"\n{orchestra.BLOCK_END}\n")
+        self.soon(lambda: file.write_text(text))
+
+    def remove_managed(self) -> None:
+        self.managed().unlink()
+
+    # The others
+
+    def connect(self, data: bytes = b"") -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        self.clients.append(client)
+        client.connect(self.live.socket)  # without a timeout, which would make a full backlog an error
+        client.settimeout(2)
+        client.sendall(data)
+        if len(self.clients) > 20:
+            self.clients.pop(self.random.randrange(20)).close()
+        return client
+
+    def ask(self) -> None:
+        self.connect(STATUS + b"\n").recv(1 << 16)
+
+    def request_sync(self) -> None:
+        label = json.dumps(self.random.choice((None, self.label(), self.label(), "nope")))
+        client = self.connect(b'{"cmd":"sync","codebase":%b}\n' % label.encode())
+        if self.random.random() < 0.5:
+            client.shutdown(socket.SHUT_WR)
+
+    def babble(self) -> None:
+        babble(self.random, self.connect(), odd_requests(self.random)[:20000].replace(b"stop", b"halt"))
+
+    def connect_half(self) -> None:
+        self.connect(STATUS[: self.random.randrange(len(STATUS))])
+
+    def connect_mute(self) -> None:
+        self.connect()
+
+    def connect_deaf(self) -> None:
+        client = self.connect()
+        client.setblocking(False)
+        client.sendall((STATUS + b"\n") * 5000)
+
+    def crowd(self) -> None:
+        crowd = [socket.socket(socket.AF_UNIX) for _ in range(150)]
+        try:
+            for client in crowd:
+                client.connect(self.live.socket)
+            self.counts["clients"] += 150
+            self.answer_time()
+        finally:
+            for client in crowd:
+                client.close()
+
+    def hang_up(self) -> None:
+        self.daemon.send_signal(signal.SIGHUP)
+
+    def run_program(self) -> None:
+        if len(self.programs) < 2:
+            commands = (["sync", "--all"], ["sync", self.label()], ["status"], ["sync", "--all", "--dry-run"])
+            argv = self.random.choice(commands)
+            with open(self.live.folder / "programs-said", "ab") as said:
+                options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
+                environ = {**os.environ, "HOME": self.live.path}
+                self.programs.append(subprocess.Popen(self.live.command(*argv), env=environ, **options))
+
+    def touch_logs(self) -> None:
+        self.read_complaints()
+        path = self.random.choice((orchestra.stdout_log_path, orchestra.stderr_log_path))(self.live.path)
+        almost_full = orchestra.LOG_LIMIT - 100
+        acts: list[Callable[[], Any]] = [
+            lambda: os.rename(path, f"{path}.moved"),
+            lambda: os.unlink(path),
+            lambda: os.truncate(path, 0),
+            lambda: os.truncate(path, almost_full),
+            lambda: os.truncate(path, almost_full),
+        ]
+        self.random.choice(acts)()
+        self.complaints = orchestra.LogReader(orchestra.stderr_log_path(self.live.path))
+
+    def read_complaints(self) -> None:
+        """Follow what the daemon complains of, which must never be a bug of its own."""
+        text = self.complaints.read() + (self.live.folder / "programs-said").read_bytes() + self.live.said().encode()
+        assert b"Traceback" not in text and b"internal error" not in text, text[text.find(b"Traceback") - 500 :][:5000]
+
+    # What comes of it
+
+    def answer_time(self) -> float:
+        started = time.monotonic()
+        wait_until(lambda: self.daemon.poll() is not None or self.live.answers(), 2)
+        assert self.daemon.poll() is None, self.live.said()
+        return time.monotonic() - started
+
+    def hush(self) -> None:
+        """End all that others do to the daemon, and wait for it to have noticed."""
+        for client in self.clients:
+            client.close()
+        self.clients.clear()
+        for program in self.programs:
+            program.wait(60)
+        wait_until(lambda: self.live.status()["queue_depth"] == 0)
+
+    def measure(self, started: float) -> Figures:
+        wait = self.answer_time()
+        self.read_complaints()
+        self.hush()
+        pid = self.daemon.pid
+        descriptors = []
+
+        def is_settled() -> bool:
+            descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
+            return len(descriptors) > 5 and len(set(descriptors[-5:])) == 1
+
+        wait_until(is_settled)
+        threads = int(re.findall(r"(?m)^Threads:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0])
+        count = self.live.status()["codebase_count"]
+        seconds = int(time.monotonic() - started)
+        return Figures(seconds, memory_of(pid) >> 10, descriptors[-1], threads, wait, count, **self.counts)
+
+    def fresh_cache(self) -> orchestra.RegistryCache:
+        """Look at the registry and the codebases as a fresh process does, and change nothing."""
+        cache = orchestra.load_cache(self.live.path)
+        results = orchestra.run_pipeline(self.live.path, orchestra.SyncScope.all(), True, cache.registry)
+        self.behind = [label for result in results if result.written and (label := orchestra.label_for(result.key))]
+        return orchestra.renew_cache(cache, cache.registry, results)
+
+    def differences(self, all_of_them: bool) -> list[Any]:
+        """List where the daemon's picture is not the disk's; but for `all_of_them`, not what hands have edited."""
+        fresh, known = self.fresh_cache(), self.live.status()
+        wanted, found = fresh.problems, known["problems"]
+        if not all_of_them:
+            wanted, found = ([p for p in problems if p["where"][0] == "~"] for problems in (wanted, found))
+            self.behind = [label for label in self.behind if not label.startswith(f"{self.HANDS}/")]
+        lacking = [problem for problem in wanted if problem not in found]
+        too_much = [problem for problem in found if problem not in wanted]
+        names = sorted(set(known["codebases"]) ^ set(fresh.names.values()))
+        return [*lacking, *too_much, *names, *self.behind]
+
+    def expect_picture(self, all_of_them: bool) -> None:
+        deadline = time.monotonic() + 15  # before the next look at everything could put it right
+        while self.differences(all_of_them):
+            assert time.monotonic() < deadline, self.differences(all_of_them)
+
+    def mend(self) -> None:
+        """Take out of the registry what cannot be read, and out of the codebases what cannot be synced."""
+        for problem in self.live.status()["problems"]:
+            file = problem["where"].rpartition(":")[0].replace("~", self.live.path, 1)
+            Path(file).unlink(missing_ok=True)
+        shutil.rmtree(self.live.code / self.HANDS, ignore_errors=True)
+        for number in range(5):
+            (self.live.code / self.HANDS / f"c{number}").mkdir(parents=True, exist_ok=True)
+
+
+def quarters(figures: Sequence[Figures]) -> tuple[Sequence[Figures], Sequence[Figures]]:
+    """Give the second quarter of the figures, and the last."""
+    size = len(figures) // 4
+    return figures[size : 2 * size], figures[-size:]
+
+
+def median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
+
+
+def print_figures(figures: Sequence[Figures]) -> None:
+    print("".join(f"{name:>12}" for name in Figures._fields))
+    for part in range(5):
+        row = figures[(len(figures) - 1) * part // 4]
+        print("".join(f"{value:12.3f}" if isinstance(value, float) else f"{value:12}" for value in row))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not IS_LINUX, reason="reads /proc")
+def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Live) -> None:
+    seconds = float(os.environ.get("ORCHESTRA_LONG_RUN") or 1200)
+    seed = int(os.environ.get("ORCHESTRA_SEED") or time.time())
+    print(f"ORCHESTRA_SEED={seed}")
+    few = 96
+    daemon = live.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
+    (live.folder / "programs-said").touch()
+    turmoil = Turmoil(live, daemon, seed)
+    started = time.monotonic()
+    turmoil.run(min(5, seconds / 10), {"edits": [turmoil.save_whole]})
+    figures = [turmoil.measure(started)]
+    while time.monotonic() < started + seconds:
+        turmoil.run(min(10, seconds / 8), turmoil.all_acts())
+        figures.append(turmoil.measure(started))
+        print(figures[-1], flush=True)
+    print_figures(figures)
+    # Only the daemon sees the last edits to the disk: nobody else syncs now.
+    turmoil.run(5, {"edits": turmoil.edits()})
+    turmoil.run(3, {"edits": [turmoil.save_whole]})
+    wait_until(lambda: turmoil.do_what_is_due(time.monotonic()) or not turmoil.later)
+    turmoil.expect_picture(all_of_them=False)
+    for _ in range(5):  # a file that is mended may uncover what is wrong with another
+        turmoil.mend()
+        turmoil.hang_up()
+        turmoil.expect_picture(all_of_them=True)
+    checked = live.run("sync", "--all", "--check")
+    assert (checked.returncode, checked.stderr) == (0, ""), checked
+    assert live.status()["problems"] == []
+    turmoil.read_complaints()
+    second, last = quarters(figures)
+    grown = median(figure.memory for figure in last) - median(figure.memory for figure in second)
+    assert grown < max(3 << 10, median(figure.memory for figure in second) / 10)
+    assert median(figure.descriptors for figure in last) <= median(figure.descriptors for figure in second)
+    assert {figure.threads for figure in figures} == {figures[0].threads}
+    asked = time.monotonic()
+    live.stop(daemon)
+    assert time.monotonic() - asked < 2
+
+
+# ── Start-up ──────────────────────────────────────────────────────────────────
+
+# What the installed form loads. Without `site`, whose .pth files bring in other people's modules.
+LOADED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import orchestra
+status = orchestra.main()
+sys.stdout.flush()
+print(*sys.modules, file=sys.stderr)
+sys.exit(status)
+"""
+# Each costs a start more than a millisecond, or belongs to work that these commands do not do.
+HEAVY = {
+    *(
+        "asyncio",
+        "concurrent",
+        "ctypes",
+        "dataclasses",
+        "datetime",
+        "difflib",
+        "email",
+        "html",
+        "http",
+        "importlib.metadata",
+    ),
+    *("inspect", "logging", "multiprocessing", "pathlib", "pickle", "plistlib", "queue", "random", "resource"),
+    *("shlex", "shutil", "signal", "subprocess", "tempfile", "textwrap", "threading", "traceback", "unittest"),
+    *("urllib", "uuid", "xml", "yaml", "zipfile"),
+}
+
+
+def load_without_site(place: Place, *argv: str) -> set[str]:
+    """Run one command of the installed program, and give the modules it has loaded at its end."""
+    orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
+    lib = os.path.dirname(orchestra.installed_script_path(place.path))
+    done = place.run(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
+    assert done.returncode == 0, done
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def heavy_ones(modules: Iterable[str]) -> list[str]:
+    return sorted(name for name in modules if name in HEAVY or name.partition(".")[0] in HEAVY)
+
+
+@pytest.mark.parametrize("argv", [["daemon", "status"], ["daemon", "stop"]])
+@pytest.mark.parametrize("is_running", [False, True])
+def test_asking_the_daemon_loads_nothing_heavy(place: Place, argv: list[str], is_running: bool) -> None:
+    if not is_running:
+        assert heavy_ones(load_without_site(place, *argv)) == []
+        return
+    place.give_yaml()
+    binary = orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
+    with place.daemon(binary):
+        assert heavy_ones(load_without_site(place, *argv)) == []
+
+
+def test_the_installed_program_is_compiled_at_its_first_run_alone(place: Place) -> None:
+    binary = orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
+    lib = Path(orchestra.installed_script_path(place.path)).parent
+    assert place.run(binary, "--version").returncode == 0
+    (cached,) = lib.glob("__pycache__/orchestra.*.pyc")
+    first = cached.stat()
+    done = place.run(BASE_PYTHON, "-I", "-v", binary, "--version")
+    assert done.returncode == 0
+    assert f"code object from '{cached}'" in done.stderr
+    assert f"code object from {lib}/orchestra.py\n" not in done.stderr  # what -v says of a compilation
+    assert (cached.stat().st_ino, cached.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+
+
+# ── Benchmarks ────────────────────────────────────────────────────────────────
+
+# Machines differ, and this one may be busy: every figure stands beside a yardstick measured in the same minute, the
+# least that anything doing that work would do. Nothing here asserts how long something takes.
+
+IDLE_SECONDS = float(os.environ.get("ORCHESTRA_IDLE", "60"))
+MOST_CODEBASES = int(os.environ.get("ORCHESTRA_MOST", "10000"))
+WINDOW = orchestra.DEBOUNCE_WINDOW
+SAVES_TIMED = 30  # of which the median is told
+LAST_WRITTEN = orchestra.AGENTS[ALL_TARGETS[-1]].path
+BENCH_YAML = """\
+name: {name}
+path: {path}
+description: Orders and payments of the shop, served to the web and to the phones
+targets: [{targets}]
+commands:
+  build: make build
+  test: make test
+  lint: make lint
+conventions:
+- Money is integer cents, never a float
+- Every endpoint has a test that calls it
+- Errors are logged once, where they are handled
+- SQL lives in migrations and queries, nowhere else
+- {note}
+skills:
+- id: sql
+  description: Postgres 16, window functions, explain
+- id: rust
+  description: tokio and axum
+projects:
+- name: {name}
+  project_type: backend
+  tasks:
+{tasks}
+created_at: 2026-03-01T00:00:00Z
+updated_at: 2026-03-01T00:00:00Z
+"""
+BENCH_TASK = """\
+  - id: T-{number}
+    title: Take the fees of payment provider {number} into the ledger
+    status: {status}
+    description: The monthly report shows them already, the ledger does not.
+    created_at: 2026-03-01T00:00:00Z
+    updated_at: 2026-03-02T00:00:00Z
+"""
+
+# The least a program can do in place of `sync --all`: read what is read and write what is written.
+BARE_SYNC = """
+import glob, os, sys
+kind, registry, source, target = sys.argv[1:5]
+if kind != "look":
+    sys.path[:0] = sys.argv[5:]
+    import yaml
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+for file in glob.glob(f"{registry}/*/*.yaml"):
+    with open(file, "rb") as stream:
+        data = stream.read()
+    if kind != "look":
+        yaml.load(data, loader)
+for folder, _, files in os.walk(source):
+    to = target + folder[len(source):]
+    if kind != "look":
+        os.makedirs(to, exist_ok=True)
+    for name in files:
+        with open(f"{folder}/{name}", "rb") as stream:
+            data = stream.read()
+        if kind != "look":
+            path = f"{to}/{name}"
+            with open(path + ".new" if kind == "update" else path, "wb") as stream:
+                stream.write(data)
+            if kind == "update":
+                os.rename(path + ".new", path)
+"""
+# A server that answers each line with as many bytes as the daemon would.
+BARE_SERVER = """
+import socket, sys
+reply = b"x" * (int(sys.argv[2]) - 1) + b"\\n"
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+client, _ = listener.accept()
+while client.recv(1 << 16):
+    client.sendall(reply)
+"""
+
+
+class Cost(NamedTuple):
+    """What a process took, in seconds; `cpu` is its own work, which a busy machine changes less."""
+
+    wall: float
+    cpu: float
+
+
+class BenchRow(NamedTuple):
+    work: str
+    count: Optional[int]
+    figure: str
+    cpu: str = ""
+    limit: str = ""
+    yardstick: str = ""
+    ratio: Optional[float] = None
+
+
+class BenchTable:
+    """The rows measured so far, and the points that tell how a cost grows."""
+
+    COLUMNS = ("work", "N", "figure", "CPU", "limit", "yardstick", "ratio")
+
+    def __init__(self) -> None:
+        self.rows: list[BenchRow] = []
+        self.points: dict[str, list[tuple[int, float]]] = {}
+
+    def add_time(
+        self, work: str, count: Optional[int], cost: Cost, limit: str, yardstick: str, bare: Cost, grows: str = ""
+    ) -> None:
+        ratio = cost.wall / bare.wall
+        told = f"{yardstick}: {format_seconds(bare.wall)}"
+        cpu = format_seconds(cost.cpu) if cost.cpu else ""
+        self.rows.append(BenchRow(work, count, format_seconds(cost.wall), cpu, limit, told, ratio))
+        if grows and count:
+            self.points.setdefault(grows, []).append((count, cost.cpu or cost.wall))
+
+    def add(self, work: str, count: Optional[int], figure: str, **more: Any) -> None:
+        self.rows.append(BenchRow(work, count, figure, **more))
+
+    def add_slopes(self, expected: dict[str, str]) -> None:
+        for work, points in self.points.items():
+            if len(points) > 1:
+                counts = f"{points[0][0]:,} to {points[-1][0]:,}"
+                self.add(
+                    f"growth of {work}",
+                    None,
+                    f"N^{slope_of(points):.2f}",
+                    limit=expected.get(work, ""),
+                    yardstick=counts,
+                )
+
+    def __str__(self) -> str:
+        cells = [self.COLUMNS, *map(self._cells, self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.COLUMNS))]
+        right = (1, 2, 3, 6)
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i in right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            )
+            for row in cells
+        ]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+    @staticmethod
+    def _cells(row: BenchRow) -> tuple[str, ...]:
+        count = f"{row.count:,}" if row.count else ""
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        return (row.work, count, row.figure, row.cpu, row.limit, row.yardstick, ratio)
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def format_bytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def slope_of(points: Sequence[tuple[int, float]]) -> float:
+    """Fit cost = a * N^slope."""
+    xs = [math.log(count) for count, _ in points]
+    ys = [math.log(cost) for _, cost in points]
+    x, y = statistics.mean(xs), statistics.mean(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
+
+
+def median_cost(costs: Sequence[Cost]) -> Cost:
+    return Cost(*(statistics.median(column) for column in zip(*costs)))
+
+
+def describe_machine(python: str, folder: str) -> str:
+    code = "import platform; print(platform.python_implementation(), platform.python_version())"
+    version = subprocess.check_output([python, "-I", "-c", code], text=True).strip()
+    libyaml = f"PyYAML {yaml.__version__} {'with' if yaml.__with_libyaml__ else 'without'} libyaml"
+    system = f"{platform.system()} {platform.release()}"
+    place_at = f"{folder} on {file_system(folder)}"
+    return " · ".join([f"{cpu_model()}, {os.cpu_count()} cores", version, libyaml, system, place_at])
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"(?m)^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], check=False, capture_output=True, text=True)
+        return done.stdout.strip() or platform.machine()
+    return found[1] if found else platform.machine()
+
+
+def file_system(folder: str) -> str:
+    """Name the type of the file system that holds a folder."""
+    if not IS_LINUX:
+        return "the temporary folder's file system"
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    above = [(len(top), kind) for top, kind in mounts if folder.startswith(top.rstrip("/") + "/")]
+    return max(above)[1]
+
+
+def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
+    """Run a program that must succeed; its output is thrown away."""
+    started = time.perf_counter()
+    with open(os.devnull, "r+b") as nothing:
+        process = subprocess.Popen(argv, env=environ, stdin=nothing, stdout=nothing, stderr=nothing)
+        _, status, usage = os.wait4(process.pid, 0)
+    took = time.perf_counter() - started
+    process.returncode = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+    assert process.returncode == 0, argv
+    return Cost(took, usage.ru_utime + usage.ru_stime)
+
+
+class Bench:
+    """A home folder with so many codebases, and Orchestra installed in it with a Python of no .pth files."""
+
+    def __init__(self, folder: str, python: str, count: int) -> None:
+        self.folder = Path(os.path.realpath(folder), f"n{count}")
+        self.place_at = self.folder / "c"
+        self.python = python
+        self.count = count
+        self.place_at.mkdir(parents=True)
+        self.place = Place(str(self._make("p")))
+        self.place.give_yaml()
+        self.path = self.place.path
+        self.binary = orchestra.install_program(self.path, python, str(SCRIPT))
+        self.labels = [f"p{number % 10}/c{number}" for number in range(count)]
+        self.process: Optional[subprocess.Popen[bytes]] = None
+        for number in range(min(10, count)):
+            Path(orchestra.projects_root(self.path), f"p{number}").mkdir(parents=True)
+        for label in self.labels:
+            self.save(label)
+        self.make_codebases()
+        self.run("--version")  # compiles
+
+    def _make(self, name: str) -> Path:
+        (self.folder / name).mkdir()
+        return self.folder / name
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return self.place.environ(ORCHESTRA_NO_FETCH="1")
+
+    def file(self, label: str) -> Path:
+        return Path(orchestra.projects_root(self.path), f"{label}.yaml")
+
+    def written(self, label: str) -> Path:
+        return self.place_at / label / LAST_WRITTEN
+
+    def text(self, label: str, note: str) -> str:
+        states = ("pending", "inprogress", "blocked", "done", "pending")
+        tasks = "".join(BENCH_TASK.format(number=i, status=states[i % 5]) for i in range(10))
+        name, path, targets = label.split("/")[1], self.place_at / label, ", ".join(ALL_TARGETS)
+        return BENCH_YAML.format(name=name, path=path, targets=targets, note=note, tasks=tasks.rstrip("\n"))
+
+    def save(self, label: str, note: str = "As it was at first") -> None:
+        replace(self.file(label), self.text(label, note))
+
+    def make_codebases(self) -> None:
+        for label in self.labels:
+            (self.place_at / label).mkdir(parents=True)
+
+    def forget_syncs(self) -> None:
+        """Make it as if nothing had ever been synced."""
+        shutil.rmtree(self.place_at)
+        for folder in (orchestra.hashes_root(self.path), orchestra.run_dir(self.path)):
+            shutil.rmtree(folder)
+        self.make_codebases()
+
+    def run(self, *argv: str) -> Cost:
+        return measure_process([self.binary, *argv], self.environ)
+
+    def run_bare_start(self) -> Cost:
+        return measure_process([self.python, "-I", "-c", "pass"], self.environ)
+
+    def run_bare_sync(self, kind: str) -> Cost:
+        """Do as a plain script what a sync must at least do: cold, update, or look."""
+        copy = self.folder / "copy"
+        if kind == "cold" and copy.exists():
+            shutil.rmtree(copy)
+        paths = (orchestra.projects_root(self.path), self.place_at, copy, orchestra.python_lib_dir(self.path))
+        return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.environ)
+
+    # The daemon
+
+    @contextmanager
+    def daemon(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[Bench]:
+        environ = {**self.environ, "ORCHESTRA_WATCHER": kind}
+        for log in (orchestra.stdout_log_path(self.path), orchestra.stderr_log_path(self.path)):
+            Path(log).unlink(missing_ok=True)
+        nothing: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        argv = [*(command or [self.binary]), "daemon", "start"]
+        self.process = subprocess.Popen(argv, env=environ, **nothing)
+        try:
+            wait_until(lambda: "staleness" in self.log(), 120)  # all is written, looked at once more, and quiet
+            yield self
+        finally:
+            self.process.terminate()
+            self.process.wait()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def log(self) -> str:
+        log = Path(orchestra.stdout_log_path(self.path))
+        return log.read_text() if log.exists() else ""
+
+    def log_bytes(self) -> int:
+        logs = Path(orchestra.logs_dir(self.path)).iterdir()
+        return sum(log.stat().st_size for log in logs)
+
+    @contextmanager
+    def connection(self) -> Iterator[Callable[[], bytes]]:
+        """Connect, and yield a function that asks for the status once."""
+        with connect(orchestra.socket_path(self.path)) as ask:
+            yield ask
+
+    def change_all(self, note: str) -> Callable[[], bool]:
+        """Change every registry file, and return a function that says whether all has been written."""
+        notes = []
+        for label in self.labels:
+            file = self.file(label)
+            notes.append((file.with_name(f".{file.name}.new"), file))
+            notes[-1][0].write_text(self.text(label, note))
+        waiting = {self.written(label): self.written(label).stat().st_ino for label in self.labels}
+        for temporary, file in notes:
+            temporary.replace(file)
+
+        def is_done() -> bool:
+            while waiting:
+                path, inode = next(reversed(waiting.items()))
+                if path.stat().st_ino == inode:
+                    return False
+                del waiting[path]
+            return True
+
+        return is_done
+
+
+@contextmanager
+def connect(path: str) -> Iterator[Callable[[], bytes]]:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(path)
+
+        def ask() -> bytes:
+            client.sendall(b'{"cmd":"status"}\n')
+            data = client.recv(1 << 20)
+            while not data.endswith(b"\n"):
+                data += client.recv(1 << 20)
+            return data
+
+        yield ask
+
+
+def cpu_seconds(pid: int) -> float:
+    """Give the CPU time a process has used so far."""
+    if IS_LINUX:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    told = subprocess.check_output(["ps", "-o", "time=", "-p", str(pid)], text=True).strip()
+    seconds = 0.0
+    for part in re.split("[-:]", told):  # of minutes and seconds, on macOS with hundredths
+        seconds = seconds * 60 + float(part)
+    return seconds
+
+
+def wait_for(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= end, seconds + 30)
+
+
+# What is measured, in the order of the table
+
+
+def bench_starts(table: BenchTable, bench: Bench) -> None:
+    bare = median_cost([bench.run_bare_start() for _ in range(21)])
+    version = median_cost([bench.run("--version") for _ in range(21)])
+    table.add_time("orchestra --version", None, version, "", "bare start", bare)
+    table.add_time(
+        "daemon status, none running",
+        None,
+        median_cost([bench.run("daemon", "status") for _ in range(3)]),
+        "",
+        "bare start",
+        bare,
+    )
+    with bench.daemon():
+        pairs = [(bench.run_bare_start(), bench.run("daemon", "status")) for _ in range(31)]
+    bare, status = (median_cost(costs) for costs in zip(*pairs))
+    table.add_time("daemon status, running", bench.count, status, "3.0 ×", "bare start", bare)
+
+
+def bench_sync(table: BenchTable, bench: Bench, runs: int) -> None:
+    limits = {100: ("250 ms", "100 ms"), 1000: ("1.5 s", "0.4 s")}.get(bench.count, ("", ""))
+    cold, bare_cold, still, bare_look = [], [], [], []
+    for number in range(runs):
+        if number:
+            bench.forget_syncs()
+        cold.append(bench.run("sync", "--all"))
+        bare_cold.append(bench.run_bare_sync("cold"))
+    for _ in range(runs):
+        still.append(bench.run("sync", "--all"))
+        bare_look.append(bench.run_bare_sync("look"))
+    limit = f"{limits[0]}, 2.5 ×".lstrip(", ")
+    what = "yaml.load, writing plainly"
+    table.add_time(
+        "sync --all, first", bench.count, median_cost(cold), limit, what, median_cost(bare_cold), "sync --all, first"
+    )
+    what = "reading plainly, no YAML"
+    table.add_time(
+        "sync --all, unchanged",
+        bench.count,
+        median_cost(still),
+        limits[1],
+        what,
+        median_cost(bare_look),
+        "sync --all, unchanged",
+    )
+
+
+def bench_save(table: BenchTable, bench: Bench) -> None:
+    """Measure from a save to the last file written: one file saved by rename, looked at without pause."""
+    label = bench.labels[0]
+    file, written = bench.file(label), bench.written(label)
+    temporary = file.with_name(".save")
+    took = []
+    for number in range(SAVES_TIMED):
+        wait_for(WINDOW * 1.2)
+        temporary.write_text(bench.text(label, f"Save {number}"))
+        inode = written.stat().st_ino
+        started = time.perf_counter()
+        temporary.replace(file)
+        deadline = started + 60
+        while written.stat().st_ino == inode:
+            assert time.perf_counter() < deadline, "waited in vain"
+        took.append(time.perf_counter() - started)
+    limit = {10: "4 ms", 1000: "5 ms"}.get(bench.count, "")
+    bare = Cost(statistics.median(bare_save(bench, label) for _ in range(SAVES_TIMED)), 0)
+    cost = Cost(statistics.median(took), 0)
+    table.add_time(
+        "save to file written", bench.count, cost, limit, "yaml.load, replacing", bare, "save to file written"
+    )
+
+
+def bare_save(bench: Bench, label: str) -> float:
+    """Measure what a save must at least cost: one file parsed, and the managed ones replaced."""
+    paths = [bench.place_at / label / agent.path for agent in orchestra.AGENTS.values()]
+    datas = [path.read_bytes() for path in paths]
+    started = time.perf_counter()
+    yaml.load(bench.file(label).read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    for path, data in zip(paths, datas):
+        temporary = path.with_name(f"{path.name}.new")
+        temporary.write_bytes(data)
+        temporary.replace(path.with_name(f"{path.name}.copy"))
+    took = time.perf_counter() - started
+    for path in paths:
+        path.with_name(f"{path.name}.copy").unlink()
+    return took
+
+
+def bench_bulk(table: BenchTable, bench: Bench) -> None:
+    """Measure all registry files changed at once; while they are synced, the status is asked for."""
+    bench.run_bare_sync("cold")
+    bare = bench.run_bare_sync("update")
+    cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
+    rounds = bench.log().count("staleness")
+    started = time.perf_counter()
+    is_done = bench.change_all("All at once")
+    wait_until(is_done, 120)
+    cost = Cost(time.perf_counter() - started, cpu_seconds(bench.pid) - cpu)
+    wait_until(lambda: bench.log().count("staleness") > rounds, 60)
+    limits = ("2 s", "1 MB") if bench.count == 1000 else ("", "")
+    work = "all YAML files changed at once"
+    table.add_time(work, bench.count, cost, limits[0], "yaml.load, replacing", bare, "bulk change")
+    table.add(f"{work}: log", bench.count, format_bytes(bench.log_bytes() - logged), limit=limits[1])
+    with_scan = cpu_seconds(bench.pid) - cpu
+    table.add(f"{work}: CPU with the staleness scan", bench.count, format_seconds(with_scan), limit=limits[0])
+
+
+def bench_burst(table: BenchTable, bench: Bench) -> None:
+    """Measure from the last of 20 quick saves to its arrival, at several paces."""
+    label, took = bench.labels[-1], []
+    for pace in (0.0, 0.005, 0.01, 0.02, 0.03):
+        for number in range(20):
+            note = f"Burst {pace} {number}"
+            bench.save(label, note)
+            wait_for(pace)
+        last = time.perf_counter()
+        wait_until(lambda note=note: note in bench.written(label).read_text(), 10)  # type: ignore[misc]
+        took.append(time.perf_counter() - last)
+        wait_for(WINDOW * 1.2)
+    what = "the window"
+    table.add_time(
+        "last of 20 quick saves, worst of 5", bench.count, Cost(max(took), 0), "550 ms", what, Cost(WINDOW, 0)
+    )
+
+
+def bench_requests(table: BenchTable, bench: Bench) -> None:
+    with bench.connection() as ask:
+        size = len(ask())
+        rate = rate_of(ask)
+    path = str(bench.folder / "echo")
+    server = subprocess.Popen([bench.python, "-I", "-c", BARE_SERVER, path, str(size)], stdout=subprocess.PIPE)
+    assert server.stdout and server.stdout.readline()
+    with connect(path) as ask:
+        bare = rate_of(ask)
+    server.wait(10)
+    server.stdout.close()
+    limit = "8,000 /s" if bench.count == 10 else ""
+    told = f"bare echo of {format_bytes(size)}: {bare:,.0f} /s"
+    table.add(
+        "status on one connection", bench.count, f"{rate:,.0f} /s", limit=limit, yardstick=told, ratio=bare / rate
+    )
+
+
+def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
+    started = time.perf_counter()
+    count = 0
+    while time.perf_counter() < started + seconds:
+        ask()
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+def bench_status_under_load(table: BenchTable, bench: Bench) -> None:
+    with bench.connection() as ask:
+        idle = times_of(ask, lambda: True)
+        is_done = bench.change_all("And again")
+        busy = times_of(ask, is_done)
+    p99, worst = (busy[min(len(busy) - 1, int(len(busy) * part))] for part in (0.99, 1))
+    bare = Cost(statistics.median(idle), 0)
+    table.add_time("status while all is synced, p99", bench.count, Cost(p99, 0), "15 ms", "median when idle", bare)
+    table.add_time("status while all is synced, worst", bench.count, Cost(worst, 0), "", "median when idle", bare)
+
+
+def times_of(ask: Callable[[], bytes], is_done: Callable[[], bool], at_least: int = 200) -> list[float]:
+    took: list[float] = []
+    while len(took) < at_least or not is_done():
+        started = time.perf_counter()
+        ask()
+        took.append(time.perf_counter() - started)
+        wait_for(0.001)
+    return sorted(took)
+
+
+def bench_memory(table: BenchTable, bench: Bench, when: str = "after its start") -> None:
+    limit = {10: "25 MB", 1000: "32 MB"}.get(bench.count, "")
+    bare = bare_memory(bench)
+    resident = memory_of(bench.pid)
+    told = f"bare interpreter: {format_bytes(bare)}"
+    table.add(
+        f"daemon memory {when}", bench.count, format_bytes(resident), limit=limit, yardstick=told, ratio=resident / bare
+    )
+
+
+def bare_memory(bench: Bench) -> int:
+    code = "import sys; print(flush=True); sys.stdin.read()"
+    argv = [bench.python, "-I", "-c", code]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        resident = memory_of(process.pid)
+        process.communicate()
+    return resident
+
+
+class Idleness:
+    """Count what a daemon does that is left alone: by strace where that works, else by what the kernel counts."""
+
+    def __init__(self, bench: Bench, with_strace: bool) -> None:
+        self._pid = bench.pid
+        self._said = bench.folder / "strace"
+        self._cpu = cpu_seconds(self._pid)
+        self._slept = sleeps_of(self._pid)
+        self._tracer: Optional[subprocess.Popen[bytes]] = None
+        strace = shutil.which("strace")
+        if with_strace and strace:
+            argv = [strace, "-f", "-qq", "-o", str(self._said), "-p", str(self._pid)]
+            self._tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def tell(self, seconds: float) -> str:
+        share = f"{(cpu_seconds(self._pid) - self._cpu) / seconds * 100:.2f} % CPU"
+        slept = sleeps_of(self._pid) - self._slept
+        if self._tracer and self._tracer.poll() is None:
+            self._tracer.terminate()
+            self._tracer.wait()
+            # A wait that is still going on when strace lets go has no result.
+            returned = r"(?m)(?:epoll_p?wait|poll|select|futex)\b.*= -?\d+"
+            slept = len(re.findall(returned, self._said.read_text()))
+        elif not IS_LINUX:
+            return share
+        return f"{slept * 60 / seconds:.1f} wake-ups/min, {share}"
+
+
+def sleeps_of(pid: int) -> int:
+    """Count how often a process's threads have gone to sleep by themselves; 0 where the system does not tell."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/status")
+    found = [re.search(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", task.read_text()) for task in tasks]
+    return sum(int(match[1]) for match in found if match)
+
+
+def bench_idle(table: BenchTable, benches: dict[str, Bench]) -> None:
+    """Leave a daemon of each watcher alone, all for the same while."""
+    counts = {kind: Idleness(bench, with_strace=kind != "polling") for kind, bench in benches.items()}
+    wait_for(IDLE_SECONDS)
+    for kind, count in counts.items():
+        limit = "0.5 % CPU" if kind == "polling" else "1 wake-up/min"
+        told = "60 looks/min by design" if kind == "polling" else f"over {IDLE_SECONDS:g} s"
+        table.add(f"idle: {kind}", benches[kind].count, count.tell(IDLE_SECONDS), limit=limit, yardstick=told)
+
+
+def measure_all(table: BenchTable, make: Callable[[int], Bench]) -> None:
+    """Fill the table; the order is the table's."""
+    homes = {count: make(count) for count in (10, 100, 1000)}
+    bench_starts(table, homes[10])
+    for bench, runs in zip(homes.values(), (5, 5, 3)):
+        bench_sync(table, bench, runs)
+    for bench in homes.values():
+        with bench.daemon():
+            bench_memory(table, bench)
+            if bench.count != 100:
+                bench_save(table, bench)
+                bench_requests(table, bench)
+            bench_bulk(table, bench)
+            if bench.count == 1000:
+                bench_memory(table, bench, "after changing all")
+                bench_status_under_load(table, bench)
+                bench_burst(table, bench)
+    with ExitStack() as stack:
+        idle = {"inotify" if IS_LINUX else "kqueue": homes[100], "polling": homes[1000]}
+        if IS_LINUX and not HAS_KQUEUE:
+            idle["kqueue (stand-in)"] = homes[10]
+        for kind, bench in idle.items():
+            command = [sys.executable, "-c", DRIVER] if "stand-in" in kind else []
+            stack.enter_context(bench.daemon(kind.partition(" ")[0], command))
+        bench_idle(table, idle)
+    if MOST_CODEBASES > 1000:
+        bench_sync(table, make(MOST_CODEBASES), 1)
+    table.add_slopes(
+        {"save to file written": "0", "sync --all, first": "1", "sync --all, unchanged": "1", "bulk change": "1"}
+    )
+
+
+@pytest.mark.bench
+def test_print_the_figures(bare_python: str) -> None:
+    table = BenchTable()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="orb", dir="/tmp") as folder:
+        print("\n" + describe_machine(bare_python, folder))
+        try:
+            measure_all(table, lambda count: Bench(folder, bare_python, count))
+        finally:
+            print(f"Figures are medians, from a run of {time.monotonic() - started:.0f} s.\n\n{table}")
+
+
+def pytest_arguments(argv: Sequence[str]) -> list[str]:
+    """Let a first word `bench` or `soak` choose what a normal run leaves out."""
+    if argv[:1] in (["bench"], ["soak"]):
+        return ["-m", argv[0], "-s", "-q", *argv[1:]]
+    return list(argv)
+
+
+def test_bench_and_soak_choose_what_a_normal_run_leaves_out() -> None:
+    assert pytest_arguments(["bench", "-x"]) == ["-m", "bench", "-s", "-q", "-x"]
+    assert pytest_arguments(["soak"]) == ["-m", "soak", "-s", "-q"]
+    assert pytest_arguments(["-k", "bench"]) == ["-k", "bench"]
+    assert pytest_arguments([]) == []
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, *pytest_arguments(sys.argv[1:])]))
