@@ -49,13 +49,13 @@ if sys.version_info < (3, 9) or sys.platform == "win32":
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
 import stat
 import time
 from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 if TYPE_CHECKING:
@@ -464,6 +464,8 @@ def file_age(path: str, clock: Clock) -> float:
 
 
 def sha256_of(data: bytes) -> str:
+    import hashlib  # here, since asking the daemon for its status needs no OpenSSL
+
     return hashlib.sha256(data).hexdigest()
 
 
@@ -3358,7 +3360,7 @@ class Seen(NamedTuple):
     """One file in the picture: its stamp tells whether to read it, its digest whether it changed."""
 
     stamp: tuple[int, ...]
-    digest: bytes
+    digest: str
     is_racy: bool
 
 
@@ -3595,7 +3597,7 @@ class Watcher:
         """Seconds until everything should be looked at again."""
         return POLL_INTERVAL if self.must_poll else RESCAN_INTERVAL
 
-    def files(self) -> dict[str, bytes]:
+    def files(self) -> dict[str, str]:
         """Give the picture: every registry file's digest."""
         return {path: seen.digest for files in self._picture.values() for path, seen in files.items()}
 
@@ -3750,12 +3752,12 @@ def _first_link(path: str) -> Optional[str]:
     return next((prefix for prefix in prefixes if os.path.islink(prefix)), None)
 
 
-def _digest_file(path: str) -> bytes:
+def _digest_file(path: str) -> str:
     try:
         disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
     except IoError as error:
-        return str(error.source.errno).encode()
-    return disk.kind.encode() + hashlib.sha256(disk.data).digest()
+        return str(error.source.errno)
+    return f"{disk.kind} {sha256_of(disk.data)}"
 
 
 class Debouncer:
@@ -5836,6 +5838,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_arguments(argv: Sequence[str]) -> Any:
+    """Parse a command line. `daemon status`, which scripts ask all the time, is spared argparse: half of its run."""
+    if list(argv) == ["daemon", "status"]:
+        return SimpleNamespace(run=cmd_daemon_status, needs_yaml=False)
+    return build_parser().parse_args(argv)
+
+
 def _line_count(text: str) -> int:
     import argparse
 
@@ -5874,7 +5883,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     """Run one command and return its exit status."""
     prepare_output()
     try:
-        args = build_parser().parse_args(argv)
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
         home = find_home(environ)
         if args.needs_yaml:
             ensure_yaml(home, environ, say)
