@@ -54,13 +54,34 @@ import os
 import re
 import stat
 import time
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
+TYPE_CHECKING = False  # mypy takes it for true
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, NamedTuple, Optional
+else:
+
+    class RecordMaker(type):
+        """Make what typing.NamedTuple makes, without typing's checks and its import: 7 ms of every start."""
+
+        def __new__(cls, name, bases, namespace):
+            if not bases:
+                return super().__new__(cls, name, bases, namespace)
+            fields = namespace.pop("__annotations__")
+            defaults = [namespace.pop(field) for field in fields if field in namespace]
+            made = namedtuple(name, fields, defaults=defaults)
+            for attribute, value in namespace.items():
+                setattr(made, attribute, value)
+            return made
+
+    class NamedTuple(metaclass=RecordMaker):
+        pass
+
+    Any = object
 
 __version__ = "0.1.0"
 
@@ -733,7 +754,11 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
         make_private_folder(folder)
         try:
             _write_temporary(temporary, data, mode, durable)
-            os.rename(temporary, path)
+            # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
+            if durable or not (os.path.exists(path) and swap_files(temporary, path)):
+                os.rename(temporary, path)
+            else:
+                os.unlink(temporary)
         except BaseException:
             _unlink_quietly(temporary)
             raise
@@ -1341,7 +1366,7 @@ def read_text(doc: Document, node: YamlNode, key: str) -> str:
         if doc.taken - len(node.value) <= MAX_REGISTRY_TEXT:
             doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
         return ""
-    return str(node.value)
+    return sys.intern(node.value)  # codebases have much text in common, and the daemon keeps them all
 
 
 def read_path(doc: Document, node: YamlNode, key: str) -> str:
@@ -1545,37 +1570,45 @@ class ParsedFiles:
 
     def __init__(self, home: str) -> None:
         self._home = home
-        self._known = dict(line.split(b" ", 1) for line in self._load() if b" " in line)
-        self._used: list[bytes] = []
+        self._data = self._load()
+        starts = re.finditer(rb"(?m)^([0-9a-f]{64}) ", self._data)
+        self._known = {match[1].decode(): match.end() for match in starts}
+        self._used: dict[str, bytes] = {}  # what is new has its line here
         self._fresh = 0
 
-    def _load(self) -> list[bytes]:
+    def _load(self) -> bytes:
         try:
-            stamp, *lines = read_disk(parsed_path(self._home)).data.splitlines()
-        except (ValueError, IoError):
-            return []
-        return lines if stamp == program_stamp().encode() else []
+            data = read_disk(parsed_path(self._home)).data
+        except IoError:
+            return b""
+        return data if data.startswith(program_stamp().encode() + b"\n") else b""
+
+    def _line(self, source: str) -> bytes:
+        start = self._known[source]
+        return self._data[start : self._data.index(b"\n", start)]
 
     def find(self, key: Key, source: str) -> Optional[Codebase]:
-        line = self._known.get(source.encode())
+        if source not in self._known:
+            return None
         try:
-            codebase = _codebase_from(key[0], json.loads(line)) if line else None
+            codebase = _codebase_from(key[0], json.loads(self._line(source)))
         except (ValueError, TypeError):
             return None
-        if line is None or codebase is None or codebase.name != key[1]:
+        if codebase.name != key[1]:
             return None
-        self._used.append(source.encode() + b" " + line)
+        self._used[source] = b""
         return codebase
 
     def add(self, codebase: Codebase) -> None:
         line = json.dumps(codebase, default=lambda node: None, separators=(",", ":"))
-        self._used.append(f"{codebase.source} {line}".encode())
+        self._used[codebase.source] = line.encode()
         self._fresh += 1
 
     def save_if_worth_it(self) -> None:
         if self._fresh <= max(FEW_PARSED, len(self._used) // 8):
             return
-        data = b"\n".join([program_stamp().encode(), *self._used])
+        lines = (b"%b %b" % (source.encode(), line or self._line(source)) for source, line in self._used.items())
+        data = b"\n".join([program_stamp().encode(), *lines, b""])
         folder = run_dir(self._home)
         try:
             with hold_lock(parsed_lock_path(self._home), lambda left: sweep_folders([folder], left), 0) as lock:
@@ -1607,10 +1640,10 @@ def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
         path,
         description,
         None if targets is None else tuple(targets),
-        tuple((key, value) for key, value in commands),
-        tuple(conventions),
-        tuple(notes),
-        tuple(Skill(*skill[:-1]) for skill in skills),
+        tuple((sys.intern(key), sys.intern(value)) for key, value in commands),
+        tuple(map(sys.intern, conventions)),
+        tuple(map(sys.intern, notes)),
+        tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in skills),
         tuple(_component_from(*component) for component in projects),
         created,
         updated,
@@ -1620,7 +1653,7 @@ def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
 
 def _component_from(name: str, kind: str, tasks: Sequence[Any], roles: Sequence[Any], extra: object) -> Component:
     agents = tuple(AgentRole(agent, entry, tuple(skills)) for agent, entry, skills, _ in roles)
-    return Component(name, kind, tuple(Task(*task[:-1]) for task in tasks), agents)
+    return Component(name, kind, tuple(Task._make([*map(sys.intern, task[:-1]), ()]) for task in tasks), agents)
 
 
 def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
@@ -2599,7 +2632,7 @@ class Plan(NamedTuple):
         return not self.writes and self.record == self.old_record
 
 
-Render = Callable[[], "Mapping[str, bytes]"]  # gives what is Orchestra's in each target's file
+Render = Callable[[], Mapping[str, bytes]]  # gives what is Orchestra's in each target's file
 
 
 class SyncScope(NamedTuple):
@@ -3353,8 +3386,6 @@ MAX_LINKS = 40  # followed from one name, as Linux does
 RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
 KQUEUE_RESERVE = 128  # descriptors not spent on watches
 
-Hints = Optional[set[str]]  # paths to look at; None: at everything
-
 
 class Seen(NamedTuple):
     """One file in the picture: its stamp tells whether to read it, its digest whether it changed."""
@@ -3393,7 +3424,7 @@ class PollingSource:
     def retain(self, paths: set[str]) -> None:
         pass
 
-    def drain(self) -> Hints:
+    def drain(self) -> Optional[set[str]]:
         return None
 
     def close(self) -> None:
@@ -3444,7 +3475,7 @@ class InotifySource(PollingSource):
                 del self._paths[wd]
                 self._libc.inotify_rm_watch(self._fd, wd)
 
-    def drain(self) -> Hints:
+    def drain(self) -> Optional[set[str]]:
         hints: set[str] = set()
         for _ in range(MAX_READS):  # then the others' turn; what is left keeps the descriptor readable
             try:
@@ -3539,7 +3570,7 @@ class KqueueSource(PollingSource):
         for path in [path for path in self._watched if path not in paths]:
             self._forget(path)
 
-    def drain(self) -> Hints:
+    def drain(self) -> Optional[set[str]]:
         hints: set[str] = set()
         while True:
             events = self._queue.control(None, 256, 0)
@@ -3605,7 +3636,7 @@ class Watcher:
         """Look where the source hints."""
         return self.look(self.source.drain())
 
-    def look(self, hints: Hints = None) -> Changes:
+    def look(self, hints: Optional[set[str]] = None) -> Changes:
         """Compare with the disk what `hints` name, or everything."""
         self._saved, self._deleted = set(), set()
         try:
@@ -4964,7 +4995,7 @@ class Completed(NamedTuple):
     output: str
 
 
-Runner = Callable[["Sequence[str]", float], Completed]
+Runner = Callable[[Sequence[str], float], Completed]
 
 
 def run_program(argv: Sequence[str], timeout: float) -> Completed:

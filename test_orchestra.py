@@ -1592,6 +1592,41 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     assert without_source(orchestra.load_codebase(home.path, "shop", "api")) == codebase
 
 
+def fill_registry(home: Home, count: int) -> None:
+    for i in range(count):
+        home.make_codebase(f"shop/c{i}", description=f"number {i}", mine={"a": "b"})
+
+
+def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatch: Any) -> None:
+    fill_registry(home, orchestra.FEW_PARSED + 2)
+    fresh = home.registry()
+    assert os.path.exists(orchestra.parsed_path(home.path))
+    parsed: list[str] = []
+    real = orchestra.compose_document
+    monkeypatch.setattr(orchestra, "compose_document", lambda text, doc: parsed.append(doc.place) or real(text, doc))
+    strip = {key: codebase._replace(extra=()) for key, codebase in fresh.codebases.items()}
+    assert home.registry().codebases == strip
+    assert not [place for place in parsed if not place.endswith("project.yaml")]
+    home.write_registry("shop/c3.yaml", f"name: c3\npath: {home.code}/shop/c3\nnotes: [changed]\n")
+    assert home.registry().codebases[("shop", "c3")].notes == ("changed",)
+    assert [place for place in parsed if not place.endswith("project.yaml")] == ["~/.orchestra/projects/shop/c3.yaml"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"[]", b'"', b"{}", b"\xff", b'["shop","c1",5]'])
+def test_a_damaged_memory_of_what_was_parsed_only_costs_time(home: Home, damage: bytes) -> None:
+    fill_registry(home, orchestra.FEW_PARSED + 2)
+    fresh = home.registry().codebases
+    path = Path(orchestra.parsed_path(home.path))
+    lines = path.read_bytes().split(b"\n")
+    hashes = [line.partition(b" ")[0] for line in lines[1:-1]]
+    for data in (damage, b"\n".join([lines[0], *(digest + b" " + damage for digest in hashes)]) + b"\n"):
+        path.write_bytes(data)
+        again = home.registry().codebases
+        assert {key: c._replace(extra=()) for key, c in again.items()} == {
+            key: c._replace(extra=()) for key, c in fresh.items()
+        }
+
+
 # ── 5 Detection ───────────────────────────────────────────────────────────────
 
 
@@ -10596,7 +10631,18 @@ HEAVY = {
         "importlib.metadata",
     ),
     *("inspect", "logging", "multiprocessing", "pathlib", "pickle", "plistlib", "queue", "random", "resource"),
-    *("shlex", "shutil", "signal", "subprocess", "tempfile", "textwrap", "threading", "traceback", "unittest"),
+    *(
+        "shlex",
+        "shutil",
+        "signal",
+        "subprocess",
+        "tempfile",
+        "textwrap",
+        "threading",
+        "traceback",
+        "typing",
+        "unittest",
+    ),
     *("urllib", "uuid", "xml", "yaml", "zipfile"),
 }
 
