@@ -2650,7 +2650,7 @@ class SyncScope(NamedTuple):
 
 
 class SyncCodebaseResult(NamedTuple):
-    """What a sync did to one codebase, or would do."""
+    """What a sync did to one codebase, or would do; its files without their bytes."""
 
     project: str
     codebase: str
@@ -3061,7 +3061,9 @@ def sync_codebase(
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
-    return SyncCodebaseResult(*key, plan.files, plan_problems(key, plan))
+    # Without their bytes: a result may be one of thousands.
+    files = tuple(file._replace(before=ABSENT, after=None) for file in plan.files)
+    return SyncCodebaseResult(*key, files, plan_problems(key, plan))
 
 
 def _sync_until_done(
