@@ -370,8 +370,10 @@ class Live:
         return f"- {note}\n" in self.read(label)
 
     def read(self, label: str = "shop/api") -> str:
-        file = self.code / label / "CLAUDE.md"
-        return file.read_text() if file.exists() else ""
+        try:
+            return (self.code / label / "CLAUDE.md").read_text()
+        except FileNotFoundError:  # for good, or while an editor makes it anew
+            return ""
 
     # The daemon
 
