@@ -951,8 +951,9 @@ def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, cl
         save_private(notes_file, json.dumps(notes).encode(), token)
         os.rename(temporary, target)
         sync_folder(os.path.dirname(target))
+        dropped = times_to_drop([*(backup.when for backup in kept), when])
         for backup in kept:
-            if backup.when in times_to_drop([*(b.when for b in kept), when]):
+            if backup.when in dropped:
                 _drop_backup(folder, backup)
     return when
 
@@ -1033,6 +1034,7 @@ TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
 TARGETS = ("claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity")
 DEFAULT_TARGETS = ("claude", "codex")
 NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
+BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
 
 STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
 
@@ -1506,8 +1508,7 @@ PROJECT_SCHEMA = {
 def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
     """Read one registry file to its root node; None where a problem in the document says why."""
     data, doc = _read_registry_data(home, file)
-    text = None if data is None else _decode(data, doc)
-    return (None if text is None else compose_document(text, doc)), doc
+    return _compose_data(data, doc), doc
 
 
 def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document]:
@@ -1525,6 +1526,11 @@ def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document
         doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
         return None, doc
     return disk.data, doc
+
+
+def _compose_data(data: Optional[bytes], doc: Document) -> Optional[YamlNode]:
+    text = None if data is None else _decode(data, doc)
+    return None if text is None else compose_document(text, doc)
 
 
 def _decode(data: bytes, doc: Document) -> Optional[str]:
@@ -1547,8 +1553,7 @@ def read_codebase(
     known = parsed.find(key, doc.source) if parsed else None
     if known:
         return known, ()
-    text = None if data is None else _decode(data, doc)
-    root = None if text is None else compose_document(text, doc)
+    root = _compose_data(data, doc)
     if root is None:
         return None, _with_hint(doc.problems, key)
     values = read_fields(doc, root, "", CODEBASE_SCHEMA)
@@ -1618,36 +1623,16 @@ class ParsedFiles:
 
 
 def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
-    (
-        _,
-        name,
-        path,
-        description,
-        targets,
-        commands,
-        conventions,
-        notes,
-        skills,
-        projects,
-        created,
-        updated,
-        _,
-        source,
-    ) = values
-    return Codebase(
-        project,
-        name,
-        path,
-        description,
-        None if targets is None else tuple(targets),
-        tuple((sys.intern(key), sys.intern(value)) for key, value in commands),
-        tuple(map(sys.intern, conventions)),
-        tuple(map(sys.intern, notes)),
-        tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in skills),
-        tuple(_component_from(*component) for component in projects),
-        created,
-        updated,
-        source=source,
+    raw = Codebase._make(values)  # with lists for tuples, as JSON has them
+    return raw._replace(
+        project=project,
+        targets=None if raw.targets is None else tuple(raw.targets),
+        commands=tuple((sys.intern(key), sys.intern(value)) for key, value in raw.commands),
+        conventions=tuple(map(sys.intern, raw.conventions)),
+        notes=tuple(map(sys.intern, raw.notes)),
+        skills=tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in raw.skills),
+        projects=tuple(_component_from(*component) for component in raw.projects),
+        extra=(),
     )
 
 
@@ -1896,15 +1881,18 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             old, doc = read_registry_file(home, file)
             if old is None or old.id != "mapping":
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
-            bom = "\ufeff" if disk.data.startswith(b"\xef\xbb\xbf") else ""
+            bom = "\ufeff" if disk.data.startswith(BOM) else ""
             merged = _merge_yaml(disk.data.decode("utf-8-sig"), old, new)
             text = None if merged is None else bom + merged
             if text is None:
                 back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock)
-        with blame(file):
-            make_private_folder(os.path.dirname(file))
-            data = (_dump(new) if text is None else text).encode()
-            replace_file(file, data, disk, lock, mode=0o600, durable=True)
+        _write_registry_file(file, _dump(new) if text is None else text, disk, lock)
+
+
+def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock) -> None:
+    with blame(file):
+        make_private_folder(os.path.dirname(file))
+        replace_file(file, text.encode(), expected, lock, mode=0o600, durable=True)
 
 
 @contextmanager
@@ -1922,8 +1910,7 @@ def create_registry_file(home: str, file: str, values: Mapping[str, Any], clock:
         if os.path.lexists(file):
             return False
         with _expect_stillness(file):
-            make_private_folder(os.path.dirname(file))
-            replace_file(file, _dump(_node_for(values)).encode(), ABSENT, lock, mode=0o600, durable=True)
+            _write_registry_file(file, _dump(_node_for(values)), ABSENT, lock)
     return True
 
 
@@ -2754,7 +2741,7 @@ def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Option
         return data[: span.start] + wanted + data[span.end :], None
     if before.kind == "absent":
         return wanted + b"\n", None
-    join = b"" if not data.replace(b"\xef\xbb\xbf", b"") else newline if data.endswith(b"\n") else newline * 2
+    join = b"" if not data.replace(BOM, b"") else newline if data.endswith(b"\n") else newline * 2
     return data + join + wanted + newline, join.decode()
 
 
@@ -3030,7 +3017,7 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
 def text_before_block(file: FilePlan) -> bytes:
     """Give the user's text in front of a shared file's block."""
     span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
-    return b"" if span is None else file.before.data[: span.start].replace(b"\xef\xbb\xbf", b"")
+    return b"" if span is None else file.before.data[: span.start].replace(BOM, b"")
 
 
 def _missing_folders(root: str, path: str) -> Iterator[str]:
@@ -3057,7 +3044,7 @@ def sync_codebase(
         if dry_run:
             plan = plan_codebase(home, codebase, owners, purge)
         else:
-            with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, codebase, left, clock)) as lock:
+            with _codebase_turn(home, codebase, clock) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -3083,7 +3070,7 @@ def _sync_until_done(
             codebase = reread_codebase(home, codebase.key)
             continue
         if not plan.is_done:
-            plan = apply_plan(home, codebase, plan, lock, clock)
+            plan = apply_plan(home, codebase.key, plan, lock, clock)
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
         if not any(file.changed for file in plan.files):
             break
@@ -3108,24 +3095,30 @@ def group_problems(plan: Plan) -> list[Problem]:
     return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
 
 
-def _clear_up(home: str, codebase: Codebase, left: Leftover, clock: Clock) -> None:
-    """Clear up after a turn that was killed or had trouble; raises SyncError, IoError."""
-    key, root = codebase.key, find_root(home, codebase, {})
+def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> AbstractContextManager[Lock]:
+    def sweep(left: Leftover) -> None:
+        _clear_up(home, codebase.key, find_root(home, codebase, {}), left, clock)
+
+    return hold_lock(codebase_lock_path(home, codebase.key), sweep)
+
+
+def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
+    """Clear up after a turn that was killed or had trouble; raises IoError."""
     sweep_folders(folders_below(backups_of(home, key)), left)  # first, for this may be the second try
     keep_swapped(home, key, root, left, clock)
     managed = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
     sweep_folders([*managed, os.path.dirname(record_path(home, key))], left)
 
 
-def apply_plan(home: str, codebase: Codebase, plan: Plan, lock: Lock, clock: Clock) -> Plan:
+def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
     record = plan.record._replace(synced_at=now_rfc3339(clock))
     known = plan.old_record.files if plan.old_record else {}
     # What is to go stays recorded until it is gone, lest an interrupted sync forget it.
     doomed = {f.path: known[f.path] for f in plan.files if f.writes and f.after is None and f.path in known}
     first = record._replace(files={**record.files, **doomed})
-    save_record(home, codebase.key, first, lock)
-    files = tuple(_apply_file(home, codebase, plan, file, lock, clock) if file.writes else file for file in plan.files)
+    save_record(home, key, first, lock)
+    files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
     stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
     record = record._replace(files={**record.files, **stuck})
     spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
@@ -3134,7 +3127,7 @@ def apply_plan(home: str, codebase: Codebase, plan: Plan, lock: Lock, clock: Clo
     if not any(file.writes for file in files) and plan.writes:
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if record != first:
-        save_record(home, codebase.key, record, lock)
+        save_record(home, key, record, lock)
     return plan._replace(files=files, record=record)
 
 
@@ -3146,17 +3139,17 @@ def _remove_if_empty(root: str, folder: str) -> bool:
     return remove_empty_folder(os.path.join(root, folder))
 
 
-def _apply_file(home: str, codebase: Codebase, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
     try:
-        return _write_file(home, codebase.key, plan.root, file, lock, clock)
+        return _write_file(home, key, plan.root, file, lock, clock)
     except FileChanged:
         problem = "expected it to hold still, got another save each time: sync again"
         failed = file._replace(action=SKIP, problem=problem, changed=True)
     except (OrchestraError, OSError) as error:
         failed = file._replace(action=SKIP, **_describe(error))
     try:
-        _clear_up(home, codebase, lock.left, clock)
-    except OrchestraError:
+        _clear_up(home, key, plan.root, lock.left, clock)
+    except IoError:
         lock.is_clean = False
     return failed
 
@@ -3196,7 +3189,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
     key = codebase.key
-    with hold_lock(codebase_lock_path(home, key), lambda left: _clear_up(home, codebase, left, clock)) as lock:
+    with _codebase_turn(home, codebase, clock) as lock:
         path = check_parents(root, backup.path)
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
@@ -3321,10 +3314,12 @@ def check_staleness(
 ) -> Staleness:
     """Judge one codebase; what goes wrong is its status `error`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
-    record = load_record(home, codebase.key)
     try:
-        status, detail = judge_plan(plan_codebase(home, codebase, owners))
+        plan = plan_codebase(home, codebase, owners)
+        record = plan.old_record
+        status, detail = judge_plan(plan)
     except OrchestraError as error:
+        record = load_record(home, codebase.key)
         status, detail = ERROR, str(error)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)

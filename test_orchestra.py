@@ -7813,15 +7813,19 @@ def test_every_kind_of_failure_is_told_at_every_operation(stage: Stage, error: s
     assert fail_at_each(stage, ERRORS[error], sticky, itertools.count(1)) > 0
 
 
+def check_told_and_mended(stage: Stage, hooked: Hooked, reason: str) -> None:
+    assert hooked.ran is not None
+    assert hooked.ran.status == 2
+    assert reason in hooked.ran.err
+    stage.check_report(hooked)
+    stage.check_nothing_lost()
+    stage.check_recovery()
+
+
 @pytest.mark.parametrize("size", [10, 300, 700])
 def test_a_limit_to_the_size_of_files_is_told(sync_stage: Stage, size: int) -> None:
     hooked = sync_stage.play(file_size=size)
-    assert hooked.ran is not None
-    assert hooked.ran.status == 2
-    assert "file too large" in hooked.ran.err
-    sync_stage.check_report(hooked)
-    sync_stage.check_nothing_lost()
-    sync_stage.check_recovery()
+    check_told_and_mended(sync_stage, hooked, "file too large")
 
 
 @contextmanager
@@ -7859,12 +7863,7 @@ def test_a_full_disk_is_told_and_the_next_run_finishes(sync_stage: Stage, place:
         fill_disk(folder / "filler")
         hooked = run_hooked(stage.home, stage.argv, NO_FAULT)
         (folder / "filler").unlink()
-        assert hooked.ran is not None
-        assert hooked.ran.status == 2
-        assert "no space left on device" in hooked.ran.err
-        stage.check_report(hooked)
-        stage.check_nothing_lost()
-        stage.check_recovery()
+        check_told_and_mended(stage, hooked, "no space left on device")
 
 
 def test_a_folder_that_may_not_be_written_is_told_and_the_next_run_finishes(home: Home) -> None:
@@ -7875,11 +7874,8 @@ def test_a_folder_that_may_not_be_written_is_told_and_the_next_run_finishes(home
     root.chmod(0o555)
     ran = home.run_as_nobody(*stage.argv)
     root.chmod(mode)
-    assert ran.status == 2
     assert [line for line in ran.complaints if "CLAUDE.md" in line and "permission denied" in line]
-    stage.check_report(Hooked(ran))
-    stage.check_nothing_lost()
-    stage.check_recovery()
+    check_told_and_mended(stage, Hooked(ran), "permission denied")
 
 
 # The real process
