@@ -1893,6 +1893,7 @@ def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock) -> No
     with blame(file):
         make_private_folder(os.path.dirname(file))
         replace_file(file, text.encode(), expected, lock, mode=0o600, durable=True)
+        sync_folder(os.path.dirname(file))
 
 
 @contextmanager
