@@ -1693,9 +1693,12 @@ def is_ignored(name: str) -> bool:
     return name.startswith((".", "#")) or name.endswith("~")
 
 
+_REGISTRY_NAME = re.compile(r"(?is)[^.#].*\.ya?ml")
+
+
 def is_registry_file(name: str) -> bool:
     """Say whether a name in the registry is a YAML file's, be it one that must be called otherwise."""
-    return name.lower().endswith((".yaml", ".yml")) and not is_ignored(name)
+    return _REGISTRY_NAME.fullmatch(name) is not None
 
 
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
@@ -1734,10 +1737,15 @@ def _scan_project(home: str, folder: os.DirEntry[str], keys: list[Key], stray: l
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:
+    return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+
+
+def list_folder(folder: str) -> list[os.DirEntry[str]]:
+    """List a folder, in no order; one that is not there has nothing in it. Raises IoError."""
     with blame(folder):
         try:
             with os.scandir(folder) as entries:
-                return sorted((e for e in entries if not is_ignored(e.name)), key=lambda e: e.name)
+                return list(entries)
         except FileNotFoundError:
             return []
 
@@ -3653,7 +3661,7 @@ class Watcher:
             elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
                 if os.path.islink(path):
                     self._anchor(path)
-                self._look_at_file(path, trust_stamp=False)
+                self._look_at_file(self._picture.setdefault(os.path.dirname(path), {}), path, trust_stamp=False)
 
     def _is_structural(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -3665,12 +3673,14 @@ class Watcher:
         for anchor in self._anchors:
             self._watch(self.source.watch_folder, anchor)
         self._anchor(self._root)
-        entries = self._scan(self._root)
+        entries = self._list(self._root)
         if entries is None:
             return
         self._folders = set()
         loose = set()
         for entry in entries:
+            if is_ignored(entry.name):
+                continue
             if entry.is_symlink():
                 self._anchor(entry.path)
             if os.path.isdir(entry.path):
@@ -3682,12 +3692,12 @@ class Watcher:
             self._look_at_files(folder, set())
         for folder in self._folders:
             self._look_at_folder(folder)
-        self.source.retain({*self._folders, *self._anchors, *self.files()})
+        self.source.retain({*self._folders, *self._anchors}.union(*self._picture.values()))
 
     def _look_at_folder(self, folder: str) -> None:
         self._watch(self.source.watch_folder, folder)
         files = set()
-        entries = self._scan(folder)
+        entries = self._list(folder)
         if entries is None:
             return
         for entry in entries:
@@ -3697,10 +3707,10 @@ class Watcher:
                 files.add(entry.path)
         self._look_at_files(folder, files)
 
-    def _scan(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
+    def _list(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
         """List a folder, empty where it is gone; None where that cannot be said now, and it is asked again soon."""
         try:
-            return _scan(folder)
+            return list_folder(folder)
         except IoError as error:
             if error.source.errno == errno.ENOTDIR:
                 return []
@@ -3708,32 +3718,32 @@ class Watcher:
             return None
 
     def _look_at_files(self, folder: str, files: set[str]) -> None:
+        picture = self._picture.setdefault(folder, {})
         for path in files:
-            self._look_at_file(path)
-        for path in self._picture.get(folder, {}).keys() - files:
-            self._drop(path)
+            self._look_at_file(picture, path)
+        for path in picture.keys() - files:
+            self._drop(picture, path)
 
-    def _look_at_file(self, path: str, trust_stamp: bool = True) -> None:
+    def _look_at_file(self, picture: dict[str, Seen], path: str, trust_stamp: bool = True) -> None:
         is_new_watch = self._watch(self.source.watch_file, path)
         try:
             info = os.stat(path)
         except OSError:
-            return self._drop(path)
+            return self._drop(picture, path)
         stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        files = self._picture.setdefault(os.path.dirname(path), {})
-        seen = files.get(path)
+        seen = picture.get(path)
         if seen and seen.stamp == stamp and trust_stamp and not seen.is_racy and not is_new_watch:
             return None
         age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
         now = Seen(stamp, _digest_file(path), age < RACY_TIME)
-        files[path] = now
+        picture[path] = now
         if seen is None or seen.digest != now.digest:
             self._saved.add(path)
             self._deleted.discard(path)
         return None
 
-    def _drop(self, path: str) -> None:
-        if self._picture.get(os.path.dirname(path), {}).pop(path, None):
+    def _drop(self, picture: dict[str, Seen], path: str) -> None:
+        if picture.pop(path, None):
             self._deleted.add(path)
             self._saved.discard(path)
 
