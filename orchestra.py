@@ -19,7 +19,7 @@
     The daemon:  a YAML file is saved ──9──► hint ──► what changed ──► debounced ──11──► job ──► Plan, as above
 
 Contents
-     1 Errors              what the user can put right, one class
+     1 Errors              what the user can put right: one family
      2 Places              every path below the home folder
      3 Files               every change to files on disk: locks, backups, replacing in one step
      4 Registry            YAML to frozen values, problem by problem
@@ -56,7 +56,7 @@ import stat
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import SimpleNamespace
 
 TYPE_CHECKING = False  # mypy takes it for true
@@ -110,11 +110,11 @@ class RegistryError(OrchestraError):
 
 
 class SyncError(OrchestraError):
-    """A managed file or a codebase folder that cannot be brought up to date."""
+    """A managed file or a codebase folder that cannot be brought up to date, or a lock that does not come free."""
 
 
 class DaemonError(OrchestraError):
-    """Anything the daemon, its socket or its service manager cannot do."""
+    """Anything the daemon, its socket or its service manager cannot do; as IoError, any file that cannot be used."""
 
 
 class IoError(DaemonError):
@@ -205,7 +205,6 @@ DAEMON_LABEL = "dev.orchestra.daemon"
 DAEMON_SOCKET = "daemon.sock"
 DAEMON_STDOUT_LOG = "daemon.log"
 DAEMON_STDERR_LOG = "daemon-err.log"
-DEBOUNCE_WINDOW = 0.5  # seconds
 
 Key = tuple[str, str]  # (project, codebase)
 
@@ -351,7 +350,10 @@ DISK_NAMES = {
 
 
 class FileChanged(Exception):
-    """The file is no longer what the plan was made from: somebody saved it meanwhile."""
+    """The file is no longer what the plan was made from: somebody saved it meanwhile.
+
+    It never leaves the program: whoever writes tries again, or says so in an OrchestraError.
+    """
 
 
 class Swap(NamedTuple):
@@ -432,7 +434,7 @@ def read_disk(path: str, limit: int = -1) -> Disk:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-        return Disk("file", _read_all(fd, info.st_size + 1, limit), stat.S_IMODE(info.st_mode))
+        return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
     except OSError as error:
         raise IoError(path, error) from error
     finally:
@@ -446,21 +448,21 @@ def _disk_unopened(path: str, error: OSError) -> Disk:
     # FreeBSD says EMLINK where Linux and macOS say ELOOP.
     if error.errno in (errno.ELOOP, errno.EMLINK):
         return Disk("symlink")
-    if error.errno == errno.ENXIO:  # a socket
+    if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket, in Linux's word and in that of POSIX and macOS
         return Disk("special")
     raise IoError(path, error) from error
 
 
-def _read_all(fd: int, step: int, limit: int) -> bytes:
-    step = step if limit < 0 else min(step, limit)
-    data = os.read(fd, step)
-    while len(data) == step and (limit < 0 or len(data) < limit):
-        more = os.read(fd, 1 << 20)
-        if not more:
-            break
-        data += more
-        step = len(data)
-    return data
+def _read_all(fd: int, size: int, limit: int) -> bytes:
+    # One byte more than there should be: a short read says in one call that this was all.
+    data, step = b"", size + 1
+    while True:
+        step = step if limit < 0 else min(step, limit - len(data))
+        more = os.read(fd, step) if step else b""
+        data = data + more if data else more
+        if len(more) < step or not step:
+            return data
+        step = 1 << 20
 
 
 def real_path(path: str) -> str:
@@ -638,15 +640,15 @@ def _judge_swapped(temporary: str, path: str, expected: Disk, data: bytes) -> No
 
 def _swap_back(temporary: str, path: str, data: bytes) -> None:
     """Give the user's file its name back. Of several saves meanwhile the newest has it; a sweep keeps the other."""
-    shown = data
+    shown, is_ours = data, True
     for _ in range(MAX_SWAPS):
         saved = read_disk(temporary).data
         swap_files(temporary, path)
         came = _read_let_go(temporary)
         if came and came.data == shown:
             break
-        shown = saved
-    if shown is data:
+        shown, is_ours = saved, False
+    if is_ours:
         os.unlink(temporary)
 
 
@@ -941,7 +943,7 @@ def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, cl
     folder = backups_of(home, key)
     with blame(folder):
         make_private_folder(folder)
-        when = _backup_time(folder, path, clock())
+        when = _backup_time(kept, clock())
         target = os.path.join(folder, when, path)
         make_private_folder(os.path.dirname(target))
         temporary = temporary_path(folder, token)
@@ -977,13 +979,19 @@ def _drop_backup(folder: str, backup: Backup) -> None:
         remove_private_folder(os.path.join(folder, backup.when))
 
 
-def _backup_time(folder: str, path: str, now: float) -> str:
-    # A clock that stands still or jumps back must not put two versions in one place.
-    while True:
-        when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1e6) % 1000000:06d}Z"
-        if not os.path.lexists(os.path.join(folder, when, path)):
-            return when
-        now += 1e-5
+def _backup_time(kept: Sequence[Backup], now: float) -> str:
+    """Name a version by the time, but after all that are kept: a clock may stand still or be set back."""
+    when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1e6) % 1000000:06d}Z"
+    newest = max((backup.when for backup in kept), default="")
+    if newest < when:
+        return when
+    from datetime import datetime, timedelta
+
+    try:
+        form = "%Y%m%dT%H%M%S.%fZ"
+        return (datetime.strptime(newest, form) + timedelta(microseconds=1)).strftime(form)
+    except (ValueError, OverflowError):  # a folder of somebody's own making
+        return when
 
 
 def _read_notes(path: str) -> dict[str, str]:
@@ -1171,6 +1179,11 @@ def now_rfc3339(clock: Clock = time.time) -> str:
 # Names
 
 
+def is_ignored(name: str) -> bool:
+    """Say whether a name in the registry is an editor's own (backup, swap, lock) or otherwise hidden."""
+    return name.startswith((".", "#")) or name.endswith("~")
+
+
 def check_name(kind: str, name: str) -> None:
     """Refuse a project or codebase name that would leave the registry or be passed over in it."""
     expected = _name_rule_broken(name)
@@ -1199,7 +1212,7 @@ def _name_rule_broken(name: str) -> str:
         return "valid UTF-8"
     if "/" in name or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
         return "no slash and no control character"
-    if name[0] in ".#" or name[-1] == "~":
+    if is_ignored(name):
         return "a name that starts with neither . nor # and does not end in ~"
     return ""
 
@@ -1518,14 +1531,18 @@ def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document
     except IoError as error:
         doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
         return None, doc
+    return _check_registry_disk(disk, doc), doc
+
+
+def _check_registry_disk(disk: Disk, doc: Document) -> Optional[bytes]:
     if disk.kind != "file":
         doc.complain(1, f"file: expected a file, got {DISK_NAMES[disk.kind]}")
-        return None, doc
+        return None
     doc.source = sha256_of(disk.data)
     if len(disk.data) > MAX_REGISTRY_FILE:
         doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
-        return None, doc
-    return disk.data, doc
+        return None
+    return disk.data
 
 
 def _compose_data(data: Optional[bytes], doc: Document) -> Optional[YamlNode]:
@@ -1688,11 +1705,7 @@ def is_current(home: str, codebase: Codebase) -> bool:
     return codebase.source == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
-def is_ignored(name: str) -> bool:
-    """Say whether a name in the registry is an editor's own (backup, swap, lock) or otherwise hidden."""
-    return name.startswith((".", "#")) or name.endswith("~")
-
-
+# What is_ignored leaves out is left out here too: it is asked of every name at every look.
 _REGISTRY_NAME = re.compile(r"(?is)[^.#].*\.ya?ml")
 
 
@@ -1886,7 +1899,8 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             raise FileChanged(file)
         text: Optional[str] = None
         if disk.kind == "file":
-            old, doc = read_registry_file(home, file)
+            doc = Document(shorten_home(home, file))
+            old = _compose_data(_check_registry_disk(disk, doc), doc)
             if old is None or old.id != "mapping":
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
             bom = "\ufeff" if disk.data.startswith(BOM) else ""
@@ -1941,7 +1955,8 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
 
 def _registry_turn(home: str, clock: Clock) -> AbstractContextManager[Lock]:
     def sweep(left: Leftover) -> None:
-        folders = [*folders_below(projects_root(home)), *folders_below(backups_root(home))]
+        sweep_folders(folders_below(backups_root(home)), left)  # first, for an earlier sweep may have ended there
+        folders = folders_below(projects_root(home))
         if left.swap:
             folder, name = os.path.split(left.swap.path)
             keep_swapped(home, (os.path.basename(folder), os.path.splitext(name)[0]), folder, left, clock)
@@ -2884,17 +2899,17 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
-    source = f"{program_stamp()} {imports:d} {codebase.source}"
+    source = f"{program_stamp()} {imports:d} {codebase.source}"  # all that the texts depend on
     if source == record.source and all(path in record.files or looks[path].note for path in wanted):
-        digests: Mapping[str, str] = record.files
+        digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
     files = tuple(
         plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge)
         for path, look in _without_twins(looks)
     )
-    source = "" if any(file.problem for file in files) else source
-    return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source))
+    source_done = "" if any(file.problem for file in files) else source
+    return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source_done))
 
 
 def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
@@ -3006,7 +3021,7 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     folders = set(record.folders)
     for file in files:
         if file.action == KEEP and file.digest and file.path not in record.files and text_before_block(file):
-            # The block came with the repository, from another machine: it will have been appended as usual.
+            # The block came with the repository: another machine appended it, with the usual line in front.
             joins.setdefault(file.path, "\n")
         if file.action == CREATE:
             if file.join is not None:
@@ -3113,7 +3128,7 @@ def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> AbstractConte
 
 def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
     """Clear up after a turn that was killed or had trouble; raises IoError."""
-    sweep_folders(folders_below(backups_of(home, key)), left)  # first, for this may be the second try
+    sweep_folders(folders_below(backups_of(home, key)), left)  # first, for an earlier sweep may have ended there
     keep_swapped(home, key, root, left, clock)
     managed = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
     sweep_folders([*managed, os.path.dirname(record_path(home, key))], left)
@@ -3130,14 +3145,19 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Pla
     files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
     stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
     record = record._replace(files={**record.files, **stuck})
-    spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
-    emptied = [folder for folder in reversed(spare) if _remove_if_empty(plan.root, folder)]
-    record = record._replace(folders=[folder for folder in record.folders if folder not in emptied])
+    record = _remove_spare_folders(plan.root, record)
     if not any(file.writes for file in files) and plan.writes:
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if record != first:
         save_record(home, key, record, lock)
     return plan._replace(files=files, record=record)
+
+
+def _remove_spare_folders(root: str, record: Record) -> Record:
+    """Remove the folders that were made for files which are no more, and forget them."""
+    spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
+    emptied = [folder for folder in reversed(spare) if _remove_if_empty(root, folder)]
+    return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
 
 
 def _remove_if_empty(root: str, folder: str) -> bool:
@@ -3149,6 +3169,9 @@ def _remove_if_empty(root: str, folder: str) -> bool:
 
 
 def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+    if not lock.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
+        problem = "expected to clear up after another file first, got an error there: sync again"
+        return file._replace(action=SKIP, problem=problem)
     try:
         return _write_file(home, key, plan.root, file, lock, clock)
     except FileChanged:
@@ -3254,6 +3277,7 @@ def run_pipeline(
 
 CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
 MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
+MISSING = "missing"  # a kind of change, told in the detail
 
 
 class Staleness(NamedTuple):
@@ -3287,9 +3311,9 @@ def judge_plan(plan: Plan) -> tuple[str, str]:
     """Put a plan into a status and its detail; the first that applies, in the order of the tests below."""
     problems = group_problems(plan)
     record = plan.old_record
-    by_action: dict[str, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
     for file in plan.files:
-        by_action.setdefault(_kind_of_change(file, record), []).append(file.path)
+        by_kind.setdefault(_kind_of_change(file, record), []).append(file.path)
     if problems:
         return ERROR, "; ".join(map(str, problems))
     if not plan.writes:
@@ -3297,15 +3321,15 @@ def judge_plan(plan: Plan) -> tuple[str, str]:
     if record is None:
         return NEVER_SYNCED, ""
     stale = [
-        f"{what}: {', '.join(by_action[kind])}"
-        for kind, what in (("missing", "missing"), (STALE, "registry changed"))
-        if kind in by_action
+        f"{what}: {', '.join(by_kind[kind])}"
+        for kind, what in ((MISSING, "missing"), (STALE, "registry changed"))
+        if kind in by_kind
     ]
     if stale:
         return STALE, "; ".join(stale)
-    if MODIFIED in by_action:
-        return MODIFIED, ", ".join(by_action[MODIFIED])
-    return ORPHAN, ", ".join(by_action[ORPHAN])
+    if MODIFIED in by_kind:
+        return MODIFIED, ", ".join(by_kind[MODIFIED])
+    return ORPHAN, ", ".join(by_kind[ORPHAN])
 
 
 def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
@@ -3315,7 +3339,7 @@ def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
         return ORPHAN
     if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
         return STALE
-    return "missing" if file.action == CREATE else MODIFIED
+    return MISSING if file.action == CREATE else MODIFIED
 
 
 def check_staleness(
@@ -3328,8 +3352,9 @@ def check_staleness(
         record = plan.old_record
         status, detail = judge_plan(plan)
     except OrchestraError as error:
-        record = load_record(home, codebase.key)
-        status, detail = ERROR, str(error)
+        record, status, detail = None, ERROR, str(error)
+        with suppress(OrchestraError):
+            record = load_record(home, codebase.key)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
@@ -3386,6 +3411,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 # read: a change is either in what is read or announced afterwards.
 
 POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
+DEBOUNCE_WINDOW = 0.5  # seconds
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
 MAX_READS = 4  # of a source's events in one go
 MAX_LINKS = 40  # followed from one name, as Linux does
@@ -3634,10 +3660,6 @@ class Watcher:
         """Seconds until everything should be looked at again."""
         return POLL_INTERVAL if self.must_poll else RESCAN_INTERVAL
 
-    def files(self) -> dict[str, str]:
-        """Give the picture: every registry file's digest."""
-        return {path: seen.digest for files in self._picture.values() for path, seen in files.items()}
-
     def drain(self) -> Changes:
         """Look where the source hints."""
         return self.look(self.source.drain())
@@ -3665,7 +3687,10 @@ class Watcher:
 
     def _is_structural(self, path: str) -> bool:
         folder, name = os.path.split(path)
-        return folder == self._root or path in self._anchors or name in self._anchors.get(folder, ())
+        if path in self._anchors or name in self._anchors.get(folder, ()):
+            return True
+        # kqueue names a project's folder for every entry that comes or goes in it.
+        return folder == self._root and not (path in self._folders and _is_plain_folder(path))
 
     def _look_at_all(self) -> None:
         self.must_poll = self.source.fileno() < 0
@@ -3782,6 +3807,10 @@ class Watcher:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.must_poll = True
             return False
+
+
+def _is_plain_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
 
 
 def _first_link(path: str) -> Optional[str]:
@@ -4003,6 +4032,7 @@ MAX_CLIENTS = 128
 IDLE_TIMEOUT = 30.0  # seconds a client may be silent
 MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
+STOP_PATIENCE = 15.0  # seconds that a stopping daemon gives the running job; launchd's ExitTimeOut is longer
 LOG_LIMIT = 10 << 20  # bytes a log file may have
 LOGS_KEPT = 5
 FOLLOW_PAUSE = 0.2  # seconds
@@ -4017,7 +4047,7 @@ REQUESTS_A_TURN = 32  # of one client, then the others are served
 SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
 
-SyncTarget = SyncScope  # what a job is for
+SyncTarget = SyncScope  # what a job is for; not an agent's target
 
 
 # Logs
@@ -4131,7 +4161,7 @@ class RegistryCache(NamedTuple):
 
 
 class SyncJob(NamedTuple):
-    """Work for the processor. `source` is start, watcher, socket, staleness, or bug for one that is told twice.
+    """Work for the processor. `source` is start, watcher, socket or staleness; bug in a copy that is only for the log.
 
     `changed` are the keys whose files differ; `suspects` those of them that were found broken once already.
     """
@@ -4312,7 +4342,9 @@ class SyncProcessor:
     def _do(self, job: SyncJob) -> JobOutcome:
         try:
             if job.source == "staleness":
-                return JobOutcome(job, statuses=self._count_statuses())
+                statuses = self._count_statuses()
+                give_memory_back()
+                return JobOutcome(job, statuses=statuses)
             self.cache, outcome = run_job(self._home, self.cache, job)
             return outcome
         except OrchestraError as error:
@@ -4340,6 +4372,17 @@ class SyncProcessor:
             status = check_staleness(self._home, codebase, registry.owners).status
             counts[status] = counts.get(status, 0) + 1
         return counts
+
+
+def give_memory_back() -> None:
+    """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 # The socket server
@@ -4639,6 +4682,7 @@ class Daemon:
         self._watch_job_runs = False
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
+        self._stop_by = 0.0
         self._opened: list[Callable[[], object]] = []  # what `close` undoes, last first
 
     # Opening and closing
@@ -4648,7 +4692,6 @@ class Daemon:
         import selectors
         import socket
 
-        make_private_folder(orchestra_root(self.home))
         open_standard_streams()
         lock = try_lock(daemon_lock_path(self.home))
         if lock is None:
@@ -4714,7 +4757,10 @@ class Daemon:
 
     @property
     def is_done(self) -> bool:
-        return self._is_stopping and not self._processor.is_alive and not self._processor.outcomes
+        if not self._is_stopping:
+            return False
+        has_ended = not self._processor.is_alive and not self._processor.outcomes
+        return has_ended or self._clock() >= self._stop_by  # a job cut short leaves every file old or new
 
     def step(self, timeout: Optional[float] = None) -> None:
         """Wait for what comes next, at most `timeout` seconds, and do it."""
@@ -4770,8 +4816,7 @@ class Daemon:
             self._rescan_at = min(self._rescan_at, self._clock() + self._watcher.interval)
 
     def _note(self, changes: Changes) -> None:
-        self._debouncer.note(key_of_change(self.home, path, True) for path in changes.saved)
-        self._debouncer.note(key_of_change(self.home, path, False) for path in changes.deleted)
+        self._debouncer.note(key_of_change(self.home, path) for path in changes.saved | changes.deleted)
 
     def _wake(self) -> None:
         try:
@@ -4887,6 +4932,7 @@ class Daemon:
         if self._is_stopping:
             return
         self._is_stopping = True
+        self._stop_by = self._clock() + STOP_PATIENCE
         self._log.info("stopping", reason=reason)
         self._server.stop_listening()
         for job in self._processor.finish():
@@ -4904,14 +4950,14 @@ def encode_outcome(outcome: JobOutcome) -> bytes:
     return encode_reply(summary.as_reply())
 
 
-def key_of_change(home: str, path: str, is_saved: bool) -> Key:
+def key_of_change(home: str, path: str) -> Key:
     """Say what a changed registry file means: its codebase, everything, or just another look at the registry."""
     folder, name = os.path.split(path)
     root, project = os.path.split(folder)
     if root != projects_root(home) or not name.endswith(".yaml"):
         return STRAY
     if name == "project.yaml":
-        return EVERYTHING if is_saved else STRAY
+        return EVERYTHING
     key = (project, name[:-5])
     return key if is_valid_key(key) else STRAY
 
@@ -5053,19 +5099,24 @@ def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], Non
     sys.path.append(lib)
     if not _can_import_yaml():
         fetch_yaml(home, sys.executable, environ, tell, run)
+        _forget_folders()
     if not _can_import_yaml():
         raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
 
 
 def _can_import_yaml() -> bool:
-    import importlib
-
-    importlib.invalidate_caches()
     try:
         import_yaml()
     except OrchestraError:
         return False
     return True
+
+
+def _forget_folders() -> None:
+    """Let imports see what has been put into folders since they last looked."""
+    import importlib
+
+    importlib.invalidate_caches()  # dear, for it loads importlib.metadata: 25 ms and 4 MB
 
 
 def fetch_yaml(
@@ -5312,17 +5363,14 @@ def _answers(home: str) -> bool:
 
 
 def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
-    try:
-        launchd.boot_out()
-        if old.kind == "file":
-            save_private(plist, old.data, new_token())
-            launchd.bootstrap(plist)
-    except LaunchdError:
-        pass  # what went wrong before is the one to tell
     if old.kind == "file":
         save_private(plist, old.data, new_token())
     else:
         remove_private(plist)
+    with suppress(LaunchdError):  # what went wrong before is the one to tell
+        launchd.boot_out()
+        if old.kind == "file":
+            launchd.bootstrap(plist)
 
 
 def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
@@ -5344,9 +5392,9 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
 # ── 13 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results, stderr talk and errors. Exit status: 0 fine; 1 looked and found it out of date (only
-# --check and --exit-code); 2 could not.
+# --check and --exit-code); 2 could not; 130 was interrupted, as shells have it.
 
-OK, OUT_OF_DATE, FAILED = 0, 1, 2
+OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
 
@@ -5588,8 +5636,11 @@ def cmd_sync(home: str, args: argparse.Namespace) -> int:
 def _key_of_current_folder(home: str) -> Key:
     with blame("the current folder"):
         here = real_path(os.getcwd())
-    roots = {real_path(codebase_root(home, codebase)): codebase.key for codebase in list_codebases(home)}
+    registry = load_registry(home)
+    roots = {real_path(codebase_root(home, codebase)): key for key, codebase in registry.codebases.items()}
     around = [root for root in roots if here == root or here.startswith(root + os.sep)]
+    if not around and registry.broken:
+        report_all(registry.problems)  # one of them may have this folder
     if not around:
         raise UsageError(
             f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all"
@@ -5632,7 +5683,7 @@ def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
     written = sum(len(result.written) for result in results)
     unchanged = sum(len(result.unchanged) for result in results)
     noun = "codebase" if len(results) == 1 else "codebases"
-    failed = sum(len(result.failed) for result in results)
+    failed = sum(len(result.failed) or bool(result.errors) for result in results)
     words = [f"{written} {'to write' if dry_run else 'written'}", f"{unchanged} unchanged"]
     print(", ".join(words + [f"{failed} failed"] * bool(failed)) + f" in {len(results)} {noun}")
 
@@ -5694,6 +5745,7 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
         return OK
     chosen = _choose_backups(backups, args.path, args.at)
     if not chosen:
+        _refuse_registry_file(home, codebase.key, backups, args.path)
         raise SyncError(
             f"{label_for(codebase.key)}: expected a kept version of {args.path or 'a file'}"
             f"{f' at {args.at}' if args.at else ''}, found none",
@@ -5702,8 +5754,17 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
     for backup in chosen:
         changed = restore_file(home, codebase, backup)
         print(f"{'restored' if changed else 'unchanged'} {label_for(codebase.key)} {backup.path} ({backup.when})")
-    say("note: the next sync that changes the file replaces it again; what shall stay belongs in the registry file")
+    say("note: the next sync replaces it again; what shall stay belongs in the registry file")
     return OK
+
+
+def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
+    kept = [backup.file for backup in backups if backup.path == path]
+    if kept:
+        raise SyncError(
+            f"{path}: expected an instruction file, got a registry file, which Orchestra does not put back",
+            f"cp '{kept[-1]}' '{codebase_path(home, key)}'",
+        )
 
 
 def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional[str]) -> list[Backup]:
@@ -5938,12 +5999,16 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except OSError as error:
-        if error.filename is not None:
-            raise
-        report(f"stdout: {explain_os_error(error)}", "")  # nothing else is written without a name
+        place = error.filename or "stdout"  # nothing else is written without a name
+        report(visible(f"{place}: {explain_os_error(error)}"), hint_for_os_error(error))
         return FAILED
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except Exception:  # our bug: it keeps its traceback, but must not look like OUT_OF_DATE, which is Python's own 1
+        import traceback
+
+        traceback.print_exc()
+        return FAILED
 
 
 if __name__ == "__main__":

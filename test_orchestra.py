@@ -1139,6 +1139,20 @@ def test_what_is_no_file_is_one_line(home: Home, content: Any, expected: str) ->
     assert list(home.registry().codebases) == [("shop", "good")]
 
 
+def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, monkeypatch: Any) -> None:
+    place = home.code / "socket"
+    with monkeypatch.context() as patch:
+        patch.chdir(home.code)
+        make_socket(Path("socket"))
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+    def refuse(path: str, flags: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported on socket", path)  # xnu: vn_open_auth
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+
 def test_an_unreadable_file_is_one_line_and_the_others_go_on(home: Home) -> None:
     home.make_codebase("shop/good")
     home.register("shop/bad").chmod(0)
@@ -2288,6 +2302,43 @@ def test_restore_does_not_write_through_links(home: Home, link: str) -> None:
     assert contents(home.code / "outside") == {"orchestra.md": b"the user's"}
 
 
+def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
+    home.make_codebase("shop/api")
+    file = home.register("shop/api", notes=["second"])
+    file.write_text("{name: api, path: /x, notes: [one, two]}\n")
+    codebase = orchestra.load_codebase(home.path, "shop", "api")
+    orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
+    assert list(home.backups()) == ["api.yaml"]
+    ran = home.run("restore", "api", "api.yaml")
+    assert ran.status == 2
+    assert "got a registry file" in ran.err
+    command = ran.err.partition("try: ")[2].strip()
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+    assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
+
+
+def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: Home) -> None:
+    key = ("shop", "api")
+    times = [2e9, 1e9, 1e9, 2e9, 3e9]
+    for number, now in enumerate(times):
+        disk = orchestra.Disk("file", b"%d" % number, 0o644)
+        orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda now=now: now)  # type: ignore[misc]
+    kept = orchestra.list_backups(home.path, key)
+    assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [backup.when for backup in kept] == [
+        *(f"20330518T033320.00000{number}Z" for number in range(4)),
+        "20650124T052000.000000Z",
+    ]
+
+
+@pytest.mark.parametrize("name", ["zzz", "99991231T235959.999999Z", "20269999T000000.000000Z"])
+def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: str) -> None:
+    key = ("shop", "api")
+    put_files(Path(orchestra.backups_of(home.path, key)), {f"{name}/CLAUDE.md": "by hand"})
+    disk = orchestra.Disk("file", b"new", 0o644)
+    assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
+
+
 def test_what_orchestra_did_not_write_is_backed_up_from_an_owned_path(home: Home) -> None:
     home.make_codebase("shop/api", {CLINE: b"\xff\0mine"}, targets=["cline"])
     assert home.sync().lines == ["replace  shop/api .clinerules/orchestra.md"]
@@ -2636,6 +2687,39 @@ def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
     (root / "CLAUDE.md").write_bytes(first)
     home.sync()
     assert home.backups() == {"CLAUDE.md": first}
+
+
+def test_a_registry_sweep_that_ended_in_its_backup_is_swept_up_itself(home: Home) -> None:
+    file = home.write_registry("shop/api.yaml", "name: api\npath: /x\n")
+    home.run_fine("project", "list")
+    saved = home.write_registry("shop/.orchestra-1-dead-1.tmp", "the user's save")
+    swap = [str(file), str(saved), ["0" * 64]]
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": f"1-dead\n{json.dumps([1, swap, 1])}\n"})
+    put_files(Path(orchestra.backups_of(home.path, ("shop", "api"))), {".orchestra-1-dead.tmp": "half of it"})
+    orchestra.clear_registry(home.path)
+    assert home.backups() == {"api.yaml": b"the user's save"}
+    assert home.leftovers() == []
+
+
+def test_after_a_clean_up_that_failed_nothing_else_is_swapped(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n", "AGENTS.md": "mine\n"}, targets=["claude", "codex"])
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise orchestra.IoError("a place", OSError(errno.ENOSPC, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(orchestra, "replace_file", fail)
+        patch.setattr(orchestra, "_clear_up", fail)
+        ran = home.run("sync", "api")
+    assert ran.status == 2
+    assert [line.partition(": expected")[0] for line in ran.complaints] == [
+        "orchestra: shop/api: CLAUDE.md: no space left on device",
+        "orchestra: shop/api: AGENTS.md",
+    ]
+    assert "expected to clear up after another file first" in ran.err
+    assert contents(root) == {"CLAUDE.md": b"mine\n", "AGENTS.md": b"mine\n"}
+    assert len(home.sync().lines) == 2
+    assert home.status_of() == "current"
 
 
 @pytest.mark.parametrize(
@@ -3360,6 +3444,11 @@ def notes_told(path: Path, act: Callable[[], None]) -> int:
 # The three watchers
 
 
+def picture_of(watcher: orchestra.Watcher) -> dict[str, str]:
+    """Give every file in a watcher's picture with its digest."""
+    return {path: seen.digest for files in watcher._picture.values() for path, seen in files.items()}
+
+
 class Lookout:
     """A watcher, turned by hand, and what it told of."""
 
@@ -3408,12 +3497,12 @@ class Lookout:
         raise AssertionError("the watcher wakes itself")
 
     def files(self) -> dict[str, bytes]:
-        return {self.name(path): digest for path, digest in self.watcher.files().items()}
+        return {self.name(path): digest for path, digest in picture_of(self.watcher).items()}
 
     def is_true_to_disk(self) -> bool:
         fresh = orchestra.Watcher(self.live.path, orchestra.PollingSource())
         fresh.look()
-        return bool(fresh.files() == self.watcher.files())
+        return bool(picture_of(fresh) == picture_of(self.watcher))
 
     def expect(self, saved: Iterable[str] = (), deleted: Iterable[str] = (), timeout: float = 20) -> None:
         """Wait until these were told of, then see that the picture is the disk's."""
@@ -3829,6 +3918,43 @@ def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Li
     source = Meddler(live.code, (live.code / "team").mkdir)
     orchestra.Watcher(live.path, source).look()
     assert str(live.code / "team") in source.watched
+
+
+def test_a_hint_at_a_projects_folder_is_a_look_at_that_alone(live: Live, monkeypatch: Any) -> None:
+    live.save_many(30)
+    watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
+    watcher.look()
+    looked: list[str] = []
+    real = orchestra.list_folder
+    monkeypatch.setattr(orchestra, "list_folder", lambda folder: [looked.append(folder), real(folder)][1])
+    live.save("p3/c3", "second")
+    changes = watcher.look({str(live.projects / "p3")})
+    assert changes.saved == {str(live.file("p3/c3"))}
+    assert looked == [str(live.projects / "p3")]
+
+
+@pytest.mark.parametrize("other", ["folder", "link", "file", "nothing"])
+def test_a_projects_folder_that_is_replaced_is_looked_at_anew(live: Live, kind: str, other: str) -> None:
+    live.save("shop/api")
+    live.save("blog/web")
+    lookout = Lookout(live, kind)
+    folder, elsewhere = live.projects / "shop", live.code / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "new.yaml").write_text("new")
+    folder.rename(live.code / "old")
+    if other == "folder":
+        elsewhere.rename(folder)
+        elsewhere = folder
+    elif other == "link":
+        folder.symlink_to(elsewhere)
+    elif other == "file":
+        folder.write_text("text")
+    lookout.expect(saved=["shop/new"] if other in ("folder", "link") else [], deleted=["shop/api"])
+    (live.code / "old" / "api.yaml").write_text("no longer of the registry")
+    if other in ("folder", "link"):
+        (elsewhere / "new.yaml").write_text("newer")
+        lookout.expect(saved=["shop/new"])
+    assert set(lookout.files()) == {"blog/web.yaml", *(["shop/new.yaml"] if other in ("folder", "link") else [])}
 
 
 def test_a_link_by_way_of_another_link_is_followed_anew(live: Live) -> None:
@@ -4581,21 +4707,19 @@ def test_a_queue_without_room_is_an_error_reply(live: Live, turned: orchestra.Da
 
 
 @pytest.mark.parametrize(
-    ("path", "is_saved", "key"),
+    ("path", "key"),
     [
-        ("shop/api.yaml", True, ("shop", "api")),
-        ("shop/api.yaml", False, ("shop", "api")),
-        ("shop/project.yaml", True, orchestra.EVERYTHING),
-        ("shop/project.yaml", False, orchestra.STRAY),
-        ("astray.yaml", True, orchestra.STRAY),
-        ("shop/api.yml", True, orchestra.STRAY),
-        ("shop/API.YAML", True, orchestra.STRAY),
-        ("shop/a.b.yaml", True, ("shop", "a.b")),
+        ("shop/api.yaml", ("shop", "api")),
+        ("shop/project.yaml", orchestra.EVERYTHING),
+        ("astray.yaml", orchestra.STRAY),
+        ("shop/api.yml", orchestra.STRAY),
+        ("shop/API.YAML", orchestra.STRAY),
+        ("shop/a.b.yaml", ("shop", "a.b")),
     ],
 )
-def test_a_change_means_its_codebase_or_everything(path: str, is_saved: bool, key: orchestra.Key) -> None:
+def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key) -> None:
     file = os.path.join(orchestra.projects_root("/home/x"), path)
-    assert orchestra.key_of_change("/home/x", file, is_saved) == key
+    assert orchestra.key_of_change("/home/x", file) == key
 
 
 # As a process: from a save to the file
@@ -4826,6 +4950,43 @@ def test_a_signal_ends_it_well(live: Live, number: signal.Signals) -> None:
     live.expect_end(daemon)
     assert f"stopping reason={number.name}" in live.log()
     assert live.errors() == "" and live.said() == ""
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_job_that_hangs(live: Live, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "STOP_PATIENCE", 0.2)
+    live.save()
+    go_on = threading.Event()
+    monkeypatch.setattr(orchestra, "run_job", lambda *args: go_on.wait(60) and None)
+    daemon = orchestra.Daemon(live.path, {})
+    daemon.open()
+    turn_until(daemon, lambda: daemon._processor.jobs.empty())
+    daemon._stop("SIGTERM")
+    assert not daemon.is_done
+    turn_until(daemon, lambda: daemon.is_done)
+    assert daemon._processor.is_alive
+    go_on.set()
+    wait_until(lambda: not daemon._processor.is_alive)
+    daemon.close()
+
+
+def test_a_project_file_that_is_removed_is_no_longer_inherited(live: Live) -> None:
+    file = live.file("shop/project")
+    live.save()
+    file.write_text("name: shop\nconventions: [from the project]\n")
+    daemon = live.start()
+    wait_until(lambda: "from the project" in live.read())
+    file.unlink()
+    wait_until(lambda: live.has("first") and "from the project" not in live.read())
+    live.stop(daemon)
+
+
+def test_a_daemon_in_a_home_that_cannot_be_one_is_one_line(live: Live) -> None:
+    shutil.rmtree(live.path)
+    os.mkdir(live.path)
+    Path(orchestra.orchestra_root(live.path)).write_text("a file")
+    ran = live.run("daemon", "start")
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1 and "Traceback" not in ran.stderr
 
 
 def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Live) -> None:
@@ -5514,7 +5675,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Live) -> None:
     path = live.projects / "shop" / f"{'x' * 101}.yaml"
-    assert orchestra.key_of_change(live.path, str(path), True) == orchestra.STRAY
+    assert orchestra.key_of_change(live.path, str(path)) == orchestra.STRAY
 
 
 # ── 12 launchd and installing ─────────────────────────────────────────────────
@@ -7101,6 +7262,52 @@ def test_sync_without_a_name_is_for_the_current_folder(home: Home, monkeypatch: 
     monkeypatch.chdir(home.code)
     ran = home.run("sync")
     assert ran.status == 2 and "orchestra sync --all" in ran.err
+
+
+def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", notes="none")
+    monkeypatch.chdir(root)
+    ran = home.run("sync")
+    assert ran.status == 2
+    assert "api.yaml:3: notes: expected" in ran.complaints[0]
+    assert "expected a registered codebase's folder" in ran.complaints[-1]
+
+
+def test_the_totals_count_codebases_that_failed_as_a_whole(home: Home) -> None:
+    home.make_codebase("shop/api", targets=["claude"])
+    home.make_codebase("shop/web", notes="none")
+    ran = home.run("sync", "--all")
+    assert ran.status == 2
+    assert ran.out.splitlines()[-1] == "1 written, 0 unchanged, 1 failed in 2 codebases"
+
+
+def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
+    def fail(home: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(orchestra, "load_registry", fail)
+    ran = home.run("sync", "--all", "--check")
+    assert ran.status == 2 and "ZeroDivisionError" in ran.err
+
+
+def test_a_system_error_that_nobody_caught_is_one_line(home: Home, monkeypatch: Any) -> None:
+    def fail(home: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/a/place")
+
+    monkeypatch.setattr(orchestra, "load_registry", fail)
+    ran = home.run("sync", "--all")
+    assert (ran.status, ran.err) == (2, "orchestra: /a/place: permission denied\n")
+
+
+def test_a_record_that_cannot_be_read_is_its_own_codebases_error(home: Home) -> None:
+    for label in ("shop/api", "shop/web"):
+        home.make_codebase(label)
+    home.sync()
+    os.chmod(orchestra.record_path(home.path, ("shop", "api")), 0)
+    ran = home.run_as_nobody("status", "--json")
+    assert ran.status == 2
+    statuses = {entry["codebase"]: entry["status"] for entry in json.loads(ran.out)["codebases"]}
+    assert statuses == {"api": "error", "web": "current"}
 
 
 def test_sync_in_a_codebase_within_a_codebase_is_for_the_inner(home: Home, monkeypatch: Any) -> None:
