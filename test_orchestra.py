@@ -3954,6 +3954,12 @@ def test_a_projects_folder_that_is_replaced_is_looked_at_anew(live: Live, kind: 
     if other in ("folder", "link"):
         (elsewhere / "new.yaml").write_text("newer")
         lookout.expect(saved=["shop/new"])
+    if other == "link":
+        elsewhere.rename(live.code / "gone")
+        lookout.expect(deleted=["shop/new"])
+        elsewhere.mkdir()
+        (elsewhere / "new.yaml").write_text("newest")
+        lookout.expect(saved=["shop/new"])
     assert set(lookout.files()) == {"blog/web.yaml", *(["shop/new.yaml"] if other in ("folder", "link") else [])}
 
 
