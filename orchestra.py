@@ -513,9 +513,15 @@ def make_private_folder(path: str) -> None:
                 raise
 
 
-def make_folder(path: str) -> None:
-    """Create a codebase's folder for managed files, with the modes the user's umask gives."""
+def make_folders(path: str) -> None:
+    """Create a folder of the user's and those above it, with the modes the user's umask gives."""
     os.makedirs(path, exist_ok=True)
+
+
+def make_folder(path: str) -> None:
+    """Create a folder for managed files, with the mode the user's umask gives; the one above it must be there."""
+    with suppress(FileExistsError):
+        os.mkdir(path)
 
 
 def temporary_path(folder: str, token: str) -> str:
@@ -787,7 +793,7 @@ def remove_private_folder(path: str) -> None:
 def make_link(target: str, link: str) -> None:
     """Make or renew a symbolic link in one step."""
     folder = os.path.dirname(link)
-    make_folder(folder)
+    make_folders(folder)
     temporary = temporary_path(folder, new_token())
     os.symlink(target, temporary)
     os.replace(temporary, link)
@@ -2849,7 +2855,7 @@ def check_parents(root: str, path: str, make: bool = False) -> str:
             if not make:
                 break
             make_folder(folder)
-            continue
+            mode = os.lstat(folder).st_mode
         if stat.S_ISLNK(mode):
             has_link = True
             _check_link(root, folder)
@@ -5320,7 +5326,7 @@ def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> 
     plist = launchd_plist_path(home)
     new = generate_plist(binary, logs_dir(home))
     with blame(plist):
-        make_folder(os.path.dirname(plist))
+        make_folders(os.path.dirname(plist))
         make_private_folder(logs_dir(home))
         make_private_folder(run_dir(home))
         old = read_disk(plist)

@@ -2339,6 +2339,22 @@ def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: st
     assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
 
 
+def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor"])
+    real = orchestra.save_record
+
+    def save_record(*args: Any) -> None:
+        real(*args)
+        if root.exists():
+            root.rename(home.code / "moved")
+
+    monkeypatch.setattr(orchestra, "save_record", save_record)
+    ran = home.run("sync", "api")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert not root.exists()
+    assert contents(home.code / "moved") == {}
+
+
 def test_what_orchestra_did_not_write_is_backed_up_from_an_owned_path(home: Home) -> None:
     home.make_codebase("shop/api", {CLINE: b"\xff\0mine"}, targets=["cline"])
     assert home.sync().lines == ["replace  shop/api .clinerules/orchestra.md"]
