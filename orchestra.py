@@ -6006,7 +6006,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         return FAILED
     except OSError as error:
         place = error.filename or "stdout"  # nothing else is written without a name
-        report(visible(f"{place}: {explain_os_error(error)}"), hint_for_os_error(error))
+        report(visible(f"{place}: {explain_os_error(error)}"), hint_for_os_error(error) if error.filename else "")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
