@@ -1039,6 +1039,7 @@ MAX_REGISTRY_FILE = 1 << 20  # bytes
 MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may repeat
 MAX_REGISTRY_ITEMS = 20000
 MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
+LIBYAML_TOO_DEEP = "exceeded maximum nesting depth"  # libyaml 0.2.6 on, at 1,000; it reads ahead of what it tells
 MAX_NAME = 100  # characters
 FEW_PARSED = 20  # files that are parsed again each time rather than remembered
 MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
@@ -1331,10 +1332,15 @@ def _is_too_deep(text: str) -> bool:
         return False
     yaml = import_yaml()
     depth = 0
-    for event in yaml.parse(text, Loader=text_loader()):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            return True
+    try:
+        for event in yaml.parse(text, Loader=text_loader()):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                return True
+    except yaml.MarkedYAMLError as error:
+        if error.problem != LIBYAML_TOO_DEEP:
+            raise
+        return True
     return False
 
 
