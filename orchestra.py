@@ -214,63 +214,63 @@ def orchestra_root(home: str) -> str:
 
 
 def projects_root(home: str) -> str:
-    return os.path.join(orchestra_root(home), "projects")
+    return f"{orchestra_root(home)}/projects"
 
 
 def project_path(home: str, project: str) -> str:
-    return os.path.join(projects_root(home), project, "project.yaml")
+    return f"{projects_root(home)}/{project}/project.yaml"
 
 
 def codebase_path(home: str, key: Key) -> str:
-    return os.path.join(projects_root(home), key[0], key[1] + ".yaml")
+    return f"{projects_root(home)}/{key[0]}/{key[1]}.yaml"
 
 
 def hashes_root(home: str) -> str:
-    return os.path.join(orchestra_root(home), "hashes")
+    return f"{orchestra_root(home)}/hashes"
 
 
 def record_path(home: str, key: Key) -> str:
-    return os.path.join(hashes_root(home), key[0], key[1] + ".json")
+    return f"{hashes_root(home)}/{key[0]}/{key[1]}.json"
 
 
 def backups_root(home: str) -> str:
-    return os.path.join(orchestra_root(home), "backups")
+    return f"{orchestra_root(home)}/backups"
 
 
 def backups_of(home: str, key: Key) -> str:
-    return os.path.join(backups_root(home), *key)
+    return f"{backups_root(home)}/{key[0]}/{key[1]}"
 
 
 def run_dir(home: str) -> str:
-    return os.path.join(orchestra_root(home), "run")
+    return f"{orchestra_root(home)}/run"
 
 
 def registry_lock_path(home: str) -> str:
-    return os.path.join(run_dir(home), "registry.lock")
+    return f"{run_dir(home)}/registry.lock"
 
 
 def codebase_lock_path(home: str, key: Key) -> str:
-    return os.path.join(run_dir(home), "codebases", key[0], key[1] + ".lock")
+    return f"{run_dir(home)}/codebases/{key[0]}/{key[1]}.lock"
 
 
 def daemon_lock_path(home: str) -> str:
-    return os.path.join(run_dir(home), "daemon.lock")
+    return f"{run_dir(home)}/daemon.lock"
 
 
 def socket_path(home: str) -> str:
-    return os.path.join(orchestra_root(home), DAEMON_SOCKET)
+    return f"{orchestra_root(home)}/{DAEMON_SOCKET}"
 
 
 def logs_dir(home: str) -> str:
-    return os.path.join(orchestra_root(home), "logs")
+    return f"{orchestra_root(home)}/logs"
 
 
 def stdout_log_path(home: str) -> str:
-    return os.path.join(logs_dir(home), DAEMON_STDOUT_LOG)
+    return f"{logs_dir(home)}/{DAEMON_STDOUT_LOG}"
 
 
 def stderr_log_path(home: str) -> str:
-    return os.path.join(logs_dir(home), DAEMON_STDERR_LOG)
+    return f"{logs_dir(home)}/{DAEMON_STDERR_LOG}"
 
 
 def launchd_plist_path(home: str) -> str:
@@ -279,27 +279,27 @@ def launchd_plist_path(home: str) -> str:
 
 def python_lib_dir(home: str) -> str:
     """The place of Orchestra's own copy of PyYAML, for the Python that runs."""
-    return os.path.join(orchestra_root(home), "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+    return f"{orchestra_root(home)}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def parsed_path(home: str) -> str:
-    return os.path.join(run_dir(home), "parsed.jsonl")
+    return f"{run_dir(home)}/parsed.jsonl"
 
 
 def parsed_lock_path(home: str) -> str:
-    return os.path.join(run_dir(home), "parsed.lock")
+    return f"{run_dir(home)}/parsed.lock"
 
 
 def pip_lock_path(home: str) -> str:
-    return os.path.join(run_dir(home), "pip.lock")
+    return f"{run_dir(home)}/pip.lock"
 
 
 def installed_script_path(home: str) -> str:
-    return os.path.join(orchestra_root(home), "lib", "orchestra.py")
+    return f"{orchestra_root(home)}/lib/orchestra.py"
 
 
 def binary_path(home: str) -> str:
-    return os.path.join(orchestra_root(home), "bin", "orchestra")
+    return f"{orchestra_root(home)}/bin/orchestra"
 
 
 def link_path(home: str) -> str:
@@ -518,10 +518,13 @@ def make_folders(path: str) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def make_folder(path: str) -> None:
-    """Create a folder for managed files, with the mode the user's umask gives; the one above it must be there."""
-    with suppress(FileExistsError):
+def make_folder(path: str) -> bool:
+    """Create a folder for managed files in one that is there, with the umask's mode; say whether it was free."""
+    try:
         os.mkdir(path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def temporary_path(folder: str, token: str) -> str:
@@ -599,11 +602,11 @@ def replace_file(
     is_new = expected.kind == "absent"
     try:
         _write_temporary(temporary, data, mode if is_new else expected.mode, durable, "" if is_new else path)
-        if read_disk(path) != expected:
-            raise FileChanged(path)
         if is_new:
             _place_new_file(temporary, path)
             return
+        if read_disk(path) != expected:
+            raise FileChanged(path)
         lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)]))
         is_swapped = swap_files(temporary, path)
         if not is_swapped:  # the instant since the last look stays open
@@ -628,6 +631,8 @@ def _place_new_file(temporary: str, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
+        if os.path.lexists(path):
+            raise FileChanged(path) from None
         os.rename(temporary, path)  # a file system that has neither: the instant since the last look stays open
     else:
         os.unlink(temporary)
@@ -1369,7 +1374,7 @@ def _has_cycle(node: YamlNode) -> bool:
 
 
 def is_null(node: YamlNode) -> bool:
-    return isinstance(node.value, str) and not node.style and node.value in NULLS
+    return node.value in NULLS and not node.style
 
 
 def name_node(node: YamlNode) -> str:
@@ -1382,18 +1387,19 @@ def name_node(node: YamlNode) -> str:
 
 
 def read_text(doc: Document, node: YamlNode, key: str) -> str:
-    if not isinstance(node.value, str) or is_null(node):
+    text = node.value
+    if not isinstance(text, str) or is_null(node):
         doc.reject(node, key, "text")
         return ""
-    if not node.value.isascii() and any("\ud800" <= c <= "\udfff" for c in node.value):
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         doc.complain(node.start_mark.line + 1, f"{key}: expected text in Unicode, got half a surrogate pair")
         return ""
-    doc.taken += len(node.value)
+    doc.taken += len(text)
     if doc.taken > MAX_REGISTRY_TEXT:
-        if doc.taken - len(node.value) <= MAX_REGISTRY_TEXT:
+        if doc.taken - len(text) <= MAX_REGISTRY_TEXT:
             doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
         return ""
-    return sys.intern(node.value)  # codebases have much text in common, and the daemon keeps them all
+    return sys.intern(text)  # codebases have much text in common, and the daemon keeps them all
 
 
 def read_path(doc: Document, node: YamlNode, key: str) -> str:
@@ -2860,7 +2866,8 @@ def check_parents(root: str, path: str, make: bool = False) -> str:
         except FileNotFoundError:
             if not make:
                 break
-            make_folder(folder)
+            if make_folder(folder):
+                continue
             mode = os.lstat(folder).st_mode
         if stat.S_ISLNK(mode):
             has_link = True

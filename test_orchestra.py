@@ -763,16 +763,26 @@ def test_a_file_that_is_not_as_planned_is_not_touched(
     assert tree(home.code) == before
 
 
+def refuse_link(*names: str) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.parametrize("file_system", ["any", "without exclusive renames", "without links too"])
 def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
-    home: Home, lock: orchestra.Lock, monkeypatch: Any
+    home: Home, lock: orchestra.Lock, monkeypatch: Any, file_system: str
 ) -> None:
     path = home.code / "x"
+    write = orchestra._write_temporary
 
-    def look_then_let_it_appear(*args: Any) -> orchestra.Disk:
+    def write_and_let_it_appear(*args: Any) -> None:
+        write(*args)
         path.write_bytes(b"the user's")
-        return orchestra.ABSENT
 
-    monkeypatch.setattr(orchestra, "read_disk", look_then_let_it_appear)
+    if file_system != "any":
+        monkeypatch.setattr(orchestra, "rename_exclusively", lambda one, other: False)
+    if file_system == "without links too":
+        monkeypatch.setattr(os, "link", refuse_link)
+    monkeypatch.setattr(orchestra, "_write_temporary", write_and_let_it_appear)
     with pytest.raises(orchestra.FileChanged):
         orchestra.replace_file(str(path), b"new", orchestra.ABSENT, lock)
     assert contents(home.code) == {"x": b"the user's"}
@@ -11146,6 +11156,7 @@ class Bench:
         self.binary = orchestra.install_program(self.path, python, str(SCRIPT))
         self.labels = [f"p{number % 10}/c{number}" for number in range(count)]
         self.process: Optional[subprocess.Popen[bytes]] = None
+        self._put_away_count = 0
         for number in range(min(10, count)):
             Path(orchestra.projects_root(self.path), f"p{number}").mkdir(parents=True)
         for label in self.labels:
@@ -11182,10 +11193,14 @@ class Bench:
 
     def forget_syncs(self) -> None:
         """Make it as if nothing had ever been synced."""
-        shutil.rmtree(self.place_at)
-        for folder in (orchestra.hashes_root(self.path), orchestra.run_dir(self.path)):
-            shutil.rmtree(folder)
+        for folder in (self.place_at, orchestra.hashes_root(self.path), orchestra.run_dir(self.path)):
+            self._put_away(Path(folder))
         self.make_codebases()
+
+    def _put_away(self, folder: Path) -> None:
+        # Not deleted: for a minute ext4 looks at each inode that was freed before it gives a new file one.
+        self._put_away_count += 1
+        folder.rename(self.folder / f"away{self._put_away_count}")
 
     def run(self, *argv: str) -> Cost:
         return measure_process([self.binary, *argv], self.environ)
@@ -11197,7 +11212,7 @@ class Bench:
         """Do as a plain script what a sync must at least do: cold, update, or look."""
         copy = self.folder / "copy"
         if kind == "cold" and copy.exists():
-            shutil.rmtree(copy)
+            self._put_away(copy)
         paths = (orchestra.projects_root(self.path), self.place_at, copy, orchestra.python_lib_dir(self.path))
         return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.environ)
 
