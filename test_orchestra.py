@@ -11252,16 +11252,18 @@ class Bench:
         with connect(orchestra.socket_path(self.path)) as ask:
             yield ask
 
-    def change_all(self, note: str) -> Callable[[], bool]:
-        """Change every registry file, and return a function that says whether all has been written."""
+    def prepare_changes(self, note: str) -> tuple[Callable[[], None], Callable[[], bool]]:
+        """Give a function that changes every registry file, and one that says whether all has been written then."""
         notes = []
         for label in self.labels:
             file = self.file(label)
             notes.append((file.with_name(f".{file.name}.new"), file))
             notes[-1][0].write_text(self.text(label, note))
         waiting = {self.written(label): self.written(label).stat().st_ino for label in self.labels}
-        for temporary, file in notes:
-            temporary.replace(file)
+
+        def change() -> None:
+            for temporary, file in notes:
+                temporary.replace(file)
 
         def is_done() -> bool:
             while waiting:
@@ -11271,7 +11273,7 @@ class Bench:
                 del waiting[path]
             return True
 
-        return is_done
+        return change, is_done
 
 
 @contextmanager
@@ -11402,8 +11404,9 @@ def bench_bulk(table: BenchTable, bench: Bench) -> None:
     bare = bench.run_bare_sync("update")
     cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
     rounds = bench.log().count("staleness")
+    change, is_done = bench.prepare_changes("All at once")
     started = time.perf_counter()
-    is_done = bench.change_all("All at once")
+    change()
     wait_until(is_done, 120)
     cost = Cost(time.perf_counter() - started, cpu_seconds(bench.pid) - cpu)
     wait_until(lambda: bench.log().count("staleness") > rounds, 60)
@@ -11463,7 +11466,8 @@ def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
 def bench_status_under_load(table: BenchTable, bench: Bench) -> None:
     with bench.connection() as ask:
         idle = times_of(ask, lambda: True)
-        is_done = bench.change_all("And again")
+        change, is_done = bench.prepare_changes("And again")
+        change()
         busy = times_of(ask, is_done)
     p99, worst = (busy[min(len(busy) - 1, int(len(busy) * part))] for part in (0.99, 1))
     bare = Cost(statistics.median(idle), 0)
