@@ -96,6 +96,10 @@ HAS_KQUEUE = hasattr(select, "kqueue")
 ALL_TARGETS = list(orchestra.TARGETS)
 BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell script's background job ignores it, and so would the programs that are interrupted here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # ── Helpers ───────────────────────────────────────────────────────────────────
 
