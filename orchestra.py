@@ -5369,8 +5369,16 @@ def _stop_other_daemon(home: str, launchd: Launchd) -> None:
     # One that somebody started by hand holds the lock: launchd's could not start beside it.
     if _answers(home):
         request_stop(home)
-        if not launchd.wait_until(lambda: not _answers(home)):
-            raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it answering")
+        if not launchd.wait_until(lambda: not _answers(home) and _is_lock_free(home)):
+            raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
+
+
+def _is_lock_free(home: str) -> bool:
+    lock = try_lock(daemon_lock_path(home))
+    if lock is None:
+        return False  # it answers no more, but has not ended yet
+    os.close(lock)
+    return True
 
 
 def _answers(home: str) -> bool:

@@ -6409,6 +6409,46 @@ def test_install_takes_over_from_a_daemon_started_by_hand(place: Place, launchct
     assert not os.path.lexists(orchestra.socket_path(place.path))
 
 
+class Ending(Answerer):
+    """A daemon that was told to stop: it answers no more, but has its lock for a while."""
+
+    def __init__(self, home: str) -> None:
+        self.lock = orchestra.try_lock(orchestra.daemon_lock_path(home))
+        super().__init__(orchestra.socket_path(home))
+
+    def serve(self) -> None:
+        line = b""
+        while b"stop" not in line:
+            with self.listener.accept()[0] as client:
+                line = client.recv(4096)
+                client.sendall(b'{"ok":true,"data":{}}\n')
+        self.listener.close()
+
+    def end(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(place: Place, launchctl: Any) -> None:
+    ending = Ending(place.path)
+    seen = []
+
+    def start(plist: Any) -> Answerer:
+        seen.append(ending.lock)
+        return Answerer(orchestra.socket_path(place.path))
+
+    fake = launchctl(start=start)
+
+    def sleep(seconds: float) -> None:
+        fake.sleep(seconds)
+        if fake.now > 3:
+            ending.end()
+
+    install_with(place, fake, sleep=sleep)
+    assert seen == [None, None]  # at the bootstrap, and at the kickstart
+
+
 def test_install_upgrades_a_running_service(place: Place, launchctl: Any) -> None:
     place.move_home("Ann & Zoë")
     place.give_yaml()
