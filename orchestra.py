@@ -327,6 +327,7 @@ MAX_LEFTOVER = 64 << 10  # bytes of a lock file
 MAX_SWAPS = 10  # to give a file its name back that somebody keeps saving
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
+ACL = "system.posix_acl_access"  # acl(5)
 DAYS_KEPT = 30  # days with a backup of their own
 NEWEST_KEPT = 10  # backups of a file
 
@@ -401,7 +402,10 @@ class Lock:
         with blame(self._path):
             # The number at both ends tells a line that was cut short, with an older one showing behind it.
             swap = json.dumps([self._count, self.left.swap, self._count])
-            os.pwrite(self._fd, f"{self.left.token}\n{swap}\n".encode(), 0)
+            line = f"{self.left.token}\n{swap}\n".encode()
+            written = 0
+            while written < len(line):
+                written += os.pwrite(self._fd, line[written:], written)
         self._is_announced = True
 
     def end(self) -> None:
@@ -551,21 +555,33 @@ def _write_temporary(path: str, data: bytes, mode: Optional[int], durable: bool,
 
 
 def _take_after(fd: int, like: str, mode: int) -> int:
-    """Give a file another's owner, group and extended attributes; return its mode, less what they cannot guard."""
+    """Give a file another's owner, group and extended attributes; return its mode, less what they cannot guard.
+
+    Raises OSError for another user's file, whom the new one would lock out.
+    """
     old, new = os.stat(like, follow_symlinks=False), os.fstat(fd)
+    is_guarded = True
+    if old.st_uid != new.st_uid and os.geteuid() != 0:
+        raise OSError(errno.EACCES, f"expected a file of yours, got one of user {old.st_uid}: chown it", like)
     try:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(fd, old.st_uid if os.geteuid() == 0 else -1, old.st_gid)
+            os.fchown(fd, old.st_uid, old.st_gid)
+    except OSError:
+        is_guarded = False
+    try:
         _copy_attributes(like, fd)
     except OSError as error:
-        return mode if error.errno == errno.ENOTSUP else mode & ~0o077
-    return mode
+        is_guarded = is_guarded and error.errno == errno.ENOTSUP
+    return mode if is_guarded else mode & ~0o077
 
 
 def _copy_attributes(like: str, fd: int) -> None:
-    """Copy the extended attributes, and with them the access control list."""
+    """Copy the extended attributes, and with them the access control list: none where the old file has none."""
     if hasattr(os, "listxattr"):  # Linux
-        for name in os.listxattr(like, follow_symlinks=False):
+        names = os.listxattr(like, follow_symlinks=False)
+        if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
+            os.removexattr(fd, ACL)
+        for name in names:
             os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
     elif sys.platform == "darwin":
         import ctypes
@@ -843,9 +859,20 @@ def _parse_leftover(data: bytes) -> Optional[Leftover]:
         return None  # empty, or cut short before any file was named so
     try:
         begin, swap, end = json.loads(rest.partition(b"\n")[0])
-        return Leftover(token.decode(), Swap(*swap) if swap and begin == end else None)
-    except (ValueError, TypeError):
+        return Leftover(token.decode(), _swap_of(swap) if begin == end else None)
+    except (ValueError, TypeError, RecursionError):
         return Leftover(token.decode("utf-8", "replace"))  # cut short before the swap
+
+
+def _swap_of(values: Optional[Sequence[Any]]) -> Optional[Swap]:
+    """Make a swap of what a lock file has, which may have been damaged; raises ValueError, TypeError."""
+    if values is None:
+        return None
+    path, temporary, hashes = values
+    for place in (path, temporary):
+        if b"\0" in os.fsencode(place):
+            raise ValueError("a NUL in a path")
+    return Swap(path, temporary, [*map(str, hashes)])
 
 
 def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
@@ -933,14 +960,18 @@ def open_standard_streams() -> None:
 BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
 
 
-def keep_swapped(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
-    """Back up what a turn had swapped out when it ended, if that was a save of the user's; raises IoError."""
-    if left.swap is None:
-        return
-    disk = read_disk(left.swap.temporary)
-    if disk.kind == "file" and sha256_of(disk.data) not in left.swap.hashes:
-        path = os.path.relpath(left.swap.path, root)
-        back_up(home, key, path, disk, "saved in the instant of a sync that was ended", left.token, clock)
+def keep_swapped(
+    home: str, key: Key, path: str, folders: Iterable[str], left: Leftover, swap: Swap, clock: Clock
+) -> None:
+    """Back up what a turn had swapped out when it ended, if that was a save of the user's; raises IoError.
+
+    `path` is the file's name in the backups; the folder it lay in may be one of `folders` by now.
+    """
+    folder, name = os.path.split(swap.temporary)
+    for place in dict.fromkeys([folder, *folders]):
+        disk = read_disk(os.path.join(place, name))
+        if disk.kind == "file" and sha256_of(disk.data) not in swap.hashes:
+            back_up(home, key, path, disk, "saved in the instant of a sync that was ended", left.token, clock)
 
 
 def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, clock: Clock) -> str:
@@ -1331,9 +1362,10 @@ def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
 
 
 def _is_too_deep(text: str) -> bool:
-    # A level of nesting needs a bracket or a column of its own, so most files need no second parse.
-    longest = max(map(len, text.split("\n")))
-    if longest + text.count("[") + text.count("{") <= 4 * MAX_DEPTH:
+    # A level of nesting needs a bracket, or half a column (a list may stand right below its key), so most files
+    # need no second parse.
+    deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
+    if 2 * (deepest + 1) + text.count("[") + text.count("{") <= MAX_DEPTH:
         return False
     yaml = import_yaml()
     depth = 0
@@ -1604,8 +1636,8 @@ def read_codebase(
 class ParsedFiles:
     """What was parsed before, by the hash of a file's bytes: parsing YAML is the dearest part of a look.
 
-    Kept in one file, a line each: the hash, and the codebase in JSON. It is saved when it would spare much, and
-    whatever is wrong with it only means parsing again.
+    Kept in one file, a line each: the hash, and the codebase in JSON; the first line says of which program they are,
+    and has their own hash. It is saved when it would spare much; a damaged one only means parsing again.
     """
 
     def __init__(self, home: str) -> None:
@@ -1618,10 +1650,13 @@ class ParsedFiles:
 
     def _load(self) -> bytes:
         try:
-            data = read_disk(parsed_path(self._home)).data
+            head, _, lines = read_disk(parsed_path(self._home)).data.partition(b"\n")
         except IoError:
             return b""
-        return data if data.startswith(program_stamp().encode() + b"\n") else b""
+        return lines if head == self._head(lines) else b""
+
+    def _head(self, lines: bytes) -> bytes:
+        return f"{program_stamp()} {sha256_of(lines)}".encode()
 
     def _line(self, source: str) -> bytes:
         start = self._known[source]
@@ -1647,12 +1682,11 @@ class ParsedFiles:
     def save_if_worth_it(self) -> None:
         if self._fresh <= max(FEW_PARSED, len(self._used) // 8):
             return
-        lines = (b"%b %b" % (source.encode(), line or self._line(source)) for source, line in self._used.items())
-        data = b"\n".join([program_stamp().encode(), *lines, b""])
+        lines = b"".join(b"%b %b\n" % (key.encode(), line or self._line(key)) for key, line in self._used.items())
         folder = run_dir(self._home)
         try:
             with hold_lock(parsed_lock_path(self._home), lambda left: sweep_folders([folder], left), 0) as lock:
-                save_private(parsed_path(self._home), data, lock.token, durable=False)
+                save_private(parsed_path(self._home), self._head(lines) + b"\n" + lines, lock.token, durable=False)
         except OrchestraError:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
 
@@ -1977,7 +2011,8 @@ def _registry_turn(home: str, clock: Clock) -> AbstractContextManager[Lock]:
         folders = folders_below(projects_root(home))
         if left.swap:
             folder, name = os.path.split(left.swap.path)
-            keep_swapped(home, (os.path.basename(folder), os.path.splitext(name)[0]), folder, left, clock)
+            key = (os.path.basename(folder), os.path.splitext(name)[0])
+            keep_swapped(home, key, name, folders, left, left.swap, clock)
             folders.append(folder)
         sweep_folders(folders, left)
 
@@ -2916,10 +2951,15 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
     looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
+    if purge:
+        ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
+        looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     source = f"{program_stamp()} {imports:d} {codebase.source}"  # all that the texts depend on
-    if source == record.source and all(path in record.files or looks[path].note for path in wanted):
+    if source == record.source and all(
+        look.ours == record.files.get(path, "") or look.note for path, look in looks.items() if path in wanted
+    ):
         digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
@@ -2929,6 +2969,11 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     )
     source_done = "" if any(file.problem for file in files) else source
     return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source_done))
+
+
+def _excuse(look: Look) -> Look:
+    """Let a file in which Orchestra has nothing be as it is."""
+    return look._replace(problem="", hint="", note=f"left alone: {look.problem}") if look.problem else look
 
 
 def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
@@ -2995,9 +3040,11 @@ def _has_own_text(look: Look) -> bool:
 
 def load_record(home: str, key: Key) -> Optional[Record]:
     """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
-    disk = read_disk(record_path(home, key))
+    data = read_disk(record_path(home, key)).data
     try:
-        values = json.loads(disk.data)
+        if not data.isascii() or b"\\u" in data:
+            raise ValueError("never written so: all paths in it are plain")
+        values = json.loads(data)
         return Record(
             str(values["synced_at"]),
             _texts(values["files"]),
@@ -3148,9 +3195,14 @@ def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> AbstractConte
 def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
     """Clear up after a turn that was killed or had trouble; raises IoError."""
     sweep_folders(folders_below(backups_of(home, key)), left)  # first, for an earlier sweep may have ended there
-    keep_swapped(home, key, root, left, clock)
-    managed = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
-    sweep_folders([*managed, os.path.dirname(record_path(home, key))], left)
+    folders = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
+    if left.swap:
+        # By the table, since the codebase may have moved: then its root is not the one of the swap.
+        path = next((path for path in AGENTS_BY_PATH if left.swap.path.endswith(f"/{path}")), "")
+        if path:
+            keep_swapped(home, key, path, folders, left, left.swap, clock)
+            folders.add(os.path.dirname(left.swap.temporary))
+    sweep_folders([*folders, os.path.dirname(record_path(home, key))], left)
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
@@ -3165,7 +3217,7 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Pla
     stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
     record = record._replace(files={**record.files, **stuck})
     record = _remove_spare_folders(plan.root, record)
-    if not any(file.writes for file in files) and plan.writes:
+    if not any(file.writes for file in files) and (plan.writes or any(file.problem for file in files)):
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if record != first:
         save_record(home, key, record, lock)
@@ -3245,6 +3297,8 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
             raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
+        if kept.kind != "file":
+            raise SyncError(f"{backup.file}: expected a kept version, got {DISK_NAMES[kept.kind]}")
         after = kept.data
         ours = ours_in(agent, kept.data)
         if before.kind == "file" and not agent.owned and ours is not None:
@@ -3296,7 +3350,7 @@ def run_pipeline(
 
 CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
 MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
-MISSING = "missing"  # a kind of change, told in the detail
+MISSING, BLOCK_MISSING = "missing", "block missing"  # kinds of change, told in the detail
 
 
 class Staleness(NamedTuple):
@@ -3341,7 +3395,7 @@ def judge_plan(plan: Plan) -> tuple[str, str]:
         return NEVER_SYNCED, ""
     stale = [
         f"{what}: {', '.join(by_kind[kind])}"
-        for kind, what in ((MISSING, "missing"), (STALE, "registry changed"))
+        for kind, what in ((MISSING, MISSING), (BLOCK_MISSING, BLOCK_MISSING), (STALE, "registry changed"))
         if kind in by_kind
     ]
     if stale:
@@ -3358,7 +3412,9 @@ def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
         return ORPHAN
     if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
         return STALE
-    return MISSING if file.action == CREATE else MODIFIED
+    if file.action == CREATE:
+        return MISSING if file.before.kind == "absent" else BLOCK_MISSING
+    return MODIFIED
 
 
 def check_staleness(

@@ -218,6 +218,7 @@ class Home:
 
 def in_child(work: Callable[[], Ran]) -> Ran:
     """Call `work` in a child process that has given up being root."""
+    orchestra._find_rename()  # imports what the child may not be able to read
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -299,7 +300,7 @@ def codebase_with(**values: Any) -> orchestra.Codebase:
     return orchestra.Codebase("shop", "api", "/code/api", **values)
 
 
-CLINE = ".clinerules/orchestra.md"
+CLINE, COPILOT = ".clinerules/orchestra.md", ".github/copilot-instructions.md"
 
 
 def block(text: str = "x") -> bytes:
@@ -956,6 +957,76 @@ def test_a_file_whose_group_cannot_be_kept_is_not_opened_to_another(home: Home) 
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
 
 
+def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Home, monkeypatch: Any) -> None:
+    write, found = os.pwrite, []
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
+    swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
+    with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+        lock.announce_swap(swap)
+        raise KeyError
+    with orchestra.hold_lock(str(home.code / "lock"), sweep=found.append):
+        assert found == [orchestra.Leftover(lock.left.token, swap)]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": "his"}, targets=["claude", "codex"])
+    home.run_as_nobody("project", "list")
+    path = home.code / "shop/api/CLAUDE.md"
+    os.chown(path, 12345, NOBODY)
+    path.chmod(0o664)
+    ran = in_child(lambda: home.run("sync", "--all"))
+    assert "expected a file of yours, got one of user 12345: chown it" in ran.err
+    assert (ran.status, ran.out.splitlines()[0]) == (2, "create   shop/api AGENTS.md")
+    info = path.stat()
+    assert (path.read_bytes(), info.st_uid, stat.S_IMODE(info.st_mode)) == (b"his", 12345, 0o664)
+
+
+def access_list(user: int) -> bytes:
+    """Make an access control list as acl(5) and linux/posix_acl_xattr.h have it, with one user more than a mode has."""
+    nobody = 0xFFFFFFFF
+    entries = [(0x01, 7, nobody), (0x02, 6, user), (0x04, 7, nobody), (0x10, 7, nobody), (0x20, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
+@pytest.mark.parametrize("has_list", [False, True])
+def test_a_folders_default_access_list_opens_no_old_file(home: Home, lock: orchestra.Lock, has_list: bool) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o660)
+    try:
+        os.setxattr(home.code, "system.posix_acl_default", access_list(1234))
+        if has_list:
+            os.setxattr(path, "system.posix_acl_access", access_list(4321))
+    except OSError as error:
+        pytest.skip(f"the file system has no access control lists: {error}")
+    names = os.listxattr(path)
+    mode = path.stat().st_mode
+    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), os.listxattr(path), path.stat().st_mode) == (b"new", names, mode)
+    if has_list:
+        assert os.getxattr(path, "system.posix_acl_access") == access_list(4321)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not hasattr(os, "setxattr"), reason="only root may give files away")
+def test_where_the_group_cannot_be_kept_the_attributes_still_are(home: Home) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    os.setxattr(path, "user.note", b"mine")
+    os.chown(path, NOBODY, 12345)
+    for folder in (home.folder, home.code):
+        folder.chmod(0o777)
+
+    def replace_as_nobody() -> Ran:
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+        return Ran(0, "", "")
+
+    assert in_child(replace_as_nobody).err == ""
+    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
+
+
 @pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who writes")
 def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home: Home, lock: orchestra.Lock) -> None:
     path = home.code / "x"
@@ -974,6 +1045,11 @@ def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home:
 # ── 4 Registry ────────────────────────────────────────────────────────────────
 
 GOOD = "name: api\npath: /code/api\n"
+
+
+def deep_lists(count: int) -> str:
+    """Nest lists that stand right below their keys: two levels a column."""
+    return "".join(f"{' ' * i}-\n{' ' * (i + 1)}a:\n" for i in range(count))
 
 
 def read(home: Home, text: Any, label: str = "shop/api") -> tuple[Optional[orchestra.Codebase], list[str]]:
@@ -1072,6 +1148,12 @@ BAD_FILES = [
     ("alias cycle", GOOD + "x: &a [*a]\n", "1: yaml: expected aliases that end, got an alias cycle"),
     ("deep cycle", GOOD + "x: &a {b: [{c: *a}]}\n", "1: yaml: expected aliases that end, got an alias cycle"),
     ("deep brackets", GOOD + "x: " + "[" * 100_000, "1: yaml: expected at most 100 levels of nesting, got more"),
+    (
+        "deep lists below their keys",
+        GOOD + "x:\n" + deep_lists(51),
+        "1: yaml: expected at most 100 levels of .*, got more",
+    ),
+    ("deeper ones", GOOD + "x:\n" + deep_lists(400), "1: yaml: expected at most 100 levels of nesting, got more"),
     ("deep dashes", GOOD + "x:\n" + "- " * 10_000 + "a\n", "1: yaml: expected at most 100 levels of nesting, got more"),
     ("2 MiB", GOOD + "# " + "x" * (2 << 20), "1: file: expected at most 1048576 bytes, got more"),
     ("invalid UTF-8", b"name: api\npath: /x\xff\n", "2: file: expected UTF-8, got the byte 0xff"),
@@ -2384,6 +2466,127 @@ def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -
         assert home.status_of() == "never_synced"
         home.sync()
         assert home.backups()[".clinerules/orchestra.md"] == old
+
+
+def test_a_wrong_hash_in_the_record_heals(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    home.sync()
+    record = Path(orchestra.record_path(home.path, ("shop", "api")))
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "files": {"AGENTS.md": "0" * 64}}))
+    before = tree(root)
+    home.sync()
+    assert (tree(root), home.status_of(), json.loads(record.read_text())["files"]) == (
+        before,
+        "current",
+        values["files"],
+    )
+
+
+@pytest.mark.parametrize("values", [{"folders": ["\ud800"]}, {"joins": {"AGENTS.md": "\ud800"}}])
+def test_a_record_that_orchestra_cannot_have_written_counts_as_none(home: Home, values: dict[str, Any]) -> None:
+    home.make_codebase("shop/api", {"AGENTS.md": "mine"}, targets=["codex"])
+    home.sync()
+    record = Path(orchestra.record_path(home.path, ("shop", "api")))
+    record.write_text(json.dumps({**json.loads(record.read_text()), **values}))
+    assert home.sync().err == ""
+    assert home.run_fine("project", "remove", "api", "--purge").err == ""
+
+
+SAVED_IN_THE_INSTANT = b"saved in that instant"
+DAMAGED_SWAPS = (
+    "[1,[1,2,3],1]",
+    '[1,["/a","/etc/hostname",null],1]',
+    '[1,["a\\u0000","b",[]],1]',
+    '[1,["\\ud800","b",[]],1]',
+    "[" * 60_000,
+    "[1,5,1]",
+    "{}",
+)
+
+
+def leave_swap(home: Home, root: Path, path: str) -> Path:
+    """Leave what a sync leaves that is killed right after a swap which brought a user's save out."""
+    temporary = (root / path).with_name(".orchestra-77-aa-1.tmp")
+    temporary.write_bytes(SAVED_IN_THE_INSTANT)
+    lock = Path(orchestra.codebase_lock_path(home.path, ("shop", "api")))
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    swap = [1, [str(root / path), str(temporary), ["00"]], 1]
+    lock.write_text(f"77-aa\n{json.dumps(swap)}\n")
+    return temporary
+
+
+@pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_then(
+    home: Home, path: str, moves: bool
+) -> None:
+    root = home.make_codebase("shop/api", {".github/x": ""}, targets=["claude", "copilot"])
+    left = leave_swap(home, root, path)
+    other = home.code / "1/2/3/4/5/api"
+    if moves:
+        other.parent.mkdir(parents=True)
+        root.rename(other)
+    else:
+        (other / ".github").mkdir(parents=True)
+    before = {name: data for name, data in contents(home.code).items() if not name.endswith(".tmp")}
+    home.register("shop/api", path=str(other), targets=["claude", "copilot"])
+    home.sync()
+    assert home.backups() == {path: SAVED_IN_THE_INSTANT}
+    assert (home.leftovers(), left.exists()) == ([], False)
+    assert before.items() <= contents(home.code).items()
+
+
+@pytest.mark.parametrize("swap", DAMAGED_SWAPS)
+def test_a_damaged_lock_file_stops_nothing(home: Home, swap: str) -> None:
+    home.make_codebase("shop/api")
+    for lock in (orchestra.codebase_lock_path(home.path, ("shop", "api")), orchestra.registry_lock_path(home.path)):
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        Path(lock).write_text(f"x\n{swap}\n")
+    assert home.sync().err == ""
+    assert home.run_fine("project", "remove", "api").err == ""
+
+
+@pytest.mark.parametrize("kind", ["gone", "a pipe", "a link"])
+def test_a_kept_version_that_is_no_file_restores_nothing(home: Home, kind: str) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    home.sync()
+    edit(root / "AGENTS.md", "# api", "# mine")
+    home.sync()
+    (backup,) = orchestra.list_backups(home.path, ("shop", "api"))
+    file = Path(backup.file)
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a link":
+        file.symlink_to(root / "AGENTS.md")
+    before = tree(root)
+    with pytest.raises(orchestra.SyncError, match="expected a kept version, got "):
+        orchestra.restore_file(home.path, home.registry().readable("api"), backup)
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize("others", [{".clinerules": "rules"}, {"GEMINI.md": b"a\0b"}])
+def test_a_purge_leaves_what_orchestra_has_nothing_in(home: Home, others: dict[str, Any]) -> None:
+    root = home.make_codebase("shop/api", others, targets=["claude", "codex"])
+    before = tree(root)
+    home.sync()
+    assert "left alone: expected" in home.run_fine("project", "remove", "api", "--purge").err
+    assert tree(root) == before
+
+
+def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": b"a\0b"}, targets=["claude"])
+    assert home.run("sync", "--all").status == 2
+    assert home.staleness()["last_sync_at"] is None
+
+
+def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex"])
+    home.sync()
+    (root / "CLAUDE.md").write_text("all mine\n")
+    (root / "AGENTS.md").unlink()
+    assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
 
 
 def test_a_second_sync_writes_nothing(home: Home) -> None:
@@ -7769,7 +7972,7 @@ EDITED_WORDS = {
     "harrier": "",
     "dunlin": "",
 }
-CURSOR, COPILOT = ".cursor/rules/orchestra.mdc", ".github/copilot-instructions.md"
+CURSOR = ".cursor/rules/orchestra.mdc"
 EDITED_FILES = frozenset({"AGENTS.md", CURSOR})
 
 
