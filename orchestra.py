@@ -318,9 +318,9 @@ def expand_home(home: str, path: str) -> str:
 
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
-# All changes to the user's files, the registry's and Orchestra's own are made here (pip and the socket make theirs).
-# A reader of any file sees its old text or its new one; a file that is not as it was when the change was planned is
-# not touched (`FileChanged`).
+# All changes to the user's files, the registry's and Orchestra's own are made here (pip, the socket and the log make
+# theirs). A reader of any file sees its old text or its new one; a file that is not as it was when the change was
+# planned is not touched (`FileChanged`).
 
 LOCK_TIMEOUT = 30.0  # seconds
 MAX_LEFTOVER = 64 << 10  # bytes of a lock file
@@ -576,13 +576,18 @@ def _take_after(fd: int, like: str, mode: int) -> int:
 
 
 def _copy_attributes(like: str, fd: int) -> None:
-    """Copy the extended attributes, and with them the access control list: none where the old file has none."""
+    """Copy the extended attributes, and with them the access control list, or its absence; raises OSError for that."""
     if hasattr(os, "listxattr"):  # Linux
         names = os.listxattr(like, follow_symlinks=False)
         if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
             os.removexattr(fd, ACL)
-        for name in names:
-            os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+        for name in sorted(names, key=lambda name: name != ACL):
+            try:
+                os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+            except OSError:
+                if name == ACL:
+                    raise
+                # Some of the system's own may not be set; they open nothing to anybody.
     elif sys.platform == "darwin":
         import ctypes
 
@@ -624,16 +629,30 @@ def replace_file(
         if read_disk(path) != expected:
             raise FileChanged(path)
         lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)]))
-        is_swapped = swap_files(temporary, path)
-        if not is_swapped:  # the instant since the last look stays open
-            os.rename(temporary, path)
     except BaseException as error:
         _unlink_quietly(temporary)
         if isinstance(error, FileNotFoundError):
             raise FileChanged(path) from error
         raise
-    if is_swapped:
+    if _swap_or_rename(temporary, path):
         _judge_swapped(temporary, path, expected, data)
+
+
+def _swap_or_rename(temporary: str, path: str) -> bool:
+    """Give a written file its name, and say whether `temporary` is the old one now.
+
+    After any other end than an OSError it may be the user's, and is left to the next turn, which looks at it.
+    """
+    try:
+        if swap_files(temporary, path):
+            return True
+        os.rename(temporary, path)  # the instant since the last look stays open
+    except OSError as error:
+        _unlink_quietly(temporary)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(path) from error
+        raise
+    return False
 
 
 def _place_new_file(temporary: str, path: str) -> None:
@@ -2281,7 +2300,12 @@ def _toml_text(text: str, table: str, key: str) -> str:
     """Find a one-line string in a TOML table; tomllib is not in Python 3.9."""
     value = r"""(["'])((?:\\.|(?!\2).)*)\2"""
     found = re.search(rf"(?ms)^\[(?:{table})\][ \t]*$((?:(?!^\[).)*?)^{key}[ \t]*=[ \t]*{value}", text)
-    return re.sub(r"\\(.)", r"\1", found[3]) if found and "\n" not in found[3] else ""
+    if found is None or "\n" in found[3]:
+        return ""
+    try:  # a basic string's escapes are JSON's, but for one; a literal string has none
+        return found[3] if found[2] == "'" else str(json.loads(f'"{found[3]}"'))
+    except ValueError:
+        return ""
 
 
 def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tuple[str, str]:
@@ -2330,8 +2354,8 @@ def _ml_evidence(folder: str, names: set[str]) -> str:
 
 def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -> dict[str, str]:
     commands: dict[str, str] = {}
-    manager = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lockb": "bun"}.get(
-        _first(names, "pnpm-lock.yaml", "yarn.lock", "bun.lockb"), "npm"
+    manager = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}.get(
+        _first(names, "pnpm-lock.yaml", "yarn.lock", "bun.lock", "bun.lockb"), "npm"
     )
     scripts = _section(package, "scripts")
     for name in ("build", "test", "lint", "dev", "start", "typecheck", "format"):
@@ -2870,7 +2894,7 @@ def look_at(root: str, path: str) -> Look:
         place = check_parents(root, path)
         disk = read_disk(place)
         if disk.kind == "symlink":
-            return Look(disk, place=place, note=f"left alone: it is a link to {os.readlink(place)}")
+            return Look(disk, place=place, note=f"left alone: it is a link to {visible(os.readlink(place))}")
         if disk.kind not in ("file", "absent"):
             raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
         ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
@@ -2919,9 +2943,9 @@ def check_parents(root: str, path: str, make: bool = False) -> str:
 def _check_link(root: str, link: str) -> None:
     real = real_path(link)
     if not real.startswith(root.rstrip("/") + "/"):
-        raise SyncError(f"expected a folder inside the codebase, got a link to {real}")
+        raise SyncError(f"expected a folder inside the codebase, got a link to {visible(real)}")
     if not os.path.exists(real):
-        raise SyncError(f"expected a folder, got a link to {real}, where nothing is")
+        raise SyncError(f"expected a folder, got a link to {visible(real)}, where nothing is")
 
 
 def plan_file(path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool) -> FilePlan:
@@ -2957,9 +2981,7 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     source = f"{program_stamp()} {imports:d} {codebase.source}"  # all that the texts depend on
-    if source == record.source and all(
-        look.ours == record.files.get(path, "") or look.note for path, look in looks.items() if path in wanted
-    ):
+    if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
         digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
@@ -2969,6 +2991,11 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     )
     source_done = "" if any(file.problem for file in files) else source
     return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source_done))
+
+
+def _is_as_recorded(looks: Sequence[Look], paths: Sequence[str], record: Record) -> bool:
+    """Say whether all of Orchestra's there is what the record says, which then is right: it may have been damaged."""
+    return all(look.note or look.ours == record.files.get(path, "") for look, path in zip(looks, paths))
 
 
 def _excuse(look: Look) -> Look:
@@ -3287,22 +3314,26 @@ def _has_user_text(file: FilePlan) -> bool:
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
     """Put a kept version back, and say whether that changed anything; what it replaces is kept in turn.
 
-    Of a shared file only the block is put back, since the text around it is the user's. Raises SyncError, IoError.
+    Of a shared file only the block is put back, since the text around it is the user's; a version without a block
+    is put back whole. Raises SyncError, IoError.
     """
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
     key = codebase.key
     with _codebase_turn(home, codebase, clock) as lock:
-        path = check_parents(root, backup.path)
+        with _named(os.path.join(root, backup.path)):
+            path = check_parents(root, backup.path)
         before, kept = read_disk(path), read_disk(backup.file)
         if before.kind not in ("file", "absent"):
             raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
         if kept.kind != "file":
             raise SyncError(f"{backup.file}: expected a kept version, got {DISK_NAMES[kept.kind]}")
         after = kept.data
-        ours = ours_in(agent, kept.data)
+        with _named(backup.file):
+            ours = ours_in(agent, kept.data)
         if before.kind == "file" and not agent.owned and ours is not None:
-            after = merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
+            with _named(path):
+                after = merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
         if before.kind == "file" and after == before.data:
             return False
         with blame(path):
@@ -3314,6 +3345,15 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
             except FileChanged:
                 raise SyncError(f"{path}: expected it to hold still, got another save: restore again") from None
     return True
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Say where it was, in a SyncError that knows only what."""
+    try:
+        yield
+    except SyncError as error:
+        raise SyncError(f"{place}: {error}", error.hint) from None
 
 
 # The pipeline
@@ -4302,7 +4342,8 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
         suspects = frozenset(registry.broken.keys() & cache.registry.codebases.keys()) - job.suspects
         registry = _keep_old(registry, cache.registry, suspects)
     results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
-    cache = renew_cache(cache, registry, results, int(time.time()))
+    has_synced = any(not result.errors for result in results)
+    cache = renew_cache(cache, registry, results, int(time.time()) if has_synced else None)
     summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
     return cache, JobOutcome(job, summary, suspects=suspects)
 
@@ -4714,7 +4755,7 @@ def open_listener(home: str) -> Any:
     try:
         with blame(path):
             listener.bind(path)
-            listener.listen(128)
+            listener.listen(MAX_CLIENTS)
     except BaseException:
         listener.close()
         raise
@@ -4848,7 +4889,7 @@ class Daemon:
 
     def _time_left(self) -> float:
         if self._is_stopping:
-            return 0.05  # seconds: the worker's end makes no event
+            return 0.05  # seconds: the worker's last word comes a moment before its end
         deadlines = [self._rescan_at, self._staleness_at, self._server.next_expiry()]
         if not self._watch_job_runs:
             deadlines.append(self._debouncer.next_due())
@@ -4936,10 +4977,10 @@ class Daemon:
             self._suspects = (self._suspects - job.changed) | outcome.suspects
             self._debouncer.note(outcome.suspects)
             self._failed |= job.changed if outcome.error else frozenset()
+        self._log_outcome(outcome)  # before the reply: whoever has that finds the log's line
         if job.respond_to:
             job.respond_to(outcome)
-        self._log_outcome(outcome)
-        if job.source != "staleness":
+        if job.source not in ("staleness", "bug"):
             self._staleness_at = self._clock() + STALENESS_DELAY
 
     def _log_outcome(self, outcome: JobOutcome) -> None:
@@ -5037,9 +5078,9 @@ def key_of_change(home: str, path: str) -> Key:
     return key if is_valid_key(key) else STRAY
 
 
-def start_blocking(home: str) -> int:
+def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
     """Run the daemon in the foreground until it is stopped; raises DaemonError, RegistryError."""
-    return Daemon(home).run()
+    return Daemon(home, environ).run()
 
 
 # Reading the logs
@@ -5101,8 +5142,9 @@ def _open_if_there(path: str) -> Optional[int]:
 
 # ── 12 launchd and installing ─────────────────────────────────────────────────
 
-# The only code that starts other programs, all through one runner that tests replace. What launchctl says is not
-# believed without asking: its exit status 5 means four things, and bootout returns before the service is gone.
+# The only code that starts other programs: all but the user's editor through one runner that tests replace. What
+# launchctl says is not believed without asking: its exit status 5 means four things, and bootout returns before the
+# service is gone.
 
 LAUNCHCTL = "/bin/launchctl"
 LAUNCHCTL_TIMEOUT = 20.0  # seconds for one call
@@ -5114,7 +5156,7 @@ TRY_AGAIN = (5, 36, 37)  # launchctl's exit statuses: input/output error (still 
 NO_DOMAIN = (112, 125)
 DISABLED = 119
 TIMED_OUT, NOT_STARTED = 124, 127  # as timeout(1) and sh(1) have them
-SYSTEMD_HINT = "systemd-run --user --unit=orchestra orchestra daemon start"
+SYSTEMD_HINT = "systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start"
 
 
 class Completed(NamedTuple):
@@ -5459,8 +5501,8 @@ def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
 def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
     """End launchd's running of the daemon, and say whether there was any; raises LaunchdError, IoError."""
     check_platform(platform)
-    was_installed = os.path.lexists(launchd_plist_path(home))
-    if was_installed or launchd.is_loaded():
+    was_installed = os.path.lexists(launchd_plist_path(home)) or launchd.is_loaded()
+    if was_installed:
         launchd.boot_out()
         remove_private(launchd_plist_path(home))
     try:
@@ -5483,15 +5525,18 @@ COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody to tell: the exit status still does, if the interpreter's own flush succeeds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def report(message: str, hint: str) -> None:
     """Tell what is wrong on stderr, a line each, and below it the way out."""
     for line in message.split("\n"):
-        say(f"orchestra: {line}")
+        say(f"orchestra: {visible(line)}")
     if hint:
-        say(f"  try: {hint}")
+        say(f"  try: {visible(hint)}")
 
 
 def report_all(problems: Iterable[Problem]) -> int:
@@ -5570,7 +5615,7 @@ def register(home: str, key: Key, path: str, project_type: Optional[str], sync: 
         _reregister(home, key, project_type)
     else:
         _register_new(home, registry, key, path, project_type)
-    return sync_and_report(home, SyncScope.codebase(label_for(key))) if sync else OK
+    return sync_and_report(home, load_registry(home), SyncScope.codebase(label_for(key))) if sync else OK
 
 
 def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
@@ -5707,19 +5752,19 @@ def _check_can_purge(home: str, registry: Registry, key: Key) -> None:
 def cmd_sync(home: str, args: argparse.Namespace) -> int:
     if args.codebase is not None and args.all:
         raise UsageError("sync: expected CODEBASE or --all, got both", "orchestra sync --all")
+    registry = load_registry(home)
     if args.all:
         scope = SyncScope.all()
     elif args.codebase is not None:
         scope = SyncScope.codebase(args.codebase)
     else:
-        scope = SyncScope.codebase(label_for(_key_of_current_folder(home)))
-    return sync_and_report(home, scope, args.dry_run or args.check, args.check, args.json)
+        scope = SyncScope.codebase(label_for(_key_of_current_folder(home, registry)))
+    return sync_and_report(home, registry, scope, args.dry_run or args.check, args.check, args.json)
 
 
-def _key_of_current_folder(home: str) -> Key:
+def _key_of_current_folder(home: str, registry: Registry) -> Key:
     with blame("the current folder"):
         here = real_path(os.getcwd())
-    registry = load_registry(home)
     roots = {real_path(codebase_root(home, codebase)): key for key, codebase in registry.codebases.items()}
     around = [root for root in roots if here == root or here.startswith(root + os.sep)]
     if not around and registry.broken:
@@ -5732,9 +5777,8 @@ def _key_of_current_folder(home: str) -> Key:
 
 
 def sync_and_report(
-    home: str, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
+    home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
 ) -> int:
-    registry = load_registry(home)
     results = run_pipeline(home, scope, dry_run, registry, show_progress)
     if as_json:
         print_json([_describe_result(result) for result in results])
@@ -5753,7 +5797,7 @@ def print_result(result: SyncCodebaseResult) -> None:
         if file.writes:
             print(f"{_verb_for(file):8} {label} {file.path}")
         if file.note:
-            say(f"note: {label}: {file.path}: {file.note}")
+            say(f"note: {label}: {file.path}: {visible(file.note)}")
 
 
 def _verb_for(file: FilePlan) -> str:
@@ -5786,7 +5830,9 @@ def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
 def cmd_status(home: str, args: argparse.Namespace) -> int:
     registry = load_registry(home)
     if args.project is not None and args.project not in {key[0] for key in registry.keys}:
-        raise RegistryError(f"project {args.project}: expected a registered one, got an unknown one")
+        raise RegistryError(
+            f"project {args.project}: expected a registered one, got an unknown one", "orchestra project list"
+        )
     status = scan_staleness(home, registry, args.project)
     if args.json:
         print_json({"summary": status.summary, "codebases": [_describe_staleness(e) for e in status.codebases]})
@@ -5871,7 +5917,7 @@ def cmd_edit(home: str, args: argparse.Namespace) -> int:
 
 
 def cmd_daemon_start(home: str, args: argparse.Namespace) -> int:
-    return start_blocking(home)
+    return start_blocking(home, args.environ)
 
 
 def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
@@ -5924,8 +5970,8 @@ def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
         if len(logs) > 1:
             print(f"==> {shorten_home(home, path)} <==")
         print_bytes(log.tail(args.lines))
-    while args.follow:
-        print_bytes(b"".join(log.read() for log in logs.values()))
+    while args.follow:  # of both logs the first, which has the warnings too
+        print_bytes(logs[paths[0]].read())
         time.sleep(FOLLOW_PAUSE)
     return OK
 
@@ -6016,7 +6062,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs = add_command(daemon_commands, "logs", cmd_daemon_logs, "print the end of the logs", needs_yaml=False)
     logs.add_argument("--lines", metavar="N", type=_line_count, default=100, help="of each log; default: 100")
     logs.add_argument("--stderr-only", action="store_true", help="only daemon-err.log: warnings and errors")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on printing what is logged")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what daemon.log, or daemon-err.log, gets")
     add_command(commands, "self-install", cmd_self_install, "", needs_yaml=False)  # for install.sh
     return parser
 

@@ -968,6 +968,25 @@ def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Ho
         assert found == [orchestra.Leftover(lock.left.token, swap)]
 
 
+@pytest.mark.parametrize("saved", [b"old", b"saved in that instant"])
+def test_a_swap_that_is_interrupted_leaves_what_it_brought_out(home: Home, monkeypatch: Any, saved: bytes) -> None:
+    path, left = home.code / "x", []
+    path.write_bytes(b"old")
+    planned = orchestra.read_disk(str(path))
+    swap = orchestra.swap_files
+
+    def swap_and_be_interrupted(one: str, other: str) -> bool:
+        path.write_bytes(saved)
+        swap(one, other)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orchestra, "swap_files", swap_and_be_interrupted)
+    with pytest.raises(KeyboardInterrupt), orchestra.hold_lock(str(home.folder / "lock"), sweep=print) as lock:
+        orchestra.replace_file(str(path), b"new", planned, lock)
+    with orchestra.hold_lock(str(home.folder / "lock"), sweep=left.append):
+        assert Path(left[0].swap.temporary).read_bytes() == saved
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
 def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
     home.make_codebase("shop/api", {"CLAUDE.md": "his"}, targets=["claude", "codex"])
@@ -1850,6 +1869,8 @@ def test_commands_come_from_the_manifests(home: Home, files: Any, commands: dict
         ({"pyproject.toml": PEP_621}, 'A "fine" tool', ["Python >=3.10"]),
         ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "old", ["Python"]),
         ({"pyproject.toml": "[tool.other]\ndescription = 'no'\n"}, "", ["Python"]),
+        ({"pyproject.toml": '[project]\ndescription = "caf\\u00e9\\nbar"\n'}, "café bar", ["Python"]),
+        ({"pyproject.toml": "[project]\ndescription = 'C:\\new'\n"}, "C:\\new", ["Python"]),
         ({"Cargo.toml": '[package]\nedition = "2021"\ndescription = "Fast"\n'}, "Fast", ["Rust, edition 2021"]),
         (
             {
@@ -2545,6 +2566,16 @@ def test_a_damaged_lock_file_stops_nothing(home: Home, swap: str) -> None:
         Path(lock).write_text(f"x\n{swap}\n")
     assert home.sync().err == ""
     assert home.run_fine("project", "remove", "api").err == ""
+
+
+def test_a_restore_that_fails_says_where(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    home.sync()
+    edit(root / "AGENTS.md", "# api", "# mine")
+    home.sync()
+    with open(root / "AGENTS.md", "ab") as file:
+        file.write(BEGIN + b"\n")
+    assert home.run("restore", "api").err.startswith(f"orchestra: {root}/AGENTS.md: expected one orchestra:begin and")
 
 
 @pytest.mark.parametrize("kind", ["gone", "a pipe", "a link"])
@@ -5901,6 +5932,25 @@ def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
     assert live.has("first")
 
 
+def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, monkeypatch: Any) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    live.save()
+    monkeypatch.setattr(orchestra, "check_staleness", fail)
+    monkeypatch.setattr(orchestra, "STALENESS_DELAY", 0.0)
+    daemon = orchestra.Daemon(live.path, {})
+    daemon.open()
+    try:
+        told = Path(orchestra.stderr_log_path(live.path))
+        wait_until(lambda: daemon.step(0.01) or "ZeroDivisionError" in told.read_text())
+        for _ in range(30):
+            daemon.step(0.01)
+        assert told.read_text().count("job failed") == 2  # at first, and after a fresh start
+    finally:
+        daemon.close()
+
+
 def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(live: Live) -> None:
     first = live.start()
     shutil.rmtree(orchestra.run_dir(live.path))
@@ -6471,7 +6521,7 @@ def test_uninstall_unloads_a_service_whose_plist_was_deleted(place: Place, launc
     fake = launchctl()
     install_with(place, fake)
     plist_of(place).unlink()
-    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is False
+    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is True
     assert fake.loaded is None
 
 
@@ -7702,6 +7752,24 @@ def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: s
     )
     assert "Traceback" not in process.stderr
     assert (process.returncode, process.stderr.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
+
+
+def test_errors_that_nobody_takes_still_show_in_the_exit_status(home: Home) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    command = 'exec "$0" "$1" sync nope 2>/dev/full'
+    environ = {**os.environ, "HOME": home.path}
+    assert subprocess.call(["/bin/sh", "-c", command, sys.executable, str(SCRIPT)], env=environ) == 2
+
+
+def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
+    root = home.make_codebase(targets=["codex", "cursor"])
+    (root / "AGENTS.md").symlink_to("x\x1b[31m\norchestra: forged")
+    (root / ".cursor").symlink_to("/nowhere\norchestra: forged")
+    ran = home.run("sync", "--all")
+    assert "\x1b" not in ran.err
+    assert not any(line.startswith("orchestra: forged") for line in ran.err.splitlines())
+    assert r"it is a link to x\x1b[31m\norchestra: forged" in ran.err
 
 
 def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
