@@ -939,21 +939,25 @@ def test_replacing_keeps_owner_and_group(
     assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == expected
 
 
+def replace_as_nobody(home: Home, path: Path) -> None:
+    for folder in (home.folder, home.code):
+        folder.chmod(0o777)
+
+    def replace() -> Ran:
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+        return Ran(0, "", "")
+
+    assert in_child(replace).err == ""
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
 def test_a_file_whose_group_cannot_be_kept_is_not_opened_to_another(home: Home) -> None:
     path = home.code / "x"
     path.write_bytes(b"old")
     path.chmod(0o640)
     os.chown(path, NOBODY, 12345)
-    for folder in (home.folder, home.code):
-        folder.chmod(0o777)
-
-    def replace_as_nobody() -> Ran:
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
-        return Ran(0, "", "")
-
-    assert in_child(replace_as_nobody).err == ""
+    replace_as_nobody(home, path)
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
 
 
@@ -1034,15 +1038,7 @@ def test_where_the_group_cannot_be_kept_the_attributes_still_are(home: Home) -> 
     path.write_bytes(b"old")
     os.setxattr(path, "user.note", b"mine")
     os.chown(path, NOBODY, 12345)
-    for folder in (home.folder, home.code):
-        folder.chmod(0o777)
-
-    def replace_as_nobody() -> Ran:
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
-        return Ran(0, "", "")
-
-    assert in_child(replace_as_nobody).err == ""
+    replace_as_nobody(home, path)
     assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
 
 
