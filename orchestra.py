@@ -3554,10 +3554,12 @@ class PollingSource:
 
     The contract of all three sources: `fileno()` is readable when there are hints (-1: never), `drain()` takes
     them, `watch_folder` and `watch_file` set a watch, say whether it is a new one and raise OSError where they
-    cannot, `retain` drops all watches but those named, `close()` ends them.
+    cannot, `retain` drops all watches but those named, `close()` ends them; `watches_files` says whether a file needs
+    a watch of its own.
     """
 
     name = "polling"
+    watches_files = False
 
     def fileno(self) -> int:
         return -1
@@ -3659,6 +3661,7 @@ class KqueueSource(PollingSource):
     """
 
     name = "kqueue"
+    watches_files = True
     O_EVTONLY = 0x8000  # macOS's fcntl.h; in os from Python 3.10. Such a watch does not keep a volume mounted.
 
     def __init__(self, budget: int) -> None:
@@ -3840,8 +3843,9 @@ class Watcher:
         entries = self._list(folder)
         if entries is None:
             return
+        known = self._picture.get(folder, {})
         for entry in entries:
-            if is_registry_file(entry.name):
+            if entry.path in known or is_registry_file(entry.name):
                 if entry.is_symlink():
                     self._anchor(entry.path)
                 files.add(entry.path)
@@ -3865,7 +3869,7 @@ class Watcher:
             self._drop(picture, path)
 
     def _look_at_file(self, picture: dict[str, Seen], path: str, trust_stamp: bool = True) -> None:
-        is_new_watch = self._watch(self.source.watch_file, path)
+        is_new_watch = self.source.watches_files and self._watch(self.source.watch_file, path)
         try:
             info = os.stat(path)
         except OSError:
