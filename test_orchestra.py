@@ -5928,23 +5928,18 @@ def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
     assert live.has("first")
 
 
-def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, monkeypatch: Any) -> None:
+def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, turned: orchestra.Daemon, monkeypatch: Any) -> None:
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
 
     live.save()
     monkeypatch.setattr(orchestra, "check_staleness", fail)
     monkeypatch.setattr(orchestra, "STALENESS_DELAY", 0.0)
-    daemon = orchestra.Daemon(live.path, {})
-    daemon.open()
-    try:
-        told = Path(orchestra.stderr_log_path(live.path))
-        wait_until(lambda: daemon.step(0.01) or "ZeroDivisionError" in told.read_text())
-        for _ in range(30):
-            daemon.step(0.01)
-        assert told.read_text().count("job failed") == 2  # at first, and after a fresh start
-    finally:
-        daemon.close()
+    told = Path(orchestra.stderr_log_path(live.path))
+    turn_until(turned, lambda: told.read_text().count("job failed") == 2)  # at first, and after a fresh start
+    for _ in range(30):
+        turned.step(0.01)
+    assert told.read_text().count("job failed") == 2
 
 
 def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(live: Live) -> None:
