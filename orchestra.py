@@ -1736,9 +1736,9 @@ def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
 def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
     """Read a project's file; a project without one has nothing to inherit."""
     file = project_path(home, project)
-    if not os.path.lexists(file):
-        return Project(project), ()
     root, doc = read_registry_file(home, file)
+    if root is None and not os.path.lexists(file):
+        return Project(project), ()
     values: dict[str, Any] = {"name": project}
     if root is not None:
         values = read_fields(doc, root, "", PROJECT_SCHEMA)
@@ -1892,6 +1892,8 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Opti
     codebases, broken, owners = dict(base.codebases), dict(base.broken), dict(base.owners)
     for key in keys:
         codebase, problems = read_codebase(home, key, parsed)
+        if codebase is None and not os.path.lexists(codebase_path(home, key)):
+            continue  # gone since it was listed
         project, project_problems = projects[key[0]]
         if codebase is None or project_problems:
             broken[key] = problems + project_problems
@@ -3184,6 +3186,8 @@ def _sync_until_done(
         plan = plan_codebase(home, codebase, owners, purge)
         if tries == 0 and not (purge or plan.is_done or is_current(home, codebase)):
             # Saved, or removed, since it was read: whoever writes last must write the newest.
+            if not os.path.lexists(codebase_path(home, codebase.key)):
+                return plan._replace(files=())
             codebase = reread_codebase(home, codebase.key)
             continue
         if not plan.is_done:

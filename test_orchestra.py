@@ -2564,6 +2564,14 @@ def test_a_damaged_lock_file_stops_nothing(home: Home, swap: str) -> None:
     assert home.run_fine("project", "remove", "api").err == ""
 
 
+def test_a_registry_file_that_goes_while_it_is_listed_is_no_problem(home: Home, monkeypatch: Any) -> None:
+    file = home.register()
+    scanned = orchestra.scan_registry(home.path)
+    shutil.rmtree(file.parent)
+    monkeypatch.setattr(orchestra, "scan_registry", lambda home: scanned)
+    assert (home.registry().keys, home.problems()) == ([], [])
+
+
 def test_a_restore_that_fails_says_where(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["codex"])
     home.sync()
@@ -3094,12 +3102,12 @@ def test_no_folder_outside_the_codebase_is_removed(home: Home) -> None:
     assert (home.code / "outside/rules").is_dir()
 
 
-def test_a_codebase_removed_while_a_sync_waits_is_not_written_again(home: Home) -> None:
+def test_a_codebase_removed_while_a_sync_waits_is_not_written_again_nor_an_error(home: Home) -> None:
     root = home.make_codebase()
     codebase = home.registry().codebases[("shop", "api")]
     os.unlink(orchestra.codebase_path(home.path, codebase.key))
-    assert len(orchestra.sync_codebase(home.path, codebase).errors) == 1
-    assert contents(root) == {}
+    result = orchestra.sync_codebase(home.path, codebase)
+    assert (result.files, result.errors, contents(root)) == ((), (), {})
 
 
 def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
