@@ -628,31 +628,31 @@ def replace_file(
             return
         if read_disk(path) != expected:
             raise FileChanged(path)
-        lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)]))
+        swap = Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)])
+        lock.announce_swap(swap)
     except BaseException as error:
         _unlink_quietly(temporary)
         if isinstance(error, FileNotFoundError):
             raise FileChanged(path) from error
         raise
-    if _swap_or_rename(temporary, path):
-        _judge_swapped(temporary, path, expected, data)
-
-
-def _swap_or_rename(temporary: str, path: str) -> bool:
-    """Give a written file its name, and say whether `temporary` is the old one now.
-
-    After any other end than an OSError it may be the user's, and is left to the next turn, which looks at it.
-    """
     try:
         if swap_files(temporary, path):
-            return True
-        os.rename(temporary, path)  # the instant since the last look stays open
-    except OSError as error:
-        _unlink_quietly(temporary)
+            _judge_swapped(temporary, path, expected, data)
+        else:
+            os.rename(temporary, path)  # the instant since the last look stays open
+    except BaseException as error:
+        _drop_if_known(swap)
         if isinstance(error, FileNotFoundError):
             raise FileChanged(path) from error
         raise
-    return False
+
+
+def _drop_if_known(swap: Swap) -> None:
+    """Remove what a swap has left, unless it may be a save of the user's: the next turn keeps that."""
+    with suppress(IoError):
+        left = _read_let_go(swap.temporary)
+        if left and sha256_of(left.data) in swap.hashes:
+            _unlink_quietly(swap.temporary)
 
 
 def _place_new_file(temporary: str, path: str) -> None:
