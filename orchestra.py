@@ -86,6 +86,7 @@ else:
 __version__ = "0.1.0"
 
 Clock = Callable[[], float]  # gives seconds
+Buffer = Any  # bytes, or a view of some; typing's name for it is newer than Python 3.9
 
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
@@ -490,7 +491,7 @@ def file_age(path: str, clock: Clock) -> float:
         return 0.0
 
 
-def sha256_of(data: bytes) -> str:
+def sha256_of(data: Buffer) -> str:
     import hashlib  # here, since asking the daemon for its status needs no OpenSSL
 
     return hashlib.sha256(data).hexdigest()
@@ -1669,13 +1670,14 @@ class ParsedFiles:
 
     def _load(self) -> bytes:
         try:
-            head, _, lines = read_disk(parsed_path(self._home)).data.partition(b"\n")
+            data = read_disk(parsed_path(self._home)).data
         except IoError:
             return b""
-        return lines if head == self._head(lines) else b""
+        lines = memoryview(data)[data.find(b"\n") + 1 :]  # no copy: it may be megabytes
+        return data if data.startswith(self._head(lines)) else b""
 
-    def _head(self, lines: bytes) -> bytes:
-        return f"{program_stamp()} {sha256_of(lines)}".encode()
+    def _head(self, lines: Buffer) -> bytes:
+        return f"{program_stamp()} {sha256_of(lines)}\n".encode()
 
     def _line(self, source: str) -> bytes:
         start = self._known[source]
@@ -1705,7 +1707,7 @@ class ParsedFiles:
         folder = run_dir(self._home)
         try:
             with hold_lock(parsed_lock_path(self._home), lambda left: sweep_folders([folder], left), 0) as lock:
-                save_private(parsed_path(self._home), self._head(lines) + b"\n" + lines, lock.token, durable=False)
+                save_private(parsed_path(self._home), self._head(lines) + lines, lock.token, durable=False)
         except OrchestraError:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
 
