@@ -582,7 +582,7 @@ def _copy_attributes(like: str, fd: int) -> None:
         names = os.listxattr(like, follow_symlinks=False)
         if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
             os.removexattr(fd, ACL)
-        for name in sorted(names, key=lambda name: name != ACL):
+        for name in sorted(names, key=lambda name: name == ACL):  # that last, since its failure ends this
             try:
                 os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
             except OSError:
