@@ -329,6 +329,8 @@ MAX_SWAPS = 10  # to give a file its name back that somebody keeps saving
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
 ACL = "system.posix_acl_access"  # acl(5)
+# O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 DAYS_KEPT = 30  # days with a backup of their own
 NEWEST_KEPT = 10  # backups of a file
 
@@ -400,13 +402,11 @@ class Lock:
         self._announce()
 
     def _announce(self) -> None:
+        data = os.fsencode(f"{self.left.token}\n{_format_swap(self.left.swap, self._count)}")
         with blame(self._path):
-            # The number at both ends tells a line that was cut short, with an older one showing behind it.
-            swap = json.dumps([self._count, self.left.swap, self._count])
-            line = f"{self.left.token}\n{swap}\n".encode()
             written = 0
-            while written < len(line):
-                written += os.pwrite(self._fd, line[written:], written)
+            while written < len(data):
+                written += os.pwrite(self._fd, data[written:], written)
         self._is_announced = True
 
     def end(self) -> None:
@@ -431,10 +431,13 @@ def read_disk(path: str, limit: int = -1) -> Disk:
     At most `limit` bytes are read, all of them where it is negative.
     """
     try:
-        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, READING)
     except OSError as error:
         return _disk_unopened(path, error)
+    return _read_opened(path, fd, limit)
+
+
+def _read_opened(path: str, fd: int, limit: int) -> Disk:
     try:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
@@ -593,7 +596,7 @@ def _copy_attributes(like: str, fd: int) -> None:
         import ctypes
 
         acl_and_xattr = 0b101  # COPYFILE_ACL | COPYFILE_XATTR in copyfile.h
-        source = os.open(like, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        source = os.open(like, READING)
         try:
             if ctypes.CDLL(None, use_errno=True).fcopyfile(source, fd, None, acl_and_xattr):
                 code = ctypes.get_errno()
@@ -701,16 +704,21 @@ def _swap_back(temporary: str, path: str, data: bytes) -> None:
 
 def _read_let_go(path: str) -> Optional[Disk]:
     """Read a file that has lost its name, once nobody writes to it; None if somebody goes on."""
+    try:
+        fd = os.open(path, READING)
+    except OSError as error:
+        return _disk_unopened(path, error)
     deadline = time.monotonic() + WRITER_PATIENCE
-    while _has_writer(path):
+    while _has_writer(fd):
         if time.monotonic() > deadline:
+            os.close(fd)
             return None
         time.sleep(WRITER_PAUSE)
-    return read_disk(path)
+    return _read_opened(path, fd, -1)
 
 
-def _has_writer(path: str) -> bool:
-    """Say whether somebody has a file open for writing, where the system tells.
+def _has_writer(fd: int) -> bool:
+    """Say whether somebody has an open file open for writing, where the system tells.
 
     Linux refuses a read lease then (F_SETLEASE in fcntl(2)); not so on some file systems, nor for others' files.
     """
@@ -719,16 +727,10 @@ def _has_writer(path: str) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False  # a link by now, or something else that is told when it is read
-    try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
     return False
 
 
@@ -877,22 +879,20 @@ def _parse_leftover(data: bytes) -> Optional[Leftover]:
     token, newline, rest = data.partition(b"\n")
     if not newline:
         return None  # empty, or cut short before any file was named so
-    try:
-        begin, swap, end = json.loads(rest.partition(b"\n")[0])
-        return Leftover(token.decode(), _swap_of(swap) if begin == end else None)
-    except (ValueError, TypeError, RecursionError):
-        return Leftover(token.decode("utf-8", "replace"))  # cut short before the swap
+    return Leftover(token.decode("utf-8", "replace"), _parse_swap(os.fsdecode(rest)))
 
 
-def _swap_of(values: Optional[Sequence[Any]]) -> Optional[Swap]:
-    """Make a swap of what a lock file has, which may have been damaged; raises ValueError, TypeError."""
-    if values is None:
+def _format_swap(swap: Optional[Swap], number: int) -> str:
+    # The number at both ends tells one that was cut short, with an older one showing behind it.
+    return "\0".join([str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""]) if swap else ""
+
+
+def _parse_swap(text: str) -> Optional[Swap]:
+    number, *parts = text.split("\0")
+    if not number or number not in parts[2:]:
         return None
-    path, temporary, hashes = values
-    for place in (path, temporary):
-        if b"\0" in os.fsencode(place):
-            raise ValueError("a NUL in a path")
-    return Swap(path, temporary, [*map(str, hashes)])
+    path, temporary, *hashes = parts[: parts.index(number, 2)]
+    return Swap(path, temporary, hashes)
 
 
 def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
@@ -1440,7 +1440,7 @@ def name_node(node: YamlNode) -> str:
 
 def read_text(doc: Document, node: YamlNode, key: str) -> str:
     text = node.value
-    if not isinstance(text, str) or is_null(node):
+    if not isinstance(text, str) or (text in NULLS and not node.style):
         doc.reject(node, key, "text")
         return ""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -1485,7 +1485,7 @@ def list_of(read_item: NodeReader) -> NodeReader:
             if not was_over:
                 doc.complain(1, f"{key}: expected at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
             return ()
-        return tuple(read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value))
+        return tuple([read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value)])
 
     return read
 
@@ -1500,40 +1500,37 @@ def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
     if node.id != "mapping":
         doc.reject(node, key or "file", "a mapping")
         return {}
+    above = f"{key}." if key else ""
     items: dict[str, YamlNode] = {}
     for name, value in node.value:
-        text = name.value if isinstance(name.value, str) else ""
-        if text == "<<" and not name.style:
-            doc.complain(
-                name.start_mark.line + 1, f"{_join(key, text)}: expected no merge key, which YAML 1.2 lacks, got one"
-            )
-        elif not text:
+        text = name.value
+        if not text or not isinstance(text, str):
             doc.reject(name, key or "key", "text as a key")
+        elif text == "<<" and not name.style:
+            line = name.start_mark.line + 1
+            doc.complain(line, f"{above}<<: expected no merge key, which YAML 1.2 lacks, got one")
         elif text in items:
-            doc.complain(name.start_mark.line + 1, f"{_join(key, text)}: expected once, got it again")
+            doc.complain(name.start_mark.line + 1, f"{above}{text}: expected once, got it again")
         else:
             items[text] = value
     return items
 
 
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
 def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
     """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
     items = read_items(doc, node, key)
+    above = f"{key}." if key else ""
     values: dict[str, Any] = {}
     for name, field in schema.items():
-        value = items.get(name)
+        value = items.pop(name, None)
         if value is not None and not is_null(value) and not (field.required and value.value == ""):
-            values[name] = field.read(doc, value, _join(key, name))
+            values[name] = field.read(doc, value, above + name)
         elif field.required:
             values[name] = ""
             if node.id == "mapping":
                 line = (value or node).start_mark.line + 1
-                doc.complain(line, f"{_join(key, name)}: expected a value, got nothing")
-    values["extra"] = tuple((name, value) for name, value in items.items() if name not in schema)
+                doc.complain(line, f"{above}{name}: expected a value, got nothing")
+    values["extra"] = tuple(items.items())
     return values
 
 
@@ -2477,14 +2474,14 @@ TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked":
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
 _CODE_SPAN = re.compile(r"(?<!`)((`+)(?!`).*?(?<!`)\2(?!`))")
 _FENCED = re.compile(r"(?ms)^(```+|~~~+)\w*\n(?:.*?\n)?\1$")  # a plain fenced block, from its first column on
-_NOT_PLAIN = re.compile(r"[<>`@~]|  |^ | $")
+_SPECIAL = re.compile(r"[<>`@~]")
 # Claude and Gemini import the file that a bare @word names.
 _AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[^\s`.,;:!?)\]}'\"]")
 
 
 def is_plain(text: str) -> bool:
     """Say whether a line is harmless as it is, which most are and can be told faster than made."""
-    return text.isprintable() and not _NOT_PLAIN.search(text)
+    return text.isprintable() and not _SPECIAL.search(text) and "  " not in text and text.strip() == text
 
 
 def defuse(text: str) -> str:
@@ -2780,6 +2777,7 @@ _MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ 
 _MARKER_STUB = b"<!-- orchestra:"
 
 
+@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
 def find_block(data: bytes) -> Optional[Span]:
     """Find the block of a shared file; markers count where they have a line to themselves.
 
@@ -2813,7 +2811,7 @@ def newline_of(data: bytes) -> bytes:
 
 def digest_of(ours: bytes) -> str:
     """Hash what is Orchestra's in a file; git may have turned its line ends into CRLF."""
-    return sha256_of(ours.replace(b"\r\n", b"\n"))
+    return sha256_of(ours.replace(b"\r\n", b"\n") if b"\r" in ours else ours)
 
 
 def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:

@@ -972,6 +972,28 @@ def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Ho
         assert found == [orchestra.Leftover(lock.left.token, swap)]
 
 
+@pytest.mark.parametrize("path", ["/code/CLAUDE.md", "/c/CLAUDE.md", "/code/a\nb/\udcff/CLAUDE.md"])
+def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: Home, path: str) -> None:
+    older = orchestra.Swap("/code/AGENTS.md", "/code/.orchestra-1-1.tmp", ["ab" * 32, "cd" * 32])
+    newer = orchestra.Swap(path, f"{path}.tmp", ["ef" * 32])
+    lines = []
+    for swap in (older, newer):
+        with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            lock.left = lock.left._replace(token="1-aa")
+            lock.new_temporary("/code")
+            lock.announce_swap(swap)
+            if swap == newer:
+                lock.new_temporary("/code")
+                lock.announce_swap(swap)
+            raise KeyError
+        lines.append((home.code / "lock").read_bytes())
+        (home.code / "lock").unlink()
+    for cut in range(len("1-aa\n") + 1, len(lines[1])):
+        (home.code / "lock").write_bytes(lines[1][:cut] + lines[0][cut:])
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=lambda left: left.swap in (None, newer) or 1 / 0):
+            pass
+
+
 @pytest.mark.parametrize("saved", [b"old", b"saved in that instant"])
 def test_a_swap_that_is_interrupted_leaves_what_it_brought_out_if_that_is_a_save(
     home: Home, monkeypatch: Any, saved: bytes
@@ -2515,13 +2537,15 @@ def test_a_record_that_orchestra_cannot_have_written_counts_as_none(home: Home, 
 
 SAVED_IN_THE_INSTANT = b"saved in that instant"
 DAMAGED_SWAPS = (
-    "[1,[1,2,3],1]",
-    '[1,["/a","/etc/hostname",null],1]',
-    '[1,["a\\u0000","b",[]],1]',
-    '[1,["\\ud800","b",[]],1]',
-    "[" * 60_000,
-    "[1,5,1]",
-    "{}",
+    b"",
+    b"1",
+    b"1\0/a\0/a",
+    b"\0" * 10,
+    b"1\0" * 10,
+    b"1\0\xff\0b\x001\0",
+    b"1\0/a/CLAUDE.md\0/etc/hostname\x001\0",
+    b"1\0/a/CLAUDE.md\0/etc\0x\x001\0",
+    b"[" * 60_000,
 )
 
 
@@ -2531,8 +2555,8 @@ def leave_swap(home: Home, root: Path, path: str) -> Path:
     temporary.write_bytes(SAVED_IN_THE_INSTANT)
     lock = Path(orchestra.codebase_lock_path(home.path, ("shop", "api")))
     lock.parent.mkdir(parents=True, exist_ok=True)
-    swap = [1, [str(root / path), str(temporary), ["00"]], 1]
-    lock.write_text(f"77-aa\n{json.dumps(swap)}\n")
+    swap = "\0".join(["1", str(root / path), str(temporary), "00", "1", ""])
+    lock.write_text(f"77-aa\n{swap}")
     return temporary
 
 
@@ -2558,11 +2582,11 @@ def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_
 
 
 @pytest.mark.parametrize("swap", DAMAGED_SWAPS)
-def test_a_damaged_lock_file_stops_nothing(home: Home, swap: str) -> None:
+def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
     home.make_codebase("shop/api")
     for lock in (orchestra.codebase_lock_path(home.path, ("shop", "api")), orchestra.registry_lock_path(home.path)):
         Path(lock).parent.mkdir(parents=True, exist_ok=True)
-        Path(lock).write_text(f"x\n{swap}\n")
+        Path(lock).write_bytes(b"x\n" + swap)
     assert home.sync().err == ""
     assert home.run_fine("project", "remove", "api").err == ""
 
@@ -2964,8 +2988,8 @@ def test_a_registry_sweep_that_ended_in_its_backup_is_swept_up_itself(home: Home
     file = home.write_registry("shop/api.yaml", "name: api\npath: /x\n")
     home.run_fine("project", "list")
     saved = home.write_registry("shop/.orchestra-1-dead-1.tmp", "the user's save")
-    swap = [str(file), str(saved), ["0" * 64]]
-    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": f"1-dead\n{json.dumps([1, swap, 1])}\n"})
+    swap = "\0".join(["1", str(file), str(saved), "0" * 64, "1", ""])
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": f"1-dead\n{swap}"})
     put_files(Path(orchestra.backups_of(home.path, ("shop", "api"))), {".orchestra-1-dead.tmp": "half of it"})
     orchestra.clear_registry(home.path)
     assert home.backups() == {"api.yaml": b"the user's save"}
@@ -3007,7 +3031,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
     home.make_codebase("shop/api", targets=ALL_TARGETS)
     home.sync()
     put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
-    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead\n[0, null, 0]\n")
+    Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead\n")
     assert home.sync().lines == []
     assert home.leftovers() == []
 
@@ -3016,7 +3040,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: str) -> None:
     home.write_registry("shop/.orchestra-1-dead.tmp", "half")
     home.run_fine("project", "list")
-    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n[0, null, 0]\n"})
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n"})
     orchestra.save_codebase(home.path, orchestra.Codebase(project, "api", "/x"))
     assert home.leftovers() == []
 
