@@ -403,8 +403,8 @@ class Lock:
 
     def _announce(self) -> None:
         data = os.fsencode(f"{self.left.token}\n{_format_swap(self.left.swap, self._count)}")
+        written = 0
         with blame(self._path):
-            written = 0
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], written)
         self._is_announced = True
@@ -543,27 +543,35 @@ def new_token() -> str:
     return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def _write_temporary(path: str, data: bytes, mode: Optional[int], durable: bool, like: str = "") -> None:
-    """Write a new file with `mode`, or the umask's where it is None; with all else as the file at `like` has it."""
+def _write_temporary(
+    path: str, data: bytes, mode: Optional[int], durable: bool, like: str = "", expected: Disk = ABSENT
+) -> None:
+    """Write a new file with `mode`, or the umask's where it is None.
+
+    All else it has as the file at `like`, which is `expected`; raises FileChanged where one can see that it is not.
+    """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
         if mode is not None:
-            os.fchmod(fd, _take_after(fd, like, mode) if like else mode)
+            os.fchmod(fd, _take_after(fd, like, expected) if like else mode)
         if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _take_after(fd: int, like: str, mode: int) -> int:
+def _take_after(fd: int, like: str, expected: Disk) -> int:
     """Give a file another's owner, group and extended attributes; return its mode, less what they cannot guard.
 
-    Raises OSError for another user's file, whom the new one would lock out.
+    Raises FileChanged for another that is not `expected` by its looks, OSError for another user's, whom the new one
+    would lock out.
     """
     old, new = os.stat(like, follow_symlinks=False), os.fstat(fd)
+    if (old.st_size, old.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
+        raise FileChanged(like)
     is_guarded = True
     if old.st_uid != new.st_uid and os.geteuid() != 0:
         raise OSError(errno.EACCES, f"expected a file of yours, got one of user {old.st_uid}: chown it", like)
@@ -576,7 +584,7 @@ def _take_after(fd: int, like: str, mode: int) -> int:
         _copy_attributes(like, fd)
     except OSError as error:
         is_guarded = is_guarded and error.errno == errno.ENOTSUP
-    return mode if is_guarded else mode & ~0o077
+    return expected.mode if is_guarded else expected.mode & ~0o077
 
 
 def _copy_attributes(like: str, fd: int) -> None:
@@ -621,16 +629,17 @@ def replace_file(
 
     The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
     the disk, and is for files that hold what exists nowhere else. Raises FileChanged when `path` is not `expected`,
-    OSError.
+    which is looked at before, by size and mode at least, and whole when it has been swapped out; OSError.
     """
     temporary = lock.new_temporary(os.path.dirname(path))
     is_new = expected.kind == "absent"
     try:
-        _write_temporary(temporary, data, mode if is_new else expected.mode, durable, "" if is_new else path)
         if is_new:
+            _write_temporary(temporary, data, mode, durable)
             _place_new_file(temporary, path)
             return
-        if read_disk(path) != expected:
+        _write_temporary(temporary, data, expected.mode, durable, path, expected)
+        if durable and read_disk(path) != expected:  # the disk took its time
             raise FileChanged(path)
         swap = Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)])
         lock.announce_swap(swap)
@@ -642,8 +651,10 @@ def replace_file(
     try:
         if swap_files(temporary, path):
             _judge_swapped(temporary, path, expected, data)
-        else:
+        elif read_disk(path) == expected:
             os.rename(temporary, path)  # the instant since the last look stays open
+        else:
+            raise FileChanged(path)
     except BaseException as error:
         _drop_if_known(swap)
         if isinstance(error, FileNotFoundError):
@@ -1328,17 +1339,18 @@ class Field(NamedTuple):
 @functools.cache
 def text_loader() -> Any:
     """Make the loader that leaves every scalar as typed: libyaml's parser where PyYAML has it."""
+    import operator
+
     yaml = import_yaml()
     tags = {yaml.ScalarNode: STR_TAG, yaml.SequenceNode: SEQ_TAG, yaml.MappingNode: MAP_TAG}
 
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
-    def skip(loader: Any, *path: Any) -> None:
-        """Track no paths: only path resolvers, of which there are none, would ask."""
-
+    # Called at every node, to track what only path resolvers would ask for: built-in functions that do nothing.
+    descend, ascend = operator.is_, tuple
     base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": skip, "ascend_resolver": skip})
+    return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
 
 
 def import_yaml() -> Any:
@@ -4919,16 +4931,19 @@ class Daemon:
         if self._due and not self._watch_job_runs:
             self._submit_due()
         if self._staleness_at is not None and now >= self._staleness_at:
-            self._staleness_at = None  # the end of whatever keeps it from being queued sets it again
-            self._processor.submit(SyncJob(SyncTarget(()), "staleness"))
+            self._submit(SyncJob(SyncTarget(()), "staleness"))
 
     def _submit_due(self) -> None:
         changed = frozenset(self._due)
         target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
         job = SyncJob(target, "watcher", None, changed, self._suspects & changed)
-        if self._processor.submit(job):
+        if self._submit(job):
             self._due.clear()
             self._watch_job_runs = True
+
+    def _submit(self, job: SyncJob) -> bool:
+        self._staleness_at = None  # the end of this job sets it again, or that of what keeps it from being queued
+        return self._processor.submit(job)
 
     # What wakes the loop
 
@@ -5030,7 +5045,7 @@ class Daemon:
         job = SyncJob(target, "socket", lambda outcome: self._server.reply(client, encode_outcome(outcome)))
         if self._is_stopping:
             raise ProtocolError(STOPPING)
-        if not self._processor.submit(job):
+        if not self._submit(job):
             raise ProtocolError(f"daemon: expected room for the job, got a queue of {QUEUE_SIZE}: try again")
         client.is_waiting = True
 
@@ -5528,6 +5543,7 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
 # --check and --exit-code); 2 could not; 130 was interrupted, as shells have it.
 
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
+GC_THRESHOLD = 10000  # new objects until garbage in cycles is looked for, of which there is hardly any
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
 
@@ -6118,6 +6134,9 @@ def prepare_output() -> None:
 
 def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.environ) -> int:
     """Run one command and return its exit status."""
+    import gc
+
+    gc.set_threshold(GC_THRESHOLD)
     prepare_output()
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)

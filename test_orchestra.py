@@ -751,13 +751,23 @@ def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home, lock: orch
     assert os.listdir(home.code) == ["x"]
 
 
+@pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize(
     ("planned", "content"),
-    [(b"old", b"saved"), (b"old", None), (b"old", link_to("y")), (None, b"saved"), (None, link_to("y"))],
+    [
+        (b"old", b"saved"),
+        (b"old", b"new"),
+        (b"old", None),
+        (b"old", link_to("y")),
+        (None, b"saved"),
+        (None, link_to("y")),
+    ],
 )
 def test_a_file_that_is_not_as_planned_is_not_touched(
-    home: Home, lock: orchestra.Lock, planned: Optional[bytes], content: Any
+    home: Home, lock: orchestra.Lock, monkeypatch: Any, planned: Optional[bytes], content: Any, swaps: bool
 ) -> None:
+    if not swaps:
+        monkeypatch.setattr(orchestra, "swap_files", lambda one, other: False)
     expected = orchestra.ABSENT if planned is None else orchestra.Disk("file", planned, 0o644)
     put_files(home.code, {"x": content})
     before = tree(home.code)
@@ -766,6 +776,30 @@ def test_a_file_that_is_not_as_planned_is_not_touched(
     with pytest.raises(orchestra.FileChanged):
         orchestra.remove_file(str(home.code / "x"), expected, lock)
     assert tree(home.code) == before
+
+
+@pytest.mark.parametrize(
+    ("during", "durable", "save"),
+    [
+        ("planning", False, lambda path: path.write_bytes(b"longer")),
+        ("planning", False, lambda path: path.chmod(0o600)),
+        ("fsync", True, lambda path: path.write_bytes(b"new")),
+        ("fsync", True, lambda path: path.write_bytes(b"longer")),
+    ],
+)
+def test_a_file_that_was_saved_meanwhile_keeps_its_name_all_the_time(
+    home: Home, lock: orchestra.Lock, monkeypatch: Any, during: str, durable: bool, save: Callable[[Path], Any]
+) -> None:
+    path, fsync = home.code / "x", os.fsync
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    planned = orchestra.read_disk(str(path))
+    if during == "planning":
+        save(path)
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), save(path)))
+    monkeypatch.setattr(orchestra, "swap_files", lambda one, other: 1 / 0)
+    with pytest.raises(orchestra.FileChanged):
+        orchestra.replace_file(str(path), b"fresh", planned, lock, durable=durable)
 
 
 def refuse_link(*names: str) -> None:
@@ -5978,6 +6012,23 @@ def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, turned: orchestra.
             turned.step(0.01)
         counts.append(told.read_text().count("job failed"))
     assert counts[0] == counts[1]
+
+
+def test_the_staleness_scan_waits_for_the_end_of_a_long_job(
+    live: Live, turned: orchestra.Daemon, monkeypatch: Any
+) -> None:
+    live.save()
+    turn_until(turned, lambda: " staleness " in live.log())
+    monkeypatch.setattr(orchestra, "STALENESS_DELAY", 0.1)
+    live.save("shop/web")
+    turn_until(turned, lambda: turned._staleness_at is not None)
+    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
+        live.save(note="second")
+        turn_until(turned, lambda: turned._watch_job_runs)
+        deadline = time.monotonic() + 0.3
+        turn_until(turned, lambda: time.monotonic() > deadline)
+        assert turned._processor.jobs.empty()
+    turn_until(turned, lambda: live.has("second") and live.log().count(" staleness ") == 2)
 
 
 def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(live: Live) -> None:
