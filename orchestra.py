@@ -1357,6 +1357,7 @@ def import_yaml() -> Any:
     """Import PyYAML; raises OrchestraError where there is none."""
     try:
         import yaml
+        from yaml import SafeLoader  # noqa: F401  another package may be called so
     except ImportError:
         raise OrchestraError(
             f"PyYAML: expected it in {sys.executable}, found none", f"{sys.executable} -m pip install PyYAML"
@@ -3817,7 +3818,8 @@ class Watcher:
             elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
                 if os.path.islink(path):
                     self._anchor(path)
-                self._look_at_file(self._picture.setdefault(os.path.dirname(path), {}), path, trust_stamp=False)
+                picture = self._picture.setdefault(os.path.dirname(path), {})
+                self._look_at_file(picture, path, path, None, trust_stamp=False)
 
     def _is_structural(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -3836,7 +3838,7 @@ class Watcher:
         if entries is None:
             return
         self._folders = set()
-        loose = set()
+        loose = {}
         for entry in entries:
             if is_ignored(entry.name):
                 continue
@@ -3845,17 +3847,18 @@ class Watcher:
             if os.path.isdir(entry.path):
                 self._folders.add(entry.path)
             elif is_registry_file(entry.name):
-                loose.add(entry.path)
+                loose[entry.path] = entry.name
         self._look_at_files(self._root, loose)
         for folder in [folder for folder in self._picture if folder not in self._folders and folder != self._root]:
-            self._look_at_files(folder, set())
+            self._look_at_files(folder, {})
         for folder in self._folders:
             self._look_at_folder(folder)
-        self.source.retain({*self._folders, *self._anchors}.union(*self._picture.values()))
+        files = self._picture.values() if self.source.watches_files else ()
+        self.source.retain({*self._folders, *self._anchors}.union(*files))
 
     def _look_at_folder(self, folder: str) -> None:
         self._watch(self.source.watch_folder, folder)
-        files = set()
+        files = {}
         entries = self._list(folder)
         if entries is None:
             return
@@ -3864,7 +3867,7 @@ class Watcher:
             if entry.path in known or is_registry_file(entry.name):
                 if entry.is_symlink():
                     self._anchor(entry.path)
-                files.add(entry.path)
+                files[entry.path] = entry.name
         self._look_at_files(folder, files)
 
     def _list(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
@@ -3877,17 +3880,26 @@ class Watcher:
             self.must_poll = True
             return None
 
-    def _look_at_files(self, folder: str, files: set[str]) -> None:
+    def _look_at_files(self, folder: str, files: Mapping[str, str]) -> None:
+        """Look at all registry files of a folder, given as path: name; what else was known of it is gone."""
         picture = self._picture.setdefault(folder, {})
-        for path in files:
-            self._look_at_file(picture, path)
-        for path in picture.keys() - files:
+        if files:
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the way to a name is shorter from there
+            try:
+                for path, name in files.items():
+                    self._look_at_file(picture, path, name, fd)
+            finally:
+                os.close(fd)
+        for path in picture.keys() - files.keys():
             self._drop(picture, path)
 
-    def _look_at_file(self, picture: dict[str, Seen], path: str, trust_stamp: bool = True) -> None:
+    def _look_at_file(
+        self, picture: dict[str, Seen], path: str, name: str, fd: Optional[int], trust_stamp: bool = True
+    ) -> None:
+        """Look at a file, which `name` leads to from the folder open at `fd`."""
         is_new_watch = self.source.watches_files and self._watch(self.source.watch_file, path)
         try:
-            info = os.stat(path)
+            info = os.stat(name, dir_fd=fd)
         except OSError:
             return self._drop(picture, path)
         stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
@@ -5233,23 +5245,23 @@ def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], Non
 
     Raises OrchestraError where it cannot be had.
     """
-    if _can_import_yaml():
+    if _has_yaml():
         return
     lib = python_lib_dir(home)
     sys.path.append(lib)
-    if not _can_import_yaml():
+    if not _has_yaml():
         fetch_yaml(home, sys.executable, environ, tell, run)
         _forget_folders()
-    if not _can_import_yaml():
+    if not _has_yaml():
         raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
 
 
-def _can_import_yaml() -> bool:
-    try:
-        import_yaml()
-    except OrchestraError:
-        return False
-    return True
+def _has_yaml() -> bool:
+    """Say whether there is such a package, without the 12 ms of importing it: a command may need no YAML parsed."""
+    from importlib.util import find_spec
+
+    spec = find_spec("yaml")
+    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def _forget_folders() -> None:
