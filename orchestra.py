@@ -3545,7 +3545,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
 DEBOUNCE_WINDOW = 0.5  # seconds
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
-MAX_READS = 4  # of a source's events in one go
+EVENTS_A_TURN = 64  # of a source, then the sockets' turn: what is left keeps its descriptor readable
 MAX_LINKS = 40  # followed from one name, as Linux does
 RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
 KQUEUE_RESERVE = 128  # descriptors not spent on watches
@@ -3609,6 +3609,7 @@ class InotifySource(PollingSource):
     MASK = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO
     MASK |= IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
     HEADER = 16  # bytes of struct inotify_event before the name: wd, mask, cookie, len
+    EVENT = 32  # bytes of an event with a short name; one with the longest has 272
 
     def __init__(self) -> None:
         import ctypes
@@ -3642,19 +3643,18 @@ class InotifySource(PollingSource):
                 self._libc.inotify_rm_watch(self._fd, wd)
 
     def drain(self) -> Optional[set[str]]:
+        try:
+            data = os.read(self._fd, EVENTS_A_TURN * self.EVENT)
+        except BlockingIOError:
+            return set()
         hints: set[str] = set()
-        for _ in range(MAX_READS):  # then the others' turn; what is left keeps the descriptor readable
-            try:
-                data = os.read(self._fd, 1 << 16)
-            except BlockingIOError:
-                break
-            for wd, mask, name in self._parse(data):
-                if mask & self.IN_Q_OVERFLOW:
-                    return None
-                for folder in self._paths.get(wd, ()):
-                    hints.add(os.path.join(folder, name) if name else folder)
-                if mask & self.IN_IGNORED:
-                    self._paths.pop(wd, None)
+        for wd, mask, name in self._parse(data):
+            if mask & self.IN_Q_OVERFLOW:
+                return None
+            for folder in self._paths.get(wd, ()):
+                hints.add(os.path.join(folder, name) if name else folder)
+            if mask & self.IN_IGNORED:
+                self._paths.pop(wd, None)
         return hints
 
     def _parse(self, data: bytes) -> Iterator[tuple[int, int, str]]:
@@ -3738,12 +3738,8 @@ class KqueueSource(PollingSource):
             self._forget(path)
 
     def drain(self) -> Optional[set[str]]:
-        hints: set[str] = set()
-        while True:
-            events = self._queue.control(None, 256, 0)
-            hints.update(self._path_of[event.ident] for event in events if event.ident in self._path_of)
-            if len(events) < 256:
-                return hints
+        events = self._queue.control(None, EVENTS_A_TURN, 0)
+        return {self._path_of[event.ident] for event in events if event.ident in self._path_of}
 
     def close(self) -> None:
         self.retain(set())

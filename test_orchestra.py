@@ -3847,6 +3847,24 @@ class Lookout:
         self.forget()
 
 
+@pytest.mark.parametrize("kind", ["kqueue", "inotify"])
+def test_many_saves_at_once_are_taken_in_turns_that_leave_the_sockets_theirs(
+    live: Live, kind: str, monkeypatch: Any
+) -> None:
+    require(kind, monkeypatch)
+    labels = live.save_many(3 * orchestra.EVENTS_A_TURN)
+    lookout = Lookout(live, kind)
+    for label in labels:
+        live.file(label).write_text(live.text(label, note="again"))
+    turns = 0
+    while len(lookout.saved) < len(labels):
+        known = len(lookout.saved)
+        assert lookout.turn(20)
+        assert len(lookout.saved) <= known + orchestra.EVENTS_A_TURN
+        turns += 1
+    assert turns >= 3
+
+
 def save_in_place(file: Path, text: str) -> None:
     with open(file, "r+") as out:
         out.write(text)
