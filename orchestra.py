@@ -398,7 +398,7 @@ class Lock:
         return temporary_path(folder, f"{self.token}-{self._count}")
 
     def announce_swap(self, swap: Swap) -> None:
-        self.left = self.left._replace(swap=swap)
+        self.left = Leftover(self.left.token, swap)
         self._announce()
 
     def _announce(self) -> None:
@@ -2630,17 +2630,14 @@ def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str
     beside it would otherwise hide.
     """
     body = render_body(codebase)
+    title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
     files = {}
     for agent in (AGENTS[target] for target in targets_of(codebase)):
         text = body
         if agent.target == "claude" and import_agents_md:
             text += "\n@AGENTS.md\n"
-        if agent.owned:
-            title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
-            text = agent.header.format(title=title) + text
-        else:
-            text = f"{BLOCK_BEGIN}\n{text}{BLOCK_END}"
-        files[agent.path] = text.encode("utf-8", "replace")
+        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n{text}{BLOCK_END}"
+        files[agent.path] = whole.encode("utf-8", "replace")
     return files
 
 
@@ -2850,7 +2847,8 @@ def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Option
     data = before.data
     span = None if agent.owned else find_block(data)
     newline = newline_of(data[span.start :] if span else data)
-    wanted = wanted.replace(b"\n", newline)
+    if newline != b"\n":
+        wanted = wanted.replace(b"\n", newline)
     if agent.owned:
         return wanted, None
     if span is not None:
@@ -2926,15 +2924,21 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"problem": str(error), "hint": getattr(error, "hint", "")}
 
 
+@functools.cache
+def folders_above(path: str) -> tuple[str, ...]:
+    """List the folders that a relative path leads through, the topmost first."""
+    parts = path.split("/")
+    return tuple("/".join(parts[:i]) for i in range(1, len(parts)))
+
+
 def check_parents(root: str, path: str, make: bool = False) -> str:
     """Give the real place of a managed path, whose missing folders are made if asked for.
 
     Raises SyncError where they lead out of the codebase or are no folders.
     """
-    folder = root
     has_link = False
-    for name in path.split("/")[:-1]:
-        folder = f"{folder}/{name}"
+    for above in folders_above(path):
+        folder = f"{root}/{above}"
         try:
             mode = os.lstat(folder).st_mode
         except FileNotFoundError:
@@ -2948,7 +2952,7 @@ def check_parents(root: str, path: str, make: bool = False) -> str:
             _check_link(root, folder)
             mode = os.stat(folder).st_mode
         if not stat.S_ISDIR(mode):
-            raise SyncError(f"expected {folder[len(root) + 1 :]} to be a folder, got a file: move its text into one")
+            raise SyncError(f"expected {above} to be a folder, got a file: move its text into one")
     if has_link:
         folder, name = os.path.split(path)
         return f"{real_path(f'{root}/{folder}')}/{name}"
@@ -3136,7 +3140,7 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
                 joins[file.path] = file.join
             elif file.before.kind == "absent":
                 joins.pop(file.path, None)
-            folders.update(_missing_folders(root, file.path))
+            folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
     return Record(
         record.synced_at,
         new_files,
@@ -3150,13 +3154,6 @@ def text_before_block(file: FilePlan) -> bytes:
     """Give the user's text in front of a shared file's block."""
     span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
     return b"" if span is None else file.before.data[: span.start].replace(BOM, b"")
-
-
-def _missing_folders(root: str, path: str) -> Iterator[str]:
-    folder = os.path.dirname(path)
-    while folder and not os.path.isdir(os.path.join(root, folder)):
-        yield folder
-        folder = os.path.dirname(folder)
 
 
 # Apply
@@ -3270,8 +3267,8 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Pla
 
 def _remove_spare_folders(root: str, record: Record) -> Record:
     """Remove the folders that were made for files which are no more, and forget them."""
-    spare = [folder for folder in record.folders if not any(path.startswith(folder + "/") for path in record.files)]
-    emptied = [folder for folder in reversed(spare) if _remove_if_empty(root, folder)]
+    needed = {folder for path in record.files for folder in folders_above(path)}
+    emptied = [f for f in reversed(record.folders) if f not in needed and _remove_if_empty(root, f)]
     return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
 
 
