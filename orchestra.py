@@ -544,19 +544,16 @@ def new_token() -> str:
 
 
 def _write_temporary(
-    path: str, data: bytes, mode: Optional[int], durable: bool, like: str = "", expected: Disk = ABSENT
+    path: str, data: bytes, mode: Optional[int], durable: bool, dress: Optional[Callable[[int], int]] = None
 ) -> None:
-    """Write a new file with `mode`, or the umask's where it is None.
-
-    All else it has as the file at `like`, which is `expected`; raises FileChanged where one can see that it is not.
-    """
+    """Write a new file with `mode`, or the umask's where it is None, or the one that `dress` gives it with all else."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
         if mode is not None:
-            os.fchmod(fd, _take_after(fd, like, expected) if like else mode)
+            os.fchmod(fd, dress(fd) if dress else mode)
         if durable:
             os.fsync(fd)
     finally:
@@ -638,7 +635,7 @@ def replace_file(
             _write_temporary(temporary, data, mode, durable)
             _place_new_file(temporary, path)
             return
-        _write_temporary(temporary, data, expected.mode, durable, path, expected)
+        _write_temporary(temporary, data, expected.mode, durable, lambda fd: _take_after(fd, path, expected))
         if durable and read_disk(path) != expected:  # the disk took its time
             raise FileChanged(path)
         swap = Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)])
@@ -1359,10 +1356,19 @@ def import_yaml() -> Any:
         import yaml
         from yaml import SafeLoader  # noqa: F401  another package may be called so
     except ImportError:
-        raise OrchestraError(
-            f"PyYAML: expected it in {sys.executable}, found none", f"{sys.executable} -m pip install PyYAML"
-        ) from None
+        file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
+        found = f"what is not it or not whole: {file}" if file else "none"
+        hint = f"move that away; {hint}" if file else hint
+        raise OrchestraError(f"PyYAML: expected it in {sys.executable}, found {found}", hint) from None
     return yaml
+
+
+def find_yaml() -> Optional[str]:
+    """Find the file of what `import yaml` would load, without the 12 ms of that; a mere folder of the name has none."""
+    from importlib.util import find_spec
+
+    spec = find_spec("yaml")
+    return spec.origin if spec else None
 
 
 def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
@@ -1453,7 +1459,7 @@ def name_node(node: YamlNode) -> str:
 
 def read_text(doc: Document, node: YamlNode, key: str) -> str:
     text = node.value
-    if not isinstance(text, str) or (text in NULLS and not node.style):
+    if not isinstance(text, str) or is_null(node):
         doc.reject(node, key, "text")
         return ""
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
@@ -1513,7 +1519,7 @@ def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
     if node.id != "mapping":
         doc.reject(node, key or "file", "a mapping")
         return {}
-    above = f"{key}." if key else ""
+    above = _prefix_of(key)
     items: dict[str, YamlNode] = {}
     for name, value in node.value:
         text = name.value
@@ -1529,10 +1535,14 @@ def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
     return items
 
 
+def _prefix_of(key: str) -> str:
+    return f"{key}." if key else ""
+
+
 def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
     """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
     items = read_items(doc, node, key)
-    above = f"{key}." if key else ""
+    above = _prefix_of(key)
     values: dict[str, Any] = {}
     for name, field in schema.items():
         value = items.pop(name, None)
@@ -3808,10 +3818,12 @@ class Watcher:
         for path in hints:
             if path in self._folders:
                 self._look_at_folder(path)
-            elif os.path.dirname(path) in self._folders and is_registry_file(os.path.basename(path)):
+                continue
+            folder, name = os.path.split(path)
+            if folder in self._folders and is_registry_file(name):
                 if os.path.islink(path):
                     self._anchor(path)
-                picture = self._picture.setdefault(os.path.dirname(path), {})
+                picture = self._picture.setdefault(folder, {})
                 self._look_at_file(picture, path, path, None, trust_stamp=False)
 
     def _is_structural(self, path: str) -> bool:
@@ -5238,23 +5250,15 @@ def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], Non
 
     Raises OrchestraError where it cannot be had.
     """
-    if _has_yaml():
+    if find_yaml():
         return
     lib = python_lib_dir(home)
     sys.path.append(lib)
-    if not _has_yaml():
+    if not find_yaml():
         fetch_yaml(home, sys.executable, environ, tell, run)
         _forget_folders()
-    if not _has_yaml():
+    if not find_yaml():
         raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
-
-
-def _has_yaml() -> bool:
-    """Say whether there is such a package, without the 12 ms of importing it: a command may need no YAML parsed."""
-    from importlib.util import find_spec
-
-    spec = find_spec("yaml")
-    return spec is not None and spec.origin is not None  # a mere folder of that name has none
 
 
 def _forget_folders() -> None:

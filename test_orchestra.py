@@ -7051,13 +7051,24 @@ def test_pyyaml_is_not_fetched_where_that_is_forbidden(place: Place, bare_python
     assert place.listing() == {}
 
 
-@pytest.mark.parametrize("other", ["yaml/notes.txt", "yaml/__init__.py", "yaml.py"])
-def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(place: Place, bare_python: str, other: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "found"),
+    [
+        ("yaml/notes.txt", "none, and ORCHESTRA_NO_FETCH is set"),
+        ("yaml/__init__.py", "what is not it or not whole: {other}"),
+        ("yaml.py", "what is not it or not whole: {other}"),
+    ],
+)
+def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
+    place: Place, bare_python: str, other: str, found: str
+) -> None:
     put_files(place.folder / "scripts", {"orchestra.py": ORCHESTRA_PY, other: ""})
+    found = found.format(other=place.folder / "scripts" / other)
     script, environ = place.folder / "scripts/orchestra.py", {"ORCHESTRA_NO_FETCH": "1"}
     done = place.run(bare_python, script, "init", place.code, "-p", "demo", environ=environ)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.match(r"orchestra: PyYAML: expected it in .*, found none.*\n  try: .* install PyYAML.*\n\Z", done.stderr)
+    said = rf"orchestra: PyYAML: expected it in .*, found {re.escape(found)}\n  try: .* install PyYAML.*\n\Z"
+    assert re.match(said, done.stderr)
 
 
 def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(place: Place, bare_python: str) -> None:
