@@ -3888,8 +3888,10 @@ class Watcher:
     def _look_at_files(self, folder: str, files: Mapping[str, str]) -> None:
         """Look at all registry files of a folder, given as path: name; what else was known of it is gone."""
         picture = self._picture.setdefault(folder, {})
-        if files:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the way to a name is shorter from there
+        fd = _open_folder(folder) if files else None
+        if fd is None:
+            files = {}
+        else:
             try:
                 for path, name in files.items():
                     self._look_at_file(picture, path, name, fd)
@@ -3959,6 +3961,14 @@ class Watcher:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.must_poll = True
             return False
+
+
+def _open_folder(path: str) -> Optional[int]:
+    """Open a folder, from which the way to its names is shorter; None if it went since it was listed."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _is_plain_folder(path: str) -> bool:

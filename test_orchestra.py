@@ -3847,6 +3847,34 @@ class Lookout:
         self.forget()
 
 
+@pytest.mark.parametrize("becomes", ["nothing", "a file"])
+def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked_at(
+    live: Live, monkeypatch: Any, becomes: str
+) -> None:
+    others = [f"p{number}/api" for number in range(20)]
+    for label in ("shop/api", *others):
+        live.save(label)
+    watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
+    watcher.look()
+    list_folder = orchestra.list_folder
+
+    def list_and_remove(folder: str) -> Any:
+        entries = list_folder(folder)
+        if folder == str(live.projects / "shop"):
+            shutil.rmtree(folder)
+            if becomes == "a file":
+                Path(folder).write_text("")
+        return entries
+
+    for label in others:
+        live.save(label, note="again")
+    monkeypatch.setattr(orchestra, "list_folder", list_and_remove)
+    changes = watcher.look()
+    assert changes == orchestra.Changes(
+        saved=frozenset(str(live.file(label)) for label in others), deleted=frozenset([str(live.file("shop/api"))])
+    )
+
+
 @pytest.mark.parametrize("kind", ["kqueue", "inotify"])
 def test_many_saves_at_once_are_taken_in_turns_that_leave_the_sockets_theirs(
     live: Live, kind: str, monkeypatch: Any
