@@ -56,7 +56,7 @@ import stat
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from types import SimpleNamespace
 
 TYPE_CHECKING = False  # mypy takes it for true
@@ -242,6 +242,16 @@ def backups_of(home: str, key: Key) -> str:
     return f"{backups_root(home)}/{key[0]}/{key[1]}"
 
 
+def aside_root(home: str) -> str:
+    """The place of registry files that somebody may still be writing to."""
+    return f"{backups_root(home)}/.aside"
+
+
+def aside_of(home: str, key: Key) -> str:
+    """The place of a codebase's files that somebody may still be writing to."""
+    return f"{backups_of(home, key)}/.aside"
+
+
 def run_dir(home: str) -> str:
     return f"{orchestra_root(home)}/run"
 
@@ -320,17 +330,48 @@ def expand_home(home: str, path: str) -> str:
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
 # All changes to the user's files, the registry's and Orchestra's own are made here (pip, the socket and the log make
-# theirs). A reader of any file sees its old text or its new one; a file that is not as it was when the change was
-# planned is not touched (`FileChanged`).
+# theirs). A reader of any file sees its old text or its new one. A managed file is changed through its opened folder,
+# which no link that is put in the way meanwhile can turn into another.
+#
+# Replacing a file. The law: an inode that somebody may still be writing to is never removed and never left
+# without a name; what cannot be known counts as yes.
+#
+#   1 Look whether a program has the file open for writing. If so, wait a moment, then give up: FileBusy.
+#   2 Write the new text to a temporary file beside it, with the old one's owner, mode and attributes.
+#   3 Name both, with the hashes of their texts, in the lock file: from here on a turn that is killed is settled by
+#     the next one (`settle_swap`, which is steps 5 and 6 again).
+#   4 Exchange their names in one step.
+#   5 If what came out is the text that was expected and nobody writes to it, remove it. Where writers cannot be
+#     told, set it aside instead.
+#   6 Otherwise raise FileChanged. If the name still shows just what step 4 put there, exchange the names back, once;
+#     a newer save keeps its name. Whichever file has lost its name is let go as in step 5, or else set aside.
+#
+# What is set aside goes to the backups (`Lock.aside`), or keeps a temporary name where those are on another disk. It
+# is looked at again by the next turn and by the daemon (`collect_aside`) and removed once nobody writes to it, or,
+# where that cannot be told, a minute after its last change; a text that is not the expected one is backed up first.
+#
+# Where names cannot be exchanged, the old file gets a second name (or that name alone) before step 4, which then is a
+# plain rename: a file saved by renaming in between is lost (README, What remains). Removing a file is the same with a
+# rename to the temporary name as step 4.
+#
+# Linux tells writers by refusing a read lease, and the lease is held until the file is gone: an open for writing
+# that comes meanwhile breaks it and is seen. Two writers are not seen: one whose open(2) had found the file before
+# step 4 and was not carried on until after step 5, and one that has it open for reading and later opens that
+# descriptor for writing through /proc/self/fd.
 
 LOCK_TIMEOUT = 30.0  # seconds
 MAX_LEFTOVER = 64 << 10  # bytes of a lock file
-MAX_SWAPS = 10  # to give a file its name back that somebody keeps saving
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
+ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is let go
+NO, MAYBE, YES = "no", "maybe", "yes"  # whether somebody writes to a file
 ACL = "system.posix_acl_access"  # acl(5)
 # O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+MAX_FILE_NAME = 255  # bytes
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a rename with flags
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 DAYS_KEPT = 30  # days with a backup of their own
 NEWEST_KEPT = 10  # backups of a file
 
@@ -354,18 +395,38 @@ DISK_NAMES = {
 
 
 class FileChanged(Exception):
-    """The file is no longer what the plan was made from: somebody saved it meanwhile.
+    """The file changed after planning. Internal: whoever writes tries again, or reports it."""
 
-    It never leaves the program: whoever writes tries again, or says so in an OrchestraError.
-    """
+
+class FileBusy(OrchestraError):
+    """A program has the file open for writing, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("another program has it open for writing", "close it there, then sync again")
+
+
+class Place(NamedTuple):
+    """A file to change: its opened `folder`, its absolute path, and the name (`label`) its backups have."""
+
+    folder: int
+    path: str
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
 
 
 class Swap(NamedTuple):
-    """A file about to be replaced: its `temporary` holds bytes of one of the `hashes`, or else a save of the user's."""
+    """A file about to be replaced by, or to become, `temporary`, which holds a text of one of the `hashes` or a save.
+
+    The last hash is that of the new text, where there is one.
+    """
 
     path: str
     temporary: str
     hashes: Sequence[str]
+    label: str = ""  # the name of its backups; not in the lock file
 
 
 class Leftover(NamedTuple):
@@ -376,15 +437,22 @@ class Leftover(NamedTuple):
 
 
 class Lock:
-    """One writer's turn. The lock file says what the next turn must clear up if this one is killed."""
+    """An exclusive lock whose file records what to clean up if its holder is killed.
 
-    def __init__(self, path: str, fd: int) -> None:
+    `aside` is the folder for files that somebody may still be writing to; `has_kept` says that one stays beside the
+    user's files instead, so that the next turn looks for it.
+    """
+
+    def __init__(self, path: str, fd: int, aside: str = "") -> None:
         self.left = Leftover(new_token())
+        self.aside = aside or f"{path}.aside"
+        self.has_kept = False
         self.is_clean = True
         self._path = path
         self._fd = fd
         self._is_announced = False
         self._count = 0
+        self._busy: Optional[frozenset[tuple[int, int]]] = None
 
     @property
     def token(self) -> str:
@@ -393,9 +461,17 @@ class Lock:
             self._announce()
         return self.left.token
 
-    def new_temporary(self, folder: str) -> str:
+    @property
+    def busy(self) -> frozenset[tuple[int, int]]:
+        """The files that programs had open for writing when this was first asked."""
+        if self._busy is None:
+            self._busy = find_busy_files()
+        return self._busy
+
+    def new_temporary(self, name: str) -> str:
+        """Name a new temporary file for the file called `name`."""
         self._count += 1
-        return temporary_path(folder, f"{self.token}-{self._count}")
+        return temporary_name(f"{self.token}-{self._count}", name)
 
     def announce_swap(self, swap: Swap) -> None:
         self.left = Leftover(self.left.token, swap)
@@ -410,10 +486,13 @@ class Lock:
         self._is_announced = True
 
     def end(self) -> None:
-        """Empty the lock file, unless something is left to clear up."""
-        if self._is_announced and self.is_clean:
+        """Empty the lock file, unless something is left to clean up."""
+        if self.is_clean and (self._is_announced or self.has_kept):
             with blame(self._path):
                 os.ftruncate(self._fd, 0)
+            if self.has_kept:
+                self.left = Leftover(self.left.token)
+                self._announce()
 
 
 class Backup(NamedTuple):
@@ -425,28 +504,31 @@ class Backup(NamedTuple):
     why: str
 
 
-def read_disk(path: str, limit: int = -1) -> Disk:
-    """Read what stands at `path` without following a link or waiting on a pipe.
+# Reading
 
-    At most `limit` bytes are read, all of them where it is negative.
+
+def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
+    """Read what stands at `path` (in an opened folder) without following a link or waiting on a pipe.
+
+    At most `limit` bytes are read, all of them where it is negative. Raises IoError.
     """
     try:
-        fd = os.open(path, READING)
+        fd = os.open(path, READING, dir_fd=folder)
     except OSError as error:
         return _disk_unopened(path, error)
-    return _read_opened(path, fd, limit)
-
-
-def _read_opened(path: str, fd: int, limit: int) -> Disk:
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-        return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
+        return _read_opened(fd, limit)
     except OSError as error:
         raise IoError(path, error) from error
     finally:
         os.close(fd)
+
+
+def _read_opened(fd: int, limit: int = -1) -> Disk:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
+    return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
 
 
 def _disk_unopened(path: str, error: OSError) -> Disk:
@@ -462,15 +544,19 @@ def _disk_unopened(path: str, error: OSError) -> Disk:
 
 
 def _read_all(fd: int, size: int, limit: int) -> bytes:
-    # One byte more than there should be: a short read says in one call that this was all.
+    # One byte more than there should be: a read that stops at the size says in one call that this was all. A shorter
+    # one may have been cut, as Linux does at 2 GiB.
     data, step = b"", size + 1
     while True:
         step = step if limit < 0 else min(step, limit - len(data))
         more = os.read(fd, step) if step else b""
         data = data + more if data else more
-        if len(more) < step or not step:
+        if not more or (len(more) < step and len(data) == size):
             return data
         step = 1 << 20
+
+
+# Folders and names
 
 
 def real_path(path: str) -> str:
@@ -484,6 +570,44 @@ def real_path(path: str) -> str:
 def follow_link(path: str) -> str:
     """Give the path that a link in the last place leads to; any other path stays as it is."""
     return real_path(path) if os.path.islink(path) else path
+
+
+@contextmanager
+def open_place(path: str, label: str = "") -> Iterator[Place]:
+    """Open the folder of a file that is to be changed; links in its path are followed. Raises OSError."""
+    folder = os.open(os.path.dirname(path), FOLDER)
+    try:
+        yield Place(folder, path, label)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
+    """Open the folder of a file that lies at `path` below `root`, a real path, and make missing folders if asked to.
+
+    Links on the way are refused (OSError), so that nothing outside `root` is ever changed.
+    """
+    folder = os.open(root, FOLDER | os.O_NOFOLLOW)
+    try:
+        for name in path.split("/")[:-1]:
+            inner = _open_inner(folder, name, make)
+            os.close(folder)
+            folder = inner
+        yield Place(folder, f"{root}/{path}", label)
+    finally:
+        os.close(folder)
+
+
+def _open_inner(folder: int, name: str, make: bool) -> int:
+    try:
+        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with suppress(FileExistsError):
+        os.mkdir(name, dir_fd=folder)
+    return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
 def file_age(path: str, clock: Clock) -> float:
@@ -526,28 +650,38 @@ def make_folders(path: str) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def make_folder(path: str) -> bool:
-    """Create a folder for managed files in one that is there, with the umask's mode; say whether it was free."""
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        return False
-    return True
+def temporary_name(token: str, name: str = "") -> str:
+    """Name a temporary file, with the name of the file it belongs to if that leaves room."""
+    long = f".orchestra-{token}-{name}.tmp"
+    return long if name and len(os.fsencode(long)) <= MAX_FILE_NAME else f".orchestra-{token}.tmp"
+
+
+def is_temporary_name(name: str) -> bool:
+    return name.startswith(".orchestra-") and name.endswith(".tmp")
 
 
 def temporary_path(folder: str, token: str) -> str:
-    return os.path.join(folder, f".orchestra-{token}.tmp")
+    return os.path.join(folder, temporary_name(token))
 
 
 def new_token() -> str:
     return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
+# Writing
+
+
 def _write_temporary(
-    path: str, data: bytes, mode: Optional[int], durable: bool, dress: Optional[Callable[[int], int]] = None
+    path: str,
+    data: bytes,
+    mode: Optional[int],
+    durable: bool,
+    dress: Optional[Callable[[int], int]] = None,
+    folder: Optional[int] = None,
 ) -> None:
     """Write a new file with `mode`, or the umask's where it is None, or the one that `dress` gives it with all else."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
     try:
         view = memoryview(data)
         while view:
@@ -555,44 +689,85 @@ def _write_temporary(
         if mode is not None:
             os.fchmod(fd, dress(fd) if dress else mode)
         if durable:
-            os.fsync(fd)
+            flush(fd)
     finally:
         os.close(fd)
 
 
-def _take_after(fd: int, like: str, expected: Disk) -> int:
-    """Give a file another's owner, group and extended attributes; return its mode, less what they cannot guard.
+def flush(fd: int) -> None:
+    """Wait until a file is on the disk; on macOS in the drive's own memory too, which fsync there leaves out."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    try:
+        if full is None:
+            os.fsync(fd)
+        else:
+            fcntl.fcntl(fd, full)
+    except OSError as error:
+        if full is None or error.errno not in (*UNSUPPORTED, errno.ENOTTY):
+            raise
+        os.fsync(fd)  # a network file system has no drive to ask
 
-    Raises FileChanged for another that is not `expected` by its looks, OSError for another user's, whom the new one
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable, as `flush` does for a file's bytes."""
+    fd = os.open(path, FOLDER)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_metadata(place: Place, expected: Disk, fd: int) -> int:
+    """Give a file the owner, group and extended attributes of the one it is to replace.
+
+    Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
+    FileChanged for a file that is not `expected` by its size and mode, OSError for another user's, whom the new one
     would lock out.
     """
-    old, new = os.stat(like, follow_symlinks=False), os.fstat(fd)
-    if (old.st_size, old.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
-        raise FileChanged(like)
-    is_guarded = True
-    if old.st_uid != new.st_uid and os.geteuid() != 0:
-        raise OSError(errno.EACCES, f"expected a file of yours, got one of user {old.st_uid}: chown it", like)
-    try:
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(fd, old.st_uid, old.st_gid)
-    except OSError:
-        is_guarded = False
-    try:
-        _copy_attributes(like, fd)
-    except OSError as error:
-        is_guarded = is_guarded and error.errno == errno.ENOTSUP
+    with _open_expected(place, expected) as like:
+        old, new = os.fstat(like), os.fstat(fd)
+        if old.st_uid != new.st_uid and os.geteuid() != 0:
+            reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
+            raise OSError(errno.EACCES, reason, place.path)
+        is_guarded = True
+        try:
+            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+                os.fchown(fd, old.st_uid, old.st_gid)
+        except OSError:
+            is_guarded = False
+        try:
+            _copy_attributes(like, fd)
+        except OSError as error:
+            is_guarded = is_guarded and error.errno == errno.ENOTSUP
     return expected.mode if is_guarded else expected.mode & ~0o077
 
 
-def _copy_attributes(like: str, fd: int) -> None:
-    """Copy the extended attributes, and with them the access control list, or its absence; raises OSError for that."""
+@contextmanager
+def _open_expected(place: Place, expected: Disk) -> Iterator[int]:
+    try:
+        fd = os.open(place.name, READING, dir_fd=place.folder)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP):
+            raise FileChanged(place.path) from error
+        raise
+    try:
+        info = os.fstat(fd)
+        if (info.st_size, info.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
+            raise FileChanged(place.path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _copy_attributes(like: int, fd: int) -> None:
+    """Copy the extended attributes, and the access control list or its absence; raises OSError for the list alone."""
     if hasattr(os, "listxattr"):  # Linux
-        names = os.listxattr(like, follow_symlinks=False)
+        names = os.listxattr(like)
         if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
             os.removexattr(fd, ACL)
         for name in sorted(names, key=lambda name: name == ACL):  # that last, since its failure ends this
             try:
-                os.setxattr(fd, name, os.getxattr(like, name, follow_symlinks=False))
+                os.setxattr(fd, name, os.getxattr(like, name))
             except OSError:
                 if name == ACL:
                     raise
@@ -600,162 +775,326 @@ def _copy_attributes(like: str, fd: int) -> None:
     elif sys.platform == "darwin":
         import ctypes
 
-        acl_and_xattr = 0b101  # COPYFILE_ACL | COPYFILE_XATTR in copyfile.h
-        source = os.open(like, READING)
-        try:
-            if ctypes.CDLL(None, use_errno=True).fcopyfile(source, fd, None, acl_and_xattr):
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code), like)
-        finally:
-            os.close(source)
+        # Two calls: fcopyfile copies attributes first and ends at the first that cannot be set, before the list.
+        acl, attributes = 0b001, 0b100  # COPYFILE_ACL, COPYFILE_XATTR in copyfile.h
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fcopyfile(like, fd, None, attributes)
+        if libc.fcopyfile(like, fd, None, acl):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable, as fsync does for a file's bytes."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+# Who writes
 
 
-def replace_file(
-    path: str, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
-) -> None:
-    """Replace a file in one step: a reader sees the old text or the new.
+def find_writers(fd: int) -> str:
+    """Tell whether a program has an open file open for writing: NO, YES, or MAYBE where the system does not tell.
 
-    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
-    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when `path` is not `expected`,
-    which is looked at before, by size and mode at least, and whole when it has been swapped out; OSError.
+    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); it gives none on some file systems, nor for the files
+    of others without CAP_LEASE. A lease that was given is held until `fd` is closed.
     """
-    temporary = lock.new_temporary(os.path.dirname(path))
-    is_new = expected.kind == "absent"
-    try:
-        if is_new:
-            _write_temporary(temporary, data, mode, durable)
-            _place_new_file(temporary, path)
-            return
-        _write_temporary(temporary, data, expected.mode, durable, lambda fd: _take_after(fd, path, expected))
-        if durable and read_disk(path) != expected:  # the disk took its time
-            raise FileChanged(path)
-        swap = Swap(path, temporary, [sha256_of(expected.data), sha256_of(data)])
-        lock.announce_swap(swap)
-    except BaseException as error:
-        _unlink_quietly(temporary)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(path) from error
-        raise
-    try:
-        if swap_files(temporary, path):
-            _judge_swapped(temporary, path, expected, data)
-        elif read_disk(path) == expected:
-            os.rename(temporary, path)  # the instant since the last look stays open
-        else:
-            raise FileChanged(path)
-    except BaseException as error:
-        _drop_if_known(swap)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(path) from error
-        raise
-
-
-def _drop_if_known(swap: Swap) -> None:
-    """Remove what a swap has left, unless it may be a save of the user's: the next turn keeps that."""
-    with suppress(IoError):
-        left = _read_let_go(swap.temporary)
-        if left and sha256_of(left.data) in swap.hashes:
-            _unlink_quietly(swap.temporary)
-
-
-def _place_new_file(temporary: str, path: str) -> None:
-    # Not by a plain rename, which would replace what has appeared since the last look.
-    try:
-        if rename_exclusively(temporary, path):
-            return
-        os.link(temporary, path)
-    except FileExistsError:
-        raise FileChanged(path) from None
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise
-        if os.path.lexists(path):
-            raise FileChanged(path) from None
-        os.rename(temporary, path)  # a file system that has neither: the instant since the last look stays open
-    else:
-        os.unlink(temporary)
-
-
-def _judge_swapped(temporary: str, path: str, expected: Disk, data: bytes) -> None:
-    """Look at what a swap brought out: the user's save of the last instant gets its name back (FileChanged)."""
-    try:
-        if _read_let_go(temporary) != expected:
-            raise FileChanged(path)
-    except BaseException:
-        _swap_back(temporary, path, data)
-        raise
-    os.unlink(temporary)
-
-
-def _swap_back(temporary: str, path: str, data: bytes) -> None:
-    """Give the user's file its name back. Of several saves meanwhile the newest has it; a sweep keeps the other."""
-    shown, is_ours = data, True
-    for _ in range(MAX_SWAPS):
-        saved = read_disk(temporary).data
-        swap_files(temporary, path)
-        came = _read_let_go(temporary)
-        if came and came.data == shown:
-            break
-        shown, is_ours = saved, False
-    if is_ours:
-        os.unlink(temporary)
-
-
-def _read_let_go(path: str) -> Optional[Disk]:
-    """Read a file that has lost its name, once nobody writes to it; None if somebody goes on."""
-    try:
-        fd = os.open(path, READING)
-    except OSError as error:
-        return _disk_unopened(path, error)
-    deadline = time.monotonic() + WRITER_PATIENCE
-    while _has_writer(fd):
-        if time.monotonic() > deadline:
-            os.close(fd)
-            return None
-        time.sleep(WRITER_PAUSE)
-    return _read_opened(path, fd, -1)
-
-
-def _has_writer(fd: int) -> bool:
-    """Say whether somebody has an open file open for writing, where the system tells.
-
-    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); not so on some file systems, nor for others' files.
-    """
+    if not sys.platform.startswith("linux"):
+        return MAYBE
     import signal
 
-    if not sys.platform.startswith("linux"):
-        return False
     try:
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN
-    return False
+        return YES if error.errno == errno.EAGAIN else MAYBE
+    return NO
 
 
-def swap_files(one: str, other: str) -> bool:
-    """Let two files change names in one step, and say whether the file system can; raises OSError."""
-    return _rename_by_flag(one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
+def _is_lease_whole(fd: int) -> bool:
+    """Tell whether no program has tried to open a file for writing since its lease was taken."""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
-def rename_exclusively(path: str, new: str) -> bool:
-    """Rename a file unless the name is taken, and say whether the file system can; raises OSError."""
-    return _rename_by_flag(path, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
+def find_busy_files() -> frozenset[tuple[int, int]]:
+    """List the files, by device and inode, that programs have open for writing, as far as /proc shows it (proc(5))."""
+    found = set()
+    processes = [name for name in _names_in("/proc") if name.isdigit() and name != str(os.getpid())]
+    for process in processes:
+        for number in _names_in(f"/proc/{process}/fd"):
+            try:
+                info = os.stat(f"/proc/{process}/fd/{number}")
+                if stat.S_ISREG(info.st_mode) and _is_open_for_writing(process, number):
+                    found.add((info.st_dev, info.st_ino))
+            except (OSError, ValueError, IndexError):
+                pass  # closed, or ended, meanwhile
+    return frozenset(found)
 
 
-def _rename_by_flag(one: str, other: str, flags: Mapping[str, int]) -> bool:
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _is_open_for_writing(process: str, number: str) -> bool:
+    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
+        flags = file.read().partition("flags:")[2].split()[0]
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _refuse_busy(place: Place, lock: Lock) -> None:
+    """Step 1: wait until no program has the file open for writing; raises FileBusy."""
+    deadline = time.monotonic() + WRITER_PATIENCE
+    while True:
+        try:
+            fd = os.open(place.name, READING, dir_fd=place.folder)
+        except OSError:
+            return  # the steps that follow say what stands there
+        try:
+            info, writers = os.fstat(fd), find_writers(fd)
+        finally:
+            os.close(fd)
+        if writers == NO or (writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy):
+            return
+        if writers == MAYBE or time.monotonic() > deadline:
+            raise FileBusy
+        time.sleep(WRITER_PAUSE)
+
+
+# Replacing, placing and removing
+
+
+def replace_file(
+    place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
+) -> None:
+    """Replace a file in one step, as described at the head of this section.
+
+    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
+    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when the file is not `expected`,
+    FileBusy, OSError.
+    """
+    if expected.kind == "absent":
+        _create_file(place, data, lock, mode, durable)
+        return
+    _refuse_busy(place, lock)
+    temporary = lock.new_temporary(place.name)
+    try:
+        dress = functools.partial(_copy_metadata, place, expected)
+        _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
+        if durable and read_disk(place.name, folder=place.folder) != expected:  # the disk took its time
+            raise FileChanged(place.path)
+        swap = _announce(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
+    except BaseException as error:
+        _unlink_quietly(temporary, place.folder)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
+    with _settled(place, lock):
+        if swap_files(place.folder, temporary, place.name):
+            _judge(swap, place, lock, expected)
+        else:
+            _replace_without_swap(swap, place, expected, lock)
+
+
+def _create_file(place: Place, data: bytes, lock: Lock, mode: Optional[int], durable: bool) -> None:
+    temporary = lock.new_temporary(place.name)
+    try:
+        _write_temporary(temporary, data, mode, durable, folder=place.folder)
+        _place_new_file(place, temporary)
+    except BaseException as error:
+        _unlink_quietly(temporary, place.folder)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
+
+
+def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
+    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError."""
+    if read_disk(place.name, folder=place.folder) != expected:
+        raise FileChanged(place.path)
+    _refuse_busy(place, lock)
+    temporary = lock.new_temporary(place.name)
+    swap = _announce(place, temporary, [sha256_of(expected.data)], lock)
+    with _settled(place, lock):
+        os.rename(place.name, temporary, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        _judge(swap, place, lock, expected)
+
+
+def _announce(place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> Swap:
+    swap = Swap(place.path, os.path.join(os.path.dirname(place.path), temporary), hashes, place.label)
+    lock.announce_swap(swap)
+    return swap
+
+
+@contextmanager
+def _settled(place: Place, lock: Lock) -> Iterator[None]:
+    """Settle a swap at once where it is interrupted or fails; where that fails too, the next turn does it."""
+    try:
+        yield
+    except FileChanged:
+        raise
+    except BaseException as error:
+        with suppress(OSError, IoError):
+            if lock.left.swap:
+                lock.has_kept |= settle_swap(lock.left.swap, place, lock.aside)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
+
+
+def _judge(swap: Swap, place: Place, lock: Lock, expected: Disk) -> None:
+    """Steps 5 and 6: let go what has lost its name if it is `expected`; raises FileChanged where it is not."""
+    released = _release(swap, place, lock.aside, lambda disk: disk == expected)
+    if released is None:
+        lock.has_kept |= _take_back(swap, place, lock.aside)
+        raise FileChanged(place.path)
+    lock.has_kept |= released
+
+
+def settle_swap(swap: Swap, place: Place, aside: str) -> bool:
+    """Take steps 5 and 6 for a swap that was cut short; return whether a file stays under its temporary name.
+
+    Raises OSError, IoError.
+    """
+    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in swap.hashes)
+    return _take_back(swap, place, aside) if released is None else released
+
+
+def settle_left(swap: Swap, folders: Iterable[str], label_of: Callable[[str], str], aside: str) -> bool:
+    """Settle the swap of a turn that was killed, in the folder it was made in or, if that moved, one of `folders`.
+
+    `label_of` gives the name that a file's backups have. Return whether a file stays under its temporary name; raises
+    OSError, IoError.
+    """
+    there, temporary = os.path.split(swap.temporary)
+    if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
+        return False  # a damaged lock file
+    stays = False
+    for folder in dict.fromkeys([there, *folders]):
+        if os.path.lexists(os.path.join(folder, temporary)):
+            path = os.path.join(folder, os.path.basename(swap.path))
+            with open_place(path, label_of(path)) as place:
+                stays |= settle_swap(swap._replace(label=place.label), place, aside)
+    return stays
+
+
+def _release(swap: Swap, place: Place, aside: str, is_known: Callable[[Disk], bool]) -> Optional[bool]:
+    """Step 5: remove a file that has lost its name, or set it aside; None where it is not known or is written to.
+
+    Otherwise return whether it stays under its temporary name. A file that is gone already is released.
+    """
+    name = os.path.basename(swap.temporary)
+    try:
+        fd = os.open(name, READING, dir_fd=place.folder)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None  # a link, or what else was put there in the last instant
+    try:
+        writers = find_writers(fd)
+        found = _read_opened(fd)
+        if writers == YES or found.kind != "file" or not is_known(found):
+            return None
+        if writers == MAYBE:
+            return set_aside(swap, place, aside)
+        if not _is_lease_whole(fd):
+            return None
+        os.unlink(name, dir_fd=place.folder)
+        return False
+    finally:
+        os.close(fd)
+
+
+def _take_back(swap: Swap, place: Place, aside: str) -> bool:
+    """Step 6: give the file at the temporary name its name back, unless a newer save has it by now."""
+    temporary, ours = os.path.basename(swap.temporary), swap.hashes[-1]
+    shown = read_disk(place.name, folder=place.folder)
+    if shown.kind == "absent":
+        with suppress(FileChanged):
+            _place_new_file(place, temporary)
+            return False
+    elif shown.kind == "file" and sha256_of(shown.data) == ours and swap_files(place.folder, temporary, place.name):
+        released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) == ours)
+        if released is not None:
+            return released
+    return set_aside(swap, place, aside)
+
+
+def _replace_without_swap(swap: Swap, place: Place, expected: Disk, lock: Lock) -> None:
+    """Step 4 where names cannot be exchanged: the old file keeps a second name, or only that, while it is replaced."""
+    new = os.path.basename(swap.temporary)
+    old = lock.new_temporary(place.name)
+    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
+    try:
+        # From here on it is the old file that has a temporary name; the new one is only Orchestra's.
+        swap = _announce(place, old, swap.hashes, lock)
+        has_both = True
+        try:
+            os.link(place.name, old, follow_symlinks=False, **within)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            has_both = False
+            os.rename(place.name, old, **within)
+        if read_disk(old, folder=place.folder) != expected:
+            lock.has_kept |= _undo(swap, place, lock.aside, has_both)
+            raise FileChanged(place.path)
+        if has_both:
+            os.rename(new, place.name, **within)  # the instant since the last look stays open
+        else:
+            _place_new_file(place, new)
+        _judge(swap, place, lock, expected)
+    finally:
+        _unlink_quietly(new, place.folder)
+
+
+def _undo(swap: Swap, place: Place, aside: str, has_both: bool) -> bool:
+    """Take away the second name of a file that is not to be replaced; where it has no other, give it its own back."""
+    temporary = os.path.basename(swap.temporary)
+    if has_both and _is_same_name(place, temporary):
+        os.unlink(temporary, dir_fd=place.folder)
+        return False
+    return _take_back(swap, place, aside)
+
+
+def _is_same_name(place: Place, other: str) -> bool:
+    try:
+        one, two = (os.stat(name, dir_fd=place.folder, follow_symlinks=False) for name in (place.name, other))
+    except OSError:
+        return False
+    return os.path.samestat(one, two)
+
+
+def _place_new_file(place: Place, temporary: str) -> None:
+    """Give a temporary file the name, if it is free; raises FileChanged where it is not, OSError."""
+    # Not by a plain rename, which would replace what has appeared since the last look.
+    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
+    try:
+        if rename_exclusively(place.folder, temporary, place.name):
+            return
+        os.link(temporary, place.name, **within)
+    except FileExistsError:
+        raise FileChanged(place.path) from None
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if read_disk(place.name, 0, place.folder).kind != "absent":
+            raise FileChanged(place.path) from None
+        os.rename(temporary, place.name, **within)  # neither is to be had: the instant since the last look stays open
+    else:
+        os.unlink(temporary, dir_fd=place.folder)
+
+
+def swap_files(folder: int, one: str, other: str) -> bool:
+    """Exchange two names of a folder in one step, and tell whether the file system can; raises OSError."""
+    return _rename_by_flag(folder, one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
+
+
+def rename_exclusively(folder: int, name: str, new: str) -> bool:
+    """Rename a file unless the name is taken, and tell whether the file system can; raises OSError."""
+    return _rename_by_flag(folder, name, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
+
+
+def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int]) -> bool:
     flag, rename = flags.get(sys.platform, 0), _find_rename()
-    code = rename(os.fsencode(one), os.fsencode(other), flag) if flag and rename else errno.ENOSYS
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+    code = rename(folder, os.fsencode(one), folder, os.fsencode(other), flag) if flag and rename else errno.ENOSYS
+    if code in UNSUPPORTED:
         return False
     if code:
         raise OSError(code, os.strerror(code), one, None, other)
@@ -763,46 +1102,184 @@ def _rename_by_flag(one: str, other: str, flags: Mapping[str, int]) -> bool:
 
 
 @functools.cache
-def _find_rename() -> Optional[Callable[[bytes, bytes, int], int]]:
-    """Find the rename that takes flags: renameat2(2) of Linux, renamex_np(2) of macOS; None where there is neither."""
+def _find_rename() -> Optional[Callable[..., int]]:
+    """Find the rename with flags, renameat2(2) of Linux or renameatx_np(2) of macOS; None where there is neither."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renamex_np"):
-        return lambda one, other, flag: ctypes.get_errno() if libc.renamex_np(one, other, flag) else 0
-    if hasattr(libc, "renameat2"):
-        here = -100  # AT_FDCWD in fcntl.h
-        return lambda one, other, flag: ctypes.get_errno() if libc.renameat2(here, one, here, other, flag) else 0
-    return None
+    rename = getattr(libc, "renameatx_np", None) or getattr(libc, "renameat2", None)
+    return None if rename is None else lambda *arguments: ctypes.get_errno() if rename(*arguments) else 0
 
 
-def remove_file(path: str, expected: Disk, lock: Lock) -> None:
-    """Remove a file that is still as planned; raises FileChanged, OSError."""
-    if read_disk(path) != expected:
-        raise FileChanged(path)
-    temporary = lock.new_temporary(os.path.dirname(path))
-    lock.announce_swap(Swap(path, temporary, [sha256_of(expected.data)]))
-    os.rename(path, temporary)
-    if _read_let_go(temporary) != expected:
-        _place_new_file(temporary, path)  # unless a newer one is there: then a sweep keeps this
-        raise FileChanged(path)
-    os.unlink(temporary)
-
-
-def remove_empty_folder(path: str) -> bool:
-    """Remove a folder if nothing is in it, and say whether it is gone."""
+def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
+    """Remove a folder if nothing is in it, and tell whether it is gone."""
     try:
-        os.rmdir(path)
+        os.rmdir(path, dir_fd=folder)
     except OSError as error:
         return error.errno == errno.ENOENT
     return True
 
 
-def _unlink_quietly(path: str) -> None:
+def _unlink_quietly(path: str, folder: Optional[int] = None) -> None:
     try:
-        os.unlink(path)
+        os.unlink(path, dir_fd=folder)
     except OSError:
         pass  # never made, or gone
+
+
+# Set aside
+
+
+def set_aside(swap: Swap, place: Place, aside: str) -> bool:
+    """Keep a file that somebody may still be writing to under another name; return whether that is beside the others.
+
+    Its new name tells what to make of it later: the hash of the expected text, and the file's name in the backups.
+    """
+    name = "-".join([new_token(), swap.hashes[0], _quote(swap.label or place.name)])
+    temporary = os.path.basename(swap.temporary)
+    try:
+        make_private_folder(aside)
+        os.rename(temporary, os.path.join(aside, name), src_dir_fd=place.folder)
+        return False
+    except OSError:  # another disk; or a name too long
+        kept = temporary_name(f"kept-{new_token()}-{swap.hashes[0]}", place.name)
+        os.rename(temporary, kept, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        return True
+
+
+def _quote(label: str) -> str:
+    return label.replace("%", "%25").replace("/", "%2F")
+
+
+def _unquote(text: str) -> str:
+    return text.replace("%2F", "/").replace("%25", "%")
+
+
+class Kept(NamedTuple):
+    """What the name of a file that was set aside says: the hash of the text expected in it, and its backups' name."""
+
+    digest: str
+    label: str
+
+
+def parse_kept(name: str) -> Optional[Kept]:
+    """Understand the name of a file that was set aside; None for any other."""
+    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
+    return Kept(found[1], _unquote(found[2] or "")) if found else None
+
+
+def release_aside(
+    folder: int, name: str, is_known: Callable[[Disk], bool], back_up: Callable[[Disk], object], clock: Clock
+) -> bool:
+    """Remove a file that was set aside once nobody writes to it; return whether it is gone.
+
+    A text that is not known is handed to `back_up` first. Raises OSError, IoError.
+    """
+    try:
+        fd = os.open(name, READING, dir_fd=folder)
+    except OSError:
+        return True  # gone, or a link: not one of Orchestra's
+    try:
+        writers, info = find_writers(fd), os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return True
+        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)):
+            return False
+        found = _read_opened(fd)
+        if not is_known(found):
+            back_up(found)
+        if writers == NO and not _is_lease_whole(fd):
+            return False
+        os.unlink(name, dir_fd=folder)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _is_quiet(info: os.stat_result, clock: Clock) -> bool:
+    return clock() - max(info.st_mtime, info.st_ctime) > ASIDE_TIME
+
+
+def release_temporaries(
+    path: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
+) -> bool:
+    """Remove Orchestra's temporary files from a folder of the user's, whoever left them; return whether some stay.
+
+    Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name of
+    a user's file. Any other is backed up, by the name of the file it belongs to, unless its text is known; it stays
+    while somebody may be writing to it, and while the turn that made it may still run. Raises OSError, IoError.
+    """
+    try:
+        folder = os.open(path, FOLDER)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False  # who may not list a folder has written nothing there, or is told so when he does
+    try:
+        names = [name for name in os.listdir(folder) if is_temporary_name(name)]
+        stay = [name for name in names if not _release_temporary(folder, name, left, back_up, clock)]
+        return bool(stay)
+    finally:
+        os.close(folder)
+
+
+def _release_temporary(
+    folder: int, name: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
+) -> bool:
+    if left and is_named_by(name, left.token):
+        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=folder)
+        return True
+    kept = parse_kept(name)
+    if kept:
+        is_known = functools.partial(_has_digest, kept.digest)
+        return release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
+    process, owner = _parse_temporary(name)
+    if _is_alive(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
+        return False
+    shown = read_disk(owner, folder=folder) if owner else ABSENT
+    return release_aside(folder, name, lambda disk: disk.data == shown.data, functools.partial(back_up, owner), clock)
+
+
+def _parse_temporary(name: str) -> tuple[int, str]:
+    """Give the process that made a temporary file, and the name of the file it belongs to, where it has that."""
+    found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
+    return (int(found[1]), found[2] or "") if found else (0, "")
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # another user's
+    return process > 0
+
+
+def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
+    """Release what lies in the folder of files that were set aside; return whether some of it stays.
+
+    Raises OSError, IoError.
+    """
+    try:
+        folder = os.open(aside, FOLDER)
+    except FileNotFoundError:
+        return False
+    try:
+        stays = False
+        for name in os.listdir(folder):
+            kept = parse_kept(name) or Kept("", name)
+            is_known = functools.partial(_has_digest, kept.digest)
+            stays |= not release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
+    finally:
+        os.close(folder)
+    return stays or not remove_empty_folder(aside)
+
+
+def _has_digest(digest: str, disk: Disk) -> bool:
+    return sha256_of(disk.data) == digest
+
+
+# Orchestra's own files
 
 
 def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
@@ -814,7 +1291,8 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
         try:
             _write_temporary(temporary, data, mode, durable)
             # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
-            if durable or not (os.path.exists(path) and swap_files(temporary, path)):
+            # A swap of absolute paths looks at no folder.
+            if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
                 os.rename(temporary, path)
             else:
                 os.unlink(temporary)
@@ -860,23 +1338,27 @@ def remove_private(path: str) -> None:
 
 
 @contextmanager
-def hold_lock(path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT) -> Iterator[Lock]:
+def hold_lock(
+    path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT, aside: str = ""
+) -> Iterator[Lock]:
     """Wait for one's turn at `path`, at most `timeout` seconds, and `sweep` up after a turn that was killed.
 
-    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill.
-    Raises SyncError when the turn does not come, IoError.
+    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill. So
+    does a `sweep` that returns true: something has to stay, and the next turn looks at it again. Raises SyncError
+    when the turn does not come, IoError.
     """
     with blame(path):
         make_private_folder(os.path.dirname(path))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         _take_turn(fd, path, timeout)
+        lock = Lock(path, fd, aside)
         with blame(path):
             left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
             if left:
-                sweep(left)
-                os.ftruncate(fd, 0)
-        lock = Lock(path, fd)
+                lock.has_kept = bool(sweep(left))
+                if not lock.has_kept:
+                    os.ftruncate(fd, 0)
         yield lock
         lock.end()
     finally:
@@ -913,8 +1395,13 @@ def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
                 continue
             for name in names:
                 path = os.path.join(folder, name)
-                if name.startswith((f".orchestra-{left.token}-", f".orchestra-{left.token}.")) and os.path.isfile(path):
+                if is_named_by(name, left.token) and os.path.isfile(path):
                     os.unlink(path)
+
+
+def is_named_by(name: str, token: str) -> bool:
+    """Tell whether a temporary file's name begins with a turn's token."""
+    return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
 
 
 def _take_turn(fd: int, path: str, timeout: float) -> None:
@@ -985,21 +1472,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
+SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was backed up
 BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
-
-
-def keep_swapped(
-    home: str, key: Key, path: str, folders: Iterable[str], left: Leftover, swap: Swap, clock: Clock
-) -> None:
-    """Back up what a turn had swapped out when it ended, if that was a save of the user's; raises IoError.
-
-    `path` is the file's name in the backups; the folder it lay in may be one of `folders` by now.
-    """
-    folder, name = os.path.split(swap.temporary)
-    for place in dict.fromkeys([folder, *folders]):
-        disk = read_disk(os.path.join(place, name))
-        if disk.kind == "file" and sha256_of(disk.data) not in swap.hashes:
-            back_up(home, key, path, disk, "saved in the instant of a sync that was ended", left.token, clock)
 
 
 def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, clock: Clock) -> str:
@@ -2003,14 +2477,26 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             text = None if merged is None else bom + merged
             if text is None:
                 back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock)
-        _write_registry_file(file, _dump(new) if text is None else text, disk, lock)
+        _write_registry_file(file, _dump(new) if text is None else text, disk, lock, key)
 
 
-def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock) -> None:
+def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock, key: Key) -> None:
     with blame(file):
         make_private_folder(os.path.dirname(file))
-        replace_file(file, text.encode(), expected, lock, mode=0o600, durable=True)
+        with open_place(file, _aside_label(key, file)) as place:
+            replace_file(place, text.encode(), expected, lock, mode=0o600, durable=True)
         sync_folder(os.path.dirname(file))
+
+
+def _aside_label(key: Key, file: str) -> str:
+    return f"{label_for(key)}/{os.path.basename(file)}"
+
+
+def _label_for_file(path: str) -> str:
+    """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
+    folder, name = os.path.split(path)
+    key = (os.path.basename(folder), os.path.splitext(name)[0])
+    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name or "leftover.yaml")
 
 
 @contextmanager
@@ -2019,7 +2505,7 @@ def _expect_stillness(file: str) -> Iterator[None]:
         try:
             yield
         except FileChanged:
-            raise RegistryError(f"{file}: expected it to hold still, got another save meanwhile", "try again") from None
+            raise RegistryError(f"{file}: it was saved while Orchestra was writing it", "try again") from None
 
 
 def create_registry_file(home: str, file: str, values: Mapping[str, Any], clock: Clock = time.time) -> bool:
@@ -2028,7 +2514,7 @@ def create_registry_file(home: str, file: str, values: Mapping[str, Any], clock:
         if os.path.lexists(file):
             return False
         with _expect_stillness(file):
-            _write_registry_file(file, _dump(_node_for(values)), ABSENT, lock)
+            _write_registry_file(file, _dump(_node_for(values)), ABSENT, lock, ("", ""))
     return True
 
 
@@ -2044,22 +2530,39 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
             if os.path.islink(file):
                 remove_private(file)  # what it leads to stays: another registry may have it
             else:
-                remove_file(file, disk, lock)
+                with open_place(file, _aside_label(key, file)) as place:
+                    remove_file(place, disk, lock)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
-def _registry_turn(home: str, clock: Clock) -> AbstractContextManager[Lock]:
-    def sweep(left: Leftover) -> None:
+@contextmanager
+def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
+    """Take the registry's lock, and clean up after a command that was killed while it had it."""
+    aside = aside_root(home)
+
+    def back_up_aside(label: str, disk: Disk) -> None:
+        project, codebase, name = label.split("/", 2)
+        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock)
+
+    def back_up_left(folder: str, name: str, disk: Disk) -> None:
+        back_up_aside(_label_for_file(f"{folder}/{name}"), disk)
+
+    def sweep(left: Leftover) -> bool:
         sweep_folders(folders_below(backups_root(home)), left)  # first, for an earlier sweep may have ended there
         folders = folders_below(projects_root(home))
         if left.swap:
-            folder, name = os.path.split(left.swap.path)
-            key = (os.path.basename(folder), os.path.splitext(name)[0])
-            keep_swapped(home, key, name, folders, left, left.swap, clock)
-            folders.append(folder)
-        sweep_folders(folders, left)
+            folders.append(os.path.dirname(left.swap.path))
+            settle_left(left.swap, folders, _label_for_file, aside)
+        stays = False
+        for folder in dict.fromkeys(folders):
+            keep = functools.partial(back_up_left, folder)
+            stays |= release_temporaries(folder, left, keep, clock)
+        return stays
 
-    return hold_lock(registry_lock_path(home), sweep)
+    with hold_lock(registry_lock_path(home), sweep, aside=aside) as lock:
+        with blame(aside):
+            collect_aside(aside, back_up_aside, clock)
+        yield lock
 
 
 def clear_registry(home: str) -> None:
@@ -2670,6 +3173,8 @@ KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
 REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
 MAX_EARLIER = 24  # hashes remembered a file
 MAX_TRIES = 5  # at a file that somebody else keeps saving
+MAX_MANAGED_FILE = 8 << 20  # bytes
+MAX_LINK_TEXT = 255  # bytes of a file that may be a link as git writes it
 YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
 YOUNG_PAUSE = 0.2  # seconds
 
@@ -2680,7 +3185,8 @@ class Record(NamedTuple):
     `files` holds the hash of what is ours at each path; `earlier` those before it, which are as provably ours
     (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
     the user's text and an appended block, `folders` the folders made for managed files, `source` what `files` were
-    rendered from.
+    rendered from, `root` the real path of the folder they are in, ~/... below the home folder so that a copy of that is
+    on its own ("" in records of older versions).
     """
 
     synced_at: str = ""
@@ -2689,6 +3195,7 @@ class Record(NamedTuple):
     joins: Mapping[str, str] = {}
     folders: Sequence[str] = ()
     source: str = ""
+    root: str = ""
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
@@ -2718,6 +3225,7 @@ class FilePlan(NamedTuple):
     problem: str = ""
     hint: str = ""  # the way out of the problem
     changed: bool = False  # the file was saved by somebody else between plan and write
+    retry: bool = False  # the problem will pass by itself
 
     @property
     def writes(self) -> bool:
@@ -2725,16 +3233,21 @@ class FilePlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a sync of one codebase would do, and the record it would leave."""
+    """What a sync of one codebase would do, and the record it would leave.
+
+    `left` are the files in the folder `left_root`, where the codebase was before.
+    """
 
     root: str
     files: tuple[FilePlan, ...]
     old_record: Optional[Record]
     record: Record
+    left_root: str = ""
+    left: tuple[FilePlan, ...] = ()
 
     @property
     def writes(self) -> bool:
-        return any(file.writes for file in self.files)
+        return any(file.writes for file in (*self.files, *self.left))
 
     @property
     def is_done(self) -> bool:
@@ -2765,10 +3278,16 @@ class SyncCodebaseResult(NamedTuple):
     codebase: str
     files: tuple[FilePlan, ...] = ()
     errors: tuple[Problem, ...] = ()
+    has_leftovers: bool = False  # a file stays for a while, until nobody can be writing to it
 
     @property
     def key(self) -> Key:
         return (self.project, self.codebase)
+
+    @property
+    def retry(self) -> bool:
+        """Tell whether another sync, a little later, has something to do."""
+        return self.has_leftovers or any(file.retry for file in self.files)
 
     @property
     def written(self) -> list[str]:
@@ -2915,15 +3434,31 @@ def look_at(root: str, path: str) -> Look:
     disk = ABSENT
     try:
         place = check_parents(root, path)
-        disk = read_disk(place)
+        disk = read_disk(place, MAX_MANAGED_FILE + 1)
         if disk.kind == "symlink":
             return Look(disk, place=place, note=f"left alone: it is a link to {visible(os.readlink(place))}")
         if disk.kind not in ("file", "absent"):
             raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
+        if len(disk.data) > MAX_MANAGED_FILE:
+            raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
+        link = read_link_text(place, disk.data)
+        if link:
+            return Look(disk, place=place, note=f"left alone: it is a link to {link}, as git writes one as text")
         ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
         return Look(disk, None if ours is None else digest_of(ours), place)
     except (OrchestraError, OSError) as error:
         return Look(disk, **_describe(error))
+
+
+def read_link_text(path: str, data: bytes) -> str:
+    """Give the path a file holds that git has written in place of a symbolic link; "" for any other file.
+
+    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
+    """
+    if not 0 < len(data) <= MAX_LINK_TEXT or data != data.strip() or b"\n" in data or b"\0" in data:
+        return ""
+    target = os.path.join(os.path.dirname(path), os.fsdecode(data))
+    return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
 
 
 def _describe(error: Exception) -> dict[str, Any]:
@@ -2934,6 +3469,58 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"problem": str(error), "hint": getattr(error, "hint", "")}
 
 
+def is_left_out(root: str, path: str) -> bool:
+    """Tell whether git's sparse checkout leaves out a file: made here, it would replace the team's for git.
+
+    The patterns are those of git-sparse-checkout(1); without one the whole repository is checked out.
+    """
+    top = next((folder for folder in _folders_up(root) if os.path.lexists(f"{folder}/.git")), "")
+    rules = _sparse_rules(f"{top}/.git") if top else []
+    names = os.path.relpath(f"{root}/{path}", top or root).split("/")
+    # As in gitignore(5): the last rule that fits the file or, where none does, the nearest folder above it, decides.
+    for count in range(len(names), 0, -1):
+        for rule in reversed(rules):
+            if _fits(rule.lstrip("!"), names[:count], count < len(names)):
+                return rule.startswith("!")
+    return bool(rules)
+
+
+def _folders_up(folder: str) -> Iterator[str]:
+    while True:
+        yield folder
+        above = os.path.dirname(folder)
+        if above == folder:
+            return
+        folder = above
+
+
+def _sparse_rules(git: str) -> list[str]:
+    """Read the patterns of a sparse checkout; none where it is not in use."""
+    try:
+        link = read_disk(git, MAX_MANAGED_FILE).data.decode()  # a worktree's .git is a file
+        if link.startswith("gitdir:"):
+            git = os.path.join(os.path.dirname(git), link[7:].strip())
+        settings = b"".join(read_disk(f"{git}/{name}", MAX_MANAGED_FILE).data for name in ("config", "config.worktree"))
+        if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
+            return []
+        text = read_disk(f"{git}/info/sparse-checkout", MAX_MANAGED_FILE).data.decode()
+    except (IoError, UnicodeDecodeError):
+        return []
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def _fits(rule: str, names: Sequence[str], is_folder: bool) -> bool:
+    """Match a pattern of gitignore(5) with a path."""
+    from fnmatch import fnmatchcase
+
+    if rule.endswith("/") and not is_folder:
+        return False
+    parts = rule.strip("/").split("/")
+    if "/" not in rule.rstrip("/"):
+        return fnmatchcase(names[-1], parts[0])
+    return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
+
+
 @functools.cache
 def folders_above(path: str) -> tuple[str, ...]:
     """List the folders that a relative path leads through, the topmost first."""
@@ -2941,22 +3528,15 @@ def folders_above(path: str) -> tuple[str, ...]:
     return tuple("/".join(parts[:i]) for i in range(1, len(parts)))
 
 
-def check_parents(root: str, path: str, make: bool = False) -> str:
-    """Give the real place of a managed path, whose missing folders are made if asked for.
-
-    Raises SyncError where they lead out of the codebase or are no folders.
-    """
+def check_parents(root: str, path: str) -> str:
+    """Give the real place of a managed path; raises SyncError where folders lead out of the codebase or are none."""
     has_link = False
     for above in folders_above(path):
         folder = f"{root}/{above}"
         try:
             mode = os.lstat(folder).st_mode
         except FileNotFoundError:
-            if not make:
-                break
-            if make_folder(folder):
-                continue
-            mode = os.lstat(folder).st_mode
+            break
         if stat.S_ISLNK(mode):
             has_link = True
             _check_link(root, folder)
@@ -2969,6 +3549,22 @@ def check_parents(root: str, path: str, make: bool = False) -> str:
     return f"{root}/{path}"
 
 
+@contextmanager
+def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
+    """Open the folder of a managed file, so that what is done there cannot be led elsewhere by a link.
+
+    Raises SyncError as `check_parents`, FileChanged where a folder was replaced meanwhile, OSError.
+    """
+    below = check_parents(root, path)[len(root.rstrip("/")) + 1 :]
+    try:
+        with open_place_below(root, below, path, make) as place:
+            yield place
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
+            raise FileChanged(path) from error
+        raise
+
+
 def _check_link(root: str, link: str) -> None:
     real = real_path(link)
     if not real.startswith(root.rstrip("/") + "/"):
@@ -2977,7 +3573,9 @@ def _check_link(root: str, link: str) -> None:
         raise SyncError(f"expected a folder, got a link to {visible(real)}, where nothing is")
 
 
-def plan_file(path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool) -> FilePlan:
+def plan_file(
+    root: str, path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool
+) -> FilePlan:
     """Plan one managed file; `digest` is the hash of what is wanted there, None where nothing is."""
     if look.note or look.problem:
         return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem, hint=look.hint)
@@ -2985,6 +3583,8 @@ def plan_file(path: str, look: Look, record: Record, digest: Optional[str], rend
     # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
     action = decide(look.ours, record.known(path), digest, evict=purge and not agent.owned)
     after, join = before.data if before.kind == "file" else None, None
+    if action == CREATE and before.kind == "absent" and is_left_out(root, path):
+        return FilePlan(path, SKIP, before, note="left alone: it is outside of git's sparse checkout")
     if action in (CREATE, UPDATE, REPLACE):
         after, join = merge_ours(agent, before, render()[path])
     elif action in (REMOVE, EVICT):
@@ -3000,10 +3600,12 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     """
     root = find_root(home, codebase, owners)
     old_record = load_record(home, codebase.key)
-    record = old_record or Record()
+    record, left_root, left = _plan_leaving(home, root, old_record or Record(), owners)
     wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
     looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
+    if record.files and all(look.disk.kind == "absent" for look in looks.values()):
+        _check_not_emptied(home, codebase, root)
     if purge:
         ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
         looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
@@ -3015,11 +3617,43 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
     files = tuple(
-        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge)
+        plan_file(root, path, look, record, digests.get(path) if path in wanted else None, render, purge)
         for path, look in _without_twins(looks)
     )
     source_done = "" if any(file.problem for file in files) else source
-    return Plan(root, files, old_record, _next_record(root, record, files)._replace(source=source_done))
+    new_record = _next_record(root, record, files)._replace(source=source_done, root=shorten_home(home, root))
+    return Plan(root, files, old_record, new_record, left_root, left)
+
+
+def _plan_leaving(
+    home: str, root: str, record: Record, owners: Mapping[str, Key]
+) -> tuple[Record, str, tuple[FilePlan, ...]]:
+    """Plan what becomes of the files in the folder where a codebase was before, as for a dropped target.
+
+    Return what the record says of the new folder, the old folder, and the plans. A folder that was moved, and is
+    there no more, is the same folder.
+    """
+    old = expand_home(home, record.root)
+    with blame(old):
+        if old in ("", root) or not os.path.isdir(old) or os.path.samefile(old, root):
+            return record, "", ()
+    here = Record(record.synced_at, earlier={path: record.known(path) for path in {**record.files, **record.earlier}})
+    if old in owners or old == home:
+        return here, "", ()
+    paths = [path for path in record.files if path in AGENTS_BY_PATH]
+    files = tuple(plan_file(old, path, look_at(old, path), record, None, dict, False) for path in paths)
+    return here, old, tuple(file for file in files if file.writes or file.problem)
+
+
+def _check_not_emptied(home: str, codebase: Codebase, root: str) -> None:
+    """Raise SyncError where nothing is left in a folder that was synced before: perhaps its disk is not mounted."""
+    with os.scandir(root) as entries:
+        if next(entries, None) is None:
+            raise SyncError(
+                f"{root}: the folder is empty now, but was synced before: is its disk mounted?",
+                f"if it is meant to be empty: orchestra init {codebase.path} -p {codebase.project}"
+                f" --name {codebase.name} --sync",
+            )
 
 
 def _is_as_recorded(looks: Sequence[Look], paths: Sequence[str], record: Record) -> bool:
@@ -3098,19 +3732,21 @@ def load_record(home: str, key: Key) -> Optional[Record]:
     """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
     data = read_disk(record_path(home, key)).data
     try:
-        if not data.isascii() or b"\\u" in data:
-            raise ValueError("never written so: all paths in it are plain")
         values = json.loads(data)
-        return Record(
+        record = Record(
             str(values["synced_at"]),
             _texts(values["files"]),
             {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
             _texts(values["joins"]),
             [str(folder) for folder in values["folders"] if _stays_inside(folder)],
             str(values["source"]),
+            str(values.get("root", "")),
         )
+        # What is no text of a file's or of its name was not written by Orchestra.
+        os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if "\0" not in record.root else None
 
 
 def _texts(values: Mapping[str, object]) -> dict[str, str]:
@@ -3160,6 +3796,14 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
     )
 
 
+def accept_empty_folder(home: str, codebase: Codebase) -> None:
+    """Forget what was written to a folder that is empty now, so that a sync takes it for a new one; raises IoError."""
+    root = codebase_root(home, codebase)
+    with blame(root):
+        if not os.listdir(root):
+            remove_private(record_path(home, codebase.key))
+
+
 def text_before_block(file: FilePlan) -> bytes:
     """Give the user's text in front of a shared file's block."""
     span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
@@ -3179,17 +3823,20 @@ def sync_codebase(
 ) -> SyncCodebaseResult:
     """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
     key = codebase.key
+    has_leftovers = False
     try:
         if dry_run:
             plan = plan_codebase(home, codebase, owners, purge)
         else:
             with _codebase_turn(home, codebase, clock) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
+            has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
     # Without their bytes: a result may be one of thousands.
-    files = tuple(file._replace(before=ABSENT, after=None) for file in plan.files)
-    return SyncCodebaseResult(*key, files, plan_problems(key, plan))
+    left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
+    files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
+    return SyncCodebaseResult(*key, files, plan_problems(home, key, plan), has_leftovers)
 
 
 def _sync_until_done(
@@ -3202,6 +3849,7 @@ def _sync_until_done(
 ) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
     written: dict[str, FilePlan] = {}
+    left = Plan("", (), None, Record())
     for tries in range(MAX_TRIES):
         plan = plan_codebase(home, codebase, owners, purge)
         if tries == 0 and not (purge or plan.is_done or is_current(home, codebase)):
@@ -3211,60 +3859,120 @@ def _sync_until_done(
             codebase = reread_codebase(home, codebase.key)
             continue
         if not plan.is_done:
+            try:
+                lock.has_kept |= _release_temporaries(home, codebase.key, plan.root, None, clock)
+            except IoError:
+                lock.has_kept = True  # the next turn tries again
             plan = apply_plan(home, codebase.key, plan, lock, clock)
+        left = plan if plan.left else left
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
         if not any(file.changed for file in plan.files):
             break
         written.update({file.path: file for file in plan.files if file.writes})
-    return plan
+    return plan._replace(left_root=left.left_root, left=left.left)
 
 
 def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
     return SyncCodebaseResult(*key, errors=tuple(problems))
 
 
-def plan_problems(key: Key, plan: Plan) -> tuple[Problem, ...]:
-    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(plan))
+def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
+    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(home, plan))
 
 
-def group_problems(plan: Plan) -> list[Problem]:
+def group_problems(home: str, plan: Plan) -> list[Problem]:
     """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
     paths: dict[tuple[str, str], list[str]] = {}
-    for file in plan.files:
-        if file.problem:
-            paths.setdefault((file.problem, file.hint), []).append(file.path)
+    for root, files in (("", plan.files), (plan.left_root, plan.left)):
+        for file in files:
+            if file.problem:
+                place = shorten_home(home, os.path.join(root, file.path))
+                paths.setdefault((file.problem, file.hint), []).append(place)
     return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
 
 
-def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> AbstractContextManager[Lock]:
-    def sweep(left: Leftover) -> None:
-        _clear_up(home, codebase.key, find_root(home, codebase, {}), left, clock)
+@contextmanager
+def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> Iterator[Lock]:
+    """Take the lock of a codebase, clean up after a turn that was killed, and let go what was set aside."""
+    key, aside = codebase.key, aside_of(home, codebase.key)
 
-    return hold_lock(codebase_lock_path(home, codebase.key), sweep)
+    def sweep(left: Leftover) -> bool:
+        return _clear_up(home, key, find_root(home, codebase, {}), left, clock)
+
+    def collect() -> None:
+        with blame(aside):
+            collect_aside(aside, functools.partial(_back_up_aside, home, key, clock), clock)
+
+    with hold_lock(codebase_lock_path(home, key), sweep, aside=aside) as lock:
+        collect()
+        yield lock
+        collect()
 
 
-def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> None:
-    """Clear up after a turn that was killed or had trouble; raises IoError."""
+def clear_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
+    """Clean up after a sync that was killed, as long as it is known what it was about; raises OrchestraError."""
+    if os.path.isdir(codebase_root(home, codebase)):
+        with _codebase_turn(home, codebase, clock):
+            pass
+
+
+def _back_up_aside(home: str, key: Key, clock: Clock, label: str, disk: Disk) -> None:
+    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock)
+
+
+def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> bool:
+    """Clean up after a turn that was killed or had trouble; return whether something has to stay. Raises IoError."""
     sweep_folders(folders_below(backups_of(home, key)), left)  # first, for an earlier sweep may have ended there
-    folders = {os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH}
+    stays = False
     if left.swap:
-        # By the table, since the codebase may have moved: then its root is not the one of the swap.
-        path = next((path for path in AGENTS_BY_PATH if left.swap.path.endswith(f"/{path}")), "")
-        if path:
-            keep_swapped(home, key, path, folders, left, left.swap, clock)
-            folders.add(os.path.dirname(left.swap.temporary))
-    sweep_folders([*folders, os.path.dirname(record_path(home, key))], left)
+        with blame(os.path.dirname(left.swap.path)):
+            label_of = functools.partial(_label_in, root)
+            stays = settle_left(left.swap, _managed_folders(root), label_of, aside_of(home, key))
+    stays |= _release_temporaries(home, key, root, left, clock)
+    sweep_folders([os.path.dirname(record_path(home, key))], left)
+    return stays
+
+
+def _managed_folders(root: str) -> list[str]:
+    return list(dict.fromkeys(os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH))
+
+
+def _label_in(root: str, path: str) -> str:
+    """Give the managed path that leads to a file, though links lie on the way; its name alone where there is none."""
+    folder, name = os.path.split(path)
+    paths = [managed for managed in AGENTS_BY_PATH if os.path.basename(managed) == name]
+    real = real_path(folder)
+    return next((p for p in paths if real_path(os.path.dirname(f"{root}/{p}")) == real), paths[0] if paths else name)
+
+
+def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover], clock: Clock) -> bool:
+    """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
+    stays = False
+    for folder in _managed_folders(root):
+        names = [path for path in AGENTS_BY_PATH if os.path.dirname(f"{root}/{path}") == folder]
+        only = names[0] if len(names) == 1 else os.path.relpath(f"{folder}/leftover.md", root)
+
+        def keep(name: str, disk: Disk, folder: str = folder, only: str = only) -> None:
+            _back_up_aside(home, key, clock, _label_in(root, f"{folder}/{name}") if name else only, disk)
+
+        with blame(folder):
+            stays |= release_temporaries(folder, left, keep, clock)
+    return stays
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
+    # The folder that was left comes before all: only once nothing of it is to be done is it forgotten.
+    left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
+    if left and plan.old_record:
+        _remove_spare_folders(plan.left_root, plan.old_record._replace(files={f.path: "" for f in left if f.problem}))
     record = plan.record._replace(synced_at=now_rfc3339(clock))
-    known = plan.old_record.files if plan.old_record else {}
-    # What is to go stays recorded until it is gone, lest an interrupted sync forget it.
+    known = plan.old_record.files if plan.old_record and not plan.left_root else {}
+    # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
     doomed = {f.path: known[f.path] for f in plan.files if f.writes and f.after is None and f.path in known}
     first = record._replace(files={**record.files, **doomed})
     save_record(home, key, first, lock)
-    files = tuple(_apply_file(home, key, plan, file, lock, clock) if file.writes else file for file in plan.files)
+    files = tuple(_apply_file(home, key, plan.root, file, lock, clock) for file in plan.files)
     stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
     record = record._replace(files={**record.files, **stuck})
     record = _remove_spare_folders(plan.root, record)
@@ -3272,7 +3980,7 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Pla
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if record != first:
         save_record(home, key, record, lock)
-    return plan._replace(files=files, record=record)
+    return plan._replace(files=files, record=record, left=left)
 
 
 def _remove_spare_folders(root: str, record: Record) -> Record:
@@ -3284,25 +3992,28 @@ def _remove_spare_folders(root: str, record: Record) -> Record:
 
 def _remove_if_empty(root: str, folder: str) -> bool:
     try:
-        check_parents(root, folder + "/.")
-    except (SyncError, OSError):
+        with open_managed(root, folder) as place:
+            return remove_empty_folder(place.name, place.folder)
+    except FileNotFoundError:
+        return True
+    except (SyncError, FileChanged, OSError):
         return False  # it leads elsewhere by now
-    return remove_empty_folder(os.path.join(root, folder))
 
 
-def _apply_file(home: str, key: Key, plan: Plan, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+    if not file.writes:
+        return file
     if not lock.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
-        problem = "expected to clear up after another file first, got an error there: sync again"
-        return file._replace(action=SKIP, problem=problem)
+        return file._replace(action=SKIP, problem="skipped because an earlier file failed", retry=True)
     try:
-        return _write_file(home, key, plan.root, file, lock, clock)
+        return _write_file(home, key, root, file, lock, clock)
     except FileChanged:
-        problem = "expected it to hold still, got another save each time: sync again"
-        failed = file._replace(action=SKIP, problem=problem, changed=True)
+        problem = "it kept changing while Orchestra was writing it"
+        failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
     except (OrchestraError, OSError) as error:
-        failed = file._replace(action=SKIP, **_describe(error))
+        failed = file._replace(action=SKIP, retry=isinstance(error, FileBusy), **_describe(error))
     try:
-        _clear_up(home, key, plan.root, lock.left, clock)
+        lock.has_kept |= _clear_up(home, key, root, lock.left, clock)
     except IoError:
         lock.is_clean = False
     return failed
@@ -3317,13 +4028,13 @@ def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         file = file._replace(note="; ".join(filter(None, [restore, file.note])))
     if file.action == RELEASE:
         return file._replace(note="edited by hand, so it stays and is yours now")
-    path = check_parents(root, file.path, make=file.after is not None)
-    if file.after is None:
-        remove_file(path, file.before, lock)
-        return file
-    if file.before.kind == "file" and not file.before.data and file_age(path, clock) < YOUNG:
-        time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
-    replace_file(path, file.after, file.before, lock, durable=_has_user_text(file))
+    with open_managed(root, file.path, make=file.after is not None) as place:
+        if file.after is None:
+            remove_file(place, file.before, lock)
+            return file
+        if file.before.kind == "file" and not file.before.data and file_age(place.path, clock) < YOUNG:
+            time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
+        replace_file(place, file.after, file.before, lock, durable=_has_user_text(file))
     return file
 
 
@@ -3343,32 +4054,36 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     """
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
-    key = codebase.key
-    with _codebase_turn(home, codebase, clock) as lock:
-        with _named(os.path.join(root, backup.path)):
-            path = check_parents(root, backup.path)
-        before, kept = read_disk(path), read_disk(backup.file)
-        if before.kind not in ("file", "absent"):
-            raise SyncError(f"{path}: expected a file, got {DISK_NAMES[before.kind]}")
+    path = os.path.join(root, backup.path)
+    with _codebase_turn(home, codebase, clock) as lock, _named(path):
+        kept = read_disk(backup.file)
         if kept.kind != "file":
-            raise SyncError(f"{backup.file}: expected a kept version, got {DISK_NAMES[kept.kind]}")
-        after = kept.data
-        with _named(backup.file):
-            ours = ours_in(agent, kept.data)
-        if before.kind == "file" and not agent.owned and ours is not None:
-            with _named(path):
-                after = merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
+            raise SyncError(f"expected a kept version, got {DISK_NAMES[kept.kind]} at {backup.file}")
+        before = read_disk(check_parents(root, backup.path))
+        if before.kind not in ("file", "absent"):
+            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
+        after = _restored_text(agent, before, kept, backup.file)
         if before.kind == "file" and after == before.data:
             return False
         with blame(path):
             if before.kind == "file":
-                back_up(home, key, backup.path, before, "replaced by restore", lock.token, clock)
-            check_parents(root, backup.path, make=True)
+                back_up(home, codebase.key, backup.path, before, "replaced by restore", lock.token, clock)
             try:
-                replace_file(path, after, before, lock, mode=kept.mode, durable=True)
+                with open_managed(root, backup.path, make=True) as place:
+                    replace_file(place, after, before, lock, mode=kept.mode, durable=True)
             except FileChanged:
-                raise SyncError(f"{path}: expected it to hold still, got another save: restore again") from None
+                raise SyncError("it changed while Orchestra was writing it", "restore again") from None
     return True
+
+
+def _restored_text(agent: Agent, before: Disk, kept: Disk, file: str) -> bytes:
+    try:
+        ours = ours_in(agent, kept.data)
+    except SyncError as error:
+        raise SyncError(f"the version kept as {file}: {error}", error.hint) from None
+    if before.kind == "file" and not agent.owned and ours is not None:
+        return merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
+    return kept.data
 
 
 @contextmanager
@@ -3444,13 +4159,22 @@ class Status(NamedTuple):
         }
 
 
-def judge_plan(plan: Plan) -> tuple[str, str]:
-    """Put a plan into a status and its detail; the first that applies, in the order of the tests below."""
-    problems = group_problems(plan)
+def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
+    """Put a plan into a status and its detail, with what a sync would note."""
+    status, detail = _judge_changes(home, plan)
+    notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
+    return status, "; ".join(filter(None, [detail, *notes]))
+
+
+def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
+    """Give the first status that applies, in the order of the tests below, and what it is about."""
+    problems = group_problems(home, plan)
     record = plan.old_record
     by_kind: dict[str, list[str]] = {}
     for file in plan.files:
         by_kind.setdefault(_kind_of_change(file, record), []).append(file.path)
+    for file in plan.left:
+        by_kind.setdefault(ORPHAN, []).append(shorten_home(home, f"{plan.left_root}/{file.path}"))
     if problems:
         return ERROR, "; ".join(map(str, problems))
     if not plan.writes:
@@ -3489,7 +4213,7 @@ def check_staleness(
     try:
         plan = plan_codebase(home, codebase, owners)
         record = plan.old_record
-        status, detail = judge_plan(plan)
+        status, detail = judge_plan(home, plan)
     except OrchestraError as error:
         record, status, detail = None, ERROR, str(error)
         with suppress(OrchestraError):
@@ -3540,7 +4264,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
             target = "/dev/null" if file.after is None else f"b/{file.path}"
             for line in difflib.unified_diff(old, new, source, target):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return "".join(parts), plan_problems(codebase.key, plan)
+    return "".join(parts), plan_problems(home, codebase.key, plan)
 
 
 # ── 9 Watching ────────────────────────────────────────────────────────────────
@@ -5656,6 +6380,7 @@ def register(home: str, key: Key, path: str, project_type: Optional[str], sync: 
     _check_is_free(home, registry, key, path)
     if key in registry.codebases:
         _reregister(home, key, project_type)
+        accept_empty_folder(home, registry.codebases[key])
     else:
         _register_new(home, registry, key, path, project_type)
     return sync_and_report(home, load_registry(home), SyncScope.codebase(label_for(key))) if sync else OK
@@ -5695,7 +6420,7 @@ def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
             continue
         print(f"{label_for(key)} is a {project_type} codebase now: {file}")
         return
-    raise RegistryError(f"{file}: expected it to hold still, got another save each time", "try again")
+    raise RegistryError(f"{file}: it kept changing while Orchestra was writing it", "try again")
 
 
 def _register_new(home: str, registry: Registry, key: Key, path: str, project_type: Optional[str]) -> None:
@@ -5769,6 +6494,8 @@ def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     key = registry.find(args.name)
     if args.purge:
         _check_can_purge(home, registry, key)
+    if key in registry.codebases:
+        clear_codebase(home, registry.codebases[key])
     # Deregistered first: from then on no sync brings back what is purged.
     kept = retire_codebase(home, key)
     print(f"removed {label_for(key)} from the registry; its file is kept as {shorten_home(home, kept)}")

@@ -14,6 +14,7 @@ import ast
 import collections
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -238,6 +239,31 @@ def in_child(work: Callable[[], Ran]) -> Ran:
     return ran
 
 
+def names_in_call(
+    name: str, args: Sequence[Any], options: dict[str, Any], folder_of: Callable[[int], str]
+) -> list[str]:
+    """Give the paths that a call of `os`, or of the program's own renames, is about, whatever folder is open for it."""
+    if name in ("swap_files", "rename_exclusively"):
+        folder, *names = args
+        return [os.path.join(folder_of(folder), file) for file in names]
+    if isinstance(args[0], int):
+        return [folder_of(args[0])]
+    if name in ("rename", "replace", "link", "symlink"):
+        folders = [options.get("src_dir_fd"), options.get("dst_dir_fd", options.get("dir_fd"))]
+        return [os.path.join(folder_of(fd) if fd is not None else "", name) for fd, name in zip(folders, args)]
+    fd = options.get("dir_fd")
+    return [os.path.join("" if fd is None else folder_of(fd), os.fspath(args[0]))]
+
+
+def path_of(fd: int) -> str:
+    """Give the path of an open folder; "" of one that is none, as swaps of absolute paths have it."""
+    if fd < 0:
+        return ""
+    if IS_LINUX:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+
+
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
     try:
         out, err = process.communicate(timeout=timeout)
@@ -301,6 +327,7 @@ def codebase_with(**values: Any) -> orchestra.Codebase:
 
 
 CLINE, COPILOT = ".clinerules/orchestra.md", ".github/copilot-instructions.md"
+CURSOR = ".cursor/rules/orchestra.mdc"
 
 
 def block(text: str = "x") -> bytes:
@@ -736,6 +763,16 @@ def test_a_file_is_read_whole_or_up_to_the_limit(home: Home, size: int, limit: i
     assert orchestra.read_disk(str(home.code / "x"), limit).data == (data if limit < 0 else data[:limit])
 
 
+def put_in_place(path: str, data: bytes, expected: orchestra.Disk, lock: orchestra.Lock, **options: Any) -> None:
+    with orchestra.open_place(path) as place:
+        orchestra.replace_file(place, data, expected, lock, **options)
+
+
+def take_away(path: str, expected: orchestra.Disk, lock: orchestra.Lock) -> None:
+    with orchestra.open_place(path) as place:
+        orchestra.remove_file(place, expected, lock)
+
+
 @pytest.fixture
 def lock(home: Home) -> Iterator[orchestra.Lock]:
     with orchestra.hold_lock(os.path.join(home.path, "lock"), sweep=print) as lock:
@@ -746,7 +783,7 @@ def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home, lock: orch
     path = home.code / "x"
     path.write_bytes(b"old")
     path.chmod(0o640)
-    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o640)
     assert os.listdir(home.code) == ["x"]
 
@@ -767,14 +804,14 @@ def test_a_file_that_is_not_as_planned_is_not_touched(
     home: Home, lock: orchestra.Lock, monkeypatch: Any, planned: Optional[bytes], content: Any, swaps: bool
 ) -> None:
     if not swaps:
-        monkeypatch.setattr(orchestra, "swap_files", lambda one, other: False)
+        monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
     expected = orchestra.ABSENT if planned is None else orchestra.Disk("file", planned, 0o644)
     put_files(home.code, {"x": content})
     before = tree(home.code)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.replace_file(str(home.code / "x"), b"new", expected, lock)
+        put_in_place(str(home.code / "x"), b"new", expected, lock)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.remove_file(str(home.code / "x"), expected, lock)
+        take_away(str(home.code / "x"), expected, lock)
     assert tree(home.code) == before
 
 
@@ -797,12 +834,12 @@ def test_a_file_that_was_saved_meanwhile_keeps_its_name_all_the_time(
     if during == "planning":
         save(path)
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), save(path)))
-    monkeypatch.setattr(orchestra, "swap_files", lambda one, other: 1 / 0)
+    monkeypatch.setattr(orchestra, "swap_files", lambda *names: 1 / 0)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.replace_file(str(path), b"fresh", planned, lock, durable=durable)
+        put_in_place(str(path), b"fresh", planned, lock, durable=durable)
 
 
-def refuse_link(*names: str) -> None:
+def refuse_link(*names: str, **options: Any) -> None:
     raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
@@ -813,17 +850,17 @@ def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
     path = home.code / "x"
     write = orchestra._write_temporary
 
-    def write_and_let_it_appear(*args: Any) -> None:
-        write(*args)
+    def write_and_let_it_appear(*args: Any, **options: Any) -> None:
+        write(*args, **options)
         path.write_bytes(b"the user's")
 
     if file_system != "any":
-        monkeypatch.setattr(orchestra, "rename_exclusively", lambda one, other: False)
+        monkeypatch.setattr(orchestra, "rename_exclusively", lambda *names: False)
     if file_system == "without links too":
         monkeypatch.setattr(os, "link", refuse_link)
     monkeypatch.setattr(orchestra, "_write_temporary", write_and_let_it_appear)
     with pytest.raises(orchestra.FileChanged):
-        orchestra.replace_file(str(path), b"new", orchestra.ABSENT, lock)
+        put_in_place(str(path), b"new", orchestra.ABSENT, lock)
     assert contents(home.code) == {"x": b"the user's"}
 
 
@@ -841,7 +878,7 @@ def test_a_reader_sees_the_old_text_or_the_new(home: Home, lock: orchestra.Lock)
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(100):
-        orchestra.replace_file(str(path), texts[(i + 1) % 2], orchestra.read_disk(str(path)), lock)
+        put_in_place(str(path), texts[(i + 1) % 2], orchestra.read_disk(str(path)), lock)
     done.set()
     reader.join()
     assert seen <= set(texts)
@@ -928,28 +965,51 @@ def test_replacing_keeps_extended_attributes(home: Home, lock: orchestra.Lock) -
         os.setxattr(path, "user.note", b"mine")
     except OSError as error:
         pytest.skip(f"the file system has no extended attributes: {error}")
-    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
 
 
-def test_on_macos_attributes_are_copied_by_the_systems_own_call(
-    home: Home, lock: orchestra.Lock, monkeypatch: Any
+@pytest.mark.parametrize(("failing", "mode"), [(0, 0o644), (4, 0o644), (1, 0o600)])
+def test_on_macos_an_attribute_that_cannot_be_set_costs_neither_mode_nor_access_list(
+    home: Home, lock: orchestra.Lock, monkeypatch: Any, failing: int, mode: int
 ) -> None:
     path = home.code / "x"
     path.write_bytes(b"old")
+    path.chmod(0o644)
     calls = []
 
     class Libc:
         def fcopyfile(self, source: int, target: int, state: None, flags: int) -> int:
             calls.append((os.pread(source, 9, 0), os.fstat(target).st_size, state, flags))
-            return 0
+            return -(flags == failing)
 
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.delattr(os, "listxattr", raising=False)
     monkeypatch.setattr("ctypes.CDLL", lambda name, use_errno: Libc())
-    monkeypatch.setattr(orchestra, "swap_files", lambda one, other: False)
-    orchestra.replace_file(str(path), b"newer", orchestra.read_disk(str(path)), lock)
-    assert (path.read_bytes(), calls) == (b"newer", [(b"old", 5, None, 5)])
+    monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
+    put_in_place(str(path), b"newer", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"newer", mode)
+    assert calls == [(b"old", 5, None, 4), (b"old", 5, None, 1)]
+
+
+@pytest.mark.parametrize(("has", "refused"), [(False, 0), (True, 0), (True, errno.ENOTSUP), (True, errno.ENOTTY)])
+def test_what_must_not_be_lost_is_flushed_to_the_drive_where_fsync_does_not(
+    home: Home, monkeypatch: Any, has: bool, refused: int
+) -> None:
+    calls: list[Any] = []
+
+    def control(fd: int, command: int) -> None:
+        calls.append(command)
+        if refused:
+            raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    if not has:
+        monkeypatch.delattr(fcntl, "F_FULLFSYNC")
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync"))
+    orchestra.flush(0)
+    assert calls == [51] * has + ["fsync"] * (not has or bool(refused))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
@@ -968,7 +1028,7 @@ def test_replacing_keeps_owner_and_group(
     path.write_bytes(b"old")
     path.chmod(mode)
     os.chown(path, user, group)
-    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     info = path.stat()
     assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == expected
 
@@ -979,7 +1039,7 @@ def replace_as_nobody(home: Home, path: Path) -> None:
 
     def replace() -> Ran:
         with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+            put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
         return Ran(0, "", "")
 
     assert in_child(replace).err == ""
@@ -1029,25 +1089,23 @@ def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: 
 
 
 @pytest.mark.parametrize("saved", [b"old", b"saved in that instant"])
-def test_a_swap_that_is_interrupted_leaves_what_it_brought_out_if_that_is_a_save(
-    home: Home, monkeypatch: Any, saved: bytes
-) -> None:
-    path, left = home.code / "x", []
+def test_a_swap_that_is_interrupted_is_settled_at_once(home: Home, monkeypatch: Any, saved: bytes) -> None:
+    path, left = home.code / "x", []  # what came of the save
     path.write_bytes(b"old")
     planned = orchestra.read_disk(str(path))
     swap = orchestra.swap_files
 
-    def swap_and_be_interrupted(one: str, other: str) -> bool:
-        path.write_bytes(saved)
-        swap(one, other)
-        raise KeyboardInterrupt
+    def swap_and_be_interrupted(*names: Any) -> bool:
+        if not left:
+            left.append(path.write_bytes(saved))
+            swap(*names)
+            raise KeyboardInterrupt
+        return swap(*names)
 
     monkeypatch.setattr(orchestra, "swap_files", swap_and_be_interrupted)
     with pytest.raises(KeyboardInterrupt), orchestra.hold_lock(str(home.folder / "lock"), sweep=print) as lock:
-        orchestra.replace_file(str(path), b"new", planned, lock)
-    with orchestra.hold_lock(str(home.folder / "lock"), sweep=left.append):
-        found = orchestra.read_disk(left[0].swap.temporary)
-    assert found == (orchestra.ABSENT if saved == b"old" else planned._replace(data=saved))
+        put_in_place(str(path), b"new", planned, lock)
+    assert contents(home.code) == {"x": b"new" if saved == b"old" else saved}
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
@@ -1085,7 +1143,7 @@ def test_a_folders_default_access_list_opens_no_old_file(home: Home, lock: orche
         pytest.skip(f"the file system has no access control lists: {error}")
     names = os.listxattr(path)
     mode = path.stat().st_mode
-    orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert (path.read_bytes(), os.listxattr(path), path.stat().st_mode) == (b"new", names, mode)
     if has_list:
         assert os.getxattr(path, "system.posix_acl_access") == access_list(4321)
@@ -1107,12 +1165,12 @@ def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home:
     path.write_bytes(b"old")
     planned = orchestra.read_disk(str(path))
     with open(path, "r+b") as file:
-        with pytest.raises(orchestra.FileChanged):
-            orchestra.replace_file(str(path), b"new", planned, lock)
+        with pytest.raises(orchestra.FileBusy):
+            put_in_place(str(path), b"new", planned, lock)
         file.write(b"users")
     assert contents(home.code) == {"x": b"users"}
     with open(path, "rb"):
-        orchestra.replace_file(str(path), b"new", orchestra.read_disk(str(path)), lock)
+        put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert contents(home.code) == {"x": b"new"}
 
 
@@ -1316,7 +1374,7 @@ def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, 
         make_socket(Path("socket"))
     assert orchestra.read_disk(str(place)).kind == "special"
 
-    def refuse(path: str, flags: int) -> int:
+    def refuse(path: str, flags: int, dir_fd: Optional[int] = None) -> int:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported on socket", path)  # xnu: vn_open_auth
 
     monkeypatch.setattr(os, "open", refuse)
@@ -2610,8 +2668,9 @@ def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_
     before = {name: data for name, data in contents(home.code).items() if not name.endswith(".tmp")}
     home.register("shop/api", path=str(other), targets=["claude", "copilot"])
     home.sync()
-    assert home.backups() == {path: SAVED_IN_THE_INSTANT}
-    assert (home.leftovers(), left.exists()) == ([], False)
+    places = [file for file in (root / path, other / path) if file.exists()]
+    assert any(SAVED_IN_THE_INSTANT in file.read_bytes() for file in places)
+    assert (home.backups(), home.leftovers(), left.exists()) == ({}, [], False)
     assert before.items() <= contents(home.code).items()
 
 
@@ -2733,6 +2792,150 @@ def test_a_symlinked_managed_file_is_left_alone_and_said(home: Home, target: str
     assert home.status_of() == "current"
     home.run_fine("project", "remove", "api", "--purge")
     assert os.readlink(root / "CLAUDE.md") == target and os.listdir(root) == ["CLAUDE.md"]
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "is_link"),
+    [
+        ("CLAUDE.md", "AGENTS.md", True),
+        ("CLAUDE.md", "./AGENTS.md", True),
+        (".github/copilot-instructions.md", "../AGENTS.md", True),
+        (".clinerules/orchestra.md", "../AGENTS.md", True),
+        ("CLAUDE.md", "AGENTS.md\n", False),
+        ("CLAUDE.md", "nowhere.md", False),
+        ("CLAUDE.md", "See AGENTS.md", False),
+        ("CLAUDE.md", "", False),
+    ],
+)
+def test_a_link_that_git_wrote_as_text_is_left_alone_and_said(home: Home, path: str, data: str, is_link: bool) -> None:
+    target = next(agent.target for agent in orchestra.AGENTS.values() if agent.path == path)
+    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n", path: data}, targets=[target])
+    os.utime(root / path, (1e9, 1e9))
+    ran = home.sync()
+    note = f"note: shop/api: {path}: left alone: it is a link to {data}, as git writes one as text\n"
+    assert ((root / path).read_text() == data, ran.err == note) == (is_link, is_link)
+    assert (note[len("note: shop/api: ") : -1] in home.staleness()["detail"]) == is_link
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+@pytest.mark.parametrize(
+    ("patterns", "left_out"),
+    [
+        (None, []),
+        (["src"], [COPILOT, CURSOR]),
+        (["src", ".github"], [CURSOR]),
+        (["--no-cone", "/*", "!/.github/"], [COPILOT]),
+        (["--no-cone", "/src/", "*.mdc"], ["CLAUDE.md", COPILOT]),
+    ],
+)
+def test_a_file_outside_of_a_sparse_checkout_is_not_made(home: Home, patterns: Any, left_out: list[str]) -> None:
+    team = {COPILOT: "the team's\n", CURSOR: "the team's\n", "CLAUDE.md": "the team's\n", "src/code.py": ""}
+    root = home.make_codebase("shop/api", team, targets=["claude", "copilot", "cursor"])
+    for command in ("init -q", "add .", "commit -qm x"):
+        run_git(root, *command.split())
+    if patterns:
+        run_git(root, "sparse-checkout", "set", *(patterns if patterns[0] == "--no-cone" else ["--cone", *patterns]))
+    assert sorted(path for path in team if not (root / path).exists()) == sorted(left_out)
+    ran = home.sync()
+    assert sorted(path for path in team if not (root / path).exists()) == sorted(left_out)
+    assert ran.err.count("left alone: it is outside of git's sparse checkout") == len(left_out)
+    assert home.status_of() == "current"
+
+
+@pytest.mark.parametrize("targets", [["claude", "codex"], ALL_TARGETS])
+def test_a_folder_that_was_synced_and_is_empty_now_is_not_written_to(home: Home, targets: list[str]) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=targets)
+    home.sync()
+    shutil.rmtree(root)
+    root.mkdir()
+    ran = home.run("sync", "--all")
+    assert (ran.status, os.listdir(root)) == (2, [])
+    assert "the folder is empty now, but was synced before: is its disk mounted?" in ran.complaints[0]
+    assert home.status_of() == "error" and home.run("sync", "--check", "--all").status == 2
+    hint = re.search(r"try: if it is meant to be empty: orchestra (.*)", ran.err)
+    assert hint and home.run_fine(*shlex.split(hint[1])).lines
+    assert (root / "CLAUDE.md").exists() and home.sync().lines == []
+
+
+def test_another_folder_may_be_empty_and_an_emptied_one_that_has_other_files_is_written_to(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
+    home.sync()
+    (root / "CLAUDE.md").unlink()
+    assert home.sync().lines == ["create   shop/api CLAUDE.md"]
+    (home.code / "other").mkdir()
+    home.register("shop/api", path=str(home.code / "other"), targets=["claude"])
+    assert "create   shop/api CLAUDE.md" in home.sync().lines
+
+
+@pytest.mark.parametrize("kind", ["moved", "copied", "left", "left and edited", "of another codebase now"])
+def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home: Home, kind: str) -> None:
+    files = {"AGENTS.md": "mine\n", ".cursor/rules/mine.mdc": "mine", "code.py": ""}
+    root, other = home.make_codebase("shop/api", files, targets=["claude", "codex", "cline"]), home.code / "other"
+    home.sync()
+    if kind == "moved":
+        root.rename(other)
+    elif kind == "copied":
+        shutil.copytree(root, other)
+    else:
+        put_files(other, {"code.py": ""})
+    if kind == "left and edited":
+        edit(root / "CLAUDE.md", "# api", "# mine")
+    home.register("shop/api", path=str(other), targets=["claude", "codex", "cline"])
+    if kind == "of another codebase now":
+        home.register("shop/web", path=str(root), targets=["claude", "codex", "cline"])
+    status, detail = home.status_of(), home.staleness()["detail"]
+    check = home.run("sync", "--check", "api")
+    ran = home.run_fine("sync", "api")
+    left = sorted(contents(root)) if root.exists() else []
+    if kind in ("moved", "copied"):
+        assert [line for line in ran.lines if "other" not in line and str(root) not in line] == []
+        assert contents(other).keys() >= {"CLAUDE.md", "AGENTS.md", CLINE}
+    if kind in ("copied", "left", "left and edited"):
+        assert left == sorted([*files, *["CLAUDE.md"] * (kind == "left and edited")])
+        assert (root / "AGENTS.md").read_text() == "mine\n"
+        assert f"remove   shop/api {root}/{CLINE}" in ran.out and check.status == 1
+        assert not (root / ".clinerules").exists()
+        if kind == "copied":
+            assert (status, f"{root}/CLAUDE.md" in detail) == ("orphan", True)
+    if kind == "left and edited":
+        assert f"{root}/CLAUDE.md: edited by hand, so it stays" in ran.err
+    if kind == "of another codebase now":
+        assert {"CLAUDE.md", CLINE} <= set(left)
+    assert home.backups() == {}
+    assert home.run_fine("sync", "api").lines == [] and home.status_of() == "current"
+
+
+def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
+    code = Path(home.path, "code/api")
+    put_files(code, {"code.py": ""})
+    home.register("shop/api", path="~/code/api", targets=["claude"])
+    home.sync()
+    other = home.folder / "copy"
+    shutil.copytree(home.path, other)
+    before = tree(code)
+    assert orchestra.main(["sync", "--all"], {"HOME": str(other)}) == 0
+    assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize("path", ["GEMINI.md", CLINE])
+def test_a_managed_file_that_is_too_large_is_an_error_for_it_alone(home: Home, path: str) -> None:
+    target = "gemini" if path == "GEMINI.md" else "cline"
+    root = home.make_codebase("shop/api", {path: b"x" * orchestra.MAX_MANAGED_FILE}, targets=["claude", target])
+    assert home.run("sync", "--all").status == 0
+    os.truncate(root / path, orchestra.MAX_MANAGED_FILE + 1)
+    home.register("shop/api", targets=["claude", target], description="new")
+    ran = home.run("sync", "--all")
+    assert ran.complaints == [f"orchestra: shop/api: {path}: expected at most 8 MiB, got more"]
+    assert ran.lines == ["update   shop/api CLAUDE.md"]
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_a_file_that_the_system_hands_over_in_pieces_is_read_whole(home: Home, monkeypatch: Any, most: int) -> None:
+    data, read = os.urandom(5000), os.read
+    put_files(home.code, {"x": data})
+    monkeypatch.setattr(os, "read", lambda fd, count: read(fd, min(count, most)))
+    assert orchestra.read_disk(str(home.code / "x")).data == data
+    assert orchestra.read_disk(str(home.code / "x"), 4999).data == data[:4999]
 
 
 @pytest.mark.parametrize("link", [".cursor", ".cursor/rules"])
@@ -3041,11 +3244,10 @@ def test_after_a_clean_up_that_failed_nothing_else_is_swapped(home: Home, monkey
         patch.setattr(orchestra, "_clear_up", fail)
         ran = home.run("sync", "api")
     assert ran.status == 2
-    assert [line.partition(": expected")[0] for line in ran.complaints] == [
+    assert ran.complaints == [
         "orchestra: shop/api: CLAUDE.md: no space left on device",
-        "orchestra: shop/api: AGENTS.md",
+        "orchestra: shop/api: AGENTS.md: skipped because an earlier file failed",
     ]
-    assert "expected to clear up after another file first" in ran.err
     assert contents(root) == {"CLAUDE.md": b"mine\n", "AGENTS.md": b"mine\n"}
     assert len(home.sync().lines) == 2
     assert home.status_of() == "current"
@@ -3084,9 +3286,10 @@ def meddling(monkeypatch: Any, root: Path, meddle: Callable[[int], None]) -> Any
     """Call `meddle`, with the number of calls before, whenever a file of the codebase is about to be replaced."""
     real, calls = orchestra._write_temporary, itertools.count()
 
-    def write(path: str, *args: Any, **options: Any) -> None:
-        real(path, *args, **options)
-        if path.startswith(f"{root}/"):
+    def write(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        folder = {**dict(zip(("path", "data", "mode", "durable", "dress", "folder"), args)), **options}.get("folder")
+        if folder is not None and f"{path_of(folder)}/".startswith(f"{root}/"):
             meddle(next(calls))
 
     with monkeypatch.context() as patch:
@@ -3122,7 +3325,7 @@ def test_a_file_that_never_holds_still_is_left_to_its_writer(home: Home, monkeyp
     with meddling(monkeypatch, root, lambda call: file.write_bytes(b"save %d\n" % call) and None):
         ran = home.run("sync", "--all")
     assert ran.status == 2 and ran.lines == []
-    assert "expected it to hold still" in ran.complaints[0]
+    assert "it kept changing" in ran.complaints[0]
     assert re.fullmatch(rb"save \d\n", file.read_bytes())
     assert home.sync().lines == ["append   shop/api CLAUDE.md"]
 
@@ -3140,6 +3343,34 @@ def test_a_folder_swapped_for_a_link_between_plan_and_write_is_refused(home: Hom
     with meddling(monkeypatch, root, swap):
         assert home.run("sync", "--all").status == 2
     assert contents(outside) == {}
+
+
+@pytest.mark.parametrize("folder", [".cursor", ".cursor/rules"])
+def test_nothing_is_written_outside_while_a_folder_is_flipped_to_a_link_and_back(home: Home, folder: str) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["cursor"])
+    outside = home.code / "outside"
+    put_files(outside, {"rules": None})
+    kept, link = root / "kept", root / "link"
+    (root / folder).parent.mkdir(parents=True, exist_ok=True)
+    (root / folder).mkdir()
+    link.symlink_to(outside if folder == ".cursor" else outside / "rules")
+
+    def flip(is_over: Callable[[], bool]) -> int:
+        count = 0
+        while not is_over():
+            orchestra._find_rename()(-100, os.fsencode(root / folder), -100, os.fsencode(link), 2)
+            count += 1
+        return count
+
+    flipper = Child(flip)
+    started = time.monotonic()
+    number = 0
+    while time.monotonic() < started + 1:
+        number += 1
+        home.register("shop/api", targets=["cursor"] if number % 3 else [], description=f"change {number}")
+        home.run("sync", "--all")
+    assert flipper.stop() > number > 10
+    assert (contents(outside), kept.exists()) == ({}, False)
 
 
 def test_no_folder_is_made_through_a_link_that_appears_between_plan_and_write(home: Home, monkeypatch: Any) -> None:
@@ -3175,7 +3406,7 @@ def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, mon
     for name in ("api", "web"):
         home.make_codebase(f"shop/{name}")
     real = orchestra.hold_lock
-    monkeypatch.setattr(orchestra, "hold_lock", lambda path, sweep: real(path, sweep, 0.05))
+    monkeypatch.setattr(orchestra, "hold_lock", lambda path, sweep, aside: real(path, sweep, 0.05))
     with real(orchestra.codebase_lock_path(home.path, ("shop", "api")), sweep=print):
         ran = home.run("sync", "--all")
     assert ran.status == 2 and "expected the lock within 0.05 s" in ran.complaints[0]
@@ -3360,7 +3591,9 @@ def test_status_puts_it_in_a_word(home: Home, steps: Any, status: str) -> None:
     entry = json.loads(ran.out)["codebases"][0]
     assert list(entry) == ["project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks"]
     assert entry["status"] == status
-    assert bool(entry["detail"]) == (status not in ("current", "never_synced"))
+    assert bool(entry["detail"]) == (
+        status not in ("current", "never_synced") or (home.code / "shop/api/CLAUDE.md").is_symlink()
+    )
     assert ran.status == (2 if status == "error" else 0)
     assert home.run("status", "--check").status == {"current": 0, "error": 2}.get(status, 1)
     assert json.loads(ran.out)["summary"] == {
@@ -5276,7 +5509,7 @@ def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Live) -> None
     replace(served.file(), text)
     wait_until(lambda: served.status()["problems"])
     assert str(root) in served.status()["problems"][0]["message"] + served.status()["problems"][0]["where"]
-    root.mkdir()
+    put_files(root, {"README.md": "not empty: an emptied folder is another matter"})
     assert orchestra.request_sync(served.path, "api")["written"] == 1
     assert served.status()["problems"] == []
 
@@ -5317,6 +5550,7 @@ def test_a_change_of_the_project_syncs_all(served: Live) -> None:
 def test_sighup_looks_at_everything_again(served: Live) -> None:
     served.save()
     wait_until(lambda: served.has("first"))
+    put_files(served.code / "shop/api", {"README.md": ""})
     (served.code / "shop" / "api" / "CLAUDE.md").unlink()
     served.daemons[-1].send_signal(signal.SIGHUP)
     wait_until(lambda: served.has("first"))
@@ -7972,7 +8206,6 @@ DISK_CALLS = (
     *("write", "pwrite", "ftruncate", "fchmod", "fchown", "fsync", "rename", "replace", "link", "unlink", "remove"),
     *("symlink", "mkdir", "rmdir", "chmod", "chown", "truncate", "utime", "setxattr"),
 )
-TWO_NAMES = ("rename", "replace", "link", "symlink", "swap_files", "rename_exclusively")
 FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 USER_YAML = (
     "# comment: dunlin\nname: api\npath: {root}\ntargets: [claude]\nnotes:\n- x # comment: redshank\nmine: plover\n"
@@ -8019,7 +8252,7 @@ class DiskHook:
 
     def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            place = self.paths.get(args[0], "") if isinstance(args[0], int) else os.fspath(args[name in TWO_NAMES])
+            place = names_in_call(name, args, options, lambda fd: self.paths.get(fd, ""))[-1]
             self.begin(name, place, not isinstance(args[0], int), not self.fault.counts_reads)
             if self.fault.half and self.fault.is_due(self.number) and name in ("write", "pwrite"):
                 real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
@@ -8035,15 +8268,16 @@ class DiskHook:
     def wrap_open(self, real: Callable[..., int]) -> Callable[..., int]:
         def call(path: Any, flags: int, *args: Any, **options: Any) -> int:
             changes = bool(flags & FOR_WRITING)
+            place = names_in_call("open", [path], options, lambda fd: self.paths.get(fd, ""))[0]
             if not changes and not self.fault.counts_reads:
                 fd = real(path, flags, *args, **options)
             else:
-                self.begin("open" if changes else "read", os.fspath(path), True, True)
+                self.begin("open" if changes else "read", place, True, True)
                 try:
                     fd = real(path, flags, *args, **options)
                 finally:
                     self.end()
-            self.paths[fd] = os.fspath(path)
+            self.paths[fd] = place
             return fd
 
         return call
@@ -8186,7 +8420,6 @@ EDITED_WORDS = {
     "harrier": "",
     "dunlin": "",
 }
-CURSOR = ".cursor/rules/orchestra.mdc"
 EDITED_FILES = frozenset({"AGENTS.md", CURSOR})
 
 
@@ -8488,7 +8721,7 @@ def fail_at_each(stage: Stage, error: int, sticky: bool, numbers: Iterable[int])
         with blamed_on(stage, number, f"{errno.errorcode[error]}, {sticky=}, {hooked.hit} failed at"):
             stage.check_report(hooked)
             stage.check_nothing_lost()
-            stage.check_recovery(has_rubbish=hooked.hit[0] == "rmdir")
+            stage.check_recovery(has_rubbish=hooked.hit[0] in ("rmdir", "read"))
     return count
 
 
@@ -8871,7 +9104,7 @@ class History(Home):
         for label in ("shop/api", "shop/web"):
             self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r")}
             self.enter(label)
-            (self.code / label).mkdir(parents=True)
+            put_files(self.code / label, {"code.py": ""})
         self.cache = orchestra.load_cache(self.path)
 
     # Words and choices
@@ -9525,9 +9758,9 @@ class Instants:
         self.count = 0
         self.is_users = False
 
-    def wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            if self.is_users or self.file not in map(str, args[:2]):
+            if self.is_users or self.file not in names_in_call(name, list(map(as_name, args)), options, path_of):
                 return real(*args, **options)
             number, self.count = self.count, self.count + 1
             self.let(self.before, number)
@@ -9543,6 +9776,10 @@ class Instants:
             act(number)
         finally:
             self.is_users = False
+
+
+def as_name(argument: Any) -> Any:
+    return os.fspath(argument) if isinstance(argument, os.PathLike) else argument
 
 
 def nothing(number: int) -> None:
@@ -9561,9 +9798,9 @@ def instants(
     watched = Instants(file, before, after)
     with monkeypatch.context() as patch:
         for name in RENAMES:
-            patch.setattr(orchestra, name, watched.wrap(getattr(orchestra, name)))
+            patch.setattr(orchestra, name, watched.wrap(name, getattr(orchestra, name)))
         for name in ("rename", "replace", "link", "unlink"):
-            patch.setattr(os, name, watched.wrap(getattr(os, name)))
+            patch.setattr(os, name, watched.wrap(name, getattr(os, name)))
         yield watched
 
 
@@ -9590,7 +9827,7 @@ class Scene(NamedTuple):
 
 
 def set_scene(home: Home, text: str = "mine\n") -> Scene:
-    root = home.make_codebase("shop/api", {"CLAUDE.md": text}, targets=["claude"], description="first")
+    root = home.make_codebase("shop/api", {"CLAUDE.md": text, "README.md": ""}, targets=["claude"], description="first")
     home.sync()
     home.register("shop/api", targets=["claude"], description="second")
     return Scene(home, root, root / "CLAUDE.md")
@@ -9682,7 +9919,6 @@ def test_saves_at_several_instants_in_a_row_are_not_lost(home: Home, monkeypatch
     with instants(monkeypatch, scene.file, act):
         home.run("sync", "--all")
     home.sync()
-    assert b"u%dx\n" % (times - 1) in scene.user_text(), "the last save is not in the file"
     assert user_words(scene.found()) == {b"u%dx" % number for number in range(times)}
     assert scene.is_new() and home.leftovers() == []
 
@@ -9714,7 +9950,7 @@ def test_a_file_saved_at_every_try_has_the_last_save_in_it(home: Home, monkeypat
 
     with instants(monkeypatch, scene.file, act):
         ran = home.run("sync", "--all")
-    assert ran.status == 2 and "expected it to hold still" in ran.complaints[0]
+    assert ran.status == 2 and "it kept changing" in ran.complaints[0]
     assert scene.file.read_bytes() == saved[-1] and len(saved) > 2
     home.sync()
     assert scene.user_text().startswith(saved[-1]) and home.leftovers() == []
@@ -9833,6 +10069,279 @@ def test_a_reader_does_not_keep_a_file_from_being_replaced(home: Home) -> None:
     with open(scene.file, "rb"):
         home.sync()
     assert scene.is_new()
+
+
+# Writers that cannot be told, names that cannot be exchanged
+
+
+@pytest.fixture(params=["exchange", "link", "rename"])
+def way_to_replace(request: Any, monkeypatch: Any) -> str:
+    """Take from the file system what it may lack: exchanging names, and hard links too."""
+    if request.param != "exchange":
+        monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
+    if request.param == "rename":
+        monkeypatch.setattr(orchestra, "rename_exclusively", lambda *names: False)
+        monkeypatch.setattr(os, "link", refuse_link)
+    return str(request.param)
+
+
+def tell_no_writers(monkeypatch: Any) -> None:
+    """Let the system tell nothing of who writes to a file, as where there are no leases."""
+    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+    monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
+
+
+def everything_below(*folders: Path) -> bytes:
+    return b"\n".join(data for folder in folders for data in contents(folder).values())
+
+
+def sync_later(home: Home, seconds: float = 100) -> orchestra.SyncCodebaseResult:
+    registry = home.registry()
+    codebase = registry.codebases[API]
+    return orchestra.sync_codebase(home.path, codebase, registry.owners, clock=lambda: time.time() + seconds)
+
+
+@pytest.mark.parametrize("change", ["update", "drop", "drop all of it"])
+def test_what_is_written_to_a_file_whose_writers_cannot_be_told_is_kept(
+    home: Home, monkeypatch: Any, way_to_replace: str, change: str
+) -> None:
+    tell_no_writers(monkeypatch)
+    scene = set_scene(home, "" if change == "drop all of it" else "mine\n")
+    if change != "update":
+        home.register("shop/api", targets=[])
+    with open(scene.file, "ab", buffering=0) as opened:
+        home.sync()
+        opened.write(b"u1x\n")
+        aside = Path(orchestra.aside_of(home.path, API))
+        assert b"u1x" in everything_below(aside)
+        assert home.sync().lines == [] and b"u1x" in everything_below(aside)
+        opened.write(b"u2x\n")
+    result = sync_later(home)
+    assert (result.errors, result.retry, aside.exists()) == ((), False, False)
+    assert user_words(home.backups()["CLAUDE.md"]) == {b"u1x", b"u2x"}
+    assert home.leftovers() == []
+
+
+def test_a_file_whose_writers_cannot_be_told_goes_after_a_minute_without_a_change(
+    home: Home, monkeypatch: Any, way_to_replace: str
+) -> None:
+    tell_no_writers(monkeypatch)
+    scene = set_scene(home)
+    home.sync()
+    aside = Path(orchestra.aside_of(home.path, API))
+    result = sync_later(home, orchestra.ASIDE_TIME - 30)
+    assert result.retry and os.listdir(aside) != []
+    result = sync_later(home, orchestra.ASIDE_TIME + 30)
+    assert (result.retry, aside.exists(), home.backups(), home.leftovers()) == (False, False, {}, [])
+    assert scene.is_new()
+
+
+@pytest.mark.skipif(not IS_LINUX or not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_new_one(
+    home: Home, quick_home: Home, monkeypatch: Any
+) -> None:
+    if os.stat(home.path).st_dev == os.stat(quick_home.path).st_dev:
+        pytest.skip("both are on one file system")
+    scene = set_scene(home)
+    Path(orchestra.backups_root(home.path)).symlink_to(quick_home.path)
+    tell_no_writers(monkeypatch)
+    with open(scene.file, "ab", buffering=0) as opened:
+        result = sync_later(home, 0)
+        assert (result.errors, result.retry) == ((), True)
+        opened.write(b"u1x\n")
+    (left,) = scene.root.glob(".orchestra-kept-*.tmp")
+    assert b"u1x" in left.read_bytes()
+    assert sync_later(home, 0).retry and left.exists()
+    assert not sync_later(home).retry and not left.exists()
+    assert b"u1x" in home.backups()["CLAUDE.md"]
+    assert Path(orchestra.codebase_lock_path(home.path, API)).read_bytes() == b""
+
+
+HOLD = """
+import sys, time
+with open(sys.argv[1], sys.argv[2], buffering=0) as file:
+    print("open", flush=True)
+    sys.stdin.readline()
+    file.write(b"u1x\\n")
+"""
+
+
+@contextmanager
+def held_open(file: Path, mode: str = "ab") -> Iterator[Callable[[], None]]:
+    """Have another process hold a file open, and write to it when told to."""
+    argv = [sys.executable, "-c", HOLD, str(file), mode]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "open\n"
+
+    def write() -> None:
+        process.communicate("go\n", timeout=30)
+
+    yield write
+    if process.poll() is None:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="Linux alone tells who writes")
+@pytest.mark.parametrize("tells", ["by leases", "by /proc"])
+def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
+    home: Home, monkeypatch: Any, tells: str
+) -> None:
+    scene = set_scene(home)
+    if tells == "by /proc":
+        monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+    before = scene.file.read_bytes()
+    with held_open(scene.file) as write:
+        ran = home.run("sync", "--all")
+        assert ran.complaints == ["orchestra: shop/api: CLAUDE.md: another program has it open for writing"]
+        assert (ran.status, scene.file.read_bytes(), home.leftovers()) == (2, before, [])
+        assert sync_later(home, 0).retry
+        write()
+    assert not sync_later(home).errors
+    assert scene.user_text().endswith(b"u1x\n") and b"second" in scene.file.read_bytes()
+
+
+@needs_leases
+def test_a_writer_whose_file_was_displaced_by_a_killed_sync_gets_it_back(home: Home, monkeypatch: Any) -> None:
+    scene = set_scene(home)
+    script = home.folder / "holder"
+    os.mkfifo(script)
+
+    def hold(number: int) -> None:
+        argv = [sys.executable, "-c", HOLD, str(scene.file), "ab"]
+        with open(script) as stdin:
+            process = subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, text=True)
+        assert process.stdout and process.stdout.readline()
+
+    def sync() -> None:
+        with instants(monkeypatch, scene.file, only_at(0, lambda: hold(0)), kill_now):
+            orchestra.run_pipeline(home.path, orchestra.SyncScope.all())
+
+    writer = os.open(script, os.O_RDWR)
+    assert run_killed(sync) == signal.SIGKILL
+    assert b"second" in scene.file.read_bytes(), "the kill came before the exchange"
+    ran = home.run("sync", "--all")
+    assert ran.status == 2
+    assert "another program has it open for writing" in ran.err
+    os.write(writer, b"go\n")
+    wait_until(lambda: b"u1x" in scene.file.read_bytes())
+    os.close(writer)
+    wait_until(lambda: home.run("sync", "--all").status == 0)
+    assert scene.user_text().endswith(b"u1x\n") and b"second" in scene.file.read_bytes()
+    assert home.leftovers() == []
+
+
+@pytest.mark.parametrize("tells", ["by leases", "not at all"])
+def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
+    home: Home, monkeypatch: Any, tells: str, way_to_replace: str
+) -> None:
+    scene = set_scene(home)
+    if tells == "not at all":
+        tell_no_writers(monkeypatch)
+    elif not IS_LINUX:
+        pytest.skip("only Linux has read leases")
+
+    def hold(is_over: Callable[[], bool]) -> int:
+        with open(scene.file, "ab", buffering=0) as file:
+            for number in itertools.count():
+                if is_over():
+                    return number
+                file.write(b"held%d\n" % number)
+                time.sleep(0.002)
+        return 0
+
+    def reopen(is_over: Callable[[], bool]) -> int:
+        for number in itertools.count():
+            if is_over():
+                return number
+            with open(scene.file, "ab", buffering=0) as file:
+                file.write(b"opened%d\n" % number)
+            time.sleep(0.003)
+        return 0
+
+    for number in range(3):
+        writers = [Child(hold), Child(reopen)]
+        wait_until(lambda: b"held9\n" in everything_below(home.folder))
+        home.register("shop/api", targets=["claude"] if number < 2 else [], description=f"change {number}")
+        home.run("sync", "--all")
+        home.run("sync", "--all")
+        counts = [writer.stop() for writer in writers]
+        words = set(re.findall(rb"(?m)^(?:held|opened)\d+$", everything_below(home.folder)))
+        wanted = {b"%b%d" % (name, i) for name, count in zip((b"held", b"opened"), counts) for i in range(count)}
+        if way_to_replace == "exchange":
+            assert wanted - words == set()
+        else:  # what is saved by opening anew in the instant of a plain rename; what is held open never
+            assert {word for word in wanted - words if word.startswith(b"held")} == set()
+        sync_later(home)
+        assert wanted - words == wanted - set(re.findall(rb"(?m)^(?:held|opened)\d+$", everything_below(home.folder)))
+        shutil.rmtree(home.folder / "home/.orchestra/backups", ignore_errors=True)
+        scene.file.write_bytes(b"mine\n")
+
+
+# What a killed turn left where no turn looks for it
+
+DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
+
+
+@pytest.mark.parametrize("folder", [".", ".github", "gh", ".cursor/rules"])
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("has_name", [False, True])
+def test_a_save_in_a_temporary_file_that_nobody_tells_of_is_backed_up(
+    home: Home, folder: str, is_linked: bool, has_name: bool
+) -> None:
+    files: dict[str, Any] = {"gh": None, ".github": link_to("gh")} if is_linked else {".github": None}
+    root = home.make_codebase("shop/api", {**files, ".cursor/rules": None}, targets=ALL_TARGETS)
+    if folder == "gh" and not is_linked:
+        pytest.skip("no managed file is there")
+    name = {".": "CLAUDE.md", ".cursor/rules": "orchestra.mdc"}.get(folder, "copilot-instructions.md")
+    end = f"-1-{name}.tmp" if has_name else "-1.tmp"
+    put_files(root / folder, {f".orchestra-{DEAD}-aa{end}": "u1x\n", f".orchestra-{DEAD}-ab{end}": "u1x\n"})
+    home.sync()
+    label = {".": "CLAUDE.md", ".cursor/rules": CURSOR}.get(folder, COPILOT)
+    if folder == "." and not has_name:
+        label = "leftover.md"
+    assert home.backups() == {label: b"u1x\n"}
+    assert home.leftovers() == []
+
+
+def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    left = root / f".orchestra-{os.getpid()}-aa-1-CLAUDE.md.tmp"
+    left.write_text("u1x\n")
+    assert sync_later(home, 0).retry and left.exists()
+    assert not sync_later(home, orchestra.ASIDE_TIME + 10).retry
+    assert home.backups() == {"CLAUDE.md": b"u1x\n"}
+    assert not left.exists()
+
+
+def test_a_temporary_file_with_the_text_that_is_in_the_file_is_removed_without_a_backup(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
+    (root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp").write_text("mine\n")
+    home.sync()
+    assert (home.backups(), home.leftovers()) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    "after", ["rename the codebase", "remove it and register it anew", "lose all but the registry"]
+)
+def test_a_save_displaced_by_a_killed_sync_is_kept_whatever_comes_next(home: Home, after: str) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "ours\n", "gh": None, ".github": link_to("gh")})
+    leave_swap(home, root, "CLAUDE.md").rename(root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp")
+    lock = Path(orchestra.codebase_lock_path(home.path, API))
+    lock.write_text(lock.read_text().replace(".orchestra-77-aa-1.tmp", f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp"))
+    name = "api"
+    if after == "rename the codebase":
+        name = "web"
+        Path(orchestra.codebase_path(home.path, API)).unlink()
+        home.register("shop/web", path=str(root))
+    elif after == "remove it and register it anew":
+        home.run_fine("project", "remove", "api")
+        home.register("shop/api")
+    else:
+        shutil.rmtree(orchestra.run_dir(home.path))
+    home.sync()
+    assert SAVED_IN_THE_INSTANT in (*home.backups(f"shop/{name}").values(), *home.backups().values())
+    assert home.leftovers() == []
 
 
 # A kill at the worst instant
@@ -10033,7 +10542,7 @@ def stir(live: Live, labels: list[str], seconds: float, act: Callable[[], None] 
     for command in commands:
         ran = finish(command)
         assert "Traceback" not in ran.err
-        assert ran.status == 0 or "expected it to hold still" in ran.err, ran
+        assert ran.status == 0 or "it kept changing" in ran.err, ran
     return number
 
 
