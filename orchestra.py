@@ -989,11 +989,11 @@ def _release(swap: Swap, place: Place, aside: str, is_known: Callable[[Disk], bo
     try:
         writers = find_writers(fd)
         found = _read_opened(fd)
-        if writers == YES or found.kind != "file" or not is_known(found):
+        if found.kind != "file" or not is_known(found):
             return None
         if writers == MAYBE:
             return set_aside(swap, place, aside)
-        if not _is_lease_whole(fd):
+        if not _is_lease_whole(fd):  # nor is one that was refused
             return None
         os.unlink(name, dir_fd=place.folder)
         return False

@@ -3373,6 +3373,25 @@ def test_nothing_is_written_outside_while_a_folder_is_flipped_to_a_link_and_back
     assert (contents(outside), kept.exists()) == ({}, False)
 
 
+def test_a_folder_that_turns_into_a_link_after_the_last_look_at_it_is_not_followed(
+    home: Home, monkeypatch: Any
+) -> None:
+    root, outside = home.make_codebase("shop/api", {".cursor": None}, targets=["cursor"]), home.code / "outside"
+    put_files(outside, {"rules": None})
+    real = orchestra.check_parents
+
+    def check_and_turn(*args: Any) -> str:
+        place = real(*args)
+        if not (root / ".cursor").is_symlink() and "_write_file" in {f.name for f in traceback.extract_stack()}:
+            (root / ".cursor").rmdir()
+            (root / ".cursor").symlink_to(outside)
+        return place
+
+    monkeypatch.setattr(orchestra, "check_parents", check_and_turn)
+    assert home.run("sync", "--all").status == 2
+    assert contents(outside) == {} and (root / ".cursor").is_symlink()
+
+
 def test_no_folder_is_made_through_a_link_that_appears_between_plan_and_write(home: Home, monkeypatch: Any) -> None:
     root = home.make_codebase("shop/api", targets=["claude", "cursor"])
     (home.code / "outside").mkdir()
@@ -10202,6 +10221,34 @@ def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
 
 
 @needs_leases
+def test_a_file_that_is_opened_for_writing_while_it_is_let_go_stays(home: Home) -> None:
+    put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
+    temporary = home.code / ".orchestra-1-aa-1-x.tmp"
+    swap = orchestra.Swap(str(home.code / "x"), str(temporary), ["00"])
+
+    def open_it(disk: orchestra.Disk) -> bool:
+        with pytest.raises(BlockingIOError):  # without waiting: the lease keeps it waiting otherwise
+            os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
+        return True
+
+    with orchestra.open_place(swap.path) as place:
+        assert orchestra._release(swap, place, str(home.folder / "aside"), open_it) is None
+        assert not orchestra.release_aside(place.folder, temporary.name, open_it, print, time.time)
+    assert temporary.read_text() == "old"
+
+
+@needs_leases
+def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home) -> None:
+    put_files(home.code, {"x": "half"})
+    kept: list[Any] = []
+    with orchestra.open_place(str(home.code / "x")) as place:
+        release = functools.partial(orchestra.release_aside, place.folder, "x", lambda disk: False, kept.append)
+        with open(home.code / "x", "ab"):
+            assert (release(time.time), kept) == (False, [])
+        assert (release(time.time), [disk.data for disk in kept]) == (True, [b"half"])
+
+
+@needs_leases
 def test_a_writer_whose_file_was_displaced_by_a_killed_sync_gets_it_back(home: Home, monkeypatch: Any) -> None:
     scene = set_scene(home)
     script = home.folder / "holder"
@@ -10283,21 +10330,23 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
 DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
-@pytest.mark.parametrize("folder", [".", ".github", "gh", ".cursor/rules"])
+@pytest.mark.parametrize("folder", [".", ".github", "gh", ".cursor/rules", ".agents/rules"])
 @pytest.mark.parametrize("is_linked", [False, True])
 @pytest.mark.parametrize("has_name", [False, True])
 def test_a_save_in_a_temporary_file_that_nobody_tells_of_is_backed_up(
     home: Home, folder: str, is_linked: bool, has_name: bool
 ) -> None:
     files: dict[str, Any] = {"gh": None, ".github": link_to("gh")} if is_linked else {".github": None}
-    root = home.make_codebase("shop/api", {**files, ".cursor/rules": None}, targets=ALL_TARGETS)
+    files.update({".cursor/rules": None, ".agents/rules": None})
+    root = home.make_codebase("shop/api", files, targets=ALL_TARGETS)
     if folder == "gh" and not is_linked:
         pytest.skip("no managed file is there")
-    name = {".": "CLAUDE.md", ".cursor/rules": "orchestra.mdc"}.get(folder, "copilot-instructions.md")
+    paths = {".": "CLAUDE.md", ".cursor/rules": CURSOR, ".agents/rules": ".agents/rules/orchestra.md"}
+    label = paths.get(folder, COPILOT)
+    name = os.path.basename(label)
     end = f"-1-{name}.tmp" if has_name else "-1.tmp"
     put_files(root / folder, {f".orchestra-{DEAD}-aa{end}": "u1x\n", f".orchestra-{DEAD}-ab{end}": "u1x\n"})
     home.sync()
-    label = {".": "CLAUDE.md", ".cursor/rules": CURSOR}.get(folder, COPILOT)
     if folder == "." and not has_name:
         label = "leftover.md"
     assert home.backups() == {label: b"u1x\n"}
@@ -10336,6 +10385,7 @@ def test_a_save_displaced_by_a_killed_sync_is_kept_whatever_comes_next(home: Hom
         home.register("shop/web", path=str(root))
     elif after == "remove it and register it anew":
         home.run_fine("project", "remove", "api")
+        assert home.leftovers() == [] and SAVED_IN_THE_INSTANT in home.backups().values()
         home.register("shop/api")
     else:
         shutil.rmtree(orchestra.run_dir(home.path))
