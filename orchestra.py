@@ -2991,6 +2991,10 @@ AGENTS = {
     )
 }
 AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
+MANAGED_FOLDERS = {
+    folder: [path for path in AGENTS_BY_PATH if os.path.dirname(path) == folder]
+    for folder in dict.fromkeys(map(os.path.dirname, AGENTS_BY_PATH))
+}
 TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked": "blocked"}
 
 
@@ -3469,54 +3473,54 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"problem": str(error), "hint": getattr(error, "hint", "")}
 
 
-def is_left_out(root: str, path: str) -> bool:
-    """Tell whether git's sparse checkout leaves out a file: made here, it would replace the team's for git.
+class Sparse(NamedTuple):
+    """A sparse checkout of git (git-sparse-checkout(1)): its top folder and its patterns, if it is in use."""
 
-    The patterns are those of git-sparse-checkout(1); without one the whole repository is checked out.
-    """
-    top = next((folder for folder in _folders_up(root) if os.path.lexists(f"{folder}/.git")), "")
-    rules = _sparse_rules(f"{top}/.git") if top else []
-    names = os.path.relpath(f"{root}/{path}", top or root).split("/")
-    # As in gitignore(5): the last rule that fits the file or, where none does, the nearest folder above it, decides.
-    for count in range(len(names), 0, -1):
-        for rule in reversed(rules):
-            if _fits(rule.lstrip("!"), names[:count], count < len(names)):
-                return rule.startswith("!")
-    return bool(rules)
+    top: str = ""
+    patterns: Sequence[str] = ()
 
-
-def _folders_up(folder: str) -> Iterator[str]:
-    while True:
-        yield folder
-        above = os.path.dirname(folder)
-        if above == folder:
-            return
-        folder = above
+    def leaves_out(self, path: str) -> bool:
+        """Tell whether it leaves out a file: made here, that would replace the team's for git."""
+        if not self.patterns:
+            return False
+        names = os.path.relpath(path, self.top).split("/")
+        # As in gitignore(5): the last pattern that fits the file or, where none does, the nearest folder above it.
+        for count in range(len(names), 0, -1):
+            for pattern in reversed(self.patterns):
+                if _fits(pattern.lstrip("!"), names[:count], count < len(names)):
+                    return pattern.startswith("!")
+        return True
 
 
-def _sparse_rules(git: str) -> list[str]:
-    """Read the patterns of a sparse checkout; none where it is not in use."""
+def find_sparse(root: str) -> Sparse:
+    """Look for a sparse checkout that a folder is in."""
+    top = root
+    while not os.path.lexists(f"{top}/.git"):
+        if top == os.path.dirname(top):
+            return Sparse()
+        top = os.path.dirname(top)
+    git = f"{top}/.git"
     try:
         link = read_disk(git, MAX_MANAGED_FILE).data.decode()  # a worktree's .git is a file
         if link.startswith("gitdir:"):
-            git = os.path.join(os.path.dirname(git), link[7:].strip())
+            git = os.path.join(top, link[7:].strip())
         settings = b"".join(read_disk(f"{git}/{name}", MAX_MANAGED_FILE).data for name in ("config", "config.worktree"))
         if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
-            return []
+            return Sparse()
         text = read_disk(f"{git}/info/sparse-checkout", MAX_MANAGED_FILE).data.decode()
     except (IoError, UnicodeDecodeError):
-        return []
-    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        return Sparse()
+    return Sparse(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
 
 
-def _fits(rule: str, names: Sequence[str], is_folder: bool) -> bool:
+def _fits(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
     """Match a pattern of gitignore(5) with a path."""
     from fnmatch import fnmatchcase
 
-    if rule.endswith("/") and not is_folder:
+    if pattern.endswith("/") and not is_folder:
         return False
-    parts = rule.strip("/").split("/")
-    if "/" not in rule.rstrip("/"):
+    parts = pattern.strip("/").split("/")
+    if "/" not in pattern.rstrip("/"):
         return fnmatchcase(names[-1], parts[0])
     return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
 
@@ -3574,7 +3578,13 @@ def _check_link(root: str, link: str) -> None:
 
 
 def plan_file(
-    root: str, path: str, look: Look, record: Record, digest: Optional[str], render: Render, purge: bool
+    path: str,
+    look: Look,
+    record: Record,
+    digest: Optional[str],
+    render: Render,
+    purge: bool,
+    sparse: Callable[[], Sparse] = Sparse,
 ) -> FilePlan:
     """Plan one managed file; `digest` is the hash of what is wanted there, None where nothing is."""
     if look.note or look.problem:
@@ -3583,7 +3593,7 @@ def plan_file(
     # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
     action = decide(look.ours, record.known(path), digest, evict=purge and not agent.owned)
     after, join = before.data if before.kind == "file" else None, None
-    if action == CREATE and before.kind == "absent" and is_left_out(root, path):
+    if action == CREATE and before.kind == "absent" and sparse().leaves_out(look.place):
         return FilePlan(path, SKIP, before, note="left alone: it is outside of git's sparse checkout")
     if action in (CREATE, UPDATE, REPLACE):
         after, join = merge_ours(agent, before, render()[path])
@@ -3611,13 +3621,14 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
         looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
+    sparse = functools.cache(lambda: find_sparse(root))
     source = f"{program_stamp()} {imports:d} {codebase.source}"  # all that the texts depend on
     if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
         digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
         digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
     files = tuple(
-        plan_file(root, path, look, record, digests.get(path) if path in wanted else None, render, purge)
+        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge, sparse)
         for path, look in _without_twins(looks)
     )
     source_done = "" if any(file.problem for file in files) else source
@@ -3641,7 +3652,7 @@ def _plan_leaving(
     if old in owners or old == home:
         return here, "", ()
     paths = [path for path in record.files if path in AGENTS_BY_PATH]
-    files = tuple(plan_file(old, path, look_at(old, path), record, None, dict, False) for path in paths)
+    files = tuple(plan_file(path, look_at(old, path), record, None, dict, False) for path in paths)
     return here, old, tuple(file for file in files if file.writes or file.problem)
 
 
@@ -3927,14 +3938,11 @@ def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> b
     if left.swap:
         with blame(os.path.dirname(left.swap.path)):
             label_of = functools.partial(_label_in, root)
-            stays = settle_left(left.swap, _managed_folders(root), label_of, aside_of(home, key))
+            folders = [os.path.join(root, folder) for folder in MANAGED_FOLDERS]
+            stays = settle_left(left.swap, folders, label_of, aside_of(home, key))
     stays |= _release_temporaries(home, key, root, left, clock)
     sweep_folders([os.path.dirname(record_path(home, key))], left)
     return stays
-
-
-def _managed_folders(root: str) -> list[str]:
-    return list(dict.fromkeys(os.path.dirname(f"{root}/{path}") for path in AGENTS_BY_PATH))
 
 
 def _label_in(root: str, path: str) -> str:
@@ -3948,16 +3956,21 @@ def _label_in(root: str, path: str) -> str:
 def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover], clock: Clock) -> bool:
     """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
     stays = False
-    for folder in _managed_folders(root):
-        names = [path for path in AGENTS_BY_PATH if os.path.dirname(f"{root}/{path}") == folder]
-        only = names[0] if len(names) == 1 else os.path.relpath(f"{folder}/leftover.md", root)
-
-        def keep(name: str, disk: Disk, folder: str = folder, only: str = only) -> None:
-            _back_up_aside(home, key, clock, _label_in(root, f"{folder}/{name}") if name else only, disk)
-
-        with blame(folder):
-            stays |= release_temporaries(folder, left, keep, clock)
+    for folder, paths in MANAGED_FOLDERS.items():
+        keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
+        with blame(os.path.join(root, folder)):
+            stays |= release_temporaries(os.path.join(root, folder), left, keep, clock)
     return stays
+
+
+def _back_up_left(
+    home: str, key: Key, root: str, folder: str, paths: Sequence[str], clock: Clock, name: str, disk: Disk
+) -> None:
+    """Back up a temporary file from a managed folder; its name may not tell which of its `paths` it belongs to."""
+    label = paths[0] if len(paths) == 1 else os.path.join(folder, "leftover.md")
+    if name:
+        label = _label_in(root, os.path.join(root, folder, name))
+    _back_up_aside(home, key, clock, label, disk)
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
