@@ -6786,6 +6786,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter = functools.partial(argparse.HelpFormatter, width=_terminal_width())
             super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
+        def _print_message(self, message: str, file: Any = None) -> None:
+            (file or sys.stderr).write(message)  # argparse's own passes over what cannot be written
+
     parser = Parser(prog="orchestra", description=purpose)
     parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -6854,7 +6857,11 @@ def parse_arguments(argv: Sequence[str]) -> Any:
     """Parse a command line. `daemon status`, which scripts ask all the time, is spared argparse: half of its run."""
     if list(argv) == ["daemon", "status"]:
         return SimpleNamespace(run=cmd_daemon_status, needs_yaml=False)
-    return build_parser().parse_args(argv)
+    try:
+        return build_parser().parse_args(argv)
+    except SystemExit:
+        sys.stdout.flush()  # a help text that nobody gets is an error
+        raise
 
 
 def _line_count(text: str) -> int:

@@ -8136,15 +8136,17 @@ def test_a_reader_that_has_gone_is_no_traceback(home: Home, argv: list[str]) -> 
     assert finish(process).err == ""
 
 
+@pytest.mark.parametrize("argv", ["project list", "--help", "--version"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
-def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: str) -> None:
+def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: str, unbuffered: str, argv: str) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     home.make_codebase()
-    command = f'exec "$0" "$1" project list {redirection}'
+    command = f'exec "$0" "$1" {argv} {redirection}'
     process = subprocess.run(
         ["/bin/sh", "-c", command, sys.executable, str(SCRIPT)],
-        env={**os.environ, "HOME": home.path},
+        env={**os.environ, "HOME": home.path, "PYTHONUNBUFFERED": unbuffered},
         capture_output=True,
         text=True,
         check=False,
