@@ -6307,8 +6307,13 @@ COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN
 def say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # nobody to tell: the exit status still does, if the interpreter's own flush succeeds
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:  # nobody to tell: the exit status still does
+        discard_output(2)
+
+
+def discard_output(stream: int) -> None:
+    """Discard what a standard stream does not take, so that the interpreter's own flush at exit succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def report(message: str, hint: str) -> None:
@@ -6917,11 +6922,12 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         report(str(error), error.hint)
         return FAILED
     except BrokenPipeError:
-        # The reader (head, less) has gone; the interpreter's own flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output(1)  # the reader (head, less) has gone
         return FAILED
     except OSError as error:
         place = error.filename or "stdout"  # nothing else is written without a name
+        if not error.filename:
+            discard_output(1)
         report(visible(f"{place}: {explain_os_error(error)}"), hint_for_os_error(error) if error.filename else "")
         return FAILED
     except KeyboardInterrupt:
