@@ -3982,7 +3982,7 @@ def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Pla
     record = plan.record._replace(synced_at=now_rfc3339(clock))
     known = plan.old_record.files if plan.old_record and not plan.left_root else {}
     # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
-    doomed = {f.path: known[f.path] for f in plan.files if f.writes and f.after is None and f.path in known}
+    doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
     first = record._replace(files={**record.files, **doomed})
     save_record(home, key, first, lock)
     files = tuple(_apply_file(home, key, plan.root, file, lock, clock) for file in plan.files)

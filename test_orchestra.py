@@ -10223,6 +10223,17 @@ def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
 
 
 @needs_leases
+def test_a_block_that_could_not_be_taken_out_is_taken_out_later(home: Home) -> None:
+    scene = set_scene(home)
+    home.register("shop/api", targets=["codex"])
+    with open(scene.file, "ab"):
+        assert home.run("sync", "--all").status == 2
+    assert home.status_of() == "orphan"
+    assert home.sync().lines == ["remove   shop/api CLAUDE.md"]
+    assert scene.file.read_text() == "mine\n"
+
+
+@needs_leases
 def test_a_file_that_is_opened_for_writing_while_it_is_let_go_stays(home: Home) -> None:
     put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
     temporary = home.code / ".orchestra-1-aa-1-x.tmp"
