@@ -3,7 +3,7 @@
 #
 #   sh install.sh                                              from a checkout
 #   curl -fsSL URL/install.sh | ORCHESTRA_URL=URL sh           from a web server that has orchestra.py beside it
-#   sh install.sh --uninstall                                  take it back; the registry and the backups stay
+#   sh install.sh --uninstall                                  take it back; the registry, the backups and hashes stay
 #
 # ORCHESTRA_SHA256 checks the download; ORCHESTRA_PYTHON names the Python to use.
 
@@ -18,10 +18,38 @@ die() {
 
 need() { command -v "$1" >/dev/null 2>&1 || die "$1: expected it on PATH, found none: install it first"; }
 
-works() { "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1; }
+# Programs are looked up in PATH's absolute folders alone: the others lie in the current folder.
+absolute_path() {
+    rest=$PATH:
+    found=
+    while [ -n "$rest" ]; do
+        case $rest in
+        /*) found=$found:${rest%%:*} ;;
+        esac
+        rest=${rest#*:}
+    done
+    printf '%s\n' "${found#:}"
+}
 
-# macOS's own python3 opens a dialog where the developer tools are missing.
-is_shim() { [ "$(command -v "$1")" = /usr/bin/python3 ] && [ "$(uname)" = Darwin ] && ! xcode-select -p >/dev/null 2>&1; }
+# Where the developer tools are missing, macOS's own python3 is a placeholder: started, it opens a dialog. xcode-select
+# may name a folder where nothing is, so the Python there counts.
+is_placeholder() {
+    found=$(command -v "$1") || return 1
+    [ "$found" = /usr/bin/python3 ] || [ "$(readlink "$found")" = /usr/bin/python3 ] || return 1
+    [ "$(uname)" = Darwin ] || return 1
+    tools=$(xcode-select -p 2>/dev/null) || tools=
+    [ ! -x "${tools:-/nowhere}/usr/bin/python3" ]
+}
+
+works() { ! is_placeholder "$1" && "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1; }
+
+found_python3() {
+    if is_placeholder python3; then
+        echo "Apple's placeholder, which xcode-select --install replaces"
+    else
+        python3 --version 2>/dev/null || echo none
+    fi
+}
 
 find_python() {
     if [ -n "${ORCHESTRA_PYTHON:-}" ]; then
@@ -30,12 +58,12 @@ find_python() {
         return
     fi
     for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
-        if command -v "$python" >/dev/null 2>&1 && ! is_shim "$python" && works "$python"; then
+        if command -v "$python" >/dev/null 2>&1 && works "$python"; then
             command -v "$python"
             return
         fi
     done
-    die "python3: expected Python 3.9 or newer on PATH, found $(python3 --version 2>/dev/null || echo none): install one first"
+    die "python3: expected Python 3.9 or newer on PATH, found $(found_python3): install one first"
 }
 
 download() {
@@ -116,14 +144,53 @@ uninstall() {
     elif [ -x "$root/bin/orchestra" ]; then
         "$root/bin/orchestra" daemon stop || say "a daemon that still runs ends with its session"
     fi
-    if [ "$(readlink "$HOME/.local/bin/orchestra" 2>/dev/null)" = "$root/bin/orchestra" ]; then
-        rm -f -- "$HOME/.local/bin/orchestra"
-    fi
-    for part in bin lib run logs hashes daemon.sock; do
+    ! is_own_link "$HOME/.local/bin/orchestra" || rm -f -- "$HOME/.local/bin/orchestra"
+    [ ! -d "$root/run" ] || clear_up_syncs
+    for part in bin lib logs daemon.sock; do
         rm -rf -- "${root:?}/$part"
     done
-    rmdir -- "$root" 2>/dev/null || [ ! -d "$root" ] || say "kept: $root/projects (the registry), $root/backups"
+    for folder in "$root/projects" "$root/backups" "$root/hashes" "$root"; do
+        remove_if_empty "$folder"
+    done
+    kept projects "the registry"
+    kept backups "what syncs replaced"
+    kept hashes "what tells Orchestra's text from yours"
+    kept run "what killed syncs may have left is still to be cleared up"
     say "uninstalled"
+}
+
+# The one that self-install makes; after the home folder was renamed, an older one leads nowhere.
+is_own_link() {
+    case $(readlink "$1" 2>/dev/null) in
+    "$root/bin/orchestra" | ../../.orchestra/bin/orchestra) ;;
+    */.orchestra/bin/orchestra) [ ! -e "$1" ] ;;
+    *) return 1 ;;
+    esac
+}
+
+# A killed sync may have left a save of the user's under another name, and only the files in run say so.
+clear_up_syncs() {
+    if "$root/bin/orchestra" self-uninstall || [ ! -d "$root/run/codebases" ]; then
+        rm -rf -- "${root:?}/run"
+    fi
+}
+
+# Finder's .DS_Store counts for nothing.
+remove_if_empty() {
+    if [ -d "$1" ] && [ ! -L "$1" ]; then
+        [ "$(ls -A -- "$1")" != .DS_Store ] || rm -f -- "$1/.DS_Store"
+        rmdir -- "$1" 2>/dev/null || :
+    fi
+}
+
+kept() { [ ! -e "$root/$1" ] || say "kept: $root/$1 ($2)"; }
+
+# Root's files would lock the home folder's owner out of them.
+check_owner() {
+    for folder in "$HOME" "$root"; do
+        [ ! -d "$folder" ] || [ "$(id -u)" -ne 0 ] || [ -n "$(find "$folder/." -prune -user 0)" ] ||
+            die "$folder: expected root's own folder, got another user's: run it as that user, or set HOME"
+    done
 }
 
 main() {
@@ -132,6 +199,8 @@ main() {
     *) die "HOME: expected an absolute path, got '${HOME:-}'" ;;
     esac
     root=$HOME/.orchestra
+    PATH=$(absolute_path)
+    check_owner
     case "${1:-}" in
     '') install ;;
     --uninstall) uninstall ;;

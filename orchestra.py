@@ -36,8 +36,8 @@ Contents
 Each section uses only those above it.
 """
 
-from __future__ import annotations
-
+# Down to the call of `narrow_import_path`, only what is built in may be imported. `from __future__` is an import like
+# any other, so annotations are evaluated: one that names a class further down is quoted.
 import sys
 
 if sys.version_info < (3, 9) or sys.platform == "win32":
@@ -46,6 +46,34 @@ if sys.version_info < (3, 9) or sys.platform == "win32":
     sys.stderr.write(f"orchestra: expected Python 3.9 or newer on macOS or Linux, got {found}\n")
     sys.exit(2)
 
+
+def narrow_import_path() -> None:
+    """Take the script's folder, the current one and PYTHONPATH's out of sys.path: a json.py there must not run."""
+    import posix
+
+    def identify(path: str) -> "Optional[tuple[int, int]]":
+        try:
+            found = posix.stat(path or ".")
+        except (OSError, ValueError):
+            return None  # nothing can be imported from there
+        return found.st_dev, found.st_ino
+
+    strangers = ["."]
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        strangers.append(sys.path[0])  # the script's, links to it followed; of python -m and the like the current one
+    if not sys.flags.ignore_environment:
+        strangers += posix.environ.get(b"PYTHONPATH", b"").decode("utf-8", "surrogateescape").split(":")
+    version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    own = [f"{prefix}/{sys.platlibdir}/{version}" for prefix in (sys.base_prefix, sys.base_exec_prefix)]
+    own += [f"{folder}/lib-dynload" for folder in own]  # Python's own stay, wherever the user stands
+    shut_out = {*map(identify, strangers)} - {*map(identify, own)}
+    sys.path[:] = [path for path in sys.path if identify(path) not in shut_out]
+
+
+if __name__ == "__main__":
+    narrow_import_path()
+
+# ruff: noqa: E402
 import errno
 import fcntl
 import functools
@@ -71,7 +99,9 @@ else:
         def __new__(cls, name, bases, namespace):
             if not bases:
                 return super().__new__(cls, name, bases, namespace)
-            fields = namespace.pop("__annotations__")
+            fields = namespace.pop("__annotations__", None)
+            if fields is None:
+                fields = namespace.pop("__annotate_func__")(1)  # Python 3.14 evaluates them on demand (PEP 749)
             defaults = [namespace.pop(field) for field in fields if field in namespace]
             made = namedtuple(name, fields, defaults=defaults)
             for attribute, value in namespace.items():
@@ -81,7 +111,14 @@ else:
     class NamedTuple(metaclass=RecordMaker):
         pass
 
+    class Optional:
+        """What an annotation needs of typing.Optional: to be evaluated."""
+
+        def __class_getitem__(cls, item):
+            return object
+
     Any = object
+    argparse = SimpleNamespace(Namespace=object, ArgumentParser=object)  # imported where it is used
 
 __version__ = "0.1.0"
 
@@ -177,12 +214,13 @@ def hint_for_os_error(error: OSError) -> str:
     """Name the way out of the OSErrors that have one.
 
     macOS answers EPERM to background programs in ~/Documents, ~/Desktop and ~/Downloads
-    (Transparency, Consent and Control), even where the shell may read.
+    (Transparency, Consent and Control), even where the shell may read; and where a file has the flag uchg.
     """
     if error.errno == errno.EPERM and sys.platform == "darwin":
         return (
-            "System Settings > Privacy & Security > Full Disk Access for the Python that runs"
-            " Orchestra, or move the codebase out of Documents, Desktop and Downloads"
+            f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
+            " or move the codebase out of Documents, Desktop and Downloads;"
+            " a locked file (ls -lO shows uchg) is unlocked by chflags nouchg FILE"
         )
     if error.errno == errno.ENOSPC:
         return "free some space, then run orchestra sync --all"
@@ -1430,12 +1468,31 @@ def try_lock(path: str) -> Optional[int]:
     with blame(path):
         make_private_folder(os.path.dirname(path))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
+        for is_last in (False, True):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if is_last:
+                    os.close(fd)
+                    return None
+                time.sleep(0.01)  # is_locked takes it for an instant
     return fd
+
+
+def is_locked(path: str) -> bool:
+    """Say whether somebody holds a lock; nothing is made or changed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def open_log(path: str) -> int:
@@ -2124,7 +2181,7 @@ def _decode(data: bytes, doc: Document) -> Optional[str]:
 
 
 def read_codebase(
-    home: str, key: Key, parsed: Optional[ParsedFiles] = None
+    home: str, key: Key, parsed: "Optional[ParsedFiles]" = None
 ) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
     """Read one codebase's file, as it stands, without what its project adds.
 
@@ -3267,11 +3324,11 @@ class SyncScope(NamedTuple):
     names: Optional[tuple[str, ...]]
 
     @classmethod
-    def all(cls) -> SyncScope:
+    def all(cls) -> "SyncScope":
         return cls(None)
 
     @classmethod
-    def codebase(cls, *names: str) -> SyncScope:
+    def codebase(cls, *names: str) -> "SyncScope":
         return cls(names)
 
 
@@ -3920,7 +3977,7 @@ def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> Iterator[Lock
         collect()
 
 
-def clear_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
+def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Clean up after a sync that was killed, as long as it is known what it was about; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
         with _codebase_turn(home, codebase, clock):
@@ -4860,7 +4917,7 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
         try:
             client.connect(path)
         except OSError as error:
-            raise _not_reached(path, error) from error
+            raise _not_reached(home, error) from error
         try:
             try:
                 client.sendall(encode_line(request))
@@ -4877,11 +4934,13 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
     return reply.get("data")
 
 
-def _not_reached(path: str, error: OSError) -> DaemonError:
+def _not_reached(home: str, error: OSError) -> DaemonError:
+    path = socket_path(home)
+    # More clients wait than it takes: EAGAIN on Linux. On macOS it is ECONNREFUSED, as if nobody listened.
+    if error.errno == errno.EAGAIN or (error.errno == errno.ECONNREFUSED and is_locked(daemon_lock_path(home))):
+        return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "try again")
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
         return DaemonNotRunning(path)
-    if error.errno == errno.EAGAIN:  # Linux: more clients wait than it takes
-        return DaemonBusy(f"{TOO_MANY_CLIENTS} wait to be let in, got one more")
     return IoError(path, error)
 
 
@@ -4900,12 +4959,16 @@ def _read_reply(client: Any) -> Any:
 
 def request_status(home: str) -> Any:
     """Ask for the daemon's status, as often as STATUS_TRIES says while it may still be starting."""
+    return _request_patiently(home, "status", (DaemonNotRunning, DaemonBusy))
+
+
+def _request_patiently(home: str, cmd: str, passing: tuple[type[DaemonError], ...]) -> Any:
     for _ in range(STATUS_TRIES - 1):
         try:
-            return send_request(home, {"cmd": "status"})
-        except (DaemonNotRunning, DaemonBusy):
+            return send_request(home, {"cmd": cmd})
+        except passing:
             time.sleep(STATUS_PAUSE)
-    return send_request(home, {"cmd": "status"})
+    return send_request(home, {"cmd": cmd})
 
 
 def request_sync(home: str, codebase: Optional[str] = None) -> Any:
@@ -4914,7 +4977,8 @@ def request_sync(home: str, codebase: Optional[str] = None) -> Any:
 
 
 def request_stop(home: str) -> Any:
-    return send_request(home, {"cmd": "stop"})
+    """Ask the daemon to end, as often as STATUS_TRIES says while it takes no client: one that is ending takes none."""
+    return _request_patiently(home, "stop", (DaemonBusy,))
 
 
 # ── 11 Daemon ─────────────────────────────────────────────────────────────────
@@ -5067,7 +5131,7 @@ class SyncJob(NamedTuple):
 
     target: SyncTarget
     source: str
-    respond_to: Optional[Callable[[JobOutcome], None]] = None
+    respond_to: "Optional[Callable[[JobOutcome], None]]" = None
     changed: frozenset[Key] = frozenset()
     suspects: frozenset[Key] = frozenset()
 
@@ -5930,18 +5994,26 @@ def _open_if_there(path: str) -> Optional[int]:
 # ── 12 launchd and installing ─────────────────────────────────────────────────
 
 # The only code that starts other programs: all but the user's editor through one runner that tests replace. What
-# launchctl says is not believed without asking: its exit status 5 means four things, and bootout returns before the
-# service is gone.
+# launchctl says is not believed without asking: its exit status 5 means five things, and bootout returns before the
+# service is gone. Having launchd run the daemon takes these steps; if one fails, the old plist is loaded again:
+#
+#   1 ask for the desktop session's domain: without one nothing can be loaded, and nothing is changed
+#   2 save the plist, unload the old service, stop a daemon that was started by hand, and wait for both to end
+#   3 enable the label, since one that is disabled is refused; load the plist
+#   4 ask the daemon, which RunAtLoad has started; only if it does not answer, kickstart -k, which kills one that is
+#     still starting, and launchd then waits for 10 s
+#   5 succeed only if a daemon of this version, in another process than before, answers and still does a second later
 
 LAUNCHCTL = "/bin/launchctl"
-LAUNCHCTL_TIMEOUT = 20.0  # seconds for one call
-SETTLE_TIMEOUT = 15.0  # seconds for a service to go, to be taken, or to answer
+EXIT_TIMEOUT = 20  # seconds that launchd gives a service to end; 5 in practice where it is not said
+LAUNCHCTL_TIMEOUT = 30.0  # seconds for one call; longer than EXIT_TIMEOUT, since some wait for a service's end
+SETTLE_TIMEOUT = 30.0  # seconds for a service to go, to be taken, or to answer: longer than EXIT_TIMEOUT, too
 SETTLE_PAUSE = 0.5  # seconds
+START_TIMEOUT = 10.0  # seconds for a daemon to answer before it is kickstarted
+STAY_TIME = 1.0  # seconds that a new daemon must last
 PROGRAM_TIMEOUT = 60.0  # seconds for an interpreter to show that it works
 PIP_TIMEOUT = 300.0  # seconds
 TRY_AGAIN = (5, 36, 37)  # launchctl's exit statuses: input/output error (still tearing down, among others), in progress
-NO_DOMAIN = (112, 125)
-DISABLED = 119
 TIMED_OUT, NOT_STARTED = 124, 127  # as timeout(1) and sh(1) have them
 SYSTEMD_HINT = "systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start"
 
@@ -5953,16 +6025,20 @@ class Completed(NamedTuple):
     output: str
 
 
-Runner = Callable[[Sequence[str], float], Completed]
+Runner = Callable[..., Completed]  # takes what run_program does
 
 
-def run_program(argv: Sequence[str], timeout: float) -> Completed:
-    """Run a program to its end, at most `timeout` seconds."""
+def run_program(
+    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
+) -> Completed:
+    """Run a program to its end, at most `timeout` seconds, in a `folder` that is not the user's current one."""
     import subprocess
 
     try:
         done = subprocess.run(
             argv,
+            cwd=folder,
+            env=environ_for_programs(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -5974,6 +6050,13 @@ def run_program(argv: Sequence[str], timeout: float) -> Completed:
     except OSError as error:
         return Completed(NOT_STARTED, explain_os_error(error))
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+def environ_for_programs(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what could make a program run code of the current folder: relative PATH entries, and PYTHONPATH."""
+    folders = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
+    rest = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+    return {**rest, "PATH": os.pathsep.join(folders)}
 
 
 def run_editor(editor: str, file: str) -> None:
@@ -5990,6 +6073,55 @@ def run_editor(editor: str, file: str) -> None:
 
 
 # PyYAML
+
+PYYAML_VERSION = "6.0.3"
+# The SHA-256 of its wheels on PyPI (`uv pip compile --generate-hashes` lists those of all its files), six each for
+# Python 3.9 to 3.14 and 3.14t: macOS x86-64, ARM64; Linux with glibc ARM64, x86-64; with musl ARM64, x86-64.
+# Its source is not among them: building that would run what pip fetches unchecked, setuptools and Cython.
+PYYAML_HASHES = """
+b865addae83924361678b652338317d1bd7e79b1f4596f96b96c77a5a34b34da
+c3355370a2c156cffb25e876646f149d5d68f5e0a3ce86a5084dd0b64a994917
+3c5677e12444c15717b902a5798264fa7909e41153cdf9ef7ad571b704a63dd9
+0150219816b6a1fa26fb4699fb7daa9caf09eb1999f3b70fb6e786805e80375a
+fa160448684b4e94d80416c0fa4aac48967a969efe22931448d853ada8baf926
+27c0abcb4a5dac13684a37f76e701e054692a9b2d3064b70f5e4eb54810553d7
+214ed4befebe12df36bcc8bc2b64b396ca31be9304b8f59e25c11cf94a4c033b
+02ea2dfa234451bbb8772601d7b8e426c2bfa197136796224e50e35a78777956
+b30236e45cf30d2b8e7b3e85881719e98507abed1011bf463a8fa23e9c3e98a8
+9c7708761fccb9397fe64bbc0395abcae8c4bf7b0eac081e12b809bf47700d0b
+418cf3f2111bc80e0933b2cd8cd04f286338bb88bdc7bc8e6dd775ebde60b5e0
+5e0b74767e5f8c593e8c9b5912019159ed0533c70051e9cce3e8b6aa699fcd69
+44edc647873928551a01e7a563d7452ccdebee747728c1080d881d68af7b997e
+652cb6edd41e718550aad172851962662ff2681490a8a711af6a4d288dd96824
+10892704fc220243f5305762e276552a0395f7beb4dbf9b14ec8fd43b57f126c
+b8bb0864c5a28024fac8a632c443c87c5aa6f215c0b126c449ae1a150412f31d
+1d37d57ad971609cf3c53ba6a7e365e40660e3be0e5175fa9f2365a379d6095a
+37503bfbfc9d2c40b344d06b2199cf0e96e97957ab1c1b546fd4f87e53e5d3e4
+7f047e29dcae44602496db43be01ad42fc6f1cc0d8cd6c83d342306c32270196
+fc09d0aa354569bc501d4e787133afc08552722d3ab34836a80547331bb5d4a0
+9149cad251584d5fb4981be1ecde53a1ca46c891a79788c0df828d2f166bda28
+ba1cc08a7ccde2d2ec775841541641e4548226580ab850948cbfda66a1befcdc
+8dc52c23056b9ddd46818a57b78404882310fb473d63f17b07d5c40421e47f8e
+41715c910c881bc081f1e8872880d3c650acf13dfa8214bad49ed4cede7c34ea
+8da9669d359f02c0b91ccc01cac4a67f16afec0dac22c2ad09f46bee0697eba8
+2283a07e2c21a2aa78d9c4442724ec1eb15f5e42a723b99cb3d822d48f5f7ad1
+ee2922902c45ae8ccada2c5b501ab86c36525b883eff4255313a253a3160861c
+0f29edc409a6392443abf94b9cf89ce99889a1dd5376d94316ae5145dfedd5d6
+f7057c9a337546edc7973c0d3ba84ddcdf0daa14533c2065749c9075001090e6
+eda16858a3cab07b80edaf74336ece1f986ba330fdb8ee0d6c0d68fe82bc96be
+8d1fab6bb153a416f9aeb4b8763bc0f22a5586065f86f7664fc23339fc1c1fac
+34d5fcd24b8445fadc33f9cf348c1047101756fd760b4dacb5c3e99755703310
+501a031947e3a9025ed4405a168e6ef5ae3126c59f90ce0cd6f2bfc477be31b7
+c458b6d084f9b935061bc36216e8a69a7e293a2f1e68bf956dcd9e6cbcd143f5
+7c6610def4f163542a622a73fb39f534f8c101d690126992300bf3207eab9764
+5190d403f121660ce8d1d2c1bb2ef1bd05b5f68533fc5c2ea899bd15f4399b35
+02893d100e99e03eda1c8fd5c441d8c60103fd175728e23e431db1b589cf5ab3
+c1ff362665ae507275af2853520967820d9124984e0f7466736aea23d8611fba
+6adc77889b628398debc7b65c073bcb99c4a0237b248cacaf3fe8a557563ef6c
+00c4bdeba853cc34e7dd471f16b4114f4162dc03e6b7afcc2128711f0eca823c
+66e1674c3ef6f541c35191caae2d429b967b99e02040f5ba928632d9a7f0f065
+16249ee61e95f858e83976573de0f5b2893b3677ba71c9dd36b9cf8be9ac6d65
+"""
 
 
 def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> None:
@@ -6034,18 +6166,38 @@ def fetch_yaml(
         tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
         temporary = f"{lib}.new"
         remove_private_folder(temporary)  # a killed fetch left it
+        folder = run_dir(home)
+        requirements = f"{folder}/pyyaml.txt"
         # With --target neither of the two settings makes sense, and pip refuses.
         command = ["/usr/bin/env", "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0", python, "-m", "pip", "install"]
         options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--target", temporary]
+        checks = ["--require-hashes", "--only-binary", ":all:", "--requirement", requirements]
         try:
-            done = run([*command, *options, "PyYAML>=6"], PIP_TIMEOUT)
+            save_private(requirements, pyyaml_requirements().encode(), new_token(), durable=False)
+            # `python -m pip` runs a pip.py of its current folder.
+            done = run([*command, *options, *checks], PIP_TIMEOUT, folder=folder)
             if done.code == 0 and os.path.isdir(os.path.join(temporary, "yaml")):
                 replace_private_folder(temporary, lib)
                 return
         finally:
             remove_private_folder(temporary)
-    reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
-    raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {reason}", hint)
+            remove_private(requirements)
+    raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {explain_pip(done)}", hint)
+
+
+def pyyaml_requirements() -> str:
+    """Write pip's requirements file: the one version, in its published files alone."""
+    return f"PyYAML=={PYYAML_VERSION}" + "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split()) + "\n"
+
+
+def explain_pip(done: Completed) -> str:
+    """Say in a line why pip failed."""
+    if "DO NOT MATCH THE HASHES" in done.output:
+        return f"a file that differs from the published one of PyYAML {PYYAML_VERSION}"
+    if "No matching distribution" in done.output:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
+    return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
 
 
 # The installed program
@@ -6088,28 +6240,46 @@ def install_program(home: str, python: str, script: str) -> str:
 
 
 def launcher_for(home: str, python: str) -> str:
-    """Write the executable that runs the installed script with `python`, isolated from the user's environment."""
-    lib = os.path.dirname(installed_script_path(home))
-    program = f"import sys; sys.path.insert(0, {lib!r})\nimport orchestra; sys.exit(orchestra.main())\n"
+    """Write the executable that runs the installed script with `python`, isolated from the user's environment.
+
+    It finds the script from its own place, links to it followed, and so after the home folder was renamed.
+    """
+    lib = os.path.relpath(os.path.dirname(installed_script_path(home)), binary_path(home))
+    program = "import os, sys; sys.path.insert(0, os.path.realpath({}))\nimport orchestra; sys.exit(orchestra.main())\n"
     shebang = f"#!{python} -I\n"
     # Linux's limit; a space ends the path; Python looks for its program's encoding there.
     if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
-        return shebang + program
+        return shebang + program.format(f"__file__ + '/{lib}'")
     import shlex
 
-    return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {shlex.quote(program)} "$@"\n'
+    program = program.format(f"sys.argv.pop(1) + '/{lib}'")
+    return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {shlex.quote(program)} "$0" "$@"\n'
 
 
 def check_link(home: str) -> None:
     """Raise UsageError where ~/.local/bin/orchestra is another program's, or cannot be made."""
     link = link_path(home)
-    if os.path.lexists(link) and not (os.path.islink(link) and os.readlink(link) == binary_path(home)):
+    if os.path.lexists(link) and not is_own_link(home, link):
         raise UsageError(f"{link}: expected nothing or Orchestra's link, found something else", "move it away")
     folder = os.path.dirname(link)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{folder}: expected a folder that can be written, found otherwise")
+
+
+def is_own_link(home: str, link: str) -> bool:
+    """Say whether a link leads to the launcher, or to where it was before the home folder was renamed."""
+    if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
+        return False
+    return not os.path.exists(link) or real_path(link) == real_path(binary_path(home))
+
+
+def link_target(home: str) -> str:
+    """Choose what ~/.local/bin/orchestra says: where it can, a way that stays right when the home folder is renamed."""
+    folder = os.path.dirname(link_path(home))
+    is_in_place = real_path(folder) == real_path(home) + folder[len(home) :]
+    return os.path.relpath(binary_path(home), folder) if is_in_place else binary_path(home)
 
 
 def install_self(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> str:
@@ -6136,7 +6306,7 @@ def generate_plist(binary_path: str, log_dir: str) -> bytes:
         "StandardOutPath": os.path.join(log_dir, DAEMON_STDOUT_LOG),
         "StandardErrorPath": os.path.join(log_dir, DAEMON_STDERR_LOG),
         "SoftResourceLimits": {"NumberOfFiles": MAX_DESCRIPTORS},  # launchd's own is 256
-        "ExitTimeOut": 20,  # seconds until SIGKILL; 5 in practice where it is not said
+        "ExitTimeOut": EXIT_TIMEOUT,
     }
     try:
         data = plistlib.dumps(values)
@@ -6168,10 +6338,22 @@ class Launchd:
 
     def is_loaded(self) -> bool:
         """Ask whether the service is known; raises LaunchdError where launchctl does not answer."""
-        done = self.call("print", self.service)
+        return self._ask(self.service).code == 0
+
+    def _ask(self, target: str) -> Completed:
+        done = self.call("print", target)
         if done.code in (TIMED_OUT, NOT_STARTED):
             raise LaunchdError(f"launchctl print: expected an answer, got: {done.output}")
-        return done.code == 0
+        return done
+
+    def check_session(self) -> None:
+        """Raise LaunchdError where there is no desktop session, as over ssh: what is loaded then answers 125, or 5."""
+        code = self._ask(self.domain).code
+        if code:
+            raise LaunchdError(
+                f"{self.domain}: expected a desktop session, found none (launchctl says {code})",
+                "log in at the Mac's screen, and run orchestra daemon install there",
+            )
 
     def boot_out(self) -> None:
         """Unload the service and wait until it is gone; raises LaunchdError if it stays."""
@@ -6184,35 +6366,31 @@ class Launchd:
         tries: list[Completed] = []
         self.wait_until(lambda: self._is_settled(plist, tries))
         code, output = tries[-1]
-        if code in NO_DOMAIN:
-            raise LaunchdError(
-                f"{self.domain}: expected a desktop session, found none (launchctl says {code})",
-                "log in at the Mac's screen, and run orchestra daemon install there",
-            )
         if code and not self.is_loaded():
             raise LaunchdError(f"launchctl bootstrap: expected it to load {plist}, got {code}: {output}")
 
     def _is_settled(self, plist: str, tries: list[Completed]) -> bool:
         done = self.call("bootstrap", self.domain, plist)
         tries.append(done)
-        if done.code == DISABLED:
-            self.call("enable", self.service)
-            return False
         return done.code not in TRY_AGAIN or self.is_loaded()
 
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Ask until it is so, or SETTLE_TIMEOUT is over."""
-        deadline = self._clock() + SETTLE_TIMEOUT
+    def wait_until(self, condition: Callable[[], bool], timeout: float = SETTLE_TIMEOUT) -> bool:
+        """Ask until it is so, or `timeout` seconds are over."""
+        deadline = self._clock() + timeout
         while not condition():
             if self._clock() >= deadline:
                 return False
             self._sleep(SETTLE_PAUSE)
         return True
 
+    def wait(self, seconds: float) -> None:
+        self._sleep(seconds)
+
 
 def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> None:
     """Have launchd run the daemon from now on; raises LaunchdError, IoError, and then the old plist is back."""
     check_platform(platform)
+    launchd.check_session()
     plist = launchd_plist_path(home)
     new = generate_plist(binary, logs_dir(home))
     with blame(plist):
@@ -6220,20 +6398,51 @@ def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> 
         make_private_folder(logs_dir(home))
         make_private_folder(run_dir(home))
         old = read_disk(plist)
+    before = _daemon_pid(home)
     save_private(plist, new, new_token())
     try:
         launchd.boot_out()
         _stop_other_daemon(home, launchd)
+        launchd.call("enable", launchd.service)
         launchd.bootstrap(plist)
-        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
-        if not launchd.wait_until(lambda: _answers(home)):
-            raise LaunchdError(
-                f"{launchd.service}: expected the daemon to answer on {socket_path(home)}, got nothing",
-                "orchestra daemon logs --stderr-only",
-            )
+        _check_it_runs(home, launchd, before)
     except DaemonError:
         _put_back(plist, old, launchd)
         raise
+
+
+def _check_it_runs(home: str, launchd: Launchd, before: Optional[int]) -> None:
+    """Raise LaunchdError if no new daemon answers, or not for long; `before` is the old one's pid."""
+
+    def is_new() -> bool:
+        return _daemon_pid(home, __version__) not in (None, before)
+
+    if not launchd.wait_until(is_new, START_TIMEOUT):
+        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
+        if not launchd.wait_until(is_new):
+            raise _not_running(home, launchd, f"to answer on {socket_path(home)}")
+    pid = _daemon_pid(home, __version__)
+    launchd.wait(STAY_TIME)
+    if pid in (None, before) or _daemon_pid(home) != pid:
+        raise _not_running(home, launchd, "to stay")
+
+
+def _not_running(home: str, launchd: Launchd, expected: str) -> LaunchdError:
+    pid = _daemon_pid(home)
+    found = "nothing" if pid is None else f"another one, pid {pid}"
+    return LaunchdError(
+        f"{launchd.service}: expected the daemon {expected}, got {found}", "orchestra daemon logs --stderr-only"
+    )
+
+
+def _daemon_pid(home: str, version: str = "") -> Optional[int]:
+    """Ask a daemon, which must be of this version, for its pid; None if none answers."""
+    try:
+        status = send_request(home, {"cmd": "status"})
+    except DaemonError:
+        return None
+    pid: Optional[int] = status.get("pid")
+    return pid if version in ("", status.get("version")) else None
 
 
 def check_platform(platform: str) -> None:
@@ -6244,26 +6453,16 @@ def check_platform(platform: str) -> None:
 
 def _stop_other_daemon(home: str, launchd: Launchd) -> None:
     # One that somebody started by hand holds the lock: launchd's could not start beside it.
-    if _answers(home):
+    if not launchd.wait_until(lambda: _has_stopped(home)):
+        raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
+
+
+def _has_stopped(home: str) -> bool:
+    if not is_locked(daemon_lock_path(home)):
+        return True
+    with suppress(DaemonError):  # it is ending already, or has too many clients
         request_stop(home)
-        if not launchd.wait_until(lambda: not _answers(home) and _is_lock_free(home)):
-            raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
-
-
-def _is_lock_free(home: str) -> bool:
-    lock = try_lock(daemon_lock_path(home))
-    if lock is None:
-        return False  # it answers no more, but has not ended yet
-    os.close(lock)
-    return True
-
-
-def _answers(home: str) -> bool:
-    try:
-        send_request(home, {"cmd": "status"})
-    except DaemonError:
-        return False
-    return True
+    return False
 
 
 def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
@@ -6289,7 +6488,7 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
     except DaemonNotRunning:
         remove_private(socket_path(home))
     except DaemonError:
-        pass  # it runs, but has no time: the socket is its own
+        pass  # it runs, but takes no client: the socket is its own
     return was_installed
 
 
@@ -6513,7 +6712,7 @@ def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     if args.purge:
         _check_can_purge(home, registry, key)
     if key in registry.codebases:
-        clear_codebase(home, registry.codebases[key])
+        clear_up_codebase(home, registry.codebases[key])
     # Deregistered first: from then on no sync brings back what is purged.
     kept = retire_codebase(home, key)
     print(f"removed {label_for(key)} from the registry; its file is kept as {shorten_home(home, kept)}")
@@ -6722,7 +6921,9 @@ def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
 
 def cmd_daemon_install(home: str, args: argparse.Namespace) -> int:
     check_platform(sys.platform)
-    install_launchd(home, install_self(home, args.environ, say), sys.platform, Launchd())
+    launchd = Launchd()
+    launchd.check_session()
+    install_launchd(home, install_self(home, args.environ, say), sys.platform, launchd)
     print(f"installed {DAEMON_LABEL}: {shorten_home(home, launchd_plist_path(home))}")
     return OK
 
@@ -6736,10 +6937,34 @@ def cmd_daemon_uninstall(home: str, args: argparse.Namespace) -> int:
 def cmd_self_install(home: str, args: argparse.Namespace) -> int:
     """Do the part of install.sh that needs Python: the program, PyYAML, the link."""
     check_link(home)
-    binary = install_self(home, args.environ, say)
+    install_self(home, args.environ, say)
     with blame(link_path(home)):
-        make_link(binary, link_path(home))
+        make_link(link_target(home), link_path(home))
     print(f"installed {shorten_home(home, link_path(home))}")
+    return OK
+
+
+def cmd_self_uninstall(home: str, args: argparse.Namespace) -> int:
+    """Do the part of install.sh --uninstall that needs Python: clear up what killed syncs may have left."""
+    if not os.path.isdir(run_dir(home)):
+        return OK
+    with suppress(OrchestraError):  # told where it is needed; it is not fetched for its removal
+        ensure_yaml(home, {**args.environ, "ORCHESTRA_NO_FETCH": "1"}, say)
+    registries: list[Registry] = []
+    outcomes = [_try(lambda: clear_registry(home)), _try(lambda: registries.append(load_registry(home)))]
+    for registry in registries:
+        outcomes.append(report_all(registry.problems))  # what they may have left is not known
+        outcomes += [_try(functools.partial(clear_up_codebase, home, c)) for c in registry.codebases.values()]
+    return max(outcomes)
+
+
+def _try(act: Callable[[], object]) -> int:
+    """Do one thing of several, and report it if it cannot be done; return the exit status."""
+    try:
+        act()
+    except OrchestraError as error:
+        report(str(error), error.hint)
+        return FAILED
     return OK
 
 
@@ -6854,7 +7079,8 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("--lines", metavar="N", type=_line_count, default=100, help="of each log; default: 100")
     logs.add_argument("--stderr-only", action="store_true", help="only daemon-err.log: warnings and errors")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what daemon.log, or daemon-err.log, gets")
-    add_command(commands, "self-install", cmd_self_install, "", needs_yaml=False)  # for install.sh
+    add_command(commands, "self-install", cmd_self_install, "", needs_yaml=False)  # both for install.sh
+    add_command(commands, "self-uninstall", cmd_self_uninstall, "", needs_yaml=False)
     return parser
 
 
@@ -6893,6 +7119,38 @@ def find_home(environ: Mapping[str, str]) -> str:
     return os.path.normpath(home)
 
 
+def check_owner(home: str, uid: Optional[int] = None) -> None:
+    """Raise UsageError where what would be written could lock the owner of the home folder out, or cannot be written.
+
+    Root may write anywhere, but in another user's home folder would leave files that this user cannot change.
+    """
+    uid = os.geteuid() if uid is None else uid
+    place = home
+    while uid == 0 and not os.path.exists(place):
+        place = os.path.dirname(place)  # root makes the rest of it
+    for path, name in ((place, "HOME"), (orchestra_root(home), "~/.orchestra")):
+        try:
+            owner = os.stat(path).st_uid
+        except OSError:
+            continue  # whoever wants to write there says so
+        if owner != uid and (uid == 0 or not os.access(path, os.W_OK | os.X_OK)):
+            raise UsageError(
+                f"{name} belongs to user {user_name(owner)}, and this is {user_name(uid)}: {path}",
+                f"sudo chown -R {user_name(uid)} '{path}'"
+                if uid and path != place
+                else f"run it as {user_name(owner)}, or set HOME",
+            )
+
+
+def user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)  # a container's, or one of a directory that does not answer
+
+
 def prepare_output() -> None:
     """See to it that whatever is printed can be: to a closed stream, in any encoding."""
     open_standard_streams()
@@ -6912,6 +7170,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         home = find_home(environ)
+        check_owner(home)
         if args.needs_yaml:
             ensure_yaml(home, environ, say)
         args.environ = environ

@@ -41,10 +41,12 @@ import statistics
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import traceback
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -618,6 +620,20 @@ def test_main_is_last() -> None:
     assert isinstance(start, ast.If) and ast.unparse(start.test) == "__name__ == '__main__'"
 
 
+def test_nothing_is_imported_before_sys_path_is_narrowed_but_what_is_built_in() -> None:
+    first = next(n for n in MODULE.body if isinstance(n, ast.If) and ast.unparse(n.test) == "__name__ == '__main__'")
+    imports = [n for n in ast.walk(MODULE) if isinstance(n, (ast.Import, ast.ImportFrom)) and n.lineno < first.lineno]
+    names = [alias.name for node in imports for alias in node.names]
+    assert names == ["sys", "posix"] and set(names) <= set(sys.builtin_module_names)
+
+
+def test_a_record_has_its_fields_where_python_evaluates_annotations_on_demand() -> None:
+    # As Python 3.14 makes a class's namespace.
+    namespace = {"__annotate_func__": lambda format: {"one": int, "two": str}, "two": "x", "three": 3}
+    record = orchestra.RecordMaker("R", (orchestra.NamedTuple,), namespace)
+    assert (record(1), record._fields, record.three) == ((1, "x"), ("one", "two"), 3)
+
+
 def test_only_the_commands_print() -> None:
     assert sections_that_call("print") == {13}
 
@@ -680,6 +696,15 @@ def test_an_os_error_is_told_in_one_line_with_its_place() -> None:
 
 def test_an_error_that_has_a_way_out_names_it() -> None:
     assert "free some space" in orchestra.hint_for_os_error(OSError(28, "No space left on device"))
+
+
+def test_on_macos_a_refusal_names_the_python_to_allow_and_the_flag_to_clear(monkeypatch: Any) -> None:
+    refused = OSError(errno.EPERM, "Operation not permitted")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert orchestra.hint_for_os_error(refused) == ""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    hint = orchestra.hint_for_os_error(refused)
+    assert f"Full Disk Access for {sys.executable}" in hint and "uchg" in hint and "chflags nouchg" in hint
 
 
 def test_the_user_sees_one_line_and_the_way_out(home: Home) -> None:
@@ -1172,6 +1197,20 @@ def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home:
     with open(path, "rb"):
         put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
     assert contents(home.code) == {"x": b"new"}
+
+
+def test_asking_whether_a_lock_is_held_makes_nothing_and_lets_others_take_it(home: Home, monkeypatch: Any) -> None:
+    path = str(home.folder / "x/daemon.lock")
+    assert not orchestra.is_locked(path) and not os.path.exists(home.folder / "x")
+    lock = orchestra.try_lock(path)
+    assert orchestra.is_locked(path) and orchestra.try_lock(path) is None
+    os.close(lock)
+    asking = os.open(path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(asking))
+    lock = orchestra.try_lock(path)
+    assert lock is not None
+    os.close(lock)
 
 
 # ── 4 Registry ────────────────────────────────────────────────────────────────
@@ -4997,6 +5036,19 @@ def test_a_backlog_that_is_full_means_busy(live: Live) -> None:
             orchestra.send_request(live.path, {"cmd": "status"})
 
 
+def test_a_refused_connection_means_busy_while_somebody_holds_the_daemons_lock(live: Live) -> None:
+    """macOS refuses where more clients wait than the daemon takes; Linux does where it does not listen, as here."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(live.socket)
+        lock = orchestra.try_lock(orchestra.daemon_lock_path(live.path))
+        for ask in (orchestra.request_stop, orchestra.request_status):
+            with pytest.raises(orchestra.DaemonBusy, match="is running, but did not accept the connection"):
+                ask(live.path)
+        os.close(lock)
+        with pytest.raises(orchestra.DaemonNotRunning):
+            orchestra.request_stop(live.path)
+
+
 @pytest.mark.parametrize("stale", ["nothing", "socket", "file", "no folder"])
 def test_without_a_daemon_the_client_says_so(live: Live, stale: str) -> None:
     if stale == "socket":
@@ -6415,7 +6467,9 @@ class Place:
         """Give a PATH that has these programs, and those that every machine has."""
         folder = self.folder / "only"
         folder.mkdir()
-        every = "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname"
+        every = (
+            "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname id find ls"
+        )
         for name in (*every.split(), *names):
             found = shutil.which(name)
             if found:
@@ -6580,8 +6634,12 @@ def test_a_home_that_xml_cannot_hold_is_a_launchd_error(home: str) -> None:
 class Answerer:
     """Something that answers on the control socket, as a daemon does."""
 
-    def __init__(self, path: str) -> None:
+    pids = itertools.count(100)
+
+    def __init__(self, path: str, version: str = orchestra.__version__) -> None:
         self.path = path
+        self.pid = next(self.pids)
+        self.version = version
         if os.path.lexists(path):
             os.unlink(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -6597,7 +6655,7 @@ class Answerer:
                 line = client.recv(4096)
                 if line == b"end":
                     return
-                client.sendall(b'{"ok":true,"data":{"running":true}}\n')
+                client.sendall(orchestra.encode_reply({"running": True, "pid": self.pid, "version": self.version}))
 
     def stop(self) -> None:
         with socket.socket(socket.AF_UNIX) as client:
@@ -6628,9 +6686,19 @@ class Service:
 class FakeLaunchctl:
     """A launchd that keeps state; `codes` are exit codes to answer a subcommand with before it does its work."""
 
-    def __init__(self, home: str, teardown: float = 0.0, start: Any = None, **codes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        home: str,
+        teardown: float = 0.0,
+        start: Any = None,
+        runs_at_load: bool = True,
+        has_session: bool = True,
+        **codes: Sequence[int],
+    ) -> None:
         self.home = home
         self.teardown = teardown  # seconds that a service is still known after bootout
+        self.runs_at_load = runs_at_load
+        self.has_session = has_session
         self.start_service = start or (lambda plist: Answerer(orchestra.socket_path(home)))
         self.codes = {name: list(left) for name, left in codes.items()}
         self.loaded: Optional[dict[str, Any]] = None
@@ -6640,6 +6708,7 @@ class FakeLaunchctl:
         self.running: Any = None
         self.now = 0.0
         self.calls: list[str] = []
+        self.times: list[float] = []
 
     def launchd(self, **options: Any) -> orchestra.Launchd:
         return orchestra.Launchd(
@@ -6654,6 +6723,7 @@ class FakeLaunchctl:
         assert timeout > 0
         words = [word.replace("gui/501", "GUI").replace(self.home, "HOME") for word in argv[1:]]
         self.calls.append(" ".join(words))
+        self.times.append(self.now)
         if self.gone_at is not None and self.now >= self.gone_at:
             self.loaded = self.gone_at = None
         left = self.codes.get(argv[1], [])
@@ -6672,18 +6742,20 @@ class FakeLaunchctl:
         self.gone_at = self.now + self.teardown
         return 0
 
-    def print(self, service: str) -> int:
+    def print(self, target: str) -> int:
+        if target == "gui/501":
+            return 0 if self.has_session else 113
         return 113 if self.loaded is None else 0
 
     def bootstrap(self, domain: str, plist: str) -> int:
         assert domain == "gui/501"
         if self.loaded is not None:
             return 37 if self.gone_at else 5
-        if self.disabled:
-            return 119
+        if self.disabled or not self.has_session:
+            return 5  # what 119 and 125 are for
         self.loaded_bytes = Path(plist).read_bytes()
         self.loaded = plistlib.loads(self.loaded_bytes)
-        return self.start()
+        return self.start() if self.runs_at_load else 0
 
     def kickstart(self, flag: str, service: str) -> int:
         assert flag == "-k"
@@ -6735,38 +6807,134 @@ def no_daemon(plist: Any) -> None:
     """Start a daemon that ends at once."""
 
 
-def test_install_boots_out_then_bootstraps_then_kickstarts(place: Place, launchctl: Any) -> None:
+PLIST = "HOME/Library/LaunchAgents/dev.orchestra.daemon.plist"
+UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orchestra.daemon"]
+LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
+
+
+def test_install_loads_the_plist_and_leaves_alone_what_it_started(place: Place, launchctl: Any) -> None:
     fake = launchctl()
     data = install_with(place, fake)
-    assert fake.calls == [
-        "bootout GUI/dev.orchestra.daemon",
-        "print GUI/dev.orchestra.daemon",
-        "bootstrap GUI HOME/Library/LaunchAgents/dev.orchestra.daemon.plist",
-        "kickstart -k GUI/dev.orchestra.daemon",
-    ]
+    assert fake.calls == [*UNLOADING, *LOADING]
+    assert fake.now == orchestra.STAY_TIME
     assert data == fake.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(place.path))
     assert os.path.isdir(orchestra.run_dir(place.path))
     assert os.path.isdir(orchestra.logs_dir(place.path))
-    assert fake.now == 0.0
+
+
+def test_a_daemon_that_loading_did_not_start_is_kickstarted(place: Place, launchctl: Any) -> None:
+    fake = launchctl(runs_at_load=False)
+    install_with(place, fake)
+    assert fake.calls == [*UNLOADING, *LOADING, "kickstart -k GUI/dev.orchestra.daemon"]
+    assert fake.times == [0, 0, 0, 0, 0, orchestra.START_TIMEOUT]
+    assert fake.now == orchestra.START_TIMEOUT + orchestra.STAY_TIME
+
+
+def test_a_daemon_that_starts_slowly_is_not_killed_for_it(place: Place, launchctl: Any) -> None:
+    started = []
+    fake = launchctl(start=no_daemon)
+
+    def sleep(seconds: float) -> None:
+        fake.sleep(seconds)
+        if fake.now >= 9 and not started:
+            started.append(Answerer(orchestra.socket_path(place.path)))
+
+    install_with(place, fake, sleep=sleep)
+    started[0].stop()
+    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
+    assert fake.now == 9 + orchestra.STAY_TIME
+
+
+def test_a_disabled_label_is_enabled_before_it_is_loaded(place: Place, launchctl: Any) -> None:
+    fake = launchctl()
+    fake.disabled = True  # bootstrap would answer 5 for ever
+    install_with(place, fake)
+    assert fake.calls == [*UNLOADING, *LOADING]
+    assert fake.now == orchestra.STAY_TIME
+
+
+@pytest.mark.parametrize("code", [112, 113, 125])
+def test_without_a_desktop_session_nothing_is_changed_and_the_message_says_so(
+    place: Place, launchctl: Any, code: int
+) -> None:
+    fake = launchctl(has_session=False, print=[code])
+    before = place.listing()
+    with pytest.raises(
+        orchestra.LaunchdError, match=rf"^launchd error: gui/501: .* none \(launchctl says {code}\)$"
+    ) as caught:
+        install_with(place, fake)
+    assert "log in" in caught.value.hint
+    assert fake.calls == ["print GUI"]
+    assert fake.now == 0
+    assert place.listing() == before
 
 
 def test_install_waits_while_the_old_service_is_torn_down(place: Place, launchctl: Any) -> None:
-    fake = launchctl(teardown=4.0)
+    fake = launchctl(teardown=18.0)  # launchd kills it after 20
     install_with(place, fake)
-    fake.calls.clear()
+    fake.calls.clear(), fake.times.clear()
+    fake.now = 0
     install_with(place, fake)
-    assert fake.now == 4.0
-    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
-    assert [call.split()[0] for call in fake.calls].count("print") == 9
+    looks = ["print GUI/dev.orchestra.daemon"] * 36
+    assert fake.calls == [*UNLOADING, *looks, *LOADING]
+    assert fake.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
+    assert fake.now == 18 + orchestra.STAY_TIME
     assert place.answers()
+
+
+def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
+    waits = (orchestra.SETTLE_TIMEOUT, orchestra.LAUNCHCTL_TIMEOUT)
+    assert min(waits) > plistlib.loads(orchestra.generate_plist("/b", "/l"))["ExitTimeOut"] > orchestra.STOP_PATIENCE
+
+
+@pytest.mark.parametrize("what", ["pid", "version"])
+def test_install_fails_where_another_daemon_answers_than_the_new_one(place: Place, launchctl: Any, what: str) -> None:
+    fake = launchctl()
+    old, alive, pid = install_with(place, fake), fake.start_service, fake.running.pid
+
+    def start(plist: Any) -> Answerer:
+        running: Answerer = alive(plist)
+        if plist["ProgramArguments"][0] != BINARY:
+            running.pid, running.version = (pid, running.version) if what == "pid" else (running.pid, "0.0.1")
+        return running
+
+    fake.start_service = start
+    fake.calls.clear()
+    with pytest.raises(orchestra.LaunchdError, match=r"expected the daemon to answer on .*, got another one, pid \d+$"):
+        install_with(place, fake, "/opt/new")
+    assert fake.verbs() == ["bootout", "enable", "bootstrap", "kickstart", "bootout", "bootstrap"]
+    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_install_fails_where_the_new_daemon_does_not_last(place: Place, launchctl: Any, is_replaced: bool) -> None:
+    fake = launchctl()
+
+    def sleep(seconds: float) -> None:
+        fake.sleep(seconds)
+        if seconds == orchestra.STAY_TIME:
+            fake.start() if is_replaced else fake.stop()
+
+    found = r"another one, pid \d+" if is_replaced else "nothing"
+    with pytest.raises(orchestra.LaunchdError, match=f"expected the daemon to stay, got {found}$") as caught:
+        install_with(place, fake, sleep=sleep)
+    assert "daemon logs" in caught.value.hint
+    assert not plist_of(place).exists()
+
+
+def test_install_mends_the_plist_of_a_home_that_was_renamed(place: Place, launchctl: Any) -> None:
+    plist_of(place).parent.mkdir(parents=True)
+    plist_of(place).write_bytes(orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs"))
+    binary = orchestra.binary_path(place.path)
+    assert install_with(place, launchctl(), binary) == orchestra.generate_plist(binary, orchestra.logs_dir(place.path))
 
 
 @pytest.mark.parametrize("codes", [[5], [37], [36], [5, 37, 5], [5] * 20])
 def test_install_tries_again_while_launchd_is_busy(place: Place, launchctl: Any, codes: list[int]) -> None:
     fake = launchctl(bootstrap=codes)
     install_with(place, fake)
-    assert fake.verbs() == ["bootout", *["bootstrap"] * (len(codes) + 1), "kickstart"]
-    assert fake.now == len(codes) * 0.5
+    assert fake.verbs() == ["bootout", "enable", *["bootstrap"] * (len(codes) + 1)]
+    assert fake.now == len(codes) * 0.5 + orchestra.STAY_TIME
 
 
 def test_install_gives_up_when_launchd_stays_busy(place: Place, launchctl: Any) -> None:
@@ -6775,7 +6943,7 @@ def test_install_gives_up_when_launchd_stays_busy(place: Place, launchctl: Any) 
         orchestra.LaunchdError, match=r"^launchd error: launchctl bootstrap: expected it to load .* got 5"
     ):
         install_with(place, fake)
-    assert fake.now <= 16
+    assert fake.now <= orchestra.SETTLE_TIMEOUT + 1
     assert not plist_of(place).exists()
 
 
@@ -6789,7 +6957,7 @@ def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(place: Plac
 
     fake.bootstrap = bootstrap
     install_with(place, fake)
-    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
+    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
     assert place.answers()
 
 
@@ -6797,26 +6965,7 @@ def test_an_unknown_exit_code_is_not_tried_again(place: Place, launchctl: Any) -
     fake = launchctl(bootstrap=[78])
     with pytest.raises(orchestra.LaunchdError, match="got 78: bootstrap said 78"):
         install_with(place, fake)
-    assert fake.verbs() == ["bootout", "bootstrap", "bootout"]
-
-
-def test_a_disabled_service_is_enabled_then_loaded(place: Place, launchctl: Any) -> None:
-    fake = launchctl()
-    fake.disabled = True
-    install_with(place, fake)
-    assert fake.verbs() == ["bootout", "bootstrap", "enable", "bootstrap", "kickstart"]
-
-
-@pytest.mark.parametrize("code", [112, 125])
-def test_without_a_desktop_session_the_message_says_so(place: Place, launchctl: Any, code: int) -> None:
-    fake = launchctl(bootout=[code] * 9, print=[code] * 9, bootstrap=[code] * 9)
-    with pytest.raises(orchestra.LaunchdError, match="expected a desktop session, found none") as caught:
-        install_with(place, fake)
-    assert "gui/501" in str(caught.value)
-    assert str(code) in str(caught.value)
-    assert "log in" in caught.value.hint
-    assert not plist_of(place).exists()
-    assert fake.now < 1
+    assert fake.verbs() == ["bootout", "enable", "bootstrap", "bootout"]
 
 
 def test_a_service_that_cannot_be_unloaded_stops_the_install(place: Place, launchctl: Any) -> None:
@@ -6833,7 +6982,7 @@ def test_reinstalling_the_same_bytes_restarts_the_service(place: Place, launchct
     running = fake.running
     fake.calls.clear()
     assert install_with(place, fake) == first
-    assert fake.verbs() == ["bootout", "bootstrap", "kickstart"]
+    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
     assert fake.running is not running
 
 
@@ -6870,17 +7019,18 @@ def test_a_failed_install_has_the_old_service_running_again(place: Place, launch
     assert place.answers()
 
 
-def test_a_plist_that_cannot_be_written_is_an_error_and_asks_launchd_nothing(place: Place, launchctl: Any) -> None:
+def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(place: Place, launchctl: Any) -> None:
     (place.home / "Library").write_text("not a folder")
     fake = launchctl()
     with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
         install_with(place, fake)
-    assert fake.calls == []
+    assert fake.calls == ["print GUI"]
 
 
 def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(place: Place, launchctl: Any) -> None:
     fake = launchctl(teardown=3.0)
     install_with(place, fake)
+    fake.now = 0
     assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is True
     assert fake.now == 3.0
     assert fake.loaded is None
@@ -6932,6 +7082,18 @@ def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(place: Place, laun
     assert os.path.lexists(path)
 
 
+def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(place: Place, launchctl: Any) -> None:
+    path = orchestra.socket_path(place.path)
+    lock = orchestra.try_lock(orchestra.daemon_lock_path(place.path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+    orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+    assert os.path.lexists(path)
+    os.close(lock)
+    orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+    assert not os.path.lexists(path)
+
+
 # launchctl as a program
 
 LAUNCHCTL_PROGRAM = """\
@@ -6948,7 +7110,7 @@ if [ -s "$1" ]; then
 fi
 case $1 in
     bootout) [ -e loaded ] || exit 3; rm loaded ;;
-    print) [ -e loaded ] || exit 113 ;;
+    print) [ "$2" = gui/501 ] || [ -e loaded ] || exit 113 ;;
     bootstrap) [ ! -e loaded ] || exit 5; cp "$3" loaded ;;
     kickstart) [ -e loaded ] || exit 113 ;;
 esac
@@ -6978,16 +7140,16 @@ def test_install_holds_with_a_real_program_for_launchctl(place: Place) -> None:
     naps: list[float] = []
 
     def run_and_answer(argv: Sequence[str], timeout: float) -> orchestra.Completed:
-        if argv[1] == "kickstart":
+        if argv[1] == "enable":
             started.append(Answerer(orchestra.socket_path(place.path)))
         return run(argv, timeout)
 
     launchd = orchestra.Launchd(run=run_and_answer, uid=501, sleep=naps.append)
     orchestra.install_launchd(place.path, BINARY, "darwin", launchd)
     started[0].stop()
-    assert calls_of(place) == ["bootout", "bootstrap", "bootstrap", "bootstrap", "kickstart"]
+    assert calls_of(place) == ["bootout", "enable", "bootstrap", "bootstrap", "bootstrap"]
     assert (place.folder / "launchctl/loaded").read_bytes() == plist_of(place).read_bytes()
-    assert naps == [0.5, 0.5]
+    assert naps == [0.5, 0.5, orchestra.STAY_TIME]
     assert orchestra.uninstall_launchd(place.path, "darwin", launchd) is True
     assert not (place.folder / "launchctl/loaded").exists()
 
@@ -7015,6 +7177,15 @@ def test_a_program_is_ended_when_its_time_is_over() -> None:
     assert time.monotonic() - started < 10
     assert orchestra.run_program(["sh", "-c", "echo out; echo err >&2; exit 7"], 10) == (7, "out\nerr")
     assert orchestra.run_program(["/nowhere"], 10).code == orchestra.NOT_STARTED
+
+
+def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(place: Place) -> None:
+    environ = {"PATH": f".::{place.tools}:x:{os.environ['PATH']}:", "PYTHONPATH": ".", "PYTHONHOME": "kept"}
+    place.make_tool("say", 'pwd\necho "$PATH"\necho "${PYTHONPATH-none} $PYTHONHOME"')
+    done = orchestra.run_program(["say"], 10, environ=environ)
+    absolute = ":".join(folder for folder in os.environ["PATH"].split(":") if folder.startswith("/"))
+    assert done == (0, f"/\n{place.tools}:{absolute}\nnone kept")
+    assert orchestra.run_program(["pwd"], 10, folder=place.path).output == place.path
 
 
 # The real daemon, run as launchd runs it
@@ -7078,7 +7249,7 @@ def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(place: Plac
             ending.end()
 
     install_with(place, fake, sleep=sleep)
-    assert seen == [None, None]  # at the bootstrap, and at the kickstart
+    assert seen == [None]
 
 
 def test_install_upgrades_a_running_service(place: Place, launchctl: Any) -> None:
@@ -7215,6 +7386,53 @@ def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment
     assert list(Path(orchestra.installed_script_path(place.path)).parent.glob("__pycache__/orchestra.*.pyc"))
 
 
+@pytest.mark.parametrize("folder", ["plain", "with space"])  # of Python: the launcher's two forms
+def test_the_installed_program_works_after_the_home_was_renamed(place: Place, folder: str) -> None:
+    place.give_yaml()
+    python = place.folder / folder / "python"
+    python.parent.mkdir()
+    python.symlink_to(BASE_PYTHON)
+    assert place.run(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
+    orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    place.move_home("Ann's new home")
+    assert_works(place)
+    for path in (orchestra.binary_path(place.path), orchestra.link_path(place.path)):
+        assert place.run(path, "--version", cwd=os.path.dirname(path)).stdout == f"orchestra {orchestra.__version__}\n"
+
+
+def test_a_link_left_dangling_by_a_renamed_home_is_renewed_and_uninstalled(place: Place) -> None:
+    place.give_yaml()
+    link = Path(orchestra.link_path(place.path))
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/old/.orchestra/bin/orchestra")
+    assert place.install("sh", "--uninstall").returncode == 0
+    assert not os.path.lexists(link)
+    link.symlink_to("/old/.orchestra/bin/orchestra")
+    place.give_yaml()
+    done = place.install()
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert_works(place)
+
+
+def test_a_link_to_somebody_elses_launcher_is_left_alone(place: Place) -> None:
+    other = put_files(place.folder, {"other/.orchestra/bin/orchestra": "theirs"})
+    link = Path(orchestra.link_path(place.path))
+    link.parent.mkdir(parents=True)
+    link.symlink_to(place.folder / "other/.orchestra/bin/orchestra")
+    del other
+    with pytest.raises(orchestra.UsageError, match="expected nothing or Orchestra's link"):
+        orchestra.check_link(place.path)
+    assert place.install("sh", "--uninstall").returncode == 0
+    assert os.path.lexists(link)
+
+
+def test_the_link_is_absolute_where_its_folder_lies_elsewhere(place: Place) -> None:
+    assert orchestra.link_target(place.path) == "../../.orchestra/bin/orchestra"
+    (place.folder / "dotfiles/bin").mkdir(parents=True)
+    (place.home / ".local").symlink_to(place.folder / "dotfiles")
+    assert orchestra.link_target(place.path) == orchestra.binary_path(place.path)
+
+
 @pytest.mark.parametrize("home", ["h", "Ann & Zoë's home"])
 def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(place: Place, home: str) -> None:
     place.move_home(home)
@@ -7274,7 +7492,221 @@ def test_the_script_alone_in_an_empty_folder_under_another_name_works(place: Pla
     assert list(script.parent.iterdir()) == [script]
 
 
+# Code in the current folder
+
+STDLIB = os.path.dirname(os.__file__)
+
+
+@pytest.fixture
+def traps(place: Place) -> Any:
+    """A folder with a module of every name that could be imported; yields it, and those that were."""
+    names = {*sys.builtin_module_names, "yaml", "pip", "orchestra"}
+    for path in (STDLIB, *filter(os.path.isdir, [f"{STDLIB}/lib-dynload"])):
+        names |= {re.split(r"\W", name)[0] for name in os.listdir(path)}
+    ran = place.folder / "ran"
+    folder = place.folder / "traps"
+    put_files(folder, {f"{name}.py": f"open({str(ran)!r}, 'a').write('{name} ')" for name in names if name})
+    put_files(folder, {"yaml/__init__.py": f"open({str(ran)!r}, 'a').write('yaml ')"})
+    yield folder, lambda: ran.read_text() if ran.exists() else ""
+
+
+# From PYTHONPATH Python itself imports some before the program's first line.
+LOADED_BY_PYTHON = "import sys; print(*sys.modules)"
+
+
+# By a program that has the current folder on its import path.
+RUN_AS_SCRIPT = """
+import sys
+sys.path.insert(0, "")
+with open(sys.argv[1], "rb") as script:
+    exec(script.read(), {"__name__": "__main__", "__file__": sys.argv.pop(1)})
+"""
+
+
+@pytest.mark.parametrize(
+    "where", ["current", "script", "link", "PYTHONPATH", "relative PYTHONPATH", "empty PYTHONPATH"]
+)
+def test_started_as_a_script_it_runs_no_code_of_other_folders(place: Place, traps: Any, where: str) -> None:
+    folder, ran = traps
+    script, cwd, environ = HERE / "orchestra.py", place.code, {}
+    if "script" in where or "link" in where:
+        script = folder / "orchestra.py"
+        script.write_bytes(ORCHESTRA_PY)
+    if where == "link":
+        (place.folder / "o").symlink_to(script)
+        script = place.folder / "o"
+    if "PYTHONPATH" in where:
+        for name in {
+            name.partition(".")[0] for name in place.run(sys.executable, "-c", LOADED_BY_PYTHON).stdout.split()
+        }:
+            (folder / f"{name}.py").unlink(missing_ok=True)
+        environ = {"PYTHONPATH": {"P": str(folder), "r": f"x:{folder.name}", "e": "/nowhere:"}[where[0]]}
+        cwd = {"r": place.folder, "e": folder}.get(where[0], cwd)
+    if where == "current":
+        cwd = folder
+    for argv in (["init", place.code, "-p", "demo", "--sync"], ["status", "--check", "--json"]):
+        python = [sys.executable, *(["-I", "-c", RUN_AS_SCRIPT] if where == "current" else [])]
+        done = place.run(*python, script, *argv, cwd=cwd, environ=environ)
+        assert (ran(), done.returncode, done.stderr) == ("", 0, ""), done
+    assert (place.code / "CLAUDE.md").exists()
+
+
+def test_python_m_pip_runs_no_code_of_the_current_folder(place: Place, traps: Any, bare_python: str) -> None:
+    folder, ran = traps
+    for environ in ({}, {"PYTHONPATH": str(folder)}):
+        for name in ("sitecustomize", "usercustomize", *sys.modules) if environ else ():
+            (folder / f"{name}.py").unlink(missing_ok=True)
+        argv = [bare_python, HERE / "orchestra.py", "init", ".", "-p", "demo"]
+        done = place.run(*argv, cwd=folder, environ={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": None, **environ})
+        assert (ran(), done.returncode) == ("", 2), done
+        assert "no wheel of PyYAML 6.0.3" in done.stderr
+
+
+def test_pythons_own_folders_are_trusted_even_as_the_current_one(place: Place) -> None:
+    for folder in (STDLIB, f"{STDLIB}/lib-dynload"):
+        if not os.path.exists(folder):
+            continue
+        done = place.run(sys.executable, HERE / "orchestra.py", "status", "--json", cwd=folder)
+        assert (done.returncode, done.stderr) == (0, ""), done
+
+
+def test_imported_it_leaves_the_import_path_alone(place: Place) -> None:
+    code = f"import sys; sys.path.insert(1, {str(HERE)!r}); before = sys.path[:]"
+    code += "\nimport orchestra; print(sys.path == before)"
+    assert place.run(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}).stdout == "True\n"
+
+
+# Whose home it is
+
+
+ME = os.geteuid()
+OTHER = NOBODY if ME == 0 else ME  # who may own a file here
+
+
+@pytest.mark.parametrize("what", [".", ".orchestra", "link", "not/there"])
+def test_root_keeps_out_of_another_users_home(place: Place, what: str) -> None:
+    home = place.home
+    (home / ".orchestra").mkdir()
+    orchestra.check_owner(place.path, ME)
+    if what == "link":
+        home = place.folder / "link"
+        home.symlink_to(place.home)
+    elif what == "not/there":
+        home /= what
+    os.chown(place.home / ".orchestra" if what == ".orchestra" else place.home, OTHER, -1)
+    name = "~/.orchestra" if what == ".orchestra" and ME == 0 else "HOME"
+    owner, root = orchestra.user_name(OTHER), orchestra.user_name(0)
+    with pytest.raises(orchestra.UsageError, match=rf"^{name} belongs to user {owner}, and this is {root}: ") as caught:
+        orchestra.check_owner(str(home), 0)
+    assert caught.value.hint == f"run it as {owner}, or set HOME"
+
+
+def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(place: Place) -> None:
+    (place.home / ".orchestra").mkdir()
+    orchestra.check_owner(place.path, 12345)  # whom the system lets write there, for this process may
+    orchestra.check_owner(f"{place.path}/none", 12345)
+    for path, name, way_out in (
+        (place.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{place.path}/.orchestra'"),
+        (place.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
+    ):
+        path.chmod(0o555)
+        if ME:
+            with pytest.raises(
+                orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: "
+            ) as caught:
+                orchestra.check_owner(place.path, 12345)
+            assert caught.value.hint == way_out
+        path.chmod(0o700)
+    assert orchestra.user_name(4_000_000_000) == "4000000000"
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root")
+def test_root_writes_nothing_into_another_users_home(place: Place) -> None:
+    os.chown(place.home, NOBODY, NOBODY)
+    for argv in (["status"], ["init", place.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
+        done = place.run(sys.executable, HERE / "orchestra.py", *argv)
+        assert done.returncode == 2 and re.match(
+            r"orchestra: HOME belongs to user .*, and this is root", done.stderr
+        ), done
+        assert len(done.stderr.splitlines()) == 2
+    for argv in (["--version"], ["--help"]):
+        assert place.run(sys.executable, HERE / "orchestra.py", *argv).returncode == 0
+    for argv in ([], ["--uninstall"]):
+        assert_refused(place.install("sh", *argv), "expected root's own folder, got another user's")
+    assert place.listing() == {}
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root")
+def test_a_user_who_cannot_write_to_another_users_home_is_told_so(place: Place) -> None:
+    python = next((path for path in ("/usr/bin/python3", BASE_PYTHON) if is_for_nobody(path)), "")
+    if not python:
+        pytest.skip("no Python here that another user may run")
+    place.folder.chmod(0o755)
+    (place.home / ".orchestra").mkdir()
+    shutil.copy(HERE / "orchestra.py", place.folder)
+    argv = [python, place.folder / "orchestra.py", "daemon", "logs"]
+    for owner, way_out in ((0, "run it as root, or set HOME"), (NOBODY, "sudo chown -R ")):
+        os.chown(place.home, owner, -1)
+        done = place.run(*argv, user=NOBODY, group=NOBODY, extra_groups=[])
+        assert done.returncode == 2 and way_out in done.stderr, done
+        assert "belongs to user root, and this is " in done.stderr
+
+
 # PyYAML
+
+
+def test_pyyaml_is_pinned_to_its_published_files() -> None:
+    name, *hashes = orchestra.pyyaml_requirements().split()
+    assert name == "PyYAML==6.0.3"
+    assert len(set(hashes)) == len(hashes) == 7 * 6
+    assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes)
+
+
+def wheel_or_source(place: Place, name: str) -> dict[str, Optional[str]]:
+    """Make a place where pip looks for PyYAML, with a file that is not the published one."""
+    folder = place.folder / "index"
+    folder.mkdir()
+    if name.endswith(".tar.gz"):
+        put_files(place.folder, {"PyYAML-6.0.3/setup.py": f"open({str(place.folder / 'ran')!r}, 'w')"})
+        with tarfile.open(folder / name, "w:gz") as archive:
+            archive.add(place.folder / "PyYAML-6.0.3", "PyYAML-6.0.3")
+    else:
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            archive.writestr("yaml/__init__.py", "")
+    return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [
+        ("PyYAML-6.0.3-py3-none-any.whl", "a file that differs from the published one of PyYAML 6.0.3"),
+        ("PyYAML-6.0.3.tar.gz", f"no wheel of PyYAML 6.0.3 for Python {PYTHON_XY[6:]}"),
+        (
+            "PyYAML-9.9.9-py3-none-any.whl",
+            f"no wheel of PyYAML 6.0.3 for Python {PYTHON_XY[6:]}",
+        ),
+    ],
+)
+def test_another_pyyaml_than_the_published_one_is_refused_in_a_line(
+    place: Place, bare_python: str, name: str, got: str
+) -> None:
+    done = place.run(bare_python, HERE / "orchestra.py", "status", environ=wheel_or_source(place, name))
+    assert done.returncode == 2 and not (place.folder / "ran").exists()
+    first, complaint, way_out = done.stderr.splitlines()
+    assert first == f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"
+    assert complaint == f"orchestra: PyYAML: expected pip to fetch it, got: {got}"
+    assert way_out == f"  try: {bare_python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
+    assert left_of_pyyaml(place) == []
+    assert not (place.home / ".orchestra/run/pyyaml.txt").exists()
+
+
+def test_an_index_of_ones_own_may_serve_the_published_file(place: Place, bare_python: str) -> None:
+    need_pypi()
+    folder = place.folder / "index"
+    download = [bare_python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "PyYAML==6.0.3"]
+    assert place.run(*download).returncode == 0
+    environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
+    assert place.run(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ).returncode == 0
 
 
 def test_a_bare_python_fetches_pyyaml_once_and_says_so(place: Place, bare_python: str) -> None:
@@ -7333,23 +7765,24 @@ def test_pyyaml_is_not_fetched_where_that_is_forbidden(place: Place, bare_python
 
 
 @pytest.mark.parametrize(
-    ("other", "found"),
+    ("other", "found", "way_out"),
     [
-        ("yaml/notes.txt", "none, and ORCHESTRA_NO_FETCH is set"),
-        ("yaml/__init__.py", "what is not it or not whole: {other}"),
-        ("yaml.py", "what is not it or not whole: {other}"),
+        ("yaml/notes.txt", "none that can be imported", "rm -r"),
+        ("yaml/__init__.py", "what is not it or not whole: {other}", "install PyYAML"),
+        ("yaml.py", "what is not it or not whole: {other}", "install PyYAML"),
     ],
 )
 def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
-    place: Place, bare_python: str, other: str, found: str
+    place: Place, bare_python: str, other: str, found: str, way_out: str
 ) -> None:
-    put_files(place.folder / "scripts", {"orchestra.py": ORCHESTRA_PY, other: ""})
-    found = found.format(other=place.folder / "scripts" / other)
-    script, environ = place.folder / "scripts/orchestra.py", {"ORCHESTRA_NO_FETCH": "1"}
+    lib = Path(orchestra.python_lib_dir(place.path))
+    put_files(lib, {other: ""})
+    found = found.format(other=lib / other)
+    script, environ = HERE / "orchestra.py", {"ORCHESTRA_NO_FETCH": "1"}
     done = place.run(bare_python, script, "init", place.code, "-p", "demo", environ=environ)
     assert (done.returncode, done.stdout) == (2, "")
-    said = rf"orchestra: PyYAML: expected it in .*, found {re.escape(found)}\n  try: .* install PyYAML.*\n\Z"
-    assert re.match(said, done.stderr)
+    said = rf"orchestra: PyYAML: expected it in .*, found {re.escape(found)}\n  try: .*{way_out}.*\n\Z"
+    assert re.match(said, done.stderr), done
 
 
 def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(place: Place, bare_python: str) -> None:
@@ -7373,7 +7806,15 @@ def no_program(argv: Sequence[str], timeout: float) -> orchestra.Completed:
 @pytest.mark.parametrize(
     ("done", "reason"),
     [
-        (orchestra.Completed(1, "WARNING: x\nERROR: No matching distribution"), "ERROR: No matching distribution"),
+        (orchestra.Completed(1, "WARNING: x\nERROR: it is broken"), "ERROR: it is broken"),
+        (
+            orchestra.Completed(1, "ERROR: No matching distribution found for PyYAML==6.0.3"),
+            "no wheel of PyYAML 6.0.3 for Python {}",
+        ),
+        (
+            orchestra.Completed(1, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n    Got  1234"),
+            "a file that differs from the published one of PyYAML 6.0.3",
+        ),
         (orchestra.Completed(1, ""), "exit status 1"),
         (orchestra.Completed(orchestra.TIMED_OUT, "no answer within 300 s"), "no answer within 300 s"),
         (orchestra.Completed(1, "/x/python: No module named pip"), "No module named pip"),
@@ -7383,21 +7824,21 @@ def no_program(argv: Sequence[str], timeout: float) -> orchestra.Completed:
 def test_a_failing_pip_leaves_nothing_half_installed(place: Place, done: orchestra.Completed, reason: str) -> None:
     told: list[str] = []
 
-    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+    def run(argv: Sequence[str], timeout: float, folder: str) -> orchestra.Completed:
         target = Path(argv[argv.index("--target") + 1])
         (target / "half").mkdir(parents=True)
         return done
 
     with pytest.raises(orchestra.OrchestraError, match=r"^PyYAML: expected pip to fetch it, got: ") as caught:
         orchestra.fetch_yaml(place.path, "/x/python", {}, told.append, run)
-    assert str(caught.value).endswith(reason)
+    assert str(caught.value).endswith(reason.format(PYTHON_XY[len("python") :]))
     assert "/x/python -m pip install PyYAML" in caught.value.hint
     assert told == [f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"]
     assert left_of_pyyaml(place) == []
 
 
 def test_an_interrupted_pip_leaves_nothing_half_installed(place: Place) -> None:
-    def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
+    def run(argv: Sequence[str], timeout: float, folder: str) -> orchestra.Completed:
         Path(argv[argv.index("--target") + 1], "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
@@ -7491,7 +7932,7 @@ def test_install_sh_from_a_checkout_leaves_a_working_program(place: Place, shell
     assert lines[1] == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
     assert [line for line in lines if line.startswith("next:  orchestra init")]
     assert Path(orchestra.binary_path(place.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
-    assert os.readlink(orchestra.link_path(place.path)) == orchestra.binary_path(place.path)
+    assert os.path.samefile(orchestra.link_path(place.path), orchestra.binary_path(place.path))
     assert sorted(os.listdir(place.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
     assert_works(place)
 
@@ -7689,6 +8130,43 @@ def test_install_sh_does_not_take_another_python_than_the_one_asked_for(place: P
     assert_refused(done, "/nowhere/python3")
 
 
+def test_install_sh_runs_no_program_of_the_current_folder(place: Place) -> None:
+    place.give_yaml()
+    for name in ("python3", "uname", "id", "cp", "mktemp", "orchestra"):
+        place.make_tool(name, f"echo {name} >>{shlex.quote(str(place.folder / 'ran'))}\nexit 1", "bad")
+    path = f".::../bad:{place.tools}:{os.path.dirname(BASE_PYTHON)}:{os.environ['PATH']}:"
+    environ = {"PATH": path, "ORCHESTRA_PYTHON": None}
+    done = place.run("/bin/sh", INSTALLER, environ=environ, cwd=place.folder / "bad")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    assert not (place.folder / "ran").exists()
+    assert_works(place)
+
+
+@pytest.mark.parametrize(
+    ("xcode_select", "is_run"),
+    [("exit 2", False), ("echo /nowhere", False), ("echo", False), ('echo "$(dirname "$0")/developer"', True)],
+)
+@pytest.mark.parametrize("how", ["found", "linked", "named"])
+def test_install_sh_never_starts_apples_placeholder(place: Place, xcode_select: str, is_run: bool, how: str) -> None:
+    path = place.only_tools()
+    ran = place.folder / "ran"
+    stub = place.make_tool("python3", f"echo ran >>{ran}\nexit 1", "only" if how != "linked" else "apple")
+    if how == "linked":
+        (place.folder / "only/python3").symlink_to(stub)
+    place.make_tool("uname", "echo Darwin")
+    place.make_tool("xcode-select", xcode_select)
+    (place.folder / "tools/developer/usr/bin").mkdir(parents=True)
+    shutil.copy(stub, place.folder / "tools/developer/usr/bin/python3")
+    text = INSTALLER.read_text().replace("/usr/bin/python3 ]", f"{stub} ]")
+    environ = {"PATH": path, "ORCHESTRA_PYTHON": "python3" if how == "named" else None}
+    done = place.run("/bin/sh", "-s", input=text, environ=environ)
+    assert_refused(done, "expected Python 3.9 or newer")
+    assert ran.exists() == is_run
+    if not is_run and how != "named":
+        assert "found Apple's placeholder, which xcode-select --install replaces" in done.stderr
+    assert place.listing() == {}
+
+
 @pytest.mark.parametrize("has", ["wget", "neither"])
 def test_install_sh_downloads_with_wget_where_there_is_no_curl(place: Place, server: Any, has: str) -> None:
     if has == "wget" and not shutil.which("wget"):
@@ -7771,16 +8249,81 @@ def test_uninstalling_leaves_the_registry_and_the_backups(place: Place, shell: s
     assert place.install(shell).returncode == 0
     (place.code / "CLAUDE.md").write_text("by hand\n")
     assert_works(place)
-    backups = place.home / ".orchestra/backups"
-    backups.mkdir(exist_ok=True)
+    put_files(place.home / ".orchestra", {"backups/demo/c/x": "", "run/x": ""})
     with place.daemon() as daemon:
         done = place.install(shell, "--uninstall")
         assert (done.returncode, done.stderr) == (0, ""), done
         assert daemon.wait(20) == 0
     assert done.stdout.splitlines()[-1] == "uninstalled"
-    assert sorted(os.listdir(place.home / ".orchestra")) == ["backups", "projects"]
+    assert sorted(os.listdir(place.home / ".orchestra")) == ["backups", "hashes", "projects"]
     assert not os.path.lexists(orchestra.link_path(place.path))
     assert (place.code / "CLAUDE.md").exists()
+
+
+def test_uninstalling_clears_up_after_a_killed_sync(place: Place) -> None:
+    place.give_yaml()
+    assert place.install().returncode == 0
+    assert_works(place)
+    left = leave_a_temporary(place)
+    put_broken_file(place)
+    done = place.install("sh", "--uninstall")
+    assert done.returncode == 0
+    assert not left.exists()
+    # What cannot be read may have left something too, and that stays known.
+    assert "orchestra: ~/.orchestra/projects/demo/broken.yaml" in done.stderr
+    assert f"kept: {place.path}/.orchestra/run (what killed syncs" in done.stdout
+    assert sorted(os.listdir(place.home / ".orchestra")) == ["hashes", "projects", "run"]
+
+
+def leave_a_temporary(place: Place) -> Path:
+    """Leave what a sync does that was killed while it wrote a file."""
+    codebase = orchestra.load_codebase(place.path, "demo", "c")
+    with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(place.path, codebase, time.time) as lock:
+        left = Path(lock.new_temporary(str(place.code)))
+        left.write_text("half")
+        raise KeyboardInterrupt
+    return left
+
+
+def put_broken_file(place: Place) -> None:
+    Path(orchestra.codebase_path(place.path, ("demo", "broken"))).write_text("[")
+
+
+def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
+    for name in ("shop/a", "shop/b", "shop/c"):
+        home.make_codebase(name)
+    home.run_fine("sync", "--all")
+    cleared = []
+
+    def clear_up(path: str, codebase: orchestra.Codebase) -> None:
+        cleared.append(codebase.name)
+        if codebase.name == "b":
+            raise orchestra.SyncError("it is in use", "wait")
+
+    monkeypatch.setattr(orchestra, "clear_up_codebase", clear_up)
+    ran = home.run("self-uninstall")
+    assert (ran.status, ran.err) == (2, "orchestra: it is in use\n  try: wait\n")
+    assert cleared == ["a", "b", "c"]
+
+
+def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(place: Place, bare_python: str) -> None:
+    assert place.run(bare_python, HERE / "orchestra.py", "self-uninstall").returncode == 0
+    assert place.listing() == {}
+    os.makedirs(orchestra.run_dir(place.path))
+    done = place.run(bare_python, HERE / "orchestra.py", "self-uninstall")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert left_of_pyyaml(place) == []
+
+
+def test_what_finder_leaves_does_not_keep_folders(place: Place) -> None:
+    put_files(place.home / ".orchestra", {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"})
+    done = place.install("sh", "--uninstall")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
+    assert place.listing() == {}
+    put_files(place.home / ".orchestra", {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
+    done = place.install("sh", "--uninstall")
+    assert done.stdout == f"kept: {place.path}/.orchestra/projects (the registry)\nuninstalled\n"
+    assert (place.home / ".orchestra/projects/a/b.yaml").exists()
 
 
 def test_uninstalling_what_is_not_there_is_fine(place: Place) -> None:
