@@ -77,13 +77,14 @@ if __name__ == "__main__":
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import os
 import re
 import stat
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from types import SimpleNamespace
 
@@ -410,8 +411,6 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_FILE_NAME = 255  # bytes
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a rename with flags
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-DAYS_KEPT = 30  # days with a backup of their own
-NEWEST_KEPT = 10  # backups of a file
 
 
 class Disk(NamedTuple):
@@ -531,15 +530,6 @@ class Lock:
             if self.has_kept:
                 self.left = Leftover(self.left.token)
                 self._announce()
-
-
-class Backup(NamedTuple):
-    """One old version of a managed file: `when` is the UTC time its folder is named by."""
-
-    when: str
-    path: str
-    file: str
-    why: str
 
 
 # Reading
@@ -1285,12 +1275,11 @@ def _parse_temporary(name: str) -> tuple[int, str]:
 
 def _is_alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        return process > 0 and os.kill(process, 0) is None
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
-    return process > 0
+        return True  # another user's
 
 
 def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
@@ -1529,100 +1518,318 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was backed up
-BACKUP_NOTES = ".orchestra.json"  # beside the files of one backup: {path: why}
+# Backups
+
+# Whatever is replaced or removed without proof that Orchestra wrote it is kept here first, and a kept version never
+# changes: it stays, or thinning drops it whole. A version is a folder named by the UTC time, with the file at its
+# path and the notes beside it: why it was kept, its number, and the quota it belongs to.
+#
+# Keeping a version:
+#   1. A text known already, or equal to the newest version but for white space that Markdown ignores, is not kept.
+#   2. File and notes are written and flushed in a temporary folder. A kill until here leaves nothing else; the next
+#      turn sweeps it.
+#   3. One rename gives that folder its time as its name: the version is there, whole. A name that is taken is never
+#      replaced; the next microsecond is tried.
+#   4. Thinning, per file and quota. A version to be dropped becomes a temporary folder first.
+#
+# Order and time are separate: the number says which version is newer; the time is what the clock said, right or wrong.
+# What older versions of Orchestra kept has no number, and counts as older, in the order of the names.
+# The caller holds a lock that keeps others from backing up the same file; other files' versions may come and go.
+
+HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
+SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
+DISPLACED = "displaced"  # a quota: what Orchestra kept for safety in operations of its own
+NEWEST_KEPT = 10  # versions per file and quota
+DAYS_KEPT = 30  # days that keep their last version
+TEMPORARY_LIFETIME = 86400.0  # seconds after which nothing is writing a temporary folder any more
+BACKUP_NOTES = ".orchestra.json"  # in a version's folder: {path: {"why": ..., "number": ..., "quota": ...}}
+MAX_NOTES = 1 << 20  # bytes
+MAX_NUMBER = 1 << 62  # a larger one is damage
+LAST_TIME = 253402214400  # seconds: the last day of 9999
+VERSION_FOLDER = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
+MARKDOWN_ENDINGS = (".md", ".mdc", ".markdown")
+LIST_MARKER = re.compile(rb"([ \t]*(?:[-+*]|[0-9]{1,9}[.)]))[ \t]+")
+CODE_INDENT = re.compile(rb" {4}| {0,3}\t")
+CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*(?:(`{3,})[^`]*|(~{3,}).*)$", re.DOTALL)  # in lists and quotes too
 
 
-def back_up(home: str, key: Key, path: str, disk: Disk, why: str, token: str, clock: Clock) -> str:
+class Note(NamedTuple):
+    """What is noted on a version; `number` is 0 where an older Orchestra, which had none, kept it."""
+
+    why: str
+    number: int = 0
+    quota: str = HAND_EDIT
+
+
+class Backup(NamedTuple):
+    """One kept version of a file: `when` is the name of its folder, the UTC time; the rest is as in its note."""
+
+    when: str
+    path: str
+    file: str
+    why: str
+    number: int = 0
+    quota: str = HAND_EDIT
+
+
+def back_up(
+    home: str,
+    key: Key,
+    path: str,
+    disk: Disk,
+    why: str,
+    token: str,
+    clock: Clock,
+    *,
+    quota: str = HAND_EDIT,
+    known: Container[bytes] = (),
+) -> str:
     """Keep a file's bytes before they are replaced, and return the time they are kept under.
 
-    A version that is already the newest one kept is not kept again; old ones are thinned. Raises IoError.
+    Nothing is kept of a text whose `significant_text` is in `known` (the result is "" then) or that of the newest
+    version, unless Orchestra's own operations kept that and a user wrote this. Raises IoError.
     """
-    kept = [backup for backup in list_backups(home, key) if backup.path == path]
-    if kept and read_disk(kept[-1].file).data == disk.data:
-        return kept[-1].when
-    folder = backups_of(home, key)
+    text = significant_text(path, disk.data)
+    if text in known:
+        return ""
+    everything, folder, now = list_backups(home, key), backups_of(home, key), clock()
+    kept = [backup for backup in everything if backup.path == path]
+    temporary = temporary_path(folder, token)
+    if not (kept and kept[-1].quota in (quota, HAND_EDIT) and _significant_text_of(kept[-1]) == text):
+        number = 1 + max((backup.number for backup in everything), default=0)
+        with blame(folder):
+            _make_durable_folder(folder)
+            _remove_abandoned(folder, temporary, clock)
+            when = _keep_version(folder, temporary, path, disk, Note(why, number, quota), now)
+        kept.append(Backup(when, path, os.path.join(folder, when, path), why, number, quota))
     with blame(folder):
-        make_private_folder(folder)
-        when = _backup_time(kept, clock())
-        target = os.path.join(folder, when, path)
-        make_private_folder(os.path.dirname(target))
-        temporary = temporary_path(folder, token)
-        _write_temporary(temporary, disk.data, disk.mode, durable=True)
-        notes_file = os.path.join(folder, when, BACKUP_NOTES)
-        notes = {**_read_notes(notes_file), path: why}
-        save_private(notes_file, json.dumps(notes).encode(), token)
-        os.rename(temporary, target)
-        sync_folder(os.path.dirname(target))
-        dropped = times_to_drop([*(backup.when for backup in kept), when])
-        for backup in kept:
-            if backup.when in dropped:
-                _drop_backup(folder, backup)
+        for backup in versions_to_drop(kept, time_name(now)):
+            _drop_version(folder, backup, temporary)
+    return kept[-1].when
+
+
+def significant_text(path: str, data: bytes) -> bytes:
+    """Return a Markdown file's bytes without the white space that formatters change; those of another file unchanged.
+
+    That is blank lines, white space at the end of a line, and more than one space after a list marker, but not in
+    code (fenced, or indented by four spaces or a tab): there all of it is the user's.
+    """
+    if not path.endswith(MARKDOWN_ENDINGS):
+        return data
+    lines: list[bytes] = []
+    blank: list[bytes] = []
+    fence, is_code = b"", False
+    for line in data.split(b"\n"):
+        body = line.rstrip(b" \t\r")
+        if fence:
+            lines.append(line)
+            closing = body.lstrip(b" \t>")
+            fence = b"" if closing.startswith(fence) and not closing.strip(fence[:1]) else fence
+        elif not body:
+            blank.append(line)
+        else:
+            was_code, is_code = is_code, bool(CODE_INDENT.match(line))
+            lines += blank if was_code and is_code else []
+            blank = []
+            lines.append(line if is_code else _trim_line(line, body))
+            opening = CODE_FENCE.match(body)
+            fence = opening[1] or opening[2] if opening else b""
+    return b"\n".join(lines)
+
+
+def _trim_line(line: bytes, body: bytes) -> bytes:
+    marker = LIST_MARKER.match(body)
+    body = marker[1] + b" " + body[marker.end() :] if marker else body
+    return body + (b"\r" if line.endswith(b"\r") else b"")  # a changed line end is a change
+
+
+def _significant_text_of(backup: Backup) -> Optional[bytes]:
+    """Return a version's significant text, or None if it cannot be read: then nothing equals it."""
+    try:
+        disk = read_disk(backup.file)
+    except IoError:
+        return None
+    return significant_text(backup.path, disk.data) if disk.kind == "file" else None
+
+
+def _make_durable_folder(path: str) -> None:
+    """Create a private folder and those above it, and make their names durable; raises OSError."""
+    if not os.path.isdir(path):
+        _make_durable_folder(os.path.dirname(path))
+        make_private_folder(path)
+        sync_folder(os.path.dirname(path))
+
+
+def _keep_version(folder: str, temporary: str, path: str, disk: Disk, note: Note, now: float) -> str:
+    """Write a version in a temporary folder, and give that the name it returns; raises OSError."""
+    try:
+        _write_version(temporary, path, disk, note)
+        when = _publish_version(temporary, folder, now)
+    except BaseException:
+        with suppress(IoError):
+            remove_private_folder(temporary)
+        raise
+    sync_folder(folder)
     return when
 
 
-def times_to_drop(times: Sequence[str]) -> set[str]:
-    """Choose which versions of a file go, from the times of all, oldest first.
+def _write_version(temporary: str, path: str, disk: Disk, note: Note) -> None:
+    """Write a version's folder and make it durable; raises OSError."""
+    file, notes = os.path.join(temporary, path), json.dumps({path: note._asdict()})
+    make_private_folder(os.path.dirname(file))
+    # The owner may read it whatever the mode, or it could be neither compared nor restored.
+    _write_temporary(file, disk.data, disk.mode | stat.S_IRUSR, durable=True)
+    _write_temporary(os.path.join(temporary, BACKUP_NOTES), notes.encode(), 0o600, durable=True)
+    for place in folders_below(temporary):
+        sync_folder(place)
 
-    What stays: the first, which is the user's original; the newest ten; the last of each of the newest 30 days
-    that have any; the last of each month.
+
+def _publish_version(temporary: str, folder: str, now: float) -> str:
+    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
+    for step in itertools.count():
+        when = time_name(now, step)
+        try:
+            os.rename(temporary, os.path.join(folder, when))
+        except OSError:
+            if not os.path.lexists(os.path.join(folder, when)):
+                raise
+        else:
+            break
+    return when
+
+
+def time_name(now: float, step: int = 0) -> str:
+    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
+    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
+
+
+def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
+    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
+
+    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
+    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
+    names them, keep their last version too, but do not count among the 30.
     """
-    last_of_day = {when[:8]: when for when in times}
-    last_of_month = {when[:6]: when for when in times}
-    days = sorted(last_of_day)[-DAYS_KEPT:]
-    kept = {*times[:1], *times[-NEWEST_KEPT:], *(last_of_day[day] for day in days), *last_of_month.values()}
-    return {*times} - kept
+    return [backup for quota in _by_quota(kept) for backup in _quota_to_drop(quota, now[:8])]
 
 
-def _drop_backup(folder: str, backup: Backup) -> None:
-    os.unlink(backup.file)
-    if not any(_backups_at(os.path.join(folder, backup.when), backup.when)):
-        remove_private_folder(os.path.join(folder, backup.when))
+def _by_quota(kept: Sequence[Backup]) -> Iterable[list[Backup]]:
+    quotas: dict[str, list[Backup]] = {}
+    for backup in kept:
+        quotas.setdefault(backup.quota, []).append(backup)
+    return quotas.values()
 
 
-def _backup_time(kept: Sequence[Backup], now: float) -> str:
-    """Name a version by the time, but after all that are kept: a clock may stand still or be set back."""
-    when = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now)) + f".{int(now * 1e6) % 1000000:06d}Z"
-    newest = max((backup.when for backup in kept), default="")
-    if newest < when:
-        return when
-    from datetime import datetime, timedelta
+def _quota_to_drop(kept: Sequence[Backup], today: str) -> list[Backup]:
+    newest_first = list(reversed(kept))
+    last_of_day = {backup.when[:8]: backup for backup in kept}
+    last_of_month = {backup.when[:6]: backup for backup in kept}
+    # By the number: days that a wrong clock put into the past are new all the same.
+    days = list(dict.fromkeys(backup.when[:8] for backup in newest_first if backup.when[:8] <= today))[:DAYS_KEPT]
+    days += [day for day in last_of_day if day > today]
+    numbered = [backup for backup in kept if backup.number]
+    staying = {*kept[:1], *numbered[:1], *newest_first[:NEWEST_KEPT], *last_of_month.values()}
+    staying.update(last_of_day[day] for day in days)
+    return [backup for backup in kept if backup not in staying]
 
+
+def _drop_version(folder: str, backup: Backup, temporary: str) -> None:
+    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
+    place = os.path.join(folder, backup.when)
+    if set(_files_below(place)) - {backup.file, os.path.join(place, BACKUP_NOTES)}:
+        os.unlink(backup.file)
+    else:
+        os.rename(place, temporary)
+        remove_private_folder(temporary)
+
+
+def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
+    """Remove what is at `temporary`, and temporary files that nothing is writing any more, as far as possible."""
+    for name in filter(is_temporary_name, os.listdir(folder)):
+        path = os.path.join(folder, name)
+        with suppress(OSError, IoError):
+            if path == temporary or _is_abandoned(path, clock):
+                if os.path.isdir(path) and not os.path.islink(path):
+                    remove_private_folder(path)
+                else:
+                    os.unlink(path)
+
+
+def _is_abandoned(path: str, clock: Clock) -> bool:
+    """Tell whether the process that made a temporary file is gone, or has had all the time it can need."""
+    process, _ = _parse_temporary(os.path.basename(path))
+    return not _is_alive(process) or file_age(path, clock) > TEMPORARY_LIFETIME
+
+
+def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
+    """Remove the unfinished versions below `root` that a turn left, or a process that is gone; raises IoError."""
+    folders = folders_below(root)
+    for folder in folders:
+        if is_temporary_name(os.path.basename(folder)):
+            is_left = folder == temporary_path(os.path.dirname(folder), left.token)
+            with blame(folder):
+                if is_left or _is_abandoned(folder, clock):
+                    remove_private_folder(folder)
+    sweep_folders(folders, left)  # which older versions of Orchestra wrote there
+
+
+def list_backups(home: str, key: Key) -> list[Backup]:
+    """List the kept versions of a codebase's files, oldest first; raises IoError.
+
+    Folders that are not named by a time are not Orchestra's: their files are neither listed nor dropped.
+    """
+    folder = backups_of(home, key)
+    with blame(folder):
+        try:
+            times = [name for name in os.listdir(folder) if VERSION_FOLDER.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+    found = [backup for when in times for backup in _versions_in(os.path.join(folder, when), when)]
+    return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
+
+
+def _versions_in(folder: str, when: str) -> Iterator[Backup]:
+    if os.path.islink(folder):
+        return
+    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
+    for file in _files_below(folder):
+        path = file[len(folder) + 1 :]
+        if path != BACKUP_NOTES and not is_temporary_name(os.path.basename(path)) and _is_plain_file(file):
+            yield Backup(when, path, file, *_parse_note(notes.get(path)))
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """List all below a folder that is not itself a folder, links to folders included."""
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (os.path.join(parent, name) for name in (*names, *links))
+
+
+def _is_plain_file(path: str) -> bool:
     try:
-        form = "%Y%m%dT%H%M%S.%fZ"
-        return (datetime.strptime(newest, form) + timedelta(microseconds=1)).strftime(form)
-    except (ValueError, OverflowError):  # a folder of somebody's own making
-        return when
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
-def _read_notes(path: str) -> dict[str, str]:
+def _read_notes(path: str) -> dict[str, Any]:
+    """Read a version's notes; damaged ones count as none."""
     try:
-        notes = json.loads(read_disk(path).data or b"{}")
-    except (ValueError, RecursionError):
+        notes = json.loads(read_disk(path, MAX_NOTES).data or b"{}")
+    except (ValueError, RecursionError, IoError):
         return {}
     return notes if isinstance(notes, dict) else {}
 
 
-def list_backups(home: str, key: Key) -> list[Backup]:
-    """List the kept versions of a codebase's files, oldest first; raises IoError."""
-    folder = backups_of(home, key)
-    with blame(folder):
-        try:
-            times = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
-    return [backup for when in times for backup in _backups_at(os.path.join(folder, when), when)]
-
-
-def _backups_at(folder: str, when: str) -> Iterator[Backup]:
-    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            file = os.path.join(parent, name)
-            path = os.path.relpath(file, folder)
-            if not name.startswith(".orchestra"):
-                yield Backup(when, path, file, str(notes.get(path, "")))
+def _parse_note(value: Any) -> Note:
+    """Read the note on one file; older versions of Orchestra only wrote why."""
+    if not isinstance(value, dict):
+        return Note(str(value or ""))
+    why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
+    if type(number) is not int or not 0 < number < MAX_NUMBER:
+        number = 0
+    return Note(why, number, DISPLACED if quota == DISPLACED else HAND_EDIT)
 
 
 # ── 4 Registry ────────────────────────────────────────────────────────────────
@@ -2533,7 +2740,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             merged = _merge_yaml(disk.data.decode("utf-8-sig"), old, new)
             text = None if merged is None else bom + merged
             if text is None:
-                back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock)
+                back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock, quota=DISPLACED)
         _write_registry_file(file, _dump(new) if text is None else text, disk, lock, key)
 
 
@@ -2599,13 +2806,13 @@ def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
 
     def back_up_aside(label: str, disk: Disk) -> None:
         project, codebase, name = label.split("/", 2)
-        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock)
+        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
 
     def back_up_left(folder: str, name: str, disk: Disk) -> None:
         back_up_aside(_label_for_file(f"{folder}/{name}"), disk)
 
     def sweep(left: Leftover) -> bool:
-        sweep_folders(folders_below(backups_root(home)), left)  # first, for an earlier sweep may have ended there
+        sweep_backups(backups_root(home), left, clock)  # first, for an earlier sweep may have ended there
         folders = folders_below(projects_root(home))
         if left.swap:
             folders.append(os.path.dirname(left.swap.path))
@@ -3985,12 +4192,12 @@ def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -
 
 
 def _back_up_aside(home: str, key: Key, clock: Clock, label: str, disk: Disk) -> None:
-    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock)
+    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
 
 
 def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> bool:
     """Clean up after a turn that was killed or had trouble; return whether something has to stay. Raises IoError."""
-    sweep_folders(folders_below(backups_of(home, key)), left)  # first, for an earlier sweep may have ended there
+    sweep_backups(backups_of(home, key), left, clock)  # first, for an earlier sweep may have ended there
     stays = False
     if left.swap:
         with blame(os.path.dirname(left.swap.path)):
@@ -4137,7 +4344,9 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
             return False
         with blame(path):
             if before.kind == "file":
-                back_up(home, codebase.key, backup.path, before, "replaced by restore", lock.token, clock)
+                back_up(
+                    home, codebase.key, backup.path, before, "replaced by restore", lock.token, clock, quota=DISPLACED
+                )
             try:
                 with open_managed(root, backup.path, make=True) as place:
                     replace_file(place, after, before, lock, mode=kept.mode, durable=True)
@@ -6877,9 +7086,11 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
 def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
     kept = [backup.file for backup in backups if backup.path == path]
     if kept:
+        import shlex
+
         raise SyncError(
             f"{path}: expected an instruction file, got a registry file, which Orchestra does not put back",
-            f"cp '{kept[-1]}' '{codebase_path(home, key)}'",
+            f"cp {shlex.quote(kept[-1])} {shlex.quote(codebase_path(home, key))}",
         )
 
 

@@ -945,9 +945,18 @@ def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: H
     assert home.leftovers() == []
 
 
+HAND_EDIT, DISPLACED = orchestra.HAND_EDIT, orchestra.DISPLACED
 DAYS = [f"202601{day:02d}T120000.000000Z" for day in range(1, 32)]
 MONTHS = [f"{2020 + i // 12}{i % 12 + 1:02d}01T000000.000000Z" for i in range(60)]
 MINUTES = [f"20260301T12{minute:02d}00.000000Z" for minute in range(60)]
+FUTURE = [f"2099{month:02d}{day:02d}T120000.000000Z" for month in (1, 2) for day in range(1, 29)]
+PAST = [f"19700101T0000{second:02d}.000000Z" for second in range(40)]
+
+
+def versions(times: Iterable[str], quota: str = HAND_EDIT, first: int = 1) -> list[orchestra.Backup]:
+    """Make versions of one file, of these times in this order; `first` is the number of the first, 0 for none."""
+    numbers = itertools.count(first) if first else itertools.repeat(0)
+    return [orchestra.Backup(when, "CLAUDE.md", when, "why", number, quota) for when, number in zip(times, numbers)]
 
 
 @pytest.mark.parametrize(
@@ -961,10 +970,50 @@ MINUTES = [f"20260301T12{minute:02d}00.000000Z" for minute in range(60)]
         ([*DAYS, "20260201T000000.000000Z"], DAYS[1:2]),
         ([*DAYS, *MINUTES], [*DAYS[1:2], *MINUTES[:50]]),
         (MONTHS, []),
+        # A clock that was wrong for a while: its days take none of the thirty; its months keep their last.
+        ([*DAYS, *FUTURE, MINUTES[0]], DAYS[1:2]),
+        ([FUTURE[0], *DAYS, MINUTES[0]], DAYS[:2]),
+        ([*DAYS, *PAST], [*DAYS[1:2], *PAST[:30]]),
+        ([DAYS[0], *PAST, *DAYS[1:]], PAST[:-1]),
     ],
 )
 def test_the_first_backup_stays_for_good_and_later_ones_are_thinned(times: list[str], dropped: list[str]) -> None:
-    assert orchestra.times_to_drop(times) == set(dropped)
+    now = "20260301T130000.000000Z"
+    assert [backup.when for backup in orchestra.versions_to_drop(versions(times), now)] == dropped
+
+
+def test_a_clock_set_to_1970_drops_no_day_that_is_in_its_future() -> None:
+    assert orchestra.versions_to_drop(versions([*FUTURE, *DAYS, PAST[0]]), PAST[0]) == []
+
+
+def test_the_first_version_with_a_number_stays_beside_the_first_without() -> None:
+    old, new = versions(MINUTES[:20], first=0), versions(MINUTES[20:40])
+    dropped = orchestra.versions_to_drop([*old, *new], MINUTES[40])
+    assert [backup.when for backup in dropped] == [*MINUTES[1:20], *MINUTES[21:30]]
+
+
+def test_each_quota_is_thinned_by_itself() -> None:
+    edits, snapshots = versions(DAYS), versions(MINUTES, DISPLACED, 100)
+    dropped = orchestra.versions_to_drop([*edits, *snapshots], MINUTES[-1])
+    assert [backup.when for backup in dropped] == MINUTES[1:50]
+
+
+def keep(home: Home, text: bytes, now: float = 1e9, path: str = "CLAUDE.md", **options: Any) -> str:
+    """Back up one version of a file."""
+    disk = orchestra.Disk("file", text, options.pop("mode", 0o640))
+    return orchestra.back_up(home.path, ("shop", "api"), path, disk, "why", "t", lambda: now, **options)
+
+
+def kept_versions(home: Home) -> list[orchestra.Backup]:
+    return orchestra.list_backups(home.path, ("shop", "api"))
+
+
+def kept_texts(home: Home) -> list[bytes]:
+    return [Path(backup.file).read_bytes() for backup in kept_versions(home)]
+
+
+def backups_folder(home: Home) -> Path:
+    return Path(orchestra.backups_of(home.path, ("shop", "api")))
 
 
 def test_thinned_backups_leave_no_empty_folders(home: Home) -> None:
@@ -972,14 +1021,283 @@ def test_thinned_backups_leave_no_empty_folders(home: Home) -> None:
     for i in range(15):
         for path in ("a/CLAUDE.md", "GEMINI.md"):
             if path == "a/CLAUDE.md" or i % 2:
-                disk = orchestra.Disk("file", b"%d" % i, 0o640)
-                orchestra.back_up(home.path, key, path, disk, "why", "t", lambda now=i: 1e9 + now)
-    kept = orchestra.list_backups(home.path, key)
+                keep(home, b"%d" % i, 1e9 + i, path)
+    kept = kept_versions(home)
     texts = {path: [Path(b.file).read_text() for b in kept if b.path == path] for path in ("a/CLAUDE.md", "GEMINI.md")}
     assert texts["a/CLAUDE.md"] == ["0", *map(str, range(5, 15))]
     assert texts["GEMINI.md"] == [str(i) for i in range(15) if i % 2]
     assert {backup.why for backup in kept} == {"why"}
     assert len(os.listdir(orchestra.backups_of(home.path, key))) == len({backup.when for backup in kept})
+
+
+def test_snapshots_of_orchestras_own_push_out_no_hand_edit(home: Home) -> None:
+    edits = [b"edit %d" % i for i in range(5)]
+    for i, text in enumerate(edits):
+        keep(home, text, 1e9 + i)
+    for i in range(40):
+        keep(home, b"snapshot %d" % i, 1e9 + 100 + i, quota=DISPLACED)
+    assert kept_texts(home) == [*edits, b"snapshot 0", *(b"snapshot %d" % i for i in range(30, 40))]
+
+
+def test_a_hand_edit_equal_to_a_snapshot_is_kept_as_a_hand_edit_too(home: Home) -> None:
+    for quota in (DISPLACED, DISPLACED, HAND_EDIT, HAND_EDIT, DISPLACED):
+        keep(home, b"x", quota=quota)
+    assert [backup.quota for backup in kept_versions(home)] == [DISPLACED, HAND_EDIT]
+
+
+NOISY = b"""# Title
+
+- one
+- two
+  1. three
+text
+
+```sh
+-  a
+
+  b
+```
+end
+    code
+
+
+    more
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_kept"),
+    [
+        (b"# Title\n\n", b"\n# Title\n", False),
+        (b"- two", b"-   two", False),
+        (b"- two", b"-\ttwo", False),
+        (b"1. three", b"1.   three", False),
+        (b"text\n", b"text  \n", False),
+        (b"text\n", b"text\n \t\n\n", False),
+        (b"    more\n", b"    more", False),
+        (b"\n", b"\n\n", True),  # in code as well
+        (b"- two", b"* two", True),
+        (b"- two", b"-two", True),
+        (b"1. three", b"2. three", True),
+        (b"  1. three", b"    1. three", True),
+        (b"text\n", b"te xt\n", True),
+        (b"text\n", b"text\xc2\xa0\n", True),
+        (b"text\n", b"text\r\n", True),
+        (b"text\n", b" text\n", True),
+        (b"-  a\n\n", b"-  a\n", True),
+        (b"-  a", b"- a", True),
+        (b"  b\n", b"  b \n", True),
+        (b"code\n\n\n", b"code\n\n", True),
+        (b"code\n", b"code  \n", True),
+    ],
+)
+def test_a_version_that_a_formatter_only_spaced_otherwise_is_not_kept_again(
+    home: Home, old: bytes, new: bytes, is_kept: bool
+) -> None:
+    formatted = NOISY.replace(old, new)
+    assert formatted != NOISY
+    first, second = keep(home, NOISY), keep(home, formatted)
+    assert (second != first, kept_texts(home)) == (is_kept, [NOISY, formatted] if is_kept else [NOISY])
+    keep(home, NOISY, path="api.yaml")
+    keep(home, formatted, path="api.yaml")  # is no Markdown
+    assert len([backup for backup in kept_versions(home) if backup.path == "api.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("fenced", "is_code_after"),
+    [
+        (b"```\na\n```\n", False),
+        (b"```\na\n", True),
+        (b"````\n```\n", True),
+        (b"~~~\n```\n", True),
+        (b"~~~ a`b\n~~~~\n", False),
+        (b"1. > ```sh\n   > ```\n", False),
+        (b"1. > ```sh\n", True),
+        (b"```a```\n", False),
+        (b"```\n``` a\n", True),
+        (b"```\r\na\r\n```\r\n", False),
+    ],
+)
+def test_white_space_counts_only_in_code(fenced: bytes, is_code_after: bool) -> None:
+    one, other = (orchestra.significant_text("a.md", fenced + b"x" + end) for end in (b"\n", b"\n\n\n"))
+    assert (one != other) == is_code_after
+
+
+def test_what_is_known_otherwise_is_not_kept(home: Home) -> None:
+    known = {orchestra.significant_text("CLAUDE.md", NOISY)}
+    assert keep(home, NOISY + b"\n", known=known) == "" and kept_versions(home) == []
+    assert keep(home, NOISY + b"mine\n", known=known)
+
+
+@pytest.mark.parametrize(
+    ("now", "name"),
+    [
+        (0.0, "19700101T000000.000000Z"),
+        (-1e30, "19700101T000000.000000Z"),
+        (1e9 + 0.25, "20010909T014640.250000Z"),
+        (4e9, "20961002T070640.000000Z"),
+        (1e30, "99991231T000000.000000Z"),
+    ],
+)
+def test_any_clock_names_a_version_by_a_time(home: Home, now: float, name: str) -> None:
+    assert [keep(home, text, now) for text in (b"1", b"2")] == [name, name.replace("0Z", "1Z")]
+    assert kept_texts(home) == [b"1", b"2"]
+
+
+def test_a_version_of_a_wrong_clock_is_neither_the_newest_for_ever_nor_lends_its_date(home: Home) -> None:
+    assert keep(home, b"1", 4e9).startswith("2096")
+    assert keep(home, b"2", 1e9) == "20010909T014640.000000Z"
+    assert kept_texts(home) == [b"1", b"2"]
+
+
+def test_versions_of_older_programs_come_first_and_count_as_hand_edits(home: Home) -> None:
+    folder = backups_folder(home)
+    for year in (2030, 2025):
+        notes = json.dumps({"CLAUDE.md": f"edited in {year}"})
+        put_files(folder / f"{year}0101T000000.000000Z", {"CLAUDE.md": str(year), orchestra.BACKUP_NOTES: notes})
+    keep(home, b"new")
+    assert kept_texts(home) == [b"2025", b"2030", b"new"]
+    assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
+        ("edited in 2025", HAND_EDIT),
+        ("edited in 2030", HAND_EDIT),
+        ("why", HAND_EDIT),
+    ]
+
+
+def test_an_old_folder_with_several_files_is_thinned_file_by_file(home: Home) -> None:
+    folder = backups_folder(home)
+    for minute in MINUTES[:11]:
+        put_files(folder / minute, {"CLAUDE.md": minute, "AGENTS.md": minute, orchestra.BACKUP_NOTES: "{}"})
+    keep(home, b"new")
+    assert sorted(os.listdir(folder / MINUTES[1])) == [orchestra.BACKUP_NOTES, "AGENTS.md"]
+    assert len(kept_versions(home)) == 22
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"CLAUDE.md": []}', b'{"CLAUDE.md": {"number": -1, "quota": 7}}']
+    + [b'{"CLAUDE.md": {"number": %s, "why": {}}}' % number for number in (b"1e9", b"true", b"9" * 4300, b'"1"')]
+    + [b'{"CLAUDE.md": {"quota": %s}}' % quota for quota in (b"[]", b'"other"')]
+    + [None, link_to(".orchestra.json"), os.mkfifo, make_socket],
+    ids=lambda damage: repr(damage)[:40],
+)
+def test_damaged_notes_hide_no_version_and_stop_nothing(home: Home, damage: Any) -> None:
+    keep(home, b"1", 2e9)
+    when = keep(home, b"2")
+    (backups_folder(home) / when / orchestra.BACKUP_NOTES).unlink()
+    put_files(backups_folder(home) / when, {orchestra.BACKUP_NOTES: damage})
+    assert sorted(kept_texts(home)) == [b"1", b"2"]
+    keep(home, b"3")
+    assert sorted(kept_texts(home)) == [b"1", b"2", b"3"] and kept_texts(home)[-1] == b"3"
+    assert {(backup.quota, backup.number >= 0) for backup in kept_versions(home)} == {(HAND_EDIT, True)}
+
+
+def test_what_is_not_orchestras_in_the_backups_is_neither_listed_nor_touched(home: Home) -> None:
+    folder = backups_folder(home)
+    outside = home.folder / "outside"
+    put_files(outside, {"CLAUDE.md": "outside"})
+    foreign = {"other/CLAUDE.md": "other", f"{MINUTES[0]}.zip/CLAUDE.md": "other", MINUTES[1]: "a file"}
+    put_files(folder, {**foreign, MINUTES[2]: link_to(str(outside)), "20010909T014640.000000Z": "taken"})
+    put_files(folder / MINUTES[3], {"CLAUDE.md": link_to(str(outside / "CLAUDE.md")), "sub": link_to(str(outside))})
+    put_files(folder / MINUTES[4], {".orchestra-1-dead.tmp": "half of one, as older programs left it"})
+    before = contents(folder)
+    for i in range(15):
+        when = keep(home, b"%d" % i)
+        put_files(folder / when, {"mine.txt": "mine"} if i % 2 else {"mine": link_to(str(outside))})
+    assert [text for text in kept_texts(home) if text != b"mine"] == [b"0", *(b"%d" % i for i in range(5, 15))]
+    assert before.items() <= contents(folder).items()
+    assert len(list(folder.glob("*/mine*"))) == 15 and contents(outside) == {"CLAUDE.md": b"outside"}
+
+
+def test_a_version_that_cannot_be_read_stops_nothing(home: Home, monkeypatch: Any) -> None:
+    keep(home, b"1")
+    real = orchestra.read_disk
+
+    def read_disk(path: str, limit: int = -1) -> orchestra.Disk:
+        if path.startswith(orchestra.backups_root(home.path)):
+            raise orchestra.IoError(path, PermissionError(errno.EACCES, "Permission denied"))
+        return real(path, limit)
+
+    monkeypatch.setattr(orchestra, "read_disk", read_disk)
+    keep(home, b"1")
+    assert kept_texts(home) == [b"1", b"1"]
+
+
+@pytest.mark.parametrize(("mode", "kept"), [(0, 0o400), (0o200, 0o600), (0o444, 0o444), (0o755, 0o755)])
+def test_a_kept_version_is_readable_for_its_owner(home: Home, mode: int, kept: int) -> None:
+    keep(home, b"1", mode=mode)
+    assert stat.S_IMODE(os.stat(kept_versions(home)[0].file).st_mode) == kept
+
+
+@pytest.mark.parametrize(
+    "path", ["\udcff\n.md", "a b/'\".md", ".orchestra-x.md", "-/.orchestra.json", "é/" * 50 + "x.md"]
+)
+def test_a_file_of_any_name_is_kept(home: Home, path: str) -> None:
+    keep(home, b"1", path=path)
+    assert [(backup.path, backup.why) for backup in kept_versions(home)] == [(path, "why")]
+    assert kept_texts(home) == [b"1"]
+
+
+def test_a_version_is_kept_with_one_look_at_the_others(home: Home, monkeypatch: Any) -> None:
+    folder = backups_folder(home)
+    for minute in MINUTES:
+        put_files(folder / minute, {"CLAUDE.md": minute})
+    looks = []
+    real = orchestra._versions_in
+    monkeypatch.setattr(orchestra, "_versions_in", lambda folder, when: looks.append(when) or real(folder, when))
+    keep(home, b"new")
+    assert sorted(looks) == MINUTES
+    assert sorted(os.listdir(folder)) == ["20010909T014640.000000Z", MINUTES[0], *MINUTES[-9:]]
+
+
+def test_a_version_that_cannot_be_finished_leaves_nothing(home: Home, monkeypatch: Any) -> None:
+    def fail(*args: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(orchestra, "_publish_version", fail)
+    with pytest.raises(orchestra.IoError, match="no space left on device"):
+        keep(home, b"1")
+    assert os.listdir(backups_folder(home)) == []
+
+
+def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(home: Home, monkeypatch: Any) -> None:
+    put_files(backups_folder(home) / ".orchestra-old.tmp", {"CLAUDE.md": "half"})
+
+    def fail(path: str) -> None:
+        raise orchestra.IoError(path, PermissionError(errno.EACCES, "Permission denied"))
+
+    monkeypatch.setattr(orchestra, "remove_private_folder", fail)
+    keep(home, b"1", time.time() + 1e6)
+    assert kept_texts(home) == [b"1"]
+
+
+@pytest.fixture
+def gone() -> int:
+    """Give the number of a process that is no more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("days", [0, 2])
+def test_an_abandoned_temporary_folder_is_removed_at_once_or_after_a_day(home: Home, gone: int, days: int) -> None:
+    folder, mine, alive = backups_folder(home), ".mine.tmp", f".orchestra-{os.getpid()}-1.tmp"
+    for name in (".orchestra-t.tmp", f".orchestra-{gone}-1.tmp", mine, ".orchestra-x.tmp", alive):
+        put_files(folder / name, {"CLAUDE.md": "half"})
+    put_files(folder, {f".orchestra-{gone}-2.tmp": "half", f".orchestra-{gone}-3.tmp": link_to(str(home.code))})
+    put_files(home.code, {"mine": "mine"})
+    keep(home, b"1", time.time() + days * 86400)
+    left = {name for name in os.listdir(folder) if "tmp" in name}
+    assert left == ({mine} if days else {mine, ".orchestra-x.tmp", alive})
+    assert contents(home.code) == {"mine": b"mine"}
+
+
+def test_a_sweep_of_the_backups_removes_what_is_abandoned(home: Home, gone: int) -> None:
+    alive = f".orchestra-{os.getpid()}-1.tmp"
+    for name in (".orchestra-t.tmp", f".orchestra-{gone}-1.tmp", alive):
+        put_files(backups_folder(home) / name, {"CLAUDE.md": "half"})
+    orchestra.sweep_backups(orchestra.backups_root(home.path), orchestra.Leftover("t"), time.time)
+    assert os.listdir(backups_folder(home)) == [alive]
 
 
 @pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
@@ -2531,6 +2849,11 @@ def test_restore_keeps_what_it_replaces(home: Home) -> None:
     assert (root / CLINE).read_bytes() == first
     home.run_fine("restore", "api")
     assert (root / CLINE).read_bytes() == second
+    assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
+        (orchestra.REPLACE_REASON, HAND_EDIT),
+        ("replaced by restore", DISPLACED),
+        ("replaced by restore", DISPLACED),
+    ]
 
 
 def test_restore_lists_and_chooses(home: Home) -> None:
@@ -2572,12 +2895,13 @@ def test_restore_does_not_write_through_links(home: Home, link: str) -> None:
 
 
 def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
-    home.make_codebase("shop/api")
-    file = home.register("shop/api", notes=["second"])
+    home.make_codebase("bob's shop/api")
+    file = home.register("bob's shop/api", notes=["second"])
     file.write_text("{name: api, path: /x, notes: [one, two]}\n")
-    codebase = orchestra.load_codebase(home.path, "shop", "api")
+    codebase = orchestra.load_codebase(home.path, "bob's shop", "api")
     orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
-    assert list(home.backups()) == ["api.yaml"]
+    (backup,) = orchestra.list_backups(home.path, codebase.key)
+    assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
     ran = home.run("restore", "api", "api.yaml")
     assert ran.status == 2
     assert "got a registry file" in ran.err
@@ -2595,7 +2919,10 @@ def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: H
     kept = orchestra.list_backups(home.path, key)
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
     assert [backup.when for backup in kept] == [
-        *(f"20330518T033320.00000{number}Z" for number in range(4)),
+        "20330518T033320.000000Z",
+        "20010909T014640.000000Z",
+        "20010909T014640.000001Z",
+        "20330518T033320.000001Z",
         "20650124T052000.000000Z",
     ]
 
@@ -3300,6 +3627,7 @@ def test_after_a_clean_up_that_failed_nothing_else_is_swapped(home: Home, monkey
         "home/.orchestra/hashes/shop",
         "home/.orchestra/backups/shop/api",
         "home/.orchestra/backups/shop/api/20260101T000000.000000Z",
+        "home/.orchestra/backups/shop/api/.orchestra-1-dead.tmp/.cursor",
     ],
 )
 def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str) -> None:
@@ -3308,7 +3636,7 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
     put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
     Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead\n")
     assert home.sync().lines == []
-    assert home.leftovers() == []
+    assert home.leftovers() == [] and not list(home.folder.rglob(".orchestra-*.tmp"))
 
 
 @pytest.mark.parametrize("project", ["shop", "blog"])
@@ -8952,7 +9280,7 @@ class Picture(NamedTuple):
 
 
 def is_kept_version(name: str) -> bool:
-    return not os.path.basename(name).startswith(".orchestra")
+    return not any(part.startswith(".orchestra") for part in name.split("/"))
 
 
 def is_temporary(name: str) -> bool:
@@ -9015,6 +9343,15 @@ def sync_everything(home: Home) -> None:
     home.sync()
 
 
+def crowd_backups(home: Home) -> None:
+    """Leave an edit to be kept, which pushes two kept versions out."""
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# merlin")
+    for minute, word in itertools.zip_longest(MINUTES[:12], ["harrier"], fillvalue=""):
+        put_files(backups_folder(home) / minute, {"CLAUDE.md": minute + word, orchestra.BACKUP_NOTES: "{}"})
+
+
 def make_new_folder(home: Home) -> None:
     put_files(home.code / "shop/api", {"CLAUDE.md": "kestrel\n", ".cursor/rules/mine.mdc": "osprey\n"})
 
@@ -9057,6 +9394,9 @@ CHANGES = {
         EDITED_FILES,
         register_again,
         stays_synced=False,
+    ),
+    "crowded backups": Scenario(
+        crowd_backups, lambda home: ["sync", "--all"], {"merlin": "", "harrier": ""}, frozenset({"CLAUDE.md"})
     ),
     "restore": Scenario(sync_everything, restore_argv, EDITED_WORDS, EDITED_FILES, stays_synced=False),
     "registry": Scenario(
@@ -9163,11 +9503,13 @@ class Stage:
         assert tidy(now.code) == tidy(self.after.code)
         assert now.registry == self.after.registry
         assert without_registry(now.backups) == without_registry(self.after.backups)
+        for folder in Path(orchestra.backups_root(self.home.path)).glob("*/*/*"):
+            assert [name for name in contents(folder) if is_kept_version(name)], f"{folder} is empty"
         written = self.sync()
         assert written == [] or not self.scenario.stays_synced
         for name in ("home", "code"):
-            for _, _, names in os.walk(self.home.folder / name):
-                assert not any(map(is_temporary, names)), names
+            for _, folders, names in os.walk(self.home.folder / name):
+                assert not any(map(is_temporary, (*folders, *names))), (folders, names)
         self.check_locks()
 
     def sync(self, dry_run: bool = False) -> list[str]:
@@ -9258,6 +9600,26 @@ def test_a_kill_in_the_middle_of_any_write_loses_nothing(stage: Stage) -> None:
             with blamed_on(stage, number):
                 stage.check_nothing_lost()
                 stage.check_recovery()
+
+
+def test_a_version_is_durable_before_its_file_is_replaced(quick_home: Home) -> None:
+    root = quick_home.make_codebase("shop/api", targets=["claude"])
+    quick_home.sync()
+    edit(root / "CLAUDE.md", "# api", "# merlin")
+    done = run_hooked(quick_home, ["sync", "--all"], NO_FAULT).done
+    backups = orchestra.backups_root(quick_home.path)
+    steps = [
+        (name, re.sub(r"/\.orchestra-[^/]*\.tmp", "/TMP", place).replace(backups, "~"))
+        for name, place in done
+        if place.startswith((orchestra.orchestra_root(quick_home.path), str(root)))
+    ]
+    (renamed,) = (number for number, step in enumerate(steps) if step[0] == "rename" and step[1].startswith("~/"))
+    written = [place for _, place in steps[:renamed] if place.startswith("~/shop/api/TMP")]
+    assert {"~/shop/api/TMP", "~/shop/api/TMP/CLAUDE.md", "~/shop/api/TMP/.orchestra.json"} == set(written)
+    for place in {*written, "~", "~/shop", os.path.dirname(backups)}:
+        assert ("fsync", place) in steps[:renamed], place
+    assert steps[renamed + 1] == ("fsync", "~/shop/api")
+    assert not [step for step in steps[:renamed] if step[1].startswith(str(root))]
 
 
 @contextmanager
@@ -9925,7 +10287,7 @@ class History(Home):
         found: dict[tuple[str, str], dict[str, bytes]] = {}
         for path, seen in take_picture(orchestra.backups_root(self.path)).items():
             parts = path.split("/", 3)
-            if seen.kind == "file" and len(parts) == 4 and not parts[3].startswith(".orchestra"):
+            if seen.kind == "file" and len(parts) == 4 and is_kept_version(path):
                 found.setdefault(("/".join(parts[:2]), parts[3]), {})[parts[2]] = seen.data
         return found
 
