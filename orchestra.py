@@ -1261,7 +1261,7 @@ def _release_temporary(
         is_known = functools.partial(_has_digest, kept.digest)
         return release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
     process, owner = _parse_temporary(name)
-    if _is_alive(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
+    if not _is_gone(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
         return False
     shown = read_disk(owner, folder=folder) if owner else ABSENT
     return release_aside(folder, name, lambda disk: disk.data == shown.data, functools.partial(back_up, owner), clock)
@@ -1273,13 +1273,16 @@ def _parse_temporary(name: str) -> tuple[int, str]:
     return (int(found[1]), found[2] or "") if found else (0, "")
 
 
-def _is_alive(process: int) -> bool:
+def _is_gone(process: int) -> bool:
+    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
     try:
-        return process > 0 and os.kill(process, 0) is None
+        if process:
+            os.kill(process, 0)
     except ProcessLookupError:
-        return False
+        return True
     except OSError:
-        return True  # another user's
+        pass  # another user's
+    return False
 
 
 def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
@@ -1362,6 +1365,13 @@ def remove_private(path: str) -> None:
             os.unlink(path)
         except FileNotFoundError:
             pass
+
+
+def move_private(path: str, new: str) -> None:
+    """Move a file or folder of Orchestra's own to a place where nothing is; raises IoError."""
+    with blame(path):
+        make_private_folder(os.path.dirname(new))
+        os.rename(path, new)
 
 
 @contextmanager
@@ -1759,7 +1769,7 @@ def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
 def _is_abandoned(path: str, clock: Clock) -> bool:
     """Tell whether the process that made a temporary file is gone, or has had all the time it can need."""
     process, _ = _parse_temporary(os.path.basename(path))
-    return not _is_alive(process) or file_age(path, clock) > TEMPORARY_LIFETIME
+    return _is_gone(process) or file_age(path, clock) > TEMPORARY_LIFETIME
 
 
 def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
@@ -1830,6 +1840,20 @@ def _parse_note(value: Any) -> Note:
     if type(number) is not int or not 0 < number < MAX_NUMBER:
         number = 0
     return Note(why, number, DISPLACED if quota == DISPLACED else HAND_EDIT)
+
+
+def move_backups(home: str, key: Key, new: Key) -> None:
+    """Give a codebase's backups to another name; those of a time that the other has too stay. Raises IoError."""
+    folder, target = backups_of(home, key), backups_of(home, new)
+    with blame(folder):
+        try:
+            times = os.listdir(folder)
+        except FileNotFoundError:
+            return
+        for when in times:
+            if not os.path.lexists(f"{target}/{when}"):
+                move_private(f"{folder}/{when}", f"{target}/{when}")
+        remove_empty_folder(folder)
 
 
 # ── 4 Registry ────────────────────────────────────────────────────────────────
@@ -1946,7 +1970,7 @@ class Registry(NamedTuple):
     codebases: Mapping[Key, Codebase]
     broken: Mapping[Key, tuple[Problem, ...]]
     stray: tuple[Problem, ...]  # problems of files that are no codebase's
-    owners: Mapping[str, Key]  # the codebase that has a folder
+    owners: "Owners"  # the codebase that has a folder
 
     @property
     def keys(self) -> list[Key]:
@@ -2041,6 +2065,194 @@ def short_names(keys: Iterable[Key]) -> dict[Key, str]:
     for _, name in keys:
         counts[name] = counts.get(name, 0) + 1
     return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
+
+
+# Whose folder
+
+Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
+PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
+MAX_WAITS = 20
+REPOSITORY_ENTRIES = (".git", ".hg", ".svn", ".jj")  # that lie right in a repository
+
+
+def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
+    """Return the device and inode of a folder, None for one that is not there or cannot be reached."""
+    try:
+        info = os.stat(path, follow_symlinks=follow)
+    except (OSError, ValueError):
+        return None
+    return (info.st_dev, info.st_ino)
+
+
+def climb(folder: str) -> Iterator[str]:
+    """Give a folder and those it lies in by its path, the innermost first."""
+    while True:
+        yield folder
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            return
+
+
+class Folders:
+    """Which folders some paths lead to: `spellings` has the paths of each, `inner` one below each folder around them.
+
+    They are looked at aside, since one on a dead mount may never answer: what does not in time is nobody's.
+    """
+
+    def __init__(self, paths: Iterable[str], look: Callable[[str], Optional[Identity]]) -> None:
+        import _thread  # importing threading takes a millisecond
+
+        self.paths = frozenset(paths)
+        self.spellings: dict[Identity, list[str]] = {}
+        self.inner: dict[Identity, str] = {}
+        self._look = look
+        self._count = 0  # of paths looked at
+        done = _thread.allocate_lock()
+        done.acquire()
+        _thread.start_new_thread(self._look_at_all, (done,))
+        count, waits = 0, 0
+        while waits < MAX_WAITS and not done.acquire(timeout=PATIENCE / MAX_WAITS):  # in parts: a clock may leap
+            count, waits = self._count, waits + 1 if count == self._count else 0
+
+    def _look_at_all(self, done: Any) -> None:
+        seen: set[str] = set()
+        try:
+            for path in sorted(self.paths):
+                identity = self._look(path)
+                self._count += 1
+                if identity:
+                    self.spellings.setdefault(identity, []).append(path)
+                    self._look_around(path, seen)
+        finally:
+            done.release()
+
+    def _look_around(self, path: str, seen: set[str]) -> None:
+        for start in _parents_of(path, seen):
+            for folder in climb(start):
+                if folder in seen:
+                    break
+                seen.add(folder)
+                identity = self._look(folder)
+                if identity:
+                    self.inner.setdefault(identity, path)
+
+
+def _parents_of(path: str, seen: set[str]) -> Iterator[str]:
+    """Give the folders that a path lies in: the one its spelling names, and those that links really lead to."""
+    parent = os.path.dirname(path)
+    if parent not in seen:
+        yield parent
+        yield real_path(parent)
+    if os.path.islink(path):
+        yield os.path.dirname(real_path(path))
+
+
+class Owners(dict[str, Key]):
+    """The codebase that has a folder, by the path that its file names.
+
+    One folder may have several paths (links, bind mounts, a volume that ignores case): device and inode tell. No
+    folder is looked at before that is asked for, and then all are, once; what concerns a codebase is looked at again.
+    """
+
+    def __init__(
+        self,
+        owners: Mapping[str, Key] = {},
+        codebases: Mapping[Key, Codebase] = {},
+        old: "Optional[Owners]" = None,
+        look: Callable[[str], Optional[Identity]] = identity_of,
+    ) -> None:
+        super().__init__(owners)
+        self.look_once = functools.cache(look)
+        self.look_around_once = functools.cache(lambda folder: frozenset(map(look, climb(folder))))
+        self.orphans: Optional[Owners] = None  # of records without a codebase; section 7 fills it in
+        self._look = look
+        self._codebases = codebases
+        self._folders: Optional[Folders] = old._folders if old is not None else None
+        self._is_fitting = False  # whether they are known to be the folders of these paths
+
+    @property
+    def folders(self) -> Folders:
+        if self._folders is None or not (self._is_fitting or self.keys() == self._folders.paths):
+            self._folders = Folders(self, self._look)
+        self._is_fitting = True
+        return self._folders
+
+    def keys_at(self, identity: Optional[Identity], without: Optional[Key] = None) -> list[Key]:
+        """List the codebases that have a folder, the one registered first in front."""
+        paths = self.folders.spellings.get(identity, ()) if identity else ()
+        found = {self[path] for path in paths if self[path] != without and self._look(path) == identity}
+        return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
+
+    def first_at(self, identity: Identity, key: Key, path: str) -> Key:
+        """Find the codebase that keeps a folder to which the `path` of `key` leads."""
+        known = self.folders.spellings.setdefault(identity, [])
+        if path in self and path not in known:
+            known.append(path)  # it was made, or mounted, since they were looked at
+        others = self.keys_at(identity, key)
+        return min(key, others[0], key=lambda key: claim_order(self._codebases, key)) if others else key
+
+    def key_inside(self, identity: Optional[Identity]) -> Optional[Key]:
+        """Find a codebase whose folder lies somewhere in a folder."""
+        path = self.folders.inner.get(identity) if identity else None
+        around = (folder for start in _parents_of(path, set()) for folder in climb(start)) if path else ()
+        return self[path] if path and identity in map(self._look, around) else None
+
+
+def claim_order(codebases: Mapping[Key, Codebase], key: Key) -> tuple[bool, str, Key]:
+    """Sort the codebases that claim one folder: the one registered first keeps it."""
+    created_at = codebases[key].created_at if key in codebases else ""
+    return (not created_at, created_at, key)
+
+
+def why_unfit(home: str, folder: str, identity: Identity, owners: Owners) -> str:
+    """Say why a folder cannot be a codebase's, "" where it can; `folder` is free of links."""
+    expected = "expected the folder of one codebase, got"
+    if identity == owners.look_once(home):
+        return f"{expected} the home folder"
+    if identity == owners.look_once("/"):
+        return f"{expected} the root of the file system"
+    own = owners.look_once(orchestra_root(home))
+    if own and (own == identity or own in owners.look_around_once(os.path.dirname(folder))):
+        return f"{expected} a place of Orchestra's own"
+    inner = owners.key_inside(identity)
+    if inner and not is_repository(folder):
+        return f"{expected} one that holds {label_for(inner)} and is no repository itself"
+    return ""
+
+
+def is_repository(folder: str) -> bool:
+    return any(os.path.lexists(f"{folder}/{name}") for name in REPOSITORY_ENTRIES)
+
+
+def spell_path(home: str, path: str) -> str:
+    """Write a path as ~/... where it leads through the home folder, under whatever spelling: a home may be moved."""
+    short = shorten_home(home, path)
+    identity = identity_of(home) if short == path else None
+    for folder in climb(os.path.dirname(path)) if identity else ():
+        if identity_of(folder) == identity:
+            return "~/" + path[len(folder) :].lstrip("/")
+    return short
+
+
+def listed_name(
+    folder: str,
+    name: str,
+    list_names: Callable[[str], Sequence[str]] = os.listdir,
+    look: Callable[[str, bool], Optional[Identity]] = identity_of,
+) -> str:
+    """Spell a name as its folder lists it: a volume that ignores case finds it under other spellings too."""
+    identity = look(f"{folder}/{name}", False)
+    names = sorted(list_names(folder)) if identity else []
+    if name in names:
+        return name
+    return next((other for other in names if look(f"{folder}/{other}", False) == identity), name)
+
+
+def listed_key(home: str, key: Key) -> Key:
+    """Spell a codebase's project and name as the registry has them."""
+    project = listed_name(projects_root(home), key[0])
+    file = listed_name(f"{projects_root(home)}/{project}", f"{key[1]}.yaml")
+    return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
 # Reading YAML nodes
@@ -2515,7 +2727,12 @@ def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) ->
 
 def codebase_root(home: str, codebase: Codebase) -> str:
     """Give the absolute path of a codebase's folder; links in it are not resolved."""
-    return os.path.normpath(expand_home(home, codebase.path))
+    return absolute_path(expand_home(home, codebase.path))
+
+
+def absolute_path(path: str) -> str:
+    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
+    return "/" + os.path.abspath(path).lstrip("/")
 
 
 def inherit(codebase: Codebase, project: Project) -> Codebase:
@@ -2630,7 +2847,7 @@ def load_registry(home: str) -> Registry:
     """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
     keys, stray = scan_registry(home)
     parsed = ParsedFiles(home)
-    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), {}), parsed)
+    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), Owners()), parsed)
     parsed.save_if_worth_it()
     return registry
 
@@ -2641,7 +2858,7 @@ def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Regi
     Costs what it reads, however large the registry.
     """
     again = {*keys, *registry.broken}
-    owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
+    owners = Owners({root: owner for root, owner in registry.owners.items() if owner not in again}, old=registry.owners)
     others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
     present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
     return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
@@ -2668,16 +2885,12 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Opti
         owners[root] = winner
         if loser != winner:
             broken[loser] = (_claim_problem(home, codebases.pop(loser), winner),)
-    return Registry(codebases, broken, base.stray, owners)
+    return Registry(codebases, broken, base.stray, Owners(owners, codebases, base.owners))
 
 
 def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
-    # The codebase registered first keeps the path.
-    def age(key: Key) -> tuple[bool, str, Key]:
-        created_at = codebases[key].created_at
-        return (not created_at, created_at, key)
-
-    return min(one, other, key=age), max(one, other, key=age)
+    first = min(one, other, key=lambda key: claim_order(codebases, key))
+    return first, other if first == one else one
 
 
 def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
@@ -3872,8 +4085,13 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
 
     `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more.
     """
-    root = find_root(home, codebase, owners)
+    root = find_root(home, codebase, owners, purge)
     old_record = load_record(home, codebase.key)
+    former = None if old_record else find_former(home, codebase.key, root, owners)
+    if former:
+        old_record = load_record(home, former)
+    if not purge:
+        _check_is_not_above(home, codebase, root, old_record or Record())
     record, left_root, left = _plan_leaving(home, root, old_record or Record(), owners)
     wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
@@ -3886,7 +4104,7 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     sparse = functools.cache(lambda: find_sparse(root))
-    source = f"{program_stamp()} {imports:d} {codebase.source}"  # all that the texts depend on
+    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.source}"  # all the texts depend on
     if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
         digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
@@ -3896,7 +4114,7 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
         for path, look in _without_twins(looks)
     )
     source_done = "" if any(file.problem for file in files) else source
-    new_record = _next_record(root, record, files)._replace(source=source_done, root=shorten_home(home, root))
+    new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
     return Plan(root, files, old_record, new_record, left_root, left)
 
 
@@ -3913,11 +4131,15 @@ def _plan_leaving(
         if old in ("", root) or not os.path.isdir(old) or os.path.samefile(old, root):
             return record, "", ()
     here = Record(record.synced_at, earlier={path: record.known(path) for path in {**record.files, **record.earlier}})
-    if old in owners or old == home:
+    if old == home or _has_owner(owners, old):
         return here, "", ()
     paths = [path for path in record.files if path in AGENTS_BY_PATH]
     files = tuple(plan_file(path, look_at(old, path), record, None, dict, False) for path in paths)
     return here, old, tuple(file for file in files if file.writes or file.problem)
+
+
+def _has_owner(owners: Mapping[str, Key], folder: str) -> bool:
+    return bool(owners.keys_at(identity_of(folder))) if isinstance(owners, Owners) else folder in owners
 
 
 def _check_not_emptied(home: str, codebase: Codebase, root: str) -> None:
@@ -3950,34 +4172,45 @@ def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
         yield path, look._replace(note=f"left alone: it is {twin} by another name") if is_twin else look
 
 
-def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> str:
-    """Resolve a codebase's folder, which must be there and no other's; raises SyncError, IoError."""
+def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key], purge: bool = False) -> str:
+    """Resolve a codebase's folder, which must be there; raises SyncError, IoError.
+
+    With `owners` as the registry has them it must be one that can be a codebase's, and no other's. An unfit folder
+    may be purged.
+    """
     path = codebase_root(home, codebase)
-    hint = f"orchestra edit {label_for(codebase.key)}, or bring the folder back"
+    edit = f"orchestra edit {label_for(codebase.key)}"
+    hint = f"{edit}, or bring the folder back"
     with blame(path):
         try:
-            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+            info = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
             raise SyncError(f"{path}: expected the codebase's folder, found none", hint) from None
-    if not is_folder:
+    if not stat.S_ISDIR(info.st_mode):
         raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
     root = real_path(path)
-    owner = None if root == path else _owner_of(path, root, codebase.key, owners)
-    if owner:
-        raise SyncError(
-            f"{path}: expected a folder of its own, got a link to {root}, which {label_for(owner)} has", hint
-        )
+    if not isinstance(owners, Owners):
+        return root
+    identity = (info.st_dev, info.st_ino)
+    owner = owners.first_at(identity, codebase.key, path)
+    if owner != codebase.key:
+        problem = f"expected a folder of its own, got another path to the folder which {label_for(owner)} has"
+        raise SyncError(f"{path}: {problem}", edit)
+    problem = "" if purge else why_unfit(home, root, identity, owners)
+    if problem:
+        raise SyncError(f"{path}: {problem}: nothing is written there", edit)
     return root
 
 
-def _owner_of(path: str, root: str, key: Key, owners: Mapping[str, Key]) -> Optional[Key]:
-    """Find who else has a folder that was reached by a link: who names it outright, or else the first by name."""
-    if owners.get(root, key) != key:
-        return owners[root]
-    if not os.path.islink(path):
-        return None  # only the way there has a link, as with ~/code on another disk: resolving all others would be slow
-    others = (other for other, owner in owners.items() if owner < key)
-    return next((owners[other] for other in others if real_path(other) == root), None)
+def _check_is_not_above(home: str, codebase: Codebase, root: str, record: Record) -> None:
+    """Refuse a folder that holds the one synced before: an editor may have saved a path that is half-typed."""
+    former = expand_home(home, record.root)
+    if former.startswith(root.rstrip("/") + "/") and os.path.isdir(former) and not is_repository(root):
+        problem = f"expected the codebase's folder, got one that holds its former one, {former}"
+        raise SyncError(
+            f"{root}: {problem}, and is no repository itself: nothing is written there",
+            f"orchestra edit {label_for(codebase.key)}",
+        )
 
 
 def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look]) -> bool:
@@ -4036,6 +4269,56 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
     # Not durable: after a power cut an older record only makes the next sync back up more than it must.
     data = json.dumps(record._asdict(), separators=(",", ":")).encode()
     save_private(record_path(home, key), data, lock.token, durable=False)
+
+
+def find_former(home: str, key: Key, root: str, owners: Mapping[str, Key]) -> Optional[Key]:
+    """Find the name under which a codebase without a record was synced before, if it was renamed.
+
+    That is a name registered no more, whose record is of this very folder; of several the one synced last.
+    """
+    if not isinstance(owners, Owners):
+        return None
+    if owners.orphans is None:
+        owners.orphans = Owners(_list_orphans(home, {*owners.values()}))
+    found = []
+    for former in owners.orphans.keys_at(identity_of(root)):
+        record = None if os.path.lexists(codebase_path(home, former)) else load_record(home, former)
+        if record:
+            found.append((record.synced_at, former))
+    return max(found)[1] if found else None
+
+
+def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
+    """List whose records are not among the `registered`, by folder; records that cannot be read are left out."""
+    found = []
+    for project in _names_in(hashes_root(home)):
+        for name in _names_in(f"{hashes_root(home)}/{project}"):
+            key = (project, name[: -len(".json")])
+            if not name.endswith(".json") or key in registered:
+                continue
+            with suppress(IoError):
+                record = load_record(home, key)
+                if record and record.root:
+                    found.append((record.synced_at, expand_home(home, record.root), key))
+    return {root: key for _, root, key in sorted(found)}
+
+
+def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> None:
+    """Let a codebase that was renamed have its record and its backups; its lock is held. Raises SyncError, IoError."""
+    key = codebase.key
+    if os.path.lexists(record_path(home, key)):
+        return
+    root = find_root(home, codebase, owners, purge=True)
+    former = find_former(home, key, root, owners)
+    turn = try_lock(codebase_lock_path(home, former)) if former else None
+    if former is None or turn is None:
+        return  # never had another name, or is still being synced under that
+    try:
+        if find_former(home, key, root, owners) == former:
+            move_backups(home, former, key)
+            move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
+    finally:
+        os.close(turn)
 
 
 def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
@@ -4123,6 +4406,7 @@ def _sync_until_done(
     clock: Clock,
 ) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
+    adopt_record(home, codebase, owners)
     written: dict[str, FilePlan] = {}
     left = Plan("", (), None, Record())
     for tries in range(MAX_TRIES):
@@ -4494,11 +4778,18 @@ def check_staleness(
         record = plan.old_record
         status, detail = judge_plan(home, plan)
     except OrchestraError as error:
-        record, status, detail = None, ERROR, str(error)
-        with suppress(OrchestraError):
-            record = load_record(home, codebase.key)
+        return Staleness(*codebase.key, ERROR, str(error), *_last_sync(home, codebase.key, clock), tasks)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
+
+
+def _last_sync(home: str, key: Key, clock: Clock) -> tuple[Optional[str], Optional[int]]:
+    try:
+        record = load_record(home, key)
+    except OrchestraError:
+        record = None
+    synced_at = record.synced_at if record else None
+    return synced_at or None, age_of(synced_at, clock)
 
 
 def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
@@ -4519,7 +4810,8 @@ def scan_staleness(home: str, registry: Registry, project: Optional[str] = None,
         if project not in (None, key[0]):
             continue
         if key in registry.broken:
-            entries.append(Staleness(*key, ERROR, "; ".join(map(str, registry.broken[key]))))
+            detail = "; ".join(map(str, registry.broken[key]))
+            entries.append(Staleness(*key, ERROR, detail, *_last_sync(home, key, clock)))
         else:
             entries.append(check_staleness(home, registry.codebases[key], registry.owners, clock))
     return Status(tuple(entries), registry.stray)
@@ -5372,7 +5664,7 @@ class JobOutcome(NamedTuple):
 
 
 def load_cache(home: str) -> RegistryCache:
-    return renew_cache(RegistryCache(Registry({}, {}, (), {})), load_registry(home))
+    return renew_cache(RegistryCache(Registry({}, {}, (), Owners())), load_registry(home))
 
 
 def renew_cache(
@@ -5422,9 +5714,9 @@ def _keep_old(registry: Registry, old: Registry, keys: Iterable[Key]) -> Registr
     kept = {key: old.codebases[key] for key in keys if roots.get(key) not in registry.owners}
     broken = {key: problems for key, problems in registry.broken.items() if key not in kept}
     owners = {roots[key]: key for key in kept if key in roots}
-    return registry._replace(
-        codebases={**registry.codebases, **kept}, broken=broken, owners={**owners, **registry.owners}
-    )
+    codebases = {**registry.codebases, **kept}
+    new_owners = Owners({**owners, **registry.owners}, codebases, registry.owners)
+    return registry._replace(codebases=codebases, broken=broken, owners=new_owners)
 
 
 def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
@@ -6792,42 +7084,61 @@ def _absolute(home: str, path: str) -> str:
     if not path:
         raise UsageError("path: expected a folder, got nothing")
     with blame("the current folder"):
-        return os.path.abspath(expand_home(home, path))
+        return absolute_path(expand_home(home, path))
 
 
 def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
     """Enter a folder in the registry, or find it there; then sync it if asked to."""
+    _check_is_fit(home, Owners(), path)
     check_name("project", key[0])
     check_name("codebase", key[1])
     if not os.path.isdir(path):
         raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
     clear_registry(home)
     registry = load_registry(home)
+    key = listed_key(home, key)
     _check_is_free(home, registry, key, path)
+    _check_is_fit(home, registry.owners, path)
     if key in registry.codebases:
         _reregister(home, key, project_type)
         accept_empty_folder(home, registry.codebases[key])
     else:
         _register_new(home, registry, key, path, project_type)
+        _tell_of_outer(registry, path)
     return sync_and_report(home, load_registry(home), SyncScope.codebase(label_for(key))) if sync else OK
 
 
 def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
     if key in registry.broken:
         raise error_for(registry.broken[key])
-    for other in registry.codebases.values():
-        folder = codebase_root(home, other)
-        same = folder == path or real_path(folder) == real_path(path)
-        if other.key == key and not same:
+    identity = identity_of(path)
+    if key in registry.codebases:
+        folder = codebase_root(home, registry.codebases[key])
+        if folder != path and identity_of(folder) != identity:
             raise RegistryError(
                 f"codebase {label_for(key)}: expected the folder {path}, got {folder}: the name is taken",
                 f"orchestra init {path} -p {key[0]} --name ANOTHER_NAME",
             )
-        if same and other.key != key:
-            raise RegistryError(
-                f"{path}: expected a folder not registered yet, got the folder of {label_for(other.key)}",
-                f"orchestra project remove {label_for(other.key)}",
-            )
+    for other in registry.owners.keys_at(identity, key):
+        raise RegistryError(
+            f"{path}: this folder is already registered as {label_for(other)}",
+            f"orchestra project remove {label_for(other)}",
+        )
+
+
+def _check_is_fit(home: str, owners: Owners, path: str) -> None:
+    identity = identity_of(path)
+    problem = why_unfit(home, real_path(path), identity, owners) if identity else ""
+    if problem:
+        raise RegistryError(
+            f"{path}: {problem}", "name the folder of one codebase, or of a repository that holds several"
+        )
+
+
+def _tell_of_outer(registry: Registry, path: str) -> None:
+    for folder in climb(os.path.dirname(path)):
+        for key in () if is_repository(folder) else registry.owners.keys_at(identity_of(folder)):
+            say(f"note: {label_for(key)} is not synced any more: its folder holds this one and is no repository")
 
 
 def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
@@ -6862,7 +7173,7 @@ def _register_new(home: str, registry: Registry, key: Key, path: str, project_ty
     now = now_rfc3339()
     codebase = Codebase(
         *key,
-        path,
+        spell_path(home, path),
         found.description,
         targets=None if project.targets is not None and not found.targets else targets,
         commands=found.commands,
@@ -6961,15 +7272,13 @@ def cmd_sync(home: str, args: argparse.Namespace) -> int:
 def _key_of_current_folder(home: str, registry: Registry) -> Key:
     with blame("the current folder"):
         here = real_path(os.getcwd())
-    roots = {real_path(codebase_root(home, codebase)): key for key, codebase in registry.codebases.items()}
-    around = [root for root in roots if here == root or here.startswith(root + os.sep)]
-    if not around and registry.broken:
+    for folder in climb(here):
+        keys = registry.owners.keys_at(identity_of(folder))
+        if keys:
+            return keys[0]
+    if registry.broken:
         report_all(registry.problems)  # one of them may have this folder
-    if not around:
-        raise UsageError(
-            f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all"
-        )
-    return roots[max(around, key=len)]
+    raise UsageError(f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all")
 
 
 def sync_and_report(

@@ -1805,9 +1805,13 @@ def test_editors_files_and_others_are_ignored(home: Home, name: str) -> None:
     assert list(home.registry().codebases) == [("shop", "good")]
 
 
-def test_two_codebases_cannot_claim_one_path(home: Home) -> None:
+@pytest.mark.parametrize("spelling", ["shop/x/../api/", "shop//api", "./shop/api/.", "/shop/api"])
+@pytest.mark.parametrize(
+    "slashes", ["", "/"]
+)  # two at the beginning may mean something else, says POSIX, but nowhere do
+def test_two_codebases_cannot_claim_one_path(home: Home, spelling: str, slashes: str) -> None:
     home.make_codebase("shop/api", created_at="2026-01-02T00:00:00Z")
-    home.register("shop/old", path=f"{home.code}/shop/x/../api/", created_at="2026-01-01T00:00:00Z")
+    home.register("shop/old", path=f"{slashes}{home.code}/{spelling}", created_at="2026-01-01T00:00:00Z")
     assert list(home.registry().codebases) == [("shop", "old")]
     (problem,) = home.problems()
     assert re.fullmatch(
@@ -1835,6 +1839,231 @@ def test_a_folder_that_another_codebase_has_is_refused_under_a_link_s_name_too(h
     assert ran.status == 2 and len(ran.complaints) == 1
     assert "which shop/api has" in ran.complaints[0] and ran.complaints[0].startswith("orchestra: shop/web: ")
     assert home.run("status").out.count("current") == 1
+
+
+WEB = ("shop", "web")
+
+
+def owners_of(look: Callable[[str], Any], **paths: str) -> orchestra.Owners:
+    """Make the owners of some folders: shop/api of those that `api` names, registered in the order they are given."""
+    keys = [("shop", name) for name in paths]
+    codebases = {key: orchestra.Codebase(*key, "", created_at=str(i)) for i, key in enumerate(keys)}
+    return orchestra.Owners(dict(zip(paths.values(), keys)), codebases, look=look)
+
+
+def test_of_two_paths_with_one_device_and_inode_the_codebase_registered_first_has_the_folder() -> None:
+    folders = {"/code/api": (1, 2), "/Code/API": (1, 2), "/code/ops": (2, 2), "/mnt/api": (1, 2)}
+    owners = owners_of(folders.get, web="/Code/API", api="/code/api", ops="/code/ops", mnt="/mnt/api", gone="/gone")
+    assert [owners.first_at((1, 2), ("shop", name), "/new") for name in ("web", "api", "mnt", "new")] == [WEB] * 4
+    assert owners.keys_at((1, 2)) == [WEB, API, ("shop", "mnt")] and owners.keys_at((1, 2), WEB)[0] == API
+    assert owners.first_at((2, 2), ("shop", "ops"), "/code/ops") == ("shop", "ops") and owners.keys_at((9, 9)) == []
+    assert owners.keys_at(None) == []  # as the missing folder is, which is no other's
+
+
+def test_a_folder_that_was_replaced_after_it_was_looked_at_is_nobody_elses() -> None:
+    folders = {"/a": (1, 2), "/b": (1, 3), "/around": (1, 9), "/around/c": (1, 4)}
+    owners = owners_of(folders.get, api="/a", web="/b", c="/around/c")
+    assert owners.keys_at((1, 2), WEB) == [API] and owners.key_inside((1, 9)) == ("shop", "c")
+    folders.update({"/a": (1, 5), "/b": (1, 2), "/around": (1, 6)})
+    assert owners.first_at((1, 2), WEB, "/b") == WEB and owners.key_inside((1, 9)) is None
+
+
+def test_a_folder_that_was_mounted_after_the_others_were_looked_at_is_known_from_its_first_sync() -> None:
+    folders = {"/b": (1, 2)}
+    owners = owners_of(folders.get, api="/a", web="/b")
+    assert owners.first_at((1, 2), WEB, "/b") == WEB
+    folders["/a"] = (1, 2)
+    assert owners.first_at((1, 2), API, "/a") == API == owners.first_at((1, 2), WEB, "/b")
+
+
+def test_reading_the_registry_looks_at_no_folder_and_a_sync_at_each_but_once(home: Home) -> None:
+    looks: collections.Counter[str] = collections.Counter()
+
+    def look(path: str) -> Any:
+        looks[path] += 1
+        return orchestra.identity_of(path)
+
+    for i in range(30):
+        home.make_codebase(f"shop/c{i}", targets=[])
+    registry = home.registry()
+    assert registry.owners._folders is None
+    owners = orchestra.Owners(registry.owners, registry.codebases, look=look)
+    assert looks == {}
+    orchestra.run_pipeline(home.path, orchestra.SyncScope.all(), registry=registry._replace(owners=owners))
+    assert len(looks) > 30 and max(looks[path] for path in owners) == 1 and sum(looks.values()) <= 3 * 30
+
+
+def test_folders_stay_known_until_the_registry_names_others(home: Home) -> None:
+    for label in ("shop/api", "shop/web"):
+        home.make_codebase(label)
+    before = home.registry()
+    folders = before.owners.folders
+    home.register("shop/api", notes=["new"])
+    after = orchestra.reload_codebases(home.path, before, [API])
+    assert after.owners.folders is folders
+    home.register("shop/api", path=str(home.code))
+    assert (
+        orchestra.reload_codebases(home.path, after, [API]).owners.folders.spellings.keys() != folders.spellings.keys()
+    )
+
+
+def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "PATIENCE", 0.01)
+    answer, answered = threading.Event(), []
+
+    def look(path: str) -> orchestra.Identity:
+        if path == "/dead":
+            answered.append(answer.wait(10))
+        return (1, 2)
+
+    owners = owners_of(look, api="/api", web="/dead")
+    assert owners.keys_at((1, 2)) == [API] and answered == []
+    answer.set()
+
+
+def test_folders_that_answer_slowly_are_waited_for(monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "PATIENCE", 0.2)
+    owners = owners_of(lambda path: (1, time.sleep(0.02) or 2), **{f"c{i}": f"/{i}" for i in range(12)})
+    assert len(owners.folders.spellings[1, 2]) == 12
+
+
+@contextmanager
+def bound(source: Path, target: Path) -> Iterator[None]:
+    """Show a folder at a second place, as macOS shows /Users below /System/Volumes/Data."""
+    target.mkdir(parents=True)
+    command = ["mount", "--bind", str(source), str(target)]
+    if not IS_LINUX or subprocess.call(command, stderr=subprocess.DEVNULL) != 0:
+        pytest.skip("needs the right to bind a mount")
+    try:
+        yield
+    finally:
+        subprocess.check_call(["umount", str(target)])
+
+
+def test_a_folder_under_a_second_path_is_the_same_folder(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", {"src/a.py": ""}, created_at="2026-01-02T00:00:00Z")
+    with bound(root, home.code / "other"):
+        ran = home.run("init", str(home.code / "other"), "-p", "shop")
+        assert (ran.status, ran.complaints) == (
+            2,
+            [f"orchestra: {home.code}/other: this folder is already registered as shop/api"],
+        )
+        assert "is registered already" in home.run_fine("init", f"{home.code}/other", "-p", "shop", "--name", "api").out
+        monkeypatch.chdir(home.code / "other" / "src")
+        assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
+        home.register("shop/web", path=str(home.code / "other"))
+        ran = home.run("sync", "--all")
+        assert ran.status == 2 and len(ran.lines) == 2 and all(" shop/api " in line for line in ran.lines)
+        assert ran.complaints == [
+            f"orchestra: shop/web: {home.code}/other: expected a folder of its own,"
+            " got another path to the folder which shop/api has"
+        ]
+        assert home.run("project", "remove", "web", "--purge").status == 2 and (root / "CLAUDE.md").exists()
+        home.register("shop/web", path=str(home.code / "other"), created_at="2026-01-01T00:00:00Z")
+        assert "which shop/web has" in home.run("sync", "api").err
+        monkeypatch.chdir("/")
+
+
+def test_the_folder_above_is_known_under_a_second_path_too(home: Home) -> None:
+    home.make_codebase("shop/api")
+    with bound(home.code / "shop", home.code / "other"), bound(Path(home.path), home.code / "home"):
+        for path, found in [("other", "one that holds shop/api"), ("home", "the home folder")]:
+            ran = home.run("init", str(home.code / path), "-p", "shop")
+            assert ran.status == 2 and f"{path}: expected the folder of one codebase, got {found}" in ran.err
+        (home.code / "home/code").mkdir()
+        home.run_fine("init", str(home.code / "home/code"), "-p", "shop")
+        assert home.registry().codebases[("shop", "code")].path == "~/code"
+
+
+UNFIT = [
+    ("~/", "the home folder"),
+    ("/", "the root of the file system"),
+    ("~/.orchestra", "a place of Orchestra's own"),
+    ("~/.orchestra/projects/shop", "a place of Orchestra's own"),
+    ("~/link", "the home folder"),
+    ("~/own", "a place of Orchestra's own"),
+    ("{code}", "one that holds shop/api and is no repository itself"),
+    ("{code}/shop/", "one that holds shop/api and is no repository itself"),
+    ("{code}/real", "one that holds shop/api and is no repository itself"),
+    ("{code}/deep", "one that holds shop/api and is no repository itself"),
+]
+
+
+@pytest.mark.parametrize(("path", "found"), UNFIT)
+def test_folders_that_are_no_codebase_are_refused(home: Home, path: str, found: str) -> None:
+    root = home.make_codebase()
+    put_files(home.code, {"real/x": "", "link": link_to("real/api"), "deep/er/x": "", "via": link_to("deep/er")})
+    put_files(Path(home.path), {"link": link_to("."), "own": link_to(".orchestra/hashes")})
+    if path.endswith("real"):
+        shutil.move(str(root), home.code / "real/api")
+        home.register(path=str(home.code / "link"))
+    if path.endswith("deep"):
+        shutil.move(str(root), home.code / "deep/er/api")
+        home.register(path=str(home.code / "via/api"))
+    home.sync()
+    path = path.format(code=home.code)
+    before = contents(home.folder)
+    ran = home.run("init", path, "-p", "shop", "--name", "half")
+    place = os.path.normpath(path.replace("~", home.path))
+    assert ran.status == 2
+    assert ran.complaints == [f"orchestra: {place}: expected the folder of one codebase, got {found}"]
+    home.register("shop/half", path=path)
+    ran = home.run("sync", "half", *(["--dry-run"] if path == "/" else []))
+    problem = f"{place}: expected the folder of one codebase, got {found}: nothing is written there"
+    assert (ran.status, ran.err) == (2, f"orchestra: shop/half: {problem}\n  try: orchestra edit shop/half\n")
+    assert home.status_of("shop/half") == "error"
+    os.unlink(orchestra.codebase_path(home.path, ("shop", "half")))
+    assert {name for name in contents(home.folder).keys() - before.keys() if "/run/" not in name} == set()
+
+
+@pytest.mark.parametrize("entry", [".git", ".hg", ".svn", ".jj", ""])
+def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home: Home, entry: str) -> None:
+    root = home.make_codebase("shop/all", {entry: "gitdir: /elsewhere\n"} if entry else {})
+    home.sync()
+    (root / "api").mkdir()
+    ran = home.run_fine("init", str(root / "api"), "-p", "shop", "--sync")
+    note = "note: shop/all is not synced any more: its folder holds this one and is no repository\n"
+    assert ran.err == ("" if entry else note)
+    assert home.status_of("shop/api") == "current" and home.status_of("shop/all") == ("current" if entry else "error")
+    assert (root / "CLAUDE.md").exists()
+    home.run_fine("project", "remove", "all", "--purge")
+    assert not (root / "CLAUDE.md").exists() and (root / "api/CLAUDE.md").exists()
+
+
+def test_a_path_that_was_cut_short_to_the_folder_above_gets_no_files(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    home.register(path=str(root.parent))
+    ran = home.run("sync", "--all")
+    problem = "expected the codebase's folder, got one that holds its former one"
+    assert ran.status == 2 and f"shop/api: {root.parent}: {problem}, {root}, and is no repository itself" in ran.err
+    assert os.listdir(root.parent) == ["api"] and (root / "CLAUDE.md").exists()
+    (root.parent / ".git").mkdir()
+    home.sync()
+    assert (root.parent / "CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"), [("shop", "shop"), ("Shop", "shop"), ("SHOP", "shop"), ("new", "new"), ("Blog", "blog")]
+)
+def test_a_name_is_spelled_as_its_folder_lists_it(name: str, listed: str) -> None:
+    # A volume that ignores case, where blog is a link to shop.
+    inodes = {"shop": 1, "blog": 2, "apart": 3}
+
+    def look(path: str, follow: bool) -> Optional[orchestra.Identity]:
+        inode = inodes.get(os.path.basename(path).lower())
+        return None if inode is None else (1, 1 if follow and inode == 2 else inode)
+
+    assert orchestra.listed_name("/r", name, lambda folder: list(inodes), look) == listed
+
+
+def test_init_lands_in_the_project_and_the_name_that_are_listed(home: Home, monkeypatch: Any) -> None:
+    home.write_registry("shop/project.yaml", "name: shop\n")
+    (home.code / "API").mkdir()
+    monkeypatch.setattr(orchestra, "listed_name", lambda folder, name: name.lower())
+    ran = home.run_fine("init", str(home.code / "API"), "-p", "Shop")
+    assert ran.out.splitlines()[0].startswith("registered shop/api: ")
+    assert home.registry().keys == [API]
 
 
 @pytest.mark.parametrize("text", ["name: ''\npath: /x\n", "name: api\npath: ''\n"])
@@ -2935,6 +3164,149 @@ def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: st
     assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
 
 
+def rename_codebase(home: Home, old: str, new: str) -> None:
+    """Rename a codebase, or a whole project, as a person does: the file or folder, then the names within."""
+    projects = Path(orchestra.projects_root(home.path))
+    if "/" in old:
+        (projects / f"{old}.yaml").rename(projects / f"{new}.yaml")
+        old, new = old.split("/")[1], new.split("/")[1]
+        files = [projects / "shop" / f"{new}.yaml"]
+    else:
+        (projects / old).rename(projects / new)
+        files = [projects / new / "project.yaml"]
+    for file in files:
+        file.write_text(re.sub(f"(?m)^name: {old}$", f"name: {new}", file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "label"), [("shop/api", "shop/api2", "shop/api2"), ("shop", "store", "store/api")]
+)
+def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: str, new: str, label: str) -> None:
+    home.write_registry("shop/project.yaml", "name: shop\n")
+    root = home.make_codebase(targets=["claude", "cline", "gemini"])
+    home.sync()
+    mine = edit(root / CLINE, "api", "mine")
+    home.sync()
+    kept = home.backups()
+    assert kept == {CLINE: mine}
+    edit(root / "GEMINI.md", BEGIN.decode(), "mine\n" + BEGIN.decode())
+    rename_codebase(home, old, new)
+    dry = home.run("sync", "--all", "--dry-run")
+    assert home.backups() == kept and home.staleness(label)["last_sync_at"]
+    lines = home.sync().lines
+    assert lines == dry.lines and {line.split()[0] for line in lines} <= {"update"}  # its own text is no edit
+    assert home.backups(label) == kept and home.backups() == {}
+    assert not os.path.exists(orchestra.record_path(home.path, API))
+    home.write_registry(f"{label}.yaml", {"name": label.split("/")[1], "path": str(root), "targets": []})
+    home.sync()
+    assert contents(root) == {"GEMINI.md": b"mine\n"}
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_take_over_that_was_cut_short_is_finished(home: Home, monkeypatch: Any, moves: int) -> None:
+    root = home.make_codebase(targets=["claude"])
+    home.sync()
+    put_files(Path(orchestra.backups_of(home.path, API)), {"20260101T000000.000000Z/CLAUDE.md": "older"})
+    mine = edit(root / "CLAUDE.md", "api", "mine")
+    home.sync()
+    rename_codebase(home, "shop/api", "shop/api2")
+    real, done = orchestra.move_private, []
+
+    def move_some(path: str, new: str) -> None:
+        if len(done) == moves:
+            raise orchestra.IoError(path, OSError(errno.EIO, "Input/output error"))
+        real(path, new)
+        done.append(new)
+
+    monkeypatch.setattr(orchestra, "move_private", move_some)
+    assert home.run("sync", "--all").status == 2
+    monkeypatch.undo()
+    assert home.sync().lines == ["update   shop/api2 CLAUDE.md"]
+    kept = orchestra.list_backups(home.path, ("shop", "api2"))
+    assert [Path(backup.file).read_bytes() for backup in kept] == [b"older", mine]
+
+
+FORMERS = [
+    ("renamed", True),
+    ("among others of no use", True),
+    ("reached by a link", True),
+    ("the newer of two", True),
+    ("the newer under two paths", True),
+    ("still registered, but broken", False),
+    ("of another folder", False),
+    ("still being synced", False),
+    ("damaged", False),
+    ("not needed", False),
+]
+
+
+@pytest.mark.parametrize(("case", "is_taken"), FORMERS)
+def test_what_is_taken_over_is_the_record_of_this_folder_under_a_name_registered_no_more(
+    home: Home, case: str, is_taken: bool
+) -> None:
+    root = path = home.make_codebase(targets=["claude"])
+    home.sync()
+    record = Path(orchestra.record_path(home.path, API))
+    data = record.read_bytes()
+    older = data.replace(b'"synced_at":"2', b'"synced_at":"1')
+    os.unlink(orchestra.codebase_path(home.path, API))
+    if case == "reached by a link":
+        path = home.code / "link"
+        path.symlink_to(root)
+    elif case == "the newer of two":
+        put_files(record.parent, {"zzz.json": older})
+    elif case == "the newer under two paths":
+        (home.code / "link").symlink_to(root)
+        put_files(record.parent, {"zzz.json": older.replace(str(root).encode(), f"{home.code}/link".encode())})
+    elif case == "among others of no use":
+        odd = {
+            "file": "",
+            "shop/folder.json/x": "",
+            "shop/none.json": "{}",
+            "shop/old.json": data.replace(b"root", b"x"),
+        }
+        put_files(record.parent.parent, odd)
+    elif case == "still registered, but broken":
+        home.write_registry("shop/api.yaml", "{")
+    elif case == "of another folder":
+        path = Path(shutil.copytree(root, home.code / "copy"))
+    elif case == "damaged":
+        record.write_bytes(data[:-9])
+    elif case == "not needed":
+        put_files(record.parent, {"web.json": older})
+    home.register("shop/web", path=str(path), targets=["claude"])
+    lock = orchestra.try_lock(orchestra.codebase_lock_path(home.path, API)) if case == "still being synced" else None
+    home.sync("web")
+    assert record.exists() != is_taken
+    if lock is not None:
+        os.close(lock)
+
+
+def test_a_home_that_was_moved_finds_its_codebases_again(home: Home) -> None:
+    root = Path(home.path, "code/api")
+    root.mkdir(parents=True)
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    moved = home.folder / "moved"
+    os.rename(home.path, moved)
+    home.path, home.environ = str(moved), {"HOME": str(moved)}
+    assert home.sync().out == "0 written, 2 unchanged in 1 codebase\n"
+    assert json.loads(home.run_fine("project", "list", "--json").out)[0]["path"] == f"{moved}/code/api"
+
+
+def test_looking_for_renamed_codebases_reads_each_record_once(home: Home, monkeypatch: Any) -> None:
+    for i in range(30):
+        home.make_codebase(f"old/c{i}", targets=["claude"])
+    home.sync()
+    shutil.rmtree(Path(orchestra.projects_root(home.path), "old"))
+    reads: collections.Counter[orchestra.Key] = collections.Counter()
+    real = orchestra.load_record
+    monkeypatch.setattr(orchestra, "load_record", lambda home, key: [reads.update([key]), real(home, key)][1])
+    for i in range(30):
+        home.make_codebase(f"new/c{i}", targets=["claude"])
+    home.sync()
+    assert {reads["old", f"c{i}"] for i in range(30)} == {1}
+
+
 def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
     root = home.make_codebase("shop/api", targets=["cursor"])
     real = orchestra.save_record
@@ -3911,6 +4283,11 @@ def change_file(path: str, content: Any) -> Callable[[Home], None]:
     return change
 
 
+def register_as_old(home: Home) -> None:
+    (home.code / "shop/api").mkdir(parents=True)
+    home.register("shop/old", path=str(home.code / "shop/api"))
+
+
 def edit_block(data: bytes) -> bytes:
     return data.replace(b"# api", b"# my api")
 
@@ -3962,6 +4339,7 @@ SCENARIOS = {
     "two blocks": ([add_it(files={"GEMINI.md": block() + b"\n" + block()}), sync_it], "error"),
     "folder gone": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "error"),
     "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "error"),
+    "renamed": ([register_as_old, sync_it, lambda home: rename_codebase(home, "shop/old", "shop/api")], "stale"),
 }
 scenarios = pytest.mark.parametrize(
     ("steps", "status"), [pytest.param(*case, id=name) for name, case in SCENARIOS.items()]
@@ -4078,6 +4456,24 @@ def test_status_counts_what_is_to_do_and_how_long_ago_it_was_synced(home: Home) 
 )
 def test_an_age_is_in_whole_seconds_or_none(when: Optional[str], age: Optional[int]) -> None:
     assert orchestra.age_of(when, lambda: 1767225660.9) == age
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        lambda home: home.write_registry("shop/api.yaml", "{"),
+        lambda home: home.write_registry("shop/project.yaml", "{"),
+        lambda home: shutil.rmtree(home.code / "shop/api"),
+    ],
+)
+def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Callable[[Home], None]) -> None:
+    home.make_codebase()
+    home.sync()
+    at = home.staleness()["last_sync_at"]
+    breaks(home)
+    entry = home.staleness()
+    assert (entry["status"], entry["last_sync_at"]) == ("error", at) and at
+    assert entry["last_sync_age"] in range(60)
 
 
 def test_status_as_a_table(home: Home) -> None:
@@ -8748,7 +9144,9 @@ def test_init_of_a_folder_registered_under_another_name_is_refused(home: Home) -
     (home.code / "link").symlink_to(root)
     for path in (root, home.code / "link"):
         ran = home.run("init", str(path), "-p", "blog", "--name", "other")
-        assert ran.status == 2 and "got the folder of shop/api" in ran.err
+        assert ran.status == 2 and ran.complaints == [
+            f"orchestra: {path}: this folder is already registered as shop/api"
+        ]
     assert home.registry().keys == [("shop", "api")]
 
 
@@ -8762,11 +9160,34 @@ def test_init_needs_a_folder(home: Home, content: Any, found: str) -> None:
 
 
 def test_a_relative_path_is_registered_as_an_absolute_one(home: Home, monkeypatch: Any) -> None:
-    (home.code / "api").mkdir()
+    put_files(home.code, {"api": None, ".git": None})
     monkeypatch.chdir(home.code)
     home.run_fine("init", "api", "-p", "shop")
     home.run_fine("project", "add", "web", "--path", ".")
     assert [codebase.path for codebase in orchestra.list_codebases(home.path)] == [f"{home.code}/api", str(home.code)]
+
+
+@pytest.mark.parametrize("spelling", ["{home}/code/api", "{link}/code/api", "{home}/../link/code/../code/api/"])
+@pytest.mark.parametrize("is_home_linked", [False, True])
+def test_init_writes_a_folder_below_the_home_as_the_home_s(home: Home, spelling: str, is_home_linked: bool) -> None:
+    link = home.folder / "link"
+    link.symlink_to(home.path)
+    put_files(Path(home.path), {"code/api/x": ""})
+    path = spelling.format(home=home.path, link=link)
+    if is_home_linked:
+        home.path, home.environ = str(link), {"HOME": str(link)}
+    home.run_fine("init", path, "-p", "shop", "--sync")
+    assert home.registry().codebases[API].path == "~/code/api"
+    assert "is registered already" in home.run_fine("init", path, "-p", "shop").out
+
+
+@pytest.mark.parametrize(
+    ("home_folder", "path", "written"),
+    [("/", "/code/api", "~/code/api"), ("/nowhere", "/code/api", "/code/api"), ("/h", "/h", "/h")],
+)
+def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, path: str, written: str) -> None:
+    assert orchestra.spell_path(home_folder, path) == written
+    assert orchestra.codebase_root(home_folder, orchestra.Codebase(*API, written)) == path
 
 
 def test_init_takes_the_targets_its_project_names(home: Home) -> None:
@@ -8777,7 +9198,7 @@ def test_init_takes_the_targets_its_project_names(home: Home) -> None:
 
 
 def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkeypatch: Any) -> None:
-    (home.code / "api").mkdir()
+    put_files(home.code, {"api": None, ".git": None})
     monkeypatch.chdir(home.code)
     home.run_fine("project", "add", "api", "-t", "ml")
     home.run_fine("project", "add", "all", "-p", "shop", "--path", str(home.code))
