@@ -307,6 +307,14 @@ def daemon_lock_path(home: str) -> str:
     return f"{run_dir(home)}/daemon.lock"
 
 
+def replaced_root(home: str) -> str:
+    return f"{run_dir(home)}/replaced"
+
+
+def replaced_path(home: str, key: Key) -> str:
+    return f"{replaced_root(home)}/{key[0]}/{key[1]}.json"
+
+
 def socket_path(home: str) -> str:
     return f"{orchestra_root(home)}/{DAEMON_SOCKET}"
 
@@ -1492,6 +1500,12 @@ def is_locked(path: str) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+def write_lock(fd: int, data: bytes) -> None:
+    """Write into the file of a held lock what others may want to know of its holder; raises OSError."""
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, data, 0)
 
 
 def open_log(path: str) -> int:
@@ -4843,12 +4857,24 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 # A notification is only a hint where to look. What counts is the comparison of the tree with the picture taken
 # of it before, so that lost, doubled and merged events do no harm. Watches are set before what they watch is
 # read: a change is either in what is read or announced afterwards.
+#
+# A file caught half-written: most editors empty a file and then write it, or rename it away and write a new one.
+# 1. A changed file that is empty, or that inotify knows to be open for writing, is doubted: nothing is told of it yet.
+# 2. It is looked at again at its next event, at once. Where no event comes, it is looked at after RECHECK_PAUSE, then
+#    whenever its doubt is twice as old.
+# 3. Once its doubt is DEBOUNCE_WINDOW old, it counts as it is.
+# 4. Otherwise its codebase is noted, and read and synced by a job: the first time at once, then once a window.
+# 5. A codebase whose file the job finds broken, or gone, is doubted in turn: it is neither synced nor reported, and
+#    what was known of a broken one stays. Its window ends, so that its next event starts a job at once; where no
+#    event comes, rule 2 does.
+# 6. Once that doubt is DEBOUNCE_WINDOW old, the next job takes the codebase as it is: what is broken is reported.
 
 POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
 DEBOUNCE_WINDOW = 0.5  # seconds
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
 EVENTS_A_TURN = 64  # of a source, then the sockets' turn: what is left keeps its descriptor readable
 MAX_LINKS = 40  # followed from one name, as Linux does
+RECHECK_PAUSE = 0.004  # seconds until a file that may be half-written is first looked at again
 RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
 KQUEUE_RESERVE = 128  # descriptors not spent on watches
 
@@ -4860,6 +4886,10 @@ class Seen(NamedTuple):
     digest: str
     is_racy: bool
 
+    @property
+    def size(self) -> int:
+        return self.stamp[2]
+
 
 class Changes(NamedTuple):
     """What differs between two pictures, as paths."""
@@ -4868,17 +4898,66 @@ class Changes(NamedTuple):
     deleted: frozenset[str]
 
 
+class Doubts:
+    """What may have been caught half-written: when to look at it again, and since when it is doubted.
+
+    `window` is in seconds of `clock`.
+    """
+
+    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Clock = time.monotonic) -> None:
+        self._window = window
+        self._clock = clock
+        self._since: dict[Any, float] = {}
+        self._again_at: dict[Any, float] = {}
+
+    @property
+    def things(self) -> set[Any]:
+        return set(self._since)
+
+    def note(self, things: Iterable[Any]) -> None:
+        """Doubt things, or go on doubting them."""
+        now = self._clock()
+        for thing in things:
+            since = self._since.setdefault(thing, now)
+            self._again_at[thing] = min(since + self._window, max(now + RECHECK_PAUSE, 2 * now - since))
+
+    def drop(self, things: Iterable[Any]) -> None:
+        for thing in things:
+            self._since.pop(thing, None)
+            self._again_at.pop(thing, None)
+
+    def take_due(self) -> tuple[set[Any], set[Any]]:
+        """Take what is to be looked at again, and the part of it that is to count as it is then; `settle` follows."""
+        now = self._clock()
+        due = {thing for thing, at in self._again_at.items() if at <= now}
+        for thing in due:
+            del self._again_at[thing]
+        return due, {thing for thing in due if self._since[thing] + self._window <= now}
+
+    def settle(self, taken: Iterable[Any]) -> None:
+        """Drop what was taken and has not been noted again."""
+        self.drop([thing for thing in taken if thing not in self._again_at])
+
+    def next_due(self) -> Optional[float]:
+        """Return when there is something to take, in the clock's seconds; None: nothing is doubted."""
+        return min(self._again_at.values(), default=None)
+
+
 class PollingSource:
     """Hint at everything whenever asked: for systems and limits that leave nothing better.
 
     The contract of all three sources: `fileno()` is readable when there are hints (-1: never), `drain()` takes
     them, `watch_folder` and `watch_file` set a watch, say whether it is a new one and raise OSError where they
     cannot, `retain` drops all watches but those named, `close()` ends them; `watches_files` says whether a file needs
-    a watch of its own.
+    a watch of its own; `being_written` are the paths that are open for writing since their last change, where that is
+    known.
     """
 
     name = "polling"
     watches_files = False
+
+    def __init__(self) -> None:
+        self.being_written: set[str] = set()
 
     def fileno(self) -> int:
         return -1
@@ -4916,6 +4995,7 @@ class InotifySource(PollingSource):
     def __init__(self) -> None:
         import ctypes
 
+        super().__init__()
         self._libc: Any = ctypes.CDLL(None, use_errno=True)
         self._get_errno = ctypes.get_errno
         self._fd = self._check(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
@@ -4952,9 +5032,15 @@ class InotifySource(PollingSource):
         hints: set[str] = set()
         for wd, mask, name in self._parse(data):
             if mask & self.IN_Q_OVERFLOW:
+                self.being_written.clear()
                 return None
             for folder in self._paths.get(wd, ()):
-                hints.add(os.path.join(folder, name) if name else folder)
+                path = os.path.join(folder, name) if name else folder
+                hints.add(path)
+                if mask & self.IN_MODIFY:
+                    self.being_written.add(path)
+                elif not mask & self.IN_ATTRIB:  # closed, or another file by now
+                    self.being_written.discard(path)
             if mask & self.IN_IGNORED:
                 self._paths.pop(wd, None)
         return hints
@@ -4986,6 +5072,7 @@ class KqueueSource(PollingSource):
     def __init__(self, budget: int) -> None:
         import select
 
+        super().__init__()
         # Looked up by name, since mypy knows them on macOS alone.
         self._select: Any = select
         self._queue: Any = self._select.kqueue()
@@ -5077,7 +5164,9 @@ class Watcher:
     Raises nothing for what users and editors do to the tree meanwhile; what cannot be watched is polled.
     """
 
-    def __init__(self, home: str, source: PollingSource, clock: Clock = time.time) -> None:
+    def __init__(
+        self, home: str, source: PollingSource, clock: Clock = time.time, monotonic: Clock = time.monotonic
+    ) -> None:
         self.source = source
         self.must_poll = source.fileno() < 0
         self._root = projects_root(home)
@@ -5085,6 +5174,9 @@ class Watcher:
         self._picture: dict[str, dict[str, Seen]] = {}  # folder: path: file
         self._folders: set[str] = set()
         self._anchors: dict[str, set[str]] = {}  # folders outside the tree: the names in them that matter
+        self._doubts = Doubts(DEBOUNCE_WINDOW, monotonic)
+        self._trusted: set[str] = set()  # doubted for so long that they count as they are
+        self._has_looked = False
         self._saved: set[str] = set()
         self._deleted: set[str] = set()
 
@@ -5097,6 +5189,18 @@ class Watcher:
         """Look where the source hints."""
         return self.look(self.source.drain())
 
+    def next_look(self) -> Optional[float]:
+        """Return when `look_again` has something to do, in the clock's seconds."""
+        return self._doubts.next_due()
+
+    def look_again(self) -> Changes:
+        """Look at the files that may have been caught half-written and have not been looked at for a while."""
+        due, self._trusted = self._doubts.take_due()
+        changes = self.look(due)
+        self._trusted = set()
+        self._doubts.settle(due)
+        return changes
+
     def look(self, hints: Optional[set[str]] = None) -> Changes:
         """Compare with the disk what `hints` name, or everything."""
         self._saved, self._deleted = set(), set()
@@ -5107,6 +5211,7 @@ class Watcher:
                 self._look_at_hints(hints)
         except OSError:
             self.must_poll = True  # something went while it was looked at: look again soon
+        self._has_looked = True
         return Changes(frozenset(self._saved), frozenset(self._deleted))
 
     def _look_at_hints(self, hints: set[str]) -> None:
@@ -5153,7 +5258,7 @@ class Watcher:
             self._look_at_files(folder, {})
         for folder in self._folders:
             self._look_at_folder(folder)
-        files = self._picture.values() if self.source.watches_files else ()
+        files = [*self._picture.values(), self._doubts.things] if self.source.watches_files else ()
         self.source.retain({*self._folders, *self._anchors}.union(*files))
 
     def _look_at_folder(self, folder: str) -> None:
@@ -5208,6 +5313,10 @@ class Watcher:
         seen = picture.get(path)
         if seen and seen.stamp == stamp and trust_stamp and not seen.is_racy and not is_new_watch:
             return None
+        if self._may_be_half_written(path, info.st_size, seen):
+            self._doubts.note([path])
+            return None
+        self._doubts.drop([path])
         age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
         now = Seen(stamp, _digest_file(path), age < RACY_TIME)
         picture[path] = now
@@ -5216,7 +5325,13 @@ class Watcher:
             self._deleted.discard(path)
         return None
 
+    def _may_be_half_written(self, path: str, size: int, seen: Optional[Seen]) -> bool:
+        if path in self._trusted or not self._has_looked:
+            return False
+        return path in self.source.being_written or (size == 0 and not (seen and seen.size == 0))
+
     def _drop(self, picture: dict[str, Seen], path: str) -> None:
+        self._doubts.drop([path])
         if picture.pop(path, None):
             self._deleted.add(path)
             self._saved.discard(path)
@@ -5309,6 +5424,11 @@ class Debouncer:
         self._waiting -= due
         self._open_until.update(dict.fromkeys(due, now + self._window))
         return due
+
+    def end_window(self, targets: Iterable[Any]) -> None:
+        """Let targets fire at their next note."""
+        for target in targets:
+            self._open_until.pop(target, None)
 
     def next_due(self) -> Optional[float]:
         """Say when there is something to take, in the clock's seconds; None: nothing waits."""
@@ -5458,12 +5578,8 @@ def _read_reply(client: Any) -> Any:
         raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
 
 
-def request_status(home: str) -> Any:
-    """Ask for the daemon's status, as often as STATUS_TRIES says while it may still be starting."""
-    return _request_patiently(home, "status", (DaemonNotRunning, DaemonBusy))
-
-
-def _request_patiently(home: str, cmd: str, passing: tuple[type[DaemonError], ...]) -> Any:
+def _ask(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
+    """Send a request as often as STATUS_TRIES says, as long as the error is one that passes."""
     for _ in range(STATUS_TRIES - 1):
         try:
             return send_request(home, {"cmd": cmd})
@@ -5472,14 +5588,19 @@ def _request_patiently(home: str, cmd: str, passing: tuple[type[DaemonError], ..
     return send_request(home, {"cmd": cmd})
 
 
+def request_status(home: str) -> Any:
+    """Ask for the daemon's status, several times while it may still be starting."""
+    return _ask(home, "status", DaemonNotRunning, DaemonBusy)
+
+
 def request_sync(home: str, codebase: Optional[str] = None) -> Any:
     """Have the daemon sync one codebase, or all, and return the summary."""
     return send_request(home, {"cmd": "sync", **({"codebase": codebase} if codebase else {})}, timeout=None)
 
 
 def request_stop(home: str) -> Any:
-    """Ask the daemon to end, as often as STATUS_TRIES says while it takes no client: one that is ending takes none."""
-    return _request_patiently(home, "stop", (DaemonBusy,))
+    """Ask the daemon to end, several times while it takes no client: one that is ending takes none."""
+    return _ask(home, "stop", DaemonBusy)
 
 
 # ── 11 Daemon ─────────────────────────────────────────────────────────────────
@@ -5488,11 +5609,12 @@ def request_stop(home: str) -> Any:
 # that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
 # the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
 #
-# A registry file that breaks while it is watched may have been caught half-written. It is a suspect: what was known
-# of its codebase stays, and it is read again one debounce window later. Still broken then, it is a problem.
+# A codebase whose registry file breaks or goes while it is watched is a suspect, since the file may have been caught
+# half-written: the head of section 9 has the protocol.
 
 QUEUE_SIZE = 64
 MAX_CLIENTS = 128
+NEWCOMER_PLACES = 8  # of those: for a first request, where the others are taken by clients that stay
 IDLE_TIMEOUT = 30.0  # seconds a client may be silent
 MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
@@ -5508,7 +5630,10 @@ EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of p
 STRAY = ("", "stray")  # the key that stands for files that are no codebase's
 STOPPING = "daemon: expected to sync, but it is stopping"
 REQUESTS_A_TURN = 32  # of one client, then the others are served
+ACCEPTS_A_TURN = 64
 SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
+RETRY_INTERVAL = 10.0  # seconds until a sync is tried again whose trouble may have passed
+REPLACED_KEPT = 86_400  # seconds that hand-written text which was replaced is a problem
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
 
 SyncTarget = SyncScope  # what a job is for; not an agent's target
@@ -5619,22 +5744,21 @@ class RegistryCache(NamedTuple):
     last_sync_at: Optional[int] = None  # Unix time
 
     @property
-    def problems(self) -> list[dict[str, str]]:
-        failed = [problem for key in sorted(self.failures) for problem in self.failures[key]]
-        return [{"where": p.where, "message": p.message} for p in [*self.registry.problems, *failed]]
+    def problems(self) -> list[Problem]:
+        return [*self.registry.problems, *(problem for key in sorted(self.failures) for problem in self.failures[key])]
 
 
 class SyncJob(NamedTuple):
     """Work for the processor. `source` is start, watcher, socket or staleness; bug in a copy that is only for the log.
 
-    `changed` are the keys whose files differ; `suspects` those of them that were found broken once already.
+    `changed` are the keys whose files differ; `overdue` those of them that have been suspects for a whole window.
     """
 
     target: SyncTarget
     source: str
     respond_to: "Optional[Callable[[JobOutcome], None]]" = None
     changed: frozenset[Key] = frozenset()
-    suspects: frozenset[Key] = frozenset()
+    overdue: frozenset[Key] = frozenset()
 
 
 class SyncSummary(NamedTuple):
@@ -5659,7 +5783,8 @@ class JobOutcome(NamedTuple):
     summary: Optional[SyncSummary] = None
     error: str = ""
     is_bug: bool = False
-    suspects: frozenset[Key] = frozenset()  # broken for the first time: perhaps caught half-written
+    results: Sequence[SyncCodebaseResult] = ()
+    suspects: frozenset[Key] = frozenset()  # perhaps caught half-written: neither synced nor reported
     statuses: Mapping[str, int] = {}  # of a staleness scan
 
 
@@ -5686,15 +5811,15 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
     """Read again what the job is about, sync it, and return what is known then. Raises RegistryError, IoError."""
     started = time.monotonic()
     registry = _reload_for(home, cache.registry, job)
-    suspects: frozenset[Key] = frozenset()
-    if job.source == "watcher":
-        suspects = frozenset(registry.broken.keys() & cache.registry.codebases.keys()) - job.suspects
-        registry = _keep_old(registry, cache.registry, suspects)
+    suspects = _find_suspects(registry, cache.registry, job)
+    registry = _keep_old(registry, cache.registry, suspects)
     results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
+    doubtful = {result.key for result in results if _may_be_half_read(home, registry, job, result)}
+    results = [result for result in results if result.key not in doubtful]
     has_synced = any(not result.errors for result in results)
     cache = renew_cache(cache, registry, results, int(time.time()) if has_synced else None)
     summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
-    return cache, JobOutcome(job, summary, suspects=suspects)
+    return cache, JobOutcome(job, summary, results=results, suspects=suspects | doubtful)
 
 
 def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
@@ -5708,15 +5833,42 @@ def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
     return reload_codebases(home, old, keys)
 
 
-def _keep_old(registry: Registry, old: Registry, keys: Iterable[Key]) -> Registry:
-    """Let codebases stay as they were known, unless somebody else has their folder by now."""
-    roots = {key: root for root, key in old.owners.items()}
-    kept = {key: old.codebases[key] for key in keys if roots.get(key) not in registry.owners}
-    broken = {key: problems for key, problems in registry.broken.items() if key not in kept}
-    owners = {roots[key]: key for key in kept if key in roots}
-    codebases = {**registry.codebases, **kept}
-    new_owners = Owners({**owners, **registry.owners}, codebases, registry.owners)
+def _find_suspects(registry: Registry, old: Registry, job: SyncJob) -> frozenset[Key]:
+    """Find the changed codebases whose files are broken or gone, but for those that are overdue."""
+    if job.source == "socket":
+        return frozenset()  # a client waits for the truth
+    suspects = {key for key in registry.broken if key in job.changed}
+    if EVERYTHING not in job.overdue:
+        suspects |= {key for key, problems in registry.broken.items() if problems != old.broken.get(key)}
+    gone = {key for key in job.changed if key not in registry.codebases and key not in registry.broken}
+    return frozenset(suspects | (gone - {STRAY, EVERYTHING})) - job.overdue
+
+
+def _keep_old(registry: Registry, old: Registry, suspects: frozenset[Key]) -> Registry:
+    """Let broken suspects stay as they were known, unless another codebase has their folder by now."""
+    suspects &= registry.broken.keys()
+    if not suspects:
+        return registry
+    codebases, broken, owners = dict(registry.codebases), dict(registry.broken), dict(registry.owners)
+    for root, key in old.owners.items():
+        if key in suspects and root not in owners:
+            codebases[key], owners[root] = old.codebases[key], key
+            del broken[key]
+    for key in suspects & broken.keys():
+        if key in old.broken:
+            broken[key] = old.broken[key]
+        elif key not in old.codebases:
+            del broken[key]
+    new_owners = Owners(owners, codebases, registry.owners)
     return registry._replace(codebases=codebases, broken=broken, owners=new_owners)
+
+
+def _may_be_half_read(home: str, registry: Registry, job: SyncJob, result: SyncCodebaseResult) -> bool:
+    """Say whether a codebase may have failed because its file was half-written, or saved after it was read."""
+    codebase = registry.codebases.get(result.key)
+    if codebase is None or not result.errors or result.files or job.source == "socket" or result.key in job.overdue:
+        return False
+    return not (is_current(home, codebase) and os.path.isdir(codebase_root(home, codebase)))
 
 
 def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
@@ -5749,6 +5901,64 @@ def summarize(
         duration_ms,
         [str(problem) for result in results for problem in result.errors],
     )
+
+
+class ReplacedText:
+    """The hand-written text that the daemon's syncs have replaced lately, to be told by `status`.
+
+    A file per codebase keeps it over a restart. It is told until it is REPLACED_KEPT old, or its file is gone: whoever
+    restores or syncs a codebase by hand removes that.
+    """
+
+    def __init__(self, home: str, clock: Clock = time.time) -> None:
+        self._home = home
+        self._clock = clock
+        self._notes: dict[Key, dict[str, str]] = {}  # per path: what brings it back
+        self._noted_at: dict[Key, float] = {}
+        for folder in folders_below(replaced_root(home))[1:]:
+            for name in os.listdir(folder):
+                self._load((os.path.basename(folder), name[: -len(".json")]))
+
+    def _load(self, key: Key) -> None:
+        try:
+            value = json.loads(read_disk(replaced_path(self._home, key)).data)
+            self._notes[key] = {str(path): str(note) for path, note in value["notes"].items()}
+            self._noted_at[key] = float(value["at"])
+        except (IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.forget(key)  # damaged
+
+    def note(self, key: Key, notes: Mapping[str, str]) -> None:
+        self._notes[key] = {**self._notes.get(key, {}), **notes}
+        self._noted_at[key] = self._clock()
+        data = json.dumps({"at": self._noted_at[key], "notes": self._notes[key]}).encode()
+        with suppress(IoError):  # the log has it
+            save_private(replaced_path(self._home, key), data, new_token(), durable=False)
+
+    def forget(self, key: Key) -> None:
+        self._notes.pop(key, None)
+        self._noted_at.pop(key, None)
+        with suppress(IoError):
+            remove_private(replaced_path(self._home, key))
+
+    def problems(self, keys: Container[Key]) -> list[Problem]:
+        """List what was replaced in some codebases, and forget what is over."""
+        now = self._clock()
+        for key, at in list(self._noted_at.items()):
+            if now - at >= REPLACED_KEPT or not os.path.lexists(replaced_path(self._home, key)):
+                self.forget(key)
+        return [
+            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+            for key in sorted(self._notes)
+            if key in keys
+            for path, note in self._notes[key].items()
+        ]
+
+
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Have the daemon tell no longer what it replaced in codebases that the user has turned to; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
 
 
 class SyncProcessor:
@@ -5865,6 +6075,8 @@ class Client:
         self.is_closing = False  # it will be told no more
         self.has_spoken = False
         self.has_more = False  # lines to answer on its next turn
+        self.is_newcomer = False  # let in beyond the places of those that stay
+        self.came_at = now
         self.last_active = now
 
     @property
@@ -5877,7 +6089,15 @@ class Client:
 
 
 class SocketServer:
-    """Serve clients on the control socket. `handle(request, client)` answers at once or later, with `reply`."""
+    """Serve clients on the control socket. `handle(request, client)` answers at once or later, with `reply`.
+
+    However many clients there are, and whatever they do, `status` and `stop` are answered, if not at the first try:
+    1. Clients may stay, silent for IDLE_TIMEOUT, while there are places for those that do.
+    2. When those are taken, a newcomer gets one of the other places, has one request answered, and is closed; a sync,
+       which may take long, is refused.
+    3. When all places are taken, that of the oldest client goes to the next one if it has had SILENT_GRACE to say
+       something, or to read its last reply, and has not. If there is none, the next one is told to come again.
+    """
 
     def __init__(
         self,
@@ -5887,15 +6107,16 @@ class SocketServer:
         max_clients: int = MAX_CLIENTS,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._listener = listener
+        self._listener: Any = None
         self._selector = selector
         self._handle = handle
         self._max_clients = max_clients
+        self._places_to_stay = max_clients - min(NEWCOMER_PLACES, max_clients // 4)
         self._clock = clock
         self._spare: Optional[int] = None
         self._take_spare()
         self.clients: set[Client] = set()
-        selector.register(listener, READABLE, self._accept)
+        self.listen(listener)
 
     def reply(self, client: Client, data: bytes) -> None:
         client.unsent += data
@@ -5911,6 +6132,14 @@ class SocketServer:
         limit = self._clock() - IDLE_TIMEOUT
         for client in [client for client in self.clients if not client.is_waiting and client.last_active <= limit]:
             self._close(client)
+
+    def listen(self, listener: Any) -> None:
+        """Let clients in by a listening socket, and no longer by an older one."""
+        for _ in range(MAX_CLIENTS // ACCEPTS_A_TURN):
+            self._accept(READABLE)  # who came by the older one has not come in vain
+        self.stop_listening()
+        self._listener = listener
+        self._selector.register(listener, READABLE, self._accept)
 
     def stop_listening(self) -> None:
         if self._listener is not None:
@@ -5928,7 +6157,7 @@ class SocketServer:
             os.close(self._spare)
 
     def _accept(self, mask: int) -> None:
-        for _ in range(64):  # then the others' turn
+        for _ in range(ACCEPTS_A_TURN):  # then the others' turn
             if self._listener is None:
                 return  # stopped by another client of the same turn
             try:
@@ -5948,9 +6177,13 @@ class SocketServer:
             else:
                 self._admit(connection)
 
+    @property
+    def _no_place(self) -> str:
+        return f"{TOO_MANY_CLIENTS} {self._max_clients}, got one more"
+
     def _turn_away(self, connection: Any) -> None:
         try:
-            connection.send(encode_error(f"{TOO_MANY_CLIENTS} {self._max_clients}, got one more"))
+            connection.send(encode_error(self._no_place))
         except OSError:
             pass  # it has gone already
         connection.close()
@@ -5972,16 +6205,17 @@ class SocketServer:
             self._spare = None
 
     def _make_room(self) -> bool:
-        """Give the place of the client that has been silent longest to one that may have something to say."""
-        silent = [client for client in self.clients if not client.has_spoken]
-        eldest = min(silent, key=lambda client: client.last_active, default=None)
-        if eldest is None or self._clock() - eldest.last_active < SILENT_GRACE:
+        """Give the place of the oldest client that says nothing to one that may have something to say."""
+        idle = [client for client in self.clients if not client.has_spoken or client.is_closing]
+        eldest = min(idle, key=lambda client: client.came_at, default=None)
+        if eldest is None or self._clock() - eldest.came_at < SILENT_GRACE:
             return False
         self._close(eldest)
         return True
 
     def _admit(self, connection: Any) -> None:
         client = Client(connection, self._clock())
+        client.is_newcomer = len(self.clients) >= self._places_to_stay
         self.clients.add(client)
         self._selector.register(connection, READABLE, functools.partial(self._on_ready, client))
 
@@ -6025,12 +6259,20 @@ class SocketServer:
             if line is None:
                 return False
             client.has_spoken = True
+            client.is_newcomer &= len(self.clients) > self._places_to_stay
+            client.is_closing = client.is_newcomer
             if line.strip():
-                self._handle(parse_request(line), client)
+                self._handle_line(line, client)
         except ProtocolError as error:
             client.unsent += encode_error(str(error))
-            client.is_closing = error.closes
+            client.is_closing |= error.closes
         return True
+
+    def _handle_line(self, line: bytes, client: Client) -> None:
+        request = parse_request(line)
+        if client.is_newcomer and request.cmd == "sync":
+            raise ProtocolError(self._no_place, closes=True)
+        self._handle(request, client)
 
     def _send(self, client: Client) -> None:
         try:
@@ -6085,7 +6327,7 @@ def peer_uid(connection: Any) -> Optional[int]:
 
 
 def open_listener(home: str) -> Any:
-    """Bind the control socket, readable for its owner alone from the first instant; the daemon's lock is held.
+    """Bind the control socket, which its owner alone can connect to; the daemon's lock is held.
 
     A stale socket is removed. Raises IoError, and ProtocolError for a path that cannot be a socket's.
     """
@@ -6100,16 +6342,15 @@ def open_listener(home: str) -> Any:
         raise ProtocolError(f"{path}: expected a socket or nothing, got {DISK_NAMES[kind]}: move it away")
     remove_private(path)
     listener = socket.socket(socket.AF_UNIX)
-    old_umask = os.umask(0o177)
     try:
         with blame(path):
             listener.bind(path)
+            # Nobody can connect before it listens. A umask would do as well, but for the worker's files too.
+            os.chmod(path, 0o600)
             listener.listen(MAX_CLIENTS)
     except BaseException:
         listener.close()
         raise
-    finally:
-        os.umask(old_umask)
     listener.setblocking(False)
     return listener
 
@@ -6135,15 +6376,19 @@ def raise_descriptor_limit() -> int:
 class Daemon:
     """The one process that keeps all codebases in step. `run` it, or turn it by hand with `step`."""
 
-    def __init__(self, home: str, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, home: str, environ: Mapping[str, str] = os.environ, clock: Clock = time.time) -> None:
         self.home = home
         self._watcher_wanted = environ.get("ORCHESTRA_WATCHER", "")
         self._clock = time.monotonic
-        self._started_at = int(time.time())
+        self._wall_clock = clock
+        self._started_at = int(clock())
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
-        self._due: set[Key] = set()
-        self._suspects: frozenset[Key] = frozenset()
+        self._doubts = Doubts(DEBOUNCE_WINDOW, self._clock)
+        self._overdue: set[Key] = set()
         self._failed: frozenset[Key] = frozenset()  # to be tried again at the next rescan
+        self._to_retry: set[Key] = set()
+        self._retry_at: Optional[float] = None
+        self._told: dict[Key, tuple[Problem, ...]] = {}  # logged when last synced, and not mended since
         self._watch_job_runs = False
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
@@ -6160,9 +6405,12 @@ class Daemon:
         open_standard_streams()
         lock = try_lock(daemon_lock_path(self.home))
         if lock is None:
-            raise DaemonError(f"daemon socket already in use: {socket_path(self.home)}", "orchestra daemon status")
+            hint = f"orchestra daemon status{describe_lock_holder(self.home)}"
+            raise DaemonError(f"daemon socket already in use: {socket_path(self.home)}", hint)
         self._opened.append(functools.partial(os.close, lock))
         self._lock = lock
+        with suppress(OSError):  # a full disk
+            write_lock(lock, f"{os.getpid()} {self._started_at}\n".encode())
         limit = raise_descriptor_limit()
         self._log = Log(self.home)
         self._opened.append(self._log.close)
@@ -6181,7 +6429,9 @@ class Daemon:
             self._opened.append(end.close)
         self._selector.register(self._wake_out, READABLE, self._on_wake)
         self._processor = SyncProcessor(self.home, load_cache(self.home), self._wake)
+        self._replaced = ReplacedText(self.home, self._wall_clock)
         listener = open_listener(self.home)
+        self._socket = os.lstat(socket_path(self.home))
         self._opened.append(self._remove_socket)
         max_clients = max(4, min(MAX_CLIENTS, limit - 32))
         self._server = SocketServer(listener, self._selector, self.handle_request, max_clients)
@@ -6197,8 +6447,14 @@ class Daemon:
         self._opened.clear()
 
     def _remove_socket(self) -> None:
-        if self._has_lock():
+        if self._has_lock() and self._has_socket():
             remove_private(socket_path(self.home))
+
+    def _has_socket(self) -> bool:
+        try:
+            return os.path.samestat(os.lstat(socket_path(self.home)), self._socket)
+        except OSError:
+            return False
 
     def _has_lock(self) -> bool:
         """Say whether the lock is still the one others look at: if ~/.orchestra was removed, it is not."""
@@ -6206,6 +6462,21 @@ class Daemon:
             return os.path.samestat(os.fstat(self._lock), os.stat(daemon_lock_path(self.home)))
         except OSError:
             return False
+
+    def _check_socket(self) -> None:
+        """Make the socket again if it was removed, or something else put in its place."""
+        path = socket_path(self.home)
+        if self._is_stopping or self._has_socket() or not self._has_lock():
+            return
+        try:
+            listener = open_listener(self.home)
+            self._socket = os.lstat(path)
+        except (DaemonError, OSError) as error:
+            self._log_errors([failed_result(STRAY, [Problem(path, f"expected to make it again, got: {error}")])])
+            return
+        self._server.listen(listener)
+        self._told.pop(STRAY, None)
+        self._log.warning("made the socket again, which was gone", socket=path)
 
     def run(self) -> int:
         """Serve until stopped by the socket or by SIGINT or SIGTERM; return the exit status."""
@@ -6239,8 +6510,9 @@ class Daemon:
     def _time_left(self) -> float:
         if self._is_stopping:
             return 0.05  # seconds: the worker's last word comes a moment before its end
-        deadlines = [self._rescan_at, self._staleness_at, self._server.next_expiry()]
-        if not self._watch_job_runs:
+        deadlines = [self._rescan_at, self._retry_at, self._staleness_at, self._server.next_expiry()]
+        deadlines += [self._watcher.next_look(), self._doubts.next_due()]
+        if self._has_room_for_due:
             deadlines.append(self._debouncer.next_due())
         known = [deadline for deadline in deadlines if deadline is not None]
         return max(0.0, min(known) - self._clock())
@@ -6251,24 +6523,39 @@ class Daemon:
             if not self._has_lock():
                 self._stop("the lock file was removed")
                 return
+            self._check_socket()
             self._note(self._watcher.look())
             self._debouncer.note(self._failed)
             self._failed = frozenset()
             self._rescan_at = now + self._watcher.interval
+        if self._retry_at is not None and now >= self._retry_at:
+            self._debouncer.note(self._to_retry)
+            self._to_retry.clear()
+            self._retry_at = None
+        self._note(self._watcher.look_again())
         self._server.drop_silent()
-        self._due |= self._debouncer.take_due()
-        if self._due and not self._watch_job_runs:
+        self._note_suspects()
+        if self._has_room_for_due:
             self._submit_due()
         if self._staleness_at is not None and now >= self._staleness_at:
             self._submit(SyncJob(SyncTarget(()), "staleness"))
 
+    @property
+    def _has_room_for_due(self) -> bool:
+        return not self._watch_job_runs and not self._processor.jobs.full()
+
+    def _note_suspects(self) -> None:
+        due, overdue = self._doubts.take_due()
+        self._overdue |= overdue
+        self._debouncer.note(due)
+
     def _submit_due(self) -> None:
-        changed = frozenset(self._due)
+        changed = frozenset(self._debouncer.take_due())
+        if not changed:
+            return
         target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
-        job = SyncJob(target, "watcher", None, changed, self._suspects & changed)
-        if self._submit(job):
-            self._due.clear()
-            self._watch_job_runs = True
+        self._watch_job_runs = self._submit(SyncJob(target, "watcher", None, changed, changed & self._overdue))
+        self._overdue -= changed
 
     def _submit(self, job: SyncJob) -> bool:
         self._staleness_at = None  # the end of this job sets it again, or that of what keeps it from being queued
@@ -6278,6 +6565,7 @@ class Daemon:
 
     def _on_hints(self, mask: int) -> None:
         self._note(self._watcher.drain())
+        self._check_socket()
         if not os.path.exists(projects_root(self.home)) and not self._has_lock():
             self._stop("the lock file was removed")
         if self._watcher.must_poll:
@@ -6326,17 +6614,52 @@ class Daemon:
         job = outcome.job
         if job.source == "watcher":
             self._watch_job_runs = False
-            self._suspects = (self._suspects - job.changed) | outcome.suspects
-            self._debouncer.note(outcome.suspects)
             self._failed |= job.changed if outcome.error else frozenset()
+        self._doubt(job, outcome.suspects)
+        self._note_results(outcome)
         self._log_outcome(outcome)  # before the reply: whoever has that finds the log's line
         if job.respond_to:
             job.respond_to(outcome)
         if job.source not in ("staleness", "bug"):
             self._staleness_at = self._clock() + STALENESS_DELAY
 
+    def _doubt(self, job: SyncJob, suspects: frozenset[Key]) -> None:
+        if suspects and EVERYTHING in job.changed:
+            suspects = suspects & job.changed | {EVERYTHING}  # what is half-written may be the project's file
+        self._doubts.drop(job.changed - suspects)
+        self._doubts.note(suspects)
+        self._debouncer.end_window(suspects)
+
+    def _note_results(self, outcome: JobOutcome) -> None:
+        for result in outcome.results:
+            (self._to_retry.add if result.retry else self._to_retry.discard)(result.key)
+            if outcome.job.source == "socket":
+                self._replaced.forget(result.key)
+            notes = {file.path: file.note for file in result.files if file.action in BACKED_UP}
+            if notes:
+                self._replaced.note(result.key, notes)
+            for path, note in notes.items():
+                self._log.warning("replaced hand-written text", file=f"{label_for(result.key)}: {path}", note=note)
+        if self._to_retry and self._retry_at is None:
+            self._retry_at = self._clock() + RETRY_INTERVAL
+
+    def _log_errors(self, results: Sequence[SyncCodebaseResult]) -> None:
+        """Log the problems that were not there when their codebases were last synced."""
+        new: list[Problem] = []
+        for result in results:
+            told = self._told.pop(result.key, ())
+            new += [problem for problem in result.errors if problem not in told]
+            if result.errors:
+                self._told[result.key] = result.errors
+        for problem in new[:MAX_LOGGED_ERRORS]:
+            self._log.warning("problem", error=problem)
+        if len(new) > MAX_LOGGED_ERRORS:
+            self._log.warning("more problems", count=len(new) - MAX_LOGGED_ERRORS)
+
     def _log_outcome(self, outcome: JobOutcome) -> None:
         summary = outcome.summary
+        if outcome.suspects and summary and not summary.written and not summary.errors:
+            return  # told when the suspects are read again
         if outcome.error:
             self._log.warning("job failed", source=outcome.job.source, error=outcome.error)
         elif summary is None:
@@ -6353,10 +6676,7 @@ class Daemon:
                 errors=len(summary.errors),
                 ms=summary.duration_ms,
             )
-            for error in summary.errors[:MAX_LOGGED_ERRORS]:
-                self._log.warning("problem", error=error)
-            if len(summary.errors) > MAX_LOGGED_ERRORS:
-                self._log.warning("more problems", count=len(summary.errors) - MAX_LOGGED_ERRORS)
+            self._log_errors(outcome.results)
 
     # Requests
 
@@ -6380,6 +6700,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         cache = self._processor.cache
+        problems = [*cache.problems, *self._replaced.problems(cache.names)]
         return {
             "running": True,
             "label": DAEMON_LABEL,
@@ -6393,7 +6714,7 @@ class Daemon:
             "watcher": self._watcher.source.name,
             "last_sync_at_unix": cache.last_sync_at,
             "queue_depth": self._processor.jobs.qsize(),
-            "problems": cache.problems,
+            "problems": [{"where": p.where, "message": p.message} for p in problems],
         }
 
     def _stop(self, reason: str) -> None:
@@ -6428,6 +6749,21 @@ def key_of_change(home: str, path: str) -> Key:
         return EVERYTHING
     key = (project, name[:-5])
     return key if is_valid_key(key) else STRAY
+
+
+def describe_lock_holder(home: str) -> str:
+    """Say since when which process runs as the daemon, where it has said so: a killed one may have left its own."""
+    for _ in range(STATUS_TRIES):
+        try:
+            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
+            os.kill(pid, 0)
+        except (IoError, ValueError, OSError):
+            time.sleep(STATUS_PAUSE)  # it is starting
+            continue
+        when = time.localtime(started_at)
+        is_today = time.strftime("%x", when) == time.strftime("%x")
+        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
+    return ""
 
 
 def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
@@ -7285,6 +7621,8 @@ def sync_and_report(
     home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
 ) -> int:
     results = run_pipeline(home, scope, dry_run, registry, show_progress)
+    if not dry_run:
+        forget_replaced(home, [result.key for result in results])
     if as_json:
         print_json([_describe_result(result) for result in results])
     else:
@@ -7388,6 +7726,7 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
     for backup in chosen:
         changed = restore_file(home, codebase, backup)
         print(f"{'restored' if changed else 'unchanged'} {label_for(codebase.key)} {backup.path} ({backup.when})")
+    forget_replaced(home, [codebase.key])
     say("note: the next sync replaces it again; what shall stay belongs in the registry file")
     return OK
 
