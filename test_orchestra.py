@@ -2007,7 +2007,7 @@ def test_folders_that_are_no_codebase_are_refused(home: Home, path: str, found: 
     home.sync()
     path = path.format(code=home.code)
     before = contents(home.folder)
-    ran = home.run("init", path, "-p", "shop", "--name", "half")
+    ran = home.run("init", path, "-p", "shop")
     place = os.path.normpath(path.replace("~", home.path))
     assert ran.status == 2
     assert ran.complaints == [f"orchestra: {place}: expected the folder of one codebase, got {found}"]
