@@ -1574,7 +1574,7 @@ VERSION_FOLDER = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 MARKDOWN_ENDINGS = (".md", ".mdc", ".markdown")
 LIST_MARKER = re.compile(rb"([ \t]*(?:[-+*]|[0-9]{1,9}[.)]))[ \t]+")
 CODE_INDENT = re.compile(rb" {4}| {0,3}\t")
-CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*(?:(`{3,})[^`]*|(~{3,}).*)$", re.DOTALL)  # in lists and quotes too
+CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*(?:(`{3,})[^`]*$|(~{3,}))")  # in lists and quotes too
 
 
 class Note(NamedTuple):
@@ -3270,8 +3270,8 @@ def detect(folder: str) -> Detected:
     project_type, evidence = _detect_type(folder, names, package)
     descriptions = (
         package.get("description"),
-        _toml_text(pyproject, r"project|tool\.poetry", "description"),
-        _toml_text(cargo, "package", "description"),
+        _toml_text(pyproject, "description", "project", "tool.poetry"),
+        _toml_text(cargo, "description", "package"),
     )
     return Detected(
         project_type,
@@ -3314,16 +3314,46 @@ def _section(package: Mapping[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _toml_text(text: str, table: str, key: str) -> str:
-    """Find a one-line string in a TOML table; tomllib is not in Python 3.9."""
-    value = r"""(["'])((?:\\.|(?!\2).)*)\2"""
-    found = re.search(rf"(?ms)^\[(?:{table})\][ \t]*$((?:(?!^\[).)*?)^{key}[ \t]*=[ \t]*{value}", text)
-    if found is None or "\n" in found[3]:
-        return ""
-    try:  # a basic string's escapes are JSON's, but for one; a literal string has none
-        return found[3] if found[2] == "'" else str(json.loads(f'"{found[3]}"'))
+def _toml_text(text: str, key: str, *tables: str) -> str:
+    """Find a one-line string in the first of some TOML tables that has it; tomllib is not in Python 3.9."""
+    headers = {f"[{table}]" for table in tables}
+    is_inside = False
+    for line in text.split("\n"):
+        if line.startswith("["):
+            is_inside = line.rstrip() in headers
+        elif is_inside and line.startswith(key):
+            name, equals, value = line.partition("=")
+            if equals and name.rstrip() == key:
+                return _toml_value(value.strip())
+    return ""
+
+
+_BASIC_STRING = r'"(?:[^"\\]|\\.)*"'
+
+
+def _toml_value(text: str) -> str:
+    if text.startswith("'"):  # a literal string has no escapes
+        value, quote, _ = text[1:].partition("'")
+        return value if quote else ""
+    found = re.match(_BASIC_STRING, text)
+    try:  # a basic string's escapes are JSON's, but for one
+        return str(json.loads(found[0])) if found else ""
     except ValueError:
         return ""
+
+
+# A string ends with its line where nobody has closed it: no text is looked at twice.
+_TOML_TOKEN = r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]"""
+
+
+def _toml_strings(text: str, key: str) -> Iterator[str]:
+    """List the strings of a TOML array, in the first place where `key` starts a line."""
+    start = re.search(rf"(?m)^{key}[ \t]*=[ \t]*\[", text)
+    for token in re.compile(_TOML_TOKEN).finditer(text, start.end()) if start else ():
+        if token[0] == "]":
+            return
+        if token[0][0] != "#":
+            yield token[0].strip("\"'")
 
 
 def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tuple[str, str]:
@@ -3359,12 +3389,12 @@ def _first_package(packages: Mapping[str, Any], wanted: Iterable[str]) -> str:
 def _ml_evidence(folder: str, names: set[str]) -> str:
     words = "|".join(map(re.escape, ML_PACKAGES))
     # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
+    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
     for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
         text = _read_manifest(folder, name) if name in names else ""
         if name == "pyproject.toml":
-            found = re.search(r"(?ms)^dependencies\s*=\s*\[(.*?)^\s*\]|^dependencies\s*=\s*\[(.*?)\]$", text)
-            text = found[0] if found else ""
-        match = re.search(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])", text)
+            text = "\n".join(_toml_strings(text, "dependencies"))
+        match = wanted.search(text)
         if match:
             return f"{match[1]} in {name}"
     return _first(names, "*.ipynb")
@@ -3396,7 +3426,7 @@ def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -
 
 def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, cargo: str) -> Iterator[Skill]:
     if _first(names, "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
-        version = _toml_text(pyproject, "project", "requires-python")
+        version = _toml_text(pyproject, "requires-python", "project")
         yield Skill("python", f"Python {version}".strip())
     if package:
         packages = {**_section(package, "dependencies"), **_section(package, "devDependencies")}
@@ -3408,7 +3438,7 @@ def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, 
             if name in packages:
                 yield Skill(name, f"{name} {packages[name]}")
     if cargo:
-        edition = _toml_text(cargo, "package", "edition")
+        edition = _toml_text(cargo, "edition", "package")
         yield Skill("rust", f"Rust, edition {edition}" if edition else "Rust")
     for pattern, name, text in (
         ("go.mod", "go", "Go"),
@@ -3430,6 +3460,7 @@ def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, 
 
 BLOCK_BEGIN = "<!-- orchestra:begin -->"
 BLOCK_END = "<!-- orchestra:end -->"
+BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
 
 
 class Budget(NamedTuple):
@@ -3491,13 +3522,23 @@ TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked":
 
 # Text from the registry made harmless
 
+# An agent imports the file that a bare @word names (Claude, Gemini), so each gets backticks of its own. Those that the
+# text has itself protect a word only where every reader pairs them alike: on one line, all of them, with nothing around
+# that could take one for itself (an HTML tag, a link's title, an escape, a table's cell). Where that is in doubt they
+# become apostrophes. All of it is linear in the text's length: no pattern has two unbounded repeats that could share
+# characters, and no scan that failed is begun anew one character on.
+
 # Characters that end a line for some reader, or none should see; tab and newline stay.
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
-_CODE_SPAN = re.compile(r"(?<!`)((`+)(?!`).*?(?<!`)\2(?!`))")
-_FENCED = re.compile(r"(?ms)^(```+|~~~+)\w*\n(?:.*?\n)?\1$")  # a plain fenced block, from its first column on
-_SPECIAL = re.compile(r"[<>`@~]")
-# Claude and Gemini import the file that a bare @word names.
-_AT_WORD = re.compile(r"(?<![\w`])@[^\s`]*[^\s`.,;:!?)\]}'\"]")
+_SPECIAL = re.compile(r"[<>`@~\[\]]")
+_BACKTICKS = "`+"
+_AT_WORD = r"(?<![\w`\\])\\*@[^\s`\"'()<>\[\]|\\]*"
+_OPEN_TAG = r"<(?=[A-Za-z/!?])(?![^<>`\"'@]*>)"  # <b> and <https://x> take no backtick
+_OPEN_LINK = r"\](?=\((?![^\s()<>\"'`\[\]]*\)))"  # nor does a link without a title
+_FENCE = r"(`{3,})[^`]*|(~{3,})(?:[^~].*)?"
+_PLAIN_FENCE = r"(?:`{3,}|~{3,})[\w+#.-]*"
+_PREFIX = " \t>*+-0123456789.)"  # of a line, before what begins a block in it
+_CONFLICT_LIKE = r"(?:>{7}|\|{7}) "  # a file's own conflict markers begin so
 
 
 def is_plain(text: str) -> bool:
@@ -3512,25 +3553,65 @@ def defuse(text: str) -> str:
 
 
 def _quote_at_words(text: str) -> str:
-    """Put bare @words in backticks; code spans protect them only where all backticks pair up, line by line."""
-    if "@" not in text:
-        return text
-    if "\\`" in text or "`" in _CODE_SPAN.sub("", text):
-        text = text.replace("`", "'")
-    parts = _CODE_SPAN.split(text)
-    for i in range(0, len(parts), 3):  # text, span, its fence, text, ...
-        parts[i] = _AT_WORD.sub(lambda match: f"`{match[0]}`", parts[i])
-    del parts[2::3]
-    return "".join(parts)
+    """Put bare @words in backticks, and escape what could take a backtick for itself."""
+    lines = text.split("\n")
+    parts = [_split_at_spans(line) for line in lines]
+    spans = [span for line in parts for span in line[1::2]]
+    if not all(parts) or (any(map(_has_bar, spans)) and any(map(_is_table_rule, lines))):
+        parts = [[line.replace("`", "'")] for line in lines]
+    for line in parts:
+        if not re.search(r"[<@\]]", "".join(line[::2])):
+            continue
+        begins = line[0].lstrip(_PREFIX)[:1]
+        if begins == "<":  # it may begin a block of HTML, where backticks are nothing
+            line[0] = line[0].replace("<", "&lt;", 1)
+        elif begins == "[" and "]:" in "".join(line):  # or a link's definition, which may have a title
+            line[0] = line[0].replace("[", "\\[", 1)
+        for i in range(0, len(line), 2):
+            outside = re.sub(_OPEN_LINK, r"]\\", re.sub(_OPEN_TAG, "&lt;", line[i]))
+            line[i] = re.sub(_AT_WORD, _quote_at_word, outside)
+    return "\n".join(map("".join, parts))
+
+
+def _quote_at_word(match: re.Match[str]) -> str:
+    word, follows = match[0].rstrip(".,;:!?}"), match.string[match.end() : match.end() + 1]
+    return f"`{word}`{match[0][len(word) :]}" if word.strip("\\@") or follows.strip() else match[0]
+
+
+def _split_at_spans(line: str) -> list[str]:
+    """Split a line into text, code span, text, ... and text; nothing where a backtick has no partner."""
+    if "`" not in line:
+        return [line]
+    parts, done = [], 0
+    runs = iter(re.finditer(_BACKTICKS, line))
+    for start in runs:
+        end = next((run for run in runs if len(run[0]) == len(start[0])), None)
+        if end is None or line.endswith("\\", done, start.start()):
+            return []
+        parts += [line[done : start.start()], line[start.start() : end.end()]]
+        done = end.end()
+    return [*parts, line[done:]]
+
+
+def _is_table_rule(line: str) -> bool:
+    """Recognize the row of dashes below a table's head."""
+    return "-" in line and ("|" in line or ":" in line) and not line.strip(" \t>|:-")
+
+
+def _has_bar(span: str) -> bool:
+    """Tell of a code span that ends with its table cell: \\| is the only bar that does not part cells."""
+    return "|" in span.replace("\\\\", "|").replace("\\|", "")
 
 
 def one_line(text: str) -> str:
-    """Make text harmless for the inside of a line, or for a line of a list: it opens no fence there."""
+    """Make text harmless for a part of a line, whatever follows: it leaves nothing open, and opens no fence."""
     if is_plain(text):
         return text
     text = " ".join(defuse(text).split())
-    if re.match(r"~~~|```[^`]*$", text):
+    if text.startswith(("```", "~~~")) and re.fullmatch(_FENCE, text):
         text = "\\" + text
+    if text.startswith("[") and text.endswith("]"):
+        text = "\\" + text  # a colon may follow, and make a link's definition of the line
     return _quote_at_words(text)
 
 
@@ -3538,21 +3619,46 @@ def many_lines(text: str, indent: str = "  ") -> str:
     """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
     if is_plain(text):
         return text
-    text = defuse(text).strip("\n")
-    parts = []
-    end = 0
-    for block in _FENCED.finditer(text) if "<" not in text else ():
-        parts += [_quote_at_words(text[end : block.start()]), block[0]]
-        end = block.end()
-    lines = "".join([*parts, _quote_at_words(text[end:])]).split("\n")
+    lines = defuse(text).strip("\n").split("\n")
+    if "@" in text:
+        safe: list[str] = []
+        done = 0
+        for start, end in (*_find_fences(lines), (len(lines), len(lines))):
+            safe += _quote_at_words("\n".join(lines[done:start])).split("\n") if start > done else []
+            safe += lines[start:end]
+            done = end
+        lines = safe
     return "\n".join((indent + line if i else line).rstrip() for i, line in enumerate(lines))
+
+
+def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Find the fenced blocks whose first and last line no reader can mistake; stop at the first doubtful one."""
+    fence, start = "", 0
+    for i, line in enumerate(lines):
+        if not fence:
+            opened = re.fullmatch(_FENCE, line.lstrip(_PREFIX))
+            if opened and not re.fullmatch(_PLAIN_FENCE, line):
+                return
+            fence, start = (opened[1] or opened[2], i) if opened else ("", 0)
+        elif line.strip(" \t").startswith(fence) and not line.strip(f" \t{fence[0]}"):
+            if not line.lstrip(" ").startswith(fence) or line.startswith("    "):
+                return
+            yield start, i + 1
+            fence = ""
 
 
 def paragraphs(text: str) -> str:
     """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
     text = text.strip()
-    is_tame = not re.search(r"(?m)^\s*(?:[-*+>]|\d+[.)])?\s*(?:```|~~~|<)|^(?:    |\t)", text)
-    return many_lines(text, "") if is_tame else f"- {many_lines(text)}"
+    return many_lines(text, "") if all(map(_is_tame, text.split("\n"))) else f"- {many_lines(text)}"
+
+
+def _is_tame(line: str) -> bool:
+    return not (
+        line.lstrip(_PREFIX).startswith(("```", "~~~", "<"))
+        or line.startswith(("    ", "\t"))
+        or re.match(_CONFLICT_LIKE, line)
+    )
 
 
 def code_span(text: str) -> str:
@@ -3560,14 +3666,14 @@ def code_span(text: str) -> str:
     if is_plain(text):
         return f"`{text}`"
     text = " ".join(defuse(text).split())
-    longest = max(map(len, re.findall("`+", text)), default=0)
+    longest = max(map(len, re.findall(_BACKTICKS, text)), default=0)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{'`' * (longest + 1)}{pad}{text}{pad}{'`' * (longest + 1)}"
 
 
 def code_block(text: str, indent: str) -> str:
     """Put text of several lines into an indented fence, which no line of it can close."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
+    longest = max(map(len, re.findall(_BACKTICKS, text)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join((indent + line).rstrip() for line in [fence, *defuse(text).strip("\n").split("\n"), fence])
 
@@ -3580,7 +3686,6 @@ def render_body(codebase: Codebase) -> str:
     parts = [f"# {one_line(codebase.name)}"]
     if codebase.description:
         parts.append(paragraphs(codebase.description))
-    parts.append(_render_banner(codebase.key))
     sections = (
         ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
@@ -3592,17 +3697,6 @@ def render_body(codebase: Codebase) -> str:
     )
     parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
     return "\n\n".join(parts) + "\n"
-
-
-def _render_banner(key: Key) -> str:
-    label = label_for(key)
-    if not re.fullmatch(r"\w[\w/.-]*", label):
-        label = "-- '" + label.replace("'", "'\\''") + "'"
-    file = code_span(f"~/.orchestra/projects/{label_for(key)}.yaml")
-    return (
-        f"> Generated by Orchestra from {file}. To change this text, edit that file and run\n"
-        f"> {code_span(f'orchestra sync {label}')}; edits made here are replaced by the next sync."
-    )
 
 
 def _render_command(name: str, command: str) -> str:
@@ -3639,14 +3733,57 @@ def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str
     """
     body = render_body(codebase)
     title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
-    files = {}
+    sealed, files = _seal(body), {}
     for agent in (AGENTS[target] for target in targets_of(codebase)):
-        text = body
-        if agent.target == "claude" and import_agents_md:
-            text += "\n@AGENTS.md\n"
-        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n{text}{BLOCK_END}"
+        has_import = agent.target == "claude" and import_agents_md
+        text = _seal(f"{body}\n@AGENTS.md\n") if has_import else sealed
+        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
         files[agent.path] = whole.encode("utf-8", "replace")
     return files
+
+
+def _seal(text: str) -> str:
+    return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
+
+
+def seal_of(text: bytes) -> str:
+    """Give the 8 hex digits in a text's banner, which tell whether it is still as some Orchestra wrote it.
+
+    White space does not count: formatters change it.
+    """
+    return sha256_of(b" ".join(text.split()))[:8]
+
+
+# What does not show: soft hyphens, marks of direction, zero widths, fillers, tags and other formats, by the Unicode
+# Character Database 15; but not the joiners of emoji and of Arabic or Indic letters, nor the tags of a flag.
+_HIDDEN = (
+    "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
+    "\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]|[\ufe00-\ufe0f]{2}"
+    "|(?<![\u0600-\u0fff\u200c\u2190-\u2bff\u3000-\u33ff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "|[\u200c\u200d](?![\u0600-\u0fff\u2190-\u2bff\u3000-\u33ff\U0001f000-\U0001faff])"
+)
+_FLAG = "\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+_UNSHOWN = (
+    "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff]|\r(?!\n)"
+)
+
+
+def describe_hidden(text: str) -> str:
+    """Name the hidden characters in a text, by which it could say more to an agent than to its reader."""
+    found = sorted(set(re.findall(_HIDDEN, re.sub(_FLAG, "", text))))
+    if not found:
+        return ""
+    from unicodedata import name
+
+    names = [f"U+{ord(c[0]):04X} {name(c[0], 'without a name')}" for c in found]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"has characters that do not show: {', '.join(names[:3])}{more}"
+
+
+def show_hidden(text: str) -> str:
+    """Spell out control characters and marks of direction; tabs and line ends stay."""
+    return re.sub(_UNSHOWN, lambda match: repr(match[0])[1:-1], text)
 
 
 def describe_excess(agent: Agent, data: bytes) -> str:
@@ -3681,7 +3818,8 @@ class Record(NamedTuple):
     (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
     the user's text and an appended block, `folders` the folders made for managed files, `source` what `files` were
     rendered from, `root` the real path of the folder they are in, ~/... below the home folder so that a copy of that is
-    on its own ("" in records of older versions).
+    on its own ("" in records of older versions), `seals` those in the banners of `files` and `earlier`: a formatter's
+    work on our text is not another Orchestra's.
     """
 
     synced_at: str = ""
@@ -3691,6 +3829,7 @@ class Record(NamedTuple):
     folders: Sequence[str] = ()
     source: str = ""
     root: str = ""
+    seals: Mapping[str, Sequence[str]] = {}
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
@@ -3807,35 +3946,190 @@ class Span(NamedTuple):
     end: int
 
 
-_MARKER = re.compile(rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$")
+# How markers are found, and fences that hide them, as an example in the user's text does:
+#
+# 1. A marker has its line to itself, written as it is written here. A line that only looks like one (indented, other
+#    spaces, other case) is an error outside a fence: taken for text, it would get the file a second block.
+# 2. A code fence opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at most three
+#    spaces, closed by as many or more, or by the end of the list item it is in.
+# 3. It hides the markers in it if it is closed behind them. One that stays open hides none.
+# 4. Between a begin marker with Orchestra's banner and the end marker that is next, nothing is looked at: what is
+#    written there can neither close a fence above the block nor hide its end. So an appended block is always found.
+
+_MARKER = rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"
 _MARKER_STUB = b"<!-- orchestra:"
+_LIKE_A_MARKER = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
+_BANNER = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
+_FENCE_LINE = rb"(?m)(`{3,})[^`\n]*$|(~{3,})"
+_LIST_MARK = rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))"
+_CONFLICT = rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$"
 
 
-@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
+class Marker(NamedTuple):
+    """A line that is a marker, or looks like one: where its comment lies, and `begin`, `end` or `` for a likeness."""
+
+    start: int
+    end: int
+    kind: str
+
+
+class Markers(NamedTuple):
+    """What a shared file's lines say of its block: the markers that count, and the fence that stays open."""
+
+    found: tuple[Marker, ...] = ()
+    open_fence: int = -1  # where its line begins
+
+
 def find_block(data: bytes) -> Optional[Span]:
-    """Find the block of a shared file; markers count where they have a line to themselves.
+    """Find the block of a shared file; markers count where they have a line to themselves, outside of code fences.
 
     Raises SyncError where there is not one whole block or none.
     """
-    markers = list(_find_markers(data))
+    markers = find_markers(data).found
     if not markers:
         return None
-    kinds = [marker[2] for marker in markers]
-    if kinds != [b"begin", b"end"]:
-        lines = [1 + data.count(b"\n", 0, marker.start()) for marker in markers]
-        found = ", ".join(f"{kind.decode()} on line {line}" for kind, line in zip(kinds, lines))
-        raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
-    return Span(markers[0].start(1), markers[1].end(1))
+    kinds = [marker.kind for marker in markers]
+    if kinds == ["begin", "end"]:
+        return Span(markers[0].start, markers[1].end)
+    lines = [_line_at(data, marker.start) for marker in markers]
+    if "" in kinds:
+        at = kinds.index("")
+        line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
+        marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
+        raise SyncError(
+            f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
+            "mend that line, or delete it",
+        )
+    if len(kinds) == 1:
+        other = "end" if kinds[0] == "begin" else "begin"
+        raise SyncError(
+            f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
+            f" put the {other} marker back, or delete the {kinds[0]} marker",
+            f"put this line {'above' if other == 'begin' else 'below'} Orchestra's text:"
+            f" {BLOCK_BEGIN if other == 'begin' else BLOCK_END}",
+        )
+    found = ", ".join(f"{kind} on line {line}" for kind, line in zip(kinds, lines))
+    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
 
 
-def _find_markers(data: bytes) -> Iterator[re.Match[bytes]]:
+def _line_at(data: bytes, place: int) -> int:
+    return 1 + data.count(b"\n", 0, place)
+
+
+@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
+def find_markers(data: bytes) -> Markers:
+    """Find the markers that count; most files need no look at their fences."""
+    words = data.count(b"orchestra:") + data.count(b"Orchestra:") + data.count(b"ORCHESTRA:")
+    if not words:
+        return Markers()
+    markers = list(_find_exact_markers(data))
+    if words == len(markers) == 2 and markers[0].kind == "begin" and markers[1].kind == "end":
+        start, end = markers[0].start, markers[1].end
+        if (
+            max(
+                data.find(b"```", 0, start), data.find(b"~~~", 0, start), data.find(b"```", end), data.find(b"~~~", end)
+            )
+            < 0
+        ):
+            return Markers(tuple(markers))
+    if words > len(markers):
+        exact = {marker.start for marker in markers}
+        likenesses = [Marker(*like.span(1), "") for like in re.finditer(_LIKE_A_MARKER, data)]
+        markers = sorted([*markers, *(like for like in likenesses if like.start not in exact)])
+    return read_markers(data, markers) if markers else Markers()
+
+
+def _find_exact_markers(data: bytes) -> Iterator[Marker]:
     # A plain search first: the expression alone would try every line.
-    at = data.find(_MARKER_STUB)
+    line, at = 0, data.find(_MARKER_STUB)
     while at >= 0:
-        marker = _MARKER.match(data, data.rfind(b"\n", 0, at) + 1)
-        if marker:
-            yield marker
+        line = max(line, data.rfind(b"\n", line, at) + 1)
+        marker = re.compile(_MARKER).match(data, line)
+        if marker and marker.start(1) == at:
+            yield Marker(marker.start(1), marker.end(1), marker[2].decode())
         at = data.find(_MARKER_STUB, at + 1)
+
+
+def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
+    """Read a file line by line, and drop the markers that a fence hides (steps 2 to 4)."""
+    found: list[Marker] = []
+    hidden: list[Marker] = []  # if the fence that is open gets closed
+    items: list[int] = []  # where the text of each open list item begins
+    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
+    end = passed = seen = 0
+    while end < len(data):
+        start = end
+        end = data.find(b"\n", start) + 1 or len(data)
+        line = data[start:end]
+        text = line.lstrip(b" \t")
+        if start < passed or not text.strip():
+            continue
+        indent = len(line[: len(line) - len(text)].expandtabs(4))
+        while items and indent < items[-1]:
+            items.pop()
+        if fence and depth > len(items):  # its item has ended, and the fence with it
+            found += hidden
+            hidden, fence = [], b""
+        if seen < len(markers) and markers[seen].start < end:
+            count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
+            (hidden if fence else found).extend(markers[seen : seen + count])
+            seen += count
+            passed = markers[seen - 1].end
+        elif indent - (items[-1] if items else 0) > 3:
+            pass  # indented code, or the middle of a paragraph
+        elif fence:
+            if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
+                hidden, fence = [], b""
+        else:
+            place = _open_items(data, end - len(text), indent, items)
+            mark = re.compile(_FENCE_LINE).match(data, place)
+            if mark:
+                fence, depth, opened = mark[1] or mark[2], len(items), start
+    is_open = fence and not depth  # one in a list item would end before an appended block
+    return Markers((*found, *hidden), opened if is_open else -1)
+
+
+def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
+    """Say whether a begin marker has Orchestra's banner behind it, and an end marker for its next."""
+    if [marker.kind for marker in pair] != ["begin", "end"]:
+        return False
+    banner = re.compile(_BANNER).search(data, pair[0].end, pair[1].start)
+    return banner is not None and not data[pair[0].end : banner.start()].strip()
+
+
+def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
+    """Enter the list items that a line begins; return where its text begins."""
+    mark = re.compile(_LIST_MARK).match(data, place)
+    while mark:
+        indent += max(2, mark.end() - place)
+        items.append(indent)
+        place = mark.end()
+        mark = re.compile(_LIST_MARK).match(data, place)
+    return place
+
+
+def find_open_fence(data: bytes) -> int:
+    """Give the line of a code fence that is open at the end of a file, 0 for none."""
+    if not any(fence in data for fence in (b"```", b"~~~")):
+        return 0
+    opened = read_markers(data, ()).open_fence
+    return _line_at(data, opened) if opened >= 0 else 0
+
+
+def check_merge(data: bytes, start: int, end: int) -> None:
+    """Raise SyncError where an unfinished merge of git's touches what lies between two places."""
+    if b"<<<<<<<" not in data and b">>>>>>>" not in data and b"|||||||" not in data:
+        return
+    opened = -1
+    for mark in re.finditer(_CONFLICT, data):
+        if mark[1][:1] == b"<":
+            opened = mark.start()
+        is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
+        if start <= mark.start() < end or is_around:
+            line = _line_at(data, opened if opened >= 0 else mark.start())
+            raise SyncError(f"found git's conflict markers on line {line}: finish the merge first")
+        if mark[1][:1] == b">":
+            opened = -1
 
 
 def newline_of(data: bytes) -> bytes:
@@ -3843,16 +4137,100 @@ def newline_of(data: bytes) -> bytes:
     return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
 
 
+_LIST_GAP = rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)"
+
+_LIST_MARK_ENDS = (b"-", b"*", b"+", b".", b")")
+
+
 def digest_of(ours: bytes) -> str:
-    """Hash what is Orchestra's in a file; git may have turned its line ends into CRLF."""
-    return sha256_of(ours.replace(b"\r\n", b"\n") if b"\r" in ours else ours)
+    """Hash what is Orchestra's in a file, by its normal form.
+
+    Formatters put in blank lines, take off trailing spaces and change those behind a list marker, and git turns line
+    ends into CRLF. No such difference is an edit.
+    """
+    # Done to every file at every look, so the expression is left for those that need it.
+    text = b"\n".join(filter(None, map(bytes.rstrip, ours.split(b"\n"))))
+    if b"\t" in text or any(part.endswith(_LIST_MARK_ENDS) for part in text.split(b"  ")):
+        text = re.sub(_LIST_GAP, rb"\1 ", text)
+    return sha256_of(text)
+
+
+def exact_digest_of(ours: bytes) -> str:
+    """Hash what is Orchestra's as versions before 0.2 did, whose records are still there."""
+    return sha256_of(ours.replace(b"\r\n", b"\n"))
+
+
+_RULE = rb"(?:[-*_] ?){3,}"
+_LIST_MARKS = rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*"
+_ESCAPED = rb"\\([!-/:-@\[-`{-~])"
+_STARS = rb"[*_]+"
+_DASHES = rb"-{2,}"
+
+
+def is_reformatted(one: bytes, other: bytes) -> bool:
+    """Say whether two texts differ in nothing but what Markdown formatters rewrite without changing its meaning."""
+    first, second = (b"".join(map(_loosen, text.split(b"\n"))) for text in (one, other))
+    return first == second
+
+
+def _loosen(line: bytes) -> bytes:
+    """Take from a line what formatters choose: bullets, numbers, the marks of emphasis and fences, escapes, spaces."""
+    line = b" ".join(line.split())
+    if line.isalnum() or not line:
+        return line
+    if re.fullmatch(_RULE, line):
+        return b"---"
+    found = re.match(_LIST_MARKS, line)
+    marks = found[0] if found else b""
+    text = re.sub(_STARS, _loosen_stars, re.sub(_ESCAPED, rb"\1", line[len(marks) :]))
+    for one, other in ((b"&lt;", b"<"), (b"&gt;", b">"), (b"&amp;", b"&"), (b"~~~", b"```"), (b" ", b"")):
+        text = text.replace(one, other)
+    kinds = [b"- " if mark in (b"-", b"*", b"+") else b"1. " for mark in marks.split()]
+    return b"".join([*kinds, re.sub(_DASHES, b"-", text).strip(b"|")])
+
+
+def _loosen_stars(run: re.Match[bytes]) -> bytes:
+    around = (run.string[max(0, run.start() - 1) : run.start()], run.string[run.end() : run.end() + 1])
+    return run[0] if all(char.isalnum() or char > b"\x7f" for char in around) else b"*" * len(run[0])
+
+
+def seal_in(text: bytes) -> str:
+    """Give the seal in a text's banner, nothing where it has none."""
+    banner = re.search(_BANNER, text)
+    return banner[1].decode() if banner else ""
+
+
+def is_sealed(agent: Agent, ours: bytes) -> bool:
+    """Say whether a text is as some Orchestra wrote it: the seal in its banner is its own."""
+    banner = re.search(_BANNER, ours)
+    if banner is None:
+        return False
+    head, text = ours[: banner.start()], ours[banner.end() :]
+    if agent.owned:
+        return _is_header(agent, head) and seal_of(text) == banner[1].decode()
+    inside = text[: -len(BLOCK_END)]
+    return head.strip() == BLOCK_BEGIN.encode() and seal_of(inside) == banner[1].decode()
+
+
+def _is_header(agent: Agent, head: bytes) -> bool:
+    """Say whether an owned file begins as Orchestra has it, with whatever title."""
+    given = [line.rstrip() for line in head.decode("utf-8", "replace").split("\n") if line.strip()]
+    wanted = [line for line in agent.header.split("\n") if line]
+    return len(given) == len(wanted) and all(
+        line.startswith(start) and (title or line == start)
+        for line, (start, title, _) in zip(given, (line.partition("{title}") for line in wanted))
+    )
 
 
 def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
     """Cut out what is Orchestra's; raises SyncError for a file it cannot safely take part in."""
     if agent.owned:
+        check_merge(data, 0, len(data))
         return data
     check_text(data)
+    markers = find_markers(data).found
+    if markers:
+        check_merge(data, markers[0].start, markers[-1].end)
     span = find_block(data)
     return None if span is None else data[span.start : span.end]
 
@@ -3891,15 +4269,18 @@ def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[by
     span = None if agent.owned else find_block(before.data)
     if span is None:
         return None
-    head, tail = before.data[: span.start], re.sub(rb"\A\r?\n", b"", before.data[span.end :])
+    head, tail = before.data[: span.start], before.data[span.end :]
+    tail = tail[1 if tail[:1] == b"\n" else 2 if tail[:2] == b"\r\n" else 0 :]
     seam = (join or "").encode()
     count, newline = seam.count(b"\n"), newline_of(seam)
-    if newline_of(before.data[span.start :]) != newline:
-        newline = b"\r?\n"  # git has turned the line ends since
-    found = re.search(rb"(?:%b){0,%d}\Z" % (newline, count), head)
-    if found and (count == 2 or re.search(rb"\n%b\Z" % newline, head)):
+    has_turned = newline_of(before.data[span.start :]) != newline  # git has turned the line ends since
+    left = head
+    for _ in range(count):
+        end = newline_of(left[-2:]) if has_turned else newline
+        left = left[: -len(end)] if left.endswith(end) else left
+    if count == 2 or (left != head and left.endswith(b"\n")):
         # Two were put where the user's text had no final line end; what follows it needs one.
-        head = head[: found.start()] + (newline_of(seam) if tail and count == 2 else b"")
+        head = left + (newline_of(seam) if tail and count == 2 else b"")
     return None if join is None and not head + tail else head + tail
 
 
@@ -3918,6 +4299,33 @@ def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evi
     if wanted is None:
         return REMOVE if disk in known else EVICT if evict else RELEASE
     return UPDATE if disk in known else REPLACE
+
+
+FOREIGN = "written by another Orchestra (a colleague's registry?)"
+
+
+def leave_foreign(file: FilePlan, key: Key, seals: Sequence[str]) -> FilePlan:
+    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight.
+
+    `seals` are those of our own texts, which a formatter may have changed beyond recognition.
+    """
+    if file.action != REPLACE:
+        return file
+    agent = AGENTS_BY_PATH[file.path]
+    ours = ours_in(agent, file.before.data) or b""
+    if seal_in(ours) in seals or not is_sealed(agent, ours):
+        return file
+    note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
+    return FilePlan(file.path, SKIP, file.before, note=note)
+
+
+def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
+    """List what Orchestra is known to have written there; records of versions before 0.2 have exact digests."""
+    known = record.known(path)
+    if look.ours is None or not known or look.ours in known:
+        return known
+    ours = ours_in(AGENTS_BY_PATH[path], look.disk.data)
+    return (*known, look.ours) if exact_digest_of(ours or b"") in known else known
 
 
 REPLACE_REASON = "edited by hand, or not written by Orchestra"
@@ -4082,22 +4490,41 @@ def plan_file(
         return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem, hint=look.hint)
     agent, before = AGENTS_BY_PATH[path], look.disk
     # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
-    action = decide(look.ours, record.known(path), digest, evict=purge and not agent.owned)
+    action = decide(look.ours, known_digests(record, path, look), digest, evict=purge and not agent.owned)
     after, join = before.data if before.kind == "file" else None, None
     if action == CREATE and before.kind == "absent" and sparse().leaves_out(look.place):
         return FilePlan(path, SKIP, before, note="left alone: it is outside of git's sparse checkout")
+    if action == REPLACE and is_reformatted(ours_in(agent, before.data) or b"", render()[path]):
+        action = KEEP
     if action in (CREATE, UPDATE, REPLACE):
         after, join = merge_ours(agent, before, render()[path])
     elif action in (REMOVE, EVICT):
         after = without_ours(agent, before, record.joins.get(path))
-    note = describe_excess(agent, after) if after is not None and digest is not None else ""
-    return FilePlan(path, action, before, after, digest or "", join, note)
+    notes = describe_text(agent, before, after, join) if after is not None and digest is not None else ()
+    return FilePlan(path, action, before, after, digest or "", join, "; ".join(notes))
 
 
-def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False) -> Plan:
+def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
+    """Tell what a user should know of a file's text: it is too long, has hidden characters, stands in a code fence."""
+    excess = describe_excess(agent, after)
+    if excess:
+        yield excess
+    if not after.isascii():
+        hidden = describe_hidden((ours_in(agent, after) or b"").decode("utf-8", "replace"))
+        if hidden:
+            yield hidden
+    fence = find_open_fence(before.data) if join is not None else 0
+    if fence:
+        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
+
+
+def plan_codebase(
+    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False, take_over: bool = False
+) -> Plan:
     """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
 
-    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more.
+    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more. With `take_over`
+    the text of another registry's Orchestra is replaced like a hand edit, otherwise left.
     """
     root = find_root(home, codebase, owners, purge)
     old_record = load_record(home, codebase.key)
@@ -4127,6 +4554,8 @@ def plan_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {},
         plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge, sparse)
         for path, look in _without_twins(looks)
     )
+    if not take_over:
+        files = tuple(leave_foreign(file, codebase.key, record.seals.get(file.path, ())) for file in files)
     source_done = "" if any(file.problem for file in files) else source
     new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
     return Plan(root, files, old_record, new_record, left_root, left)
@@ -4263,6 +4692,7 @@ def load_record(home: str, key: Key) -> Optional[Record]:
             [str(folder) for folder in values["folders"] if _stays_inside(folder)],
             str(values["source"]),
             str(values.get("root", "")),
+            {str(path): [str(seal) for seal in seals] for path, seals in values.get("seals", {}).items()},
         )
         # What is no text of a file's or of its name was not written by Orchestra.
         os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
@@ -4359,12 +4789,18 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
             elif file.before.kind == "absent":
                 joins.pop(file.path, None)
             folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
+    seals = dict(record.seals)
+    for file in files:
+        written = seal_in(file.after or b"") if file.digest else ""
+        if written:
+            seals[file.path] = list(dict.fromkeys([written, *seals.get(file.path, ())]))[:MAX_EARLIER]
     return Record(
         record.synced_at,
         new_files,
         {path: digests for path, digests in sorted(earlier.items()) if digests},
         joins,
         sorted(folders),
+        seals=seals,
     )
 
 
@@ -4392,16 +4828,20 @@ def sync_codebase(
     dry_run: bool = False,
     purge: bool = False,
     clock: Clock = time.time,
+    take_over: bool = False,
 ) -> SyncCodebaseResult:
-    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result."""
+    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result.
+
+    With `take_over` the text of another registry's Orchestra is replaced, otherwise left.
+    """
     key = codebase.key
     has_leftovers = False
     try:
         if dry_run:
-            plan = plan_codebase(home, codebase, owners, purge)
+            plan = plan_codebase(home, codebase, owners, purge, take_over)
         else:
             with _codebase_turn(home, codebase, clock) as lock:
-                plan = _sync_until_done(home, codebase, owners, purge, lock, clock)
+                plan = _sync_until_done(home, codebase, owners, purge, lock, clock, take_over)
             has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
@@ -4418,13 +4858,14 @@ def _sync_until_done(
     purge: bool,
     lock: Lock,
     clock: Clock,
+    take_over: bool,
 ) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
     adopt_record(home, codebase, owners)
     written: dict[str, FilePlan] = {}
     left = Plan("", (), None, Record())
     for tries in range(MAX_TRIES):
-        plan = plan_codebase(home, codebase, owners, purge)
+        plan = plan_codebase(home, codebase, owners, purge, take_over)
         if tries == 0 and not (purge or plan.is_done or is_current(home, codebase)):
             # Saved, or removed, since it was read: whoever writes last must write the newest.
             if not os.path.lexists(codebase_path(home, codebase.key)):
@@ -4681,8 +5122,11 @@ def run_pipeline(
     dry_run: bool = False,
     registry: Optional[Registry] = None,
     progress: Callable[[int, int, Key], None] = lambda done, total, key: None,
+    take_over: bool = False,
 ) -> list[SyncCodebaseResult]:
     """Sync what `scope` names, one codebase after the other; each one's errors are in its result.
+
+    `take_over` is for a user who named the codebases: it replaces what another registry's Orchestra wrote there.
 
     The command line and the daemon both come through here. Raises RegistryError for a name that is not one
     codebase's, IoError for a registry that cannot be read.
@@ -4696,7 +5140,8 @@ def run_pipeline(
         if key in registry.broken:
             results.append(failed_result(key, registry.broken[key]))
         else:
-            results.append(sync_codebase(home, registry.codebases[key], registry.owners, dry_run))
+            codebase = registry.codebases[key]
+            results.append(sync_codebase(home, codebase, registry.owners, dry_run, take_over=take_over))
     return results
 
 
@@ -4754,20 +5199,21 @@ def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
         by_kind.setdefault(ORPHAN, []).append(shorten_home(home, f"{plan.left_root}/{file.path}"))
     if problems:
         return ERROR, "; ".join(map(str, problems))
+    foreign = [file.path for file in plan.files if file.note.startswith(FOREIGN)]
+    left = [f"{', '.join(foreign)}: {FOREIGN}"] if foreign else []
     if not plan.writes:
-        return CURRENT, ""
+        return CURRENT, "".join(left)
     if record is None:
-        return NEVER_SYNCED, ""
+        return NEVER_SYNCED, "".join(left)
     stale = [
         f"{what}: {', '.join(by_kind[kind])}"
         for kind, what in ((MISSING, MISSING), (BLOCK_MISSING, BLOCK_MISSING), (STALE, "registry changed"))
         if kind in by_kind
     ]
     if stale:
-        return STALE, "; ".join(stale)
-    if MODIFIED in by_kind:
-        return MODIFIED, ", ".join(by_kind[MODIFIED])
-    return ORPHAN, ", ".join(by_kind[ORPHAN])
+        return STALE, "; ".join([*stale, *left])
+    status = MODIFIED if MODIFIED in by_kind else ORPHAN
+    return status, "; ".join([", ".join(by_kind[status]), *left])
 
 
 def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
@@ -4837,10 +5283,13 @@ def _lines_of(data: bytes) -> list[str]:
 
 
 def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}) -> tuple[str, tuple[Problem, ...]]:
-    """Write a unified diff of what sync would do, with the problems that keep files out of it."""
+    """Write a unified diff of what a sync of this codebase would do, with the problems that keep files out of it.
+
+    What does not show on a terminal, or moves its cursor, is spelt out.
+    """
     import difflib
 
-    plan = plan_codebase(home, codebase, owners)
+    plan = plan_codebase(home, codebase, owners, take_over=True)
     parts: list[str] = []
     for file in plan.files:
         if file.writes and file.action != RELEASE:
@@ -4849,7 +5298,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
             target = "/dev/null" if file.after is None else f"b/{file.path}"
             for line in difflib.unified_diff(old, new, source, target):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return "".join(parts), plan_problems(home, codebase.key, plan)
+    return show_hidden("".join(parts)), plan_problems(home, codebase.key, plan)
 
 
 # ── 9 Watching ────────────────────────────────────────────────────────────────
@@ -5676,7 +6125,8 @@ class Log:
 
 def _log_value(value: object) -> str:
     text = str(value)
-    return text if re.fullmatch(r"[^\s\"=]+", text) else json.dumps(text, ensure_ascii=False)
+    is_word = text.isprintable() and re.fullmatch(r"[^\s\"=]+", text)
+    return text if is_word else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 class LogFile:
@@ -7522,7 +7972,7 @@ def _register_new(home: str, registry: Registry, key: Key, path: str, project_ty
     create_registry_file(home, project_path(home, key[0]), {"name": key[0], "created_at": now})
     if not create_registry_file(home, codebase_path(home, key), values_of(codebase)):
         raise RegistryError(f"codebase {label_for(key)}: expected a free name, found it registered meanwhile")
-    evidence = "as you said" if project_type else found.evidence
+    evidence = "as you said" if project_type else visible(found.evidence)
     print(f"registered {label_for(key)}: {codebase.projects[0].project_type} ({evidence})")
     print(f"  targets: {', '.join(targets) or 'none'} ({source})")
     print(f"  edit:    {shorten_home(home, codebase_path(home, key))}")
@@ -7620,7 +8070,7 @@ def _key_of_current_folder(home: str, registry: Registry) -> Key:
 def sync_and_report(
     home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
 ) -> int:
-    results = run_pipeline(home, scope, dry_run, registry, show_progress)
+    results = run_pipeline(home, scope, dry_run, registry, show_progress, take_over=scope.names is not None)
     if not dry_run:
         forget_replaced(home, [result.key for result in results])
     if as_json:
