@@ -1271,6 +1271,19 @@ def test_a_version_that_cannot_be_finished_leaves_nothing(home: Home, monkeypatc
     assert os.listdir(backups_folder(home)) == []
 
 
+def test_a_version_that_cannot_be_dropped_is_told_once_the_new_one_is_kept(home: Home, monkeypatch: Any) -> None:
+    for minute in MINUTES[:12]:
+        put_files(backups_folder(home) / minute, {"CLAUDE.md": minute})
+
+    def fail(*args: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(orchestra, "_drop_version", fail)
+    with pytest.raises(orchestra.IoError, match="permission denied"):
+        keep(home, b"new")
+    assert kept_texts(home)[-1] == b"new"
+
+
 def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(home: Home, monkeypatch: Any) -> None:
     put_files(backups_folder(home) / ".orchestra-old.tmp", {"CLAUDE.md": "half"})
 
