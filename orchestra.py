@@ -1781,9 +1781,10 @@ def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
 
 
 def _is_abandoned(path: str, clock: Clock) -> bool:
-    """Tell whether the process that made a temporary file is gone, or has had all the time it can need."""
+    """Tell whether the process that made a temporary file is gone, or had all the time it can need; raises OSError."""
     process, _ = _parse_temporary(os.path.basename(path))
-    return _is_gone(process) or file_age(path, clock) > TEMPORARY_LIFETIME
+    info = os.lstat(path)
+    return _is_gone(process) or clock() - max(info.st_mtime, info.st_ctime) > TEMPORARY_LIFETIME
 
 
 def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
