@@ -7137,6 +7137,19 @@ def test_newcomers_that_keep_their_places_give_way_in_time(act: Callable[[Channe
     assert len(exchange.server.clients) == 7
 
 
+def test_the_oldest_of_those_that_say_nothing_gives_way_though_it_sends_bytes() -> None:
+    exchange = Exchange(max_clients=8)
+    trickling = Channel()
+    exchange.connect(*[Channel(STATUS + b"\n") for _ in range(6)], trickling)
+    exchange.clock.now += 0.8 * orchestra.SILENT_GRACE
+    young = exchange.connect(Channel())
+    exchange.clock.now += 0.2 * orchestra.SILENT_GRACE
+    trickling.incoming += b"{"
+    exchange.board.run()
+    assert exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies[0]["ok"]
+    assert trickling.is_closed and not young.is_closed
+
+
 def test_silent_clients_are_dropped_in_time() -> None:
     exchange = Exchange()
     silent = exchange.connect(Channel())
