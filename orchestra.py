@@ -3805,6 +3805,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
 KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
 REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
 MAX_EARLIER = 24  # hashes remembered a file
+MAX_SEALS = 120  # remembered a codebase
 MAX_TRIES = 5  # at a file that somebody else keeps saving
 MAX_MANAGED_FILE = 8 << 20  # bytes
 MAX_LINK_TEXT = 255  # bytes of a file that may be a link as git writes it
@@ -3819,8 +3820,8 @@ class Record(NamedTuple):
     (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
     the user's text and an appended block, `folders` the folders made for managed files, `source` what `files` were
     rendered from, `root` the real path of the folder they are in, ~/... below the home folder so that a copy of that is
-    on its own ("" in records of older versions), `seals` those in the banners of `files` and `earlier`: a formatter's
-    work on our text is not another Orchestra's.
+    on its own ("" in records of older versions), `seals` those in the banners of all of them: our own text, however old
+    or reformatted, is not another Orchestra's.
     """
 
     synced_at: str = ""
@@ -3830,7 +3831,7 @@ class Record(NamedTuple):
     folders: Sequence[str] = ()
     source: str = ""
     root: str = ""
-    seals: Mapping[str, Sequence[str]] = {}
+    seals: Sequence[str] = ()
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
@@ -4042,9 +4043,10 @@ def find_markers(data: bytes) -> Markers:
 
 def _find_exact_markers(data: bytes) -> Iterator[Marker]:
     # A plain search first: the expression alone would try every line.
-    line, at = 0, data.find(_MARKER_STUB)
+    line, passed, at = 0, 0, data.find(_MARKER_STUB)
     while at >= 0:
-        line = max(line, data.rfind(b"\n", line, at) + 1)
+        line = max(line, data.rfind(b"\n", passed, at) + 1)
+        passed = at
         marker = re.compile(_MARKER).match(data, line)
         if marker and marker.start(1) == at:
             yield Marker(marker.start(1), marker.end(1), marker[2].decode())
@@ -4305,19 +4307,33 @@ def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evi
 FOREIGN = "written by another Orchestra (a colleague's registry?)"
 
 
-def leave_foreign(file: FilePlan, key: Key, seals: Sequence[str]) -> FilePlan:
-    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight.
-
-    `seals` are those of our own texts, which a formatter may have changed beyond recognition.
-    """
+def leave_foreign(home: str, file: FilePlan, key: Key) -> FilePlan:
+    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight."""
     if file.action != REPLACE:
         return file
     agent = AGENTS_BY_PATH[file.path]
     ours = ours_in(agent, file.before.data) or b""
-    if seal_in(ours) in seals or not is_sealed(agent, ours):
+    if not is_sealed(agent, ours) or is_own_seal(home, seal_in(ours)):
         return file
     note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
     return FilePlan(file.path, SKIP, file.before, note=note)
+
+
+def is_own_seal(home: str, seal: str) -> bool:
+    """Say whether a seal is of this home, for whatever codebase: one may have been renamed, or have changed hands."""
+    for folder, _, names in os.walk(hashes_root(home)):
+        for name in names:
+            path = os.path.join(folder, name)
+            with suppress(OSError, IoError):
+                info = os.stat(path)
+                if seal in _seals_in_record(path, info.st_mtime_ns, info.st_size):
+                    return True
+    return False
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
+    return frozenset(re.findall('"([0-9a-f]{8})"', read_disk(path).data.decode("utf-8", "replace")))
 
 
 def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
@@ -4556,7 +4572,7 @@ def plan_codebase(
         for path, look in _without_twins(looks)
     )
     if not take_over:
-        files = tuple(leave_foreign(file, codebase.key, record.seals.get(file.path, ())) for file in files)
+        files = tuple(leave_foreign(home, file, codebase.key) for file in files)
     source_done = "" if any(file.problem for file in files) else source
     new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
     return Plan(root, files, old_record, new_record, left_root, left)
@@ -4693,7 +4709,7 @@ def load_record(home: str, key: Key) -> Optional[Record]:
             [str(folder) for folder in values["folders"] if _stays_inside(folder)],
             str(values["source"]),
             str(values.get("root", "")),
-            {str(path): [str(seal) for seal in seals] for path, seals in values.get("seals", {}).items()},
+            [str(seal) for seal in values.get("seals", ())],
         )
         # What is no text of a file's or of its name was not written by Orchestra.
         os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
@@ -4790,11 +4806,8 @@ def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record
             elif file.before.kind == "absent":
                 joins.pop(file.path, None)
             folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
-    seals = dict(record.seals)
-    for file in files:
-        written = seal_in(file.after or b"") if file.digest else ""
-        if written:
-            seals[file.path] = list(dict.fromkeys([written, *seals.get(file.path, ())]))[:MAX_EARLIER]
+    seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
+    seals = list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS]
     return Record(
         record.synced_at,
         new_files,
