@@ -5213,21 +5213,19 @@ def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
         by_kind.setdefault(ORPHAN, []).append(shorten_home(home, f"{plan.left_root}/{file.path}"))
     if problems:
         return ERROR, "; ".join(map(str, problems))
-    foreign = [file.path for file in plan.files if file.note.startswith(FOREIGN)]
-    left = [f"{', '.join(foreign)}: {FOREIGN}"] if foreign else []
     if not plan.writes:
-        return CURRENT, "".join(left)
+        return CURRENT, ""
     if record is None:
-        return NEVER_SYNCED, "".join(left)
+        return NEVER_SYNCED, ""
     stale = [
         f"{what}: {', '.join(by_kind[kind])}"
         for kind, what in ((MISSING, MISSING), (BLOCK_MISSING, BLOCK_MISSING), (STALE, "registry changed"))
         if kind in by_kind
     ]
     if stale:
-        return STALE, "; ".join([*stale, *left])
+        return STALE, "; ".join(stale)
     status = MODIFIED if MODIFIED in by_kind else ORPHAN
-    return status, "; ".join([", ".join(by_kind[status]), *left])
+    return status, ", ".join(by_kind[status])
 
 
 def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
@@ -7104,6 +7102,9 @@ class Daemon:
                 self._replaced.note(result.key, notes)
             for path, note in notes.items():
                 self._log.warning("replaced hand-written text", file=f"{label_for(result.key)}: {path}", note=note)
+            for file in result.files:
+                if file.note.startswith(FOREIGN):
+                    self._log.warning("left alone", file=f"{label_for(result.key)}: {file.path}", note=file.note)
         if self._to_retry and self._retry_at is None:
             self._retry_at = self._clock() + RETRY_INTERVAL
 

@@ -3687,7 +3687,8 @@ def test_two_registries_do_not_replace_each_others_text_for_ever(home: Home, pat
     assert contents(root) == first
     entry = other.staleness()
     assert entry["status"] == "current"
-    assert entry["detail"] == f"{path}: written by another Orchestra (a colleague's registry?)"
+    note = f"{path}: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api"
+    assert entry["detail"] == note
     assert other.run("sync", "--all", "--check").status == 0
     assert "+- two" in other.run_fine("diff", "api").out
     ran = other.sync("api")
@@ -3719,7 +3720,7 @@ def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
     home.sync()
     os.unlink(orchestra.codebase_path(home.path, ("shop", "api")))
     home.register("shop/web", path=str(root), targets=["codex"], notes=["two"])
-    assert home.sync().lines == ["replace  shop/web AGENTS.md"]
+    assert home.sync().lines == ["update   shop/web AGENTS.md"]
 
 
 def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
@@ -8386,10 +8387,10 @@ def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
     monkeypatch.setattr(orchestra, "RETRY_INTERVAL", 0.02)
     sync_codebase, tries = orchestra.sync_codebase, []
 
-    def fail_at_first(home: str, codebase: orchestra.Codebase, *args: Any) -> Any:
+    def fail_at_first(home: str, codebase: orchestra.Codebase, *args: Any, **options: Any) -> Any:
         tries.append(codebase.key)
         if codebase.name != "api" or tries.count(codebase.key) > 3:
-            return sync_codebase(home, codebase, *args)
+            return sync_codebase(home, codebase, *args, **options)
         file = orchestra.FilePlan("CLAUDE.md", orchestra.SKIP, problem="open elsewhere", retry=True)
         return orchestra.SyncCodebaseResult(*codebase.key, (file,), (orchestra.Problem("shop/api", "open elsewhere"),))
 
@@ -10442,7 +10443,7 @@ def leave_a_temporary(place: Place) -> Path:
     """Leave what a sync does that was killed while it wrote a file."""
     codebase = orchestra.load_codebase(place.path, "demo", "c")
     with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(place.path, codebase, time.time) as lock:
-        left = Path(lock.new_temporary(str(place.code)))
+        left = place.code / lock.new_temporary("CLAUDE.md")
         left.write_text("half")
         raise KeyboardInterrupt
     return left
