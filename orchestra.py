@@ -68,6 +68,13 @@ def narrow_import_path() -> None:
     own += [f"{folder}/lib-dynload" for folder in own]  # Python's own stay, wherever the user stands
     shut_out = {*map(identify, strangers)} - {*map(identify, own)}
     sys.path[:] = [path for path in sys.path if identify(path) not in shut_out]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        folder = file.replace("/__init__.py", ".py").rpartition("/")[0]
+        is_pythons = name != "__main__" and any(identify(f"{own[0]}/{name}{end}") for end in ("", ".py"))
+        if is_pythons and folder and identify(folder) in shut_out:  # for sitecustomize, or a .pth file
+            sys.stderr.write(f"orchestra: {file} was loaded in place of Python's own {name}\n  try: unset PYTHONPATH\n")
+            sys.exit(2)
 
 
 if __name__ == "__main__":

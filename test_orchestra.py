@@ -9714,6 +9714,20 @@ def test_started_as_a_script_it_runs_no_code_of_other_folders(place: Place, trap
     assert (place.code / "CLAUDE.md").exists()
 
 
+@pytest.mark.parametrize("name", ["colorsys.py", "wsgiref/__init__.py", ""])
+def test_a_module_that_python_itself_took_from_pythonpath_is_told_in_one_line(place: Place, name: str) -> None:
+    word = name.partition("/")[0].partition(".")[0]
+    put_files(
+        place.folder / "x", {"sitecustomize.py": f"import {word}" if name else "", **({name: ""} if name else {})}
+    )
+    done = place.run(sys.executable, SCRIPT, "project", "list", environ={"PYTHONPATH": str(place.folder / "x")})
+    if name:
+        told = f"orchestra: {place.folder}/x/{name} was loaded in place of Python's own {word}"
+        assert (done.returncode, done.stderr.splitlines()) == (2, [told, "  try: unset PYTHONPATH"])
+    else:
+        assert done.returncode == 0, done
+
+
 def test_python_m_pip_runs_no_code_of_the_current_folder(place: Place, traps: Any, bare_python: str) -> None:
     folder, ran = traps
     for environ in ({}, {"PYTHONPATH": str(folder)}):
