@@ -450,7 +450,7 @@ class FileChanged(Exception):
     """The file changed after planning. Internal: whoever writes tries again, or reports it."""
 
 
-class FileBusy(OrchestraError):
+class FileBusy(SyncError):
     """A program has the file open for writing, and goes on."""
 
     def __init__(self) -> None:
@@ -995,7 +995,10 @@ def settle_swap(swap: Swap, place: Place, aside: str) -> bool:
 
     Raises OSError, IoError.
     """
-    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in swap.hashes)
+    hashes = list(swap.hashes)
+    if read_disk(place.name, 0, place.folder).kind == "absent":
+        hashes = hashes[1:]  # the old text gets its name back, which it lost in a plain rename
+    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in hashes)
     return _take_back(swap, place, aside) if released is None else released
 
 
@@ -1147,8 +1150,10 @@ def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int])
 @functools.cache
 def _find_rename() -> Optional[Callable[..., int]]:
     """Find the rename with flags, renameat2(2) of Linux or renameatx_np(2) of macOS; None where there is neither."""
-    import ctypes
-
+    try:
+        import ctypes
+    except ImportError:  # a Python built without libffi
+        return None
     libc = ctypes.CDLL(None, use_errno=True)
     rename = getattr(libc, "renameatx_np", None) or getattr(libc, "renameat2", None)
     return None if rename is None else lambda *arguments: ctypes.get_errno() if rename(*arguments) else 0
@@ -1253,7 +1258,7 @@ def release_temporaries(
     while somebody may be writing to it, and while the turn that made it may still run. Raises OSError, IoError.
     """
     try:
-        folder = os.open(path, FOLDER)
+        folder = os.open(path, FOLDER | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False  # who may not list a folder has written nothing there, or is told so when he does
     try:
@@ -1491,6 +1496,9 @@ def try_lock(path: str) -> Optional[int]:
                     os.close(fd)
                     return None
                 time.sleep(0.01)  # is_locked takes it for an instant
+            except OSError:  # a file system without locks
+                os.close(fd)
+                raise
     return fd
 
 
@@ -1800,7 +1808,7 @@ def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
     for folder in folders:
         if is_temporary_name(os.path.basename(folder)):
             is_left = folder == temporary_path(os.path.dirname(folder), left.token)
-            with blame(folder):
+            with blame(folder), suppress(FileNotFoundError):  # it may have got its name meanwhile
                 if is_left or _is_abandoned(folder, clock):
                     remove_private_folder(folder)
     sweep_folders(folders, left)  # which older versions of Orchestra wrote there
@@ -3040,7 +3048,7 @@ def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
     aside = aside_root(home)
 
     def back_up_aside(label: str, disk: Disk) -> None:
-        project, codebase, name = label.split("/", 2)
+        project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
         back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
 
     def back_up_left(folder: str, name: str, disk: Disk) -> None:
@@ -3815,6 +3823,7 @@ MAX_EARLIER = 24  # hashes remembered a file
 MAX_SEALS = 120  # remembered a codebase
 MAX_TRIES = 5  # at a file that somebody else keeps saving
 MAX_MANAGED_FILE = 8 << 20  # bytes
+MAX_MARKERS_TOLD = 4  # in the message about a file with too many
 MAX_LINK_TEXT = 255  # bytes of a file that may be a link as git writes it
 YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
 YOUNG_PAUSE = 0.2  # seconds
@@ -3929,8 +3938,8 @@ class SyncCodebaseResult(NamedTuple):
 
     @property
     def retry(self) -> bool:
-        """Tell whether another sync, a little later, has something to do."""
-        return self.has_leftovers or any(file.retry for file in self.files)
+        """Tell whether a file that was left alone may be written in a little while."""
+        return any(file.retry for file in self.files)
 
     @property
     def written(self) -> list[str]:
@@ -4000,8 +4009,8 @@ def find_block(data: bytes) -> Optional[Span]:
     kinds = [marker.kind for marker in markers]
     if kinds == ["begin", "end"]:
         return Span(markers[0].start, markers[1].end)
-    lines = [_line_at(data, marker.start) for marker in markers]
-    if "" in kinds:
+    lines = [_line_at(data, marker.start) for marker in markers[:MAX_MARKERS_TOLD]]
+    if "" in kinds[:MAX_MARKERS_TOLD]:
         at = kinds.index("")
         line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
         marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
@@ -4017,7 +4026,8 @@ def find_block(data: bytes) -> Optional[Span]:
             f"put this line {'above' if other == 'begin' else 'below'} Orchestra's text:"
             f" {BLOCK_BEGIN if other == 'begin' else BLOCK_END}",
         )
-    found = ", ".join(f"{kind} on line {line}" for kind, line in zip(kinds, lines))
+    found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
+    found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
     raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
 
 
@@ -4057,7 +4067,8 @@ def _find_exact_markers(data: bytes) -> Iterator[Marker]:
         marker = re.compile(_MARKER).match(data, line)
         if marker and marker.start(1) == at:
             yield Marker(marker.start(1), marker.end(1), marker[2].decode())
-        at = data.find(_MARKER_STUB, at + 1)
+        next_line = data.find(b"\n", at)  # a marker has a line to itself
+        at = data.find(_MARKER_STUB, next_line) if next_line >= 0 else -1
 
 
 def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
@@ -4431,7 +4442,7 @@ def find_sparse(root: str) -> Sparse:
         if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
             return Sparse()
         text = read_disk(f"{git}/info/sparse-checkout", MAX_MANAGED_FILE).data.decode()
-    except (IoError, UnicodeDecodeError):
+    except (IoError, ValueError):  # not text, or no path
         return Sparse()
     return Sparse(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
 
@@ -4611,7 +4622,7 @@ def _has_owner(owners: Mapping[str, Key], folder: str) -> bool:
 
 def _check_not_emptied(home: str, codebase: Codebase, root: str) -> None:
     """Raise SyncError where nothing is left in a folder that was synced before: perhaps its disk is not mounted."""
-    with os.scandir(root) as entries:
+    with blame(root), os.scandir(root) as entries:
         if next(entries, None) is None:
             raise SyncError(
                 f"{root}: the folder is empty now, but was synced before: is its disk mounted?",
@@ -4962,7 +4973,8 @@ def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> b
     if left.swap:
         with blame(os.path.dirname(left.swap.path)):
             label_of = functools.partial(_label_in, root)
-            folders = [os.path.join(root, folder) for folder in MANAGED_FOLDERS]
+            folders = [real_path(os.path.join(root, folder)) for folder in MANAGED_FOLDERS]
+            folders = [folder for folder in folders if f"{folder}/".startswith(root.rstrip("/") + "/")]
             stays = settle_left(left.swap, folders, label_of, aside_of(home, key))
     stays |= _release_temporaries(home, key, root, left, clock)
     sweep_folders([os.path.dirname(record_path(home, key))], left)
@@ -4981,9 +4993,13 @@ def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover
     """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
     stays = False
     for folder, paths in MANAGED_FOLDERS.items():
+        try:
+            place = os.path.dirname(check_parents(root, paths[0]))
+        except SyncError:
+            continue  # it leads out of the codebase, or is none
         keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
-        with blame(os.path.join(root, folder)):
-            stays |= release_temporaries(os.path.join(root, folder), left, keep, clock)
+        with blame(place):
+            stays |= release_temporaries(place, left, keep, clock)
     return stays
 
 
@@ -4999,8 +5015,10 @@ def _back_up_left(
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
-    # The folder that was left comes before all: only once nothing of it is to be done is it forgotten.
+    # The folder that was left comes before all: it is forgotten once nothing more can be done there.
     left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
+    if any(file.retry for file in left):
+        return plan._replace(files=(), left=left)
     if left and plan.old_record:
         _remove_spare_folders(plan.left_root, plan.old_record._replace(files={f.path: "" for f in left if f.problem}))
     record = plan.record._replace(synced_at=now_rfc3339(clock))
@@ -5461,8 +5479,10 @@ class InotifySource(PollingSource):
     EVENT = 32  # bytes of an event with a short name; one with the longest has 272
 
     def __init__(self) -> None:
-        import ctypes
-
+        try:
+            import ctypes
+        except ImportError as error:  # a Python built without libffi
+            raise OSError(errno.ENOSYS, "this Python has no ctypes") from error
         super().__init__()
         self._libc: Any = ctypes.CDLL(None, use_errno=True)
         self._get_errno = ctypes.get_errno
@@ -6397,7 +6417,8 @@ class ReplacedText:
             self.forget(key)  # damaged
 
     def note(self, key: Key, notes: Mapping[str, str]) -> None:
-        self._notes[key] = {**self._notes.get(key, {}), **notes}
+        is_told = os.path.lexists(replaced_path(self._home, key))  # else somebody has dealt with the earlier ones
+        self._notes[key] = {**(self._notes.get(key, {}) if is_told else {}), **notes}
         self._noted_at[key] = self._clock()
         data = json.dumps({"at": self._noted_at[key], "notes": self._notes[key]}).encode()
         with suppress(IoError):  # the log has it
@@ -6463,10 +6484,13 @@ class SyncProcessor:
     def finish(self) -> list[SyncJob]:
         """End after the running job, and return those that were still queued."""
         left: list[SyncJob] = []
-        while not self.jobs.empty():
-            job = self.jobs.get_nowait()
-            if job is not None:
-                left.append(job)
+        import queue
+
+        with suppress(queue.Empty):  # the worker may have taken the last one
+            while True:
+                job = self.jobs.get_nowait()
+                if job is not None:
+                    left.append(job)
         self.jobs.put(None)
         return left
 
@@ -6520,13 +6544,15 @@ class SyncProcessor:
 
 def give_memory_back() -> None:
     """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
-    import ctypes
     import gc
 
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
+    with suppress(ImportError):  # a Python built without libffi
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
 
 
 # The socket server
@@ -7083,7 +7109,8 @@ class Daemon:
         job = outcome.job
         if job.source == "watcher":
             self._watch_job_runs = False
-            self._failed |= job.changed if outcome.error else frozenset()
+        if outcome.error and job.source in ("watcher", "start"):
+            self._failed |= job.changed or {EVERYTHING}
         self._doubt(job, outcome.suspects)
         self._note_results(outcome)
         self._log_outcome(outcome)  # before the reply: whoever has that finds the log's line
@@ -7102,6 +7129,8 @@ class Daemon:
     def _note_results(self, outcome: JobOutcome) -> None:
         for result in outcome.results:
             (self._to_retry.add if result.retry else self._to_retry.discard)(result.key)
+            if result.has_leftovers or result.errors:
+                self._failed |= {result.key}  # a folder may come back, a lock be free
             if outcome.job.source == "socket":
                 self._replaced.forget(result.key)
             notes = {file.path: file.note for file in result.files if file.action in BACKED_UP}
@@ -7229,7 +7258,7 @@ def describe_lock_holder(home: str) -> str:
         try:
             pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
             os.kill(pid, 0)
-        except (IoError, ValueError, OSError):
+        except (IoError, ValueError, OSError, OverflowError):
             time.sleep(STATUS_PAUSE)  # it is starting
             continue
         when = time.localtime(started_at)
@@ -8050,7 +8079,10 @@ def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     print_result(result)
     if not result.errors:
         remove_private(record_path(home, key))
-    return report_all(result.errors)
+        return OK
+    name, path = args.name.rpartition("/")[2], shorten_home(home, codebase_root(home, registry.codebases[key]))
+    again = f"orchestra init {path} -p {key[0]} --name {name}, then remove it once more"
+    return report_all(problem._replace(hint=f"mend that; {again}") for problem in result.errors)
 
 
 def _check_can_purge(home: str, registry: Registry, key: Key) -> None:

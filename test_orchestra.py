@@ -4403,6 +4403,24 @@ def test_a_file_outside_of_a_sparse_checkout_is_not_made(home: Home, patterns: A
     assert home.status_of() == "current"
 
 
+def test_a_folder_that_cannot_be_listed_is_one_line_and_the_others_go_on(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    (root / "CLAUDE.md").unlink()
+    home.make_codebase("shop/good")
+    root.chmod(0o311)
+    ran = home.run_as_nobody("sync", "--all")
+    root.chmod(0o755)
+    assert ran.complaints == [f"orchestra: shop/api: {root}: permission denied"]
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize("git", ["gitdir: a\0b", b"gitdir: \xff", "gitdir:", "[core]\nsparseCheckout = true"])
+def test_an_odd_git_file_is_no_sparse_checkout(home: Home, git: Any) -> None:
+    home.make_codebase("shop/api", {".git": git}, targets=["cursor"])
+    assert home.sync().lines == [f"create   shop/api {CURSOR}"]
+
+
 @pytest.mark.parametrize("targets", [["claude", "codex"], ALL_TARGETS])
 def test_a_folder_that_was_synced_and_is_empty_now_is_not_written_to(home: Home, targets: list[str]) -> None:
     root = home.make_codebase("shop/api", {"code.py": ""}, targets=targets)
@@ -7549,6 +7567,26 @@ def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Live) -> None
     put_files(root, {"README.md": "not empty: an emptied folder is another matter"})
     assert orchestra.request_sync(served.path, "api")["written"] == 1
     assert served.status()["problems"] == []
+
+
+def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Live, turned: orchestra.Daemon) -> None:
+    text = live.text("shop/api")
+    root = live.code / "shop/api"
+    root.rmdir()
+    put_files(live.projects, {"shop/api.yaml": text})
+    turn_until(turned, lambda: "expected the codebase's folder, found none" in live.log())
+    root.mkdir()
+    turned._rescan_at = 0.0
+    turn_until(turned, lambda: live.has("first"))
+    assert live.log().count("expected the codebase's folder") <= 2 and turned.status()["problems"] == []
+
+
+def test_a_queue_that_the_worker_empties_meanwhile_ends_well(home: Home) -> None:
+    processor = orchestra.SyncProcessor(home.path, orchestra.load_cache(home.path), lambda: None)
+    processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
+    empty = processor.jobs.empty
+    processor.jobs.empty = lambda: empty() or processor.jobs.get() is None  # type: ignore[method-assign]
+    assert len(processor.finish()) <= 1
 
 
 def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Live) -> None:
@@ -12918,7 +12956,7 @@ def test_what_is_written_to_a_file_whose_writers_cannot_be_told_is_kept(
         assert home.sync().lines == [] and b"u1x" in everything_below(aside)
         opened.write(b"u2x\n")
     result = sync_later(home)
-    assert (result.errors, result.retry, aside.exists()) == ((), False, False)
+    assert (result.errors, result.has_leftovers, aside.exists()) == ((), False, False)
     assert user_words(home.backups()["CLAUDE.md"]) == {b"u1x", b"u2x"}
     assert home.leftovers() == []
 
@@ -12931,9 +12969,9 @@ def test_a_file_whose_writers_cannot_be_told_goes_after_a_minute_without_a_chang
     home.sync()
     aside = Path(orchestra.aside_of(home.path, API))
     result = sync_later(home, orchestra.ASIDE_TIME - 30)
-    assert result.retry and os.listdir(aside) != []
+    assert result.has_leftovers and os.listdir(aside) != []
     result = sync_later(home, orchestra.ASIDE_TIME + 30)
-    assert (result.retry, aside.exists(), home.backups(), home.leftovers()) == (False, False, {}, [])
+    assert (result.has_leftovers, aside.exists(), home.backups(), home.leftovers()) == (False, False, {}, [])
     assert scene.is_new()
 
 
@@ -12948,14 +12986,39 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
     tell_no_writers(monkeypatch)
     with open(scene.file, "ab", buffering=0) as opened:
         result = sync_later(home, 0)
-        assert (result.errors, result.retry) == ((), True)
+        assert (result.errors, result.has_leftovers) == ((), True)
         opened.write(b"u1x\n")
     (left,) = scene.root.glob(".orchestra-kept-*.tmp")
     assert b"u1x" in left.read_bytes()
-    assert sync_later(home, 0).retry and left.exists()
-    assert not sync_later(home).retry and not left.exists()
+    assert sync_later(home, 0).has_leftovers and left.exists()
+    assert not sync_later(home).has_leftovers and not left.exists()
     assert b"u1x" in home.backups()["CLAUDE.md"]
     assert Path(orchestra.codebase_lock_path(home.path, API)).read_bytes() == b""
+
+
+@pytest.mark.parametrize("end", ["an error", "an interrupt", "a kill"])
+@pytest.mark.parametrize("operation", range(4))
+def test_a_replacing_that_ends_half_way_leaves_the_old_text_or_the_new(
+    home: Home, monkeypatch: Any, way_to_replace: str, end: str, operation: int
+) -> None:
+    scene = set_scene(home)
+    before = scene.file.read_bytes()
+
+    def stop(number: int) -> None:
+        if number == operation:
+            if end == "a kill":
+                kill_now(0)
+            raise KeyboardInterrupt if end == "an interrupt" else OSError(errno.EIO, "Input/output error")
+
+    def sync() -> None:
+        with instants(monkeypatch, scene.file, after=stop):
+            orchestra.run_pipeline(home.path, orchestra.SyncScope.all())
+
+    run_killed(sync)
+    assert scene.file.exists() or end == "a kill"
+    home.sync()
+    assert b"mine\n" in scene.file.read_bytes() and b"second" in scene.file.read_bytes() != before
+    assert sync_later(home).errors == () and home.backups() == {} and home.leftovers() == []
 
 
 HOLD = """
@@ -13000,6 +13063,40 @@ def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
         write()
     assert not sync_later(home).errors
     assert scene.user_text().endswith(b"u1x\n") and b"second" in scene.file.read_bytes()
+
+
+@needs_leases
+def test_a_file_that_is_busy_in_the_folder_that_was_left_is_cleared_later(home: Home) -> None:
+    scene = set_scene(home)
+    put_files(home.code / "other", {"code.py": ""})
+    home.register("shop/api", path=str(home.code / "other"), targets=["claude"])
+    with open(scene.file, "ab"):
+        ran = home.run("sync", "--all")
+        assert ran.complaints == [f"orchestra: shop/api: {scene.file}: another program has it open for writing"]
+    assert f"remove   shop/api {scene.file}" in home.sync().lines
+    assert scene.file.read_text() == "mine\n" and home.sync().lines == []
+
+
+@needs_leases
+def test_a_purge_that_meets_a_busy_file_says_how_to_finish_it(home: Home) -> None:
+    scene = set_scene(home)
+    with open(scene.file, "ab"):
+        ran = home.run("project", "remove", "api", "--purge")
+    hint = re.search(r"try: mend that; orchestra (.*), then remove it once more", ran.err)
+    assert ran.status == 2 and hint
+    home.run_fine(*shlex.split(hint[1]))
+    home.run_fine("project", "remove", "api", "--purge")
+    assert scene.file.read_text() == "mine\n"
+
+
+@needs_leases
+def test_a_restore_of_a_busy_file_names_it(home: Home) -> None:
+    scene = set_scene(home)
+    edit(scene.file, "# api", "# mine")
+    home.sync()
+    with open(scene.file, "ab"):
+        ran = home.run("restore", "api")
+    assert ran.complaints == [f"orchestra: {scene.file}: another program has it open for writing"]
 
 
 @needs_leases
@@ -13146,12 +13243,25 @@ def test_a_save_in_a_temporary_file_that_nobody_tells_of_is_backed_up(
     assert home.leftovers() == []
 
 
+@pytest.mark.parametrize("folder", [".cursor", ".cursor/rules"])
+def test_temporary_files_outside_of_the_codebase_are_left_alone(home: Home, folder: str) -> None:
+    outside = home.code / "outside"
+    put_files(outside, {f".orchestra-{DEAD}-aa-1-x.tmp": "u1x\n", f"rules/.orchestra-{DEAD}-aa-1-x.tmp": "u1x\n"})
+    home.make_codebase("shop/api", {folder: link_to(str(outside))}, targets=["claude", "cursor"])
+    before = tree(outside)
+    for lock in ("", "1-dead\n"):
+        Path(orchestra.codebase_lock_path(home.path, API)).parent.mkdir(parents=True, exist_ok=True)
+        Path(orchestra.codebase_lock_path(home.path, API)).write_text(lock)
+        home.run("sync", "--all")
+        assert tree(outside) == before
+
+
 def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude"])
     left = root / f".orchestra-{os.getpid()}-aa-1-CLAUDE.md.tmp"
     left.write_text("u1x\n")
-    assert sync_later(home, 0).retry and left.exists()
-    assert not sync_later(home, orchestra.ASIDE_TIME + 10).retry
+    assert sync_later(home, 0).has_leftovers and left.exists()
+    assert not sync_later(home, orchestra.ASIDE_TIME + 10).has_leftovers
     assert home.backups() == {"CLAUDE.md": b"u1x\n"}
     assert not left.exists()
 
