@@ -760,46 +760,28 @@ def sync_folder(path: str) -> None:
         os.close(fd)
 
 
-def _copy_metadata(place: Place, expected: Disk, fd: int) -> int:
+def _copy_metadata(like: int, place: Place, fd: int) -> int:
     """Give a file the owner, group and extended attributes of the one it is to replace.
 
     Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
-    FileChanged for a file that is not `expected` by its size and mode, OSError for another user's, whom the new one
-    would lock out.
+    OSError for another user's file, whom the new one would lock out.
     """
-    with _open_expected(place, expected) as like:
-        old, new = os.fstat(like), os.fstat(fd)
-        if old.st_uid != new.st_uid and os.geteuid() != 0:
-            reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
-            raise OSError(errno.EACCES, reason, place.path)
-        is_guarded = True
-        try:
-            if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-                os.fchown(fd, old.st_uid, old.st_gid)
-        except OSError:
-            is_guarded = False
-        try:
-            _copy_attributes(like, fd)
-        except OSError as error:
-            is_guarded = is_guarded and error.errno == errno.ENOTSUP
-    return expected.mode if is_guarded else expected.mode & ~0o077
-
-
-@contextmanager
-def _open_expected(place: Place, expected: Disk) -> Iterator[int]:
+    old, new = os.fstat(like), os.fstat(fd)
+    if old.st_uid != new.st_uid and os.geteuid() != 0:
+        reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
+        raise OSError(errno.EACCES, reason, place.path)
+    is_guarded = True
     try:
-        fd = os.open(place.name, READING, dir_fd=place.folder)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.fchown(fd, old.st_uid, old.st_gid)
+    except OSError:
+        is_guarded = False
+    try:
+        _copy_attributes(like, fd)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP):
-            raise FileChanged(place.path) from error
-        raise
-    try:
-        info = os.fstat(fd)
-        if (info.st_size, info.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
-            raise FileChanged(place.path)
-        yield fd
-    finally:
-        os.close(fd)
+        is_guarded = is_guarded and error.errno == errno.ENOTSUP
+    mode = stat.S_IMODE(old.st_mode)
+    return mode if is_guarded else mode & ~0o077
 
 
 def _copy_attributes(like: int, fd: int) -> None:
@@ -881,23 +863,43 @@ def _is_open_for_writing(process: str, number: str) -> bool:
     return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
 
 
-def _refuse_busy(place: Place, lock: Lock) -> None:
-    """Step 1: wait until no program has the file open for writing; raises FileBusy."""
+@contextmanager
+def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
+    """Step 1: open a file that no program has open for writing, if it is `expected` by its size and mode.
+
+    Raises FileBusy where a program goes on, FileChanged for another file or none, OSError.
+    """
     deadline = time.monotonic() + WRITER_PATIENCE
     while True:
         try:
             fd = os.open(place.name, READING, dir_fd=place.folder)
-        except OSError:
-            return  # the steps that follow say what stands there
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP):
+                raise FileChanged(place.path) from error
+            raise
         try:
-            info, writers = os.fstat(fd), find_writers(fd)
+            info = os.fstat(fd)
+            writers = _find_writers_now(fd, info, lock)
+            if writers == NO:
+                if (info.st_size, info.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
+                    raise FileChanged(place.path)
+                yield fd
+                return
+            if writers == MAYBE or time.monotonic() > deadline:
+                raise FileBusy
         finally:
             os.close(fd)
-        if writers == NO or (writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy):
-            return
-        if writers == MAYBE or time.monotonic() > deadline:
-            raise FileBusy
         time.sleep(WRITER_PAUSE)
+
+
+def _find_writers_now(fd: int, info: os.stat_result, lock: Lock) -> str:
+    """Tell whether a program has a file open for writing, MAYBE where only /proc says so; a lease is given back."""
+    writers = find_writers(fd)
+    if writers == NO:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or programs that open it wait until we have written ours
+    elif writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy:
+        writers = NO
+    return writers
 
 
 # Replacing, placing and removing
@@ -915,11 +917,11 @@ def replace_file(
     if expected.kind == "absent":
         _create_file(place, data, lock, mode, durable)
         return
-    _refuse_busy(place, lock)
     temporary = lock.new_temporary(place.name)
     try:
-        dress = functools.partial(_copy_metadata, place, expected)
-        _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
+        with _open_idle(place, expected, lock) as old:
+            dress = functools.partial(_copy_metadata, old, place)
+            _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
         if durable and read_disk(place.name, folder=place.folder) != expected:  # the disk took its time
             raise FileChanged(place.path)
         swap = _announce(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
@@ -951,7 +953,8 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
     """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError."""
     if read_disk(place.name, folder=place.folder) != expected:
         raise FileChanged(place.path)
-    _refuse_busy(place, lock)
+    with _open_idle(place, expected, lock):
+        pass
     temporary = lock.new_temporary(place.name)
     swap = _announce(place, temporary, [sha256_of(expected.data)], lock)
     with _settled(place, lock):
