@@ -417,6 +417,7 @@ LOCK_TIMEOUT = 30.0  # seconds
 MAX_LEFTOVER = 64 << 10  # bytes of a lock file
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
+MAX_ASIDE = 64 << 20  # bytes of a file that was set aside: a larger one stays
 ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is let go
 NO, MAYBE, YES = "no", "maybe", "yes"  # whether somebody writes to a file
 ACL = "system.posix_acl_access"  # acl(5)
@@ -1234,7 +1235,7 @@ def release_aside(
         writers, info = find_writers(fd), os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             return True
-        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)):
+        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)) or info.st_size > MAX_ASIDE:
             return False
         found = _read_opened(fd)
         if not is_known(found):
@@ -1648,6 +1649,11 @@ def back_up(
         for backup in versions_to_drop(kept, time_name(now)):
             _drop_version(folder, backup, temporary)
     return kept[-1].when
+
+
+def can_be_kept_as(name: str) -> bool:
+    """Tell whether a name that a temporary file gives is one that a version can have."""
+    return bool(name) and "/" not in name and not name.startswith((".", "\0"))
 
 
 def significant_text(path: str, data: bytes) -> bytes:
@@ -3006,7 +3012,8 @@ def _label_for_file(path: str) -> str:
     """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
     folder, name = os.path.split(path)
     key = (os.path.basename(folder), os.path.splitext(name)[0])
-    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name or "leftover.yaml")
+    name = name if can_be_kept_as(name) else "leftover.yaml"
+    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
 
 @contextmanager
@@ -3638,7 +3645,7 @@ def many_lines(text: str, indent: str = "  ") -> str:
     """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
     if is_plain(text):
         return text
-    lines = defuse(text).strip("\n").split("\n")
+    lines = defuse(text).strip().split("\n")
     if "@" in text:
         safe: list[str] = []
         done = 0
@@ -3668,7 +3675,7 @@ def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def paragraphs(text: str) -> str:
     """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
-    text = text.strip()
+    text = defuse(text).strip()
     return many_lines(text, "") if all(map(_is_tame, text.split("\n"))) else f"- {many_lines(text)}"
 
 
@@ -4441,7 +4448,9 @@ def find_sparse(root: str) -> Sparse:
         link = read_disk(git, MAX_MANAGED_FILE).data.decode()  # a worktree's .git is a file
         if link.startswith("gitdir:"):
             git = os.path.join(top, link[7:].strip())
-        settings = b"".join(read_disk(f"{git}/{name}", MAX_MANAGED_FILE).data for name in ("config", "config.worktree"))
+        common = os.path.join(git, read_disk(f"{git}/commondir", MAX_LINK_TEXT).data.decode().strip())
+        files = (f"{common}/config", f"{git}/config.worktree")
+        settings = b"".join(read_disk(file, MAX_MANAGED_FILE).data for file in files)
         if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
             return Sparse()
         text = read_disk(f"{git}/info/sparse-checkout", MAX_MANAGED_FILE).data.decode()
@@ -4575,7 +4584,8 @@ def plan_codebase(
     wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
     unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
     looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
-    if record.files and all(look.disk.kind == "absent" for look in looks.values()):
+    is_same = record.root in ("", spell_path(home, root))  # another folder may well be empty
+    if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
         _check_not_emptied(home, codebase, root)
     if purge:
         ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
@@ -4605,17 +4615,20 @@ def _plan_leaving(
     """Plan what becomes of the files in the folder where a codebase was before, as for a dropped target.
 
     Return what the record says of the new folder, the old folder, and the plans. A folder that was moved, and is
-    there no more, is the same folder.
+    there no more, is the same folder; one that is a link, or on the way to which is one now, is not looked at.
     """
     old = expand_home(home, record.root)
     with blame(old):
         if old in ("", root) or not os.path.isdir(old) or os.path.samefile(old, root):
             return record, "", ()
     here = Record(record.synced_at, earlier={path: record.known(path) for path in {**record.files, **record.earlier}})
-    if old == home or _has_owner(owners, old):
+    if real_path(old) != expand_home(real_path(home), record.root) or old == home or _has_owner(owners, old):
         return here, "", ()
-    paths = [path for path in record.files if path in AGENTS_BY_PATH]
-    files = tuple(plan_file(path, look_at(old, path), record, None, dict, False) for path in paths)
+    places = {look_at(root, path).place for path in AGENTS_BY_PATH}
+    looks = {path: look_at(old, path) for path in record.files if path in AGENTS_BY_PATH}
+    files = tuple(
+        plan_file(path, look, record, None, dict, False) for path, look in looks.items() if look.place not in places
+    )
     return here, old, tuple(file for file in files if file.writes or file.problem)
 
 
@@ -4880,6 +4893,9 @@ def sync_codebase(
             has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
     except OrchestraError as error:
         return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
+    except OSError as error:  # of one codebase alone: the others go on
+        place = f"{label_for(key)}: {error.filename}" if error.filename else label_for(key)
+        return failed_result(key, [Problem(place, explain_os_error(error), hint_for_os_error(error))])
     # Without their bytes: a result may be one of thousands.
     left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
     files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
@@ -4907,11 +4923,12 @@ def _sync_until_done(
                 return plan._replace(files=())
             codebase = reread_codebase(home, codebase.key)
             continue
-        if not plan.is_done:
+        if tries == 0 or not plan.is_done:
             try:
                 lock.has_kept |= _release_temporaries(home, codebase.key, plan.root, None, clock)
             except IoError:
                 lock.has_kept = True  # the next turn tries again
+        if not plan.is_done:
             plan = apply_plan(home, codebase.key, plan, lock, clock)
         left = plan if plan.left else left
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
@@ -5011,20 +5028,30 @@ def _back_up_left(
 ) -> None:
     """Back up a temporary file from a managed folder; its name may not tell which of its `paths` it belongs to."""
     label = paths[0] if len(paths) == 1 else os.path.join(folder, "leftover.md")
-    if name:
+    if can_be_kept_as(name):
         label = _label_in(root, os.path.join(root, folder, name))
     _back_up_aside(home, key, clock, label, disk)
 
 
 def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
-    # The folder that was left comes before all: it is forgotten once nothing more can be done there.
+    # The folder that was left comes before all, and stays recorded until nothing of Orchestra's is there.
     left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
     if any(file.retry for file in left):
         return plan._replace(files=(), left=left)
+    has_left = not any(file.problem for file in left)
+    if plan.left_root:
+        with suppress(IoError):
+            stays = _release_temporaries(home, key, plan.left_root, None, clock)
+            lock.has_kept |= stays
+            has_left = has_left and not stays
     if left and plan.old_record:
-        _remove_spare_folders(plan.left_root, plan.old_record._replace(files={f.path: "" for f in left if f.problem}))
+        spare = [f for f in plan.old_record.folders if not f"{plan.root}/".startswith(f"{plan.left_root}/{f}/")]
+        files_there = {file.path: "" for file in left if file.problem}
+        _remove_spare_folders(plan.left_root, plan.old_record._replace(files=files_there, folders=spare))
     record = plan.record._replace(synced_at=now_rfc3339(clock))
+    if plan.old_record and not has_left:
+        record = record._replace(root=plan.old_record.root)
     known = plan.old_record.files if plan.old_record and not plan.left_root else {}
     # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
     doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
@@ -5277,7 +5304,7 @@ def check_staleness(
         plan = plan_codebase(home, codebase, owners)
         record = plan.old_record
         status, detail = judge_plan(home, plan)
-    except OrchestraError as error:
+    except (OrchestraError, OSError) as error:
         return Staleness(*codebase.key, ERROR, str(error), *_last_sync(home, codebase.key, clock), tasks)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
@@ -8240,6 +8267,8 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
 
 def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
     kept = [backup.file for backup in backups if backup.path == path]
+    if kept and not kept[-1].endswith(".yaml"):
+        raise SyncError(f"{path}: no instruction file of an agent has this name", f"it is kept as {kept[-1]}")
     if kept:
         import shlex
 

@@ -2650,6 +2650,11 @@ HOSTILE = [
     "\ud800",
     "# heading",
     "   ",
+    "\x85\n\n~~~",
+    " x\n\n```",
+    "  \n\n```",
+    "a\n\n\f~~~",
+    " ]()\n\n<?",
 ]
 
 
@@ -2710,6 +2715,7 @@ def test_all_eight_targets_are_valid_whatever_the_registry_holds(text: str) -> N
         agent = orchestra.AGENTS_BY_PATH[path]
         assert b"\r" not in data and not data.startswith(b"\xef\xbb\xbf")
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", data.decode())
+        assert not re.search(rb"(?m)^ *- ?\n\n +\S", data), "what follows is in no list item"
         if agent.owned:
             assert re.search(rb"[^\n]\n\Z", data)
             assert BEGIN not in data and END not in data
@@ -4403,6 +4409,19 @@ def test_a_file_outside_of_a_sparse_checkout_is_not_made(home: Home, patterns: A
     assert home.status_of() == "current"
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_a_sparse_worktree_has_its_settings_in_the_common_folder(home: Home) -> None:
+    root = home.code / "repo"
+    put_files(root, {COPILOT: "the team's\n", "src/code.py": ""})
+    for command in ("init -q", "add .", "commit -qm x", "config core.sparseCheckout true"):
+        run_git(root, *command.split())
+    run_git(root, "worktree", "add", "-q", "--no-checkout", str(home.code / "shop/api"))
+    put_files(root, {".git/worktrees/api/info/sparse-checkout": "/src/\n"})
+    run_git(home.code / "shop/api", "read-tree", "-mu", "HEAD")
+    home.register("shop/api", targets=["copilot"])
+    assert home.sync().lines == [] and not (home.code / "shop/api" / COPILOT).exists()
+
+
 def test_a_folder_that_cannot_be_listed_is_one_line_and_the_others_go_on(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude"])
     home.sync()
@@ -4482,6 +4501,88 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
         assert {"CLAUDE.md", CLINE} <= set(left)
     assert home.backups() == {}
     assert home.run_fine("sync", "api").lines == [] and home.status_of() == "current"
+
+
+def test_codebases_that_change_places_are_given_each_others_text(home: Home) -> None:
+    for name in ("api", "web"):
+        home.make_codebase(f"shop/{name}", {"code.py": ""}, targets=["codex"])
+    home.sync()
+    for name, path in (("api", "web"), ("web", "api")):
+        home.register(f"shop/{name}", path=str(home.code / "shop" / path), targets=["codex"])
+    ran = home.sync()
+    assert "left alone" not in ran.err
+    for name, path in (("api", "web"), ("web", "api")):
+        assert f"# {name}\n" in (home.code / "shop" / path / "AGENTS.md").read_text()
+    assert home.sync().lines == []
+
+
+def test_another_folder_may_be_empty_when_the_old_one_is_gone(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
+    home.sync()
+    shutil.rmtree(root)
+    (home.code / "new").mkdir()
+    home.register("shop/api", path=str(home.code / "new"), targets=["claude"])
+    assert home.sync().lines == ["create   shop/api CLAUDE.md"]
+
+
+@pytest.mark.parametrize("place", ["last", "above"])
+def test_nothing_is_taken_out_of_a_folder_that_the_old_path_leads_to_by_a_link(home: Home, place: str) -> None:
+    (home.code / "shop/x").mkdir(parents=True)
+    root = home.make_codebase("shop/x/api", {"code.py": ""})
+    os.unlink(orchestra.codebase_path(home.path, ("shop", "x/api")))
+    home.register("shop/api", path=str(root), targets=["claude"])
+    home.sync()
+    shutil.copytree(home.code / "shop/x", home.code / "shop/clone")
+    shutil.copytree(home.code / "shop/x", home.code / "shop/moved")
+    shutil.rmtree(home.code / "shop/x")
+    if place == "above":
+        (home.code / "shop/x").symlink_to("clone")
+    else:
+        (home.code / "shop/x").mkdir()
+        (home.code / "shop/x/api").symlink_to("../clone/api")
+    home.register("shop/api", path=str(home.code / "shop/moved/api"), targets=["claude"])
+    before = tree(home.code / "shop/clone")
+    home.sync()
+    assert tree(home.code / "shop/clone") == before
+
+
+@pytest.mark.parametrize("inner", [".cursor/rules", "packages/web"])
+def test_a_path_may_move_into_the_old_folder_and_out_of_it(home: Home, inner: str) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude", "cursor"])
+    home.sync()
+    (root / inner).mkdir(parents=True, exist_ok=True)
+    home.register("shop/api", path=str(root / inner), targets=["claude"])
+    home.sync()
+    assert (root / inner / "CLAUDE.md").exists() and not (root / "CLAUDE.md").exists()
+    put_files(root, {".git/config": ""})
+    home.register("shop/api", path=str(root), targets=["claude"])
+    home.sync()
+    assert (root / "CLAUDE.md").exists() and not (root / inner / "CLAUDE.md").exists()
+    assert home.sync().lines == []
+
+
+def test_a_file_that_the_old_folder_and_the_new_one_share_stays(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["cursor"])
+    home.sync()
+    put_files(home.code / "shop", {".git/config": "", ".cursor": link_to("api/.cursor")})
+    home.register("shop/api", path=str(home.code / "shop"), targets=["cursor"])
+    home.sync()
+    assert (root / CURSOR).exists() and home.status_of() == "current"
+
+
+def test_what_was_set_aside_in_the_folder_that_was_left_is_let_go_there(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
+    home.sync()
+    kept = root / f".orchestra-kept-{DEAD}-aa-{'0' * 64}-CLAUDE.md.tmp"
+    kept.write_text("u1x\n")
+    tell_no_writers(monkeypatch)
+    put_files(home.code / "other", {"code.py": ""})
+    home.register("shop/api", path=str(home.code / "other"), targets=["claude"])
+    assert sync_later(home, 0).has_leftovers and kept.exists()
+    sync_later(home)
+    assert not kept.exists() and home.backups()["CLAUDE.md"] == b"u1x\n"
+    sync_later(home, 300)
+    assert not sync_later(home, 300).has_leftovers
 
 
 def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
@@ -13254,6 +13355,50 @@ def test_temporary_files_outside_of_the_codebase_are_left_alone(home: Home, fold
         Path(orchestra.codebase_lock_path(home.path, API)).write_text(lock)
         home.run("sync", "--all")
         assert tree(outside) == before
+
+
+@pytest.mark.parametrize("name", [".", "..", ".orchestra.json", "..%2F..", "a%2Fb", "%2Fetc"])
+@pytest.mark.parametrize("kind", ["", "kept"])
+def test_the_name_of_a_temporary_file_leads_nowhere(home: Home, name: str, kind: str) -> None:
+    head = f".orchestra-kept-{DEAD}-aa-{'0' * 64}-" if kind else f".orchestra-{DEAD}-aa-1-"
+    root = home.make_codebase("shop/api", {f"{head}{name}.tmp": "u1x\n"}, targets=["claude"])
+    for _ in range(2):
+        home.sync()
+    assert b"u1x\n" in home.backups().values() and home.leftovers() == []
+    assert (root / "CLAUDE.md").exists()
+    kept = [path for path, data in contents(Path(orchestra.backups_root(home.path))).items() if data == b"u1x\n"]
+    assert [re.sub(r"/\d{8}T.*Z/", "/TIME/", path) for path in kept] == ["shop/api/TIME/leftover.md"] or "%" in name
+
+
+def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> None:
+    file = home.write_registry(f"shop/.orchestra-{DEAD}-aa-1-...tmp", "u1x\n")
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n"})
+    orchestra.clear_registry(home.path)
+    kept = [path for path, data in contents(Path(orchestra.backups_root(home.path))).items() if data == b"u1x\n"]
+    assert not file.exists() and [path.partition("/2")[0] for path in kept] == ["unknown/unknown"]
+
+
+def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    huge = root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp"
+    huge.write_bytes(b"")
+    os.truncate(huge, orchestra.MAX_ASIDE + 1)
+    assert sync_later(home).has_leftovers and huge.exists()
+
+
+def test_a_temporary_file_is_found_though_there_is_nothing_else_to_do(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    (root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp").write_text("u1x\n")
+    assert home.sync().lines == []
+    assert (home.backups(), home.leftovers()) == ({"CLAUDE.md": b"u1x\n"}, [])
+
+
+def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(home: Home) -> None:
+    home.make_codebase("shop/api", {f".orchestra-{DEAD}-aa-1.tmp": "u1x\n"}, targets=["claude"])
+    home.sync()
+    ran = home.run("restore", "api", "leftover.md")
+    assert "no instruction file of an agent has this name" in ran.err and "cp " not in ran.err
 
 
 def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
