@@ -4434,6 +4434,22 @@ def test_a_folder_that_cannot_be_listed_is_one_line_and_the_others_go_on(home: H
     assert (home.code / "shop/good/CLAUDE.md").exists()
 
 
+def test_one_codebases_error_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
+    for name in ("api", "good"):
+        home.make_codebase(f"shop/{name}", targets=["claude"])
+    real = orchestra.find_root
+
+    def fail(home: str, codebase: orchestra.Codebase, *args: Any, **options: Any) -> str:
+        if codebase.name == "api":
+            raise OSError(errno.EIO, "Input/output error", "/the/disk")
+        return real(home, codebase, *args, **options)
+
+    monkeypatch.setattr(orchestra, "find_root", fail)
+    ran = home.run("sync", "--all")
+    assert (ran.status, ran.complaints) == (2, ["orchestra: shop/api: /the/disk: input/output error"])
+    assert (home.code / "shop/good/CLAUDE.md").exists() and home.status_of() == "error"
+
+
 @pytest.mark.parametrize("git", ["gitdir: a\0b", b"gitdir: \xff", "gitdir:", "[core]\nsparseCheckout = true"])
 def test_an_odd_git_file_is_no_sparse_checkout(home: Home, git: Any) -> None:
     home.make_codebase("shop/api", {".git": git}, targets=["cursor"])
