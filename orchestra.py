@@ -7972,7 +7972,18 @@ def register(home: str, key: Key, path: str, project_type: Optional[str], sync: 
     else:
         _register_new(home, registry, key, path, project_type)
         _tell_of_outer(registry, path)
-    return sync_and_report(home, load_registry(home), SyncScope.codebase(label_for(key))) if sync else OK
+    registry = load_registry(home)
+    if sync:
+        return sync_and_report(home, registry, SyncScope.codebase(label_for(key)))
+    if key in registry.codebases:
+        _tell_of_foreign_text(sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True))
+    return OK
+
+
+def _tell_of_foreign_text(result: SyncCodebaseResult) -> None:
+    for file in result.files:
+        if file.note.startswith(FOREIGN):
+            say(f"note: {label_for(result.key)}: {file.path}: {file.note}")
 
 
 def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:

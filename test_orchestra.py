@@ -3729,6 +3729,17 @@ def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
     assert home.sync().lines == ["update   shop/web AGENTS.md"]
 
 
+def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
+    home.sync()
+    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    ran = other.run_fine("init", str(root), "-p", "shop")
+    assert (
+        ran.err
+        == f"note: shop/api: AGENTS.md: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api\n"
+    )
+
+
 def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
     home.sync()
