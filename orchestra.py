@@ -5015,8 +5015,8 @@ def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover
     for folder, paths in MANAGED_FOLDERS.items():
         try:
             place = os.path.dirname(check_parents(root, paths[0]))
-        except SyncError:
-            continue  # it leads out of the codebase, or is none
+        except (SyncError, OSError):
+            continue  # it leads out of the codebase, is none, or cannot be reached: who writes there is told
         keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
         with blame(place):
             stays |= release_temporaries(place, left, keep, clock)
