@@ -11320,7 +11320,8 @@ class Picture(NamedTuple):
 
 
 def is_kept_version(name: str) -> bool:
-    return not any(part.startswith(".orchestra") for part in name.split("/"))
+    """Tell whether a file below the backups is a version, and not what was set aside for a minute, as on a Mac."""
+    return not any(part.startswith((".orchestra", ".aside")) for part in name.split("/"))
 
 
 def is_temporary(name: str) -> bool:
@@ -11507,7 +11508,7 @@ class Stage:
         """
         folder = self.before.code.get(os.path.relpath(place, self.home.code))
         is_there = folder is not None and stat.S_ISDIR(folder.mode)
-        is_spare = name in ("unlink", "remove") and is_temporary(place)
+        is_spare = (name in ("unlink", "remove") and is_temporary(place)) or "/.aside" in place
         return name in ("link", "read", "rmdir") or (name == "mkdir" and is_there) or is_spare
 
     def check_nothing_lost(self) -> None:
@@ -11532,7 +11533,10 @@ class Stage:
         return b"\n".join((*code, *registry))
 
     def check_recovery(self, has_rubbish: bool = False) -> None:
-        """Give the command again, and see the disk as if nothing had happened; `has_rubbish` allows empty folders."""
+        """Give the command again, and see the disk as if nothing had happened.
+
+        `has_rubbish` allows empty folders and, where writers cannot be told, what stays for a minute.
+        """
         self.scenario.mend(self.home)
         if self.argv[0] == "sync":
             self.sync()
@@ -11541,7 +11545,8 @@ class Stage:
         now = Picture.of(self.home)
         tidy = without_rubbish if has_rubbish else dict
         assert tidy(now.code) == tidy(self.after.code)
-        assert now.registry == self.after.registry
+        registry = {name: data for name, data in now.registry.items() if not (has_rubbish and is_temporary(name))}
+        assert registry == self.after.registry
         assert without_registry(now.backups) == without_registry(self.after.backups)
         for folder in Path(orchestra.backups_root(self.home.path)).glob("*/*/*"):
             assert [name for name in contents(folder) if is_kept_version(name)], f"{folder} is empty"
@@ -11549,7 +11554,7 @@ class Stage:
         assert written == [] or not self.scenario.stays_synced
         for name in ("home", "code"):
             for _, folders, names in os.walk(self.home.folder / name):
-                assert not any(map(is_temporary, (*folders, *names))), (folders, names)
+                assert (has_rubbish and not IS_LINUX) or not any(map(is_temporary, (*folders, *names)))
         self.check_locks()
 
     def sync(self, dry_run: bool = False) -> list[str]:
@@ -11688,7 +11693,7 @@ def fail_at_each(stage: Stage, error: int, sticky: bool, numbers: Iterable[int])
         with blamed_on(stage, number, f"{errno.errorcode[error]}, {sticky=}, {hooked.hit} failed at"):
             stage.check_report(hooked)
             stage.check_nothing_lost()
-            stage.check_recovery(has_rubbish=hooked.hit[0] in ("rmdir", "read"))
+            stage.check_recovery(has_rubbish=hooked.hit[0] in ("rmdir", "read") or not IS_LINUX)
     return count
 
 
@@ -12787,7 +12792,8 @@ class Scene(NamedTuple):
         """Give all that the user can find again: the file, and what is kept of it."""
         now = self.file.read_bytes() if self.file.is_file() else b""
         folder = Path(orchestra.backups_of(self.home.path, API))
-        return b"\n".join([now, *(kept.read_bytes() for kept in folder.glob("*/CLAUDE.md"))])
+        aside = Path(orchestra.aside_of(self.home.path, API))  # where writers cannot be told, for a minute
+        return b"\n".join([now, *(kept.read_bytes() for kept in (*folder.glob("*/CLAUDE.md"), *aside.glob("*")))])
 
     def is_new(self) -> bool:
         return b"second" in self.file.read_bytes() and self.home.sync().lines == []
@@ -13124,6 +13130,7 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
     assert Path(orchestra.codebase_lock_path(home.path, API)).read_bytes() == b""
 
 
+@needs_leases
 @pytest.mark.parametrize("end", ["an error", "an interrupt", "a kill"])
 @pytest.mark.parametrize("operation", range(4))
 def test_a_replacing_that_ends_half_way_leaves_the_old_text_or_the_new(
@@ -13348,6 +13355,7 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
 DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
+@needs_leases
 @pytest.mark.parametrize("folder", [".", ".github", "gh", ".cursor/rules", ".agents/rules"])
 @pytest.mark.parametrize("is_linked", [False, True])
 @pytest.mark.parametrize("has_name", [False, True])
@@ -13384,6 +13392,7 @@ def test_temporary_files_outside_of_the_codebase_are_left_alone(home: Home, fold
         assert tree(outside) == before
 
 
+@needs_leases
 @pytest.mark.parametrize("name", [".", "..", ".orchestra.json", "..%2F..", "a%2Fb", "%2Fetc"])
 @pytest.mark.parametrize("kind", ["", "kept"])
 def test_the_name_of_a_temporary_file_leads_nowhere(home: Home, name: str, kind: str) -> None:
@@ -13397,6 +13406,7 @@ def test_the_name_of_a_temporary_file_leads_nowhere(home: Home, name: str, kind:
     assert [re.sub(r"/\d{8}T.*Z/", "/TIME/", path) for path in kept] == ["shop/api/TIME/leftover.md"] or "%" in name
 
 
+@needs_leases
 def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> None:
     file = home.write_registry(f"shop/.orchestra-{DEAD}-aa-1-...tmp", "u1x\n")
     put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n"})
@@ -13413,6 +13423,7 @@ def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
     assert sync_later(home).has_leftovers and huge.exists()
 
 
+@needs_leases
 def test_a_temporary_file_is_found_though_there_is_nothing_else_to_do(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude"])
     home.sync()
@@ -13421,6 +13432,7 @@ def test_a_temporary_file_is_found_though_there_is_nothing_else_to_do(home: Home
     assert (home.backups(), home.leftovers()) == ({"CLAUDE.md": b"u1x\n"}, [])
 
 
+@needs_leases
 def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(home: Home) -> None:
     home.make_codebase("shop/api", {f".orchestra-{DEAD}-aa-1.tmp": "u1x\n"}, targets=["claude"])
     home.sync()
@@ -13438,6 +13450,7 @@ def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: 
     assert not left.exists()
 
 
+@needs_leases
 def test_a_temporary_file_with_the_text_that_is_in_the_file_is_removed_without_a_backup(home: Home) -> None:
     root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
     (root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp").write_text("mine\n")
@@ -13445,6 +13458,7 @@ def test_a_temporary_file_with_the_text_that_is_in_the_file_is_removed_without_a
     assert (home.backups(), home.leftovers()) == ({}, [])
 
 
+@needs_leases
 @pytest.mark.parametrize(
     "after", ["rename the codebase", "remove it and register it anew", "lose all but the registry"]
 )
