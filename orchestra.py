@@ -401,12 +401,14 @@ def expand_home(home: str, path: str) -> str:
 #     a newer save keeps its name. Whichever file has lost its name is let go as in step 5, or else set aside.
 #
 # What is set aside goes to the backups (`Lock.aside`), or keeps a temporary name where those are on another disk. It
-# is looked at again by the next turn and by the daemon (`collect_aside`) and removed once nobody writes to it, or,
-# where that cannot be told, a minute after its last change; a text that is not the expected one is backed up first.
+# is looked at again by the next turn (`collect_aside`; the daemon takes one for a codebase) and removed once nobody
+# writes to it, or, where that cannot be told, a minute after its last change; a text that is not the expected one is
+# backed up first.
 #
 # Where names cannot be exchanged, the old file gets a second name (or that name alone) before step 4, which then is a
-# plain rename: a file saved by renaming in between is lost (README, What remains). Removing a file is the same with a
-# rename to the temporary name as step 4.
+# plain rename: a file saved by renaming in between is lost (README, What remains). If that is cut short while the name
+# is bare, `settle_swap` gives the old file its name back. Removing a file is the same with a rename to the temporary
+# name as step 4.
 #
 # Linux tells writers by refusing a read lease, and the lease is held until the file is gone: an open for writing
 # that comes meanwhile breaks it and is seen. Two writers are not seen: one whose open(2) had found the file before
@@ -4069,15 +4071,13 @@ def find_markers(data: bytes) -> Markers:
 
 
 def _find_exact_markers(data: bytes) -> Iterator[Marker]:
-    # A plain search first: the expression alone would try every line.
-    line, passed, at = 0, 0, data.find(_MARKER_STUB)
+    # A plain search first: the expression alone would try every line. A marker has a line to itself.
+    exact, at = re.compile(_MARKER), data.find(_MARKER_STUB)
     while at >= 0:
-        line = max(line, data.rfind(b"\n", passed, at) + 1)
-        passed = at
-        marker = re.compile(_MARKER).match(data, line)
+        marker = exact.match(data, data.rfind(b"\n", 0, at) + 1)
         if marker and marker.start(1) == at:
             yield Marker(marker.start(1), marker.end(1), marker[2].decode())
-        next_line = data.find(b"\n", at)  # a marker has a line to itself
+        next_line = data.find(b"\n", at)
         at = data.find(_MARKER_STUB, next_line) if next_line >= 0 else -1
 
 
@@ -5894,7 +5894,7 @@ class Watcher:
 def _open_folder(path: str) -> Optional[int]:
     """Open a folder, from which the way to its names is shorter; None if it went since it was listed."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(path, FOLDER)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
