@@ -6,32 +6,52 @@
 """Keep every AI coding agent's instruction file in step with one registry of your codebases.
 
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
-        │  4 read and checked
+        │  read and checked (8 to 10)
         ▼
-    Codebase ──6 rendered──► the text each agent should see (its target)
-                                 │  7 compared with the disk and with what was written last
+    Codebase ── rendered (12) ──► the text each agent should see
+                                 │  compared with the disk and with what was written last (13, 14)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  3 backed up, then replaced in one step
+                                 ▼  backed up, then replaced in one step (15, by way of 5 and 6)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon:  a YAML file is saved ──9──► hint ──► what changed ──► debounced ──11──► job ──► Plan, as above
+    The daemon:  a YAML file is saved ─► hint ─► what changed ─► debounced (17) ─► job (20) ─► Plan, as above
 
 Contents
-     1 Errors              what the user can put right: one family
-     2 Places              every path below the home folder
-     3 Files               every change to files on disk: locks, backups, replacing in one step
-     4 Registry            YAML to frozen values, problem by problem
-     5 Detection           what kind of codebase a folder is
-     6 Agents              the table of agents, and the text they read
-     7 Sync                decide, plan, apply
-     8 Staleness           what sync would do, told as a status and as a diff
-     9 Watching            the registry's tree: hints, and what really changed
-    10 Protocol            the control socket's lines, and its client
-    11 Daemon              the worker, the socket server, the loop, the logs
-    12 launchd and installing  the service on macOS, the installed program, PyYAML
-    13 Commands            the command line; the only code that prints
+  I Ground
+     1 Errors             what the user can put right: one family of exceptions, one kind of problem
+     2 Places             every path below the home folder
+     3 Files              reading, naming and writing files; who else has them open
+     4 Locks              one writer at a time, and what it left behind if it was killed
+     5 Replacing          replacing a user's file in six steps, none of which loses a save
+     6 Backups            what was replaced is kept, and thinned out
+
+  II Registry
+     7 Agents             one row per agent: its file, and how to write it
+     8 YAML               from nodes to values, problem by problem
+     9 Codebases          their records, names and schema; editing in place; whose folder is whose
+    10 Registry           scanning, loading, caching, creating and retiring registry files
+    11 Detection          what kind of codebase a folder holds
+
+  III Sync
+    12 Text               what agents read, rendered from a codebase
+    13 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    14 Plan               the record of what was written, and what is to be written now
+    15 Sync               carrying a plan out, and bringing replaced text back
+    16 Status and diff    a plan put into a word, and into a diff
+
+  IV Daemon
+    17 Watching           notifications are hints; comparing the tree shows what changed
+    18 Logs               the daemon's log files, written and followed
+    19 Control socket     lines of JSON, the client, the server
+    20 Worker             jobs, one at a time, beside the loop
+    21 Daemon             the loop: watcher, socket, signals and timers
+
+  V Program
+    22 Installing         PyYAML, the installed program, launchd
+    23 Commands           one function per command; the only code that prints
+    24 Command line       the parser, and main
 
 Each section uses only those above it.
 """
@@ -133,6 +153,9 @@ __version__ = "0.1.0"
 Clock = Callable[[], float]  # gives seconds
 Buffer = Any  # bytes, or a view of some; typing's name for it is newer than Python 3.9
 
+
+# ══ I Ground ══════════════════════════════════════════════════════════════════
+
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
 # What the user can put right is an OrchestraError and ends in one line; anything else is our bug
@@ -161,6 +184,28 @@ class SyncError(OrchestraError):
 
 class DaemonError(OrchestraError):
     """Anything the daemon, its socket or its service manager cannot do; as IoError, any file that cannot be used."""
+
+
+def explain_os_error(error: OSError) -> str:
+    """Name an OSError in the system's own words, without Python's decoration."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def hint_for_os_error(error: OSError) -> str:
+    """Name the way out of the OSErrors that have one.
+
+    macOS answers EPERM to background programs in ~/Documents, ~/Desktop and ~/Downloads
+    (Transparency, Consent and Control), even where the shell may read; and where a file has the flag uchg.
+    """
+    if error.errno == errno.EPERM and sys.platform == "darwin":
+        return (
+            f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
+            " or move the codebase out of Documents, Desktop and Downloads;"
+            " a locked file (ls -lO shows uchg) is unlocked by chflags nouchg FILE"
+        )
+    if error.errno == errno.ENOSPC:
+        return "free some space, then run orchestra sync --all"
+    return ""
 
 
 class IoError(DaemonError):
@@ -213,28 +258,6 @@ def excerpt(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
-def explain_os_error(error: OSError) -> str:
-    """Name an OSError in the system's own words, without Python's decoration."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
-
-
-def hint_for_os_error(error: OSError) -> str:
-    """Name the way out of the OSErrors that have one.
-
-    macOS answers EPERM to background programs in ~/Documents, ~/Desktop and ~/Downloads
-    (Transparency, Consent and Control), even where the shell may read; and where a file has the flag uchg.
-    """
-    if error.errno == errno.EPERM and sys.platform == "darwin":
-        return (
-            f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
-            " or move the codebase out of Documents, Desktop and Downloads;"
-            " a locked file (ls -lO shows uchg) is unlocked by chflags nouchg FILE"
-        )
-    if error.errno == errno.ENOSPC:
-        return "free some space, then run orchestra sync --all"
-    return ""
-
-
 @contextmanager
 def blame(path: str) -> Iterator[None]:
     """Turn an OSError inside the `with` into an IoError that names `path`."""
@@ -242,6 +265,17 @@ def blame(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise IoError(path, error) from error
+
+
+class Problem(NamedTuple):
+    """One thing wrong, on one line: `where` is a place (file:line), `message` says expected and got."""
+
+    where: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
 
 
 # ── 2 Places ──────────────────────────────────────────────────────────────────
@@ -252,7 +286,6 @@ DAEMON_LABEL = "dev.orchestra.daemon"
 DAEMON_SOCKET = "daemon.sock"
 DAEMON_STDOUT_LOG = "daemon.log"
 DAEMON_STDERR_LOG = "daemon-err.log"
-
 Key = tuple[str, str]  # (project, codebase)
 
 
@@ -415,12 +448,6 @@ def expand_home(home: str, path: str) -> str:
 # step 4 and was not carried on until after step 5, and one that has it open for reading and later opens that
 # descriptor for writing through /proc/self/fd.
 
-LOCK_TIMEOUT = 30.0  # seconds
-MAX_LEFTOVER = 64 << 10  # bytes of a lock file
-WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
-WRITER_PAUSE = 0.005  # seconds
-MAX_ASIDE = 64 << 20  # bytes of a file that was set aside: a larger one stays
-ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is let go
 NO, MAYBE, YES = "no", "maybe", "yes"  # whether somebody writes to a file
 ACL = "system.posix_acl_access"  # acl(5)
 # O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
@@ -428,7 +455,6 @@ READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_FILE_NAME = 255  # bytes
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a rename with flags
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class Disk(NamedTuple):
@@ -440,24 +466,6 @@ class Disk(NamedTuple):
 
 
 ABSENT = Disk("absent")
-DISK_NAMES = {
-    "absent": "none",
-    "file": "a file",
-    "symlink": "a link",
-    "folder": "a folder",
-    "special": "a pipe, socket or device",
-}
-
-
-class FileChanged(Exception):
-    """The file changed after planning. Internal: whoever writes tries again, or reports it."""
-
-
-class FileBusy(SyncError):
-    """A program has the file open for writing, and goes on."""
-
-    def __init__(self) -> None:
-        super().__init__("another program has it open for writing", "close it there, then sync again")
 
 
 class Place(NamedTuple):
@@ -470,6 +478,449 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+
+# Reading
+
+
+def _read_all(fd: int, size: int, limit: int) -> bytes:
+    # One byte more than there should be: a read that stops at the size says in one call that this was all. A shorter
+    # one may have been cut, as Linux does at 2 GiB.
+    data, step = b"", size + 1
+    while True:
+        step = step if limit < 0 else min(step, limit - len(data))
+        more = os.read(fd, step) if step else b""
+        data = data + more if data else more
+        if not more or (len(more) < step and len(data) == size):
+            return data
+        step = 1 << 20
+
+
+def _read_opened(fd: int, limit: int = -1) -> Disk:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
+    return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
+
+
+def _disk_unopened(path: str, error: OSError) -> Disk:
+    # A parent that is a plain file (ENOTDIR) is reported where parents are checked.
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return ABSENT
+    # FreeBSD says EMLINK where Linux and macOS say ELOOP.
+    if error.errno in (errno.ELOOP, errno.EMLINK):
+        return Disk("symlink")
+    if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket, in Linux's word and in that of POSIX and macOS
+        return Disk("special")
+    raise IoError(path, error) from error
+
+
+def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
+    """Read what stands at `path` (in an opened folder) without following a link or waiting on a pipe.
+
+    At most `limit` bytes are read, all of them where it is negative. Raises IoError.
+    """
+    try:
+        fd = os.open(path, READING, dir_fd=folder)
+    except OSError as error:
+        return _disk_unopened(path, error)
+    try:
+        return _read_opened(fd, limit)
+    except OSError as error:
+        raise IoError(path, error) from error
+    finally:
+        os.close(fd)
+
+
+# Folders and names
+
+
+def real_path(path: str) -> str:
+    """Resolve all links of a path, as far as they can be."""
+    try:
+        return os.path.realpath(path)
+    except OSError:  # a link that went while it was followed
+        return path
+
+
+def follow_link(path: str) -> str:
+    """Give the path that a link in the last place leads to; any other path stays as it is."""
+    return real_path(path) if os.path.islink(path) else path
+
+
+@contextmanager
+def open_place(path: str, label: str = "") -> Iterator[Place]:
+    """Open the folder of a file that is to be changed; links in its path are followed. Raises OSError."""
+    folder = os.open(os.path.dirname(path), FOLDER)
+    try:
+        yield Place(folder, path, label)
+    finally:
+        os.close(folder)
+
+
+def _open_inner(folder: int, name: str, make: bool) -> int:
+    try:
+        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with suppress(FileExistsError):
+        os.mkdir(name, dir_fd=folder)
+    return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+
+
+@contextmanager
+def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
+    """Open the folder of a file that lies at `path` below `root`, a real path, and make missing folders if asked to.
+
+    Links on the way are refused (OSError), so that nothing outside `root` is ever changed.
+    """
+    folder = os.open(root, FOLDER | os.O_NOFOLLOW)
+    try:
+        for name in path.split("/")[:-1]:
+            inner = _open_inner(folder, name, make)
+            os.close(folder)
+            folder = inner
+        yield Place(folder, f"{root}/{path}", label)
+    finally:
+        os.close(folder)
+
+
+def file_age(path: str, clock: Clock) -> float:
+    """Give the seconds since a file was last written, 0 for one that is gone."""
+    try:
+        return clock() - os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def sha256_of(data: Buffer) -> str:
+    import hashlib  # here, since asking the daemon for its status needs no OpenSSL
+
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.cache
+def program_stamp() -> str:
+    """Tell this program from any other version of it, which may render otherwise."""
+    try:
+        info = os.stat(__file__)
+    except OSError:
+        return __version__
+    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
+
+
+def make_private_folder(path: str) -> None:
+    """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+
+
+def make_folders(path: str) -> None:
+    """Create a folder of the user's and those above it, with the modes the user's umask gives."""
+    os.makedirs(path, exist_ok=True)
+
+
+def temporary_name(token: str, name: str = "") -> str:
+    """Name a temporary file, with the name of the file it belongs to if that leaves room."""
+    long = f".orchestra-{token}-{name}.tmp"
+    return long if name and len(os.fsencode(long)) <= MAX_FILE_NAME else f".orchestra-{token}.tmp"
+
+
+def is_temporary_name(name: str) -> bool:
+    return name.startswith(".orchestra-") and name.endswith(".tmp")
+
+
+def temporary_path(folder: str, token: str) -> str:
+    return os.path.join(folder, temporary_name(token))
+
+
+def new_token() -> str:
+    return f"{os.getpid()}-{os.urandom(6).hex()}"
+
+
+def is_same_file(fd: int, other: int) -> bool:
+    """Say whether two descriptors lead to one file; a closed one leads nowhere."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.fstat(other))
+    except OSError:
+        return False
+
+
+@functools.cache
+def _find_rename() -> Optional[Callable[..., int]]:
+    """Find the rename with flags, renameat2(2) of Linux or renameatx_np(2) of macOS; None where there is neither."""
+    try:
+        import ctypes
+    except ImportError:  # a Python built without libffi
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    rename = getattr(libc, "renameatx_np", None) or getattr(libc, "renameat2", None)
+    return None if rename is None else lambda *arguments: ctypes.get_errno() if rename(*arguments) else 0
+
+
+def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int]) -> bool:
+    flag, rename = flags.get(sys.platform, 0), _find_rename()
+    code = rename(folder, os.fsencode(one), folder, os.fsencode(other), flag) if flag and rename else errno.ENOSYS
+    if code in UNSUPPORTED:
+        return False
+    if code:
+        raise OSError(code, os.strerror(code), one, None, other)
+    return True
+
+
+def swap_files(folder: int, one: str, other: str) -> bool:
+    """Exchange two names of a folder in one step, and tell whether the file system can; raises OSError."""
+    return _rename_by_flag(folder, one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
+
+
+def rename_exclusively(folder: int, name: str, new: str) -> bool:
+    """Rename a file unless the name is taken, and tell whether the file system can; raises OSError."""
+    return _rename_by_flag(folder, name, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
+
+
+# Writing
+
+
+def flush(fd: int) -> None:
+    """Wait until a file is on the disk; on macOS in the drive's own memory too, which fsync there leaves out."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    try:
+        if full is None:
+            os.fsync(fd)
+        else:
+            fcntl.fcntl(fd, full)
+    except OSError as error:
+        if full is None or error.errno not in (*UNSUPPORTED, errno.ENOTTY):
+            raise
+        os.fsync(fd)  # a network file system has no drive to ask
+
+
+def _write_temporary(
+    path: str,
+    data: bytes,
+    mode: Optional[int],
+    durable: bool,
+    dress: Optional[Callable[[int], int]] = None,
+    folder: Optional[int] = None,
+) -> None:
+    """Write a new file with `mode`, or the umask's where it is None, or the one that `dress` gives it with all else."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        if mode is not None:
+            os.fchmod(fd, dress(fd) if dress else mode)
+        if durable:
+            flush(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable, as `flush` does for a file's bytes."""
+    fd = os.open(path, FOLDER)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _copy_attributes(like: int, fd: int) -> None:
+    """Copy the extended attributes, and the access control list or its absence; raises OSError for the list alone."""
+    if hasattr(os, "listxattr"):  # Linux
+        names = os.listxattr(like)
+        if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
+            os.removexattr(fd, ACL)
+        for name in sorted(names, key=lambda name: name == ACL):  # that last, since its failure ends this
+            try:
+                os.setxattr(fd, name, os.getxattr(like, name))
+            except OSError:
+                if name == ACL:
+                    raise
+                # Some of the system's own may not be set; they open nothing to anybody.
+    elif sys.platform == "darwin":
+        import ctypes
+
+        # Two calls: fcopyfile copies attributes first and ends at the first that cannot be set, before the list.
+        acl, attributes = 0b001, 0b100  # COPYFILE_ACL, COPYFILE_XATTR in copyfile.h
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fcopyfile(like, fd, None, attributes)
+        if libc.fcopyfile(like, fd, None, acl):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+def _copy_metadata(like: int, place: Place, fd: int) -> int:
+    """Give a file the owner, group and extended attributes of the one it is to replace.
+
+    Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
+    OSError for another user's file, whom the new one would lock out.
+    """
+    old, new = os.fstat(like), os.fstat(fd)
+    if old.st_uid != new.st_uid and os.geteuid() != 0:
+        reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
+        raise OSError(errno.EACCES, reason, place.path)
+    is_guarded = True
+    try:
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.fchown(fd, old.st_uid, old.st_gid)
+    except OSError:
+        is_guarded = False
+    try:
+        _copy_attributes(like, fd)
+    except OSError as error:
+        is_guarded = is_guarded and error.errno == errno.ENOTSUP
+    mode = stat.S_IMODE(old.st_mode)
+    return mode if is_guarded else mode & ~0o077
+
+
+def _unlink_quietly(path: str, folder: Optional[int] = None) -> None:
+    try:
+        os.unlink(path, dir_fd=folder)
+    except OSError:
+        pass  # never made, or gone
+
+
+# Who writes
+
+
+def find_writers(fd: int) -> str:
+    """Tell whether a program has an open file open for writing: NO, YES, or MAYBE where the system does not tell.
+
+    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); it gives none on some file systems, nor for the files
+    of others without CAP_LEASE. A lease that was given is held until `fd` is closed.
+    """
+    if not sys.platform.startswith("linux"):
+        return MAYBE
+    import signal
+
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return YES if error.errno == errno.EAGAIN else MAYBE
+    return NO
+
+
+def _is_lease_whole(fd: int) -> bool:
+    """Tell whether no program has tried to open a file for writing since its lease was taken."""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _is_open_for_writing(process: str, number: str) -> bool:
+    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
+        flags = file.read().partition("flags:")[2].split()[0]
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def find_busy_files() -> frozenset[tuple[int, int]]:
+    """List the files, by device and inode, that programs have open for writing, as far as /proc shows it (proc(5))."""
+    found = set()
+    processes = [name for name in _names_in("/proc") if name.isdigit() and name != str(os.getpid())]
+    for process in processes:
+        for number in _names_in(f"/proc/{process}/fd"):
+            try:
+                info = os.stat(f"/proc/{process}/fd/{number}")
+                if stat.S_ISREG(info.st_mode) and _is_open_for_writing(process, number):
+                    found.add((info.st_dev, info.st_ino))
+            except (OSError, ValueError, IndexError):
+                pass  # closed, or ended, meanwhile
+    return frozenset(found)
+
+
+# Orchestra's own files
+
+
+def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Save a file of Orchestra's own in one step; raises IoError."""
+    folder = os.path.dirname(path)
+    temporary = temporary_path(folder, token)
+    with blame(path):
+        make_private_folder(folder)
+        try:
+            _write_temporary(temporary, data, mode, durable)
+            # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
+            # A swap of absolute paths looks at no folder.
+            if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
+                os.rename(temporary, path)
+            else:
+                os.unlink(temporary)
+        except BaseException:
+            _unlink_quietly(temporary)
+            raise
+        if durable:
+            sync_folder(folder)
+
+
+def remove_private_folder(path: str) -> None:
+    """Remove a folder of Orchestra's own with all that is in it; raises IoError."""
+    import shutil
+
+    with blame(path):
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+
+
+def replace_private_folder(temporary: str, path: str) -> None:
+    """Put a finished folder in the place of an unfinished one; raises IoError."""
+    remove_private_folder(path)
+    with blame(path):
+        os.rename(temporary, path)
+
+
+def make_link(target: str, link: str) -> None:
+    """Make or renew a symbolic link in one step."""
+    folder = os.path.dirname(link)
+    make_folders(folder)
+    temporary = temporary_path(folder, new_token())
+    os.symlink(target, temporary)
+    os.replace(temporary, link)
+
+
+def remove_private(path: str) -> None:
+    """Remove a file of Orchestra's own, if it is there; raises IoError."""
+    with blame(path):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+def move_private(path: str, new: str) -> None:
+    """Move a file or folder of Orchestra's own to a place where nothing is; raises IoError."""
+    with blame(path):
+        make_private_folder(os.path.dirname(new))
+        os.rename(path, new)
+
+
+def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
+    """Remove a folder if nothing is in it, and tell whether it is gone."""
+    try:
+        os.rmdir(path, dir_fd=folder)
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return True
+
+
+# ── 4 Locks ───────────────────────────────────────────────────────────────────
+
+LOCK_TIMEOUT = 30.0  # seconds
+MAX_LEFTOVER = 64 << 10  # bytes of a lock file
 
 
 class Swap(NamedTuple):
@@ -489,6 +940,11 @@ class Leftover(NamedTuple):
 
     token: str
     swap: Optional[Swap] = None
+
+
+def _format_swap(swap: Optional[Swap], number: int) -> str:
+    # The number at both ends tells one that was cut short, with an older one showing behind it.
+    return "\0".join([str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""]) if swap else ""
 
 
 class Lock:
@@ -550,320 +1006,158 @@ class Lock:
                 self._announce()
 
 
-# Reading
+def _parse_swap(text: str) -> Optional[Swap]:
+    number, *parts = text.split("\0")
+    if not number or number not in parts[2:]:
+        return None
+    path, temporary, *hashes = parts[: parts.index(number, 2)]
+    return Swap(path, temporary, hashes)
 
 
-def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
-    """Read what stands at `path` (in an opened folder) without following a link or waiting on a pipe.
-
-    At most `limit` bytes are read, all of them where it is negative. Raises IoError.
-    """
-    try:
-        fd = os.open(path, READING, dir_fd=folder)
-    except OSError as error:
-        return _disk_unopened(path, error)
-    try:
-        return _read_opened(fd, limit)
-    except OSError as error:
-        raise IoError(path, error) from error
-    finally:
-        os.close(fd)
+def _parse_leftover(data: bytes) -> Optional[Leftover]:
+    token, newline, rest = data.partition(b"\n")
+    if not newline:
+        return None  # empty, or cut short before any file was named so
+    return Leftover(token.decode("utf-8", "replace"), _parse_swap(os.fsdecode(rest)))
 
 
-def _read_opened(fd: int, limit: int = -1) -> Disk:
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-    return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
-
-
-def _disk_unopened(path: str, error: OSError) -> Disk:
-    # A parent that is a plain file (ENOTDIR) is reported where parents are checked.
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return ABSENT
-    # FreeBSD says EMLINK where Linux and macOS say ELOOP.
-    if error.errno in (errno.ELOOP, errno.EMLINK):
-        return Disk("symlink")
-    if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket, in Linux's word and in that of POSIX and macOS
-        return Disk("special")
-    raise IoError(path, error) from error
-
-
-def _read_all(fd: int, size: int, limit: int) -> bytes:
-    # One byte more than there should be: a read that stops at the size says in one call that this was all. A shorter
-    # one may have been cut, as Linux does at 2 GiB.
-    data, step = b"", size + 1
+def _take_turn(fd: int, path: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     while True:
-        step = step if limit < 0 else min(step, limit - len(data))
-        more = os.read(fd, step) if step else b""
-        data = data + more if data else more
-        if not more or (len(more) < step and len(data) == size):
-            return data
-        step = 1 << 20
-
-
-# Folders and names
-
-
-def real_path(path: str) -> str:
-    """Resolve all links of a path, as far as they can be."""
-    try:
-        return os.path.realpath(path)
-    except OSError:  # a link that went while it was followed
-        return path
-
-
-def follow_link(path: str) -> str:
-    """Give the path that a link in the last place leads to; any other path stays as it is."""
-    return real_path(path) if os.path.islink(path) else path
-
-
-@contextmanager
-def open_place(path: str, label: str = "") -> Iterator[Place]:
-    """Open the folder of a file that is to be changed; links in its path are followed. Raises OSError."""
-    folder = os.open(os.path.dirname(path), FOLDER)
-    try:
-        yield Place(folder, path, label)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
-    """Open the folder of a file that lies at `path` below `root`, a real path, and make missing folders if asked to.
-
-    Links on the way are refused (OSError), so that nothing outside `root` is ever changed.
-    """
-    folder = os.open(root, FOLDER | os.O_NOFOLLOW)
-    try:
-        for name in path.split("/")[:-1]:
-            inner = _open_inner(folder, name, make)
-            os.close(folder)
-            folder = inner
-        yield Place(folder, f"{root}/{path}", label)
-    finally:
-        os.close(folder)
-
-
-def _open_inner(folder: int, name: str, make: bool) -> int:
-    try:
-        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-    except FileNotFoundError:
-        if not make:
-            raise
-    with suppress(FileExistsError):
-        os.mkdir(name, dir_fd=folder)
-    return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-
-
-def file_age(path: str, clock: Clock) -> float:
-    """Give the seconds since a file was last written, 0 for one that is gone."""
-    try:
-        return clock() - os.stat(path).st_mtime
-    except OSError:
-        return 0.0
-
-
-def sha256_of(data: Buffer) -> str:
-    import hashlib  # here, since asking the daemon for its status needs no OpenSSL
-
-    return hashlib.sha256(data).hexdigest()
-
-
-@functools.cache
-def program_stamp() -> str:
-    """Tell this program from any other version of it, which may render otherwise."""
-    try:
-        info = os.stat(__file__)
-    except OSError:
-        return __version__
-    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
-
-
-def make_private_folder(path: str) -> None:
-    """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
-    if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path))
         try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            if not os.path.isdir(path):
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise SyncError(
+                    f"{path}: expected the lock within {timeout:g} s, got none: another orchestra holds it",
+                    "wait for it to end, or end it",
+                ) from None
+            time.sleep(0.01)
+        except OSError as error:  # a file system without locks
+            raise IoError(path, error) from error
+
+
+@contextmanager
+def hold_lock(
+    path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT, aside: str = ""
+) -> Iterator[Lock]:
+    """Wait for one's turn at `path`, at most `timeout` seconds, and `sweep` up after a turn that was killed.
+
+    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill. So
+    does a `sweep` that returns true: something has to stay, and the next turn looks at it again. Raises SyncError
+    when the turn does not come, IoError.
+    """
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _take_turn(fd, path, timeout)
+        lock = Lock(path, fd, aside)
+        with blame(path):
+            left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
+            if left:
+                lock.has_kept = bool(sweep(left))
+                if not lock.has_kept:
+                    os.ftruncate(fd, 0)
+        yield lock
+        lock.end()
+    finally:
+        os.close(fd)
+
+
+def try_lock(path: str) -> Optional[int]:
+    """Take a lock for as long as the returned descriptor is open; None where another process has it."""
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for is_last in (False, True):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if is_last:
+                    os.close(fd)
+                    return None
+                time.sleep(0.01)  # is_locked takes it for an instant
+            except OSError:  # a file system without locks
+                os.close(fd)
                 raise
+    return fd
 
 
-def make_folders(path: str) -> None:
-    """Create a folder of the user's and those above it, with the modes the user's umask gives."""
-    os.makedirs(path, exist_ok=True)
-
-
-def temporary_name(token: str, name: str = "") -> str:
-    """Name a temporary file, with the name of the file it belongs to if that leaves room."""
-    long = f".orchestra-{token}-{name}.tmp"
-    return long if name and len(os.fsencode(long)) <= MAX_FILE_NAME else f".orchestra-{token}.tmp"
-
-
-def is_temporary_name(name: str) -> bool:
-    return name.startswith(".orchestra-") and name.endswith(".tmp")
-
-
-def temporary_path(folder: str, token: str) -> str:
-    return os.path.join(folder, temporary_name(token))
-
-
-def new_token() -> str:
-    return f"{os.getpid()}-{os.urandom(6).hex()}"
-
-
-# Writing
-
-
-def _write_temporary(
-    path: str,
-    data: bytes,
-    mode: Optional[int],
-    durable: bool,
-    dress: Optional[Callable[[int], int]] = None,
-    folder: Optional[int] = None,
-) -> None:
-    """Write a new file with `mode`, or the umask's where it is None, or the one that `dress` gives it with all else."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
+def is_locked(path: str) -> bool:
+    """Say whether somebody holds a lock; nothing is made or changed."""
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        if mode is not None:
-            os.fchmod(fd, dress(fd) if dress else mode)
-        if durable:
-            flush(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
     finally:
         os.close(fd)
+    return False
 
 
-def flush(fd: int) -> None:
-    """Wait until a file is on the disk; on macOS in the drive's own memory too, which fsync there leaves out."""
-    full = getattr(fcntl, "F_FULLFSYNC", None)
-    try:
-        if full is None:
-            os.fsync(fd)
-        else:
-            fcntl.fcntl(fd, full)
-    except OSError as error:
-        if full is None or error.errno not in (*UNSUPPORTED, errno.ENOTTY):
-            raise
-        os.fsync(fd)  # a network file system has no drive to ask
+def write_lock(fd: int, data: bytes) -> None:
+    """Write into the file of a held lock what others may want to know of its holder; raises OSError."""
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, data, 0)
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable, as `flush` does for a file's bytes."""
-    fd = os.open(path, FOLDER)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def is_named_by(name: str, token: str) -> bool:
+    """Tell whether a temporary file's name begins with a turn's token."""
+    return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
 
 
-def _copy_metadata(like: int, place: Place, fd: int) -> int:
-    """Give a file the owner, group and extended attributes of the one it is to replace.
-
-    Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
-    OSError for another user's file, whom the new one would lock out.
-    """
-    old, new = os.fstat(like), os.fstat(fd)
-    if old.st_uid != new.st_uid and os.geteuid() != 0:
-        reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
-        raise OSError(errno.EACCES, reason, place.path)
-    is_guarded = True
-    try:
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(fd, old.st_uid, old.st_gid)
-    except OSError:
-        is_guarded = False
-    try:
-        _copy_attributes(like, fd)
-    except OSError as error:
-        is_guarded = is_guarded and error.errno == errno.ENOTSUP
-    mode = stat.S_IMODE(old.st_mode)
-    return mode if is_guarded else mode & ~0o077
-
-
-def _copy_attributes(like: int, fd: int) -> None:
-    """Copy the extended attributes, and the access control list or its absence; raises OSError for the list alone."""
-    if hasattr(os, "listxattr"):  # Linux
-        names = os.listxattr(like)
-        if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
-            os.removexattr(fd, ACL)
-        for name in sorted(names, key=lambda name: name == ACL):  # that last, since its failure ends this
+def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
+    """Remove the temporary files that a turn left in some folders."""
+    for folder in folders:
+        with blame(folder):
             try:
-                os.setxattr(fd, name, os.getxattr(like, name))
-            except OSError:
-                if name == ACL:
-                    raise
-                # Some of the system's own may not be set; they open nothing to anybody.
-    elif sys.platform == "darwin":
-        import ctypes
-
-        # Two calls: fcopyfile copies attributes first and ends at the first that cannot be set, before the list.
-        acl, attributes = 0b001, 0b100  # COPYFILE_ACL, COPYFILE_XATTR in copyfile.h
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.fcopyfile(like, fd, None, attributes)
-        if libc.fcopyfile(like, fd, None, acl):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+                names = os.listdir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            for name in names:
+                path = os.path.join(folder, name)
+                if is_named_by(name, left.token) and os.path.isfile(path):
+                    os.unlink(path)
 
 
-# Who writes
+def folders_below(path: str) -> list[str]:
+    """List a folder and all below it; links are not followed."""
+    return [folder for folder, _, _ in os.walk(path)]
 
 
-def find_writers(fd: int) -> str:
-    """Tell whether a program has an open file open for writing: NO, YES, or MAYBE where the system does not tell.
+# ── 5 Replacing ───────────────────────────────────────────────────────────────
 
-    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); it gives none on some file systems, nor for the files
-    of others without CAP_LEASE. A lease that was given is held until `fd` is closed.
-    """
-    if not sys.platform.startswith("linux"):
-        return MAYBE
-    import signal
-
-    try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-    except OSError as error:
-        return YES if error.errno == errno.EAGAIN else MAYBE
-    return NO
+WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
+WRITER_PAUSE = 0.005  # seconds
+MAX_ASIDE = 64 << 20  # bytes of a file that was set aside: a larger one stays
+ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is let go
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def _is_lease_whole(fd: int) -> bool:
-    """Tell whether no program has tried to open a file for writing since its lease was taken."""
-    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+class FileChanged(Exception):
+    """The file changed after planning. Internal: whoever writes tries again, or reports it."""
 
 
-def find_busy_files() -> frozenset[tuple[int, int]]:
-    """List the files, by device and inode, that programs have open for writing, as far as /proc shows it (proc(5))."""
-    found = set()
-    processes = [name for name in _names_in("/proc") if name.isdigit() and name != str(os.getpid())]
-    for process in processes:
-        for number in _names_in(f"/proc/{process}/fd"):
-            try:
-                info = os.stat(f"/proc/{process}/fd/{number}")
-                if stat.S_ISREG(info.st_mode) and _is_open_for_writing(process, number):
-                    found.add((info.st_dev, info.st_ino))
-            except (OSError, ValueError, IndexError):
-                pass  # closed, or ended, meanwhile
-    return frozenset(found)
+class FileBusy(SyncError):
+    """A program has the file open for writing, and goes on."""
+
+    def __init__(self) -> None:
+        super().__init__("another program has it open for writing", "close it there, then sync again")
 
 
-def _names_in(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _is_open_for_writing(process: str, number: str) -> bool:
-    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
-        flags = file.read().partition("flags:")[2].split()[0]
-    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+def _find_writers_now(fd: int, info: os.stat_result, lock: Lock) -> str:
+    """Tell whether a program has a file open for writing, MAYBE where only /proc says so; a lease is given back."""
+    writers = find_writers(fd)
+    if writers == NO:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or programs that open it wait until we have written ours
+    elif writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy:
+        writers = NO
+    return writers
 
 
 @contextmanager
@@ -895,49 +1189,181 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
         time.sleep(WRITER_PAUSE)
 
 
-def _find_writers_now(fd: int, info: os.stat_result, lock: Lock) -> str:
-    """Tell whether a program has a file open for writing, MAYBE where only /proc says so; a lease is given back."""
-    writers = find_writers(fd)
-    if writers == NO:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or programs that open it wait until we have written ours
-    elif writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy:
-        writers = NO
-    return writers
+# Set aside
+
+
+def _quote(label: str) -> str:
+    return label.replace("%", "%25").replace("/", "%2F")
+
+
+def set_aside(swap: Swap, place: Place, aside: str) -> bool:
+    """Keep a file that somebody may still be writing to under another name; return whether that is beside the others.
+
+    Its new name tells what to make of it later: the hash of the expected text, and the file's name in the backups.
+    """
+    name = "-".join([new_token(), swap.hashes[0], _quote(swap.label or place.name)])
+    temporary = os.path.basename(swap.temporary)
+    try:
+        make_private_folder(aside)
+        os.rename(temporary, os.path.join(aside, name), src_dir_fd=place.folder)
+        return False
+    except OSError:  # another disk; or a name too long
+        kept = temporary_name(f"kept-{new_token()}-{swap.hashes[0]}", place.name)
+        os.rename(temporary, kept, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        return True
+
+
+def _unquote(text: str) -> str:
+    return text.replace("%2F", "/").replace("%25", "%")
+
+
+class Kept(NamedTuple):
+    """What the name of a file that was set aside says: the hash of the text expected in it, and its backups' name."""
+
+    digest: str
+    label: str
+
+
+def parse_kept(name: str) -> Optional[Kept]:
+    """Understand the name of a file that was set aside; None for any other."""
+    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
+    return Kept(found[1], _unquote(found[2] or "")) if found else None
+
+
+def _is_quiet(info: os.stat_result, clock: Clock) -> bool:
+    return clock() - max(info.st_mtime, info.st_ctime) > ASIDE_TIME
+
+
+def release_aside(
+    folder: int, name: str, is_known: Callable[[Disk], bool], back_up: Callable[[Disk], object], clock: Clock
+) -> bool:
+    """Remove a file that was set aside once nobody writes to it; return whether it is gone.
+
+    A text that is not known is handed to `back_up` first. Raises OSError, IoError.
+    """
+    try:
+        fd = os.open(name, READING, dir_fd=folder)
+    except OSError:
+        return True  # gone, or a link: not one of Orchestra's
+    try:
+        writers, info = find_writers(fd), os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return True
+        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)) or info.st_size > MAX_ASIDE:
+            return False
+        found = _read_opened(fd)
+        if not is_known(found):
+            back_up(found)
+        if writers == NO and not _is_lease_whole(fd):
+            return False
+        os.unlink(name, dir_fd=folder)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _parse_temporary(name: str) -> tuple[int, str]:
+    """Give the process that made a temporary file, and the name of the file it belongs to, where it has that."""
+    found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
+    return (int(found[1]), found[2] or "") if found else (0, "")
+
+
+def _is_gone(process: int) -> bool:
+    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
+    try:
+        if process:
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # another user's
+    return False
+
+
+def _has_digest(digest: str, disk: Disk) -> bool:
+    return sha256_of(disk.data) == digest
+
+
+def _release_temporary(
+    folder: int, name: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
+) -> bool:
+    if left and is_named_by(name, left.token):
+        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(name, dir_fd=folder)
+        return True
+    kept = parse_kept(name)
+    if kept:
+        is_known = functools.partial(_has_digest, kept.digest)
+        return release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
+    process, owner = _parse_temporary(name)
+    if not _is_gone(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
+        return False
+    shown = read_disk(owner, folder=folder) if owner else ABSENT
+    return release_aside(folder, name, lambda disk: disk.data == shown.data, functools.partial(back_up, owner), clock)
+
+
+def release_temporaries(
+    path: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
+) -> bool:
+    """Remove Orchestra's temporary files from a folder of the user's, whoever left them; return whether some stay.
+
+    Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name of
+    a user's file. Any other is backed up, by the name of the file it belongs to, unless its text is known; it stays
+    while somebody may be writing to it, and while the turn that made it may still run. Raises OSError, IoError.
+    """
+    try:
+        folder = os.open(path, FOLDER | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False  # who may not list a folder has written nothing there, or is told so when he does
+    try:
+        names = [name for name in os.listdir(folder) if is_temporary_name(name)]
+        stay = [name for name in names if not _release_temporary(folder, name, left, back_up, clock)]
+        return bool(stay)
+    finally:
+        os.close(folder)
+
+
+def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
+    """Release what lies in the folder of files that were set aside; return whether some of it stays.
+
+    Raises OSError, IoError.
+    """
+    try:
+        folder = os.open(aside, FOLDER)
+    except FileNotFoundError:
+        return False
+    try:
+        stays = False
+        for name in os.listdir(folder):
+            kept = parse_kept(name) or Kept("", name)
+            is_known = functools.partial(_has_digest, kept.digest)
+            stays |= not release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
+    finally:
+        os.close(folder)
+    return stays or not remove_empty_folder(aside)
 
 
 # Replacing, placing and removing
 
 
-def replace_file(
-    place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
-) -> None:
-    """Replace a file in one step, as described at the head of this section.
-
-    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
-    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when the file is not `expected`,
-    FileBusy, OSError.
-    """
-    if expected.kind == "absent":
-        _create_file(place, data, lock, mode, durable)
-        return
-    temporary = lock.new_temporary(place.name)
+def _place_new_file(place: Place, temporary: str) -> None:
+    """Give a temporary file the name, if it is free; raises FileChanged where it is not, OSError."""
+    # Not by a plain rename, which would replace what has appeared since the last look.
+    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
     try:
-        with _open_idle(place, expected, lock) as old:
-            dress = functools.partial(_copy_metadata, old, place)
-            _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
-        if durable and read_disk(place.name, folder=place.folder) != expected:  # the disk took its time
-            raise FileChanged(place.path)
-        swap = _announce(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
-    except BaseException as error:
-        _unlink_quietly(temporary, place.folder)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(place.path) from error
-        raise
-    with _settled(place, lock):
-        if swap_files(place.folder, temporary, place.name):
-            _judge(swap, place, lock, expected)
-        else:
-            _replace_without_swap(swap, place, expected, lock)
+        if rename_exclusively(place.folder, temporary, place.name):
+            return
+        os.link(temporary, place.name, **within)
+    except FileExistsError:
+        raise FileChanged(place.path) from None
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if read_disk(place.name, 0, place.folder).kind != "absent":
+            raise FileChanged(place.path) from None
+        os.rename(temporary, place.name, **within)  # neither is to be had: the instant since the last look stays open
+    else:
+        os.unlink(temporary, dir_fd=place.folder)
 
 
 def _create_file(place: Place, data: bytes, lock: Lock, mode: Optional[int], durable: bool) -> None:
@@ -952,78 +1378,10 @@ def _create_file(place: Place, data: bytes, lock: Lock, mode: Optional[int], dur
         raise
 
 
-def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
-    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError."""
-    if read_disk(place.name, folder=place.folder) != expected:
-        raise FileChanged(place.path)
-    with _open_idle(place, expected, lock):
-        pass
-    temporary = lock.new_temporary(place.name)
-    swap = _announce(place, temporary, [sha256_of(expected.data)], lock)
-    with _settled(place, lock):
-        os.rename(place.name, temporary, src_dir_fd=place.folder, dst_dir_fd=place.folder)
-        _judge(swap, place, lock, expected)
-
-
 def _announce(place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> Swap:
     swap = Swap(place.path, os.path.join(os.path.dirname(place.path), temporary), hashes, place.label)
     lock.announce_swap(swap)
     return swap
-
-
-@contextmanager
-def _settled(place: Place, lock: Lock) -> Iterator[None]:
-    """Settle a swap at once where it is interrupted or fails; where that fails too, the next turn does it."""
-    try:
-        yield
-    except FileChanged:
-        raise
-    except BaseException as error:
-        with suppress(OSError, IoError):
-            if lock.left.swap:
-                lock.has_kept |= settle_swap(lock.left.swap, place, lock.aside)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(place.path) from error
-        raise
-
-
-def _judge(swap: Swap, place: Place, lock: Lock, expected: Disk) -> None:
-    """Steps 5 and 6: let go what has lost its name if it is `expected`; raises FileChanged where it is not."""
-    released = _release(swap, place, lock.aside, lambda disk: disk == expected)
-    if released is None:
-        lock.has_kept |= _take_back(swap, place, lock.aside)
-        raise FileChanged(place.path)
-    lock.has_kept |= released
-
-
-def settle_swap(swap: Swap, place: Place, aside: str) -> bool:
-    """Take steps 5 and 6 for a swap that was cut short; return whether a file stays under its temporary name.
-
-    Raises OSError, IoError.
-    """
-    hashes = list(swap.hashes)
-    if read_disk(place.name, 0, place.folder).kind == "absent":
-        hashes = hashes[1:]  # the old text gets its name back, which it lost in a plain rename
-    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in hashes)
-    return _take_back(swap, place, aside) if released is None else released
-
-
-def settle_left(swap: Swap, folders: Iterable[str], label_of: Callable[[str], str], aside: str) -> bool:
-    """Settle the swap of a turn that was killed, in the folder it was made in or, if that moved, one of `folders`.
-
-    `label_of` gives the name that a file's backups have. Return whether a file stays under its temporary name; raises
-    OSError, IoError.
-    """
-    there, temporary = os.path.split(swap.temporary)
-    if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
-        return False  # a damaged lock file
-    stays = False
-    for folder in dict.fromkeys([there, *folders]):
-        if os.path.lexists(os.path.join(folder, temporary)):
-            path = os.path.join(folder, os.path.basename(swap.path))
-            with open_place(path, label_of(path)) as place:
-                stays |= settle_swap(swap._replace(label=place.label), place, aside)
-    return stays
 
 
 def _release(swap: Swap, place: Place, aside: str, is_known: Callable[[Disk], bool]) -> Optional[bool]:
@@ -1068,6 +1426,60 @@ def _take_back(swap: Swap, place: Place, aside: str) -> bool:
     return set_aside(swap, place, aside)
 
 
+def settle_swap(swap: Swap, place: Place, aside: str) -> bool:
+    """Take steps 5 and 6 for a swap that was cut short; return whether a file stays under its temporary name.
+
+    Raises OSError, IoError.
+    """
+    hashes = list(swap.hashes)
+    if read_disk(place.name, 0, place.folder).kind == "absent":
+        hashes = hashes[1:]  # the old text gets its name back, which it lost in a plain rename
+    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in hashes)
+    return _take_back(swap, place, aside) if released is None else released
+
+
+@contextmanager
+def _settled(place: Place, lock: Lock) -> Iterator[None]:
+    """Settle a swap at once where it is interrupted or fails; where that fails too, the next turn does it."""
+    try:
+        yield
+    except FileChanged:
+        raise
+    except BaseException as error:
+        with suppress(OSError, IoError):
+            if lock.left.swap:
+                lock.has_kept |= settle_swap(lock.left.swap, place, lock.aside)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
+
+
+def _judge(swap: Swap, place: Place, lock: Lock, expected: Disk) -> None:
+    """Steps 5 and 6: let go what has lost its name if it is `expected`; raises FileChanged where it is not."""
+    released = _release(swap, place, lock.aside, lambda disk: disk == expected)
+    if released is None:
+        lock.has_kept |= _take_back(swap, place, lock.aside)
+        raise FileChanged(place.path)
+    lock.has_kept |= released
+
+
+def _is_same_name(place: Place, other: str) -> bool:
+    try:
+        one, two = (os.stat(name, dir_fd=place.folder, follow_symlinks=False) for name in (place.name, other))
+    except OSError:
+        return False
+    return os.path.samestat(one, two)
+
+
+def _undo(swap: Swap, place: Place, aside: str, has_both: bool) -> bool:
+    """Take away the second name of a file that is not to be replaced; where it has no other, give it its own back."""
+    temporary = os.path.basename(swap.temporary)
+    if has_both and _is_same_name(place, temporary):
+        os.unlink(temporary, dir_fd=place.folder)
+        return False
+    return _take_back(swap, place, aside)
+
+
 def _replace_without_swap(swap: Swap, place: Place, expected: Disk, lock: Lock) -> None:
     """Step 4 where names cannot be exchanged: the old file keeps a second name, or only that, while it is replaced."""
     new = os.path.basename(swap.temporary)
@@ -1096,474 +1508,70 @@ def _replace_without_swap(swap: Swap, place: Place, expected: Disk, lock: Lock) 
         _unlink_quietly(new, place.folder)
 
 
-def _undo(swap: Swap, place: Place, aside: str, has_both: bool) -> bool:
-    """Take away the second name of a file that is not to be replaced; where it has no other, give it its own back."""
-    temporary = os.path.basename(swap.temporary)
-    if has_both and _is_same_name(place, temporary):
-        os.unlink(temporary, dir_fd=place.folder)
-        return False
-    return _take_back(swap, place, aside)
+def replace_file(
+    place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
+) -> None:
+    """Replace a file in one step, as described at the head of this section.
 
-
-def _is_same_name(place: Place, other: str) -> bool:
-    try:
-        one, two = (os.stat(name, dir_fd=place.folder, follow_symlinks=False) for name in (place.name, other))
-    except OSError:
-        return False
-    return os.path.samestat(one, two)
-
-
-def _place_new_file(place: Place, temporary: str) -> None:
-    """Give a temporary file the name, if it is free; raises FileChanged where it is not, OSError."""
-    # Not by a plain rename, which would replace what has appeared since the last look.
-    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
-    try:
-        if rename_exclusively(place.folder, temporary, place.name):
-            return
-        os.link(temporary, place.name, **within)
-    except FileExistsError:
-        raise FileChanged(place.path) from None
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        if read_disk(place.name, 0, place.folder).kind != "absent":
-            raise FileChanged(place.path) from None
-        os.rename(temporary, place.name, **within)  # neither is to be had: the instant since the last look stays open
-    else:
-        os.unlink(temporary, dir_fd=place.folder)
-
-
-def swap_files(folder: int, one: str, other: str) -> bool:
-    """Exchange two names of a folder in one step, and tell whether the file system can; raises OSError."""
-    return _rename_by_flag(folder, one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
-
-
-def rename_exclusively(folder: int, name: str, new: str) -> bool:
-    """Rename a file unless the name is taken, and tell whether the file system can; raises OSError."""
-    return _rename_by_flag(folder, name, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
-
-
-def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int]) -> bool:
-    flag, rename = flags.get(sys.platform, 0), _find_rename()
-    code = rename(folder, os.fsencode(one), folder, os.fsencode(other), flag) if flag and rename else errno.ENOSYS
-    if code in UNSUPPORTED:
-        return False
-    if code:
-        raise OSError(code, os.strerror(code), one, None, other)
-    return True
-
-
-@functools.cache
-def _find_rename() -> Optional[Callable[..., int]]:
-    """Find the rename with flags, renameat2(2) of Linux or renameatx_np(2) of macOS; None where there is neither."""
-    try:
-        import ctypes
-    except ImportError:  # a Python built without libffi
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-    rename = getattr(libc, "renameatx_np", None) or getattr(libc, "renameat2", None)
-    return None if rename is None else lambda *arguments: ctypes.get_errno() if rename(*arguments) else 0
-
-
-def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
-    """Remove a folder if nothing is in it, and tell whether it is gone."""
-    try:
-        os.rmdir(path, dir_fd=folder)
-    except OSError as error:
-        return error.errno == errno.ENOENT
-    return True
-
-
-def _unlink_quietly(path: str, folder: Optional[int] = None) -> None:
-    try:
-        os.unlink(path, dir_fd=folder)
-    except OSError:
-        pass  # never made, or gone
-
-
-# Set aside
-
-
-def set_aside(swap: Swap, place: Place, aside: str) -> bool:
-    """Keep a file that somebody may still be writing to under another name; return whether that is beside the others.
-
-    Its new name tells what to make of it later: the hash of the expected text, and the file's name in the backups.
+    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
+    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when the file is not `expected`,
+    FileBusy, OSError.
     """
-    name = "-".join([new_token(), swap.hashes[0], _quote(swap.label or place.name)])
-    temporary = os.path.basename(swap.temporary)
+    if expected.kind == "absent":
+        _create_file(place, data, lock, mode, durable)
+        return
+    temporary = lock.new_temporary(place.name)
     try:
-        make_private_folder(aside)
-        os.rename(temporary, os.path.join(aside, name), src_dir_fd=place.folder)
-        return False
-    except OSError:  # another disk; or a name too long
-        kept = temporary_name(f"kept-{new_token()}-{swap.hashes[0]}", place.name)
-        os.rename(temporary, kept, src_dir_fd=place.folder, dst_dir_fd=place.folder)
-        return True
+        with _open_idle(place, expected, lock) as old:
+            dress = functools.partial(_copy_metadata, old, place)
+            _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
+        if durable and read_disk(place.name, folder=place.folder) != expected:  # the disk took its time
+            raise FileChanged(place.path)
+        swap = _announce(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
+    except BaseException as error:
+        _unlink_quietly(temporary, place.folder)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
+    with _settled(place, lock):
+        if swap_files(place.folder, temporary, place.name):
+            _judge(swap, place, lock, expected)
+        else:
+            _replace_without_swap(swap, place, expected, lock)
 
 
-def _quote(label: str) -> str:
-    return label.replace("%", "%25").replace("/", "%2F")
+def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
+    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError."""
+    if read_disk(place.name, folder=place.folder) != expected:
+        raise FileChanged(place.path)
+    with _open_idle(place, expected, lock):
+        pass
+    temporary = lock.new_temporary(place.name)
+    swap = _announce(place, temporary, [sha256_of(expected.data)], lock)
+    with _settled(place, lock):
+        os.rename(place.name, temporary, src_dir_fd=place.folder, dst_dir_fd=place.folder)
+        _judge(swap, place, lock, expected)
 
 
-def _unquote(text: str) -> str:
-    return text.replace("%2F", "/").replace("%25", "%")
+def settle_left(swap: Swap, folders: Iterable[str], label_of: Callable[[str], str], aside: str) -> bool:
+    """Settle the swap of a turn that was killed, in the folder it was made in or, if that moved, one of `folders`.
 
-
-class Kept(NamedTuple):
-    """What the name of a file that was set aside says: the hash of the text expected in it, and its backups' name."""
-
-    digest: str
-    label: str
-
-
-def parse_kept(name: str) -> Optional[Kept]:
-    """Understand the name of a file that was set aside; None for any other."""
-    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
-    return Kept(found[1], _unquote(found[2] or "")) if found else None
-
-
-def release_aside(
-    folder: int, name: str, is_known: Callable[[Disk], bool], back_up: Callable[[Disk], object], clock: Clock
-) -> bool:
-    """Remove a file that was set aside once nobody writes to it; return whether it is gone.
-
-    A text that is not known is handed to `back_up` first. Raises OSError, IoError.
+    `label_of` gives the name that a file's backups have. Return whether a file stays under its temporary name; raises
+    OSError, IoError.
     """
-    try:
-        fd = os.open(name, READING, dir_fd=folder)
-    except OSError:
-        return True  # gone, or a link: not one of Orchestra's
-    try:
-        writers, info = find_writers(fd), os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return True
-        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)) or info.st_size > MAX_ASIDE:
-            return False
-        found = _read_opened(fd)
-        if not is_known(found):
-            back_up(found)
-        if writers == NO and not _is_lease_whole(fd):
-            return False
-        os.unlink(name, dir_fd=folder)
-        return True
-    finally:
-        os.close(fd)
-
-
-def _is_quiet(info: os.stat_result, clock: Clock) -> bool:
-    return clock() - max(info.st_mtime, info.st_ctime) > ASIDE_TIME
-
-
-def release_temporaries(
-    path: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
-) -> bool:
-    """Remove Orchestra's temporary files from a folder of the user's, whoever left them; return whether some stay.
-
-    Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name of
-    a user's file. Any other is backed up, by the name of the file it belongs to, unless its text is known; it stays
-    while somebody may be writing to it, and while the turn that made it may still run. Raises OSError, IoError.
-    """
-    try:
-        folder = os.open(path, FOLDER | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False  # who may not list a folder has written nothing there, or is told so when he does
-    try:
-        names = [name for name in os.listdir(folder) if is_temporary_name(name)]
-        stay = [name for name in names if not _release_temporary(folder, name, left, back_up, clock)]
-        return bool(stay)
-    finally:
-        os.close(folder)
-
-
-def _release_temporary(
-    folder: int, name: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
-) -> bool:
-    if left and is_named_by(name, left.token):
-        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            os.unlink(name, dir_fd=folder)
-        return True
-    kept = parse_kept(name)
-    if kept:
-        is_known = functools.partial(_has_digest, kept.digest)
-        return release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
-    process, owner = _parse_temporary(name)
-    if not _is_gone(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
-        return False
-    shown = read_disk(owner, folder=folder) if owner else ABSENT
-    return release_aside(folder, name, lambda disk: disk.data == shown.data, functools.partial(back_up, owner), clock)
-
-
-def _parse_temporary(name: str) -> tuple[int, str]:
-    """Give the process that made a temporary file, and the name of the file it belongs to, where it has that."""
-    found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
-    return (int(found[1]), found[2] or "") if found else (0, "")
-
-
-def _is_gone(process: int) -> bool:
-    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
-    try:
-        if process:
-            os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # another user's
-    return False
-
-
-def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
-    """Release what lies in the folder of files that were set aside; return whether some of it stays.
-
-    Raises OSError, IoError.
-    """
-    try:
-        folder = os.open(aside, FOLDER)
-    except FileNotFoundError:
-        return False
-    try:
-        stays = False
-        for name in os.listdir(folder):
-            kept = parse_kept(name) or Kept("", name)
-            is_known = functools.partial(_has_digest, kept.digest)
-            stays |= not release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
-    finally:
-        os.close(folder)
-    return stays or not remove_empty_folder(aside)
-
-
-def _has_digest(digest: str, disk: Disk) -> bool:
-    return sha256_of(disk.data) == digest
-
-
-# Orchestra's own files
-
-
-def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Save a file of Orchestra's own in one step; raises IoError."""
-    folder = os.path.dirname(path)
-    temporary = temporary_path(folder, token)
-    with blame(path):
-        make_private_folder(folder)
-        try:
-            _write_temporary(temporary, data, mode, durable)
-            # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
-            # A swap of absolute paths looks at no folder.
-            if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
-                os.rename(temporary, path)
-            else:
-                os.unlink(temporary)
-        except BaseException:
-            _unlink_quietly(temporary)
-            raise
-        if durable:
-            sync_folder(folder)
-
-
-def replace_private_folder(temporary: str, path: str) -> None:
-    """Put a finished folder in the place of an unfinished one; raises IoError."""
-    remove_private_folder(path)
-    with blame(path):
-        os.rename(temporary, path)
-
-
-def remove_private_folder(path: str) -> None:
-    """Remove a folder of Orchestra's own with all that is in it; raises IoError."""
-    import shutil
-
-    with blame(path):
-        if os.path.lexists(path):
-            shutil.rmtree(path)
-
-
-def make_link(target: str, link: str) -> None:
-    """Make or renew a symbolic link in one step."""
-    folder = os.path.dirname(link)
-    make_folders(folder)
-    temporary = temporary_path(folder, new_token())
-    os.symlink(target, temporary)
-    os.replace(temporary, link)
-
-
-def remove_private(path: str) -> None:
-    """Remove a file of Orchestra's own, if it is there; raises IoError."""
-    with blame(path):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-
-
-def move_private(path: str, new: str) -> None:
-    """Move a file or folder of Orchestra's own to a place where nothing is; raises IoError."""
-    with blame(path):
-        make_private_folder(os.path.dirname(new))
-        os.rename(path, new)
-
-
-@contextmanager
-def hold_lock(
-    path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT, aside: str = ""
-) -> Iterator[Lock]:
-    """Wait for one's turn at `path`, at most `timeout` seconds, and `sweep` up after a turn that was killed.
-
-    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill. So
-    does a `sweep` that returns true: something has to stay, and the next turn looks at it again. Raises SyncError
-    when the turn does not come, IoError.
-    """
-    with blame(path):
-        make_private_folder(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        _take_turn(fd, path, timeout)
-        lock = Lock(path, fd, aside)
-        with blame(path):
-            left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
-            if left:
-                lock.has_kept = bool(sweep(left))
-                if not lock.has_kept:
-                    os.ftruncate(fd, 0)
-        yield lock
-        lock.end()
-    finally:
-        os.close(fd)
-
-
-def _parse_leftover(data: bytes) -> Optional[Leftover]:
-    token, newline, rest = data.partition(b"\n")
-    if not newline:
-        return None  # empty, or cut short before any file was named so
-    return Leftover(token.decode("utf-8", "replace"), _parse_swap(os.fsdecode(rest)))
-
-
-def _format_swap(swap: Optional[Swap], number: int) -> str:
-    # The number at both ends tells one that was cut short, with an older one showing behind it.
-    return "\0".join([str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""]) if swap else ""
-
-
-def _parse_swap(text: str) -> Optional[Swap]:
-    number, *parts = text.split("\0")
-    if not number or number not in parts[2:]:
-        return None
-    path, temporary, *hashes = parts[: parts.index(number, 2)]
-    return Swap(path, temporary, hashes)
-
-
-def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
-    """Remove the temporary files that a turn left in some folders."""
-    for folder in folders:
-        with blame(folder):
-            try:
-                names = os.listdir(folder)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            for name in names:
-                path = os.path.join(folder, name)
-                if is_named_by(name, left.token) and os.path.isfile(path):
-                    os.unlink(path)
-
-
-def is_named_by(name: str, token: str) -> bool:
-    """Tell whether a temporary file's name begins with a turn's token."""
-    return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
-
-
-def _take_turn(fd: int, path: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise SyncError(
-                    f"{path}: expected the lock within {timeout:g} s, got none: another orchestra holds it",
-                    "wait for it to end, or end it",
-                ) from None
-            time.sleep(0.01)
-        except OSError as error:  # a file system without locks
-            raise IoError(path, error) from error
-
-
-def folders_below(path: str) -> list[str]:
-    """List a folder and all below it; links are not followed."""
-    return [folder for folder, _, _ in os.walk(path)]
-
-
-def try_lock(path: str) -> Optional[int]:
-    """Take a lock for as long as the returned descriptor is open; None where another process has it."""
-    with blame(path):
-        make_private_folder(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for is_last in (False, True):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if is_last:
-                    os.close(fd)
-                    return None
-                time.sleep(0.01)  # is_locked takes it for an instant
-            except OSError:  # a file system without locks
-                os.close(fd)
-                raise
-    return fd
-
-
-def is_locked(path: str) -> bool:
-    """Say whether somebody holds a lock; nothing is made or changed."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def write_lock(fd: int, data: bytes) -> None:
-    """Write into the file of a held lock what others may want to know of its holder; raises OSError."""
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, data, 0)
-
-
-def open_log(path: str) -> int:
-    """Open a log file for appending; raises IoError."""
-    with blame(path):
-        make_private_folder(os.path.dirname(path))
-        # O_NONBLOCK: a FIFO is an error instead of a wait for its reader.
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-
-
-def rotate_log(path: str, kept: int) -> None:
-    """Move log to log.1, that to log.2 and so on; `kept` of them stay."""
-    for number in range(kept, 0, -1):
-        older = f"{path}.{number}"
-        newer = f"{path}.{number - 1}" if number > 1 else path
-        if os.path.exists(newer):
-            os.replace(newer, older)
-
-
-def is_same_file(fd: int, other: int) -> bool:
-    """Say whether two descriptors lead to one file; a closed one leads nowhere."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.fstat(other))
-    except OSError:
-        return False
-
-
-def open_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr, lest another file get their numbers."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
-# Backups
+    there, temporary = os.path.split(swap.temporary)
+    if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
+        return False  # a damaged lock file
+    stays = False
+    for folder in dict.fromkeys([there, *folders]):
+        if os.path.lexists(os.path.join(folder, temporary)):
+            path = os.path.join(folder, os.path.basename(swap.path))
+            with open_place(path, label_of(path)) as place:
+                stays |= settle_swap(swap._replace(label=place.label), place, aside)
+    return stays
+
+
+# ── 6 Backups ─────────────────────────────────────────────────────────────────
 
 # Whatever is replaced or removed without proof that Orchestra wrote it is kept here first, and a kept version never
 # changes: it stays, or thinning drops it whole. A version is a folder named by the UTC time, with the file at its
@@ -1582,7 +1590,6 @@ def open_standard_streams() -> None:
 # The caller holds a lock that keeps others from backing up the same file; other files' versions may come and go.
 
 HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
-SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
 DISPLACED = "displaced"  # a quota: what Orchestra kept for safety in operations of its own
 NEWEST_KEPT = 10  # versions per file and quota
 DAYS_KEPT = 30  # days that keep their last version
@@ -1615,6 +1622,219 @@ class Backup(NamedTuple):
     why: str
     number: int = 0
     quota: str = HAND_EDIT
+
+
+def _trim_line(line: bytes, body: bytes) -> bytes:
+    marker = LIST_MARKER.match(body)
+    body = marker[1] + b" " + body[marker.end() :] if marker else body
+    return body + (b"\r" if line.endswith(b"\r") else b"")  # a changed line end is a change
+
+
+def significant_text(path: str, data: bytes) -> bytes:
+    """Return a Markdown file's bytes without the white space that formatters change; those of another file unchanged.
+
+    That is blank lines, white space at the end of a line, and more than one space after a list marker, but not in
+    code (fenced, or indented by four spaces or a tab): there all of it is the user's.
+    """
+    if not path.endswith(MARKDOWN_ENDINGS):
+        return data
+    lines: list[bytes] = []
+    blank: list[bytes] = []
+    fence, is_code = b"", False
+    for line in data.split(b"\n"):
+        body = line.rstrip(b" \t\r")
+        if fence:
+            lines.append(line)
+            closing = body.lstrip(b" \t>")
+            fence = b"" if closing.startswith(fence) and not closing.strip(fence[:1]) else fence
+        elif not body:
+            blank.append(line)
+        else:
+            was_code, is_code = is_code, bool(CODE_INDENT.match(line))
+            lines += blank if was_code and is_code else []
+            blank = []
+            lines.append(line if is_code else _trim_line(line, body))
+            opening = CODE_FENCE.match(body)
+            fence = opening[1] or opening[2] if opening else b""
+    return b"\n".join(lines)
+
+
+def _significant_text_of(backup: Backup) -> Optional[bytes]:
+    """Return a version's significant text, or None if it cannot be read: then nothing equals it."""
+    try:
+        disk = read_disk(backup.file)
+    except IoError:
+        return None
+    return significant_text(backup.path, disk.data) if disk.kind == "file" else None
+
+
+def _make_durable_folder(path: str) -> None:
+    """Create a private folder and those above it, and make their names durable; raises OSError."""
+    if not os.path.isdir(path):
+        _make_durable_folder(os.path.dirname(path))
+        make_private_folder(path)
+        sync_folder(os.path.dirname(path))
+
+
+def _write_version(temporary: str, path: str, disk: Disk, note: Note) -> None:
+    """Write a version's folder and make it durable; raises OSError."""
+    file, notes = os.path.join(temporary, path), json.dumps({path: note._asdict()})
+    make_private_folder(os.path.dirname(file))
+    # The owner may read it whatever the mode, or it could be neither compared nor restored.
+    _write_temporary(file, disk.data, disk.mode | stat.S_IRUSR, durable=True)
+    _write_temporary(os.path.join(temporary, BACKUP_NOTES), notes.encode(), 0o600, durable=True)
+    for place in folders_below(temporary):
+        sync_folder(place)
+
+
+def time_name(now: float, step: int = 0) -> str:
+    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
+    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
+
+
+def _publish_version(temporary: str, folder: str, now: float) -> str:
+    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
+    for step in itertools.count():
+        when = time_name(now, step)
+        try:
+            os.rename(temporary, os.path.join(folder, when))
+        except OSError:
+            if not os.path.lexists(os.path.join(folder, when)):
+                raise
+        else:
+            break
+    return when
+
+
+def _keep_version(folder: str, temporary: str, path: str, disk: Disk, note: Note, now: float) -> str:
+    """Write a version in a temporary folder, and give that the name it returns; raises OSError."""
+    try:
+        _write_version(temporary, path, disk, note)
+        when = _publish_version(temporary, folder, now)
+    except BaseException:
+        with suppress(IoError):
+            remove_private_folder(temporary)
+        raise
+    sync_folder(folder)
+    return when
+
+
+def _by_quota(kept: Sequence[Backup]) -> Iterable[list[Backup]]:
+    quotas: dict[str, list[Backup]] = {}
+    for backup in kept:
+        quotas.setdefault(backup.quota, []).append(backup)
+    return quotas.values()
+
+
+def _quota_to_drop(kept: Sequence[Backup], today: str) -> list[Backup]:
+    newest_first = list(reversed(kept))
+    last_of_day = {backup.when[:8]: backup for backup in kept}
+    last_of_month = {backup.when[:6]: backup for backup in kept}
+    # By the number: days that a wrong clock put into the past are new all the same.
+    days = list(dict.fromkeys(backup.when[:8] for backup in newest_first if backup.when[:8] <= today))[:DAYS_KEPT]
+    days += [day for day in last_of_day if day > today]
+    numbered = [backup for backup in kept if backup.number]
+    staying = {*kept[:1], *numbered[:1], *newest_first[:NEWEST_KEPT], *last_of_month.values()}
+    staying.update(last_of_day[day] for day in days)
+    return [backup for backup in kept if backup not in staying]
+
+
+def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
+    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
+
+    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
+    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
+    names them, keep their last version too, but do not count among the 30.
+    """
+    return [backup for quota in _by_quota(kept) for backup in _quota_to_drop(quota, now[:8])]
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    """List all below a folder that is not itself a folder, links to folders included."""
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (os.path.join(parent, name) for name in (*names, *links))
+
+
+def _drop_version(folder: str, backup: Backup, temporary: str) -> None:
+    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
+    place = os.path.join(folder, backup.when)
+    if set(_files_below(place)) - {backup.file, os.path.join(place, BACKUP_NOTES)}:
+        os.unlink(backup.file)
+    else:
+        os.rename(place, temporary)
+        remove_private_folder(temporary)
+
+
+def _is_abandoned(path: str, clock: Clock) -> bool:
+    """Tell whether the process that made a temporary file is gone, or had all the time it can need; raises OSError."""
+    process, _ = _parse_temporary(os.path.basename(path))
+    info = os.lstat(path)
+    return _is_gone(process) or clock() - max(info.st_mtime, info.st_ctime) > TEMPORARY_LIFETIME
+
+
+def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
+    """Remove what is at `temporary`, and temporary files that nothing is writing any more, as far as possible."""
+    for name in filter(is_temporary_name, os.listdir(folder)):
+        path = os.path.join(folder, name)
+        with suppress(OSError, IoError):
+            if path == temporary or _is_abandoned(path, clock):
+                if os.path.isdir(path) and not os.path.islink(path):
+                    remove_private_folder(path)
+                else:
+                    os.unlink(path)
+
+
+def _is_plain_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _read_notes(path: str) -> dict[str, Any]:
+    """Read a version's notes; damaged ones count as none."""
+    try:
+        notes = json.loads(read_disk(path, MAX_NOTES).data or b"{}")
+    except (ValueError, RecursionError, IoError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _parse_note(value: Any) -> Note:
+    """Read the note on one file; older versions of Orchestra only wrote why."""
+    if not isinstance(value, dict):
+        return Note(str(value or ""))
+    why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
+    if type(number) is not int or not 0 < number < MAX_NUMBER:
+        number = 0
+    return Note(why, number, DISPLACED if quota == DISPLACED else HAND_EDIT)
+
+
+def _versions_in(folder: str, when: str) -> Iterator[Backup]:
+    if os.path.islink(folder):
+        return
+    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
+    for file in _files_below(folder):
+        path = file[len(folder) + 1 :]
+        if path != BACKUP_NOTES and not is_temporary_name(os.path.basename(path)) and _is_plain_file(file):
+            yield Backup(when, path, file, *_parse_note(notes.get(path)))
+
+
+def list_backups(home: str, key: Key) -> list[Backup]:
+    """List the kept versions of a codebase's files, oldest first; raises IoError.
+
+    Folders that are not named by a time are not Orchestra's: their files are neither listed nor dropped.
+    """
+    folder = backups_of(home, key)
+    with blame(folder):
+        try:
+            times = [name for name in os.listdir(folder) if VERSION_FOLDER.fullmatch(name)]
+        except FileNotFoundError:
+            return []
+    found = [backup for when in times for backup in _versions_in(os.path.join(folder, when), when)]
+    return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
 
 
 def back_up(
@@ -1658,161 +1878,6 @@ def can_be_kept_as(name: str) -> bool:
     return bool(name) and "/" not in name and not name.startswith((".", "\0"))
 
 
-def significant_text(path: str, data: bytes) -> bytes:
-    """Return a Markdown file's bytes without the white space that formatters change; those of another file unchanged.
-
-    That is blank lines, white space at the end of a line, and more than one space after a list marker, but not in
-    code (fenced, or indented by four spaces or a tab): there all of it is the user's.
-    """
-    if not path.endswith(MARKDOWN_ENDINGS):
-        return data
-    lines: list[bytes] = []
-    blank: list[bytes] = []
-    fence, is_code = b"", False
-    for line in data.split(b"\n"):
-        body = line.rstrip(b" \t\r")
-        if fence:
-            lines.append(line)
-            closing = body.lstrip(b" \t>")
-            fence = b"" if closing.startswith(fence) and not closing.strip(fence[:1]) else fence
-        elif not body:
-            blank.append(line)
-        else:
-            was_code, is_code = is_code, bool(CODE_INDENT.match(line))
-            lines += blank if was_code and is_code else []
-            blank = []
-            lines.append(line if is_code else _trim_line(line, body))
-            opening = CODE_FENCE.match(body)
-            fence = opening[1] or opening[2] if opening else b""
-    return b"\n".join(lines)
-
-
-def _trim_line(line: bytes, body: bytes) -> bytes:
-    marker = LIST_MARKER.match(body)
-    body = marker[1] + b" " + body[marker.end() :] if marker else body
-    return body + (b"\r" if line.endswith(b"\r") else b"")  # a changed line end is a change
-
-
-def _significant_text_of(backup: Backup) -> Optional[bytes]:
-    """Return a version's significant text, or None if it cannot be read: then nothing equals it."""
-    try:
-        disk = read_disk(backup.file)
-    except IoError:
-        return None
-    return significant_text(backup.path, disk.data) if disk.kind == "file" else None
-
-
-def _make_durable_folder(path: str) -> None:
-    """Create a private folder and those above it, and make their names durable; raises OSError."""
-    if not os.path.isdir(path):
-        _make_durable_folder(os.path.dirname(path))
-        make_private_folder(path)
-        sync_folder(os.path.dirname(path))
-
-
-def _keep_version(folder: str, temporary: str, path: str, disk: Disk, note: Note, now: float) -> str:
-    """Write a version in a temporary folder, and give that the name it returns; raises OSError."""
-    try:
-        _write_version(temporary, path, disk, note)
-        when = _publish_version(temporary, folder, now)
-    except BaseException:
-        with suppress(IoError):
-            remove_private_folder(temporary)
-        raise
-    sync_folder(folder)
-    return when
-
-
-def _write_version(temporary: str, path: str, disk: Disk, note: Note) -> None:
-    """Write a version's folder and make it durable; raises OSError."""
-    file, notes = os.path.join(temporary, path), json.dumps({path: note._asdict()})
-    make_private_folder(os.path.dirname(file))
-    # The owner may read it whatever the mode, or it could be neither compared nor restored.
-    _write_temporary(file, disk.data, disk.mode | stat.S_IRUSR, durable=True)
-    _write_temporary(os.path.join(temporary, BACKUP_NOTES), notes.encode(), 0o600, durable=True)
-    for place in folders_below(temporary):
-        sync_folder(place)
-
-
-def _publish_version(temporary: str, folder: str, now: float) -> str:
-    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
-    for step in itertools.count():
-        when = time_name(now, step)
-        try:
-            os.rename(temporary, os.path.join(folder, when))
-        except OSError:
-            if not os.path.lexists(os.path.join(folder, when)):
-                raise
-        else:
-            break
-    return when
-
-
-def time_name(now: float, step: int = 0) -> str:
-    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
-    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
-
-
-def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
-    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
-
-    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
-    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
-    names them, keep their last version too, but do not count among the 30.
-    """
-    return [backup for quota in _by_quota(kept) for backup in _quota_to_drop(quota, now[:8])]
-
-
-def _by_quota(kept: Sequence[Backup]) -> Iterable[list[Backup]]:
-    quotas: dict[str, list[Backup]] = {}
-    for backup in kept:
-        quotas.setdefault(backup.quota, []).append(backup)
-    return quotas.values()
-
-
-def _quota_to_drop(kept: Sequence[Backup], today: str) -> list[Backup]:
-    newest_first = list(reversed(kept))
-    last_of_day = {backup.when[:8]: backup for backup in kept}
-    last_of_month = {backup.when[:6]: backup for backup in kept}
-    # By the number: days that a wrong clock put into the past are new all the same.
-    days = list(dict.fromkeys(backup.when[:8] for backup in newest_first if backup.when[:8] <= today))[:DAYS_KEPT]
-    days += [day for day in last_of_day if day > today]
-    numbered = [backup for backup in kept if backup.number]
-    staying = {*kept[:1], *numbered[:1], *newest_first[:NEWEST_KEPT], *last_of_month.values()}
-    staying.update(last_of_day[day] for day in days)
-    return [backup for backup in kept if backup not in staying]
-
-
-def _drop_version(folder: str, backup: Backup, temporary: str) -> None:
-    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
-    place = os.path.join(folder, backup.when)
-    if set(_files_below(place)) - {backup.file, os.path.join(place, BACKUP_NOTES)}:
-        os.unlink(backup.file)
-    else:
-        os.rename(place, temporary)
-        remove_private_folder(temporary)
-
-
-def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
-    """Remove what is at `temporary`, and temporary files that nothing is writing any more, as far as possible."""
-    for name in filter(is_temporary_name, os.listdir(folder)):
-        path = os.path.join(folder, name)
-        with suppress(OSError, IoError):
-            if path == temporary or _is_abandoned(path, clock):
-                if os.path.isdir(path) and not os.path.islink(path):
-                    remove_private_folder(path)
-                else:
-                    os.unlink(path)
-
-
-def _is_abandoned(path: str, clock: Clock) -> bool:
-    """Tell whether the process that made a temporary file is gone, or had all the time it can need; raises OSError."""
-    process, _ = _parse_temporary(os.path.basename(path))
-    info = os.lstat(path)
-    return _is_gone(process) or clock() - max(info.st_mtime, info.st_ctime) > TEMPORARY_LIFETIME
-
-
 def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
     """Remove the unfinished versions below `root` that a turn left, or a process that is gone; raises IoError."""
     folders = folders_below(root)
@@ -1823,64 +1888,6 @@ def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
                 if is_left or _is_abandoned(folder, clock):
                     remove_private_folder(folder)
     sweep_folders(folders, left)  # which older versions of Orchestra wrote there
-
-
-def list_backups(home: str, key: Key) -> list[Backup]:
-    """List the kept versions of a codebase's files, oldest first; raises IoError.
-
-    Folders that are not named by a time are not Orchestra's: their files are neither listed nor dropped.
-    """
-    folder = backups_of(home, key)
-    with blame(folder):
-        try:
-            times = [name for name in os.listdir(folder) if VERSION_FOLDER.fullmatch(name)]
-        except FileNotFoundError:
-            return []
-    found = [backup for when in times for backup in _versions_in(os.path.join(folder, when), when)]
-    return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
-
-
-def _versions_in(folder: str, when: str) -> Iterator[Backup]:
-    if os.path.islink(folder):
-        return
-    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
-    for file in _files_below(folder):
-        path = file[len(folder) + 1 :]
-        if path != BACKUP_NOTES and not is_temporary_name(os.path.basename(path)) and _is_plain_file(file):
-            yield Backup(when, path, file, *_parse_note(notes.get(path)))
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    """List all below a folder that is not itself a folder, links to folders included."""
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        yield from (os.path.join(parent, name) for name in (*names, *links))
-
-
-def _is_plain_file(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
-def _read_notes(path: str) -> dict[str, Any]:
-    """Read a version's notes; damaged ones count as none."""
-    try:
-        notes = json.loads(read_disk(path, MAX_NOTES).data or b"{}")
-    except (ValueError, RecursionError, IoError):
-        return {}
-    return notes if isinstance(notes, dict) else {}
-
-
-def _parse_note(value: Any) -> Note:
-    """Read the note on one file; older versions of Orchestra only wrote why."""
-    if not isinstance(value, dict):
-        return Note(str(value or ""))
-    why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
-    if type(number) is not int or not 0 < number < MAX_NUMBER:
-        number = 0
-    return Note(why, number, DISPLACED if quota == DISPLACED else HAND_EDIT)
 
 
 def move_backups(home: str, key: Key, new: Key) -> None:
@@ -1897,43 +1904,364 @@ def move_backups(home: str, key: Key, new: Key) -> None:
         remove_empty_folder(folder)
 
 
-# ── 4 Registry ────────────────────────────────────────────────────────────────
+# ══ II Registry ═══════════════════════════════════════════════════════════════
+
+# ── 7 Agents ──────────────────────────────────────────────────────────────────
+
+# One row an agent, as its makers' documentation stood in September-October 2026. The text below is a pure
+# function of the registry: no time, no counter, no look at the disk, so that a second sync writes nothing.
+
+TARGETS = ("claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity")
+DEFAULT_TARGETS = ("claude", "codex")
+AGENT_TRACES = {  # what an agent's user has in a repository, besides the files Orchestra writes
+    "claude": ("CLAUDE.md", ".claude"),
+    "codex": ("AGENTS.md", ".codex"),
+    "gemini": ("GEMINI.md", ".gemini"),
+    "copilot": (".github/copilot-instructions.md", ".github/instructions"),
+    "cursor": (".cursor", ".cursorrules"),
+    "windsurf": (".windsurf", ".windsurfrules", ".devin/rules"),
+    "cline": (".clinerules/",),
+    "antigravity": (".agents/rules", ".agent/rules"),
+}
+
+
+class Budget(NamedTuple):
+    """How much an agent reads: `limit` in `unit`s (lines, characters, bytes), and what happens beyond it."""
+
+    limit: int
+    unit: str
+    beyond: str
+
+
+class Agent(NamedTuple):
+    """An agent's file. `header` is the frontmatter of an owned file; a shared one holds a marked block."""
+
+    target: str
+    path: str
+    owned: bool
+    header: str = ""
+    budget: Optional[Budget] = None
+
+
+AGENTS = {
+    agent.target: agent
+    for agent in (
+        Agent("claude", "CLAUDE.md", False, budget=Budget(200, "lines", "Claude's makers advise fewer")),
+        Agent("codex", "AGENTS.md", False, budget=Budget(32 << 10, "bytes", "Codex cuts off the rest")),
+        Agent("gemini", "GEMINI.md", False),
+        Agent("copilot", ".github/copilot-instructions.md", False),
+        Agent(
+            "cursor",
+            ".cursor/rules/orchestra.mdc",
+            True,
+            "---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
+            Budget(500, "lines", "Cursor's makers advise fewer"),
+        ),
+        Agent(
+            "windsurf",
+            ".windsurf/rules/orchestra.md",
+            True,
+            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            Budget(12000, "characters", "Windsurf cuts off the rest"),
+        ),
+        Agent("cline", ".clinerules/orchestra.md", True),
+        Agent(
+            "antigravity",
+            ".agents/rules/orchestra.md",
+            True,
+            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            Budget(24000, "bytes", "Antigravity cuts off the rest"),
+        ),
+    )
+}
+AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
+MANAGED_FOLDERS = {
+    folder: [path for path in AGENTS_BY_PATH if os.path.dirname(path) == folder]
+    for folder in dict.fromkeys(map(os.path.dirname, AGENTS_BY_PATH))
+}
+
+
+# ── 8 YAML ────────────────────────────────────────────────────────────────────
 
 # A registry file is read straight from its YAML nodes, because a node knows its line and still has the
 # text the user typed: scalars are text, and only null means nothing.
 
-MAX_REGISTRY_FILE = 1 << 20  # bytes
+
 MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may repeat
 MAX_REGISTRY_ITEMS = 20000
 MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
 LIBYAML_TOO_DEEP = "exceeded maximum nesting depth"  # libyaml 0.2.6 on, at 1,000; it reads ahead of what it tells
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
+STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
+YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
+Pairs = tuple[tuple[str, str], ...]
+
+
+def is_null(node: YamlNode) -> bool:
+    return node.value in NULLS and not node.style
+
+
+def name_node(node: YamlNode) -> str:
+    """Name what a node is, for a problem's `got`."""
+    if is_null(node):
+        return "nothing"
+    if isinstance(node.value, str):
+        return excerpt(node.value)
+    return "a mapping" if node.id == "mapping" else "a list"
+
+
+class Document:
+    """One registry file under reading: `place` names it in problems, which are collected here."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.problems: list[Problem] = []
+        self.source = ""  # digest of the bytes that were read
+        self.taken = 0  # characters
+        self.items = 0  # of lists
+
+    def complain(self, line: int, message: str) -> None:
+        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message)))
+
+    def reject(self, node: YamlNode, key: str, expected: str) -> None:
+        self.complain(node.start_mark.line + 1, f"{key}: expected {expected}, got {name_node(node)}")
+
+
+NodeReader = Callable[[Document, YamlNode, str], Any]
+
+
+class Field(NamedTuple):
+    read: NodeReader
+    required: bool = False
+
+
+def find_yaml() -> Optional[str]:
+    """Find the file of what `import yaml` would load, without the 12 ms of that; a mere folder of the name has none."""
+    from importlib.util import find_spec
+
+    spec = find_spec("yaml")
+    return spec.origin if spec else None
+
+
+def import_yaml() -> Any:
+    """Import PyYAML; raises OrchestraError where there is none."""
+    try:
+        import yaml
+        from yaml import SafeLoader  # noqa: F401  another package may be called so
+    except ImportError:
+        file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
+        found = f"what is not it or not whole: {file}" if file else "none"
+        hint = f"move that away; {hint}" if file else hint
+        raise OrchestraError(f"PyYAML: expected it in {sys.executable}, found {found}", hint) from None
+    return yaml
+
+
+@functools.cache
+def text_loader() -> Any:
+    """Make the loader that leaves every scalar as typed: libyaml's parser where PyYAML has it."""
+    import operator
+
+    yaml = import_yaml()
+    tags = {yaml.ScalarNode: STR_TAG, yaml.SequenceNode: SEQ_TAG, yaml.MappingNode: MAP_TAG}
+
+    def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
+        return tags[kind]
+
+    # Called at every node, to track what only path resolvers would ask for: built-in functions that do nothing.
+    descend, ascend = operator.is_, tuple
+    base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
+
+
+def _is_too_deep(text: str) -> bool:
+    # A level of nesting needs a bracket, or half a column (a list may stand right below its key), so most files
+    # need no second parse.
+    deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
+    if 2 * (deepest + 1) + text.count("[") + text.count("{") <= MAX_DEPTH:
+        return False
+    yaml = import_yaml()
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=text_loader()):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                return True
+    except yaml.MarkedYAMLError as error:
+        if error.problem != LIBYAML_TOO_DEEP:
+            raise
+        return True
+    return False
+
+
+def _children(node: YamlNode) -> list[YamlNode]:
+    if isinstance(node.value, str):
+        return []
+    return [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
+
+
+def _has_cycle(node: YamlNode) -> bool:
+    done: set[int] = set()
+    above: set[int] = set()
+
+    def visit(node: YamlNode) -> bool:
+        if id(node) in done:
+            return False
+        if id(node) in above:
+            return True
+        above.add(id(node))
+        cyclic = any(visit(child) for child in _children(node))
+        above.remove(id(node))
+        done.add(id(node))
+        return cyclic
+
+    return visit(node)
+
+
+def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
+    """Parse YAML text to its root node; what is wrong with it is told to `doc`."""
+    yaml = import_yaml()
+    try:
+        if _is_too_deep(text):
+            doc.complain(1, f"yaml: expected at most {MAX_DEPTH} levels of nesting, got more")
+            return None
+        root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
+    except yaml.reader.ReaderError as error:
+        # libyaml counts bytes, PyYAML's own reader characters.
+        before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
+        line = before.count("\n", 0, error.position) + 1
+        doc.complain(line, f"yaml: expected printable text, got the character #x{error.character:04x}")
+        return None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        doc.complain(mark.line + 1 if mark else 1, f"yaml: expected valid YAML, got: {error.problem or error.context}")
+        return None
+    except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
+        doc.complain(1, f"yaml: expected valid YAML, got: {error}")
+        return None
+    if root is None:
+        doc.complain(1, "file: expected a mapping, got nothing")
+    elif "*" in text and _has_cycle(root):
+        doc.complain(1, "yaml: expected aliases that end, got an alias cycle")
+        return None
+    return root
+
+
+def read_text(doc: Document, node: YamlNode, key: str) -> str:
+    text = node.value
+    if not isinstance(text, str) or is_null(node):
+        doc.reject(node, key, "text")
+        return ""
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        doc.complain(node.start_mark.line + 1, f"{key}: expected text in Unicode, got half a surrogate pair")
+        return ""
+    doc.taken += len(text)
+    if doc.taken > MAX_REGISTRY_TEXT:
+        if doc.taken - len(text) <= MAX_REGISTRY_TEXT:
+            doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
+        return ""
+    return sys.intern(text)  # codebases have much text in common, and the daemon keeps them all
+
+
+def read_path(doc: Document, node: YamlNode, key: str) -> str:
+    known = len(doc.problems)
+    path = read_text(doc, node, key)
+    if len(doc.problems) == known and (not path.startswith(("/", "~/")) or "\0" in path):
+        doc.reject(node, key, "an absolute path or ~/...")
+    return path
+
+
+def one_of(options: Sequence[str], aliases: Mapping[str, str]) -> NodeReader:
+    def read(doc: Document, node: YamlNode, key: str) -> str:
+        known = len(doc.problems)
+        text = read_text(doc, node, key)
+        text = aliases.get(text, text)
+        if len(doc.problems) == known and text not in options:
+            doc.reject(node, key, " | ".join(options))
+        return text
+
+    return read
+
+
+def list_of(read_item: NodeReader) -> NodeReader:
+    def read(doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+        if node.id != "sequence":
+            doc.reject(node, key, "a list")
+            return ()
+        was_over = doc.items > MAX_REGISTRY_ITEMS
+        doc.items += len(node.value)
+        if doc.items > MAX_REGISTRY_ITEMS:
+            if not was_over:
+                doc.complain(1, f"{key}: expected at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
+            return ()
+        return tuple([read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value)])
+
+    return read
+
+
+def _prefix_of(key: str) -> str:
+    return f"{key}." if key else ""
+
+
+def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
+    """Read a mapping's keys as text, each once; values stay nodes."""
+    if node.id != "mapping":
+        doc.reject(node, key or "file", "a mapping")
+        return {}
+    above = _prefix_of(key)
+    items: dict[str, YamlNode] = {}
+    for name, value in node.value:
+        text = name.value
+        if not text or not isinstance(text, str):
+            doc.reject(name, key or "key", "text as a key")
+        elif text == "<<" and not name.style:
+            line = name.start_mark.line + 1
+            doc.complain(line, f"{above}<<: expected no merge key, which YAML 1.2 lacks, got one")
+        elif text in items:
+            doc.complain(name.start_mark.line + 1, f"{above}{text}: expected once, got it again")
+        else:
+            items[text] = value
+    return items
+
+
+def read_pairs(doc: Document, node: YamlNode, key: str) -> Pairs:
+    items = read_items(doc, node, key)
+    return tuple((name, read_text(doc, value, f"{key}.{name}")) for name, value in items.items())
+
+
+def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
+    """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
+    items = read_items(doc, node, key)
+    above = _prefix_of(key)
+    values: dict[str, Any] = {}
+    for name, field in schema.items():
+        value = items.pop(name, None)
+        if value is not None and not is_null(value) and not (field.required and value.value == ""):
+            values[name] = field.read(doc, value, above + name)
+        elif field.required:
+            values[name] = ""
+            if node.id == "mapping":
+                line = (value or node).start_mark.line + 1
+                doc.complain(line, f"{above}{name}: expected a value, got nothing")
+    values["extra"] = tuple(items.items())
+    return values
+
+
+def record_of(make: Callable[..., Any], schema: Mapping[str, Field]) -> NodeReader:
+    return lambda doc, node, key: make(**read_fields(doc, node, key, schema))
+
+
+# ── 9 Codebases ───────────────────────────────────────────────────────────────
+
 MAX_NAME = 100  # characters
-FEW_PARSED = 20  # files that are parsed again each time rather than remembered
 MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
 PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
 TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
 TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
-TARGETS = ("claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity")
-DEFAULT_TARGETS = ("claude", "codex")
-NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
-BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
-
-STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
-
-YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
 Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
-Pairs = tuple[tuple[str, str], ...]
-
-
-class Problem(NamedTuple):
-    """One thing wrong, on one line: `where` is a place (file:line), `message` says expected and got."""
-
-    where: str
-    message: str
-    hint: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
+PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
+MAX_WAITS = 20
+REPOSITORY_ENTRIES = (".git", ".hg", ".svn", ".jj")  # that lie right in a repository
 
 
 class Task(NamedTuple):
@@ -2005,47 +2333,6 @@ class Project(NamedTuple):
     source: str = ""
 
 
-class Registry(NamedTuple):
-    """All that could be read, with inheritance applied, and every problem by the codebase it stops."""
-
-    codebases: Mapping[Key, Codebase]
-    broken: Mapping[Key, tuple[Problem, ...]]
-    stray: tuple[Problem, ...]  # problems of files that are no codebase's
-    owners: "Owners"  # the codebase that has a folder
-
-    @property
-    def keys(self) -> list[Key]:
-        return sorted([*self.codebases, *self.broken])
-
-    def find(self, name: str) -> Key:
-        """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
-        project, slash, codebase = name.rpartition("/")
-        if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
-            return (project, codebase)
-        found = [key for key in self.keys if key[1] == codebase and not slash]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            candidates = ", ".join(map(label_for, found))
-            raise RegistryError(
-                f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too"
-            )
-        raise RegistryError(
-            f"codebase {_shorten(name)}: expected a registered name, got an unknown one", "orchestra project list"
-        )
-
-    def readable(self, name: str) -> Codebase:
-        """Find a codebase by name whose file could be read; raises RegistryError."""
-        key = self.find(name)
-        if key in self.broken:
-            raise error_for(self.broken[key])
-        return self.codebases[key]
-
-    @property
-    def problems(self) -> list[Problem]:
-        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
-
-
 def now_rfc3339(clock: Clock = time.time) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
 
@@ -2056,6 +2343,21 @@ def now_rfc3339(clock: Clock = time.time) -> str:
 def is_ignored(name: str) -> bool:
     """Say whether a name in the registry is an editor's own (backup, swap, lock) or otherwise hidden."""
     return name.startswith((".", "#")) or name.endswith("~")
+
+
+def _name_rule_broken(name: str) -> str:
+    if not 1 <= len(name) <= MAX_NAME:
+        return f"1 to {MAX_NAME} characters"
+    try:
+        if len(name.encode()) > MAX_NAME_BYTES:
+            return f"at most {MAX_NAME_BYTES} bytes"
+    except UnicodeEncodeError:
+        return "valid UTF-8"
+    if "/" in name or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
+        return "no slash and no control character"
+    if is_ignored(name):
+        return "a name that starts with neither . nor # and does not end in ~"
+    return ""
 
 
 def check_name(kind: str, name: str) -> None:
@@ -2076,21 +2378,6 @@ def is_valid_key(key: Key) -> bool:
     return True
 
 
-def _name_rule_broken(name: str) -> str:
-    if not 1 <= len(name) <= MAX_NAME:
-        return f"1 to {MAX_NAME} characters"
-    try:
-        if len(name.encode()) > MAX_NAME_BYTES:
-            return f"at most {MAX_NAME_BYTES} bytes"
-    except UnicodeEncodeError:
-        return "valid UTF-8"
-    if "/" in name or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
-        return "no slash and no control character"
-    if is_ignored(name):
-        return "a name that starts with neither . nor # and does not end in ~"
-    return ""
-
-
 def _shorten(name: str) -> str:
     return name if len(name) <= 2 * MAX_NAME else excerpt(name)
 
@@ -2108,12 +2395,208 @@ def short_names(keys: Iterable[Key]) -> dict[Key, str]:
     return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
 
 
-# Whose folder
+_TEXT = Field(read_text)
+_NAME = Field(read_text, required=True)
+TASK_SCHEMA = {
+    "id": _NAME,
+    "title": _NAME,
+    "status": Field(one_of(TASK_STATUSES, TASK_STATUS_ALIASES)),
+    "description": _TEXT,
+    "created_at": _TEXT,
+    "updated_at": _TEXT,
+}
+_TEXTS = Field(list_of(read_text))
+AGENT_ROLE_SCHEMA = {"agent_id": _NAME, "entry_point": _TEXT, "skills": _TEXTS}
+SKILL_SCHEMA = {"id": _NAME, "description": _TEXT}
+COMPONENT_SCHEMA = {
+    "name": _NAME,
+    "project_type": Field(one_of(PROJECT_TYPES, {}), required=True),
+    "tasks": Field(list_of(record_of(Task, TASK_SCHEMA))),
+    "agents": Field(list_of(record_of(AgentRole, AGENT_ROLE_SCHEMA))),
+}
+_TARGETS = Field(list_of(one_of(TARGETS, {})))
+CODEBASE_SCHEMA = {
+    "name": _NAME,
+    "path": Field(read_path, required=True),
+    "description": _TEXT,
+    "targets": _TARGETS,
+    "commands": Field(read_pairs),
+    "conventions": _TEXTS,
+    "notes": _TEXTS,
+    "skills": Field(list_of(record_of(Skill, SKILL_SCHEMA))),
+    "projects": Field(list_of(record_of(Component, COMPONENT_SCHEMA))),
+    "created_at": _TEXT,
+    "updated_at": _TEXT,
+}
+PROJECT_SCHEMA = {
+    "name": _NAME,
+    "description": _TEXT,
+    "targets": _TARGETS,
+    "commands": Field(read_pairs),
+    "conventions": _TEXTS,
+    "created_at": _TEXT,
+}
 
-Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
-PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
-MAX_WAITS = 20
-REPOSITORY_ENTRIES = (".git", ".hg", ".svn", ".jj")  # that lie right in a repository
+
+def values_of(record: Any) -> dict[str, Any]:
+    """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
+    values = record._asdict()
+    extra = values.pop("extra")
+    if isinstance(record, Codebase):
+        del values["project"], values["source"]
+        values["commands"] = dict(record.commands)
+    # What is as it would be anyway need not be said; but targets: [] is not the default.
+    defaults = record._field_defaults
+    return {**{k: v for k, v in values.items() if v != defaults.get(k) and (v or k == "targets")}, **dict(extra)}
+
+
+def _text_node(text: str) -> YamlNode:
+    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
+    yaml = import_yaml()
+    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
+    if not tag.endswith(":timestamp"):
+        tag = STR_TAG
+    style = "|" if "\n" in text else None
+    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
+        style = '"'
+    return yaml.ScalarNode(tag, text, style=style)
+
+
+def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
+    yaml = import_yaml()
+    pairs = [(_text_node(name), value) for name, value in items.items()]
+    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
+
+
+def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
+    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
+    if id(node) not in done:
+        yaml = import_yaml()
+        if node.id == "scalar":
+            bare = (not node.style, bool(node.style))
+            tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
+            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
+            done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
+        elif node.id == "sequence":
+            items = [_retag(item, done) for item in node.value]
+            done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
+        else:
+            pairs = [(_retag(key, done), _retag(value, done)) for key, value in node.value]
+            done[id(node)] = yaml.MappingNode(node.tag, pairs, flow_style=node.flow_style)
+    return done[id(node)]
+
+
+def _node_for(value: Any) -> YamlNode:
+    yaml = import_yaml()
+    if isinstance(value, yaml.Node):
+        return _retag(value, {})
+    if isinstance(value, str):
+        return _text_node(value)
+    if hasattr(value, "_asdict"):
+        value = values_of(value)
+    if isinstance(value, dict):
+        return _mapping_node({k: _node_for(v) for k, v in value.items()})
+    items = [_node_for(item) for item in value]
+    return yaml.SequenceNode(SEQ_TAG, items, flow_style=all(isinstance(v, str) for v in value))
+
+
+def _dump(node: YamlNode) -> str:
+    yaml = import_yaml()
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
+
+
+def _digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
+    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
+    done = {} if done is None else done
+    if id(node) not in done:
+        if node.id == "scalar":
+            parts = ["null"] if is_null(node) else ["text", node.value]
+        elif node.id == "sequence":
+            parts = ["list", *(_digest_node(item, done) for item in node.value)]
+        else:
+            pairs = ((_digest_node(key, done), _digest_node(value, done)) for key, value in node.value)
+            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
+        done[id(node)] = sha256_of(json.dumps(parts).encode())
+    return done[id(node)]
+
+
+def _meaning_of(root: YamlNode) -> str:
+    values = read_fields(Document(""), root, "", CODEBASE_SCHEMA)
+    return _digest_node(_node_for(values_of(Codebase(project="", **values))))
+
+
+class _NotSpliced(Exception):
+    """The difference between two nodes is more than some scalars."""
+
+
+def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, str]]:
+    if new is None or old.id != new.id:
+        raise _NotSpliced
+    if _digest_node(old) == _digest_node(new):
+        return []
+    if old.id == "scalar":
+        entry = _dump(_mapping_node({"k": new}))[3:-1]
+        if "\n" in entry or old.style in ("|", ">"):
+            raise _NotSpliced
+        return [(old.start_mark.index, old.end_mark.index, entry)]
+    if old.id == "mapping":
+        wanted = {key.value: value for key, value in new.value}
+        if wanted.keys() - {key.value for key, _ in old.value}:
+            raise _NotSpliced
+        pairs = [(value, wanted[key.value]) for key, value in old.value if key.value in wanted]
+    elif len(old.value) == len(new.value):
+        pairs = list(zip(old.value, new.value))
+    else:
+        raise _NotSpliced
+    return [edit for one, other in pairs for edit in _edits_for(one, other)]
+
+
+def _is_empty(node: YamlNode) -> bool:
+    return is_null(node) or not node.value
+
+
+def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
+    if new is None:
+        return is_null(old) or (name != "targets" and _is_empty(old))
+    return _digest_node(old) == _digest_node(new)
+
+
+def _value_end(text: str, value: YamlNode) -> int:
+    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
+    end = int(value.end_mark.index)
+    while True:
+        line = text.rfind("\n", 0, end - 1) + 1
+        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
+            return end
+        end = line
+
+
+def _merge_yaml(text: str, old: YamlNode, new: YamlNode) -> Optional[str]:
+    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done."""
+    wanted = {key.value: value for key, value in new.value}
+    newline = "\r\n" if "\r\n" in text else "\n"
+    edits = []
+    for key, value in old.value:
+        replacement = wanted.pop(key.value, None)
+        if _is_same(key.value, value, replacement):
+            continue
+        try:
+            edits += _edits_for(value, replacement)
+        except _NotSpliced:
+            start, end = key.start_mark.index, _value_end(text, value)
+            entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
+            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
+    for start, end, entry in sorted(edits, reverse=True):
+        text = text[:start] + entry.replace("\n", newline) + text[end:]
+    if wanted:
+        text += "" if text.endswith("\n") else newline
+        text += _dump(_mapping_node(wanted)).replace("\n", newline)
+    again = compose_document(text, Document(""))
+    # Anchors, flow style, document marks and what is dropped deep inside can defeat a splice.
+    return text if again is not None and _meaning_of(again) == _meaning_of(new) else None
+
+
+# Whose folder
 
 
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
@@ -2132,6 +2615,16 @@ def climb(folder: str) -> Iterator[str]:
         folder, below = os.path.dirname(folder), folder
         if folder == below:
             return
+
+
+def _parents_of(path: str, seen: set[str]) -> Iterator[str]:
+    """Give the folders that a path lies in: the one its spelling names, and those that links really lead to."""
+    parent = os.path.dirname(path)
+    if parent not in seen:
+        yield parent
+        yield real_path(parent)
+    if os.path.islink(path):
+        yield os.path.dirname(real_path(path))
 
 
 class Folders:
@@ -2178,14 +2671,10 @@ class Folders:
                     self.inner.setdefault(identity, path)
 
 
-def _parents_of(path: str, seen: set[str]) -> Iterator[str]:
-    """Give the folders that a path lies in: the one its spelling names, and those that links really lead to."""
-    parent = os.path.dirname(path)
-    if parent not in seen:
-        yield parent
-        yield real_path(parent)
-    if os.path.islink(path):
-        yield os.path.dirname(real_path(path))
+def claim_order(codebases: Mapping[Key, Codebase], key: Key) -> tuple[bool, str, Key]:
+    """Sort the codebases that claim one folder: the one registered first keeps it."""
+    created_at = codebases[key].created_at if key in codebases else ""
+    return (not created_at, created_at, key)
 
 
 class Owners(dict[str, Key]):
@@ -2205,7 +2694,7 @@ class Owners(dict[str, Key]):
         super().__init__(owners)
         self.look_once = functools.cache(look)
         self.look_around_once = functools.cache(lambda folder: frozenset(map(look, climb(folder))))
-        self.orphans: Optional[Owners] = None  # of records without a codebase; section 7 fills it in
+        self.orphans: Optional[Owners] = None  # of records without a codebase; section Plan fills it in
         self._look = look
         self._codebases = codebases
         self._folders: Optional[Folders] = old._folders if old is not None else None
@@ -2239,10 +2728,8 @@ class Owners(dict[str, Key]):
         return self[path] if path and identity in map(self._look, around) else None
 
 
-def claim_order(codebases: Mapping[Key, Codebase], key: Key) -> tuple[bool, str, Key]:
-    """Sort the codebases that claim one folder: the one registered first keeps it."""
-    created_at = codebases[key].created_at if key in codebases else ""
-    return (not created_at, created_at, key)
+def is_repository(folder: str) -> bool:
+    return any(os.path.lexists(f"{folder}/{name}") for name in REPOSITORY_ENTRIES)
 
 
 def why_unfit(home: str, folder: str, identity: Identity, owners: Owners) -> str:
@@ -2259,10 +2746,6 @@ def why_unfit(home: str, folder: str, identity: Identity, owners: Owners) -> str
     if inner and not is_repository(folder):
         return f"{expected} one that holds {label_for(inner)} and is no repository itself"
     return ""
-
-
-def is_repository(folder: str) -> bool:
-    return any(os.path.lexists(f"{folder}/{name}") for name in REPOSITORY_ENTRIES)
 
 
 def spell_path(home: str, path: str) -> str:
@@ -2296,323 +2779,65 @@ def listed_key(home: str, key: Key) -> Key:
     return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
-# Reading YAML nodes
+# ── 10 Registry ───────────────────────────────────────────────────────────────
 
-
-class Document:
-    """One registry file under reading: `place` names it in problems, which are collected here."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self.problems: list[Problem] = []
-        self.source = ""  # digest of the bytes that were read
-        self.taken = 0  # characters
-        self.items = 0  # of lists
-
-    def complain(self, line: int, message: str) -> None:
-        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message)))
-
-    def reject(self, node: YamlNode, key: str, expected: str) -> None:
-        self.complain(node.start_mark.line + 1, f"{key}: expected {expected}, got {name_node(node)}")
-
-
-NodeReader = Callable[[Document, YamlNode, str], Any]
-
-
-class Field(NamedTuple):
-    read: NodeReader
-    required: bool = False
-
-
-@functools.cache
-def text_loader() -> Any:
-    """Make the loader that leaves every scalar as typed: libyaml's parser where PyYAML has it."""
-    import operator
-
-    yaml = import_yaml()
-    tags = {yaml.ScalarNode: STR_TAG, yaml.SequenceNode: SEQ_TAG, yaml.MappingNode: MAP_TAG}
-
-    def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
-        return tags[kind]
-
-    # Called at every node, to track what only path resolvers would ask for: built-in functions that do nothing.
-    descend, ascend = operator.is_, tuple
-    base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
-
-
-def import_yaml() -> Any:
-    """Import PyYAML; raises OrchestraError where there is none."""
-    try:
-        import yaml
-        from yaml import SafeLoader  # noqa: F401  another package may be called so
-    except ImportError:
-        file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
-        found = f"what is not it or not whole: {file}" if file else "none"
-        hint = f"move that away; {hint}" if file else hint
-        raise OrchestraError(f"PyYAML: expected it in {sys.executable}, found {found}", hint) from None
-    return yaml
-
-
-def find_yaml() -> Optional[str]:
-    """Find the file of what `import yaml` would load, without the 12 ms of that; a mere folder of the name has none."""
-    from importlib.util import find_spec
-
-    spec = find_spec("yaml")
-    return spec.origin if spec else None
-
-
-def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
-    """Parse YAML text to its root node; what is wrong with it is told to `doc`."""
-    yaml = import_yaml()
-    try:
-        if _is_too_deep(text):
-            doc.complain(1, f"yaml: expected at most {MAX_DEPTH} levels of nesting, got more")
-            return None
-        root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
-    except yaml.reader.ReaderError as error:
-        # libyaml counts bytes, PyYAML's own reader characters.
-        before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
-        line = before.count("\n", 0, error.position) + 1
-        doc.complain(line, f"yaml: expected printable text, got the character #x{error.character:04x}")
-        return None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        doc.complain(mark.line + 1 if mark else 1, f"yaml: expected valid YAML, got: {error.problem or error.context}")
-        return None
-    except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
-        doc.complain(1, f"yaml: expected valid YAML, got: {error}")
-        return None
-    if root is None:
-        doc.complain(1, "file: expected a mapping, got nothing")
-    elif "*" in text and _has_cycle(root):
-        doc.complain(1, "yaml: expected aliases that end, got an alias cycle")
-        return None
-    return root
-
-
-def _is_too_deep(text: str) -> bool:
-    # A level of nesting needs a bracket, or half a column (a list may stand right below its key), so most files
-    # need no second parse.
-    deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
-    if 2 * (deepest + 1) + text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    yaml = import_yaml()
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=text_loader()):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                return True
-    except yaml.MarkedYAMLError as error:
-        if error.problem != LIBYAML_TOO_DEEP:
-            raise
-        return True
-    return False
-
-
-def _children(node: YamlNode) -> list[YamlNode]:
-    if isinstance(node.value, str):
-        return []
-    return [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
-
-
-def _has_cycle(node: YamlNode) -> bool:
-    done: set[int] = set()
-    above: set[int] = set()
-
-    def visit(node: YamlNode) -> bool:
-        if id(node) in done:
-            return False
-        if id(node) in above:
-            return True
-        above.add(id(node))
-        cyclic = any(visit(child) for child in _children(node))
-        above.remove(id(node))
-        done.add(id(node))
-        return cyclic
-
-    return visit(node)
-
-
-def is_null(node: YamlNode) -> bool:
-    return node.value in NULLS and not node.style
-
-
-def name_node(node: YamlNode) -> str:
-    """Name what a node is, for a problem's `got`."""
-    if is_null(node):
-        return "nothing"
-    if isinstance(node.value, str):
-        return excerpt(node.value)
-    return "a mapping" if node.id == "mapping" else "a list"
-
-
-def read_text(doc: Document, node: YamlNode, key: str) -> str:
-    text = node.value
-    if not isinstance(text, str) or is_null(node):
-        doc.reject(node, key, "text")
-        return ""
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        doc.complain(node.start_mark.line + 1, f"{key}: expected text in Unicode, got half a surrogate pair")
-        return ""
-    doc.taken += len(text)
-    if doc.taken > MAX_REGISTRY_TEXT:
-        if doc.taken - len(text) <= MAX_REGISTRY_TEXT:
-            doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
-        return ""
-    return sys.intern(text)  # codebases have much text in common, and the daemon keeps them all
-
-
-def read_path(doc: Document, node: YamlNode, key: str) -> str:
-    known = len(doc.problems)
-    path = read_text(doc, node, key)
-    if len(doc.problems) == known and (not path.startswith(("/", "~/")) or "\0" in path):
-        doc.reject(node, key, "an absolute path or ~/...")
-    return path
-
-
-def one_of(options: Sequence[str], aliases: Mapping[str, str]) -> NodeReader:
-    def read(doc: Document, node: YamlNode, key: str) -> str:
-        known = len(doc.problems)
-        text = read_text(doc, node, key)
-        text = aliases.get(text, text)
-        if len(doc.problems) == known and text not in options:
-            doc.reject(node, key, " | ".join(options))
-        return text
-
-    return read
-
-
-def list_of(read_item: NodeReader) -> NodeReader:
-    def read(doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
-        if node.id != "sequence":
-            doc.reject(node, key, "a list")
-            return ()
-        was_over = doc.items > MAX_REGISTRY_ITEMS
-        doc.items += len(node.value)
-        if doc.items > MAX_REGISTRY_ITEMS:
-            if not was_over:
-                doc.complain(1, f"{key}: expected at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
-            return ()
-        return tuple([read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value)])
-
-    return read
-
-
-def read_pairs(doc: Document, node: YamlNode, key: str) -> Pairs:
-    items = read_items(doc, node, key)
-    return tuple((name, read_text(doc, value, f"{key}.{name}")) for name, value in items.items())
-
-
-def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
-    """Read a mapping's keys as text, each once; values stay nodes."""
-    if node.id != "mapping":
-        doc.reject(node, key or "file", "a mapping")
-        return {}
-    above = _prefix_of(key)
-    items: dict[str, YamlNode] = {}
-    for name, value in node.value:
-        text = name.value
-        if not text or not isinstance(text, str):
-            doc.reject(name, key or "key", "text as a key")
-        elif text == "<<" and not name.style:
-            line = name.start_mark.line + 1
-            doc.complain(line, f"{above}<<: expected no merge key, which YAML 1.2 lacks, got one")
-        elif text in items:
-            doc.complain(name.start_mark.line + 1, f"{above}{text}: expected once, got it again")
-        else:
-            items[text] = value
-    return items
-
-
-def _prefix_of(key: str) -> str:
-    return f"{key}." if key else ""
-
-
-def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
-    """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
-    items = read_items(doc, node, key)
-    above = _prefix_of(key)
-    values: dict[str, Any] = {}
-    for name, field in schema.items():
-        value = items.pop(name, None)
-        if value is not None and not is_null(value) and not (field.required and value.value == ""):
-            values[name] = field.read(doc, value, above + name)
-        elif field.required:
-            values[name] = ""
-            if node.id == "mapping":
-                line = (value or node).start_mark.line + 1
-                doc.complain(line, f"{above}{name}: expected a value, got nothing")
-    values["extra"] = tuple(items.items())
-    return values
-
-
-def record_of(make: Callable[..., Any], schema: Mapping[str, Field]) -> NodeReader:
-    return lambda doc, node, key: make(**read_fields(doc, node, key, schema))
-
-
-_TEXT = Field(read_text)
-_TEXTS = Field(list_of(read_text))
-_NAME = Field(read_text, required=True)
-_TARGETS = Field(list_of(one_of(TARGETS, {})))
-
-TASK_SCHEMA = {
-    "id": _NAME,
-    "title": _NAME,
-    "status": Field(one_of(TASK_STATUSES, TASK_STATUS_ALIASES)),
-    "description": _TEXT,
-    "created_at": _TEXT,
-    "updated_at": _TEXT,
+DISK_NAMES = {
+    "absent": "none",
+    "file": "a file",
+    "symlink": "a link",
+    "folder": "a folder",
+    "special": "a pipe, socket or device",
 }
-AGENT_ROLE_SCHEMA = {"agent_id": _NAME, "entry_point": _TEXT, "skills": _TEXTS}
-SKILL_SCHEMA = {"id": _NAME, "description": _TEXT}
-COMPONENT_SCHEMA = {
-    "name": _NAME,
-    "project_type": Field(one_of(PROJECT_TYPES, {}), required=True),
-    "tasks": Field(list_of(record_of(Task, TASK_SCHEMA))),
-    "agents": Field(list_of(record_of(AgentRole, AGENT_ROLE_SCHEMA))),
-}
-CODEBASE_SCHEMA = {
-    "name": _NAME,
-    "path": Field(read_path, required=True),
-    "description": _TEXT,
-    "targets": _TARGETS,
-    "commands": Field(read_pairs),
-    "conventions": _TEXTS,
-    "notes": _TEXTS,
-    "skills": Field(list_of(record_of(Skill, SKILL_SCHEMA))),
-    "projects": Field(list_of(record_of(Component, COMPONENT_SCHEMA))),
-    "created_at": _TEXT,
-    "updated_at": _TEXT,
-}
-PROJECT_SCHEMA = {
-    "name": _NAME,
-    "description": _TEXT,
-    "targets": _TARGETS,
-    "commands": Field(read_pairs),
-    "conventions": _TEXTS,
-    "created_at": _TEXT,
-}
+SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
+MAX_REGISTRY_FILE = 1 << 20  # bytes
+FEW_PARSED = 20  # files that are parsed again each time rather than remembered
+BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
+# What is_ignored leaves out is left out here too: it is asked of every name at every look.
+_REGISTRY_NAME = re.compile(r"(?is)[^.#].*\.ya?ml")
+
+
+class Registry(NamedTuple):
+    """All that could be read, with inheritance applied, and every problem by the codebase it stops."""
+
+    codebases: Mapping[Key, Codebase]
+    broken: Mapping[Key, tuple[Problem, ...]]
+    stray: tuple[Problem, ...]  # problems of files that are no codebase's
+    owners: "Owners"  # the codebase that has a folder
+
+    @property
+    def keys(self) -> list[Key]:
+        return sorted([*self.codebases, *self.broken])
+
+    def find(self, name: str) -> Key:
+        """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
+        project, slash, codebase = name.rpartition("/")
+        if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
+            return (project, codebase)
+        found = [key for key in self.keys if key[1] == codebase and not slash]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            candidates = ", ".join(map(label_for, found))
+            raise RegistryError(
+                f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too"
+            )
+        raise RegistryError(
+            f"codebase {_shorten(name)}: expected a registered name, got an unknown one", "orchestra project list"
+        )
+
+    def readable(self, name: str) -> Codebase:
+        """Find a codebase by name whose file could be read; raises RegistryError."""
+        key = self.find(name)
+        if key in self.broken:
+            raise error_for(self.broken[key])
+        return self.codebases[key]
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
 
 # Reading files
-
-
-def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
-    """Read one registry file to its root node; None where a problem in the document says why."""
-    data, doc = _read_registry_data(home, file)
-    return _compose_data(data, doc), doc
-
-
-def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document]:
-    doc = Document(shorten_home(home, file))
-    try:
-        disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
-    except IoError as error:
-        doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
-        return None, doc
-    return _check_registry_disk(disk, doc), doc
 
 
 def _check_registry_disk(disk: Disk, doc: Document) -> Optional[bytes]:
@@ -2626,9 +2851,14 @@ def _check_registry_disk(disk: Disk, doc: Document) -> Optional[bytes]:
     return disk.data
 
 
-def _compose_data(data: Optional[bytes], doc: Document) -> Optional[YamlNode]:
-    text = None if data is None else _decode(data, doc)
-    return None if text is None else compose_document(text, doc)
+def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document]:
+    doc = Document(shorten_home(home, file))
+    try:
+        disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
+    except IoError as error:
+        doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
+        return None, doc
+    return _check_registry_disk(disk, doc), doc
 
 
 def _decode(data: bytes, doc: Document) -> Optional[str]:
@@ -2638,6 +2868,27 @@ def _decode(data: bytes, doc: Document) -> Optional[str]:
         line = data.count(b"\n", 0, error.start) + 1
         doc.complain(line, f"file: expected UTF-8, got the byte 0x{data[error.start]:02x}")
         return None
+
+
+def _compose_data(data: Optional[bytes], doc: Document) -> Optional[YamlNode]:
+    text = None if data is None else _decode(data, doc)
+    return None if text is None else compose_document(text, doc)
+
+
+def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
+    """Read one registry file to its root node; None where a problem in the document says why."""
+    data, doc = _read_registry_data(home, file)
+    return _compose_data(data, doc), doc
+
+
+def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
+    return tuple(problem._replace(hint=f"orchestra edit {label_for(key)}") for problem in problems)
+
+
+def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) -> None:
+    if found and found != expected:
+        line = next(key.start_mark.line + 1 for key, _ in root.value if key.value == "name")
+        doc.complain(line, f"name: expected {expected}, as the registry has it, got {found!r}")
 
 
 def read_codebase(
@@ -2662,6 +2913,25 @@ def read_codebase(
     if parsed:
         parsed.add(codebase)
     return codebase, ()
+
+
+def _component_from(name: str, kind: str, tasks: Sequence[Any], roles: Sequence[Any], extra: object) -> Component:
+    agents = tuple(AgentRole(agent, entry, tuple(skills)) for agent, entry, skills, _ in roles)
+    return Component(name, kind, tuple(Task._make([*map(sys.intern, task[:-1]), ()]) for task in tasks), agents)
+
+
+def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
+    raw = Codebase._make(values)  # with lists for tuples, as JSON has them
+    return raw._replace(
+        project=project,
+        targets=None if raw.targets is None else tuple(raw.targets),
+        commands=tuple((sys.intern(key), sys.intern(value)) for key, value in raw.commands),
+        conventions=tuple(map(sys.intern, raw.conventions)),
+        notes=tuple(map(sys.intern, raw.notes)),
+        skills=tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in raw.skills),
+        projects=tuple(_component_from(*component) for component in raw.projects),
+        extra=(),
+    )
 
 
 class ParsedFiles:
@@ -2723,29 +2993,6 @@ class ParsedFiles:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
 
 
-def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
-    raw = Codebase._make(values)  # with lists for tuples, as JSON has them
-    return raw._replace(
-        project=project,
-        targets=None if raw.targets is None else tuple(raw.targets),
-        commands=tuple((sys.intern(key), sys.intern(value)) for key, value in raw.commands),
-        conventions=tuple(map(sys.intern, raw.conventions)),
-        notes=tuple(map(sys.intern, raw.notes)),
-        skills=tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in raw.skills),
-        projects=tuple(_component_from(*component) for component in raw.projects),
-        extra=(),
-    )
-
-
-def _component_from(name: str, kind: str, tasks: Sequence[Any], roles: Sequence[Any], extra: object) -> Component:
-    agents = tuple(AgentRole(agent, entry, tuple(skills)) for agent, entry, skills, _ in roles)
-    return Component(name, kind, tuple(Task._make([*map(sys.intern, task[:-1]), ()]) for task in tasks), agents)
-
-
-def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
-    return tuple(problem._replace(hint=f"orchestra edit {label_for(key)}") for problem in problems)
-
-
 def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
     """Read a project's file; a project without one has nothing to inherit."""
     file = project_path(home, project)
@@ -2760,20 +3007,14 @@ def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]
     return Project(source=doc.source, **values), tuple(problem._replace(hint=hint) for problem in doc.problems)
 
 
-def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) -> None:
-    if found and found != expected:
-        line = next(key.start_mark.line + 1 for key, _ in root.value if key.value == "name")
-        doc.complain(line, f"name: expected {expected}, as the registry has it, got {found!r}")
+def absolute_path(path: str) -> str:
+    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
+    return "/" + os.path.abspath(path).lstrip("/")
 
 
 def codebase_root(home: str, codebase: Codebase) -> str:
     """Give the absolute path of a codebase's folder; links in it are not resolved."""
     return absolute_path(expand_home(home, codebase.path))
-
-
-def absolute_path(path: str) -> str:
-    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
-    return "/" + os.path.abspath(path).lstrip("/")
 
 
 def inherit(codebase: Codebase, project: Project) -> Codebase:
@@ -2794,13 +3035,70 @@ def is_current(home: str, codebase: Codebase) -> bool:
     return codebase.source == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
-# What is_ignored leaves out is left out here too: it is asked of every name at every look.
-_REGISTRY_NAME = re.compile(r"(?is)[^.#].*\.ya?ml")
-
-
 def is_registry_file(name: str) -> bool:
     """Say whether a name in the registry is a YAML file's, be it one that must be called otherwise."""
     return _REGISTRY_NAME.fullmatch(name) is not None
+
+
+def list_folder(folder: str) -> list[os.DirEntry[str]]:
+    """List a folder, in no order; one that is not there has nothing in it. Raises IoError."""
+    with blame(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except FileNotFoundError:
+            return []
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+
+
+def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Problem]:
+    try:
+        check_name("project", project)
+        if stem != "project":
+            check_name("codebase", stem)
+    except RegistryError as error:
+        return Problem(visible(f"{shorten_home(home, path)}:1"), str(error), error.hint)
+    return None
+
+
+def _stray(home: str, path: str, expected: str, got: str) -> Problem:
+    place = visible(f"{shorten_home(home, path)}:1")
+    return Problem(place, visible(f"file: expected {expected}, got {got}"), "rename or move it")
+
+
+def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Problem]:
+    stem, suffix = os.path.splitext(entry.name)
+    if suffix.lower() in (".yaml", ".yml"):
+        if suffix != ".yaml":
+            return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
+        return _name_problem(home, project, stem, entry.path)
+    try:
+        has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
+    except IoError as error:
+        return _stray(home, entry.path, "a folder to list", explain_os_error(error.source))
+    except OSError as error:
+        return _stray(home, entry.path, "a registry file", explain_os_error(error))
+    if has_files:
+        return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
+    return None
+
+
+def _scan_project(home: str, folder: os.DirEntry[str], keys: list[Key], stray: list[Problem]) -> None:
+    found: list[Key] = []
+    names = set()
+    for item in _scan(folder.path):
+        names.add(item.name)
+        problem = _astray(home, folder.name, item)
+        if problem:
+            stray.append(problem)
+        elif item.name.endswith(".yaml") and item.name != "project.yaml":
+            found.append((folder.name, item.name[:-5]))
+    if not found and "project.yaml" in names:
+        stray.extend(read_project(home, folder.name)[1])
+    keys.extend(found)
 
 
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
@@ -2823,86 +3121,15 @@ def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
     return keys, stray
 
 
-def _scan_project(home: str, folder: os.DirEntry[str], keys: list[Key], stray: list[Problem]) -> None:
-    found: list[Key] = []
-    names = set()
-    for item in _scan(folder.path):
-        names.add(item.name)
-        problem = _astray(home, folder.name, item)
-        if problem:
-            stray.append(problem)
-        elif item.name.endswith(".yaml") and item.name != "project.yaml":
-            found.append((folder.name, item.name[:-5]))
-    if not found and "project.yaml" in names:
-        stray.extend(read_project(home, folder.name)[1])
-    keys.extend(found)
+def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
+    first = min(one, other, key=lambda key: claim_order(codebases, key))
+    return first, other if first == one else one
 
 
-def _scan(folder: str) -> list[os.DirEntry[str]]:
-    return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
-
-
-def list_folder(folder: str) -> list[os.DirEntry[str]]:
-    """List a folder, in no order; one that is not there has nothing in it. Raises IoError."""
-    with blame(folder):
-        try:
-            with os.scandir(folder) as entries:
-                return list(entries)
-        except FileNotFoundError:
-            return []
-
-
-def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Problem]:
-    stem, suffix = os.path.splitext(entry.name)
-    if suffix.lower() in (".yaml", ".yml"):
-        if suffix != ".yaml":
-            return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
-        return _name_problem(home, project, stem, entry.path)
-    try:
-        has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
-    except IoError as error:
-        return _stray(home, entry.path, "a folder to list", explain_os_error(error.source))
-    except OSError as error:
-        return _stray(home, entry.path, "a registry file", explain_os_error(error))
-    if has_files:
-        return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
-    return None
-
-
-def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Problem]:
-    try:
-        check_name("project", project)
-        if stem != "project":
-            check_name("codebase", stem)
-    except RegistryError as error:
-        return Problem(visible(f"{shorten_home(home, path)}:1"), str(error), error.hint)
-    return None
-
-
-def _stray(home: str, path: str, expected: str, got: str) -> Problem:
-    place = visible(f"{shorten_home(home, path)}:1")
-    return Problem(place, visible(f"file: expected {expected}, got {got}"), "rename or move it")
-
-
-def load_registry(home: str) -> Registry:
-    """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
-    keys, stray = scan_registry(home)
-    parsed = ParsedFiles(home)
-    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), Owners()), parsed)
-    parsed.save_if_worth_it()
-    return registry
-
-
-def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Registry:
-    """Read some codebases again, and with them those that were broken; a file that is gone drops out.
-
-    Costs what it reads, however large the registry.
-    """
-    again = {*keys, *registry.broken}
-    owners = Owners({root: owner for root, owner in registry.owners.items() if owner not in again}, old=registry.owners)
-    others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
-    present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
-    return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
+def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
+    place = shorten_home(home, codebase_path(home, codebase.key))
+    message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
+    return Problem(visible(f"{place}:1"), visible(message), f"orchestra edit {label_for(codebase.key)}")
 
 
 def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Optional[ParsedFiles] = None) -> Registry:
@@ -2929,15 +3156,29 @@ def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Opti
     return Registry(codebases, broken, base.stray, Owners(owners, codebases, base.owners))
 
 
-def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
-    first = min(one, other, key=lambda key: claim_order(codebases, key))
-    return first, other if first == one else one
+def load_registry(home: str) -> Registry:
+    """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
+    keys, stray = scan_registry(home)
+    parsed = ParsedFiles(home)
+    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), Owners()), parsed)
+    parsed.save_if_worth_it()
+    return registry
 
 
-def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
-    place = shorten_home(home, codebase_path(home, codebase.key))
-    message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
-    return Problem(visible(f"{place}:1"), visible(message), f"orchestra edit {label_for(codebase.key)}")
+def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Registry:
+    """Read some codebases again, and with them those that were broken; a file that is gone drops out.
+
+    Costs what it reads, however large the registry.
+    """
+    again = {*keys, *registry.broken}
+    owners = Owners({root: owner for root, owner in registry.owners.items() if owner not in again}, old=registry.owners)
+    others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
+    present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
+    return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
+
+
+def error_for(problems: Sequence[Problem]) -> RegistryError:
+    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
 
 
 def reread_codebase(home: str, key: Key) -> Codebase:
@@ -2962,11 +3203,57 @@ def load_codebase(home: str, project: str, name: str) -> Codebase:
     return codebase
 
 
-def error_for(problems: Sequence[Problem]) -> RegistryError:
-    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
-
-
 # Writing
+
+
+def _aside_label(key: Key, file: str) -> str:
+    return f"{label_for(key)}/{os.path.basename(file)}"
+
+
+def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock, key: Key) -> None:
+    with blame(file):
+        make_private_folder(os.path.dirname(file))
+        with open_place(file, _aside_label(key, file)) as place:
+            replace_file(place, text.encode(), expected, lock, mode=0o600, durable=True)
+        sync_folder(os.path.dirname(file))
+
+
+def _label_for_file(path: str) -> str:
+    """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
+    folder, name = os.path.split(path)
+    key = (os.path.basename(folder), os.path.splitext(name)[0])
+    name = name if can_be_kept_as(name) else "leftover.yaml"
+    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
+
+
+@contextmanager
+def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
+    """Take the registry's lock, and clean up after a command that was killed while it had it."""
+    aside = aside_root(home)
+
+    def back_up_aside(label: str, disk: Disk) -> None:
+        project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
+        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
+
+    def back_up_left(folder: str, name: str, disk: Disk) -> None:
+        back_up_aside(_label_for_file(f"{folder}/{name}"), disk)
+
+    def sweep(left: Leftover) -> bool:
+        sweep_backups(backups_root(home), left, clock)  # first, for an earlier sweep may have ended there
+        folders = folders_below(projects_root(home))
+        if left.swap:
+            folders.append(os.path.dirname(left.swap.path))
+            settle_left(left.swap, folders, _label_for_file, aside)
+        stays = False
+        for folder in dict.fromkeys(folders):
+            keep = functools.partial(back_up_left, folder)
+            stays |= release_temporaries(folder, left, keep, clock)
+        return stays
+
+    with hold_lock(registry_lock_path(home), sweep, aside=aside) as lock:
+        with blame(aside):
+            collect_aside(aside, back_up_aside, clock)
+        yield lock
 
 
 def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
@@ -2996,26 +3283,6 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             if text is None:
                 back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock, quota=DISPLACED)
         _write_registry_file(file, _dump(new) if text is None else text, disk, lock, key)
-
-
-def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock, key: Key) -> None:
-    with blame(file):
-        make_private_folder(os.path.dirname(file))
-        with open_place(file, _aside_label(key, file)) as place:
-            replace_file(place, text.encode(), expected, lock, mode=0o600, durable=True)
-        sync_folder(os.path.dirname(file))
-
-
-def _aside_label(key: Key, file: str) -> str:
-    return f"{label_for(key)}/{os.path.basename(file)}"
-
-
-def _label_for_file(path: str) -> str:
-    """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
-    folder, name = os.path.split(path)
-    key = (os.path.basename(folder), os.path.splitext(name)[0])
-    name = name if can_be_kept_as(name) else "leftover.yaml"
-    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
 
 @contextmanager
@@ -3054,201 +3321,13 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
-@contextmanager
-def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
-    """Take the registry's lock, and clean up after a command that was killed while it had it."""
-    aside = aside_root(home)
-
-    def back_up_aside(label: str, disk: Disk) -> None:
-        project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
-        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
-
-    def back_up_left(folder: str, name: str, disk: Disk) -> None:
-        back_up_aside(_label_for_file(f"{folder}/{name}"), disk)
-
-    def sweep(left: Leftover) -> bool:
-        sweep_backups(backups_root(home), left, clock)  # first, for an earlier sweep may have ended there
-        folders = folders_below(projects_root(home))
-        if left.swap:
-            folders.append(os.path.dirname(left.swap.path))
-            settle_left(left.swap, folders, _label_for_file, aside)
-        stays = False
-        for folder in dict.fromkeys(folders):
-            keep = functools.partial(back_up_left, folder)
-            stays |= release_temporaries(folder, left, keep, clock)
-        return stays
-
-    with hold_lock(registry_lock_path(home), sweep, aside=aside) as lock:
-        with blame(aside):
-            collect_aside(aside, back_up_aside, clock)
-        yield lock
-
-
 def clear_registry(home: str) -> None:
     """Clear up after a command that was killed while it changed the registry; raises IoError."""
     with _registry_turn(home, time.time):
         pass
 
 
-def values_of(record: Any) -> dict[str, Any]:
-    """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
-    values = record._asdict()
-    extra = values.pop("extra")
-    if isinstance(record, Codebase):
-        del values["project"], values["source"]
-        values["commands"] = dict(record.commands)
-    # What is as it would be anyway need not be said; but targets: [] is not the default.
-    defaults = record._field_defaults
-    return {**{k: v for k, v in values.items() if v != defaults.get(k) and (v or k == "targets")}, **dict(extra)}
-
-
-def _node_for(value: Any) -> YamlNode:
-    yaml = import_yaml()
-    if isinstance(value, yaml.Node):
-        return _retag(value, {})
-    if isinstance(value, str):
-        return _text_node(value)
-    if hasattr(value, "_asdict"):
-        value = values_of(value)
-    if isinstance(value, dict):
-        return _mapping_node({k: _node_for(v) for k, v in value.items()})
-    items = [_node_for(item) for item in value]
-    return yaml.SequenceNode(SEQ_TAG, items, flow_style=all(isinstance(v, str) for v in value))
-
-
-def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
-    yaml = import_yaml()
-    pairs = [(_text_node(name), value) for name, value in items.items()]
-    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
-
-
-def _text_node(text: str) -> YamlNode:
-    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
-    yaml = import_yaml()
-    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
-    if not tag.endswith(":timestamp"):
-        tag = STR_TAG
-    style = "|" if "\n" in text else None
-    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
-        style = '"'
-    return yaml.ScalarNode(tag, text, style=style)
-
-
-def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
-    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
-    if id(node) not in done:
-        yaml = import_yaml()
-        if node.id == "scalar":
-            bare = (not node.style, bool(node.style))
-            tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
-            done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
-        elif node.id == "sequence":
-            items = [_retag(item, done) for item in node.value]
-            done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
-        else:
-            pairs = [(_retag(key, done), _retag(value, done)) for key, value in node.value]
-            done[id(node)] = yaml.MappingNode(node.tag, pairs, flow_style=node.flow_style)
-    return done[id(node)]
-
-
-def _dump(node: YamlNode) -> str:
-    yaml = import_yaml()
-    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
-
-
-def _merge_yaml(text: str, old: YamlNode, new: YamlNode) -> Optional[str]:
-    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done."""
-    wanted = {key.value: value for key, value in new.value}
-    newline = "\r\n" if "\r\n" in text else "\n"
-    edits = []
-    for key, value in old.value:
-        replacement = wanted.pop(key.value, None)
-        if _is_same(key.value, value, replacement):
-            continue
-        try:
-            edits += _edits_for(value, replacement)
-        except _NotSpliced:
-            start, end = key.start_mark.index, _value_end(text, value)
-            entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
-            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
-    for start, end, entry in sorted(edits, reverse=True):
-        text = text[:start] + entry.replace("\n", newline) + text[end:]
-    if wanted:
-        text += "" if text.endswith("\n") else newline
-        text += _dump(_mapping_node(wanted)).replace("\n", newline)
-    again = compose_document(text, Document(""))
-    # Anchors, flow style, document marks and what is dropped deep inside can defeat a splice.
-    return text if again is not None and _meaning_of(again) == _meaning_of(new) else None
-
-
-def _meaning_of(root: YamlNode) -> str:
-    values = read_fields(Document(""), root, "", CODEBASE_SCHEMA)
-    return _digest_node(_node_for(values_of(Codebase(project="", **values))))
-
-
-class _NotSpliced(Exception):
-    """The difference between two nodes is more than some scalars."""
-
-
-def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, str]]:
-    if new is None or old.id != new.id:
-        raise _NotSpliced
-    if _digest_node(old) == _digest_node(new):
-        return []
-    if old.id == "scalar":
-        entry = _dump(_mapping_node({"k": new}))[3:-1]
-        if "\n" in entry or old.style in ("|", ">"):
-            raise _NotSpliced
-        return [(old.start_mark.index, old.end_mark.index, entry)]
-    if old.id == "mapping":
-        wanted = {key.value: value for key, value in new.value}
-        if wanted.keys() - {key.value for key, _ in old.value}:
-            raise _NotSpliced
-        pairs = [(value, wanted[key.value]) for key, value in old.value if key.value in wanted]
-    elif len(old.value) == len(new.value):
-        pairs = list(zip(old.value, new.value))
-    else:
-        raise _NotSpliced
-    return [edit for one, other in pairs for edit in _edits_for(one, other)]
-
-
-def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
-    if new is None:
-        return is_null(old) or (name != "targets" and _is_empty(old))
-    return _digest_node(old) == _digest_node(new)
-
-
-def _value_end(text: str, value: YamlNode) -> int:
-    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
-    end = int(value.end_mark.index)
-    while True:
-        line = text.rfind("\n", 0, end - 1) + 1
-        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
-            return end
-        end = line
-
-
-def _is_empty(node: YamlNode) -> bool:
-    return is_null(node) or not node.value
-
-
-def _digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
-    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
-    done = {} if done is None else done
-    if id(node) not in done:
-        if node.id == "scalar":
-            parts = ["null"] if is_null(node) else ["text", node.value]
-        elif node.id == "sequence":
-            parts = ["list", *(_digest_node(item, done) for item in node.value)]
-        else:
-            pairs = ((_digest_node(key, done), _digest_node(value, done)) for key, value in node.value)
-            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
-        done[id(node)] = sha256_of(json.dumps(parts).encode())
-    return done[id(node)]
-
-
-# ── 5 Detection ───────────────────────────────────────────────────────────────
+# ── 11 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is a first draft for its registry file, which the user then owns.
 # Only manifests right in the folder are read; one that cannot be read says nothing.
@@ -3265,16 +3344,9 @@ ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
-AGENT_TRACES = {  # what an agent's user has in a repository, besides the files Orchestra writes
-    "claude": ("CLAUDE.md", ".claude"),
-    "codex": ("AGENTS.md", ".codex"),
-    "gemini": ("GEMINI.md", ".gemini"),
-    "copilot": (".github/copilot-instructions.md", ".github/instructions"),
-    "cursor": (".cursor", ".cursorrules"),
-    "windsurf": (".windsurf", ".windsurfrules", ".devin/rules"),
-    "cline": (".clinerules/",),
-    "antigravity": (".agents/rules", ".agent/rules"),
-}
+_BASIC_STRING = r'"(?:[^"\\]|\\.)*"'
+# A string ends with its line where nobody has closed it: no text is looked at twice.
+_TOML_TOKEN = r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]"""
 
 
 class Detected(NamedTuple):
@@ -3286,29 +3358,6 @@ class Detected(NamedTuple):
     commands: Pairs = ()
     skills: tuple[Skill, ...] = ()
     targets: tuple[str, ...] = ()
-
-
-def detect(folder: str) -> Detected:
-    """Read a folder's manifests; raises IoError if the folder cannot be listed."""
-    with blame(folder):
-        names = set(os.listdir(folder))
-    package = _read_package_json(folder)
-    pyproject = _read_manifest(folder, "pyproject.toml")
-    cargo = _read_manifest(folder, "Cargo.toml")
-    project_type, evidence = _detect_type(folder, names, package)
-    descriptions = (
-        package.get("description"),
-        _toml_text(pyproject, "description", "project", "tool.poetry"),
-        _toml_text(cargo, "description", "package"),
-    )
-    return Detected(
-        project_type,
-        evidence,
-        next((tidy(d) for d in descriptions if isinstance(d, str) and tidy(d)), ""),
-        tuple(_detect_commands(folder, names, package).items()),
-        tuple(Skill(s.id, tidy(s.description)) for s in _detect_skills(names, package, pyproject, cargo)),
-        tuple(target for target in TARGETS if _has_trace(folder, target)),
-    )
 
 
 def tidy(text: str) -> str:
@@ -3337,9 +3386,15 @@ def _read_package_json(folder: str) -> dict[str, Any]:
     return package if isinstance(package, dict) else {}
 
 
-def _section(package: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = package.get(name)
-    return section if isinstance(section, dict) else {}
+def _toml_value(text: str) -> str:
+    if text.startswith("'"):  # a literal string has no escapes
+        value, quote, _ = text[1:].partition("'")
+        return value if quote else ""
+    found = re.match(_BASIC_STRING, text)
+    try:  # a basic string's escapes are JSON's, but for one
+        return str(json.loads(found[0])) if found else ""
+    except ValueError:
+        return ""
 
 
 def _toml_text(text: str, key: str, *tables: str) -> str:
@@ -3356,22 +3411,22 @@ def _toml_text(text: str, key: str, *tables: str) -> str:
     return ""
 
 
-_BASIC_STRING = r'"(?:[^"\\]|\\.)*"'
+def _section(package: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = package.get(name)
+    return section if isinstance(section, dict) else {}
 
 
-def _toml_value(text: str) -> str:
-    if text.startswith("'"):  # a literal string has no escapes
-        value, quote, _ = text[1:].partition("'")
-        return value if quote else ""
-    found = re.match(_BASIC_STRING, text)
-    try:  # a basic string's escapes are JSON's, but for one
-        return str(json.loads(found[0])) if found else ""
-    except ValueError:
-        return ""
+def _first(names: Iterable[str], *patterns: str) -> str:
+    for pattern in patterns:
+        rule = re.compile(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
+        for name in sorted(names):
+            if rule.match(name):
+                return name
+    return ""
 
 
-# A string ends with its line where nobody has closed it: no text is looked at twice.
-_TOML_TOKEN = r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]"""
+def _first_package(packages: Mapping[str, Any], wanted: Iterable[str]) -> str:
+    return next((f"{name} in package.json" for name in wanted if name in packages), "")
 
 
 def _toml_strings(text: str, key: str) -> Iterator[str]:
@@ -3382,6 +3437,20 @@ def _toml_strings(text: str, key: str) -> Iterator[str]:
             return
         if token[0][0] != "#":
             yield token[0].strip("\"'")
+
+
+def _ml_evidence(folder: str, names: set[str]) -> str:
+    words = "|".join(map(re.escape, ML_PACKAGES))
+    # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
+    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
+        text = _read_manifest(folder, name) if name in names else ""
+        if name == "pyproject.toml":
+            text = "\n".join(_toml_strings(text, "dependencies"))
+        match = wanted.search(text)
+        if match:
+            return f"{match[1]} in {name}"
+    return _first(names, "*.ipynb")
 
 
 def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tuple[str, str]:
@@ -3399,33 +3468,6 @@ def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tu
         ("backend", _first(names, "package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
     )
     return next(((kind, evidence) for kind, evidence in rules if evidence), ("backend", "nothing recognized"))
-
-
-def _first(names: Iterable[str], *patterns: str) -> str:
-    for pattern in patterns:
-        rule = re.compile(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
-        for name in sorted(names):
-            if rule.match(name):
-                return name
-    return ""
-
-
-def _first_package(packages: Mapping[str, Any], wanted: Iterable[str]) -> str:
-    return next((f"{name} in package.json" for name in wanted if name in packages), "")
-
-
-def _ml_evidence(folder: str, names: set[str]) -> str:
-    words = "|".join(map(re.escape, ML_PACKAGES))
-    # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
-    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
-        text = _read_manifest(folder, name) if name in names else ""
-        if name == "pyproject.toml":
-            text = "\n".join(_toml_strings(text, "dependencies"))
-        match = wanted.search(text)
-        if match:
-            return f"{match[1]} in {name}"
-    return _first(names, "*.ipynb")
 
 
 def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -> dict[str, str]:
@@ -3481,72 +3523,32 @@ def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, 
             yield Skill(name, text)
 
 
-# ── 6 Agents ──────────────────────────────────────────────────────────────────
-
-# One row an agent, as its makers' documentation stood in September-October 2026. The text below is a pure
-# function of the registry: no time, no counter, no look at the disk, so that a second sync writes nothing.
-
-BLOCK_BEGIN = "<!-- orchestra:begin -->"
-BLOCK_END = "<!-- orchestra:end -->"
-BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
-
-
-class Budget(NamedTuple):
-    """How much an agent reads: `limit` in `unit`s (lines, characters, bytes), and what happens beyond it."""
-
-    limit: int
-    unit: str
-    beyond: str
-
-
-class Agent(NamedTuple):
-    """An agent's file. `header` is the frontmatter of an owned file; a shared one holds a marked block."""
-
-    target: str
-    path: str
-    owned: bool
-    header: str = ""
-    budget: Optional[Budget] = None
-
-
-AGENTS = {
-    agent.target: agent
-    for agent in (
-        Agent("claude", "CLAUDE.md", False, budget=Budget(200, "lines", "Claude's makers advise fewer")),
-        Agent("codex", "AGENTS.md", False, budget=Budget(32 << 10, "bytes", "Codex cuts off the rest")),
-        Agent("gemini", "GEMINI.md", False),
-        Agent("copilot", ".github/copilot-instructions.md", False),
-        Agent(
-            "cursor",
-            ".cursor/rules/orchestra.mdc",
-            True,
-            "---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
-            Budget(500, "lines", "Cursor's makers advise fewer"),
-        ),
-        Agent(
-            "windsurf",
-            ".windsurf/rules/orchestra.md",
-            True,
-            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            Budget(12000, "characters", "Windsurf cuts off the rest"),
-        ),
-        Agent("cline", ".clinerules/orchestra.md", True),
-        Agent(
-            "antigravity",
-            ".agents/rules/orchestra.md",
-            True,
-            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            Budget(24000, "bytes", "Antigravity cuts off the rest"),
-        ),
+def detect(folder: str) -> Detected:
+    """Read a folder's manifests; raises IoError if the folder cannot be listed."""
+    with blame(folder):
+        names = set(os.listdir(folder))
+    package = _read_package_json(folder)
+    pyproject = _read_manifest(folder, "pyproject.toml")
+    cargo = _read_manifest(folder, "Cargo.toml")
+    project_type, evidence = _detect_type(folder, names, package)
+    descriptions = (
+        package.get("description"),
+        _toml_text(pyproject, "description", "project", "tool.poetry"),
+        _toml_text(cargo, "description", "package"),
     )
-}
-AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
-MANAGED_FOLDERS = {
-    folder: [path for path in AGENTS_BY_PATH if os.path.dirname(path) == folder]
-    for folder in dict.fromkeys(map(os.path.dirname, AGENTS_BY_PATH))
-}
-TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked": "blocked"}
+    return Detected(
+        project_type,
+        evidence,
+        next((tidy(d) for d in descriptions if isinstance(d, str) and tidy(d)), ""),
+        tuple(_detect_commands(folder, names, package).items()),
+        tuple(Skill(s.id, tidy(s.description)) for s in _detect_skills(names, package, pyproject, cargo)),
+        tuple(target for target in TARGETS if _has_trace(folder, target)),
+    )
 
+
+# ══ III Sync ══════════════════════════════════════════════════════════════════
+
+# ── 12 Text ───────────────────────────────────────────────────────────────────
 
 # Text from the registry made harmless
 
@@ -3556,6 +3558,10 @@ TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked":
 # become apostrophes. All of it is linear in the text's length: no pattern has two unbounded repeats that could share
 # characters, and no scan that failed is begun anew one character on.
 
+BLOCK_BEGIN = "<!-- orchestra:begin -->"
+BLOCK_END = "<!-- orchestra:end -->"
+BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
+TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked": "blocked"}
 # Characters that end a line for some reader, or none should see; tab and newline stay.
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
 _SPECIAL = re.compile(r"[<>`@~\[\]]")
@@ -3567,6 +3573,19 @@ _FENCE = r"(`{3,})[^`]*|(~{3,})(?:[^~].*)?"
 _PLAIN_FENCE = r"(?:`{3,}|~{3,})[\w+#.-]*"
 _PREFIX = " \t>*+-0123456789.)"  # of a line, before what begins a block in it
 _CONFLICT_LIKE = r"(?:>{7}|\|{7}) "  # a file's own conflict markers begin so
+# What does not show: soft hyphens, marks of direction, zero widths, fillers, tags and other formats, by the Unicode
+# Character Database 15; but not the joiners of emoji and of Arabic or Indic letters, nor the tags of a flag.
+_HIDDEN = (
+    "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
+    "\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]|[\ufe00-\ufe0f]{2}"
+    "|(?<![\u0600-\u0fff\u200c\u2190-\u2bff\u3000-\u33ff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+    "|[\u200c\u200d](?![\u0600-\u0fff\u2190-\u2bff\u3000-\u33ff\U0001f000-\U0001faff])"
+)
+_FLAG = "\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
+_UNSHOWN = (
+    "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e0fff]|\r(?!\n)"
+)
 
 
 def is_plain(text: str) -> bool:
@@ -3578,27 +3597,6 @@ def defuse(text: str) -> str:
     """Take from text what could open or close an HTML comment, Orchestra's markers among them."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
     return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
-
-
-def _quote_at_words(text: str) -> str:
-    """Put bare @words in backticks, and escape what could take a backtick for itself."""
-    lines = text.split("\n")
-    parts = [_split_at_spans(line) for line in lines]
-    spans = [span for line in parts for span in line[1::2]]
-    if not all(parts) or (any(map(_has_bar, spans)) and any(map(_is_table_rule, lines))):
-        parts = [[line.replace("`", "'")] for line in lines]
-    for line in parts:
-        if not re.search(r"[<@\]]", "".join(line[::2])):
-            continue
-        begins = line[0].lstrip(_PREFIX)[:1]
-        if begins == "<":  # it may begin a block of HTML, where backticks are nothing
-            line[0] = line[0].replace("<", "&lt;", 1)
-        elif begins == "[" and "]:" in "".join(line):  # or a link's definition, which may have a title
-            line[0] = line[0].replace("[", "\\[", 1)
-        for i in range(0, len(line), 2):
-            outside = re.sub(_OPEN_LINK, r"]\\", re.sub(_OPEN_TAG, "&lt;", line[i]))
-            line[i] = re.sub(_AT_WORD, _quote_at_word, outside)
-    return "\n".join(map("".join, parts))
 
 
 def _quote_at_word(match: re.Match[str]) -> str:
@@ -3631,6 +3629,27 @@ def _has_bar(span: str) -> bool:
     return "|" in span.replace("\\\\", "|").replace("\\|", "")
 
 
+def _quote_at_words(text: str) -> str:
+    """Put bare @words in backticks, and escape what could take a backtick for itself."""
+    lines = text.split("\n")
+    parts = [_split_at_spans(line) for line in lines]
+    spans = [span for line in parts for span in line[1::2]]
+    if not all(parts) or (any(map(_has_bar, spans)) and any(map(_is_table_rule, lines))):
+        parts = [[line.replace("`", "'")] for line in lines]
+    for line in parts:
+        if not re.search(r"[<@\]]", "".join(line[::2])):
+            continue
+        begins = line[0].lstrip(_PREFIX)[:1]
+        if begins == "<":  # it may begin a block of HTML, where backticks are nothing
+            line[0] = line[0].replace("<", "&lt;", 1)
+        elif begins == "[" and "]:" in "".join(line):  # or a link's definition, which may have a title
+            line[0] = line[0].replace("[", "\\[", 1)
+        for i in range(0, len(line), 2):
+            outside = re.sub(_OPEN_LINK, r"]\\", re.sub(_OPEN_TAG, "&lt;", line[i]))
+            line[i] = re.sub(_AT_WORD, _quote_at_word, outside)
+    return "\n".join(map("".join, parts))
+
+
 def one_line(text: str) -> str:
     """Make text harmless for a part of a line, whatever follows: it leaves nothing open, and opens no fence."""
     if is_plain(text):
@@ -3641,22 +3660,6 @@ def one_line(text: str) -> str:
     if text.startswith("[") and text.endswith("]"):
         text = "\\" + text  # a colon may follow, and make a link's definition of the line
     return _quote_at_words(text)
-
-
-def many_lines(text: str, indent: str = "  ") -> str:
-    """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
-    if is_plain(text):
-        return text
-    lines = defuse(text).strip().split("\n")
-    if "@" in text:
-        safe: list[str] = []
-        done = 0
-        for start, end in (*_find_fences(lines), (len(lines), len(lines))):
-            safe += _quote_at_words("\n".join(lines[done:start])).split("\n") if start > done else []
-            safe += lines[start:end]
-            done = end
-        lines = safe
-    return "\n".join((indent + line if i else line).rstrip() for i, line in enumerate(lines))
 
 
 def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -3675,10 +3678,20 @@ def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
             fence = ""
 
 
-def paragraphs(text: str) -> str:
-    """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
-    text = defuse(text).strip()
-    return many_lines(text, "") if all(map(_is_tame, text.split("\n"))) else f"- {many_lines(text)}"
+def many_lines(text: str, indent: str = "  ") -> str:
+    """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
+    if is_plain(text):
+        return text
+    lines = defuse(text).strip().split("\n")
+    if "@" in text:
+        safe: list[str] = []
+        done = 0
+        for start, end in (*_find_fences(lines), (len(lines), len(lines))):
+            safe += _quote_at_words("\n".join(lines[done:start])).split("\n") if start > done else []
+            safe += lines[start:end]
+            done = end
+        lines = safe
+    return "\n".join((indent + line if i else line).rstrip() for i, line in enumerate(lines))
 
 
 def _is_tame(line: str) -> bool:
@@ -3687,6 +3700,12 @@ def _is_tame(line: str) -> bool:
         or line.startswith(("    ", "\t"))
         or re.match(_CONFLICT_LIKE, line)
     )
+
+
+def paragraphs(text: str) -> str:
+    """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
+    text = defuse(text).strip()
+    return many_lines(text, "") if all(map(_is_tame, text.split("\n"))) else f"- {many_lines(text)}"
 
 
 def code_span(text: str) -> str:
@@ -3707,24 +3726,6 @@ def code_block(text: str, indent: str) -> str:
 
 
 # The text
-
-
-def render_body(codebase: Codebase) -> str:
-    """Write what every agent is told about a codebase, in Markdown."""
-    parts = [f"# {one_line(codebase.name)}"]
-    if codebase.description:
-        parts.append(paragraphs(codebase.description))
-    sections = (
-        ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
-        ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
-        ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
-        ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
-        ("Skills", [_render_skill(skill) for skill in codebase.skills]),
-        ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
-        ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
-    )
-    parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
-    return "\n\n".join(parts) + "\n"
 
 
 def _render_command(name: str, command: str) -> str:
@@ -3749,8 +3750,38 @@ def _render_role(role: AgentRole) -> str:
     return f"- {one_line(role.agent_id)}{entry}{skills}"
 
 
+def render_body(codebase: Codebase) -> str:
+    """Write what every agent is told about a codebase, in Markdown."""
+    parts = [f"# {one_line(codebase.name)}"]
+    if codebase.description:
+        parts.append(paragraphs(codebase.description))
+    sections = (
+        ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
+        ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
+        ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
+        ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
+        ("Skills", [_render_skill(skill) for skill in codebase.skills]),
+        ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
+        ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
+    )
+    parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
+    return "\n\n".join(parts) + "\n"
+
+
 def targets_of(codebase: Codebase) -> tuple[str, ...]:
     return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
+
+
+def seal_of(text: bytes) -> str:
+    """Give the 8 hex digits in a text's banner, which tell whether it is still as some Orchestra wrote it.
+
+    White space does not count: formatters change it.
+    """
+    return sha256_of(b" ".join(text.split()))[:8]
+
+
+def _seal(text: str) -> str:
+    return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
 
 
 def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str, bytes]:
@@ -3768,33 +3799,6 @@ def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str
         whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
         files[agent.path] = whole.encode("utf-8", "replace")
     return files
-
-
-def _seal(text: str) -> str:
-    return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
-
-
-def seal_of(text: bytes) -> str:
-    """Give the 8 hex digits in a text's banner, which tell whether it is still as some Orchestra wrote it.
-
-    White space does not count: formatters change it.
-    """
-    return sha256_of(b" ".join(text.split()))[:8]
-
-
-# What does not show: soft hyphens, marks of direction, zero widths, fillers, tags and other formats, by the Unicode
-# Character Database 15; but not the joiners of emoji and of Arabic or Indic letters, nor the tags of a flag.
-_HIDDEN = (
-    "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
-    "\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]|[\ufe00-\ufe0f]{2}"
-    "|(?<![\u0600-\u0fff\u200c\u2190-\u2bff\u3000-\u33ff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
-    "|[\u200c\u200d](?![\u0600-\u0fff\u2190-\u2bff\u3000-\u33ff\U0001f000-\U0001faff])"
-)
-_FLAG = "\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
-_UNSHOWN = (
-    "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e0fff]|\r(?!\n)"
-)
 
 
 def describe_hidden(text: str) -> str:
@@ -3823,22 +3827,363 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit} are over the budget of {limit}: {beyond}" if count > limit else ""
 
 
-# ── 7 Sync ────────────────────────────────────────────────────────────────────
+# ── 13 Blocks ─────────────────────────────────────────────────────────────────
 
-# The one law: Orchestra never destroys what it cannot prove it wrote. Three facts decide the fate of a file:
-# what is ours on the disk, what we know to have written, and what the registry wants. What is ours of a
-# shared file is its block; of an owned file, all of it.
+
+# How markers are found, and fences that hide them, as an example in the user's text does:
+#
+# 1. A marker has its line to itself, written as it is written here. A line that only looks like one (indented, other
+#    spaces, other case) is an error outside a fence: taken for text, it would get the file a second block.
+# 2. A code fence opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at most three
+#    spaces, closed by as many or more, or by the end of the list item it is in.
+# 3. It hides the markers in it if it is closed behind them. One that stays open hides none.
+# 4. Between a begin marker with Orchestra's banner and the end marker that is next, nothing is looked at: what is
+#    written there can neither close a fence above the block nor hide its end. So an appended block is always found.
+
+# Decide
+
+MAX_MARKERS_TOLD = 4  # in the message about a file with too many
+_MARKER = rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"
+_MARKER_STUB = b"<!-- orchestra:"
+_LIKE_A_MARKER = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
+_BANNER = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
+_FENCE_LINE = rb"(?m)(`{3,})[^`\n]*$|(~{3,})"
+_LIST_MARK = rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))"
+_CONFLICT = rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$"
+_LIST_GAP = rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)"
+_LIST_MARK_ENDS = (b"-", b"*", b"+", b".", b")")
+_RULE = rb"(?:[-*_] ?){3,}"
+_LIST_MARKS = rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*"
+_ESCAPED = rb"\\([!-/:-@\[-`{-~])"
+_STARS = rb"[*_]+"
+_DASHES = rb"-{2,}"
+
+
+class Span(NamedTuple):
+    """Where the block lies in a file: from the begin marker's first byte to the end marker's last."""
+
+    start: int
+    end: int
+
+
+class Marker(NamedTuple):
+    """A line that is a marker, or looks like one: where its comment lies, and `begin`, `end` or `` for a likeness."""
+
+    start: int
+    end: int
+    kind: str
+
+
+class Markers(NamedTuple):
+    """What a shared file's lines say of its block: the markers that count, and the fence that stays open."""
+
+    found: tuple[Marker, ...] = ()
+    open_fence: int = -1  # where its line begins
+
+
+def _line_at(data: bytes, place: int) -> int:
+    return 1 + data.count(b"\n", 0, place)
+
+
+def _find_exact_markers(data: bytes) -> Iterator[Marker]:
+    # A plain search first: the expression alone would try every line. A marker has a line to itself.
+    exact, at = re.compile(_MARKER), data.find(_MARKER_STUB)
+    while at >= 0:
+        marker = exact.match(data, data.rfind(b"\n", 0, at) + 1)
+        if marker and marker.start(1) == at:
+            yield Marker(marker.start(1), marker.end(1), marker[2].decode())
+        next_line = data.find(b"\n", at)
+        at = data.find(_MARKER_STUB, next_line) if next_line >= 0 else -1
+
+
+def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
+    """Say whether a begin marker has Orchestra's banner behind it, and an end marker for its next."""
+    if [marker.kind for marker in pair] != ["begin", "end"]:
+        return False
+    banner = re.compile(_BANNER).search(data, pair[0].end, pair[1].start)
+    return banner is not None and not data[pair[0].end : banner.start()].strip()
+
+
+def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
+    """Enter the list items that a line begins; return where its text begins."""
+    mark = re.compile(_LIST_MARK).match(data, place)
+    while mark:
+        indent += max(2, mark.end() - place)
+        items.append(indent)
+        place = mark.end()
+        mark = re.compile(_LIST_MARK).match(data, place)
+    return place
+
+
+def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
+    """Read a file line by line, and drop the markers that a fence hides (steps 2 to 4)."""
+    found: list[Marker] = []
+    hidden: list[Marker] = []  # if the fence that is open gets closed
+    items: list[int] = []  # where the text of each open list item begins
+    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
+    end = passed = seen = 0
+    while end < len(data):
+        start = end
+        end = data.find(b"\n", start) + 1 or len(data)
+        line = data[start:end]
+        text = line.lstrip(b" \t")
+        if start < passed or not text.strip():
+            continue
+        indent = len(line[: len(line) - len(text)].expandtabs(4))
+        while items and indent < items[-1]:
+            items.pop()
+        if fence and depth > len(items):  # its item has ended, and the fence with it
+            found += hidden
+            hidden, fence = [], b""
+        if seen < len(markers) and markers[seen].start < end:
+            count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
+            (hidden if fence else found).extend(markers[seen : seen + count])
+            seen += count
+            passed = markers[seen - 1].end
+        elif indent - (items[-1] if items else 0) > 3:
+            pass  # indented code, or the middle of a paragraph
+        elif fence:
+            if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
+                hidden, fence = [], b""
+        else:
+            place = _open_items(data, end - len(text), indent, items)
+            mark = re.compile(_FENCE_LINE).match(data, place)
+            if mark:
+                fence, depth, opened = mark[1] or mark[2], len(items), start
+    is_open = fence and not depth  # one in a list item would end before an appended block
+    return Markers((*found, *hidden), opened if is_open else -1)
+
+
+@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
+def find_markers(data: bytes) -> Markers:
+    """Find the markers that count; most files need no look at their fences."""
+    words = data.count(b"orchestra:") + data.count(b"Orchestra:") + data.count(b"ORCHESTRA:")
+    if not words:
+        return Markers()
+    markers = list(_find_exact_markers(data))
+    if words == len(markers) == 2 and markers[0].kind == "begin" and markers[1].kind == "end":
+        start, end = markers[0].start, markers[1].end
+        if (
+            max(
+                data.find(b"```", 0, start), data.find(b"~~~", 0, start), data.find(b"```", end), data.find(b"~~~", end)
+            )
+            < 0
+        ):
+            return Markers(tuple(markers))
+    if words > len(markers):
+        exact = {marker.start for marker in markers}
+        likenesses = [Marker(*like.span(1), "") for like in re.finditer(_LIKE_A_MARKER, data)]
+        markers = sorted([*markers, *(like for like in likenesses if like.start not in exact)])
+    return read_markers(data, markers) if markers else Markers()
+
+
+def find_block(data: bytes) -> Optional[Span]:
+    """Find the block of a shared file; markers count where they have a line to themselves, outside of code fences.
+
+    Raises SyncError where there is not one whole block or none.
+    """
+    markers = find_markers(data).found
+    if not markers:
+        return None
+    kinds = [marker.kind for marker in markers]
+    if kinds == ["begin", "end"]:
+        return Span(markers[0].start, markers[1].end)
+    lines = [_line_at(data, marker.start) for marker in markers[:MAX_MARKERS_TOLD]]
+    if "" in kinds[:MAX_MARKERS_TOLD]:
+        at = kinds.index("")
+        line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
+        marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
+        raise SyncError(
+            f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
+            "mend that line, or delete it",
+        )
+    if len(kinds) == 1:
+        other = "end" if kinds[0] == "begin" else "begin"
+        raise SyncError(
+            f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
+            f" put the {other} marker back, or delete the {kinds[0]} marker",
+            f"put this line {'above' if other == 'begin' else 'below'} Orchestra's text:"
+            f" {BLOCK_BEGIN if other == 'begin' else BLOCK_END}",
+        )
+    found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
+    found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
+    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
+
+
+def find_open_fence(data: bytes) -> int:
+    """Give the line of a code fence that is open at the end of a file, 0 for none."""
+    if not any(fence in data for fence in (b"```", b"~~~")):
+        return 0
+    opened = read_markers(data, ()).open_fence
+    return _line_at(data, opened) if opened >= 0 else 0
+
+
+def check_merge(data: bytes, start: int, end: int) -> None:
+    """Raise SyncError where an unfinished merge of git's touches what lies between two places."""
+    if b"<<<<<<<" not in data and b">>>>>>>" not in data and b"|||||||" not in data:
+        return
+    opened = -1
+    for mark in re.finditer(_CONFLICT, data):
+        if mark[1][:1] == b"<":
+            opened = mark.start()
+        is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
+        if start <= mark.start() < end or is_around:
+            line = _line_at(data, opened if opened >= 0 else mark.start())
+            raise SyncError(f"found git's conflict markers on line {line}: finish the merge first")
+        if mark[1][:1] == b">":
+            opened = -1
+
+
+def newline_of(data: bytes) -> bytes:
+    end = data.find(b"\n")
+    return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
+
+
+def digest_of(ours: bytes) -> str:
+    """Hash what is Orchestra's in a file, by its normal form.
+
+    Formatters put in blank lines, take off trailing spaces and change those behind a list marker, and git turns line
+    ends into CRLF. No such difference is an edit.
+    """
+    # Done to every file at every look, so the expression is left for those that need it.
+    text = b"\n".join(filter(None, map(bytes.rstrip, ours.split(b"\n"))))
+    if b"\t" in text or any(part.endswith(_LIST_MARK_ENDS) for part in text.split(b"  ")):
+        text = re.sub(_LIST_GAP, rb"\1 ", text)
+    return sha256_of(text)
+
+
+def exact_digest_of(ours: bytes) -> str:
+    """Hash what is Orchestra's as versions before 0.2 did, whose records are still there."""
+    return sha256_of(ours.replace(b"\r\n", b"\n"))
+
+
+def _loosen_stars(run: re.Match[bytes]) -> bytes:
+    around = (run.string[max(0, run.start() - 1) : run.start()], run.string[run.end() : run.end() + 1])
+    return run[0] if all(char.isalnum() or char > b"\x7f" for char in around) else b"*" * len(run[0])
+
+
+def _loosen(line: bytes) -> bytes:
+    """Take from a line what formatters choose: bullets, numbers, the marks of emphasis and fences, escapes, spaces."""
+    line = b" ".join(line.split())
+    if line.isalnum() or not line:
+        return line
+    if re.fullmatch(_RULE, line):
+        return b"---"
+    found = re.match(_LIST_MARKS, line)
+    marks = found[0] if found else b""
+    text = re.sub(_STARS, _loosen_stars, re.sub(_ESCAPED, rb"\1", line[len(marks) :]))
+    for one, other in ((b"&lt;", b"<"), (b"&gt;", b">"), (b"&amp;", b"&"), (b"~~~", b"```"), (b" ", b"")):
+        text = text.replace(one, other)
+    kinds = [b"- " if mark in (b"-", b"*", b"+") else b"1. " for mark in marks.split()]
+    return b"".join([*kinds, re.sub(_DASHES, b"-", text).strip(b"|")])
+
+
+def is_reformatted(one: bytes, other: bytes) -> bool:
+    """Say whether two texts differ in nothing but what Markdown formatters rewrite without changing its meaning."""
+    first, second = (b"".join(map(_loosen, text.split(b"\n"))) for text in (one, other))
+    return first == second
+
+
+def seal_in(text: bytes) -> str:
+    """Give the seal in a text's banner, nothing where it has none."""
+    banner = re.search(_BANNER, text)
+    return banner[1].decode() if banner else ""
+
+
+def _is_header(agent: Agent, head: bytes) -> bool:
+    """Say whether an owned file begins as Orchestra has it, with whatever title."""
+    given = [line.rstrip() for line in head.decode("utf-8", "replace").split("\n") if line.strip()]
+    wanted = [line for line in agent.header.split("\n") if line]
+    return len(given) == len(wanted) and all(
+        line.startswith(start) and (title or line == start)
+        for line, (start, title, _) in zip(given, (line.partition("{title}") for line in wanted))
+    )
+
+
+def is_sealed(agent: Agent, ours: bytes) -> bool:
+    """Say whether a text is as some Orchestra wrote it: the seal in its banner is its own."""
+    banner = re.search(_BANNER, ours)
+    if banner is None:
+        return False
+    head, text = ours[: banner.start()], ours[banner.end() :]
+    if agent.owned:
+        return _is_header(agent, head) and seal_of(text) == banner[1].decode()
+    inside = text[: -len(BLOCK_END)]
+    return head.strip() == BLOCK_BEGIN.encode() and seal_of(inside) == banner[1].decode()
+
+
+def check_text(data: bytes) -> None:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SyncError(f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} at {error.start}") from None
+    if b"\0" in data:
+        raise SyncError(f"expected text, got a NUL byte at {data.index(0)}")
+
+
+def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
+    """Cut out what is Orchestra's; raises SyncError for a file it cannot safely take part in."""
+    if agent.owned:
+        check_merge(data, 0, len(data))
+        return data
+    check_text(data)
+    markers = find_markers(data).found
+    if markers:
+        check_merge(data, markers[0].start, markers[-1].end)
+    span = find_block(data)
+    return None if span is None else data[span.start : span.end]
+
+
+def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
+    """Put what is wanted into a file's bytes, and say what was put in front of an appended block."""
+    data = before.data
+    span = None if agent.owned else find_block(data)
+    newline = newline_of(data[span.start :] if span else data)
+    if newline != b"\n":
+        wanted = wanted.replace(b"\n", newline)
+    if agent.owned:
+        return wanted, None
+    if span is not None:
+        return data[: span.start] + wanted + data[span.end :], None
+    if before.kind == "absent":
+        return wanted + b"\n", None
+    join = b"" if not data.replace(BOM, b"") else newline if data.endswith(b"\n") else newline * 2
+    return data + join + wanted + newline, join.decode()
+
+
+def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[bytes]:
+    """Take what is Orchestra's out of a file: None where nothing of the user's is left.
+
+    `join` is what was put in front of the block when it was appended; None means that Orchestra made the file.
+    """
+    span = None if agent.owned else find_block(before.data)
+    if span is None:
+        return None
+    head, tail = before.data[: span.start], before.data[span.end :]
+    tail = tail[1 if tail[:1] == b"\n" else 2 if tail[:2] == b"\r\n" else 0 :]
+    seam = (join or "").encode()
+    count, newline = seam.count(b"\n"), newline_of(seam)
+    has_turned = newline_of(before.data[span.start :]) != newline  # git has turned the line ends since
+    left = head
+    for _ in range(count):
+        end = newline_of(left[-2:]) if has_turned else newline
+        left = left[: -len(end)] if left.endswith(end) else left
+    if count == 2 or (left != head and left.endswith(b"\n")):
+        # Two were put where the user's text had no final line end; what follows it needs one.
+        head = left + (newline_of(seam) if tail and count == 2 else b"")
+    return None if join is None and not head + tail else head + tail
+
+
+# ── 14 Plan ───────────────────────────────────────────────────────────────────
 
 KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
 REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
 MAX_EARLIER = 24  # hashes remembered a file
 MAX_SEALS = 120  # remembered a codebase
-MAX_TRIES = 5  # at a file that somebody else keeps saving
 MAX_MANAGED_FILE = 8 << 20  # bytes
-MAX_MARKERS_TOLD = 4  # in the message about a file with too many
 MAX_LINK_TEXT = 255  # bytes of a file that may be a link as git writes it
-YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
-YOUNG_PAUSE = 0.2  # seconds
+Render = Callable[[], Mapping[str, bytes]]  # gives what is Orchestra's in each target's file
+FOREIGN = "written by another Orchestra (a colleague's registry?)"
 
 
 class Record(NamedTuple):
@@ -3918,404 +4263,145 @@ class Plan(NamedTuple):
         return not self.writes and self.record == self.old_record
 
 
-Render = Callable[[], Mapping[str, bytes]]  # gives what is Orchestra's in each target's file
+# The one law: Orchestra never destroys what it cannot prove it wrote. Three facts decide the fate of a file:
+# what is ours on the disk, what we know to have written, and what the registry wants. What is ours of a
+# shared file is its block; of an owned file, all of it.
 
 
-class SyncScope(NamedTuple):
-    """What to sync: codebases by name (api, shop/api), or all of them where `names` is None."""
-
-    names: Optional[tuple[str, ...]]
-
-    @classmethod
-    def all(cls) -> "SyncScope":
-        return cls(None)
-
-    @classmethod
-    def codebase(cls, *names: str) -> "SyncScope":
-        return cls(names)
+def _texts(values: Mapping[str, object]) -> dict[str, str]:
+    return {str(name): str(value) for name, value in values.items()}
 
 
-class SyncCodebaseResult(NamedTuple):
-    """What a sync did to one codebase, or would do; its files without their bytes."""
-
-    project: str
-    codebase: str
-    files: tuple[FilePlan, ...] = ()
-    errors: tuple[Problem, ...] = ()
-    has_leftovers: bool = False  # a file stays for a while, until nobody can be writing to it
-
-    @property
-    def key(self) -> Key:
-        return (self.project, self.codebase)
-
-    @property
-    def retry(self) -> bool:
-        """Tell whether a file that was left alone may be written in a little while."""
-        return any(file.retry for file in self.files)
-
-    @property
-    def written(self) -> list[str]:
-        return [file.path for file in self.files if file.writes]
-
-    @property
-    def unchanged(self) -> list[str]:
-        return [file.path for file in self.files if not file.writes and not file.problem]
-
-    @property
-    def failed(self) -> list[str]:
-        return [file.path for file in self.files if file.problem]
+def _stays_inside(folder: str) -> bool:
+    return bool(folder) and "\0" not in folder and not folder.startswith("/") and ".." not in folder.split("/")
 
 
-# Blocks
-
-
-class Span(NamedTuple):
-    """Where the block lies in a file: from the begin marker's first byte to the end marker's last."""
-
-    start: int
-    end: int
-
-
-# How markers are found, and fences that hide them, as an example in the user's text does:
-#
-# 1. A marker has its line to itself, written as it is written here. A line that only looks like one (indented, other
-#    spaces, other case) is an error outside a fence: taken for text, it would get the file a second block.
-# 2. A code fence opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at most three
-#    spaces, closed by as many or more, or by the end of the list item it is in.
-# 3. It hides the markers in it if it is closed behind them. One that stays open hides none.
-# 4. Between a begin marker with Orchestra's banner and the end marker that is next, nothing is looked at: what is
-#    written there can neither close a fence above the block nor hide its end. So an appended block is always found.
-
-_MARKER = rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"
-_MARKER_STUB = b"<!-- orchestra:"
-_LIKE_A_MARKER = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
-_BANNER = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
-_FENCE_LINE = rb"(?m)(`{3,})[^`\n]*$|(~{3,})"
-_LIST_MARK = rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))"
-_CONFLICT = rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$"
-
-
-class Marker(NamedTuple):
-    """A line that is a marker, or looks like one: where its comment lies, and `begin`, `end` or `` for a likeness."""
-
-    start: int
-    end: int
-    kind: str
-
-
-class Markers(NamedTuple):
-    """What a shared file's lines say of its block: the markers that count, and the fence that stays open."""
-
-    found: tuple[Marker, ...] = ()
-    open_fence: int = -1  # where its line begins
-
-
-def find_block(data: bytes) -> Optional[Span]:
-    """Find the block of a shared file; markers count where they have a line to themselves, outside of code fences.
-
-    Raises SyncError where there is not one whole block or none.
-    """
-    markers = find_markers(data).found
-    if not markers:
+def load_record(home: str, key: Key) -> Optional[Record]:
+    """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
+    data = read_disk(record_path(home, key)).data
+    try:
+        values = json.loads(data)
+        record = Record(
+            str(values["synced_at"]),
+            _texts(values["files"]),
+            {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
+            _texts(values["joins"]),
+            [str(folder) for folder in values["folders"] if _stays_inside(folder)],
+            str(values["source"]),
+            str(values.get("root", "")),
+            [str(seal) for seal in values.get("seals", ())],
+        )
+        # What is no text of a file's or of its name was not written by Orchestra.
+        os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    kinds = [marker.kind for marker in markers]
-    if kinds == ["begin", "end"]:
-        return Span(markers[0].start, markers[1].end)
-    lines = [_line_at(data, marker.start) for marker in markers[:MAX_MARKERS_TOLD]]
-    if "" in kinds[:MAX_MARKERS_TOLD]:
-        at = kinds.index("")
-        line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
-        marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
-        raise SyncError(
-            f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
-            "mend that line, or delete it",
-        )
-    if len(kinds) == 1:
-        other = "end" if kinds[0] == "begin" else "begin"
-        raise SyncError(
-            f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
-            f" put the {other} marker back, or delete the {kinds[0]} marker",
-            f"put this line {'above' if other == 'begin' else 'below'} Orchestra's text:"
-            f" {BLOCK_BEGIN if other == 'begin' else BLOCK_END}",
-        )
-    found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
-    found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
-    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
+    return record if "\0" not in record.root else None
 
 
-def _line_at(data: bytes, place: int) -> int:
-    return 1 + data.count(b"\n", 0, place)
+def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
+    # Not durable: after a power cut an older record only makes the next sync back up more than it must.
+    data = json.dumps(record._asdict(), separators=(",", ":")).encode()
+    save_private(record_path(home, key), data, lock.token, durable=False)
 
 
-@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
-def find_markers(data: bytes) -> Markers:
-    """Find the markers that count; most files need no look at their fences."""
-    words = data.count(b"orchestra:") + data.count(b"Orchestra:") + data.count(b"ORCHESTRA:")
-    if not words:
-        return Markers()
-    markers = list(_find_exact_markers(data))
-    if words == len(markers) == 2 and markers[0].kind == "begin" and markers[1].kind == "end":
-        start, end = markers[0].start, markers[1].end
-        if (
-            max(
-                data.find(b"```", 0, start), data.find(b"~~~", 0, start), data.find(b"```", end), data.find(b"~~~", end)
-            )
-            < 0
-        ):
-            return Markers(tuple(markers))
-    if words > len(markers):
-        exact = {marker.start for marker in markers}
-        likenesses = [Marker(*like.span(1), "") for like in re.finditer(_LIKE_A_MARKER, data)]
-        markers = sorted([*markers, *(like for like in likenesses if like.start not in exact)])
-    return read_markers(data, markers) if markers else Markers()
+def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
+    """List whose records are not among the `registered`, by folder; records that cannot be read are left out."""
+    found = []
+    for project in _names_in(hashes_root(home)):
+        for name in _names_in(f"{hashes_root(home)}/{project}"):
+            key = (project, name[: -len(".json")])
+            if not name.endswith(".json") or key in registered:
+                continue
+            with suppress(IoError):
+                record = load_record(home, key)
+                if record and record.root:
+                    found.append((record.synced_at, expand_home(home, record.root), key))
+    return {root: key for _, root, key in sorted(found)}
 
 
-def _find_exact_markers(data: bytes) -> Iterator[Marker]:
-    # A plain search first: the expression alone would try every line. A marker has a line to itself.
-    exact, at = re.compile(_MARKER), data.find(_MARKER_STUB)
-    while at >= 0:
-        marker = exact.match(data, data.rfind(b"\n", 0, at) + 1)
-        if marker and marker.start(1) == at:
-            yield Marker(marker.start(1), marker.end(1), marker[2].decode())
-        next_line = data.find(b"\n", at)
-        at = data.find(_MARKER_STUB, next_line) if next_line >= 0 else -1
+def find_former(home: str, key: Key, root: str, owners: Mapping[str, Key]) -> Optional[Key]:
+    """Find the name under which a codebase without a record was synced before, if it was renamed.
 
-
-def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
-    """Read a file line by line, and drop the markers that a fence hides (steps 2 to 4)."""
-    found: list[Marker] = []
-    hidden: list[Marker] = []  # if the fence that is open gets closed
-    items: list[int] = []  # where the text of each open list item begins
-    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
-    end = passed = seen = 0
-    while end < len(data):
-        start = end
-        end = data.find(b"\n", start) + 1 or len(data)
-        line = data[start:end]
-        text = line.lstrip(b" \t")
-        if start < passed or not text.strip():
-            continue
-        indent = len(line[: len(line) - len(text)].expandtabs(4))
-        while items and indent < items[-1]:
-            items.pop()
-        if fence and depth > len(items):  # its item has ended, and the fence with it
-            found += hidden
-            hidden, fence = [], b""
-        if seen < len(markers) and markers[seen].start < end:
-            count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
-            (hidden if fence else found).extend(markers[seen : seen + count])
-            seen += count
-            passed = markers[seen - 1].end
-        elif indent - (items[-1] if items else 0) > 3:
-            pass  # indented code, or the middle of a paragraph
-        elif fence:
-            if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
-                hidden, fence = [], b""
-        else:
-            place = _open_items(data, end - len(text), indent, items)
-            mark = re.compile(_FENCE_LINE).match(data, place)
-            if mark:
-                fence, depth, opened = mark[1] or mark[2], len(items), start
-    is_open = fence and not depth  # one in a list item would end before an appended block
-    return Markers((*found, *hidden), opened if is_open else -1)
-
-
-def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
-    """Say whether a begin marker has Orchestra's banner behind it, and an end marker for its next."""
-    if [marker.kind for marker in pair] != ["begin", "end"]:
-        return False
-    banner = re.compile(_BANNER).search(data, pair[0].end, pair[1].start)
-    return banner is not None and not data[pair[0].end : banner.start()].strip()
-
-
-def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
-    """Enter the list items that a line begins; return where its text begins."""
-    mark = re.compile(_LIST_MARK).match(data, place)
-    while mark:
-        indent += max(2, mark.end() - place)
-        items.append(indent)
-        place = mark.end()
-        mark = re.compile(_LIST_MARK).match(data, place)
-    return place
-
-
-def find_open_fence(data: bytes) -> int:
-    """Give the line of a code fence that is open at the end of a file, 0 for none."""
-    if not any(fence in data for fence in (b"```", b"~~~")):
-        return 0
-    opened = read_markers(data, ()).open_fence
-    return _line_at(data, opened) if opened >= 0 else 0
-
-
-def check_merge(data: bytes, start: int, end: int) -> None:
-    """Raise SyncError where an unfinished merge of git's touches what lies between two places."""
-    if b"<<<<<<<" not in data and b">>>>>>>" not in data and b"|||||||" not in data:
-        return
-    opened = -1
-    for mark in re.finditer(_CONFLICT, data):
-        if mark[1][:1] == b"<":
-            opened = mark.start()
-        is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
-        if start <= mark.start() < end or is_around:
-            line = _line_at(data, opened if opened >= 0 else mark.start())
-            raise SyncError(f"found git's conflict markers on line {line}: finish the merge first")
-        if mark[1][:1] == b">":
-            opened = -1
-
-
-def newline_of(data: bytes) -> bytes:
-    end = data.find(b"\n")
-    return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
-
-
-_LIST_GAP = rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)"
-
-_LIST_MARK_ENDS = (b"-", b"*", b"+", b".", b")")
-
-
-def digest_of(ours: bytes) -> str:
-    """Hash what is Orchestra's in a file, by its normal form.
-
-    Formatters put in blank lines, take off trailing spaces and change those behind a list marker, and git turns line
-    ends into CRLF. No such difference is an edit.
+    That is a name registered no more, whose record is of this very folder; of several the one synced last.
     """
-    # Done to every file at every look, so the expression is left for those that need it.
-    text = b"\n".join(filter(None, map(bytes.rstrip, ours.split(b"\n"))))
-    if b"\t" in text or any(part.endswith(_LIST_MARK_ENDS) for part in text.split(b"  ")):
-        text = re.sub(_LIST_GAP, rb"\1 ", text)
-    return sha256_of(text)
+    if not isinstance(owners, Owners):
+        return None
+    if owners.orphans is None:
+        owners.orphans = Owners(_list_orphans(home, {*owners.values()}))
+    found = []
+    for former in owners.orphans.keys_at(identity_of(root)):
+        record = None if os.path.lexists(codebase_path(home, former)) else load_record(home, former)
+        if record:
+            found.append((record.synced_at, former))
+    return max(found)[1] if found else None
 
 
-def exact_digest_of(ours: bytes) -> str:
-    """Hash what is Orchestra's as versions before 0.2 did, whose records are still there."""
-    return sha256_of(ours.replace(b"\r\n", b"\n"))
+def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> None:
+    """Let a codebase that was renamed have its record and its backups; its lock is held. Raises SyncError, IoError."""
+    key = codebase.key
+    if os.path.lexists(record_path(home, key)):
+        return
+    root = find_root(home, codebase, owners, purge=True)
+    former = find_former(home, key, root, owners)
+    turn = try_lock(codebase_lock_path(home, former)) if former else None
+    if former is None or turn is None:
+        return  # never had another name, or is still being synced under that
+    try:
+        if find_former(home, key, root, owners) == former:
+            move_backups(home, former, key)
+            move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
+    finally:
+        os.close(turn)
 
 
-_RULE = rb"(?:[-*_] ?){3,}"
-_LIST_MARKS = rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*"
-_ESCAPED = rb"\\([!-/:-@\[-`{-~])"
-_STARS = rb"[*_]+"
-_DASHES = rb"-{2,}"
+def text_before_block(file: FilePlan) -> bytes:
+    """Give the user's text in front of a shared file's block."""
+    span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
+    return b"" if span is None else file.before.data[: span.start].replace(BOM, b"")
 
 
-def is_reformatted(one: bytes, other: bytes) -> bool:
-    """Say whether two texts differ in nothing but what Markdown formatters rewrite without changing its meaning."""
-    first, second = (b"".join(map(_loosen, text.split(b"\n"))) for text in (one, other))
-    return first == second
-
-
-def _loosen(line: bytes) -> bytes:
-    """Take from a line what formatters choose: bullets, numbers, the marks of emphasis and fences, escapes, spaces."""
-    line = b" ".join(line.split())
-    if line.isalnum() or not line:
-        return line
-    if re.fullmatch(_RULE, line):
-        return b"---"
-    found = re.match(_LIST_MARKS, line)
-    marks = found[0] if found else b""
-    text = re.sub(_STARS, _loosen_stars, re.sub(_ESCAPED, rb"\1", line[len(marks) :]))
-    for one, other in ((b"&lt;", b"<"), (b"&gt;", b">"), (b"&amp;", b"&"), (b"~~~", b"```"), (b" ", b"")):
-        text = text.replace(one, other)
-    kinds = [b"- " if mark in (b"-", b"*", b"+") else b"1. " for mark in marks.split()]
-    return b"".join([*kinds, re.sub(_DASHES, b"-", text).strip(b"|")])
-
-
-def _loosen_stars(run: re.Match[bytes]) -> bytes:
-    around = (run.string[max(0, run.start() - 1) : run.start()], run.string[run.end() : run.end() + 1])
-    return run[0] if all(char.isalnum() or char > b"\x7f" for char in around) else b"*" * len(run[0])
-
-
-def seal_in(text: bytes) -> str:
-    """Give the seal in a text's banner, nothing where it has none."""
-    banner = re.search(_BANNER, text)
-    return banner[1].decode() if banner else ""
-
-
-def is_sealed(agent: Agent, ours: bytes) -> bool:
-    """Say whether a text is as some Orchestra wrote it: the seal in its banner is its own."""
-    banner = re.search(_BANNER, ours)
-    if banner is None:
-        return False
-    head, text = ours[: banner.start()], ours[banner.end() :]
-    if agent.owned:
-        return _is_header(agent, head) and seal_of(text) == banner[1].decode()
-    inside = text[: -len(BLOCK_END)]
-    return head.strip() == BLOCK_BEGIN.encode() and seal_of(inside) == banner[1].decode()
-
-
-def _is_header(agent: Agent, head: bytes) -> bool:
-    """Say whether an owned file begins as Orchestra has it, with whatever title."""
-    given = [line.rstrip() for line in head.decode("utf-8", "replace").split("\n") if line.strip()]
-    wanted = [line for line in agent.header.split("\n") if line]
-    return len(given) == len(wanted) and all(
-        line.startswith(start) and (title or line == start)
-        for line, (start, title, _) in zip(given, (line.partition("{title}") for line in wanted))
+def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
+    """Make the record that is true before, while and after the planned files are written."""
+    if len(files) == len(record.files) and all(
+        file.action == KEEP and record.files.get(file.path) == file.digest for file in files
+    ):
+        return record
+    new_files = {file.path: file.digest for file in files if file.digest}
+    new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
+    earlier = dict(record.earlier)
+    for path in {**record.files, **new_files}:
+        older = [digest for digest in record.known(path) if digest != new_files.get(path)]
+        earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
+    joins = dict(record.joins)
+    folders = set(record.folders)
+    for file in files:
+        if file.action == KEEP and file.digest and file.path not in record.files and text_before_block(file):
+            # The block came with the repository: another machine appended it, with the usual line in front.
+            joins.setdefault(file.path, "\n")
+        if file.action == CREATE:
+            if file.join is not None:
+                joins[file.path] = file.join
+            elif file.before.kind == "absent":
+                joins.pop(file.path, None)
+            folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
+    seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
+    seals = list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS]
+    return Record(
+        record.synced_at,
+        new_files,
+        {path: digests for path, digests in sorted(earlier.items()) if digests},
+        joins,
+        sorted(folders),
+        seals=seals,
     )
 
 
-def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
-    """Cut out what is Orchestra's; raises SyncError for a file it cannot safely take part in."""
-    if agent.owned:
-        check_merge(data, 0, len(data))
-        return data
-    check_text(data)
-    markers = find_markers(data).found
-    if markers:
-        check_merge(data, markers[0].start, markers[-1].end)
-    span = find_block(data)
-    return None if span is None else data[span.start : span.end]
-
-
-def check_text(data: bytes) -> None:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SyncError(f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} at {error.start}") from None
-    if b"\0" in data:
-        raise SyncError(f"expected text, got a NUL byte at {data.index(0)}")
-
-
-def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
-    """Put what is wanted into a file's bytes, and say what was put in front of an appended block."""
-    data = before.data
-    span = None if agent.owned else find_block(data)
-    newline = newline_of(data[span.start :] if span else data)
-    if newline != b"\n":
-        wanted = wanted.replace(b"\n", newline)
-    if agent.owned:
-        return wanted, None
-    if span is not None:
-        return data[: span.start] + wanted + data[span.end :], None
-    if before.kind == "absent":
-        return wanted + b"\n", None
-    join = b"" if not data.replace(BOM, b"") else newline if data.endswith(b"\n") else newline * 2
-    return data + join + wanted + newline, join.decode()
-
-
-def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[bytes]:
-    """Take what is Orchestra's out of a file: None where nothing of the user's is left.
-
-    `join` is what was put in front of the block when it was appended; None means that Orchestra made the file.
-    """
-    span = None if agent.owned else find_block(before.data)
-    if span is None:
-        return None
-    head, tail = before.data[: span.start], before.data[span.end :]
-    tail = tail[1 if tail[:1] == b"\n" else 2 if tail[:2] == b"\r\n" else 0 :]
-    seam = (join or "").encode()
-    count, newline = seam.count(b"\n"), newline_of(seam)
-    has_turned = newline_of(before.data[span.start :]) != newline  # git has turned the line ends since
-    left = head
-    for _ in range(count):
-        end = newline_of(left[-2:]) if has_turned else newline
-        left = left[: -len(end)] if left.endswith(end) else left
-    if count == 2 or (left != head and left.endswith(b"\n")):
-        # Two were put where the user's text had no final line end; what follows it needs one.
-        head = left + (newline_of(seam) if tail and count == 2 else b"")
-    return None if join is None and not head + tail else head + tail
-
-
-# Decide
+def accept_empty_folder(home: str, codebase: Codebase) -> None:
+    """Forget what was written to a folder that is empty now, so that a sync takes it for a new one; raises IoError."""
+    root = codebase_root(home, codebase)
+    with blame(root):
+        if not os.listdir(root):
+            remove_private(record_path(home, codebase.key))
 
 
 def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evict: bool = False) -> str:
@@ -4332,19 +4418,9 @@ def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evi
     return UPDATE if disk in known else REPLACE
 
 
-FOREIGN = "written by another Orchestra (a colleague's registry?)"
-
-
-def leave_foreign(home: str, file: FilePlan, key: Key) -> FilePlan:
-    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight."""
-    if file.action != REPLACE:
-        return file
-    agent = AGENTS_BY_PATH[file.path]
-    ours = ours_in(agent, file.before.data) or b""
-    if not is_sealed(agent, ours) or is_own_seal(home, seal_in(ours)):
-        return file
-    note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
-    return FilePlan(file.path, SKIP, file.before, note=note)
+@functools.lru_cache(maxsize=1 << 12)
+def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
+    return frozenset(re.findall('"([0-9a-f]{8})"', read_disk(path).data.decode("utf-8", "replace")))
 
 
 def is_own_seal(home: str, seal: str) -> bool:
@@ -4359,9 +4435,16 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=1 << 12)
-def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
-    return frozenset(re.findall('"([0-9a-f]{8})"', read_disk(path).data.decode("utf-8", "replace")))
+def leave_foreign(home: str, file: FilePlan, key: Key) -> FilePlan:
+    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight."""
+    if file.action != REPLACE:
+        return file
+    agent = AGENTS_BY_PATH[file.path]
+    ours = ours_in(agent, file.before.data) or b""
+    if not is_sealed(agent, ours) or is_own_seal(home, seal_in(ours)):
+        return file
+    note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
+    return FilePlan(file.path, SKIP, file.before, note=note)
 
 
 def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
@@ -4373,8 +4456,59 @@ def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
     return (*known, look.ours) if exact_digest_of(ours or b"") in known else known
 
 
-REPLACE_REASON = "edited by hand, or not written by Orchestra"
-BACKED_UP = (REPLACE, EVICT)
+def read_link_text(path: str, data: bytes) -> str:
+    """Give the path a file holds that git has written in place of a symbolic link; "" for any other file.
+
+    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
+    """
+    if not 0 < len(data) <= MAX_LINK_TEXT or data != data.strip() or b"\n" in data or b"\0" in data:
+        return ""
+    target = os.path.join(os.path.dirname(path), os.fsdecode(data))
+    return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    if isinstance(error, IoError):
+        error = error.source
+    if isinstance(error, OSError):
+        return {"problem": explain_os_error(error), "hint": hint_for_os_error(error)}
+    return {"problem": str(error), "hint": getattr(error, "hint", "")}
+
+
+@functools.cache
+def folders_above(path: str) -> tuple[str, ...]:
+    """List the folders that a relative path leads through, the topmost first."""
+    parts = path.split("/")
+    return tuple("/".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def _check_link(root: str, link: str) -> None:
+    real = real_path(link)
+    if not real.startswith(root.rstrip("/") + "/"):
+        raise SyncError(f"expected a folder inside the codebase, got a link to {visible(real)}")
+    if not os.path.exists(real):
+        raise SyncError(f"expected a folder, got a link to {visible(real)}, where nothing is")
+
+
+def check_parents(root: str, path: str) -> str:
+    """Give the real place of a managed path; raises SyncError where folders lead out of the codebase or are none."""
+    has_link = False
+    for above in folders_above(path):
+        folder = f"{root}/{above}"
+        try:
+            mode = os.lstat(folder).st_mode
+        except FileNotFoundError:
+            break
+        if stat.S_ISLNK(mode):
+            has_link = True
+            _check_link(root, folder)
+            mode = os.stat(folder).st_mode
+        if not stat.S_ISDIR(mode):
+            raise SyncError(f"expected {above} to be a folder, got a file: move its text into one")
+    if has_link:
+        folder, name = os.path.split(path)
+        return f"{real_path(f'{root}/{folder}')}/{name}"
+    return f"{root}/{path}"
 
 
 def look_at(root: str, path: str) -> Look:
@@ -4398,23 +4532,16 @@ def look_at(root: str, path: str) -> Look:
         return Look(disk, **_describe(error))
 
 
-def read_link_text(path: str, data: bytes) -> str:
-    """Give the path a file holds that git has written in place of a symbolic link; "" for any other file.
+def _fits(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
+    """Match a pattern of gitignore(5) with a path."""
+    from fnmatch import fnmatchcase
 
-    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
-    """
-    if not 0 < len(data) <= MAX_LINK_TEXT or data != data.strip() or b"\n" in data or b"\0" in data:
-        return ""
-    target = os.path.join(os.path.dirname(path), os.fsdecode(data))
-    return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
-
-
-def _describe(error: Exception) -> dict[str, Any]:
-    if isinstance(error, IoError):
-        error = error.source
-    if isinstance(error, OSError):
-        return {"problem": explain_os_error(error), "hint": hint_for_os_error(error)}
-    return {"problem": str(error), "hint": getattr(error, "hint", "")}
+    if pattern.endswith("/") and not is_folder:
+        return False
+    parts = pattern.strip("/").split("/")
+    if "/" not in pattern.rstrip("/"):
+        return fnmatchcase(names[-1], parts[0])
+    return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
 
 
 class Sparse(NamedTuple):
@@ -4459,46 +4586,6 @@ def find_sparse(root: str) -> Sparse:
     return Sparse(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
 
 
-def _fits(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
-    """Match a pattern of gitignore(5) with a path."""
-    from fnmatch import fnmatchcase
-
-    if pattern.endswith("/") and not is_folder:
-        return False
-    parts = pattern.strip("/").split("/")
-    if "/" not in pattern.rstrip("/"):
-        return fnmatchcase(names[-1], parts[0])
-    return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
-
-
-@functools.cache
-def folders_above(path: str) -> tuple[str, ...]:
-    """List the folders that a relative path leads through, the topmost first."""
-    parts = path.split("/")
-    return tuple("/".join(parts[:i]) for i in range(1, len(parts)))
-
-
-def check_parents(root: str, path: str) -> str:
-    """Give the real place of a managed path; raises SyncError where folders lead out of the codebase or are none."""
-    has_link = False
-    for above in folders_above(path):
-        folder = f"{root}/{above}"
-        try:
-            mode = os.lstat(folder).st_mode
-        except FileNotFoundError:
-            break
-        if stat.S_ISLNK(mode):
-            has_link = True
-            _check_link(root, folder)
-            mode = os.stat(folder).st_mode
-        if not stat.S_ISDIR(mode):
-            raise SyncError(f"expected {above} to be a folder, got a file: move its text into one")
-    if has_link:
-        folder, name = os.path.split(path)
-        return f"{real_path(f'{root}/{folder}')}/{name}"
-    return f"{root}/{path}"
-
-
 @contextmanager
 def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
     """Open the folder of a managed file, so that what is done there cannot be led elsewhere by a link.
@@ -4515,12 +4602,18 @@ def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
         raise
 
 
-def _check_link(root: str, link: str) -> None:
-    real = real_path(link)
-    if not real.startswith(root.rstrip("/") + "/"):
-        raise SyncError(f"expected a folder inside the codebase, got a link to {visible(real)}")
-    if not os.path.exists(real):
-        raise SyncError(f"expected a folder, got a link to {visible(real)}, where nothing is")
+def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
+    """Tell what a user should know of a file's text: it is too long, has hidden characters, stands in a code fence."""
+    excess = describe_excess(agent, after)
+    if excess:
+        yield excess
+    if not after.isascii():
+        hidden = describe_hidden((ours_in(agent, after) or b"").decode("utf-8", "replace"))
+        if hidden:
+            yield hidden
+    fence = find_open_fence(before.data) if join is not None else 0
+    if fence:
+        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
 def plan_file(
@@ -4551,62 +4644,8 @@ def plan_file(
     return FilePlan(path, action, before, after, digest or "", join, "; ".join(notes))
 
 
-def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
-    """Tell what a user should know of a file's text: it is too long, has hidden characters, stands in a code fence."""
-    excess = describe_excess(agent, after)
-    if excess:
-        yield excess
-    if not after.isascii():
-        hidden = describe_hidden((ours_in(agent, after) or b"").decode("utf-8", "replace"))
-        if hidden:
-            yield hidden
-    fence = find_open_fence(before.data) if join is not None else 0
-    if fence:
-        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
-
-
-def plan_codebase(
-    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False, take_over: bool = False
-) -> Plan:
-    """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
-
-    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more. With `take_over`
-    the text of another registry's Orchestra is replaced like a hand edit, otherwise left.
-    """
-    root = find_root(home, codebase, owners, purge)
-    old_record = load_record(home, codebase.key)
-    former = None if old_record else find_former(home, codebase.key, root, owners)
-    if former:
-        old_record = load_record(home, former)
-    if not purge:
-        _check_is_not_above(home, codebase, root, old_record or Record())
-    record, left_root, left = _plan_leaving(home, root, old_record or Record(), owners)
-    wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
-    unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
-    looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
-    is_same = record.root in ("", spell_path(home, root))  # another folder may well be empty
-    if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
-        _check_not_emptied(home, codebase, root)
-    if purge:
-        ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
-        looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
-    imports = hides_agents_md(root, wanted, looks)
-    render = functools.cache(lambda: render_files(codebase, imports))
-    sparse = functools.cache(lambda: find_sparse(root))
-    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.source}"  # all the texts depend on
-    if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
-        digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
-    else:
-        digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
-    files = tuple(
-        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge, sparse)
-        for path, look in _without_twins(looks)
-    )
-    if not take_over:
-        files = tuple(leave_foreign(home, file, codebase.key) for file in files)
-    source_done = "" if any(file.problem for file in files) else source
-    new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
-    return Plan(root, files, old_record, new_record, left_root, left)
+def _has_owner(owners: Mapping[str, Key], folder: str) -> bool:
+    return bool(owners.keys_at(identity_of(folder))) if isinstance(owners, Owners) else folder in owners
 
 
 def _plan_leaving(
@@ -4630,10 +4669,6 @@ def _plan_leaving(
         plan_file(path, look, record, None, dict, False) for path, look in looks.items() if look.place not in places
     )
     return here, old, tuple(file for file in files if file.writes or file.problem)
-
-
-def _has_owner(owners: Mapping[str, Key], folder: str) -> bool:
-    return bool(owners.keys_at(identity_of(folder))) if isinstance(owners, Owners) else folder in owners
 
 
 def _check_not_emptied(home: str, codebase: Codebase, root: str) -> None:
@@ -4707,6 +4742,15 @@ def _check_is_not_above(home: str, codebase: Codebase, root: str, record: Record
         )
 
 
+def _has_own_text(look: Look) -> bool:
+    data = look.disk.data
+    try:
+        span = find_block(data)
+    except SyncError:
+        return False
+    return bool(data.strip() if span is None else data[: span.start].strip() or data[span.end :].strip())
+
+
 def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look]) -> bool:
     """Say whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
 
@@ -4718,188 +4762,251 @@ def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look])
     return _has_own_text(looks.get("AGENTS.md") or look_at(root, "AGENTS.md"))
 
 
-def _has_own_text(look: Look) -> bool:
-    data = look.disk.data
-    try:
-        span = find_block(data)
-    except SyncError:
-        return False
-    return bool(data.strip() if span is None else data[: span.start].strip() or data[span.end :].strip())
+def plan_codebase(
+    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False, take_over: bool = False
+) -> Plan:
+    """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
 
-
-# The record
-
-
-def load_record(home: str, key: Key) -> Optional[Record]:
-    """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
-    data = read_disk(record_path(home, key)).data
-    try:
-        values = json.loads(data)
-        record = Record(
-            str(values["synced_at"]),
-            _texts(values["files"]),
-            {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
-            _texts(values["joins"]),
-            [str(folder) for folder in values["folders"] if _stays_inside(folder)],
-            str(values["source"]),
-            str(values.get("root", "")),
-            [str(seal) for seal in values.get("seals", ())],
-        )
-        # What is no text of a file's or of its name was not written by Orchestra.
-        os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return record if "\0" not in record.root else None
-
-
-def _texts(values: Mapping[str, object]) -> dict[str, str]:
-    return {str(name): str(value) for name, value in values.items()}
-
-
-def _stays_inside(folder: str) -> bool:
-    return bool(folder) and "\0" not in folder and not folder.startswith("/") and ".." not in folder.split("/")
-
-
-def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
-    # Not durable: after a power cut an older record only makes the next sync back up more than it must.
-    data = json.dumps(record._asdict(), separators=(",", ":")).encode()
-    save_private(record_path(home, key), data, lock.token, durable=False)
-
-
-def find_former(home: str, key: Key, root: str, owners: Mapping[str, Key]) -> Optional[Key]:
-    """Find the name under which a codebase without a record was synced before, if it was renamed.
-
-    That is a name registered no more, whose record is of this very folder; of several the one synced last.
+    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more. With `take_over`
+    the text of another registry's Orchestra is replaced like a hand edit, otherwise left.
     """
-    if not isinstance(owners, Owners):
-        return None
-    if owners.orphans is None:
-        owners.orphans = Owners(_list_orphans(home, {*owners.values()}))
-    found = []
-    for former in owners.orphans.keys_at(identity_of(root)):
-        record = None if os.path.lexists(codebase_path(home, former)) else load_record(home, former)
-        if record:
-            found.append((record.synced_at, former))
-    return max(found)[1] if found else None
-
-
-def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
-    """List whose records are not among the `registered`, by folder; records that cannot be read are left out."""
-    found = []
-    for project in _names_in(hashes_root(home)):
-        for name in _names_in(f"{hashes_root(home)}/{project}"):
-            key = (project, name[: -len(".json")])
-            if not name.endswith(".json") or key in registered:
-                continue
-            with suppress(IoError):
-                record = load_record(home, key)
-                if record and record.root:
-                    found.append((record.synced_at, expand_home(home, record.root), key))
-    return {root: key for _, root, key in sorted(found)}
-
-
-def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> None:
-    """Let a codebase that was renamed have its record and its backups; its lock is held. Raises SyncError, IoError."""
-    key = codebase.key
-    if os.path.lexists(record_path(home, key)):
-        return
-    root = find_root(home, codebase, owners, purge=True)
-    former = find_former(home, key, root, owners)
-    turn = try_lock(codebase_lock_path(home, former)) if former else None
-    if former is None or turn is None:
-        return  # never had another name, or is still being synced under that
-    try:
-        if find_former(home, key, root, owners) == former:
-            move_backups(home, former, key)
-            move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
-    finally:
-        os.close(turn)
-
-
-def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
-    """Make the record that is true before, while and after the planned files are written."""
-    if len(files) == len(record.files) and all(
-        file.action == KEEP and record.files.get(file.path) == file.digest for file in files
-    ):
-        return record
-    new_files = {file.path: file.digest for file in files if file.digest}
-    new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
-    earlier = dict(record.earlier)
-    for path in {**record.files, **new_files}:
-        older = [digest for digest in record.known(path) if digest != new_files.get(path)]
-        earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
-    joins = dict(record.joins)
-    folders = set(record.folders)
-    for file in files:
-        if file.action == KEEP and file.digest and file.path not in record.files and text_before_block(file):
-            # The block came with the repository: another machine appended it, with the usual line in front.
-            joins.setdefault(file.path, "\n")
-        if file.action == CREATE:
-            if file.join is not None:
-                joins[file.path] = file.join
-            elif file.before.kind == "absent":
-                joins.pop(file.path, None)
-            folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
-    seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
-    seals = list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS]
-    return Record(
-        record.synced_at,
-        new_files,
-        {path: digests for path, digests in sorted(earlier.items()) if digests},
-        joins,
-        sorted(folders),
-        seals=seals,
+    root = find_root(home, codebase, owners, purge)
+    old_record = load_record(home, codebase.key)
+    former = None if old_record else find_former(home, codebase.key, root, owners)
+    if former:
+        old_record = load_record(home, former)
+    if not purge:
+        _check_is_not_above(home, codebase, root, old_record or Record())
+    record, left_root, left = _plan_leaving(home, root, old_record or Record(), owners)
+    wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
+    unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
+    looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
+    is_same = record.root in ("", spell_path(home, root))  # another folder may well be empty
+    if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
+        _check_not_emptied(home, codebase, root)
+    if purge:
+        ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
+        looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
+    imports = hides_agents_md(root, wanted, looks)
+    render = functools.cache(lambda: render_files(codebase, imports))
+    sparse = functools.cache(lambda: find_sparse(root))
+    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.source}"  # all the texts depend on
+    if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
+        digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
+    else:
+        digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
+    files = tuple(
+        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge, sparse)
+        for path, look in _without_twins(looks)
     )
+    if not take_over:
+        files = tuple(leave_foreign(home, file, codebase.key) for file in files)
+    source_done = "" if any(file.problem for file in files) else source
+    new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
+    return Plan(root, files, old_record, new_record, left_root, left)
 
 
-def accept_empty_folder(home: str, codebase: Codebase) -> None:
-    """Forget what was written to a folder that is empty now, so that a sync takes it for a new one; raises IoError."""
-    root = codebase_root(home, codebase)
-    with blame(root):
-        if not os.listdir(root):
-            remove_private(record_path(home, codebase.key))
+# ── 15 Sync ───────────────────────────────────────────────────────────────────
+
+MAX_TRIES = 5  # at a file that somebody else keeps saving
+YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
+YOUNG_PAUSE = 0.2  # seconds
+REPLACE_REASON = "edited by hand, or not written by Orchestra"
+BACKED_UP = (REPLACE, EVICT)
 
 
-def text_before_block(file: FilePlan) -> bytes:
-    """Give the user's text in front of a shared file's block."""
-    span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
-    return b"" if span is None else file.before.data[: span.start].replace(BOM, b"")
+class SyncScope(NamedTuple):
+    """What to sync: codebases by name (api, shop/api), or all of them where `names` is None."""
+
+    names: Optional[tuple[str, ...]]
+
+    @classmethod
+    def all(cls) -> "SyncScope":
+        return cls(None)
+
+    @classmethod
+    def codebase(cls, *names: str) -> "SyncScope":
+        return cls(names)
+
+
+class SyncCodebaseResult(NamedTuple):
+    """What a sync did to one codebase, or would do; its files without their bytes."""
+
+    project: str
+    codebase: str
+    files: tuple[FilePlan, ...] = ()
+    errors: tuple[Problem, ...] = ()
+    has_leftovers: bool = False  # a file stays for a while, until nobody can be writing to it
+
+    @property
+    def key(self) -> Key:
+        return (self.project, self.codebase)
+
+    @property
+    def retry(self) -> bool:
+        """Tell whether a file that was left alone may be written in a little while."""
+        return any(file.retry for file in self.files)
+
+    @property
+    def written(self) -> list[str]:
+        return [file.path for file in self.files if file.writes]
+
+    @property
+    def unchanged(self) -> list[str]:
+        return [file.path for file in self.files if not file.writes and not file.problem]
+
+    @property
+    def failed(self) -> list[str]:
+        return [file.path for file in self.files if file.problem]
 
 
 # Apply
 
 
-def sync_codebase(
-    home: str,
-    codebase: Codebase,
-    owners: Mapping[str, Key] = {},
-    dry_run: bool = False,
-    purge: bool = False,
-    clock: Clock = time.time,
-    take_over: bool = False,
-) -> SyncCodebaseResult:
-    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result.
+def _back_up_aside(home: str, key: Key, clock: Clock, label: str, disk: Disk) -> None:
+    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
 
-    With `take_over` the text of another registry's Orchestra is replaced, otherwise left.
-    """
-    key = codebase.key
-    has_leftovers = False
+
+def _label_in(root: str, path: str) -> str:
+    """Give the managed path that leads to a file, though links lie on the way; its name alone where there is none."""
+    folder, name = os.path.split(path)
+    paths = [managed for managed in AGENTS_BY_PATH if os.path.basename(managed) == name]
+    real = real_path(folder)
+    return next((p for p in paths if real_path(os.path.dirname(f"{root}/{p}")) == real), paths[0] if paths else name)
+
+
+def _back_up_left(
+    home: str, key: Key, root: str, folder: str, paths: Sequence[str], clock: Clock, name: str, disk: Disk
+) -> None:
+    """Back up a temporary file from a managed folder; its name may not tell which of its `paths` it belongs to."""
+    label = paths[0] if len(paths) == 1 else os.path.join(folder, "leftover.md")
+    if can_be_kept_as(name):
+        label = _label_in(root, os.path.join(root, folder, name))
+    _back_up_aside(home, key, clock, label, disk)
+
+
+def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover], clock: Clock) -> bool:
+    """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
+    stays = False
+    for folder, paths in MANAGED_FOLDERS.items():
+        try:
+            place = os.path.dirname(check_parents(root, paths[0]))
+        except (SyncError, OSError):
+            continue  # it leads out of the codebase, is none, or cannot be reached: who writes there is told
+        keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
+        with blame(place):
+            stays |= release_temporaries(place, left, keep, clock)
+    return stays
+
+
+def _remove_if_empty(root: str, folder: str) -> bool:
     try:
-        if dry_run:
-            plan = plan_codebase(home, codebase, owners, purge, take_over)
-        else:
-            with _codebase_turn(home, codebase, clock) as lock:
-                plan = _sync_until_done(home, codebase, owners, purge, lock, clock, take_over)
-            has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
-    except OrchestraError as error:
-        return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
-    except OSError as error:  # of one codebase alone: the others go on
-        place = f"{label_for(key)}: {error.filename}" if error.filename else label_for(key)
-        return failed_result(key, [Problem(place, explain_os_error(error), hint_for_os_error(error))])
-    # Without their bytes: a result may be one of thousands.
-    left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
-    files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
-    return SyncCodebaseResult(*key, files, plan_problems(home, key, plan), has_leftovers)
+        with open_managed(root, folder) as place:
+            return remove_empty_folder(place.name, place.folder)
+    except FileNotFoundError:
+        return True
+    except (SyncError, FileChanged, OSError):
+        return False  # it leads elsewhere by now
+
+
+def _remove_spare_folders(root: str, record: Record) -> Record:
+    """Remove the folders that were made for files which are no more, and forget them."""
+    needed = {folder for path in record.files for folder in folders_above(path)}
+    emptied = [f for f in reversed(record.folders) if f not in needed and _remove_if_empty(root, f)]
+    return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
+
+
+def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> bool:
+    """Clean up after a turn that was killed or had trouble; return whether something has to stay. Raises IoError."""
+    sweep_backups(backups_of(home, key), left, clock)  # first, for an earlier sweep may have ended there
+    stays = False
+    if left.swap:
+        with blame(os.path.dirname(left.swap.path)):
+            label_of = functools.partial(_label_in, root)
+            folders = [real_path(os.path.join(root, folder)) for folder in MANAGED_FOLDERS]
+            folders = [folder for folder in folders if f"{folder}/".startswith(root.rstrip("/") + "/")]
+            stays = settle_left(left.swap, folders, label_of, aside_of(home, key))
+    stays |= _release_temporaries(home, key, root, left, clock)
+    sweep_folders([os.path.dirname(record_path(home, key))], left)
+    return stays
+
+
+def _has_user_text(file: FilePlan) -> bool:
+    agent, data = AGENTS_BY_PATH[file.path], file.before.data
+    return bool(data) and (ours_in(agent, data) or b"").strip() != data.strip()
+
+
+def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+    if file.action in BACKED_UP:
+        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock.token, clock)
+        restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
+        if file.action == EVICT:  # from a codebase that is registered no more
+            restore = f"the old text: {shorten_home(home, os.path.join(backups_of(home, key), when, file.path))}"
+        file = file._replace(note="; ".join(filter(None, [restore, file.note])))
+    if file.action == RELEASE:
+        return file._replace(note="edited by hand, so it stays and is yours now")
+    with open_managed(root, file.path, make=file.after is not None) as place:
+        if file.after is None:
+            remove_file(place, file.before, lock)
+            return file
+        if file.before.kind == "file" and not file.before.data and file_age(place.path, clock) < YOUNG:
+            time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
+        replace_file(place, file.after, file.before, lock, durable=_has_user_text(file))
+    return file
+
+
+def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+    if not file.writes:
+        return file
+    if not lock.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
+        return file._replace(action=SKIP, problem="skipped because an earlier file failed", retry=True)
+    try:
+        return _write_file(home, key, root, file, lock, clock)
+    except FileChanged:
+        problem = "it kept changing while Orchestra was writing it"
+        failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
+    except (OrchestraError, OSError) as error:
+        failed = file._replace(action=SKIP, retry=isinstance(error, FileBusy), **_describe(error))
+    try:
+        lock.has_kept |= _clear_up(home, key, root, lock.left, clock)
+    except IoError:
+        lock.is_clean = False
+    return failed
+
+
+def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
+    """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
+    # The folder that was left comes before all, and stays recorded until nothing of Orchestra's is there.
+    left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
+    if any(file.retry for file in left):
+        return plan._replace(files=(), left=left)
+    has_left = not any(file.problem for file in left)
+    if plan.left_root:
+        with suppress(IoError):
+            stays = _release_temporaries(home, key, plan.left_root, None, clock)
+            lock.has_kept |= stays
+            has_left = has_left and not stays
+    if left and plan.old_record:
+        spare = [f for f in plan.old_record.folders if not f"{plan.root}/".startswith(f"{plan.left_root}/{f}/")]
+        files_there = {file.path: "" for file in left if file.problem}
+        _remove_spare_folders(plan.left_root, plan.old_record._replace(files=files_there, folders=spare))
+    record = plan.record._replace(synced_at=now_rfc3339(clock))
+    if plan.old_record and not has_left:
+        record = record._replace(root=plan.old_record.root)
+    known = plan.old_record.files if plan.old_record and not plan.left_root else {}
+    # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
+    doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
+    first = record._replace(files={**record.files, **doomed})
+    save_record(home, key, first, lock)
+    files = tuple(_apply_file(home, key, plan.root, file, lock, clock) for file in plan.files)
+    stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
+    record = record._replace(files={**record.files, **stuck})
+    record = _remove_spare_folders(plan.root, record)
+    if not any(file.writes for file in files) and (plan.writes or any(file.problem for file in files)):
+        record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
+    if record != first:
+        save_record(home, key, record, lock)
+    return plan._replace(files=files, record=record, left=left)
 
 
 def _sync_until_done(
@@ -4942,10 +5049,6 @@ def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
     return SyncCodebaseResult(*key, errors=tuple(problems))
 
 
-def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
-    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(home, plan))
-
-
 def group_problems(home: str, plan: Plan) -> list[Problem]:
     """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
     paths: dict[tuple[str, str], list[str]] = {}
@@ -4955,6 +5058,10 @@ def group_problems(home: str, plan: Plan) -> list[Problem]:
                 place = shorten_home(home, os.path.join(root, file.path))
                 paths.setdefault((file.problem, file.hint), []).append(place)
     return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
+
+
+def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
+    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(home, plan))
 
 
 @contextmanager
@@ -4975,6 +5082,39 @@ def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> Iterator[Lock
         collect()
 
 
+def sync_codebase(
+    home: str,
+    codebase: Codebase,
+    owners: Mapping[str, Key] = {},
+    dry_run: bool = False,
+    purge: bool = False,
+    clock: Clock = time.time,
+    take_over: bool = False,
+) -> SyncCodebaseResult:
+    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result.
+
+    With `take_over` the text of another registry's Orchestra is replaced, otherwise left.
+    """
+    key = codebase.key
+    has_leftovers = False
+    try:
+        if dry_run:
+            plan = plan_codebase(home, codebase, owners, purge, take_over)
+        else:
+            with _codebase_turn(home, codebase, clock) as lock:
+                plan = _sync_until_done(home, codebase, owners, purge, lock, clock, take_over)
+            has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
+    except OrchestraError as error:
+        return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
+    except OSError as error:  # of one codebase alone: the others go on
+        place = f"{label_for(key)}: {error.filename}" if error.filename else label_for(key)
+        return failed_result(key, [Problem(place, explain_os_error(error), hint_for_os_error(error))])
+    # Without their bytes: a result may be one of thousands.
+    left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
+    files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
+    return SyncCodebaseResult(*key, files, plan_problems(home, key, plan), has_leftovers)
+
+
 def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Clean up after a sync that was killed, as long as it is known what it was about; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
@@ -4982,153 +5122,26 @@ def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -
             pass
 
 
-def _back_up_aside(home: str, key: Key, clock: Clock, label: str, disk: Disk) -> None:
-    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
-
-
-def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> bool:
-    """Clean up after a turn that was killed or had trouble; return whether something has to stay. Raises IoError."""
-    sweep_backups(backups_of(home, key), left, clock)  # first, for an earlier sweep may have ended there
-    stays = False
-    if left.swap:
-        with blame(os.path.dirname(left.swap.path)):
-            label_of = functools.partial(_label_in, root)
-            folders = [real_path(os.path.join(root, folder)) for folder in MANAGED_FOLDERS]
-            folders = [folder for folder in folders if f"{folder}/".startswith(root.rstrip("/") + "/")]
-            stays = settle_left(left.swap, folders, label_of, aside_of(home, key))
-    stays |= _release_temporaries(home, key, root, left, clock)
-    sweep_folders([os.path.dirname(record_path(home, key))], left)
-    return stays
-
-
-def _label_in(root: str, path: str) -> str:
-    """Give the managed path that leads to a file, though links lie on the way; its name alone where there is none."""
-    folder, name = os.path.split(path)
-    paths = [managed for managed in AGENTS_BY_PATH if os.path.basename(managed) == name]
-    real = real_path(folder)
-    return next((p for p in paths if real_path(os.path.dirname(f"{root}/{p}")) == real), paths[0] if paths else name)
-
-
-def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover], clock: Clock) -> bool:
-    """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
-    stays = False
-    for folder, paths in MANAGED_FOLDERS.items():
-        try:
-            place = os.path.dirname(check_parents(root, paths[0]))
-        except (SyncError, OSError):
-            continue  # it leads out of the codebase, is none, or cannot be reached: who writes there is told
-        keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
-        with blame(place):
-            stays |= release_temporaries(place, left, keep, clock)
-    return stays
-
-
-def _back_up_left(
-    home: str, key: Key, root: str, folder: str, paths: Sequence[str], clock: Clock, name: str, disk: Disk
-) -> None:
-    """Back up a temporary file from a managed folder; its name may not tell which of its `paths` it belongs to."""
-    label = paths[0] if len(paths) == 1 else os.path.join(folder, "leftover.md")
-    if can_be_kept_as(name):
-        label = _label_in(root, os.path.join(root, folder, name))
-    _back_up_aside(home, key, clock, label, disk)
-
-
-def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
-    """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
-    # The folder that was left comes before all, and stays recorded until nothing of Orchestra's is there.
-    left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
-    if any(file.retry for file in left):
-        return plan._replace(files=(), left=left)
-    has_left = not any(file.problem for file in left)
-    if plan.left_root:
-        with suppress(IoError):
-            stays = _release_temporaries(home, key, plan.left_root, None, clock)
-            lock.has_kept |= stays
-            has_left = has_left and not stays
-    if left and plan.old_record:
-        spare = [f for f in plan.old_record.folders if not f"{plan.root}/".startswith(f"{plan.left_root}/{f}/")]
-        files_there = {file.path: "" for file in left if file.problem}
-        _remove_spare_folders(plan.left_root, plan.old_record._replace(files=files_there, folders=spare))
-    record = plan.record._replace(synced_at=now_rfc3339(clock))
-    if plan.old_record and not has_left:
-        record = record._replace(root=plan.old_record.root)
-    known = plan.old_record.files if plan.old_record and not plan.left_root else {}
-    # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
-    doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
-    first = record._replace(files={**record.files, **doomed})
-    save_record(home, key, first, lock)
-    files = tuple(_apply_file(home, key, plan.root, file, lock, clock) for file in plan.files)
-    stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
-    record = record._replace(files={**record.files, **stuck})
-    record = _remove_spare_folders(plan.root, record)
-    if not any(file.writes for file in files) and (plan.writes or any(file.problem for file in files)):
-        record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
-    if record != first:
-        save_record(home, key, record, lock)
-    return plan._replace(files=files, record=record, left=left)
-
-
-def _remove_spare_folders(root: str, record: Record) -> Record:
-    """Remove the folders that were made for files which are no more, and forget them."""
-    needed = {folder for path in record.files for folder in folders_above(path)}
-    emptied = [f for f in reversed(record.folders) if f not in needed and _remove_if_empty(root, f)]
-    return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
-
-
-def _remove_if_empty(root: str, folder: str) -> bool:
-    try:
-        with open_managed(root, folder) as place:
-            return remove_empty_folder(place.name, place.folder)
-    except FileNotFoundError:
-        return True
-    except (SyncError, FileChanged, OSError):
-        return False  # it leads elsewhere by now
-
-
-def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
-    if not file.writes:
-        return file
-    if not lock.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
-        return file._replace(action=SKIP, problem="skipped because an earlier file failed", retry=True)
-    try:
-        return _write_file(home, key, root, file, lock, clock)
-    except FileChanged:
-        problem = "it kept changing while Orchestra was writing it"
-        failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
-    except (OrchestraError, OSError) as error:
-        failed = file._replace(action=SKIP, retry=isinstance(error, FileBusy), **_describe(error))
-    try:
-        lock.has_kept |= _clear_up(home, key, root, lock.left, clock)
-    except IoError:
-        lock.is_clean = False
-    return failed
-
-
-def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
-    if file.action in BACKED_UP:
-        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock.token, clock)
-        restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
-        if file.action == EVICT:  # from a codebase that is registered no more
-            restore = f"the old text: {shorten_home(home, os.path.join(backups_of(home, key), when, file.path))}"
-        file = file._replace(note="; ".join(filter(None, [restore, file.note])))
-    if file.action == RELEASE:
-        return file._replace(note="edited by hand, so it stays and is yours now")
-    with open_managed(root, file.path, make=file.after is not None) as place:
-        if file.after is None:
-            remove_file(place, file.before, lock)
-            return file
-        if file.before.kind == "file" and not file.before.data and file_age(place.path, clock) < YOUNG:
-            time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
-        replace_file(place, file.after, file.before, lock, durable=_has_user_text(file))
-    return file
-
-
-def _has_user_text(file: FilePlan) -> bool:
-    agent, data = AGENTS_BY_PATH[file.path], file.before.data
-    return bool(data) and (ours_in(agent, data) or b"").strip() != data.strip()
-
-
 # Restore
+
+
+def _restored_text(agent: Agent, before: Disk, kept: Disk, file: str) -> bytes:
+    try:
+        ours = ours_in(agent, kept.data)
+    except SyncError as error:
+        raise SyncError(f"the version kept as {file}: {error}", error.hint) from None
+    if before.kind == "file" and not agent.owned and ours is not None:
+        return merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
+    return kept.data
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Say where it was, in a SyncError that knows only what."""
+    try:
+        yield
+    except SyncError as error:
+        raise SyncError(f"{place}: {error}", error.hint) from None
 
 
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
@@ -5163,25 +5176,6 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     return True
 
 
-def _restored_text(agent: Agent, before: Disk, kept: Disk, file: str) -> bytes:
-    try:
-        ours = ours_in(agent, kept.data)
-    except SyncError as error:
-        raise SyncError(f"the version kept as {file}: {error}", error.hint) from None
-    if before.kind == "file" and not agent.owned and ours is not None:
-        return merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
-    return kept.data
-
-
-@contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Say where it was, in a SyncError that knows only what."""
-    try:
-        yield
-    except SyncError as error:
-        raise SyncError(f"{place}: {error}", error.hint) from None
-
-
 # The pipeline
 
 
@@ -5214,7 +5208,7 @@ def run_pipeline(
     return results
 
 
-# ── 8 Staleness ───────────────────────────────────────────────────────────────
+# ── 16 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without the last step: the same plan, put into a word.
 
@@ -5250,11 +5244,16 @@ class Status(NamedTuple):
         }
 
 
-def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
-    """Put a plan into a status and its detail, with what a sync would note."""
-    status, detail = _judge_changes(home, plan)
-    notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
-    return status, "; ".join(filter(None, [detail, *notes]))
+def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
+    if not file.writes:
+        return CURRENT
+    if file.action in (REMOVE, RELEASE, EVICT):
+        return ORPHAN
+    if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
+        return STALE
+    if file.action == CREATE:
+        return MISSING if file.before.kind == "absent" else BLOCK_MISSING
+    return MODIFIED
 
 
 def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
@@ -5283,16 +5282,31 @@ def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
     return status, ", ".join(by_kind[status])
 
 
-def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
-    if not file.writes:
-        return CURRENT
-    if file.action in (REMOVE, RELEASE, EVICT):
-        return ORPHAN
-    if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
-        return STALE
-    if file.action == CREATE:
-        return MISSING if file.before.kind == "absent" else BLOCK_MISSING
-    return MODIFIED
+def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
+    """Put a plan into a status and its detail, with what a sync would note."""
+    status, detail = _judge_changes(home, plan)
+    notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
+    return status, "; ".join(filter(None, [detail, *notes]))
+
+
+def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
+    """Give the age of an RFC 3339 time in whole seconds, None where there is none."""
+    from datetime import datetime
+
+    try:
+        then = datetime.fromisoformat((when or "").replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+    return max(0, int(clock() - then))
+
+
+def _last_sync(home: str, key: Key, clock: Clock) -> tuple[Optional[str], Optional[int]]:
+    try:
+        record = load_record(home, key)
+    except OrchestraError:
+        record = None
+    synced_at = record.synced_at if record else None
+    return synced_at or None, age_of(synced_at, clock)
 
 
 def check_staleness(
@@ -5308,26 +5322,6 @@ def check_staleness(
         return Staleness(*codebase.key, ERROR, str(error), *_last_sync(home, codebase.key, clock), tasks)
     synced_at = record.synced_at if record else None
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
-
-
-def _last_sync(home: str, key: Key, clock: Clock) -> tuple[Optional[str], Optional[int]]:
-    try:
-        record = load_record(home, key)
-    except OrchestraError:
-        record = None
-    synced_at = record.synced_at if record else None
-    return synced_at or None, age_of(synced_at, clock)
-
-
-def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
-    """Give the age of an RFC 3339 time in whole seconds, None where there is none."""
-    from datetime import datetime
-
-    try:
-        then = datetime.fromisoformat((when or "").replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return None
-    return max(0, int(clock() - then))
 
 
 def scan_staleness(home: str, registry: Registry, project: Optional[str] = None, clock: Clock = time.time) -> Status:
@@ -5368,7 +5362,9 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
     return show_hidden("".join(parts)), plan_problems(home, codebase.key, plan)
 
 
-# ── 9 Watching ────────────────────────────────────────────────────────────────
+# ══ IV Daemon ═════════════════════════════════════════════════════════════════
+
+# ── 17 Watching ───────────────────────────────────────────────────────────────
 
 # A notification is only a hint where to look. What counts is the comparison of the tree with the picture taken
 # of it before, so that lost, doubled and merged events do no harm. Watches are set before what they watch is
@@ -5676,6 +5672,33 @@ def open_source(wanted: str, descriptors: int) -> PollingSource:
     raise NotifyError(f"ORCHESTRA_WATCHER: expected kqueue, inotify or polling as this system has it, got {wanted!r}")
 
 
+def _open_folder(path: str) -> Optional[int]:
+    """Open a folder, from which the way to its names is shorter; None if it went since it was listed."""
+    try:
+        return os.open(path, FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_plain_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def _first_link(path: str) -> Optional[str]:
+    """Find the first part of an absolute path that is a link."""
+    parts = os.path.normpath(path).split(os.sep)
+    prefixes = (os.sep.join(parts[: i + 1]) for i in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if os.path.islink(prefix)), None)
+
+
+def _digest_file(path: str) -> str:
+    try:
+        disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
+    except IoError as error:
+        return str(error.source.errno)
+    return f"{disk.kind} {sha256_of(disk.data)}"
+
+
 class Watcher:
     """Keep a picture of the registry's files, and tell what differs each time it is looked at again.
 
@@ -5891,33 +5914,6 @@ class Watcher:
             return False
 
 
-def _open_folder(path: str) -> Optional[int]:
-    """Open a folder, from which the way to its names is shorter; None if it went since it was listed."""
-    try:
-        return os.open(path, FOLDER)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _is_plain_folder(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
-
-
-def _first_link(path: str) -> Optional[str]:
-    """Find the first part of an absolute path that is a link."""
-    parts = os.path.normpath(path).split(os.sep)
-    prefixes = (os.sep.join(parts[: i + 1]) for i in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if os.path.islink(prefix)), None)
-
-
-def _digest_file(path: str) -> str:
-    try:
-        disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
-    except IoError as error:
-        return str(error.source.errno)
-    return f"{disk.kind} {sha256_of(disk.data)}"
-
-
 class Debouncer:
     """Fire a target at once, then at most once a window while it keeps being noted; its last note always fires.
 
@@ -5953,7 +5949,181 @@ class Debouncer:
         return min((self._open_until.get(target, 0.0) for target in self._waiting), default=None)
 
 
-# ── 10 Protocol ───────────────────────────────────────────────────────────────
+# ── 18 Logs ───────────────────────────────────────────────────────────────────
+
+
+LOG_LIMIT = 10 << 20  # bytes a log file may have
+LOGS_KEPT = 5
+PIPE_PIECE = 512  # bytes that a pipe which can be written takes whole: POSIX's least PIPE_BUF
+TAIL_STEP = 64 << 10  # bytes
+
+
+def _log_value(value: object) -> str:
+    text = str(value)
+    is_word = text.isprintable() and re.fullmatch(r"[^\s\"=]+", text)
+    return text if is_word else json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def open_log(path: str) -> int:
+    """Open a log file for appending; raises IoError."""
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        # O_NONBLOCK: a FIFO is an error instead of a wait for its reader.
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+
+
+def rotate_log(path: str, kept: int) -> None:
+    """Move log to log.1, that to log.2 and so on; `kept` of them stay."""
+    for number in range(kept, 0, -1):
+        older = f"{path}.{number}"
+        newer = f"{path}.{number - 1}" if number > 1 else path
+        if os.path.exists(newer):
+            os.replace(newer, older)
+
+
+def _write_if_taken(stream: int, line: bytes) -> None:
+    """Write to a stream as long as it takes it at once: a reader that has stopped must not stop the daemon."""
+    import select
+
+    while line:
+        try:
+            if not select.select([], [stream], [], 0)[1]:
+                return
+            line = line[os.write(stream, line[:PIPE_PIECE]) :]
+        except (OSError, ValueError):
+            return  # the terminal is gone
+
+
+class LogFile:
+    """One rotating log file, and the standard stream that shows the same lines.
+
+    launchd opens the file itself and hands it over as the stream: then a line is written once, and after a
+    rotation the stream is moved to the new file.
+    """
+
+    def __init__(self, path: str, stream: int, limit: int) -> None:
+        self._path = path
+        self._stream = stream
+        self._limit = limit
+        self._fd = open_log(path)
+
+    def is_at(self, stream: int) -> bool:
+        return is_same_file(self._fd, stream)
+
+    def write(self, line: bytes, echo: bool = True) -> None:
+        is_stream = self.is_at(self._stream)
+        try:
+            if os.fstat(self._fd).st_size + len(line) > self._limit:
+                rotate_log(self._path, LOGS_KEPT)
+            if not os.path.exists(self._path):  # rotated, or removed by somebody
+                self._reopen(is_stream)
+            os.write(self._fd, line)
+        except (OSError, IoError):
+            pass  # what cannot be logged must not stop what it tells of
+        if echo and not is_stream:
+            _write_if_taken(self._stream, line)
+
+    def _reopen(self, is_stream: bool) -> None:
+        new = open_log(self._path)
+        os.dup2(new, self._fd, inheritable=False)
+        os.close(new)
+        if is_stream:
+            os.dup2(self._fd, self._stream)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Log:
+    """Write events, a line each, to the log files, and to stdout and stderr where those go elsewhere.
+
+    INFO goes to daemon.log, WARNING to daemon-err.log too. A full disk or a closed terminal does not
+    stop the daemon.
+    """
+
+    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Clock = time.time) -> None:
+        self._clock = clock
+        self._out = LogFile(stdout_log_path(home), 1, limit)
+        self._err = LogFile(stderr_log_path(home), 2, limit)
+
+    def info(self, message: str, **fields: object) -> None:
+        self._out.write(self._line("INFO", message, fields))
+
+    def warning(self, message: str, **fields: object) -> None:
+        line = self._line("WARNING", message, fields)
+        # One terminal, or one file, need not be told twice.
+        self._out.write(line, echo=not is_same_file(1, 2) and not self._err.is_at(1))
+        self._err.write(line, echo=not self._out.is_at(2))
+
+    def _line(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
+        now = self._clock()
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
+        words = [when, level, message, *(f"{name}={_log_value(value)}" for name, value in fields.items())]
+        return (" ".join(words) + "\n").encode("utf-8", "backslashreplace")
+
+    def close(self) -> None:
+        self._out.close()
+        self._err.close()
+
+
+# Reading the logs
+
+
+def _open_if_there(path: str) -> Optional[int]:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+class LogReader:
+    """Read the end of a log, and then what is appended to it, across its rotations; raises IoError."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with blame(path):
+            self._fd = _open_if_there(path)
+
+    def tail(self, count: int) -> bytes:
+        """Take the last `count` lines, however long the log is; `read` goes on behind them."""
+        if self._fd is None:
+            return b""
+        data = b""
+        with blame(self._path):
+            start = os.lseek(self._fd, 0, os.SEEK_END)
+            end = start
+            while start > 0 and data.count(b"\n") <= count:
+                size = min(start, TAIL_STEP)
+                start -= size
+                data = os.pread(self._fd, size, start) + data
+            os.lseek(self._fd, end, os.SEEK_SET)
+        lines = re.findall(rb"[^\n]*\n|[^\n]+", data)
+        return b"".join(lines[-count:] if count else [])
+
+    def read(self) -> bytes:
+        """Take what was appended since the last call."""
+        data = b""
+        with blame(self._path):
+            if self._fd is not None:
+                is_current = self._is_current(self._fd)
+                data = self._read_rest(self._fd)  # of a file rotated away too, since nothing is added to it now
+                if is_current:
+                    return data
+                os.close(self._fd)
+            self._fd = _open_if_there(self._path)
+            return data if self._fd is None else data + self._read_rest(self._fd)
+
+    def _is_current(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(fd))
+        except FileNotFoundError:
+            return True
+
+    def _read_rest(self, fd: int) -> bytes:
+        return b"".join(iter(lambda: os.read(fd, TAIL_STEP), b""))
+
+
+# ── 19 Control socket ─────────────────────────────────────────────────────────
 
 # One request a line, one reply a line, both JSON. Cutting and understanding lines needs no socket, so that it
 # can be tested without one; the client below is the only code here that opens one.
@@ -5963,6 +6133,14 @@ STATUS_TRIES = 5
 STATUS_PAUSE = 0.1  # seconds between two tries
 REPLY_TIMEOUT = 10.0  # seconds; a sync may take as long as it takes
 TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
+MAX_CLIENTS = 128
+NEWCOMER_PLACES = 8  # of those: for a first request, where the others are taken by clients that stay
+IDLE_TIMEOUT = 30.0  # seconds a client may be silent
+MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
+REQUESTS_A_TURN = 32  # of one client, then the others are served
+ACCEPTS_A_TURN = 64
+SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
+READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
 
 
 class Request(NamedTuple):
@@ -6043,6 +6221,29 @@ def encode_error(message: str) -> bytes:
 # The client
 
 
+def _not_reached(home: str, error: OSError) -> DaemonError:
+    path = socket_path(home)
+    # More clients wait than it takes: EAGAIN on Linux. On macOS it is ECONNREFUSED, as if nobody listened.
+    if error.errno == errno.EAGAIN or (error.errno == errno.ECONNREFUSED and is_locked(daemon_lock_path(home))):
+        return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "try again")
+    if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
+        return DaemonNotRunning(path)
+    return IoError(path, error)
+
+
+def _read_reply(client: Any) -> Any:
+    data = b""
+    while not data.endswith(b"\n"):
+        more = client.recv(1 << 16)
+        if not more:
+            raise ProtocolError("daemon: expected a reply, got the end of the connection")
+        data += more
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
+
+
 def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = REPLY_TIMEOUT) -> Any:
     """Send one request to the daemon and return the reply's data.
 
@@ -6073,29 +6274,6 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
     return reply.get("data")
 
 
-def _not_reached(home: str, error: OSError) -> DaemonError:
-    path = socket_path(home)
-    # More clients wait than it takes: EAGAIN on Linux. On macOS it is ECONNREFUSED, as if nobody listened.
-    if error.errno == errno.EAGAIN or (error.errno == errno.ECONNREFUSED and is_locked(daemon_lock_path(home))):
-        return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "try again")
-    if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
-        return DaemonNotRunning(path)
-    return IoError(path, error)
-
-
-def _read_reply(client: Any) -> Any:
-    data = b""
-    while not data.endswith(b"\n"):
-        more = client.recv(1 << 16)
-        if not more:
-            raise ProtocolError("daemon: expected a reply, got the end of the connection")
-        data += more
-    try:
-        return json.loads(data)
-    except ValueError:
-        raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
-
-
 def _ask(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
     """Send a request as often as STATUS_TRIES says, as long as the error is one that passes."""
     for _ in range(STATUS_TRIES - 1):
@@ -6119,470 +6297,6 @@ def request_sync(home: str, codebase: Optional[str] = None) -> Any:
 def request_stop(home: str) -> Any:
     """Ask the daemon to end, several times while it takes no client: one that is ending takes none."""
     return _ask(home, "stop", DaemonBusy)
-
-
-# ── 11 Daemon ─────────────────────────────────────────────────────────────────
-
-# The loop thread owns the selector: watcher, sockets, signals, timers. One worker thread does the syncing, so
-# that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
-# the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
-#
-# A codebase whose registry file breaks or goes while it is watched is a suspect, since the file may have been caught
-# half-written: the head of section 9 has the protocol.
-
-QUEUE_SIZE = 64
-MAX_CLIENTS = 128
-NEWCOMER_PLACES = 8  # of those: for a first request, where the others are taken by clients that stay
-IDLE_TIMEOUT = 30.0  # seconds a client may be silent
-MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
-STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
-STOP_PATIENCE = 15.0  # seconds that a stopping daemon gives the running job; launchd's ExitTimeOut is longer
-LOG_LIMIT = 10 << 20  # bytes a log file may have
-LOGS_KEPT = 5
-FOLLOW_PAUSE = 0.2  # seconds
-PIPE_PIECE = 512  # bytes that a pipe which can be written takes whole: POSIX's least PIPE_BUF
-TAIL_STEP = 64 << 10  # bytes
-MAX_LOGGED_ERRORS = 10  # of one job
-MAX_DESCRIPTORS = 10240
-EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
-STRAY = ("", "stray")  # the key that stands for files that are no codebase's
-STOPPING = "daemon: expected to sync, but it is stopping"
-REQUESTS_A_TURN = 32  # of one client, then the others are served
-ACCEPTS_A_TURN = 64
-SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
-RETRY_INTERVAL = 10.0  # seconds until a sync is tried again whose trouble may have passed
-REPLACED_KEPT = 86_400  # seconds that hand-written text which was replaced is a problem
-READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
-
-SyncTarget = SyncScope  # what a job is for; not an agent's target
-
-
-# Logs
-
-
-class Log:
-    """Write events, a line each, to the log files, and to stdout and stderr where those go elsewhere.
-
-    INFO goes to daemon.log, WARNING to daemon-err.log too. A full disk or a closed terminal does not
-    stop the daemon.
-    """
-
-    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Clock = time.time) -> None:
-        self._clock = clock
-        self._out = LogFile(stdout_log_path(home), 1, limit)
-        self._err = LogFile(stderr_log_path(home), 2, limit)
-
-    def info(self, message: str, **fields: object) -> None:
-        self._out.write(self._line("INFO", message, fields))
-
-    def warning(self, message: str, **fields: object) -> None:
-        line = self._line("WARNING", message, fields)
-        # One terminal, or one file, need not be told twice.
-        self._out.write(line, echo=not is_same_file(1, 2) and not self._err.is_at(1))
-        self._err.write(line, echo=not self._out.is_at(2))
-
-    def _line(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
-        now = self._clock()
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
-        words = [when, level, message, *(f"{name}={_log_value(value)}" for name, value in fields.items())]
-        return (" ".join(words) + "\n").encode("utf-8", "backslashreplace")
-
-    def close(self) -> None:
-        self._out.close()
-        self._err.close()
-
-
-def _log_value(value: object) -> str:
-    text = str(value)
-    is_word = text.isprintable() and re.fullmatch(r"[^\s\"=]+", text)
-    return text if is_word else json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-class LogFile:
-    """One rotating log file, and the standard stream that shows the same lines.
-
-    launchd opens the file itself and hands it over as the stream: then a line is written once, and after a
-    rotation the stream is moved to the new file.
-    """
-
-    def __init__(self, path: str, stream: int, limit: int) -> None:
-        self._path = path
-        self._stream = stream
-        self._limit = limit
-        self._fd = open_log(path)
-
-    def is_at(self, stream: int) -> bool:
-        return is_same_file(self._fd, stream)
-
-    def write(self, line: bytes, echo: bool = True) -> None:
-        is_stream = self.is_at(self._stream)
-        try:
-            if os.fstat(self._fd).st_size + len(line) > self._limit:
-                rotate_log(self._path, LOGS_KEPT)
-            if not os.path.exists(self._path):  # rotated, or removed by somebody
-                self._reopen(is_stream)
-            os.write(self._fd, line)
-        except (OSError, IoError):
-            pass  # what cannot be logged must not stop what it tells of
-        if echo and not is_stream:
-            _write_if_taken(self._stream, line)
-
-    def _reopen(self, is_stream: bool) -> None:
-        new = open_log(self._path)
-        os.dup2(new, self._fd, inheritable=False)
-        os.close(new)
-        if is_stream:
-            os.dup2(self._fd, self._stream)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def _write_if_taken(stream: int, line: bytes) -> None:
-    """Write to a stream as long as it takes it at once: a reader that has stopped must not stop the daemon."""
-    import select
-
-    while line:
-        try:
-            if not select.select([], [stream], [], 0)[1]:
-                return
-            line = line[os.write(stream, line[:PIPE_PIECE]) :]
-        except (OSError, ValueError):
-            return  # the terminal is gone
-
-
-# The sync processor
-
-
-class RegistryCache(NamedTuple):
-    """What the daemon knows, frozen: the worker makes a new one, the loop reads the last one."""
-
-    registry: Registry
-    names: Mapping[Key, str] = {}  # each as short as it is unique
-    failures: Mapping[Key, tuple[Problem, ...]] = {}  # of codebases whose registry file is fine
-    last_sync_at: Optional[int] = None  # Unix time
-
-    @property
-    def problems(self) -> list[Problem]:
-        return [*self.registry.problems, *(problem for key in sorted(self.failures) for problem in self.failures[key])]
-
-
-class SyncJob(NamedTuple):
-    """Work for the processor. `source` is start, watcher, socket or staleness; bug in a copy that is only for the log.
-
-    `changed` are the keys whose files differ; `overdue` those of them that have been suspects for a whole window.
-    """
-
-    target: SyncTarget
-    source: str
-    respond_to: "Optional[Callable[[JobOutcome], None]]" = None
-    changed: frozenset[Key] = frozenset()
-    overdue: frozenset[Key] = frozenset()
-
-
-class SyncSummary(NamedTuple):
-    target: str
-    source: str
-    codebases: list[str]
-    written: int
-    unchanged: int
-    duration_ms: int
-    errors: list[str]
-
-    def as_reply(self) -> dict[str, Any]:
-        """Give the summary as the socket has it: `errors` only where there are some."""
-        fields = self._asdict()
-        return fields if self.errors else {name: fields[name] for name in fields if name != "errors"}
-
-
-class JobOutcome(NamedTuple):
-    """What became of a job: a summary, or an error that kept it from being done."""
-
-    job: SyncJob
-    summary: Optional[SyncSummary] = None
-    error: str = ""
-    is_bug: bool = False
-    results: Sequence[SyncCodebaseResult] = ()
-    suspects: frozenset[Key] = frozenset()  # perhaps caught half-written: neither synced nor reported
-    statuses: Mapping[str, int] = {}  # of a staleness scan
-
-
-def load_cache(home: str) -> RegistryCache:
-    return renew_cache(RegistryCache(Registry({}, {}, (), Owners())), load_registry(home))
-
-
-def renew_cache(
-    cache: RegistryCache, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
-) -> RegistryCache:
-    """Make the cache that follows `cache` when the registry was read again and some codebases synced."""
-    names = cache.names
-    if cache.registry.codebases.keys() != registry.codebases.keys() or cache.registry.broken or registry.broken:
-        names = short_names(registry.keys)
-    failures = {key: problems for key, problems in cache.failures.items() if key in registry.codebases}
-    for result in results:
-        failures.pop(result.key, None)
-        if result.errors and result.key in registry.codebases:
-            failures[result.key] = result.errors
-    return RegistryCache(registry, names, failures, now or cache.last_sync_at)
-
-
-def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
-    """Read again what the job is about, sync it, and return what is known then. Raises RegistryError, IoError."""
-    started = time.monotonic()
-    registry = _reload_for(home, cache.registry, job)
-    suspects = _find_suspects(registry, cache.registry, job)
-    registry = _keep_old(registry, cache.registry, suspects)
-    results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
-    doubtful = {result.key for result in results if _may_be_half_read(home, registry, job, result)}
-    results = [result for result in results if result.key not in doubtful]
-    has_synced = any(not result.errors for result in results)
-    cache = renew_cache(cache, registry, results, int(time.time()) if has_synced else None)
-    summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
-    return cache, JobOutcome(job, summary, results=results, suspects=suspects | doubtful)
-
-
-def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
-    if job.target.names is None or STRAY in job.changed:
-        return load_registry(home)
-    if job.source == "watcher":
-        return reload_codebases(home, old, job.changed)
-    # A client may name what was saved a moment ago, before the watcher's turn.
-    wanted = {name.rpartition("/")[2] for name in job.target.names}
-    keys = [key for key in scan_registry(home)[0] if key[1] in wanted or key not in old.codebases]
-    return reload_codebases(home, old, keys)
-
-
-def _find_suspects(registry: Registry, old: Registry, job: SyncJob) -> frozenset[Key]:
-    """Find the changed codebases whose files are broken or gone, but for those that are overdue."""
-    if job.source == "socket":
-        return frozenset()  # a client waits for the truth
-    suspects = {key for key in registry.broken if key in job.changed}
-    if EVERYTHING not in job.overdue:
-        suspects |= {key for key, problems in registry.broken.items() if problems != old.broken.get(key)}
-    gone = {key for key in job.changed if key not in registry.codebases and key not in registry.broken}
-    return frozenset(suspects | (gone - {STRAY, EVERYTHING})) - job.overdue
-
-
-def _keep_old(registry: Registry, old: Registry, suspects: frozenset[Key]) -> Registry:
-    """Let broken suspects stay as they were known, unless another codebase has their folder by now."""
-    suspects &= registry.broken.keys()
-    if not suspects:
-        return registry
-    codebases, broken, owners = dict(registry.codebases), dict(registry.broken), dict(registry.owners)
-    for root, key in old.owners.items():
-        if key in suspects and root not in owners:
-            codebases[key], owners[root] = old.codebases[key], key
-            del broken[key]
-    for key in suspects & broken.keys():
-        if key in old.broken:
-            broken[key] = old.broken[key]
-        elif key not in old.codebases:
-            del broken[key]
-    new_owners = Owners(owners, codebases, registry.owners)
-    return registry._replace(codebases=codebases, broken=broken, owners=new_owners)
-
-
-def _may_be_half_read(home: str, registry: Registry, job: SyncJob, result: SyncCodebaseResult) -> bool:
-    """Say whether a codebase may have failed because its file was half-written, or saved after it was read."""
-    codebase = registry.codebases.get(result.key)
-    if codebase is None or not result.errors or result.files or job.source == "socket" or result.key in job.overdue:
-        return False
-    return not (is_current(home, codebase) and os.path.isdir(codebase_root(home, codebase)))
-
-
-def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
-    if job.source == "socket" or (job.target.names is None and not suspects):
-        return job.target
-    if job.target.names is None:
-        wanted = set(registry.keys)
-    else:
-        mended = old.broken.keys() & registry.codebases.keys()
-        wanted = {*job.changed, *mended} & {*registry.codebases, *registry.broken}
-    return SyncScope.codebase(*map(label_for, sorted(wanted - suspects)))
-
-
-def summarize(
-    cache: RegistryCache, job: SyncJob, results: Sequence[SyncCodebaseResult], duration_ms: int
-) -> SyncSummary:
-    names = [cache.names[result.key] for result in results]
-    if job.target.names is None:
-        target = "all"
-    elif job.source == "socket":
-        target = job.target.names[0]
-    else:
-        target = names[0] if len(names) == 1 else f"{len(names)} codebases"
-    return SyncSummary(
-        target,
-        job.source,
-        names,
-        sum(len(result.written) for result in results),
-        sum(len(result.unchanged) for result in results),
-        duration_ms,
-        [str(problem) for result in results for problem in result.errors],
-    )
-
-
-class ReplacedText:
-    """The hand-written text that the daemon's syncs have replaced lately, to be told by `status`.
-
-    A file per codebase keeps it over a restart. It is told until it is REPLACED_KEPT old, or its file is gone: whoever
-    restores or syncs a codebase by hand removes that.
-    """
-
-    def __init__(self, home: str, clock: Clock = time.time) -> None:
-        self._home = home
-        self._clock = clock
-        self._notes: dict[Key, dict[str, str]] = {}  # per path: what brings it back
-        self._noted_at: dict[Key, float] = {}
-        for folder in folders_below(replaced_root(home))[1:]:
-            for name in os.listdir(folder):
-                self._load((os.path.basename(folder), name[: -len(".json")]))
-
-    def _load(self, key: Key) -> None:
-        try:
-            value = json.loads(read_disk(replaced_path(self._home, key)).data)
-            self._notes[key] = {str(path): str(note) for path, note in value["notes"].items()}
-            self._noted_at[key] = float(value["at"])
-        except (IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self.forget(key)  # damaged
-
-    def note(self, key: Key, notes: Mapping[str, str]) -> None:
-        is_told = os.path.lexists(replaced_path(self._home, key))  # else somebody has dealt with the earlier ones
-        self._notes[key] = {**(self._notes.get(key, {}) if is_told else {}), **notes}
-        self._noted_at[key] = self._clock()
-        data = json.dumps({"at": self._noted_at[key], "notes": self._notes[key]}).encode()
-        with suppress(IoError):  # the log has it
-            save_private(replaced_path(self._home, key), data, new_token(), durable=False)
-
-    def forget(self, key: Key) -> None:
-        self._notes.pop(key, None)
-        self._noted_at.pop(key, None)
-        with suppress(IoError):
-            remove_private(replaced_path(self._home, key))
-
-    def problems(self, keys: Container[Key]) -> list[Problem]:
-        """List what was replaced in some codebases, and forget what is over."""
-        now = self._clock()
-        for key, at in list(self._noted_at.items()):
-            if now - at >= REPLACED_KEPT or not os.path.lexists(replaced_path(self._home, key)):
-                self.forget(key)
-        return [
-            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-            for key in sorted(self._notes)
-            if key in keys
-            for path, note in self._notes[key].items()
-        ]
-
-
-def forget_replaced(home: str, keys: Iterable[Key]) -> None:
-    """Have the daemon tell no longer what it replaced in codebases that the user has turned to; raises IoError."""
-    if os.path.isdir(replaced_root(home)):
-        for key in keys:
-            remove_private(replaced_path(home, key))
-
-
-class SyncProcessor:
-    """The worker: takes jobs one after the other, and leaves outcomes for the loop."""
-
-    def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
-        import queue
-        import threading
-        from collections import deque
-
-        self.cache = cache
-        self.jobs: queue.Queue[Optional[SyncJob]] = queue.Queue(QUEUE_SIZE)
-        self.outcomes: deque[JobOutcome] = deque()
-        self._home = home
-        self._wake = wake
-        # Not waited for at exit: a job that hangs on a dead network mount must not keep the process alive.
-        self._thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def submit(self, job: SyncJob) -> bool:
-        """Queue a job, and say whether there was room."""
-        if self.jobs.full():
-            return False
-        self.jobs.put(job)  # the loop is the only one to put
-        return True
-
-    def finish(self) -> list[SyncJob]:
-        """End after the running job, and return those that were still queued."""
-        left: list[SyncJob] = []
-        import queue
-
-        with suppress(queue.Empty):  # the worker may have taken the last one
-            while True:
-                job = self.jobs.get_nowait()
-                if job is not None:
-                    left.append(job)
-        self.jobs.put(None)
-        return left
-
-    def _work(self) -> None:
-        while True:
-            job = self.jobs.get()
-            if job is not None:
-                outcome = self._do(job)
-                if outcome.is_bug and self._start_afresh():
-                    self.outcomes.append(outcome._replace(job=job._replace(source="bug", respond_to=None)))
-                    outcome = self._do(job)
-                self.outcomes.append(outcome)
-            self._wake()
-            if job is None:
-                return
-
-    def _do(self, job: SyncJob) -> JobOutcome:
-        try:
-            if job.source == "staleness":
-                statuses = self._count_statuses()
-                give_memory_back()
-                return JobOutcome(job, statuses=statuses)
-            self.cache, outcome = run_job(self._home, self.cache, job)
-            return outcome
-        except OrchestraError as error:
-            return JobOutcome(job, error=str(error))
-        except Exception:  # our bug: it belongs in the log, and the daemon goes on
-            import traceback
-
-            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}", is_bug=True)
-
-    def _start_afresh(self) -> bool:
-        """Forget what may be at fault, so that no bug in keeping it can cost a save."""
-        try:
-            self.cache = load_cache(self._home)
-        except Exception:  # then the bug is elsewhere, and has been told
-            return False
-        return True
-
-    def _count_statuses(self) -> dict[str, int]:
-        """Scan for staleness, until something more urgent comes in."""
-        counts: dict[str, int] = {}
-        registry = self.cache.registry
-        for codebase in registry.codebases.values():
-            if not self.jobs.empty():
-                return {}
-            status = check_staleness(self._home, codebase, registry.owners).status
-            counts[status] = counts.get(status, 0) + 1
-        return counts
-
-
-def give_memory_back() -> None:
-    """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
-    import gc
-
-    gc.collect()
-    with suppress(ImportError):  # a Python built without libffi
-        import ctypes
-
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)
 
 
 # The socket server
@@ -6611,6 +6325,26 @@ class Client:
     @property
     def is_finished(self) -> bool:
         return not self.unsent and not self.is_waiting and (self.is_closing or (self.is_ended and not self.has_more))
+
+
+def peer_uid(connection: Any) -> Optional[int]:
+    """Ask who is at the other end of a Unix socket; None where the system does not say.
+
+    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at level 0.
+    """
+    import socket
+    import struct
+
+    try:
+        if sys.platform == "darwin":
+            data = connection.getsockopt(0, 1, 76)
+            return int(struct.unpack("=IIhxx16I", data)[1])
+        if hasattr(socket, "SO_PEERCRED"):
+            data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return int(struct.unpack("3i", data)[1])
+    except OSError:
+        return -1  # nobody: it has gone
+    return None
 
 
 class SocketServer:
@@ -6831,26 +6565,6 @@ class SocketServer:
             client.connection.close()
 
 
-def peer_uid(connection: Any) -> Optional[int]:
-    """Ask who is at the other end of a Unix socket; None where the system does not say.
-
-    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at level 0.
-    """
-    import socket
-    import struct
-
-    try:
-        if sys.platform == "darwin":
-            data = connection.getsockopt(0, 1, 76)
-            return int(struct.unpack("=IIhxx16I", data)[1])
-        if hasattr(socket, "SO_PEERCRED"):
-            data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            return int(struct.unpack("3i", data)[1])
-    except OSError:
-        return -1  # nobody: it has gone
-    return None
-
-
 def open_listener(home: str) -> Any:
     """Bind the control socket, which its owner alone can connect to; the daemon's lock is held.
 
@@ -6880,7 +6594,363 @@ def open_listener(home: str) -> Any:
     return listener
 
 
+# ── 20 Worker ─────────────────────────────────────────────────────────────────
+
+QUEUE_SIZE = 64
+EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
+STRAY = ("", "stray")  # the key that stands for files that are no codebase's
+REPLACED_KEPT = 86_400  # seconds that hand-written text which was replaced is a problem
+SyncTarget = SyncScope  # what a job is for; not an agent's target
+
+
+class RegistryCache(NamedTuple):
+    """What the daemon knows, frozen: the worker makes a new one, the loop reads the last one."""
+
+    registry: Registry
+    names: Mapping[Key, str] = {}  # each as short as it is unique
+    failures: Mapping[Key, tuple[Problem, ...]] = {}  # of codebases whose registry file is fine
+    last_sync_at: Optional[int] = None  # Unix time
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [*self.registry.problems, *(problem for key in sorted(self.failures) for problem in self.failures[key])]
+
+
+class SyncJob(NamedTuple):
+    """Work for the processor. `source` is start, watcher, socket or staleness; bug in a copy that is only for the log.
+
+    `changed` are the keys whose files differ; `overdue` those of them that have been suspects for a whole window.
+    """
+
+    target: SyncTarget
+    source: str
+    respond_to: "Optional[Callable[[JobOutcome], None]]" = None
+    changed: frozenset[Key] = frozenset()
+    overdue: frozenset[Key] = frozenset()
+
+
+class SyncSummary(NamedTuple):
+    target: str
+    source: str
+    codebases: list[str]
+    written: int
+    unchanged: int
+    duration_ms: int
+    errors: list[str]
+
+    def as_reply(self) -> dict[str, Any]:
+        """Give the summary as the socket has it: `errors` only where there are some."""
+        fields = self._asdict()
+        return fields if self.errors else {name: fields[name] for name in fields if name != "errors"}
+
+
+class JobOutcome(NamedTuple):
+    """What became of a job: a summary, or an error that kept it from being done."""
+
+    job: SyncJob
+    summary: Optional[SyncSummary] = None
+    error: str = ""
+    is_bug: bool = False
+    results: Sequence[SyncCodebaseResult] = ()
+    suspects: frozenset[Key] = frozenset()  # perhaps caught half-written: neither synced nor reported
+    statuses: Mapping[str, int] = {}  # of a staleness scan
+
+
+def renew_cache(
+    cache: RegistryCache, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
+) -> RegistryCache:
+    """Make the cache that follows `cache` when the registry was read again and some codebases synced."""
+    names = cache.names
+    if cache.registry.codebases.keys() != registry.codebases.keys() or cache.registry.broken or registry.broken:
+        names = short_names(registry.keys)
+    failures = {key: problems for key, problems in cache.failures.items() if key in registry.codebases}
+    for result in results:
+        failures.pop(result.key, None)
+        if result.errors and result.key in registry.codebases:
+            failures[result.key] = result.errors
+    return RegistryCache(registry, names, failures, now or cache.last_sync_at)
+
+
+def load_cache(home: str) -> RegistryCache:
+    return renew_cache(RegistryCache(Registry({}, {}, (), Owners())), load_registry(home))
+
+
+def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
+    if job.target.names is None or STRAY in job.changed:
+        return load_registry(home)
+    if job.source == "watcher":
+        return reload_codebases(home, old, job.changed)
+    # A client may name what was saved a moment ago, before the watcher's turn.
+    wanted = {name.rpartition("/")[2] for name in job.target.names}
+    keys = [key for key in scan_registry(home)[0] if key[1] in wanted or key not in old.codebases]
+    return reload_codebases(home, old, keys)
+
+
+def _find_suspects(registry: Registry, old: Registry, job: SyncJob) -> frozenset[Key]:
+    """Find the changed codebases whose files are broken or gone, but for those that are overdue."""
+    if job.source == "socket":
+        return frozenset()  # a client waits for the truth
+    suspects = {key for key in registry.broken if key in job.changed}
+    if EVERYTHING not in job.overdue:
+        suspects |= {key for key, problems in registry.broken.items() if problems != old.broken.get(key)}
+    gone = {key for key in job.changed if key not in registry.codebases and key not in registry.broken}
+    return frozenset(suspects | (gone - {STRAY, EVERYTHING})) - job.overdue
+
+
+def _keep_old(registry: Registry, old: Registry, suspects: frozenset[Key]) -> Registry:
+    """Let broken suspects stay as they were known, unless another codebase has their folder by now."""
+    suspects &= registry.broken.keys()
+    if not suspects:
+        return registry
+    codebases, broken, owners = dict(registry.codebases), dict(registry.broken), dict(registry.owners)
+    for root, key in old.owners.items():
+        if key in suspects and root not in owners:
+            codebases[key], owners[root] = old.codebases[key], key
+            del broken[key]
+    for key in suspects & broken.keys():
+        if key in old.broken:
+            broken[key] = old.broken[key]
+        elif key not in old.codebases:
+            del broken[key]
+    new_owners = Owners(owners, codebases, registry.owners)
+    return registry._replace(codebases=codebases, broken=broken, owners=new_owners)
+
+
+def _may_be_half_read(home: str, registry: Registry, job: SyncJob, result: SyncCodebaseResult) -> bool:
+    """Say whether a codebase may have failed because its file was half-written, or saved after it was read."""
+    codebase = registry.codebases.get(result.key)
+    if codebase is None or not result.errors or result.files or job.source == "socket" or result.key in job.overdue:
+        return False
+    return not (is_current(home, codebase) and os.path.isdir(codebase_root(home, codebase)))
+
+
+def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
+    if job.source == "socket" or (job.target.names is None and not suspects):
+        return job.target
+    if job.target.names is None:
+        wanted = set(registry.keys)
+    else:
+        mended = old.broken.keys() & registry.codebases.keys()
+        wanted = {*job.changed, *mended} & {*registry.codebases, *registry.broken}
+    return SyncScope.codebase(*map(label_for, sorted(wanted - suspects)))
+
+
+def summarize(
+    cache: RegistryCache, job: SyncJob, results: Sequence[SyncCodebaseResult], duration_ms: int
+) -> SyncSummary:
+    names = [cache.names[result.key] for result in results]
+    if job.target.names is None:
+        target = "all"
+    elif job.source == "socket":
+        target = job.target.names[0]
+    else:
+        target = names[0] if len(names) == 1 else f"{len(names)} codebases"
+    return SyncSummary(
+        target,
+        job.source,
+        names,
+        sum(len(result.written) for result in results),
+        sum(len(result.unchanged) for result in results),
+        duration_ms,
+        [str(problem) for result in results for problem in result.errors],
+    )
+
+
+def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
+    """Read again what the job is about, sync it, and return what is known then. Raises RegistryError, IoError."""
+    started = time.monotonic()
+    registry = _reload_for(home, cache.registry, job)
+    suspects = _find_suspects(registry, cache.registry, job)
+    registry = _keep_old(registry, cache.registry, suspects)
+    results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
+    doubtful = {result.key for result in results if _may_be_half_read(home, registry, job, result)}
+    results = [result for result in results if result.key not in doubtful]
+    has_synced = any(not result.errors for result in results)
+    cache = renew_cache(cache, registry, results, int(time.time()) if has_synced else None)
+    summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
+    return cache, JobOutcome(job, summary, results=results, suspects=suspects | doubtful)
+
+
+class ReplacedText:
+    """The hand-written text that the daemon's syncs have replaced lately, to be told by `status`.
+
+    A file per codebase keeps it over a restart. It is told until it is REPLACED_KEPT old, or its file is gone: whoever
+    restores or syncs a codebase by hand removes that.
+    """
+
+    def __init__(self, home: str, clock: Clock = time.time) -> None:
+        self._home = home
+        self._clock = clock
+        self._notes: dict[Key, dict[str, str]] = {}  # per path: what brings it back
+        self._noted_at: dict[Key, float] = {}
+        for folder in folders_below(replaced_root(home))[1:]:
+            for name in os.listdir(folder):
+                self._load((os.path.basename(folder), name[: -len(".json")]))
+
+    def _load(self, key: Key) -> None:
+        try:
+            value = json.loads(read_disk(replaced_path(self._home, key)).data)
+            self._notes[key] = {str(path): str(note) for path, note in value["notes"].items()}
+            self._noted_at[key] = float(value["at"])
+        except (IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self.forget(key)  # damaged
+
+    def note(self, key: Key, notes: Mapping[str, str]) -> None:
+        is_told = os.path.lexists(replaced_path(self._home, key))  # else somebody has dealt with the earlier ones
+        self._notes[key] = {**(self._notes.get(key, {}) if is_told else {}), **notes}
+        self._noted_at[key] = self._clock()
+        data = json.dumps({"at": self._noted_at[key], "notes": self._notes[key]}).encode()
+        with suppress(IoError):  # the log has it
+            save_private(replaced_path(self._home, key), data, new_token(), durable=False)
+
+    def forget(self, key: Key) -> None:
+        self._notes.pop(key, None)
+        self._noted_at.pop(key, None)
+        with suppress(IoError):
+            remove_private(replaced_path(self._home, key))
+
+    def problems(self, keys: Container[Key]) -> list[Problem]:
+        """List what was replaced in some codebases, and forget what is over."""
+        now = self._clock()
+        for key, at in list(self._noted_at.items()):
+            if now - at >= REPLACED_KEPT or not os.path.lexists(replaced_path(self._home, key)):
+                self.forget(key)
+        return [
+            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+            for key in sorted(self._notes)
+            if key in keys
+            for path, note in self._notes[key].items()
+        ]
+
+
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Have the daemon tell no longer what it replaced in codebases that the user has turned to; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
+
+
+def give_memory_back() -> None:
+    """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
+    import gc
+
+    gc.collect()
+    with suppress(ImportError):  # a Python built without libffi
+        import ctypes
+
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
+
+
+class SyncProcessor:
+    """The worker: takes jobs one after the other, and leaves outcomes for the loop."""
+
+    def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
+        import queue
+        import threading
+        from collections import deque
+
+        self.cache = cache
+        self.jobs: queue.Queue[Optional[SyncJob]] = queue.Queue(QUEUE_SIZE)
+        self.outcomes: deque[JobOutcome] = deque()
+        self._home = home
+        self._wake = wake
+        # Not waited for at exit: a job that hangs on a dead network mount must not keep the process alive.
+        self._thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: SyncJob) -> bool:
+        """Queue a job, and say whether there was room."""
+        if self.jobs.full():
+            return False
+        self.jobs.put(job)  # the loop is the only one to put
+        return True
+
+    def finish(self) -> list[SyncJob]:
+        """End after the running job, and return those that were still queued."""
+        left: list[SyncJob] = []
+        import queue
+
+        with suppress(queue.Empty):  # the worker may have taken the last one
+            while True:
+                job = self.jobs.get_nowait()
+                if job is not None:
+                    left.append(job)
+        self.jobs.put(None)
+        return left
+
+    def _work(self) -> None:
+        while True:
+            job = self.jobs.get()
+            if job is not None:
+                outcome = self._do(job)
+                if outcome.is_bug and self._start_afresh():
+                    self.outcomes.append(outcome._replace(job=job._replace(source="bug", respond_to=None)))
+                    outcome = self._do(job)
+                self.outcomes.append(outcome)
+            self._wake()
+            if job is None:
+                return
+
+    def _do(self, job: SyncJob) -> JobOutcome:
+        try:
+            if job.source == "staleness":
+                statuses = self._count_statuses()
+                give_memory_back()
+                return JobOutcome(job, statuses=statuses)
+            self.cache, outcome = run_job(self._home, self.cache, job)
+            return outcome
+        except OrchestraError as error:
+            return JobOutcome(job, error=str(error))
+        except Exception:  # our bug: it belongs in the log, and the daemon goes on
+            import traceback
+
+            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}", is_bug=True)
+
+    def _start_afresh(self) -> bool:
+        """Forget what may be at fault, so that no bug in keeping it can cost a save."""
+        try:
+            self.cache = load_cache(self._home)
+        except Exception:  # then the bug is elsewhere, and has been told
+            return False
+        return True
+
+    def _count_statuses(self) -> dict[str, int]:
+        """Scan for staleness, until something more urgent comes in."""
+        counts: dict[str, int] = {}
+        registry = self.cache.registry
+        for codebase in registry.codebases.values():
+            if not self.jobs.empty():
+                return {}
+            status = check_staleness(self._home, codebase, registry.owners).status
+            counts[status] = counts.get(status, 0) + 1
+        return counts
+
+
+# ── 21 Daemon ─────────────────────────────────────────────────────────────────
+
+# The loop thread owns the selector: watcher, sockets, signals, timers. One worker thread does the syncing, so
+# that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
+# the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
+#
+# A codebase whose registry file breaks or goes while it is watched is a suspect, since the file may have been caught
+# half-written: the head of section Watching has the protocol.
+
 # The loop
+
+STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
+STOP_PATIENCE = 15.0  # seconds that a stopping daemon gives the running job; launchd's ExitTimeOut is longer
+MAX_LOGGED_ERRORS = 10  # of one job
+MAX_DESCRIPTORS = 10240
+STOPPING = "daemon: expected to sync, but it is stopping"
+RETRY_INTERVAL = 10.0  # seconds until a sync is tried again whose trouble may have passed
 
 
 def raise_descriptor_limit() -> int:
@@ -6896,6 +6966,52 @@ def raise_descriptor_limit() -> int:
     except (ValueError, OSError):
         return soft
     return wanted
+
+
+def open_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, lest another file get their numbers."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+def encode_outcome(outcome: JobOutcome) -> bytes:
+    """Write a sync's reply: an error where it could not be done, or all of its codebases failed."""
+    summary = outcome.summary
+    if summary is None:
+        return encode_error(outcome.error.strip().rpartition("\n")[2] if outcome.is_bug else outcome.error)
+    if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
+        return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
+    return encode_reply(summary.as_reply())
+
+
+def key_of_change(home: str, path: str) -> Key:
+    """Say what a changed registry file means: its codebase, everything, or just another look at the registry."""
+    folder, name = os.path.split(path)
+    root, project = os.path.split(folder)
+    if root != projects_root(home) or not name.endswith(".yaml"):
+        return STRAY
+    if name == "project.yaml":
+        return EVERYTHING
+    key = (project, name[:-5])
+    return key if is_valid_key(key) else STRAY
+
+
+def describe_lock_holder(home: str) -> str:
+    """Say since when which process runs as the daemon, where it has said so: a killed one may have left its own."""
+    for _ in range(STATUS_TRIES):
+        try:
+            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
+            os.kill(pid, 0)
+        except (IoError, ValueError, OSError, OverflowError):
+            time.sleep(STATUS_PAUSE)  # it is starting
+            continue
+        when = time.localtime(started_at)
+        is_today = time.strftime("%x", when) == time.strftime("%x")
+        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
+    return ""
 
 
 class Daemon:
@@ -7260,106 +7376,14 @@ class Daemon:
                 job.respond_to(JobOutcome(job, error=STOPPING))
 
 
-def encode_outcome(outcome: JobOutcome) -> bytes:
-    """Write a sync's reply: an error where it could not be done, or all of its codebases failed."""
-    summary = outcome.summary
-    if summary is None:
-        return encode_error(outcome.error.strip().rpartition("\n")[2] if outcome.is_bug else outcome.error)
-    if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
-        return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
-    return encode_reply(summary.as_reply())
-
-
-def key_of_change(home: str, path: str) -> Key:
-    """Say what a changed registry file means: its codebase, everything, or just another look at the registry."""
-    folder, name = os.path.split(path)
-    root, project = os.path.split(folder)
-    if root != projects_root(home) or not name.endswith(".yaml"):
-        return STRAY
-    if name == "project.yaml":
-        return EVERYTHING
-    key = (project, name[:-5])
-    return key if is_valid_key(key) else STRAY
-
-
-def describe_lock_holder(home: str) -> str:
-    """Say since when which process runs as the daemon, where it has said so: a killed one may have left its own."""
-    for _ in range(STATUS_TRIES):
-        try:
-            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
-            os.kill(pid, 0)
-        except (IoError, ValueError, OSError, OverflowError):
-            time.sleep(STATUS_PAUSE)  # it is starting
-            continue
-        when = time.localtime(started_at)
-        is_today = time.strftime("%x", when) == time.strftime("%x")
-        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
-    return ""
-
-
 def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
     """Run the daemon in the foreground until it is stopped; raises DaemonError, RegistryError."""
     return Daemon(home, environ).run()
 
 
-# Reading the logs
+# ══ V Program ═════════════════════════════════════════════════════════════════
 
-
-class LogReader:
-    """Read the end of a log, and then what is appended to it, across its rotations; raises IoError."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        with blame(path):
-            self._fd = _open_if_there(path)
-
-    def tail(self, count: int) -> bytes:
-        """Take the last `count` lines, however long the log is; `read` goes on behind them."""
-        if self._fd is None:
-            return b""
-        data = b""
-        with blame(self._path):
-            start = os.lseek(self._fd, 0, os.SEEK_END)
-            end = start
-            while start > 0 and data.count(b"\n") <= count:
-                size = min(start, TAIL_STEP)
-                start -= size
-                data = os.pread(self._fd, size, start) + data
-            os.lseek(self._fd, end, os.SEEK_SET)
-        lines = re.findall(rb"[^\n]*\n|[^\n]+", data)
-        return b"".join(lines[-count:] if count else [])
-
-    def read(self) -> bytes:
-        """Take what was appended since the last call."""
-        data = b""
-        with blame(self._path):
-            if self._fd is not None:
-                is_current = self._is_current(self._fd)
-                data = self._read_rest(self._fd)  # of a file rotated away too, since nothing is added to it now
-                if is_current:
-                    return data
-                os.close(self._fd)
-            self._fd = _open_if_there(self._path)
-            return data if self._fd is None else data + self._read_rest(self._fd)
-
-    def _is_current(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(fd))
-        except FileNotFoundError:
-            return True
-
-    def _read_rest(self, fd: int) -> bytes:
-        return b"".join(iter(lambda: os.read(fd, TAIL_STEP), b""))
-
-
-def _open_if_there(path: str) -> Optional[int]:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
-# ── 12 launchd and installing ─────────────────────────────────────────────────
+# ── 22 Installing ─────────────────────────────────────────────────────────────
 
 # The only code that starts other programs: all but the user's editor through one runner that tests replace. What
 # launchctl says is not believed without asking: its exit status 5 means five things, and bootout returns before the
@@ -7394,54 +7418,6 @@ class Completed(NamedTuple):
 
 
 Runner = Callable[..., Completed]  # takes what run_program does
-
-
-def run_program(
-    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
-) -> Completed:
-    """Run a program to its end, at most `timeout` seconds, in a `folder` that is not the user's current one."""
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=folder,
-            env=environ_for_programs(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
-    except OSError as error:
-        return Completed(NOT_STARTED, explain_os_error(error))
-    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
-
-
-def environ_for_programs(environ: Mapping[str, str]) -> dict[str, str]:
-    """Leave out what could make a program run code of the current folder: relative PATH entries, and PYTHONPATH."""
-    folders = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
-    rest = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
-    return {**rest, "PATH": os.pathsep.join(folders)}
-
-
-def run_editor(editor: str, file: str) -> None:
-    """Open a file in the user's editor and wait for it to be closed; raises UsageError."""
-    import shlex
-    import subprocess
-
-    try:
-        code = subprocess.call([*shlex.split(editor), file])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
-    if code:
-        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
-
-
-# PyYAML
-
 PYYAML_VERSION = "6.0.3"
 # The SHA-256 of its wheels on PyPI (`uv pip compile --generate-hashes` lists those of all its files), six each for
 # Python 3.9 to 3.14 and 3.14t: macOS x86-64, ARM64; Linux with glibc ARM64, x86-64; with musl ARM64, x86-64.
@@ -7492,20 +7468,38 @@ c1ff362665ae507275af2853520967820d9124984e0f7466736aea23d8611fba
 """
 
 
-def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> None:
-    """Make PyYAML importable: this Python's own, or Orchestra's copy, which is fetched the first time.
+def environ_for_programs(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what could make a program run code of the current folder: relative PATH entries, and PYTHONPATH."""
+    folders = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
+    rest = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+    return {**rest, "PATH": os.pathsep.join(folders)}
 
-    Raises OrchestraError where it cannot be had.
-    """
-    if find_yaml():
-        return
-    lib = python_lib_dir(home)
-    sys.path.append(lib)
-    if not find_yaml():
-        fetch_yaml(home, sys.executable, environ, tell, run)
-        _forget_folders()
-    if not find_yaml():
-        raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
+
+def run_program(
+    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
+) -> Completed:
+    """Run a program to its end, at most `timeout` seconds, in a `folder` that is not the user's current one."""
+    import subprocess
+
+    try:
+        done = subprocess.run(
+            argv,
+            cwd=folder,
+            env=environ_for_programs(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
+    except OSError as error:
+        return Completed(NOT_STARTED, explain_os_error(error))
+    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+# PyYAML
 
 
 def _forget_folders() -> None:
@@ -7513,6 +7507,21 @@ def _forget_folders() -> None:
     import importlib
 
     importlib.invalidate_caches()  # dear, for it loads importlib.metadata: 25 ms and 4 MB
+
+
+def pyyaml_requirements() -> str:
+    """Write pip's requirements file: the one version, in its published files alone."""
+    return f"PyYAML=={PYYAML_VERSION}" + "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split()) + "\n"
+
+
+def explain_pip(done: Completed) -> str:
+    """Say in a line why pip failed."""
+    if "DO NOT MATCH THE HASHES" in done.output:
+        return f"a file that differs from the published one of PyYAML {PYYAML_VERSION}"
+    if "No matching distribution" in done.output:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
+    return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
 
 
 def fetch_yaml(
@@ -7553,22 +7562,30 @@ def fetch_yaml(
     raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {explain_pip(done)}", hint)
 
 
-def pyyaml_requirements() -> str:
-    """Write pip's requirements file: the one version, in its published files alone."""
-    return f"PyYAML=={PYYAML_VERSION}" + "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split()) + "\n"
+def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> None:
+    """Make PyYAML importable: this Python's own, or Orchestra's copy, which is fetched the first time.
 
-
-def explain_pip(done: Completed) -> str:
-    """Say in a line why pip failed."""
-    if "DO NOT MATCH THE HASHES" in done.output:
-        return f"a file that differs from the published one of PyYAML {PYYAML_VERSION}"
-    if "No matching distribution" in done.output:
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
-    return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
+    Raises OrchestraError where it cannot be had.
+    """
+    if find_yaml():
+        return
+    lib = python_lib_dir(home)
+    sys.path.append(lib)
+    if not find_yaml():
+        fetch_yaml(home, sys.executable, environ, tell, run)
+        _forget_folders()
+    if not find_yaml():
+        raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
 
 
 # The installed program
+
+
+def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
+    """Name Homebrew's interpreter by its `opt` link: the versioned Cellar path is gone after an upgrade."""
+    found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
+    stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
+    return stable if exists(stable) else python
 
 
 def choose_python(run: Runner = run_program) -> str:
@@ -7583,28 +7600,6 @@ def choose_python(run: Runner = run_program) -> str:
         if run([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], PROGRAM_TIMEOUT).code == 0:
             return python
     raise UsageError(f"python: expected {' or '.join(candidates)} to run, got none that does")
-
-
-def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
-    """Name Homebrew's interpreter by its `opt` link: the versioned Cellar path is gone after an upgrade."""
-    found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
-    stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
-    return stable if exists(stable) else python
-
-
-def install_program(home: str, python: str, script: str) -> str:
-    """Copy the script to ~/.orchestra/lib, with an executable that imports it; return the executable's path.
-
-    Imported, the script is compiled once; run as it stands, at every start. Raises IoError, UsageError.
-    """
-    disk = read_disk(real_path(script))
-    if disk.kind != "file":
-        raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
-    save_private(installed_script_path(home), disk.data, new_token())
-    # Bytecode is matched by size and whole seconds: an upgrade of the same size within one would run the old.
-    remove_private_folder(os.path.join(os.path.dirname(installed_script_path(home)), "__pycache__"))
-    save_private(binary_path(home), os.fsencode(launcher_for(home, python)), new_token(), mode=0o700)
-    return binary_path(home)
 
 
 def launcher_for(home: str, python: str) -> str:
@@ -7624,6 +7619,28 @@ def launcher_for(home: str, python: str) -> str:
     return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {shlex.quote(program)} "$0" "$@"\n'
 
 
+def install_program(home: str, python: str, script: str) -> str:
+    """Copy the script to ~/.orchestra/lib, with an executable that imports it; return the executable's path.
+
+    Imported, the script is compiled once; run as it stands, at every start. Raises IoError, UsageError.
+    """
+    disk = read_disk(real_path(script))
+    if disk.kind != "file":
+        raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
+    save_private(installed_script_path(home), disk.data, new_token())
+    # Bytecode is matched by size and whole seconds: an upgrade of the same size within one would run the old.
+    remove_private_folder(os.path.join(os.path.dirname(installed_script_path(home)), "__pycache__"))
+    save_private(binary_path(home), os.fsencode(launcher_for(home, python)), new_token(), mode=0o700)
+    return binary_path(home)
+
+
+def is_own_link(home: str, link: str) -> bool:
+    """Say whether a link leads to the launcher, or to where it was before the home folder was renamed."""
+    if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
+        return False
+    return not os.path.exists(link) or real_path(link) == real_path(binary_path(home))
+
+
 def check_link(home: str) -> None:
     """Raise UsageError where ~/.local/bin/orchestra is another program's, or cannot be made."""
     link = link_path(home)
@@ -7634,13 +7651,6 @@ def check_link(home: str) -> None:
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise UsageError(f"{folder}: expected a folder that can be written, found otherwise")
-
-
-def is_own_link(home: str, link: str) -> bool:
-    """Say whether a link leads to the launcher, or to where it was before the home folder was renamed."""
-    if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
-        return False
-    return not os.path.exists(link) or real_path(link) == real_path(binary_path(home))
 
 
 def link_target(home: str) -> str:
@@ -7755,6 +7765,71 @@ class Launchd:
         self._sleep(seconds)
 
 
+def _daemon_pid(home: str, version: str = "") -> Optional[int]:
+    """Ask a daemon, which must be of this version, for its pid; None if none answers."""
+    try:
+        status = send_request(home, {"cmd": "status"})
+    except DaemonError:
+        return None
+    pid: Optional[int] = status.get("pid")
+    return pid if version in ("", status.get("version")) else None
+
+
+def _not_running(home: str, launchd: Launchd, expected: str) -> LaunchdError:
+    pid = _daemon_pid(home)
+    found = "nothing" if pid is None else f"another one, pid {pid}"
+    return LaunchdError(
+        f"{launchd.service}: expected the daemon {expected}, got {found}", "orchestra daemon logs --stderr-only"
+    )
+
+
+def _check_it_runs(home: str, launchd: Launchd, before: Optional[int]) -> None:
+    """Raise LaunchdError if no new daemon answers, or not for long; `before` is the old one's pid."""
+
+    def is_new() -> bool:
+        return _daemon_pid(home, __version__) not in (None, before)
+
+    if not launchd.wait_until(is_new, START_TIMEOUT):
+        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
+        if not launchd.wait_until(is_new):
+            raise _not_running(home, launchd, f"to answer on {socket_path(home)}")
+    pid = _daemon_pid(home, __version__)
+    launchd.wait(STAY_TIME)
+    if pid in (None, before) or _daemon_pid(home) != pid:
+        raise _not_running(home, launchd, "to stay")
+
+
+def check_platform(platform: str) -> None:
+    """Raise LaunchdError where there is no launchd."""
+    if platform != "darwin":
+        raise LaunchdError("launchd management is only supported on macOS", SYSTEMD_HINT)
+
+
+def _has_stopped(home: str) -> bool:
+    if not is_locked(daemon_lock_path(home)):
+        return True
+    with suppress(DaemonError):  # it is ending already, or has too many clients
+        request_stop(home)
+    return False
+
+
+def _stop_other_daemon(home: str, launchd: Launchd) -> None:
+    # One that somebody started by hand holds the lock: launchd's could not start beside it.
+    if not launchd.wait_until(lambda: _has_stopped(home)):
+        raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
+
+
+def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
+    if old.kind == "file":
+        save_private(plist, old.data, new_token())
+    else:
+        remove_private(plist)
+    with suppress(LaunchdError):  # what went wrong before is the one to tell
+        launchd.boot_out()
+        if old.kind == "file":
+            launchd.bootstrap(plist)
+
+
 def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> None:
     """Have launchd run the daemon from now on; raises LaunchdError, IoError, and then the old plist is back."""
     check_platform(platform)
@@ -7779,71 +7854,6 @@ def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> 
         raise
 
 
-def _check_it_runs(home: str, launchd: Launchd, before: Optional[int]) -> None:
-    """Raise LaunchdError if no new daemon answers, or not for long; `before` is the old one's pid."""
-
-    def is_new() -> bool:
-        return _daemon_pid(home, __version__) not in (None, before)
-
-    if not launchd.wait_until(is_new, START_TIMEOUT):
-        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
-        if not launchd.wait_until(is_new):
-            raise _not_running(home, launchd, f"to answer on {socket_path(home)}")
-    pid = _daemon_pid(home, __version__)
-    launchd.wait(STAY_TIME)
-    if pid in (None, before) or _daemon_pid(home) != pid:
-        raise _not_running(home, launchd, "to stay")
-
-
-def _not_running(home: str, launchd: Launchd, expected: str) -> LaunchdError:
-    pid = _daemon_pid(home)
-    found = "nothing" if pid is None else f"another one, pid {pid}"
-    return LaunchdError(
-        f"{launchd.service}: expected the daemon {expected}, got {found}", "orchestra daemon logs --stderr-only"
-    )
-
-
-def _daemon_pid(home: str, version: str = "") -> Optional[int]:
-    """Ask a daemon, which must be of this version, for its pid; None if none answers."""
-    try:
-        status = send_request(home, {"cmd": "status"})
-    except DaemonError:
-        return None
-    pid: Optional[int] = status.get("pid")
-    return pid if version in ("", status.get("version")) else None
-
-
-def check_platform(platform: str) -> None:
-    """Raise LaunchdError where there is no launchd."""
-    if platform != "darwin":
-        raise LaunchdError("launchd management is only supported on macOS", SYSTEMD_HINT)
-
-
-def _stop_other_daemon(home: str, launchd: Launchd) -> None:
-    # One that somebody started by hand holds the lock: launchd's could not start beside it.
-    if not launchd.wait_until(lambda: _has_stopped(home)):
-        raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
-
-
-def _has_stopped(home: str) -> bool:
-    if not is_locked(daemon_lock_path(home)):
-        return True
-    with suppress(DaemonError):  # it is ending already, or has too many clients
-        request_stop(home)
-    return False
-
-
-def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
-    if old.kind == "file":
-        save_private(plist, old.data, new_token())
-    else:
-        remove_private(plist)
-    with suppress(LaunchdError):  # what went wrong before is the one to tell
-        launchd.boot_out()
-        if old.kind == "file":
-            launchd.bootstrap(plist)
-
-
 def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
     """End launchd's running of the daemon, and say whether there was any; raises LaunchdError, IoError."""
     check_platform(platform)
@@ -7860,15 +7870,20 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 13 Commands ───────────────────────────────────────────────────────────────
+# ── 23 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results, stderr talk and errors. Exit status: 0 fine; 1 looked and found it out of date (only
 # --check and --exit-code); 2 could not; 130 was interrupted, as shells have it.
 
+FOLLOW_PAUSE = 0.2  # seconds
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
-GC_THRESHOLD = 10000  # new objects until garbage in cycles is looked for, of which there is hardly any
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
+
+
+def discard_output(stream: int) -> None:
+    """Discard what a standard stream does not take, so that the interpreter's own flush at exit succeeds."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def say(text: str) -> None:
@@ -7876,11 +7891,6 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # nobody to tell: the exit status still does
         discard_output(2)
-
-
-def discard_output(stream: int) -> None:
-    """Discard what a standard stream does not take, so that the interpreter's own flush at exit succeeds."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def report(message: str, hint: str) -> None:
@@ -7936,48 +7946,11 @@ def format_age(seconds: Optional[int]) -> str:
 # init and project
 
 
-def cmd_init(home: str, args: argparse.Namespace) -> int:
-    path = _absolute(home, args.path)
-    key = (args.project, args.name if args.name is not None else os.path.basename(path))
-    return register(home, key, path, args.type, args.sync)
-
-
-def cmd_project_add(home: str, args: argparse.Namespace) -> int:
-    path = _absolute(home, args.path if args.path is not None else args.name)
-    return register(home, (args.project or args.name, args.name), path, args.type, sync=False)
-
-
 def _absolute(home: str, path: str) -> str:
     if not path:
         raise UsageError("path: expected a folder, got nothing")
     with blame("the current folder"):
         return absolute_path(expand_home(home, path))
-
-
-def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
-    """Enter a folder in the registry, or find it there; then sync it if asked to."""
-    _check_is_fit(home, Owners(), path)
-    check_name("project", key[0])
-    check_name("codebase", key[1])
-    if not os.path.isdir(path):
-        raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
-    clear_registry(home)
-    registry = load_registry(home)
-    key = listed_key(home, key)
-    _check_is_free(home, registry, key, path)
-    _check_is_fit(home, registry.owners, path)
-    if key in registry.codebases:
-        _reregister(home, key, project_type)
-        accept_empty_folder(home, registry.codebases[key])
-    else:
-        _register_new(home, registry, key, path, project_type)
-        _tell_of_outer(registry, path)
-    registry = load_registry(home)
-    if sync:
-        return sync_and_report(home, registry, SyncScope.codebase(label_for(key)))
-    if key in registry.codebases:
-        _tell_of_foreign_text(sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True))
-    return OK
 
 
 def _tell_of_foreign_text(result: SyncCodebaseResult) -> None:
@@ -8038,6 +8011,13 @@ def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
     raise RegistryError(f"{file}: it kept changing while Orchestra was writing it", "try again")
 
 
+def _check_encodable(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RegistryError(f"{path!r}: expected a path in UTF-8, got other bytes", "rename the folder") from None
+
+
 def _register_new(home: str, registry: Registry, key: Key, path: str, project_type: Optional[str]) -> None:
     found = detect(path)
     project, problems = read_project(home, key[0])
@@ -8070,23 +8050,41 @@ def _register_new(home: str, registry: Registry, key: Key, path: str, project_ty
     print(f"  edit:    {shorten_home(home, codebase_path(home, key))}")
 
 
-def _check_encodable(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise RegistryError(f"{path!r}: expected a path in UTF-8, got other bytes", "rename the folder") from None
-
-
-def cmd_project_list(home: str, args: argparse.Namespace) -> int:
+def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
+    """Enter a folder in the registry, or find it there; then sync it if asked to."""
+    _check_is_fit(home, Owners(), path)
+    check_name("project", key[0])
+    check_name("codebase", key[1])
+    if not os.path.isdir(path):
+        raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
+    clear_registry(home)
     registry = load_registry(home)
-    codebases = [registry.codebases[key] for key in registry.keys if key in registry.codebases]
-    if args.json:
-        print_json([_describe_codebase(home, codebase) for codebase in codebases])
-    elif codebases:
-        print_table([("CODEBASE", "TYPE", "PATH"), *(_codebase_row(home, codebase) for codebase in codebases)])
-    elif not registry.problems:
-        say(NO_CODEBASES)
-    return report_all(registry.problems)
+    key = listed_key(home, key)
+    _check_is_free(home, registry, key, path)
+    _check_is_fit(home, registry.owners, path)
+    if key in registry.codebases:
+        _reregister(home, key, project_type)
+        accept_empty_folder(home, registry.codebases[key])
+    else:
+        _register_new(home, registry, key, path, project_type)
+        _tell_of_outer(registry, path)
+    registry = load_registry(home)
+    if sync:
+        return sync_and_report(home, registry, SyncScope.codebase(label_for(key)))
+    if key in registry.codebases:
+        _tell_of_foreign_text(sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True))
+    return OK
+
+
+def cmd_init(home: str, args: argparse.Namespace) -> int:
+    path = _absolute(home, args.path)
+    key = (args.project, args.name if args.name is not None else os.path.basename(path))
+    return register(home, key, path, args.type, args.sync)
+
+
+def cmd_project_add(home: str, args: argparse.Namespace) -> int:
+    path = _absolute(home, args.path if args.path is not None else args.name)
+    return register(home, (args.project or args.name, args.name), path, args.type, sync=False)
 
 
 def _codebase_row(home: str, codebase: Codebase) -> tuple[str, str, str]:
@@ -8102,6 +8100,26 @@ def _describe_codebase(home: str, codebase: Codebase) -> dict[str, Any]:
         "project_types": [component.project_type for component in codebase.projects],
         "targets": list(targets_of(codebase)),
     }
+
+
+def cmd_project_list(home: str, args: argparse.Namespace) -> int:
+    registry = load_registry(home)
+    codebases = [registry.codebases[key] for key in registry.keys if key in registry.codebases]
+    if args.json:
+        print_json([_describe_codebase(home, codebase) for codebase in codebases])
+    elif codebases:
+        print_table([("CODEBASE", "TYPE", "PATH"), *(_codebase_row(home, codebase) for codebase in codebases)])
+    elif not registry.problems:
+        say(NO_CODEBASES)
+    return report_all(registry.problems)
+
+
+def _check_can_purge(home: str, registry: Registry, key: Key) -> None:
+    if key in registry.broken:
+        raise error_for(registry.broken[key])
+    result = sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True, purge=True)
+    if result.errors:
+        raise SyncError("\n".join(map(str, result.errors)), "mend that, then purge; nothing was changed")
 
 
 def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
@@ -8126,28 +8144,7 @@ def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
     return report_all(problem._replace(hint=f"mend that; {again}") for problem in result.errors)
 
 
-def _check_can_purge(home: str, registry: Registry, key: Key) -> None:
-    if key in registry.broken:
-        raise error_for(registry.broken[key])
-    result = sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True, purge=True)
-    if result.errors:
-        raise SyncError("\n".join(map(str, result.errors)), "mend that, then purge; nothing was changed")
-
-
 # sync, status, diff
-
-
-def cmd_sync(home: str, args: argparse.Namespace) -> int:
-    if args.codebase is not None and args.all:
-        raise UsageError("sync: expected CODEBASE or --all, got both", "orchestra sync --all")
-    registry = load_registry(home)
-    if args.all:
-        scope = SyncScope.all()
-    elif args.codebase is not None:
-        scope = SyncScope.codebase(args.codebase)
-    else:
-        scope = SyncScope.codebase(label_for(_key_of_current_folder(home, registry)))
-    return sync_and_report(home, registry, scope, args.dry_run or args.check, args.check, args.json)
 
 
 def _key_of_current_folder(home: str, registry: Registry) -> Key:
@@ -8162,21 +8159,10 @@ def _key_of_current_folder(home: str, registry: Registry) -> Key:
     raise UsageError(f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all")
 
 
-def sync_and_report(
-    home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
-) -> int:
-    results = run_pipeline(home, scope, dry_run, registry, show_progress, take_over=scope.names is not None)
-    if not dry_run:
-        forget_replaced(home, [result.key for result in results])
-    if as_json:
-        print_json([_describe_result(result) for result in results])
-    else:
-        for result in results:
-            print_result(result)
-        print_totals(results, dry_run)
-    errors = [problem for result in results for problem in result.errors]
-    failed = report_all([*(registry.stray if scope.names is None else ()), *errors])
-    return failed or (OUT_OF_DATE if check and any(result.written for result in results) else OK)
+def _verb_for(file: FilePlan) -> str:
+    if file.join is not None:
+        return "append"
+    return REMOVE if file.action == EVICT else file.action
 
 
 def print_result(result: SyncCodebaseResult) -> None:
@@ -8186,12 +8172,6 @@ def print_result(result: SyncCodebaseResult) -> None:
             print(f"{_verb_for(file):8} {label} {file.path}")
         if file.note:
             say(f"note: {label}: {file.path}: {visible(file.note)}")
-
-
-def _verb_for(file: FilePlan) -> str:
-    if file.join is not None:
-        return "append"
-    return REMOVE if file.action == EVICT else file.action
 
 
 def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
@@ -8213,6 +8193,41 @@ def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
         "files": [{"path": file.path, "action": file.action, "note": file.note} for file in result.files],
         "errors": [str(problem) for problem in result.errors],
     }
+
+
+def sync_and_report(
+    home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
+) -> int:
+    results = run_pipeline(home, scope, dry_run, registry, show_progress, take_over=scope.names is not None)
+    if not dry_run:
+        forget_replaced(home, [result.key for result in results])
+    if as_json:
+        print_json([_describe_result(result) for result in results])
+    else:
+        for result in results:
+            print_result(result)
+        print_totals(results, dry_run)
+    errors = [problem for result in results for problem in result.errors]
+    failed = report_all([*(registry.stray if scope.names is None else ()), *errors])
+    return failed or (OUT_OF_DATE if check and any(result.written for result in results) else OK)
+
+
+def cmd_sync(home: str, args: argparse.Namespace) -> int:
+    if args.codebase is not None and args.all:
+        raise UsageError("sync: expected CODEBASE or --all, got both", "orchestra sync --all")
+    registry = load_registry(home)
+    if args.all:
+        scope = SyncScope.all()
+    elif args.codebase is not None:
+        scope = SyncScope.codebase(args.codebase)
+    else:
+        scope = SyncScope.codebase(label_for(_key_of_current_folder(home, registry)))
+    return sync_and_report(home, registry, scope, args.dry_run or args.check, args.check, args.json)
+
+
+def _describe_staleness(entry: Staleness) -> dict[str, Any]:
+    names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
+    return {name: getattr(entry, name) for name in names}
 
 
 def cmd_status(home: str, args: argparse.Namespace) -> int:
@@ -8238,11 +8253,6 @@ def cmd_status(home: str, args: argparse.Namespace) -> int:
     return failed or (OUT_OF_DATE if args.check and status.summary["stale"] else OK)
 
 
-def _describe_staleness(entry: Staleness) -> dict[str, Any]:
-    names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
-    return {name: getattr(entry, name) for name in names}
-
-
 def cmd_diff(home: str, args: argparse.Namespace) -> int:
     registry = load_registry(home)
     text, problems = diff_codebase(home, registry.readable(args.codebase), registry.owners)
@@ -8251,6 +8261,30 @@ def cmd_diff(home: str, args: argparse.Namespace) -> int:
 
 
 # restore and edit
+
+
+def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
+    kept = [backup.file for backup in backups if backup.path == path]
+    if kept and not kept[-1].endswith(".yaml"):
+        raise SyncError(f"{path}: no instruction file of an agent has this name", f"it is kept as {kept[-1]}")
+    if kept:
+        import shlex
+
+        raise SyncError(
+            f"{path}: expected an instruction file, got a registry file, which Orchestra does not put back",
+            f"cp {shlex.quote(kept[-1])} {shlex.quote(codebase_path(home, key))}",
+        )
+
+
+def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional[str]) -> list[Backup]:
+    found = [
+        backup
+        for backup in backups
+        if backup.path in AGENTS_BY_PATH
+        and (path is None or backup.path == os.path.normpath(path))
+        and (at is None or backup.when.startswith(at))
+    ]
+    return [backup for backup in found if backup.when == found[-1].when]
 
 
 def cmd_restore(home: str, args: argparse.Namespace) -> int:
@@ -8276,28 +8310,17 @@ def cmd_restore(home: str, args: argparse.Namespace) -> int:
     return OK
 
 
-def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
-    kept = [backup.file for backup in backups if backup.path == path]
-    if kept and not kept[-1].endswith(".yaml"):
-        raise SyncError(f"{path}: no instruction file of an agent has this name", f"it is kept as {kept[-1]}")
-    if kept:
-        import shlex
+def run_editor(editor: str, file: str) -> None:
+    """Open a file in the user's editor and wait for it to be closed; raises UsageError."""
+    import shlex
+    import subprocess
 
-        raise SyncError(
-            f"{path}: expected an instruction file, got a registry file, which Orchestra does not put back",
-            f"cp {shlex.quote(kept[-1])} {shlex.quote(codebase_path(home, key))}",
-        )
-
-
-def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional[str]) -> list[Backup]:
-    found = [
-        backup
-        for backup in backups
-        if backup.path in AGENTS_BY_PATH
-        and (path is None or backup.path == os.path.normpath(path))
-        and (at is None or backup.when.startswith(at))
-    ]
-    return [backup for backup in found if backup.when == found[-1].when]
+    try:
+        code = subprocess.call([*shlex.split(editor), file])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
+    if code:
+        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
 
 
 def cmd_edit(home: str, args: argparse.Namespace) -> int:
@@ -8350,6 +8373,16 @@ def cmd_self_install(home: str, args: argparse.Namespace) -> int:
     return OK
 
 
+def _try(act: Callable[[], object]) -> int:
+    """Do one thing of several, and report it if it cannot be done; return the exit status."""
+    try:
+        act()
+    except OrchestraError as error:
+        report(str(error), error.hint)
+        return FAILED
+    return OK
+
+
 def cmd_self_uninstall(home: str, args: argparse.Namespace) -> int:
     """Do the part of install.sh --uninstall that needs Python: clear up what killed syncs may have left."""
     if not os.path.isdir(run_dir(home)):
@@ -8364,22 +8397,18 @@ def cmd_self_uninstall(home: str, args: argparse.Namespace) -> int:
     return max(outcomes)
 
 
-def _try(act: Callable[[], object]) -> int:
-    """Do one thing of several, and report it if it cannot be done; return the exit status."""
-    try:
-        act()
-    except OrchestraError as error:
-        report(str(error), error.hint)
-        return FAILED
-    return OK
-
-
 def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
     try:
         print_json(request_status(home))
     except DaemonNotRunning as error:
         print_json({"running": False, "socket": error.socket})
     return OK
+
+
+def print_bytes(data: bytes) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
 
 
 def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
@@ -8395,13 +8424,10 @@ def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
     return OK
 
 
-def print_bytes(data: bytes) -> None:
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+# ── 24 Command line ───────────────────────────────────────────────────────────
 
 
-# The command line
+GC_THRESHOLD = 10000  # new objects until garbage in cycles is looked for, of which there is hardly any
 
 
 def _terminal_width() -> int:
@@ -8409,6 +8435,23 @@ def _terminal_width() -> int:
         return int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
     except (OSError, ValueError):
         return 78
+
+
+def _line_count(text: str) -> int:
+    import argparse
+
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {excerpt(text)}")
+    return int(text)
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], purpose: str, needs_yaml: bool = True
+) -> argparse.ArgumentParser:
+    shown = {"help": purpose} if purpose else {}
+    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, **shown)
+    command.set_defaults(run=run, needs_yaml=needs_yaml)
+    return command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -8501,28 +8544,20 @@ def parse_arguments(argv: Sequence[str]) -> Any:
         raise
 
 
-def _line_count(text: str) -> int:
-    import argparse
-
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {excerpt(text)}")
-    return int(text)
-
-
-def add_command(
-    commands: Any, name: str, run: Callable[..., int], purpose: str, needs_yaml: bool = True
-) -> argparse.ArgumentParser:
-    shown = {"help": purpose} if purpose else {}
-    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, **shown)
-    command.set_defaults(run=run, needs_yaml=needs_yaml)
-    return command
-
-
 def find_home(environ: Mapping[str, str]) -> str:
     home = environ.get("HOME", "")
     if not os.path.isabs(home):
         raise UsageError(f"HOME: expected an absolute path, got {home!r}", "export HOME=/path/to/your/home")
     return os.path.normpath(home)
+
+
+def user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)  # a container's, or one of a directory that does not answer
 
 
 def check_owner(home: str, uid: Optional[int] = None) -> None:
@@ -8546,15 +8581,6 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
                 if uid and path != place
                 else f"run it as {user_name(owner)}, or set HOME",
             )
-
-
-def user_name(uid: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)  # a container's, or one of a directory that does not answer
 
 
 def prepare_output() -> None:
