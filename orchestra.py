@@ -111,7 +111,7 @@ import re
 import stat
 import time
 from collections import namedtuple
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from types import SimpleNamespace
 
@@ -1908,74 +1908,85 @@ def move_backups(home: str, key: Key, new: Key) -> None:
 
 # ── 7 Agents ──────────────────────────────────────────────────────────────────
 
-# One row an agent, as its makers' documentation stood in September-October 2026. The text below is a pure
-# function of the registry: no time, no counter, no look at the disk, so that a second sync writes nothing.
-
-TARGETS = ("claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity")
-DEFAULT_TARGETS = ("claude", "codex")
-AGENT_TRACES = {  # what an agent's user has in a repository, besides the files Orchestra writes
-    "claude": ("CLAUDE.md", ".claude"),
-    "codex": ("AGENTS.md", ".codex"),
-    "gemini": ("GEMINI.md", ".gemini"),
-    "copilot": (".github/copilot-instructions.md", ".github/instructions"),
-    "cursor": (".cursor", ".cursorrules"),
-    "windsurf": (".windsurf", ".windsurfrules", ".devin/rules"),
-    "cline": (".clinerules/",),
-    "antigravity": (".agents/rules", ".agent/rules"),
-}
+# One row per agent: a new agent is a new row here, and one in the README's table. The facts are
+# those of the makers' documentation in October 2026.
 
 
 class Budget(NamedTuple):
-    """How much an agent reads: `limit` in `unit`s (lines, characters, bytes), and what happens beyond it."""
+    """How much of a file an agent reads, or should: `rule` is the sentence that `limit` ends."""
 
     limit: int
-    unit: str
-    beyond: str
+    unit: str  # lines, characters or bytes
+    rule: str
 
 
 class Agent(NamedTuple):
-    """An agent's file. `header` is the frontmatter of an owned file; a shared one holds a marked block."""
+    """An agent and its file, which is Orchestra's (`owned`) or has a marked block of Orchestra's."""
 
     target: str
     path: str
-    owned: bool
-    header: str = ""
+    traces: tuple[str, ...]  # paths whose presence shows that the agent is in use; "x/" must be a folder
+    owned: bool = False
+    header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
 
 
 AGENTS = {
     agent.target: agent
     for agent in (
-        Agent("claude", "CLAUDE.md", False, budget=Budget(200, "lines", "Claude's makers advise fewer")),
-        Agent("codex", "AGENTS.md", False, budget=Budget(32 << 10, "bytes", "Codex cuts off the rest")),
-        Agent("gemini", "GEMINI.md", False),
-        Agent("copilot", ".github/copilot-instructions.md", False),
+        Agent(
+            "claude",
+            "CLAUDE.md",
+            traces=("CLAUDE.md", ".claude"),
+            budget=Budget(200, "lines", "Anthropic recommends at most"),
+        ),
+        Agent(
+            "codex",
+            "AGENTS.md",
+            traces=("AGENTS.md", ".codex"),
+            budget=Budget(32 << 10, "bytes", "Codex reads at most"),
+        ),
+        Agent("gemini", "GEMINI.md", traces=("GEMINI.md", ".gemini")),
+        Agent(
+            "copilot",
+            ".github/copilot-instructions.md",
+            traces=(".github/copilot-instructions.md", ".github/instructions"),
+        ),
         Agent(
             "cursor",
             ".cursor/rules/orchestra.mdc",
-            True,
-            "---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
-            Budget(500, "lines", "Cursor's makers advise fewer"),
+            traces=(".cursor", ".cursorrules"),
+            owned=True,
+            header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
+            budget=Budget(500, "lines", "Cursor recommends at most"),
         ),
         Agent(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            True,
-            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            Budget(12000, "characters", "Windsurf cuts off the rest"),
+            traces=(".windsurf", ".windsurfrules", ".devin/rules"),
+            owned=True,
+            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            budget=Budget(12000, "characters", "Windsurf reads at most"),
         ),
-        Agent("cline", ".clinerules/orchestra.md", True),
+        Agent(
+            "cline",
+            ".clinerules/orchestra.md",
+            traces=(".clinerules/",),  # in old repositories it is a file, which leaves no room for ours
+            owned=True,
+        ),
         Agent(
             "antigravity",
             ".agents/rules/orchestra.md",
-            True,
-            "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            Budget(24000, "bytes", "Antigravity cuts off the rest"),
+            traces=(".agents/rules", ".agent/rules"),
+            owned=True,
+            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            budget=Budget(24000, "bytes", "Antigravity reads at most"),
         ),
     )
 }
+DEFAULT_TARGETS = ("claude", "codex")
 AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
-MANAGED_FOLDERS = {
+MANAGED_FOLDERS = {  # and the managed files in each
     folder: [path for path in AGENTS_BY_PATH if os.path.dirname(path) == folder]
     for folder in dict.fromkeys(map(os.path.dirname, AGENTS_BY_PATH))
 }
@@ -2170,7 +2181,7 @@ def read_path(doc: Document, node: YamlNode, key: str) -> str:
     return path
 
 
-def one_of(options: Sequence[str], aliases: Mapping[str, str]) -> NodeReader:
+def one_of(options: Collection[str], aliases: Mapping[str, str]) -> NodeReader:
     def read(doc: Document, node: YamlNode, key: str) -> str:
         known = len(doc.problems)
         text = read_text(doc, node, key)
@@ -2414,7 +2425,7 @@ COMPONENT_SCHEMA = {
     "tasks": Field(list_of(record_of(Task, TASK_SCHEMA))),
     "agents": Field(list_of(record_of(AgentRole, AGENT_ROLE_SCHEMA))),
 }
-_TARGETS = Field(list_of(one_of(TARGETS, {})))
+_TARGETS = Field(list_of(one_of(AGENTS, {})))
 CODEBASE_SCHEMA = {
     "name": _NAME,
     "path": Field(read_path, required=True),
@@ -3366,11 +3377,6 @@ def tidy(text: str) -> str:
     return "".join(c for c in text if c.isprintable())[:MAX_FOUND]
 
 
-def _has_trace(folder: str, target: str) -> bool:
-    # ".clinerules/" asks for a folder: as a plain file it leaves no room for Orchestra's.
-    return any(os.path.exists(os.path.join(folder, trace)) for trace in AGENT_TRACES[target])
-
-
 def _read_manifest(folder: str, name: str) -> str:
     try:
         return read_disk(os.path.join(folder, name), MAX_MANIFEST).data.decode("utf-8-sig", "replace")
@@ -3542,7 +3548,7 @@ def detect(folder: str) -> Detected:
         next((tidy(d) for d in descriptions if isinstance(d, str) and tidy(d)), ""),
         tuple(_detect_commands(folder, names, package).items()),
         tuple(Skill(s.id, tidy(s.description)) for s in _detect_skills(names, package, pyproject, cargo)),
-        tuple(target for target in TARGETS if _has_trace(folder, target)),
+        tuple(a.target for a in AGENTS.values() if any(os.path.exists(f"{folder}/{trace}") for trace in a.traces)),
     )
 
 
@@ -3822,9 +3828,9 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     """Say by how much a file is over its agent's budget; nothing where it is not."""
     if agent.budget is None or len(data) <= agent.budget.limit:
         return ""
-    limit, unit, beyond = agent.budget
+    limit, unit, rule = agent.budget
     count = {"bytes": len(data), "lines": data.count(b"\n"), "characters": len(data.decode("utf-8", "replace"))}[unit]
-    return f"{count} {unit} are over the budget of {limit}: {beyond}" if count > limit else ""
+    return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
 # ── 13 Blocks ─────────────────────────────────────────────────────────────────
