@@ -163,7 +163,12 @@ Buffer = Any  # bytes, or a view of some; typing's name for it is newer than Pyt
 
 
 class OrchestraError(Exception):
-    """Say what is wrong (place, what was expected, what was found) and, in `hint`, the way out."""
+    """Say what is wrong (place, expected, got) and, in `hint`, the way out.
+
+    `retry` tells that the same may work in a little while.
+    """
+
+    retry = False
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -268,14 +273,32 @@ def blame(path: str) -> Iterator[None]:
 
 
 class Problem(NamedTuple):
-    """One thing wrong, on one line: `where` is a place (file:line), `message` says expected and got."""
+    """One thing wrong, from where it arises to where it is reported.
+
+    `where` is a place (file:line), `message` one line, `hint` the way out; `retry` tells
+    that the same may work in a little while.
+    """
 
     where: str
     message: str
     hint: str = ""
+    retry: bool = False
+
+    @classmethod
+    def from_error(cls, error: "OrchestraError | OSError", where: str = "") -> "Problem":
+        """Describe an error; without `where`, an operating system error tells its path."""
+        if isinstance(error, OSError):
+            error = IoError(str(error.filename or ""), error)
+        if isinstance(error, IoError):
+            return cls(where or error.path, explain_os_error(error.source), error.hint)
+        return cls(where, str(error), error.hint, error.retry)
+
+    def below(self, label: str) -> "Problem":
+        """Put `label` in front of the place."""
+        return self._replace(where=f"{label}: {self.where}" if self.where else label)
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        return f"{self.where}: {self.message}" if self.where else self.message
 
 
 # ── 2 Places ──────────────────────────────────────────────────────────────────
@@ -1145,6 +1168,8 @@ class FileChanged(Exception):
 
 class FileBusy(SyncError):
     """A program has the file open for writing, and goes on."""
+
+    retry = True
 
     def __init__(self) -> None:
         super().__init__("another program has it open for writing", "close it there, then sync again")
@@ -2867,7 +2892,7 @@ def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document
     try:
         disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
     except IoError as error:
-        doc.complain(1, f"file: expected a readable file, got: {explain_os_error(error.source)}")
+        doc.complain(1, f"file: expected a readable file, got: {Problem.from_error(error).message}")
         return None, doc
     return _check_registry_disk(disk, doc), doc
 
@@ -3071,7 +3096,7 @@ def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Pro
         if stem != "project":
             check_name("codebase", stem)
     except RegistryError as error:
-        return Problem(visible(f"{shorten_home(home, path)}:1"), str(error), error.hint)
+        return Problem.from_error(error, visible(f"{shorten_home(home, path)}:1"))
     return None
 
 
@@ -3088,10 +3113,8 @@ def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Proble
         return _name_problem(home, project, stem, entry.path)
     try:
         has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
-    except IoError as error:
-        return _stray(home, entry.path, "a folder to list", explain_os_error(error.source))
-    except OSError as error:
-        return _stray(home, entry.path, "a registry file", explain_os_error(error))
+    except (IoError, OSError) as error:
+        return _stray(home, entry.path, "a folder to list", Problem.from_error(error).message)
     if has_files:
         return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
     return None
@@ -3125,10 +3148,8 @@ def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
                 _scan_project(home, entry, keys, stray)
             elif is_registry_file(entry.name):
                 stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
-        except OSError as error:
-            stray.append(_stray(home, entry.path, "a project's folder", explain_os_error(error)))
-        except IoError as error:
-            stray.append(_stray(home, entry.path, "a folder to list", explain_os_error(error.source)))
+        except (IoError, OSError) as error:
+            stray.append(_stray(home, entry.path, "a folder to list", Problem.from_error(error).message))
     return keys, stray
 
 
@@ -4473,14 +4494,6 @@ def read_link_text(path: str, data: bytes) -> str:
     return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
 
 
-def _describe(error: Exception) -> dict[str, Any]:
-    if isinstance(error, IoError):
-        error = error.source
-    if isinstance(error, OSError):
-        return {"problem": explain_os_error(error), "hint": hint_for_os_error(error)}
-    return {"problem": str(error), "hint": getattr(error, "hint", "")}
-
-
 @functools.cache
 def folders_above(path: str) -> tuple[str, ...]:
     """List the folders that a relative path leads through, the topmost first."""
@@ -4535,7 +4548,8 @@ def look_at(root: str, path: str) -> Look:
         ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
         return Look(disk, None if ours is None else digest_of(ours), place)
     except (OrchestraError, OSError) as error:
-        return Look(disk, **_describe(error))
+        problem = Problem.from_error(error, path)
+        return Look(disk, problem=problem.message, hint=problem.hint)
 
 
 def _fits(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
@@ -4972,7 +4986,8 @@ def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         problem = "it kept changing while Orchestra was writing it"
         failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
     except (OrchestraError, OSError) as error:
-        failed = file._replace(action=SKIP, retry=isinstance(error, FileBusy), **_describe(error))
+        _, message, hint, retry = Problem.from_error(error, file.path)
+        failed = file._replace(action=SKIP, problem=message, hint=hint, retry=retry)
     try:
         lock.has_kept |= _clear_up(home, key, root, lock.left, clock)
     except IoError:
@@ -5067,7 +5082,7 @@ def group_problems(home: str, plan: Plan) -> list[Problem]:
 
 
 def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
-    return tuple(p._replace(where=f"{label_for(key)}: {p.where}") for p in group_problems(home, plan))
+    return tuple(problem.below(label_for(key)) for problem in group_problems(home, plan))
 
 
 @contextmanager
@@ -5110,11 +5125,8 @@ def sync_codebase(
             with _codebase_turn(home, codebase, clock) as lock:
                 plan = _sync_until_done(home, codebase, owners, purge, lock, clock, take_over)
             has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
-    except OrchestraError as error:
-        return failed_result(key, [Problem(label_for(key), str(error), error.hint)])
-    except OSError as error:  # of one codebase alone: the others go on
-        place = f"{label_for(key)}: {error.filename}" if error.filename else label_for(key)
-        return failed_result(key, [Problem(place, explain_os_error(error), hint_for_os_error(error))])
+    except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
+        return failed_result(key, [Problem.from_error(error).below(label_for(key))])
     # Without their bytes: a result may be one of thousands.
     left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
     files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
