@@ -551,6 +551,232 @@ def served(live: Live) -> Iterator[Live]:
     live.stop(daemon)
 
 
+HOSTILE = [
+    "-->",
+    "<!-- orchestra:end -->",
+    "<!-- orchestra:begin -->\n<!-- orchestra:end -->",
+    "<!-->",
+    "x\n<!-- orchestra:end -->\ny",
+    "a | b\n|---|---|",
+    "one\r\ntwo\rthree\nfour",
+    "see @README.md",
+    "`@in/span` and @outside",
+    "``a ` @in`` @out",
+    "```\n@in/fence\n```\n@behind/fence",
+    "```\n@in/fence never closed",
+    "a ` b @README.md",
+    "~~~\n```\n@in\n~~~\n@out",
+    "````\n```\n@in\n````",
+    "@first\n@second (@third, @fourth)",
+    "mail me@example.org",
+    "@~/secret and @./here and @/etc/passwd",
+    "`",
+    "```",
+    "\x00\x07\x1b[31mred\x85\u2028\u2029\ufeff\x7f",
+    "---\ntrigger: manual\n---",
+    "key: value # comment",
+    "'quoted' \"twice\"",
+    "{title} {0} %s",
+    "\ud800",
+    "# heading",
+    "   ",
+    "\x85\n\n~~~",
+    " x\n\n```",
+    "  \n\n```",
+    "a\n\n\f~~~",
+    " ]()\n\n<?",
+]
+
+
+def hostile_codebase(text: str, targets: Any = tuple(orchestra.AGENTS)) -> orchestra.Codebase:
+    name = " ".join(text.split())[:90].replace("/", "-") or "x"
+    task = orchestra.Task(text, text, "pending", text)
+    component = orchestra.Component(text, "ml", (task,), (orchestra.AgentRole(text, text, (text,)),))
+    return orchestra.Codebase(
+        *("shop", name, "/code/api", text, targets),
+        commands=((text, text),),
+        conventions=(text, text),
+        notes=(text,),
+        skills=(orchestra.Skill(text, text),),
+        projects=(component,),
+    )
+
+
+def edit(file: Path, old: str, new: str) -> bytes:
+    """Edit a file by hand, and give its new bytes."""
+    data = file.read_bytes()
+    assert old.encode() in data
+    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    return file.read_bytes()
+
+
+INSTALLER = HERE / "install.sh"
+ORCHESTRA_PY = (HERE / "orchestra.py").read_bytes()
+PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+# A virtual environment's Python is not what is installed: the one below it is.
+BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
+SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
+SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
+
+
+class Place:
+    """A home folder of a machine that has no Orchestra yet, and beside it room for a test's own things."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(os.path.realpath(folder))
+        self.home = self.folder / "h"
+        self.home.mkdir()
+        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
+        self.code = self.folder / "c"
+        self.code.mkdir()
+
+    @property
+    def path(self) -> str:
+        return str(self.home)
+
+    def move_home(self, name: str) -> None:
+        self.home = self.home.rename(self.folder / name)
+
+    def environ(self, **more: Optional[str]) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRA_", "PYTHON"))}
+        found = {**kept, "HOME": self.path, "PATH": f"{self.tools}:{os.environ['PATH']}", **more}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def run(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end; `environ` holds variables to change, None for one to take away."""
+        environ = self.environ(**options.pop("environ", {}))
+        options = {"stdin": subprocess.DEVNULL, "cwd": "/", **options}
+        if "input" in options:
+            del options["stdin"]
+        return subprocess.run(
+            list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
+        )
+
+    def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run install.sh: as a file, or, where `url` is given, from a pipe."""
+        url = options.pop("url", None)
+        environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, **options.pop("environ", {})}
+        if url is None:
+            return self.run(*find_shell(shell), INSTALLER, *argv, environ=environ, **options)
+        text = INSTALLER.read_text()
+        environ["ORCHESTRA_URL"] = url
+        return self.run(*find_shell(shell), "-s", "--", *argv, input=text, environ=environ, **options)
+
+    def orchestra(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run what was installed, from another folder and with launchd's short PATH."""
+        return self.run(orchestra.link_path(self.path), *argv, **{"environ": {"PATH": SHORT_PATH}, **options})
+
+    def make_tool(self, name: str, text: str, folder: str = "tools") -> Path:
+        tool = self.folder / folder / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(f"#!/bin/sh\n{text}\n")
+        tool.chmod(0o755)
+        return tool
+
+    def only_tools(self, *names: str) -> str:
+        """Give a PATH that has these programs, and those that every machine has."""
+        folder = self.folder / "only"
+        folder.mkdir()
+        every = (
+            "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname id find ls"
+        )
+        for name in (*every.split(), *names):
+            found = shutil.which(name)
+            if found:
+                (folder / name).symlink_to(found)
+        return f"{self.tools}:{folder}"
+
+    def give_yaml(self) -> None:
+        """Put PyYAML where an earlier fetch would have put it, so that nothing is fetched."""
+        import yaml
+
+        target = Path(orchestra.python_lib_dir(self.path), "yaml")
+        shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def listing(self) -> dict[str, tuple[str, bytes]]:
+        """Give the mode and bytes of all below HOME, folders too; of a link, where it leads."""
+        found = {}
+        for path in sorted(self.home.rglob("*")):
+            mode = path.lstat().st_mode
+            data = path.read_bytes() if stat.S_ISREG(mode) else b""
+            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
+            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
+        return found
+
+    def answers(self) -> bool:
+        try:
+            return bool(orchestra.send_request(self.path, {"cmd": "status"}))
+        except orchestra.DaemonError:
+            return False
+
+    @contextmanager
+    def daemon(self, *command: object) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a real daemon that somebody starts by hand."""
+        command = command or (orchestra.link_path(self.path),)
+        with open(self.folder / "said", "wb") as said:
+            argv = [*map(str, command), "daemon", "start"]
+            process = subprocess.Popen(argv, env=self.environ(), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            until(lambda: process.poll() is not None or self.answers())
+            assert process.poll() is None, (self.folder / "said").read_text()
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def until(is_true: Callable[[], Any], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def find_shell(name: str) -> list[str]:
+    if not shutil.which(SHELLS[name][0]):
+        pytest.skip(f"no {SHELLS[name][0]} here")
+    return [str(shutil.which(SHELLS[name][0])), *SHELLS[name][1:]]
+
+
+@pytest.fixture
+def place() -> Any:
+    folder = tempfile.mkdtemp(prefix="ori", dir="/tmp")
+    yield Place(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def bare_python() -> Any:
+    """A Python without PyYAML, in a virtual environment."""
+    pip = importlib.util.find_spec("pip")
+    with tempfile.TemporaryDirectory(prefix="orv", dir="/tmp") as folder:
+        # Borrowed, for pip takes seconds to install.
+        borrows = ["--without-pip"] if pip else []
+        subprocess.run([BASE_PYTHON, "-m", "venv", *borrows, folder], check=True, stdin=subprocess.DEVNULL)
+        if pip:
+            os.symlink(pip.submodule_search_locations[0], f"{folder}/lib/{PYTHON_XY}/site-packages/pip")
+        yield os.path.join(folder, "bin", "python")
+
+
+API = ("shop", "api")
+
+
+def tell_no_writers(monkeypatch: Any) -> None:
+    """Let the system tell nothing of who writes to a file, as where there are no leases."""
+    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+    monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
+
+
+def sync_later(home: Home, seconds: float = 100) -> orchestra.SyncCodebaseResult:
+    registry = home.registry()
+    codebase = registry.codebases[API]
+    return orchestra.sync_codebase(home.path, codebase, registry.owners, clock=lambda: time.time() + seconds)
+
+
+DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
+
+
 # ── The shape of the file ─────────────────────────────────────────────────────
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
@@ -558,8 +784,6 @@ MODULE = ast.parse(SOURCE)
 MODULE_DOC = ast.get_docstring(MODULE, clean=False) or ""
 BANNER = re.compile(r"(?m)^# ── (\d+) (.+?) ─+$")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
 SECTION_STARTS = [(SOURCE.count("\n", 0, match.start()) + 1, match[2]) for match in BANNER.finditer(SOURCE)]
 SECTIONS = ["", *(title for _, title in SECTION_STARTS)]
 
@@ -659,8 +883,6 @@ CHANGES_ON_DISK = (
     *("rename", "renames", "replace", "link", "symlink", "unlink", "remove", "mkdir", "makedirs", "rmdir"),
     *("removedirs", "truncate", "ftruncate", "fsync", "chown", "utime", "mkfifo", "pwrite"),
 )
-
-
 CHANGE_FILES = {"Files", "Locks", "Replacing", "Backups", "Logs"}
 
 
@@ -703,6 +925,8 @@ def test_functions_fit_on_a_screen() -> None:
     lengths = {n.name: (n.end_lineno or 0) - n.lineno + 1 for n in ast.walk(MODULE) if isinstance(n, FUNCTIONS)}
     assert {name: length for name, length in lengths.items() if length > 60 and name != "build_parser"} == {}
 
+
+# ══ I Ground ══════════════════════════════════════════════════════════════════
 
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
@@ -806,6 +1030,111 @@ def test_a_file_is_read_whole_or_up_to_the_limit(home: Home, size: int, limit: i
     data = os.urandom(size)
     put_files(home.code, {"x": data})
     assert orchestra.read_disk(str(home.code / "x"), limit).data == (data if limit < 0 else data[:limit])
+
+
+@pytest.mark.parametrize(("has", "refused"), [(False, 0), (True, 0), (True, errno.ENOTSUP), (True, errno.ENOTTY)])
+def test_what_must_not_be_lost_is_flushed_to_the_drive_where_fsync_does_not(
+    home: Home, monkeypatch: Any, has: bool, refused: int
+) -> None:
+    calls: list[Any] = []
+
+    def control(fd: int, command: int) -> None:
+        calls.append(command)
+        if refused:
+            raise OSError(refused, os.strerror(refused))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    if not has:
+        monkeypatch.delattr(fcntl, "F_FULLFSYNC")
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync"))
+    orchestra.flush(0)
+    assert calls == [51] * has + ["fsync"] * (not has or bool(refused))
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_a_file_that_the_system_hands_over_in_pieces_is_read_whole(home: Home, monkeypatch: Any, most: int) -> None:
+    data, read = os.urandom(5000), os.read
+    put_files(home.code, {"x": data})
+    monkeypatch.setattr(os, "read", lambda fd, count: read(fd, min(count, most)))
+    assert orchestra.read_disk(str(home.code / "x")).data == data
+    assert orchestra.read_disk(str(home.code / "x"), 4999).data == data[:4999]
+
+
+# ── 4 Locks ───────────────────────────────────────────────────────────────────
+
+
+def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
+    path = os.path.join(home.path, "lock")
+    with orchestra.hold_lock(path, sweep=print):
+        second = orchestra.hold_lock(path, sweep=print, timeout=0.05)
+        with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
+            pass
+    with orchestra.hold_lock(path, sweep=print, timeout=0.05):
+        pass
+
+
+def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> None:
+    path = os.path.join(home.path, "lock")
+    put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
+    put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
+    Path(path).write_text("dead\n[0, null, 0]\nand what a longer one left")
+    folders = [str(home.code), "/no/where"]
+    with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
+        assert Path(path).read_bytes() == b""
+        assert lock.token != "dead" and lock.token in Path(path).read_text()
+    assert Path(path).read_bytes() == b""
+    assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
+
+
+def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Home, monkeypatch: Any) -> None:
+    write, found = os.pwrite, []
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
+    swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
+    with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+        lock.announce_swap(swap)
+        raise KeyError
+    with orchestra.hold_lock(str(home.code / "lock"), sweep=found.append):
+        assert found == [orchestra.Leftover(lock.left.token, swap)]
+
+
+@pytest.mark.parametrize("path", ["/code/CLAUDE.md", "/c/CLAUDE.md", "/code/a\nb/\udcff/CLAUDE.md"])
+def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: Home, path: str) -> None:
+    older = orchestra.Swap("/code/AGENTS.md", "/code/.orchestra-1-1.tmp", ["ab" * 32, "cd" * 32])
+    newer = orchestra.Swap(path, f"{path}.tmp", ["ef" * 32])
+    lines = []
+    for swap in (older, newer):
+        with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            lock.left = lock.left._replace(token="1-aa")
+            lock.new_temporary("/code")
+            lock.announce_swap(swap)
+            if swap == newer:
+                lock.new_temporary("/code")
+                lock.announce_swap(swap)
+            raise KeyError
+        lines.append((home.code / "lock").read_bytes())
+        (home.code / "lock").unlink()
+    for cut in range(len("1-aa\n") + 1, len(lines[1])):
+        (home.code / "lock").write_bytes(lines[1][:cut] + lines[0][cut:])
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=lambda left: left.swap in (None, newer) or 1 / 0):
+            pass
+
+
+def test_asking_whether_a_lock_is_held_makes_nothing_and_lets_others_take_it(home: Home, monkeypatch: Any) -> None:
+    path = str(home.folder / "x/daemon.lock")
+    assert not orchestra.is_locked(path) and not os.path.exists(home.folder / "x")
+    lock = orchestra.try_lock(path)
+    assert orchestra.is_locked(path) and orchestra.try_lock(path) is None
+    os.close(lock)
+    asking = os.open(path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(asking))
+    lock = orchestra.try_lock(path)
+    assert lock is not None
+    os.close(lock)
+
+
+# ── 5 Replacing ───────────────────────────────────────────────────────────────
 
 
 def put_in_place(path: str, data: bytes, expected: orchestra.Disk, lock: orchestra.Lock, **options: Any) -> None:
@@ -929,27 +1258,171 @@ def test_a_reader_sees_the_old_text_or_the_new(home: Home, lock: orchestra.Lock)
     assert seen <= set(texts)
 
 
-def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
-    path = os.path.join(home.path, "lock")
-    with orchestra.hold_lock(path, sweep=print):
-        second = orchestra.hold_lock(path, sweep=print, timeout=0.05)
-        with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
-            pass
-    with orchestra.hold_lock(path, sweep=print, timeout=0.05):
-        pass
+@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
+def test_replacing_keeps_extended_attributes(home: Home, lock: orchestra.Lock) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    try:
+        os.setxattr(path, "user.note", b"mine")
+    except OSError as error:
+        pytest.skip(f"the file system has no extended attributes: {error}")
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
 
 
-def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> None:
-    path = os.path.join(home.path, "lock")
-    put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
-    put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
-    Path(path).write_text("dead\n[0, null, 0]\nand what a longer one left")
-    folders = [str(home.code), "/no/where"]
-    with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
-        assert Path(path).read_bytes() == b""
-        assert lock.token != "dead" and lock.token in Path(path).read_text()
-    assert Path(path).read_bytes() == b""
-    assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
+@pytest.mark.parametrize(("failing", "mode"), [(0, 0o644), (4, 0o644), (1, 0o600)])
+def test_on_macos_an_attribute_that_cannot_be_set_costs_neither_mode_nor_access_list(
+    home: Home, lock: orchestra.Lock, monkeypatch: Any, failing: int, mode: int
+) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o644)
+    calls = []
+
+    class Libc:
+        def fcopyfile(self, source: int, target: int, state: None, flags: int) -> int:
+            calls.append((os.pread(source, 9, 0), os.fstat(target).st_size, state, flags))
+            return -(flags == failing)
+
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.delattr(os, "listxattr", raising=False)
+    monkeypatch.setattr("ctypes.CDLL", lambda name, use_errno: Libc())
+    monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
+    put_in_place(str(path), b"newer", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"newer", mode)
+    assert calls == [(b"old", 5, None, 4), (b"old", 5, None, 1)]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize(
+    ("user", "group", "mode", "expected"),
+    [
+        (0, NOBODY, 0o640, (0, NOBODY, 0o640)),
+        (NOBODY, NOBODY, 0o640, (NOBODY, NOBODY, 0o640)),
+        (NOBODY, 0, 0o604, (NOBODY, 0, 0o604)),
+    ],
+)
+def test_replacing_keeps_owner_and_group(
+    home: Home, lock: orchestra.Lock, user: int, group: int, mode: int, expected: tuple[int, int, int]
+) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    os.chown(path, user, group)
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    info = path.stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == expected
+
+
+def replace_as_nobody(home: Home, path: Path) -> None:
+    for folder in (home.folder, home.code):
+        folder.chmod(0o777)
+
+    def replace() -> Ran:
+        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+            put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
+        return Ran(0, "", "")
+
+    assert in_child(replace).err == ""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_a_file_whose_group_cannot_be_kept_is_not_opened_to_another(home: Home) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    os.chown(path, NOBODY, 12345)
+    replace_as_nobody(home, path)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
+
+
+@pytest.mark.parametrize("saved", [b"old", b"saved in that instant"])
+def test_a_swap_that_is_interrupted_is_settled_at_once(home: Home, monkeypatch: Any, saved: bytes) -> None:
+    path, left = home.code / "x", []  # what came of the save
+    path.write_bytes(b"old")
+    planned = orchestra.read_disk(str(path))
+    swap = orchestra.swap_files
+
+    def swap_and_be_interrupted(*names: Any) -> bool:
+        if not left:
+            left.append(path.write_bytes(saved))
+            swap(*names)
+            raise KeyboardInterrupt
+        return swap(*names)
+
+    monkeypatch.setattr(orchestra, "swap_files", swap_and_be_interrupted)
+    with pytest.raises(KeyboardInterrupt), orchestra.hold_lock(str(home.folder / "lock"), sweep=print) as lock:
+        put_in_place(str(path), b"new", planned, lock)
+    assert contents(home.code) == {"x": b"new" if saved == b"old" else saved}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
+def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": "his"}, targets=["claude", "codex"])
+    home.run_as_nobody("project", "list")
+    path = home.code / "shop/api/CLAUDE.md"
+    os.chown(path, 12345, NOBODY)
+    path.chmod(0o664)
+    ran = in_child(lambda: home.run("sync", "--all"))
+    assert "expected a file of yours, got one of user 12345: chown it" in ran.err
+    assert (ran.status, ran.out.splitlines()[0]) == (2, "create   shop/api AGENTS.md")
+    info = path.stat()
+    assert (path.read_bytes(), info.st_uid, stat.S_IMODE(info.st_mode)) == (b"his", 12345, 0o664)
+
+
+def access_list(user: int) -> bytes:
+    """Make an access control list as acl(5) and linux/posix_acl_xattr.h have it, with one user more than a mode has."""
+    nobody = 0xFFFFFFFF
+    entries = [(0x01, 7, nobody), (0x02, 6, user), (0x04, 7, nobody), (0x10, 7, nobody), (0x20, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
+@pytest.mark.parametrize("has_list", [False, True])
+def test_a_folders_default_access_list_opens_no_old_file(home: Home, lock: orchestra.Lock, has_list: bool) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    path.chmod(0o660)
+    try:
+        os.setxattr(home.code, "system.posix_acl_default", access_list(1234))
+        if has_list:
+            os.setxattr(path, "system.posix_acl_access", access_list(4321))
+    except OSError as error:
+        pytest.skip(f"the file system has no access control lists: {error}")
+    names = os.listxattr(path)
+    mode = path.stat().st_mode
+    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert (path.read_bytes(), os.listxattr(path), path.stat().st_mode) == (b"new", names, mode)
+    if has_list:
+        assert os.getxattr(path, "system.posix_acl_access") == access_list(4321)
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not hasattr(os, "setxattr"), reason="only root may give files away")
+def test_where_the_group_cannot_be_kept_the_attributes_still_are(home: Home) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    os.setxattr(path, "user.note", b"mine")
+    os.chown(path, NOBODY, 12345)
+    replace_as_nobody(home, path)
+    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who writes")
+def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home: Home, lock: orchestra.Lock) -> None:
+    path = home.code / "x"
+    path.write_bytes(b"old")
+    planned = orchestra.read_disk(str(path))
+    with open(path, "r+b") as file:
+        with pytest.raises(orchestra.FileBusy):
+            put_in_place(str(path), b"new", planned, lock)
+        file.write(b"users")
+    assert contents(home.code) == {"x": b"users"}
+    with open(path, "rb"):
+        put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
+    assert contents(home.code) == {"x": b"new"}
+
+
+# ── 6 Backups ─────────────────────────────────────────────────────────────────
 
 
 def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: Home) -> None:
@@ -1333,238 +1806,35 @@ def test_a_sweep_of_the_backups_removes_what_is_abandoned(home: Home, gone: int)
     assert os.listdir(backups_folder(home)) == [alive]
 
 
-@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
-def test_replacing_keeps_extended_attributes(home: Home, lock: orchestra.Lock) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    try:
-        os.setxattr(path, "user.note", b"mine")
-    except OSError as error:
-        pytest.skip(f"the file system has no extended attributes: {error}")
-    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
-    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
+# ══ II Registry ═══════════════════════════════════════════════════════════════
+
+# ── 7 Agents ──────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("failing", "mode"), [(0, 0o644), (4, 0o644), (1, 0o600)])
-def test_on_macos_an_attribute_that_cannot_be_set_costs_neither_mode_nor_access_list(
-    home: Home, lock: orchestra.Lock, monkeypatch: Any, failing: int, mode: int
-) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    path.chmod(0o644)
-    calls = []
-
-    class Libc:
-        def fcopyfile(self, source: int, target: int, state: None, flags: int) -> int:
-            calls.append((os.pread(source, 9, 0), os.fstat(target).st_size, state, flags))
-            return -(flags == failing)
-
-    monkeypatch.setattr("sys.platform", "darwin")
-    monkeypatch.delattr(os, "listxattr", raising=False)
-    monkeypatch.setattr("ctypes.CDLL", lambda name, use_errno: Libc())
-    monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
-    put_in_place(str(path), b"newer", orchestra.read_disk(str(path)), lock)
-    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"newer", mode)
-    assert calls == [(b"old", 5, None, 4), (b"old", 5, None, 1)]
+def frontmatter_of(data: bytes) -> Any:
+    found = re.match(rb"---\n(.*?\n)---\n\n", data, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else None
 
 
-@pytest.mark.parametrize(("has", "refused"), [(False, 0), (True, 0), (True, errno.ENOTSUP), (True, errno.ENOTTY)])
-def test_what_must_not_be_lost_is_flushed_to_the_drive_where_fsync_does_not(
-    home: Home, monkeypatch: Any, has: bool, refused: int
-) -> None:
-    calls: list[Any] = []
-
-    def control(fd: int, command: int) -> None:
-        calls.append(command)
-        if refused:
-            raise OSError(refused, os.strerror(refused))
-
-    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
-    if not has:
-        monkeypatch.delattr(fcntl, "F_FULLFSYNC")
-    monkeypatch.setattr(fcntl, "fcntl", control)
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync"))
-    orchestra.flush(0)
-    assert calls == [51] * has + ["fsync"] * (not has or bool(refused))
+@pytest.mark.parametrize("text", HOSTILE)
+def test_each_agents_frontmatter_says_that_it_applies_always(text: str) -> None:
+    files = orchestra.render_files(hostile_codebase(text))
+    found = {agent.target: frontmatter_of(files[agent.path]) for agent in orchestra.AGENTS.values() if agent.owned}
+    title = found["cursor"].pop("description")
+    assert isinstance(title, str) and title.endswith(": instructions")
+    assert found["cursor"] == {"globs": None, "alwaysApply": True}
+    assert found["windsurf"] == found["antigravity"] == {"trigger": "always_on", "description": title}
+    assert found["cline"] is None and files[CLINE].startswith(b"<!-- Written")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
 @pytest.mark.parametrize(
-    ("user", "group", "mode", "expected"),
-    [
-        (0, NOBODY, 0o640, (0, NOBODY, 0o640)),
-        (NOBODY, NOBODY, 0o640, (NOBODY, NOBODY, 0o640)),
-        (NOBODY, 0, 0o604, (NOBODY, 0, 0o604)),
-    ],
+    ("targets", "files"), [(None, ["CLAUDE.md", "AGENTS.md"]), ((), []), (("gemini", "gemini"), ["GEMINI.md"])]
 )
-def test_replacing_keeps_owner_and_group(
-    home: Home, lock: orchestra.Lock, user: int, group: int, mode: int, expected: tuple[int, int, int]
-) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    path.chmod(mode)
-    os.chown(path, user, group)
-    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
-    info = path.stat()
-    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == expected
+def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) -> None:
+    assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-def replace_as_nobody(home: Home, path: Path) -> None:
-    for folder in (home.folder, home.code):
-        folder.chmod(0o777)
-
-    def replace() -> Ran:
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
-        return Ran(0, "", "")
-
-    assert in_child(replace).err == ""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
-def test_a_file_whose_group_cannot_be_kept_is_not_opened_to_another(home: Home) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    path.chmod(0o640)
-    os.chown(path, NOBODY, 12345)
-    replace_as_nobody(home, path)
-    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"new", 0o600)
-
-
-def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Home, monkeypatch: Any) -> None:
-    write, found = os.pwrite, []
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
-    swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
-    with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-        lock.announce_swap(swap)
-        raise KeyError
-    with orchestra.hold_lock(str(home.code / "lock"), sweep=found.append):
-        assert found == [orchestra.Leftover(lock.left.token, swap)]
-
-
-@pytest.mark.parametrize("path", ["/code/CLAUDE.md", "/c/CLAUDE.md", "/code/a\nb/\udcff/CLAUDE.md"])
-def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: Home, path: str) -> None:
-    older = orchestra.Swap("/code/AGENTS.md", "/code/.orchestra-1-1.tmp", ["ab" * 32, "cd" * 32])
-    newer = orchestra.Swap(path, f"{path}.tmp", ["ef" * 32])
-    lines = []
-    for swap in (older, newer):
-        with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            lock.left = lock.left._replace(token="1-aa")
-            lock.new_temporary("/code")
-            lock.announce_swap(swap)
-            if swap == newer:
-                lock.new_temporary("/code")
-                lock.announce_swap(swap)
-            raise KeyError
-        lines.append((home.code / "lock").read_bytes())
-        (home.code / "lock").unlink()
-    for cut in range(len("1-aa\n") + 1, len(lines[1])):
-        (home.code / "lock").write_bytes(lines[1][:cut] + lines[0][cut:])
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=lambda left: left.swap in (None, newer) or 1 / 0):
-            pass
-
-
-@pytest.mark.parametrize("saved", [b"old", b"saved in that instant"])
-def test_a_swap_that_is_interrupted_is_settled_at_once(home: Home, monkeypatch: Any, saved: bytes) -> None:
-    path, left = home.code / "x", []  # what came of the save
-    path.write_bytes(b"old")
-    planned = orchestra.read_disk(str(path))
-    swap = orchestra.swap_files
-
-    def swap_and_be_interrupted(*names: Any) -> bool:
-        if not left:
-            left.append(path.write_bytes(saved))
-            swap(*names)
-            raise KeyboardInterrupt
-        return swap(*names)
-
-    monkeypatch.setattr(orchestra, "swap_files", swap_and_be_interrupted)
-    with pytest.raises(KeyboardInterrupt), orchestra.hold_lock(str(home.folder / "lock"), sweep=print) as lock:
-        put_in_place(str(path), b"new", planned, lock)
-    assert contents(home.code) == {"x": b"new" if saved == b"old" else saved}
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root may give files away")
-def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
-    home.make_codebase("shop/api", {"CLAUDE.md": "his"}, targets=["claude", "codex"])
-    home.run_as_nobody("project", "list")
-    path = home.code / "shop/api/CLAUDE.md"
-    os.chown(path, 12345, NOBODY)
-    path.chmod(0o664)
-    ran = in_child(lambda: home.run("sync", "--all"))
-    assert "expected a file of yours, got one of user 12345: chown it" in ran.err
-    assert (ran.status, ran.out.splitlines()[0]) == (2, "create   shop/api AGENTS.md")
-    info = path.stat()
-    assert (path.read_bytes(), info.st_uid, stat.S_IMODE(info.st_mode)) == (b"his", 12345, 0o664)
-
-
-def access_list(user: int) -> bytes:
-    """Make an access control list as acl(5) and linux/posix_acl_xattr.h have it, with one user more than a mode has."""
-    nobody = 0xFFFFFFFF
-    entries = [(0x01, 7, nobody), (0x02, 6, user), (0x04, 7, nobody), (0x10, 7, nobody), (0x20, 0, nobody)]
-    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-
-
-@pytest.mark.skipif(not hasattr(os, "setxattr"), reason="extended attributes: only os of Linux has them")
-@pytest.mark.parametrize("has_list", [False, True])
-def test_a_folders_default_access_list_opens_no_old_file(home: Home, lock: orchestra.Lock, has_list: bool) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    path.chmod(0o660)
-    try:
-        os.setxattr(home.code, "system.posix_acl_default", access_list(1234))
-        if has_list:
-            os.setxattr(path, "system.posix_acl_access", access_list(4321))
-    except OSError as error:
-        pytest.skip(f"the file system has no access control lists: {error}")
-    names = os.listxattr(path)
-    mode = path.stat().st_mode
-    put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
-    assert (path.read_bytes(), os.listxattr(path), path.stat().st_mode) == (b"new", names, mode)
-    if has_list:
-        assert os.getxattr(path, "system.posix_acl_access") == access_list(4321)
-
-
-@pytest.mark.skipif(os.getuid() != 0 or not hasattr(os, "setxattr"), reason="only root may give files away")
-def test_where_the_group_cannot_be_kept_the_attributes_still_are(home: Home) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    os.setxattr(path, "user.note", b"mine")
-    os.chown(path, NOBODY, 12345)
-    replace_as_nobody(home, path)
-    assert (path.read_bytes(), os.getxattr(path, "user.note")) == (b"new", b"mine")
-
-
-@pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who writes")
-def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home: Home, lock: orchestra.Lock) -> None:
-    path = home.code / "x"
-    path.write_bytes(b"old")
-    planned = orchestra.read_disk(str(path))
-    with open(path, "r+b") as file:
-        with pytest.raises(orchestra.FileBusy):
-            put_in_place(str(path), b"new", planned, lock)
-        file.write(b"users")
-    assert contents(home.code) == {"x": b"users"}
-    with open(path, "rb"):
-        put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
-    assert contents(home.code) == {"x": b"new"}
-
-
-def test_asking_whether_a_lock_is_held_makes_nothing_and_lets_others_take_it(home: Home, monkeypatch: Any) -> None:
-    path = str(home.folder / "x/daemon.lock")
-    assert not orchestra.is_locked(path) and not os.path.exists(home.folder / "x")
-    lock = orchestra.try_lock(path)
-    assert orchestra.is_locked(path) and orchestra.try_lock(path) is None
-    os.close(lock)
-    asking = os.open(path, os.O_RDONLY)
-    fcntl.flock(asking, fcntl.LOCK_SH)
-    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(asking))
-    lock = orchestra.try_lock(path)
-    assert lock is not None
-    os.close(lock)
-
-
-# ── 4 Registry ────────────────────────────────────────────────────────────────
+# ── 8 YAML ────────────────────────────────────────────────────────────────────
 
 GOOD = "name: api\npath: /code/api\n"
 
@@ -1606,55 +1876,6 @@ def test_null_means_absent(home: Home, loader: str, null: str) -> None:
 def test_quoted_text_is_never_null(home: Home, loader: str, quoted: str) -> None:
     codebase, _ = read(home, f"{GOOD}description: {quoted}\n")
     assert codebase and codebase.description == quoted[1:-1]
-
-
-FROM_RUST = """\
-name: api
-path: /code/api
-projects:
-- name: api
-  project_type: backend
-  tasks:
-  - id: T-1
-    title: Ship v2
-    status: inprogress
-    description: null
-    subtasks:
-    - id: T-1.1
-      title: half of it
-      done: false
-    tracked_files:
-    - src/main.rs
-    created_at: 2026-03-01T09:15:02.123456789Z
-    updated_at: 2026-03-01T09:15:02.123456789Z
-  agents:
-  - agent_id: reviewer
-    entry_point: AGENT/reviewer.md
-    skills: [rust]
-created_at: 2026-03-01T09:15:02.123456789Z
-updated_at: 2026-03-01T09:15:02.123456789Z
-"""
-
-
-def test_a_file_of_the_rust_original_loads(home: Home, loader: str) -> None:
-    codebase, problems = read(home, FROM_RUST)
-    assert problems == [] and codebase
-    (component,) = codebase.projects
-    (task,) = component.tasks
-    assert task[:4] == ("T-1", "Ship v2", "inprogress", "")
-    assert task.created_at == codebase.created_at == "2026-03-01T09:15:02.123456789Z"
-    assert [name for name, _ in task.extra] == ["subtasks", "tracked_files"]
-    assert component.agents[0][:3] == ("reviewer", "AGENT/reviewer.md", ("rust",))
-
-
-@pytest.mark.parametrize(
-    ("typed", "status"),
-    [("pending", "pending"), ("in_progress", "inprogress"), ("in-progress", "inprogress"), ("done", "done")],
-)
-def test_a_task_status_has_several_spellings(home: Home, typed: str, status: str) -> None:
-    tasks = f"{GOOD}projects: [{{name: a, project_type: ml, tasks: [{{id: 1, title: t, status: {typed}}}]}}]\n"
-    codebase, _ = read(home, tasks)
-    assert codebase and codebase.projects[0].tasks[0].status == status
 
 
 def task_file(fields: str) -> str:
@@ -1740,102 +1961,114 @@ def test_a_bad_file_is_one_line_and_the_others_go_on(home: Home, loader: str, te
     assert home.problems() == problems
 
 
+@pytest.mark.parametrize("text", ["name: ''\npath: /x\n", "name: api\npath: ''\n"])
+def test_required_text_is_not_empty(home: Home, text: str) -> None:
+    codebase, problems = read(home, text)
+    assert codebase is None and len(problems) == 1
+
+
+@pytest.mark.parametrize("text", [GOOD + "targets: ['']\n", task_file("id: 1, title: t, status: ''")])
+def test_an_empty_word_is_no_enum_value(home: Home, text: str) -> None:
+    codebase, problems = read(home, text)
+    assert codebase is None and len(problems) == 1
+
+
+def limited(home: Home, *argv: str) -> Ran:
+    """Run the script with a deadline."""
+    return finish(home.start(*argv), timeout=3)
+
+
+def alias_bomb(task: str) -> str:
+    component = "&c {name: a, project_type: ml, tasks: [" + "*t," * 9999 + "]}"
+    return f"{GOOD}x: &t {task}\nprojects:\n- {component}\n" + "- *c\n" * 9999
+
+
+@pytest.mark.parametrize("task", ["{id: 1, title: t}", "{id: 1, title: " + "x" * 10_000 + "}"])
+def test_an_alias_bomb_is_refused_quickly(home: Home, task: str) -> None:
+    home.write_registry("shop/api.yaml", alias_bomb(task))
+    ran = limited(home, "project", "list")
+    assert ran.status == 2 and " at most " in ran.complaints[0]
+
+
+def test_text_that_aliases_repeat_is_limited(home: Home, loader: str) -> None:
+    _, problems = read(home, f"{GOOD}x: &t {'x' * 10_000}\nnotes: [{'*t,' * 1000}]\n")
+    assert len(problems) == 1 and " characters of text in all, aliases repeated, got " in problems[0]
+
+
+def test_an_alias_bomb_is_one_line(home: Home) -> None:
+    _, problems = read(home, alias_bomb("{id: 1, title: t}"))
+    assert len(problems) == 1
+
+
+def test_the_line_of_an_unprintable_character_is_right_behind_other_scripts(home: Home, loader: str) -> None:
+    _, problems = read(home, "# " + "é" * 20 + "\n\0\n" + "\n" * 10)
+    assert problems[0].startswith("~/.orchestra/projects/shop/api.yaml:2: ")
+
+
 @pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, "expected a file, got a folder"),
-        (os.mkfifo, "expected a file, got a pipe, socket or device"),
-        (link_to("nowhere"), "expected a file, got none"),
-        (link_to("bad.yaml"), "expected a file, got a link|too many levels of symbolic links"),
-    ],
+    ("name", "text"),
+    [("api", GOOD + 'commands: {"a\\nb": [x]}\n'), ("api", GOOD + '"a\\nb": 1\n"a\\nb": 1\n'), ("a\nb", GOOD)],
 )
-def test_what_is_no_file_is_one_line(home: Home, content: Any, expected: str) -> None:
-    home.register("shop/good")
-    put_files(Path(orchestra.projects_root(home.path)), {"shop/bad.yaml": content})
+def test_a_line_end_in_a_name_does_not_break_a_problems_line(home: Home, name: str, text: str) -> None:
+    home.write_registry(f"shop/{name}.yaml", text)
     (problem,) = home.problems()
-    assert re.fullmatch(rf"~/\.orchestra/projects/shop/bad\.yaml:1: file: .*(?:{expected})", problem)
-    assert list(home.registry().codebases) == [("shop", "good")]
+    assert "\n" not in problem
 
 
-def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, monkeypatch: Any) -> None:
-    place = home.code / "socket"
-    with monkeypatch.context() as patch:
-        patch.chdir(home.code)
-        make_socket(Path("socket"))
-    assert orchestra.read_disk(str(place)).kind == "special"
-
-    def refuse(path: str, flags: int, dir_fd: Optional[int] = None) -> int:
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported on socket", path)  # xnu: vn_open_auth
-
-    monkeypatch.setattr(os, "open", refuse)
-    assert orchestra.read_disk(str(place)).kind == "special"
+def test_half_a_character_is_one_line(home: Home, loader: str) -> None:
+    codebase, problems = read(home, 'name: api\npath: "/x\\ud800"\n')
+    assert codebase is None and len(problems) == 1
 
 
-def test_an_unreadable_file_is_one_line_and_the_others_go_on(home: Home) -> None:
-    home.make_codebase("shop/good")
-    home.register("shop/bad").chmod(0)
-    ran = home.run_as_nobody("sync", "--all")
-    assert ran.status == 2
-    assert ran.complaints == [
-        "orchestra: ~/.orchestra/projects/shop/bad.yaml:1: file: expected a readable file, got: permission denied"
-    ]
-    assert (home.code / "shop/good/CLAUDE.md").exists()
+# ── 9 Codebases ───────────────────────────────────────────────────────────────
+
+FROM_RUST = """\
+name: api
+path: /code/api
+projects:
+- name: api
+  project_type: backend
+  tasks:
+  - id: T-1
+    title: Ship v2
+    status: inprogress
+    description: null
+    subtasks:
+    - id: T-1.1
+      title: half of it
+      done: false
+    tracked_files:
+    - src/main.rs
+    created_at: 2026-03-01T09:15:02.123456789Z
+    updated_at: 2026-03-01T09:15:02.123456789Z
+  agents:
+  - agent_id: reviewer
+    entry_point: AGENT/reviewer.md
+    skills: [rust]
+created_at: 2026-03-01T09:15:02.123456789Z
+updated_at: 2026-03-01T09:15:02.123456789Z
+"""
 
 
-def test_a_registry_of_broken_files_says_a_line_for_each_and_syncs_the_rest(home: Home) -> None:
-    root = home.make_codebase("shop/good")
-    for number, (_, text, _) in enumerate(BAD_FILES):
-        home.write_registry(f"shop/bad{number}.yaml", text)
-    ran = home.run("sync", "--all")
-    files = [re.match(r"orchestra: ~/\.orchestra/projects/shop/(bad\d+)\.yaml:\d+: \S.*", c) for c in ran.complaints]
-    assert ran.status == 2 and all(files)
-    assert {match[1] for match in files if match} == {f"bad{number}" for number in range(len(BAD_FILES))}
-    assert (root / "CLAUDE.md").exists()
-    assert ran.err.count("\n") == 2 * len(ran.complaints)  # each with its way out, and nothing else
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("shop/api.yml", "file: expected the name api.yaml, got api.yml"),
-        ("shop/api.YAML", "file: expected the name api.yaml, got api.YAML"),
-        ("api.yaml", "file: expected a place in a project's folder, got one beside the folders"),
-        ("api.yml", "file: expected a place in a project's folder, got one beside the folders"),
-        ("shop/Project.yaml", r"codebase name: expected any name but project .*, got 'Project'"),
-        ("shop/a\x7fb.yaml", r"codebase name: expected no slash and no control character, got 'a\\x7fb'"),
-    ],
-)
-def test_what_lies_astray_is_one_line_and_the_others_go_on(home: Home, name: str, expected: str) -> None:
-    home.register("shop/good")
-    home.write_registry(name, GOOD)
-    (problem,) = home.problems()
-    shown = re.escape(name.replace("\x7f", "\\x7f"))
-    assert re.fullmatch(rf"~/\.orchestra/projects/{shown}:1: {expected}", problem)
-    assert list(home.registry().codebases) == [("shop", "good")]
-    assert home.run("sync", "--all").status == 2
-
-
-def test_a_folder_of_yaml_files_in_a_project_is_one_line(home: Home) -> None:
-    home.register("shop/good")
-    home.write_registry("shop/nested/api.yaml", GOOD)
-    assert home.problems() == [
-        "~/.orchestra/projects/shop/nested:1: file: expected YAML files right in the project's folder,"
-        " got a folder of them"
-    ]
+def test_a_file_of_the_rust_original_loads(home: Home, loader: str) -> None:
+    codebase, problems = read(home, FROM_RUST)
+    assert problems == [] and codebase
+    (component,) = codebase.projects
+    (task,) = component.tasks
+    assert task[:4] == ("T-1", "Ship v2", "inprogress", "")
+    assert task.created_at == codebase.created_at == "2026-03-01T09:15:02.123456789Z"
+    assert [name for name, _ in task.extra] == ["subtasks", "tracked_files"]
+    assert component.agents[0][:3] == ("reviewer", "AGENT/reviewer.md", ("rust",))
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("shop/api.yaml~", "shop/.api.yaml.swp", "shop/.#api.yaml", "shop/#api.yaml#", "shop/.hidden.yaml"),
-        *("shop/api.yaml.bak", "shop/notes.txt", "shop/4913", ".git/config.yaml", "README.md", "#x#/api.yaml"),
-    ],
+    ("typed", "status"),
+    [("pending", "pending"), ("in_progress", "inprogress"), ("in-progress", "inprogress"), ("done", "done")],
 )
-def test_editors_files_and_others_are_ignored(home: Home, name: str) -> None:
-    home.register("shop/good")
-    home.write_registry(name, "{")
-    assert home.problems() == []
-    assert list(home.registry().codebases) == [("shop", "good")]
+def test_a_task_status_has_several_spellings(home: Home, typed: str, status: str) -> None:
+    tasks = f"{GOOD}projects: [{{name: a, project_type: ml, tasks: [{{id: 1, title: t, status: {typed}}}]}}]\n"
+    codebase, _ = read(home, tasks)
+    assert codebase and codebase.projects[0].tasks[0].status == status
 
 
 @pytest.mark.parametrize("spelling", ["shop/x/../api/", "shop//api", "./shop/api/.", "/shop/api"])
@@ -2099,123 +2332,6 @@ def test_init_lands_in_the_project_and_the_name_that_are_listed(home: Home, monk
     assert home.registry().keys == [API]
 
 
-@pytest.mark.parametrize("text", ["name: ''\npath: /x\n", "name: api\npath: ''\n"])
-def test_required_text_is_not_empty(home: Home, text: str) -> None:
-    codebase, problems = read(home, text)
-    assert codebase is None and len(problems) == 1
-
-
-@pytest.mark.parametrize("text", [GOOD + "targets: ['']\n", task_file("id: 1, title: t, status: ''")])
-def test_an_empty_word_is_no_enum_value(home: Home, text: str) -> None:
-    codebase, problems = read(home, text)
-    assert codebase is None and len(problems) == 1
-
-
-@pytest.mark.parametrize("name", ["loop", "shop/loop"])
-def test_a_link_to_itself_in_the_registry_stops_nothing(home: Home, name: str) -> None:
-    home.make_codebase("shop/good")
-    os.symlink(os.path.basename(name), Path(orchestra.projects_root(home.path), name))
-    home.run("sync", "--all")
-    assert (home.code / "shop/good/CLAUDE.md").exists()
-
-
-@pytest.mark.parametrize("name", ["locked", "shop/locked"])
-def test_an_unreadable_folder_in_the_registry_stops_nothing_else(home: Home, name: str) -> None:
-    home.make_codebase("shop/good")
-    home.write_registry(f"{name}/api.yaml", GOOD).parent.chmod(0)
-    ran = home.run_as_nobody("sync", "--all")
-    Path(orchestra.projects_root(home.path), name).chmod(0o700)
-    assert (home.code / "shop/good/CLAUDE.md").exists()
-    assert ran.status == 2
-
-
-def limited(home: Home, *argv: str) -> Ran:
-    """Run the script with a deadline."""
-    return finish(home.start(*argv), timeout=3)
-
-
-def alias_bomb(task: str) -> str:
-    component = "&c {name: a, project_type: ml, tasks: [" + "*t," * 9999 + "]}"
-    return f"{GOOD}x: &t {task}\nprojects:\n- {component}\n" + "- *c\n" * 9999
-
-
-@pytest.mark.parametrize("task", ["{id: 1, title: t}", "{id: 1, title: " + "x" * 10_000 + "}"])
-def test_an_alias_bomb_is_refused_quickly(home: Home, task: str) -> None:
-    home.write_registry("shop/api.yaml", alias_bomb(task))
-    ran = limited(home, "project", "list")
-    assert ran.status == 2 and " at most " in ran.complaints[0]
-
-
-def test_text_that_aliases_repeat_is_limited(home: Home, loader: str) -> None:
-    _, problems = read(home, f"{GOOD}x: &t {'x' * 10_000}\nnotes: [{'*t,' * 1000}]\n")
-    assert len(problems) == 1 and " characters of text in all, aliases repeated, got " in problems[0]
-
-
-def test_an_alias_bomb_is_one_line(home: Home) -> None:
-    _, problems = read(home, alias_bomb("{id: 1, title: t}"))
-    assert len(problems) == 1
-
-
-def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
-    laughs = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 'lol'}]\n" for i in range(10))
-    root = home.make_codebase("shop/api")
-    home.write_registry("shop/api.yaml", f"name: api\npath: {root}\n{laughs}")
-    assert limited(home, "init", str(root), "-p", "shop", "-t", "ml").status == 0
-
-
-def test_the_line_of_an_unprintable_character_is_right_behind_other_scripts(home: Home, loader: str) -> None:
-    _, problems = read(home, "# " + "é" * 20 + "\n\0\n" + "\n" * 10)
-    assert problems[0].startswith("~/.orchestra/projects/shop/api.yaml:2: ")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("api", GOOD + 'commands: {"a\\nb": [x]}\n'), ("api", GOOD + '"a\\nb": 1\n"a\\nb": 1\n'), ("a\nb", GOOD)],
-)
-def test_a_line_end_in_a_name_does_not_break_a_problems_line(home: Home, name: str, text: str) -> None:
-    home.write_registry(f"shop/{name}.yaml", text)
-    (problem,) = home.problems()
-    assert "\n" not in problem
-
-
-def test_half_a_character_is_one_line(home: Home, loader: str) -> None:
-    codebase, problems = read(home, 'name: api\npath: "/x\\ud800"\n')
-    assert codebase is None and len(problems) == 1
-
-
-def test_a_broken_project_file_is_told_even_without_codebases(home: Home) -> None:
-    home.write_registry("shop/project.yaml", "{")
-    assert len(home.problems()) == 1
-
-
-def test_a_problem_is_followed_by_the_way_out(home: Home) -> None:
-    home.register("shop/api", targets="claude")
-    assert "  try: orchestra edit shop/api\n" in home.run("project", "list").err
-
-
-def test_a_project_gives_its_codebases_what_they_lack(home: Home) -> None:
-    home.write_registry(
-        "shop/project.yaml",
-        "name: shop\ndescription: of the shop\ntargets: [gemini]\ncommands: {build: make, lint: ruff}\n"
-        "conventions: [ours]\ncolour: red\n",
-    )
-    home.register("shop/plain")
-    home.register("shop/own", description="d", targets=[], commands={"build": "ninja"}, conventions=["mine"])
-    plain, own = home.registry().codebases[("shop", "plain")], home.registry().codebases[("shop", "own")]
-    assert plain[3:7] == ("of the shop", ("gemini",), (("build", "make"), ("lint", "ruff")), ("ours",))
-    assert own[3:7] == ("d", (), (("build", "ninja"), ("lint", "ruff")), ("ours", "mine"))
-
-
-def test_a_broken_project_file_stops_its_own_codebases_alone(home: Home) -> None:
-    home.write_registry("shop/project.yaml", "name: other\n")
-    home.register("shop/api")
-    home.register("blog/api")
-    assert list(home.registry().codebases) == [("blog", "api")]
-    assert home.problems() == [
-        "~/.orchestra/projects/shop/project.yaml:1: name: expected shop, as the registry has it, got 'other'"
-    ]
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -2274,41 +2390,6 @@ def test_a_short_name_is_enough_while_it_is_unique(home: Home, name: str, expect
 
 def test_the_short_names_of_codebases_are_those_that_find_them() -> None:
     assert sorted(orchestra.short_names(KEYS).values()) == ["blog/api", "shop/api", "web"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"shop/web": {"description": "new"}},
-        {"shop/web": None},
-        {"shop/new": {}},
-        {"shop/api": "{"},
-        {"shop/bad": {}},
-        {"shop/web": {"path": "/a/api"}},  # which shop/api has
-        {"shop/api": {"path": "/a/web"}},
-        {"shop/api": {"path": "/a/other"}},  # whose old path shop/late claims too
-        {"shop/api": None, "shop/web": "- a"},
-        {"shop/late": {"path": "/a/late"}},
-        {},
-    ],
-)
-def test_reading_only_what_changed_gives_what_reading_all_gives(home: Home, changes: dict[str, Any]) -> None:
-    def write(label: str, values: Any) -> None:
-        if isinstance(values, dict):
-            name = label.split("/")[1]
-            values = {"name": name, "path": f"/a/{name}", "created_at": f"2026-01-{len(name):02}", **values}
-        home.write_registry(f"{label}.yaml", values)
-
-    for label, values in {"shop/api": {}, "shop/web": {}, "shop/late": {"path": "/a/api"}, "shop/bad": ""}.items():
-        write(label, values)
-    before = home.registry()
-    for label, values in changes.items():
-        if values is None:
-            os.unlink(orchestra.codebase_path(home.path, tuple(label.split("/"))))
-        else:
-            write(label, values)
-    after = orchestra.reload_codebases(home.path, before, [tuple(label.split("/")) for label in changes])
-    assert comparable(after) == comparable(home.registry())
 
 
 def comparable(registry: orchestra.Registry) -> Any:
@@ -2402,31 +2483,11 @@ def test_a_save_survives_every_style_of_yaml(home: Home, loader: str, text: str)
         assert "# after" in saved
 
 
-@pytest.mark.parametrize("text", ["{", "- a\n", b"\xff", ""])
-def test_a_save_does_not_replace_a_file_that_cannot_be_read(home: Home, text: Any) -> None:
-    file = home.write_registry("shop/api.yaml", text)
-    before = file.read_bytes()
-    with pytest.raises(orchestra.RegistryError):
-        orchestra.save_codebase(home.path, codebase_with())
-    assert file.read_bytes() == before
-
-
-def test_a_registry_file_that_is_a_link_stays_one(home: Home) -> None:
-    file = home.write_registry("shop/api.yaml", GOOD)
-    real = home.code / "api.yaml"
-    file.rename(real)
-    file.symlink_to(real)
-    orchestra.save_codebase(home.path, codebase_with(description="new"))
-    assert file.is_symlink() and "new" in real.read_text()
-
-
-def test_reading_never_rewrites(home: Home) -> None:
-    home.make_codebase("shop/api")
-    file = home.write_registry("shop/api.yaml", TYPED.replace("/code/api", str(home.code / "shop/api")))
-    before = file.stat()
-    home.sync()
-    home.run_fine("status")
-    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
+    laughs = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 'lol'}]\n" for i in range(10))
+    root = home.make_codebase("shop/api")
+    home.write_registry("shop/api.yaml", f"name: api\npath: {root}\n{laughs}")
+    assert limited(home, "init", str(root), "-p", "shop", "-t", "ml").status == 0
 
 
 def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
@@ -2453,6 +2514,220 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     codebase = codebase_with(notes=hostile, commands=tuple((text, text) for text in hostile))
     orchestra.save_codebase(home.path, codebase)
     assert without_source(orchestra.load_codebase(home.path, "shop", "api")) == codebase
+
+
+# ── 10 Registry ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "expected a file, got a folder"),
+        (os.mkfifo, "expected a file, got a pipe, socket or device"),
+        (link_to("nowhere"), "expected a file, got none"),
+        (link_to("bad.yaml"), "expected a file, got a link|too many levels of symbolic links"),
+    ],
+)
+def test_what_is_no_file_is_one_line(home: Home, content: Any, expected: str) -> None:
+    home.register("shop/good")
+    put_files(Path(orchestra.projects_root(home.path)), {"shop/bad.yaml": content})
+    (problem,) = home.problems()
+    assert re.fullmatch(rf"~/\.orchestra/projects/shop/bad\.yaml:1: file: .*(?:{expected})", problem)
+    assert list(home.registry().codebases) == [("shop", "good")]
+
+
+def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, monkeypatch: Any) -> None:
+    place = home.code / "socket"
+    with monkeypatch.context() as patch:
+        patch.chdir(home.code)
+        make_socket(Path("socket"))
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+    def refuse(path: str, flags: int, dir_fd: Optional[int] = None) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported on socket", path)  # xnu: vn_open_auth
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+
+def test_an_unreadable_file_is_one_line_and_the_others_go_on(home: Home) -> None:
+    home.make_codebase("shop/good")
+    home.register("shop/bad").chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    assert ran.status == 2
+    assert ran.complaints == [
+        "orchestra: ~/.orchestra/projects/shop/bad.yaml:1: file: expected a readable file, got: permission denied"
+    ]
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+def test_a_registry_of_broken_files_says_a_line_for_each_and_syncs_the_rest(home: Home) -> None:
+    root = home.make_codebase("shop/good")
+    for number, (_, text, _) in enumerate(BAD_FILES):
+        home.write_registry(f"shop/bad{number}.yaml", text)
+    ran = home.run("sync", "--all")
+    files = [re.match(r"orchestra: ~/\.orchestra/projects/shop/(bad\d+)\.yaml:\d+: \S.*", c) for c in ran.complaints]
+    assert ran.status == 2 and all(files)
+    assert {match[1] for match in files if match} == {f"bad{number}" for number in range(len(BAD_FILES))}
+    assert (root / "CLAUDE.md").exists()
+    assert ran.err.count("\n") == 2 * len(ran.complaints)  # each with its way out, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shop/api.yml", "file: expected the name api.yaml, got api.yml"),
+        ("shop/api.YAML", "file: expected the name api.yaml, got api.YAML"),
+        ("api.yaml", "file: expected a place in a project's folder, got one beside the folders"),
+        ("api.yml", "file: expected a place in a project's folder, got one beside the folders"),
+        ("shop/Project.yaml", r"codebase name: expected any name but project .*, got 'Project'"),
+        ("shop/a\x7fb.yaml", r"codebase name: expected no slash and no control character, got 'a\\x7fb'"),
+    ],
+)
+def test_what_lies_astray_is_one_line_and_the_others_go_on(home: Home, name: str, expected: str) -> None:
+    home.register("shop/good")
+    home.write_registry(name, GOOD)
+    (problem,) = home.problems()
+    shown = re.escape(name.replace("\x7f", "\\x7f"))
+    assert re.fullmatch(rf"~/\.orchestra/projects/{shown}:1: {expected}", problem)
+    assert list(home.registry().codebases) == [("shop", "good")]
+    assert home.run("sync", "--all").status == 2
+
+
+def test_a_folder_of_yaml_files_in_a_project_is_one_line(home: Home) -> None:
+    home.register("shop/good")
+    home.write_registry("shop/nested/api.yaml", GOOD)
+    assert home.problems() == [
+        "~/.orchestra/projects/shop/nested:1: file: expected YAML files right in the project's folder,"
+        " got a folder of them"
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("shop/api.yaml~", "shop/.api.yaml.swp", "shop/.#api.yaml", "shop/#api.yaml#", "shop/.hidden.yaml"),
+        *("shop/api.yaml.bak", "shop/notes.txt", "shop/4913", ".git/config.yaml", "README.md", "#x#/api.yaml"),
+    ],
+)
+def test_editors_files_and_others_are_ignored(home: Home, name: str) -> None:
+    home.register("shop/good")
+    home.write_registry(name, "{")
+    assert home.problems() == []
+    assert list(home.registry().codebases) == [("shop", "good")]
+
+
+@pytest.mark.parametrize("name", ["loop", "shop/loop"])
+def test_a_link_to_itself_in_the_registry_stops_nothing(home: Home, name: str) -> None:
+    home.make_codebase("shop/good")
+    os.symlink(os.path.basename(name), Path(orchestra.projects_root(home.path), name))
+    home.run("sync", "--all")
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+@pytest.mark.parametrize("name", ["locked", "shop/locked"])
+def test_an_unreadable_folder_in_the_registry_stops_nothing_else(home: Home, name: str) -> None:
+    home.make_codebase("shop/good")
+    home.write_registry(f"{name}/api.yaml", GOOD).parent.chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    Path(orchestra.projects_root(home.path), name).chmod(0o700)
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+    assert ran.status == 2
+
+
+def test_a_broken_project_file_is_told_even_without_codebases(home: Home) -> None:
+    home.write_registry("shop/project.yaml", "{")
+    assert len(home.problems()) == 1
+
+
+def test_a_problem_is_followed_by_the_way_out(home: Home) -> None:
+    home.register("shop/api", targets="claude")
+    assert "  try: orchestra edit shop/api\n" in home.run("project", "list").err
+
+
+def test_a_project_gives_its_codebases_what_they_lack(home: Home) -> None:
+    home.write_registry(
+        "shop/project.yaml",
+        "name: shop\ndescription: of the shop\ntargets: [gemini]\ncommands: {build: make, lint: ruff}\n"
+        "conventions: [ours]\ncolour: red\n",
+    )
+    home.register("shop/plain")
+    home.register("shop/own", description="d", targets=[], commands={"build": "ninja"}, conventions=["mine"])
+    plain, own = home.registry().codebases[("shop", "plain")], home.registry().codebases[("shop", "own")]
+    assert plain[3:7] == ("of the shop", ("gemini",), (("build", "make"), ("lint", "ruff")), ("ours",))
+    assert own[3:7] == ("d", (), (("build", "ninja"), ("lint", "ruff")), ("ours", "mine"))
+
+
+def test_a_broken_project_file_stops_its_own_codebases_alone(home: Home) -> None:
+    home.write_registry("shop/project.yaml", "name: other\n")
+    home.register("shop/api")
+    home.register("blog/api")
+    assert list(home.registry().codebases) == [("blog", "api")]
+    assert home.problems() == [
+        "~/.orchestra/projects/shop/project.yaml:1: name: expected shop, as the registry has it, got 'other'"
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shop/web": {"description": "new"}},
+        {"shop/web": None},
+        {"shop/new": {}},
+        {"shop/api": "{"},
+        {"shop/bad": {}},
+        {"shop/web": {"path": "/a/api"}},  # which shop/api has
+        {"shop/api": {"path": "/a/web"}},
+        {"shop/api": {"path": "/a/other"}},  # whose old path shop/late claims too
+        {"shop/api": None, "shop/web": "- a"},
+        {"shop/late": {"path": "/a/late"}},
+        {},
+    ],
+)
+def test_reading_only_what_changed_gives_what_reading_all_gives(home: Home, changes: dict[str, Any]) -> None:
+    def write(label: str, values: Any) -> None:
+        if isinstance(values, dict):
+            name = label.split("/")[1]
+            values = {"name": name, "path": f"/a/{name}", "created_at": f"2026-01-{len(name):02}", **values}
+        home.write_registry(f"{label}.yaml", values)
+
+    for label, values in {"shop/api": {}, "shop/web": {}, "shop/late": {"path": "/a/api"}, "shop/bad": ""}.items():
+        write(label, values)
+    before = home.registry()
+    for label, values in changes.items():
+        if values is None:
+            os.unlink(orchestra.codebase_path(home.path, tuple(label.split("/"))))
+        else:
+            write(label, values)
+    after = orchestra.reload_codebases(home.path, before, [tuple(label.split("/")) for label in changes])
+    assert comparable(after) == comparable(home.registry())
+
+
+@pytest.mark.parametrize("text", ["{", "- a\n", b"\xff", ""])
+def test_a_save_does_not_replace_a_file_that_cannot_be_read(home: Home, text: Any) -> None:
+    file = home.write_registry("shop/api.yaml", text)
+    before = file.read_bytes()
+    with pytest.raises(orchestra.RegistryError):
+        orchestra.save_codebase(home.path, codebase_with())
+    assert file.read_bytes() == before
+
+
+def test_a_registry_file_that_is_a_link_stays_one(home: Home) -> None:
+    file = home.write_registry("shop/api.yaml", GOOD)
+    real = home.code / "api.yaml"
+    file.rename(real)
+    file.symlink_to(real)
+    orchestra.save_codebase(home.path, codebase_with(description="new"))
+    assert file.is_symlink() and "new" in real.read_text()
+
+
+def test_reading_never_rewrites(home: Home) -> None:
+    home.make_codebase("shop/api")
+    file = home.write_registry("shop/api.yaml", TYPED.replace("/code/api", str(home.code / "shop/api")))
+    before = file.stat()
+    home.sync()
+    home.run_fine("status")
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
 def fill_registry(home: Home, count: int) -> None:
@@ -2490,7 +2765,15 @@ def test_a_damaged_memory_of_what_was_parsed_only_costs_time(home: Home, damage:
         }
 
 
-# ── 5 Detection ───────────────────────────────────────────────────────────────
+def test_a_registry_file_that_goes_while_it_is_listed_is_no_problem(home: Home, monkeypatch: Any) -> None:
+    file = home.register()
+    scanned = orchestra.scan_registry(home.path)
+    shutil.rmtree(file.parent)
+    monkeypatch.setattr(orchestra, "scan_registry", lambda home: scanned)
+    assert (home.registry().keys, home.problems()) == ([], [])
+
+
+# ── 11 Detection ──────────────────────────────────────────────────────────────
 
 
 def package_json(**sections: Any) -> str:
@@ -2628,62 +2911,9 @@ def test_description_and_stack_come_from_the_manifests(
         assert [skill.description for skill in found.skills] == skills
 
 
-# ── 6 Agents ──────────────────────────────────────────────────────────────────
+# ══ III Sync ══════════════════════════════════════════════════════════════════
 
-HOSTILE = [
-    "-->",
-    "<!-- orchestra:end -->",
-    "<!-- orchestra:begin -->\n<!-- orchestra:end -->",
-    "<!-->",
-    "x\n<!-- orchestra:end -->\ny",
-    "a | b\n|---|---|",
-    "one\r\ntwo\rthree\nfour",
-    "see @README.md",
-    "`@in/span` and @outside",
-    "``a ` @in`` @out",
-    "```\n@in/fence\n```\n@behind/fence",
-    "```\n@in/fence never closed",
-    "a ` b @README.md",
-    "~~~\n```\n@in\n~~~\n@out",
-    "````\n```\n@in\n````",
-    "@first\n@second (@third, @fourth)",
-    "mail me@example.org",
-    "@~/secret and @./here and @/etc/passwd",
-    "`",
-    "```",
-    "\x00\x07\x1b[31mred\x85\u2028\u2029\ufeff\x7f",
-    "---\ntrigger: manual\n---",
-    "key: value # comment",
-    "'quoted' \"twice\"",
-    "{title} {0} %s",
-    "\ud800",
-    "# heading",
-    "   ",
-    "\x85\n\n~~~",
-    " x\n\n```",
-    "  \n\n```",
-    "a\n\n\f~~~",
-    " ]()\n\n<?",
-]
-
-
-def hostile_codebase(text: str, targets: Any = tuple(orchestra.AGENTS)) -> orchestra.Codebase:
-    name = " ".join(text.split())[:90].replace("/", "-") or "x"
-    task = orchestra.Task(text, text, "pending", text)
-    component = orchestra.Component(text, "ml", (task,), (orchestra.AgentRole(text, text, (text,)),))
-    return orchestra.Codebase(
-        *("shop", name, "/code/api", text, targets),
-        commands=((text, text),),
-        conventions=(text, text),
-        notes=(text,),
-        skills=(orchestra.Skill(text, text),),
-        projects=(component,),
-    )
-
-
-def frontmatter_of(data: bytes) -> Any:
-    found = re.match(rb"---\n(.*?\n)---\n\n", data, re.DOTALL)
-    return yaml.safe_load(found[1]) if found else None
+# ── 12 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -2733,17 +2963,6 @@ def test_all_eight_targets_are_valid_whatever_the_registry_holds(text: str) -> N
             assert re.match(BEGIN + b"\n\n<!-- Written by .*-->\n\n# ", data) and data.endswith(b"\n\n" + END)
             assert data.count(b"<!--") == data.count(b"-->") == 3
         assert re.search(rb"\A(---\n(?s:.*?)\n---\n\n|%b\n\n|)<!-- Written by Orchestra" % BEGIN, data)
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_each_agents_frontmatter_says_that_it_applies_always(text: str) -> None:
-    files = orchestra.render_files(hostile_codebase(text))
-    found = {agent.target: frontmatter_of(files[agent.path]) for agent in orchestra.AGENTS.values() if agent.owned}
-    title = found["cursor"].pop("description")
-    assert isinstance(title, str) and title.endswith(": instructions")
-    assert found["cursor"] == {"globs": None, "alwaysApply": True}
-    assert found["windsurf"] == found["antigravity"] == {"trigger": "always_on", "description": title}
-    assert found["cline"] is None and files[CLINE].startswith(b"<!-- Written")
 
 
 UNCLOSED = "~~~\n@in/fence never closed"
@@ -2871,13 +3090,6 @@ def test_a_full_codebase_reads_well() -> None:
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
     assert orchestra.render_files(hostile_codebase("x")) == orchestra.render_files(hostile_codebase("x"))
-
-
-@pytest.mark.parametrize(
-    ("targets", "files"), [(None, ["CLAUDE.md", "AGENTS.md"]), ((), []), (("gemini", "gemini"), ["GEMINI.md"])]
-)
-def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) -> None:
-    assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
 @pytest.mark.parametrize(
@@ -3028,43 +3240,7 @@ def test_hidden_characters_are_told_with_their_file(home: Home, text: str, told:
         assert err.splitlines() == (expected if told else [])
 
 
-def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
-    text = "\x1b[2J\x07 \x9b31m \u202e\u200b tab\t lone\r cr \u65e5\xe9"
-    home.make_codebase("shop/api", {CLINE: f"{text}\r\n"}, targets=["cline"])
-    out = home.run("diff", "api").out
-    assert "-\\x1b[2J\\x07 \\x9b31m \\u202e\\u200b tab\t lone\\r cr \u65e5\xe9\r\n" in out
-
-
-def test_a_name_in_a_repository_does_not_move_the_cursor(home: Home) -> None:
-    put_files(home.code, {"x\x1b[31m.ipynb": "{}"})
-    assert "ml (x\\x1b[31m.ipynb)\n" in home.run_fine("init", str(home.code), "-p", "q").out
-
-
-# ── 7 Sync ────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("disk", "known", "wanted", "purge", "action"),
-    [
-        (None, [], None, False, "keep"),
-        (None, ["old"], None, False, "keep"),
-        ("new", [], "new", False, "keep"),
-        ("new", ["old"], "new", False, "keep"),
-        (None, [], "new", False, "create"),
-        (None, ["new"], "new", False, "create"),
-        ("old", ["old"], "new", False, "update"),
-        ("older", ["old", "older"], "new", False, "update"),
-        ("edited", ["old"], "new", False, "replace"),
-        ("edited", [], "new", False, "replace"),
-        ("old", ["old"], None, False, "remove"),
-        ("older", ["old", "older"], None, True, "remove"),
-        ("edited", ["old"], None, False, "release"),
-        ("edited", ["old"], None, True, "evict"),
-        (None, ["old"], None, True, "keep"),
-    ],
-)
-def test_three_hashes_decide(disk: Any, known: list[str], wanted: Any, purge: bool, action: str) -> None:
-    assert orchestra.decide(disk, known, wanted, purge) == action
+# ── 13 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3099,6 +3275,7 @@ def test_a_block_is_found_whole_or_refused(data: bytes, found: Any) -> None:
 
 
 # Linear in the length of their text
+
 
 # Two looks at each function: its steps in Python, counted for a text and for one twice as long; and the patterns it
 # uses, whose steps nobody counts, for what makes them more than linear. The processor's time is a net below both.
@@ -3282,7 +3459,6 @@ try:
     from re import _parser as sre_parse  # type: ignore[attr-defined]
 except ImportError:  # before Python 3.11
     import sre_parse  # type: ignore[no-redef]
-
 SAMPLE = [chr(code) for code in (*range(256), 0x2028, 0x3042)]
 CATEGORIES = {
     "CATEGORY_DIGIT": str.isdigit,
@@ -3673,104 +3849,6 @@ def test_an_owned_file_in_an_unfinished_merge_is_left_and_no_text_looks_like_one
         assert (root / CLINE).read_bytes() == data + merge.encode()
 
 
-# Other registries
-
-
-def other_home(home: Home, **values: Any) -> Home:
-    """Make a colleague's home, with the same codebase in its registry."""
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
-    other.code = home.code
-    other.register("shop/api", **values)
-    return other
-
-
-@pytest.mark.parametrize("path", ["AGENTS.md", CLINE, ".cursor/rules/orchestra.mdc"])
-def test_two_registries_do_not_replace_each_others_text_for_ever(home: Home, path: str) -> None:
-    target = orchestra.AGENTS_BY_PATH[path].target
-    root = home.make_codebase("shop/api", targets=[target], notes=["one"])
-    other = other_home(home, targets=[target], notes=["two"])
-    home.sync()
-    first = contents(root)
-    for _ in range(2):
-        ran = other.sync("--all")
-        assert ran.lines == []
-        assert ran.err == (
-            f"note: shop/api: {path}: written by another Orchestra (a colleague's registry?): left alone;"
-            " to replace it: orchestra sync shop/api\n"
-        )
-        assert home.sync("--all") == Ran(0, "0 written, 1 unchanged in 1 codebase\n", "")
-    assert contents(root) == first
-    entry = other.staleness()
-    assert entry["status"] == "current"
-    note = f"{path}: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api"
-    assert entry["detail"] == note
-    assert other.run("sync", "--all", "--check").status == 0
-    assert "+- two" in other.run_fine("diff", "api").out
-    ran = other.sync("api")
-    assert ran.lines == [f"replace  shop/api {path}"] and "orchestra restore shop/api" in ran.err
-    assert other.backups() == first
-    second = contents(root)
-    assert home.sync("--all").lines == other.sync("--all").lines == []
-    assert contents(root) == second
-    other.register("shop/api", targets=[target], notes=["three"])
-    assert other.sync("--all").lines == [f"update   shop/api {path}"]
-    assert home.sync("--all").lines == []
-    assert home.backups() == {}
-
-
-def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex", "cursor"], notes=["one"])
-    home.sync()
-    other = other_home(home, targets=["codex", "cursor"], notes=["two"])
-    edits = {
-        "AGENTS.md": edit(root / "AGENTS.md", "- one", "- mine"),
-        ".cursor/rules/orchestra.mdc": edit(root / ".cursor/rules/orchestra.mdc", "alwaysApply: true", "globs: x"),
-    }
-    assert [line.split()[0] for line in other.sync("--all").lines] == ["replace", "replace"]
-    assert other.backups() == edits
-
-
-def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
-    os.unlink(orchestra.codebase_path(home.path, ("shop", "api")))
-    home.register("shop/web", path=str(root), targets=["codex"], notes=["two"])
-    assert home.sync().lines == ["update   shop/web AGENTS.md"]
-
-
-def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
-    ran = other.run_fine("init", str(root), "-p", "shop")
-    assert (
-        ran.err
-        == f"note: shop/api: AGENTS.md: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api\n"
-    )
-
-
-def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
-    ran = other.run_fine("init", str(root), "-p", "shop", "--sync")
-    assert "replace  shop/api AGENTS.md" in ran.out and "orchestra restore shop/api AGENTS.md" in ran.err
-    assert home.sync("--all").lines == []
-
-
-def test_the_daemon_leaves_a_colleagues_text(live: Live) -> None:
-    """The pipeline as the daemon calls it, for one codebase by name."""
-    live.save("shop/api", "one")
-    orchestra.run_pipeline(live.path, orchestra.SyncScope.all())
-    first = live.read()
-    shutil.rmtree(orchestra.hashes_root(live.path))
-    live.save("shop/api", "two")
-    cache = orchestra.load_cache(live.path)
-    _, outcome = orchestra.run_job(live.path, cache, orchestra.SyncJob(orchestra.SyncScope.codebase("api"), "socket"))
-    assert outcome.summary and (outcome.summary.written, outcome.summary.unchanged) == (0, 1)
-    assert live.read() == first
-
-
 # Files that users have before Orchestra comes.
 ORIGINALS = {
     "one line": b"# Mine\n",
@@ -3842,340 +3920,31 @@ def test_a_block_right_behind_a_bom_is_found(home: Home) -> None:
     assert home.sync().lines == []
 
 
-def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
-    mine = {".cursor/rules/mine.mdc": b"mine", "src/a.py": b"x", ".github/workflows/ci.yml": b"y"}
-    root = home.make_codebase("shop/api", mine, targets=ALL_TARGETS)
-    home.sync()
-    assert len(contents(root)) == len(mine) + 8
-    ran = home.run_fine("project", "remove", "api", "--purge")
-    assert len([line for line in ran.lines if line.startswith("remove ")]) == 8
-    assert contents(root) == mine
-    assert sorted(os.listdir(root)) == [".cursor", ".github", "src"]
-    assert home.registry().keys == []
-
-
-def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_place(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "cline"])
-    home.sync()
-    edit(root / "CLAUDE.md", "# api", "# my api")
-    edit(root / CLINE, "# api", "# my api")
-    home.run_fine("project", "remove", "api", "--purge")
-    assert b"# my api" in home.backups()["CLAUDE.md"]
-    assert os.listdir(root) == [".clinerules"] and b"# my api" in (root / CLINE).read_bytes()
-
-
-def edit(file: Path, old: str, new: str) -> bytes:
-    """Edit a file by hand, and give its new bytes."""
-    data = file.read_bytes()
-    assert old.encode() in data
-    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
-    return file.read_bytes()
-
-
-def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
-    file = root / "CLAUDE.md"
-    file.write_bytes(b"my own\n" + file.read_bytes() + b"and this\n")
-    edited = file.read_bytes()
-    assert home.sync().lines == []
-    assert file.read_bytes() == edited and home.backups() == {}
-
-
-@pytest.mark.parametrize(("target", "path"), [("claude", "CLAUDE.md"), ("cursor", ".cursor/rules/orchestra.mdc")])
-@pytest.mark.parametrize("registry_changes", [False, True])
-def test_a_hand_edit_of_ours_is_backed_up_first_and_restore_gives_it_back(
-    home: Home, target: str, path: str, registry_changes: bool
-) -> None:
-    root = home.make_codebase("shop/api", targets=[target])
-    home.sync()
-    synced = (root / path).read_bytes()
-    edited = edit(root / path, "# api", "# my api")
-    if registry_changes:
-        home.register("shop/api", targets=[target], description="new")
-    else:
-        assert home.status_of() == "modified"
-    ran = home.sync()
-    assert ran.lines == [f"replace  shop/api {path}"]
-    assert f"orchestra restore shop/api {path} --at " in ran.err
-    assert ((root / path).read_bytes() == synced) == (not registry_changes)
-    assert home.backups() == {path: edited}
-    command = re.search(r"orchestra (restore .*)", ran.err)
-    assert command
-    home.run_fine(*command[1].split())
-    assert (root / path).read_bytes() == edited
-
-
-def test_restore_gives_back_only_the_block_of_a_shared_file(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
-    edited = edit(root / "CLAUDE.md", "# api", "# my api")
-    home.sync()
-    file = root / "CLAUDE.md"
-    file.write_bytes(b"written later\r\n" + file.read_bytes())
-    home.run_fine("restore", "api")
-    assert file.read_bytes().replace(b"\r\n", b"\n") == b"written later\n" + edited
-
-
-def test_restore_keeps_what_it_replaces(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cline"])
-    home.sync()
-    first = edit(root / CLINE, "# api", "# first")
-    home.sync()
-    second = edit(root / CLINE, "# api", "# second")
-    home.run_fine("restore", "api", ".clinerules/orchestra.md")
-    assert (root / CLINE).read_bytes() == first
-    home.run_fine("restore", "api")
-    assert (root / CLINE).read_bytes() == second
-    assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
-        (orchestra.REPLACE_REASON, HAND_EDIT),
-        ("replaced by restore", DISPLACED),
-        ("replaced by restore", DISPLACED),
-    ]
-
-
-def test_restore_lists_and_chooses(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "codex"])
-    home.sync()
-    assert home.run_fine("restore", "api", "--list").out == ""
-    assert home.run("restore", "api").complaints == [
-        "orchestra: shop/api: expected a kept version of a file, found none"
-    ]
-    edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
-    home.sync()
-    edited.append(edit(root / "CLAUDE.md", "# api", "# our api"))
-    edit(root / "AGENTS.md", "# api", "# agents")
-    home.sync()
-    rows = [line.split() for line in home.run_fine("restore", "api", "--list").out.splitlines()]
-    assert rows[0] == ["WHEN", "FILE", "WHY"]
-    assert sorted(row[1] for row in rows[1:]) == ["AGENTS.md", "CLAUDE.md", "CLAUDE.md"]
-    times = [row[0] for row in rows[1:] if row[1] == "CLAUDE.md"]
-    for when, text in zip(times, edited):
-        home.run_fine("restore", "api", "./CLAUDE.md", "--at", when)
-        assert (root / "CLAUDE.md").read_bytes() == text
-    assert home.run("restore", "api", "--at", "1999").status == 2
-    assert home.run("restore", "api", "GEMINI.md").status == 2
-    assert home.run("restore", "api", "../../etc/passwd").status == 2
-
-
-@pytest.mark.parametrize("link", [".clinerules", CLINE])
-def test_restore_does_not_write_through_links(home: Home, link: str) -> None:
-    root = home.make_codebase("shop/api", targets=["cline"])
-    home.sync()
-    edit(root / CLINE, "# api", "# my api")
-    home.sync()
-    shutil.rmtree(root / ".clinerules")
-    put_files(home.code, {"outside/orchestra.md": "the user's"})
-    put_files(root, {link: link_to(str(home.code / "outside" / ("orchestra.md" if link == CLINE else "")))})
-    ran = home.run("restore", "api")
-    assert ran.status == 2 and len(ran.complaints) == 1
-    assert contents(home.code / "outside") == {"orchestra.md": b"the user's"}
-
-
-def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
-    home.make_codebase("bob's shop/api")
-    file = home.register("bob's shop/api", notes=["second"])
-    file.write_text("{name: api, path: /x, notes: [one, two]}\n")
-    codebase = orchestra.load_codebase(home.path, "bob's shop", "api")
-    orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
-    (backup,) = orchestra.list_backups(home.path, codebase.key)
-    assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
-    ran = home.run("restore", "api", "api.yaml")
-    assert ran.status == 2
-    assert "got a registry file" in ran.err
-    command = ran.err.partition("try: ")[2].strip()
-    subprocess.run(["/bin/sh", "-c", command], check=True)
-    assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
-
-
-def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: Home) -> None:
-    key = ("shop", "api")
-    times = [2e9, 1e9, 1e9, 2e9, 3e9]
-    for number, now in enumerate(times):
-        disk = orchestra.Disk("file", b"%d" % number, 0o644)
-        orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda now=now: now)  # type: ignore[misc]
-    kept = orchestra.list_backups(home.path, key)
-    assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
-    assert [backup.when for backup in kept] == [
-        "20330518T033320.000000Z",
-        "20010909T014640.000000Z",
-        "20010909T014640.000001Z",
-        "20330518T033320.000001Z",
-        "20650124T052000.000000Z",
-    ]
-
-
-@pytest.mark.parametrize("name", ["zzz", "99991231T235959.999999Z", "20269999T000000.000000Z"])
-def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: str) -> None:
-    key = ("shop", "api")
-    put_files(Path(orchestra.backups_of(home.path, key)), {f"{name}/CLAUDE.md": "by hand"})
-    disk = orchestra.Disk("file", b"new", 0o644)
-    assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
-
-
-def rename_codebase(home: Home, old: str, new: str) -> None:
-    """Rename a codebase, or a whole project, as a person does: the file or folder, then the names within."""
-    projects = Path(orchestra.projects_root(home.path))
-    if "/" in old:
-        (projects / f"{old}.yaml").rename(projects / f"{new}.yaml")
-        old, new = old.split("/")[1], new.split("/")[1]
-        files = [projects / "shop" / f"{new}.yaml"]
-    else:
-        (projects / old).rename(projects / new)
-        files = [projects / new / "project.yaml"]
-    for file in files:
-        file.write_text(re.sub(f"(?m)^name: {old}$", f"name: {new}", file.read_text()))
+# ── 14 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "label"), [("shop/api", "shop/api2", "shop/api2"), ("shop", "store", "store/api")]
+    ("disk", "known", "wanted", "purge", "action"),
+    [
+        (None, [], None, False, "keep"),
+        (None, ["old"], None, False, "keep"),
+        ("new", [], "new", False, "keep"),
+        ("new", ["old"], "new", False, "keep"),
+        (None, [], "new", False, "create"),
+        (None, ["new"], "new", False, "create"),
+        ("old", ["old"], "new", False, "update"),
+        ("older", ["old", "older"], "new", False, "update"),
+        ("edited", ["old"], "new", False, "replace"),
+        ("edited", [], "new", False, "replace"),
+        ("old", ["old"], None, False, "remove"),
+        ("older", ["old", "older"], None, True, "remove"),
+        ("edited", ["old"], None, False, "release"),
+        ("edited", ["old"], None, True, "evict"),
+        (None, ["old"], None, True, "keep"),
+    ],
 )
-def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: str, new: str, label: str) -> None:
-    home.write_registry("shop/project.yaml", "name: shop\n")
-    root = home.make_codebase(targets=["claude", "cline", "gemini"])
-    home.sync()
-    mine = edit(root / CLINE, "api", "mine")
-    home.sync()
-    kept = home.backups()
-    assert kept == {CLINE: mine}
-    edit(root / "GEMINI.md", BEGIN.decode(), "mine\n" + BEGIN.decode())
-    rename_codebase(home, old, new)
-    dry = home.run("sync", "--all", "--dry-run")
-    assert home.backups() == kept and home.staleness(label)["last_sync_at"]
-    lines = home.sync().lines
-    assert lines == dry.lines and {line.split()[0] for line in lines} <= {"update"}  # its own text is no edit
-    assert home.backups(label) == kept and home.backups() == {}
-    assert not os.path.exists(orchestra.record_path(home.path, API))
-    home.write_registry(f"{label}.yaml", {"name": label.split("/")[1], "path": str(root), "targets": []})
-    home.sync()
-    assert contents(root) == {"GEMINI.md": b"mine\n"}
-
-
-@pytest.mark.parametrize("moves", [0, 1, 2])
-def test_a_take_over_that_was_cut_short_is_finished(home: Home, monkeypatch: Any, moves: int) -> None:
-    root = home.make_codebase(targets=["claude"])
-    home.sync()
-    put_files(Path(orchestra.backups_of(home.path, API)), {"20260101T000000.000000Z/CLAUDE.md": "older"})
-    mine = edit(root / "CLAUDE.md", "api", "mine")
-    home.sync()
-    rename_codebase(home, "shop/api", "shop/api2")
-    real, done = orchestra.move_private, []
-
-    def move_some(path: str, new: str) -> None:
-        if len(done) == moves:
-            raise orchestra.IoError(path, OSError(errno.EIO, "Input/output error"))
-        real(path, new)
-        done.append(new)
-
-    monkeypatch.setattr(orchestra, "move_private", move_some)
-    assert home.run("sync", "--all").status == 2
-    monkeypatch.undo()
-    assert home.sync().lines == ["update   shop/api2 CLAUDE.md"]
-    kept = orchestra.list_backups(home.path, ("shop", "api2"))
-    assert [Path(backup.file).read_bytes() for backup in kept] == [b"older", mine]
-
-
-FORMERS = [
-    ("renamed", True),
-    ("among others of no use", True),
-    ("reached by a link", True),
-    ("the newer of two", True),
-    ("the newer under two paths", True),
-    ("still registered, but broken", False),
-    ("of another folder", False),
-    ("still being synced", False),
-    ("damaged", False),
-    ("not needed", False),
-]
-
-
-@pytest.mark.parametrize(("case", "is_taken"), FORMERS)
-def test_what_is_taken_over_is_the_record_of_this_folder_under_a_name_registered_no_more(
-    home: Home, case: str, is_taken: bool
-) -> None:
-    root = path = home.make_codebase(targets=["claude"])
-    home.sync()
-    record = Path(orchestra.record_path(home.path, API))
-    data = record.read_bytes()
-    older = data.replace(b'"synced_at":"2', b'"synced_at":"1')
-    os.unlink(orchestra.codebase_path(home.path, API))
-    if case == "reached by a link":
-        path = home.code / "link"
-        path.symlink_to(root)
-    elif case == "the newer of two":
-        put_files(record.parent, {"zzz.json": older})
-    elif case == "the newer under two paths":
-        (home.code / "link").symlink_to(root)
-        put_files(record.parent, {"zzz.json": older.replace(str(root).encode(), f"{home.code}/link".encode())})
-    elif case == "among others of no use":
-        odd = {
-            "file": "",
-            "shop/folder.json/x": "",
-            "shop/none.json": "{}",
-            "shop/old.json": data.replace(b"root", b"x"),
-        }
-        put_files(record.parent.parent, odd)
-    elif case == "still registered, but broken":
-        home.write_registry("shop/api.yaml", "{")
-    elif case == "of another folder":
-        path = Path(shutil.copytree(root, home.code / "copy"))
-    elif case == "damaged":
-        record.write_bytes(data[:-9])
-    elif case == "not needed":
-        put_files(record.parent, {"web.json": older})
-    home.register("shop/web", path=str(path), targets=["claude"])
-    lock = orchestra.try_lock(orchestra.codebase_lock_path(home.path, API)) if case == "still being synced" else None
-    home.sync("web")
-    assert record.exists() != is_taken
-    if lock is not None:
-        os.close(lock)
-
-
-def test_a_home_that_was_moved_finds_its_codebases_again(home: Home) -> None:
-    root = Path(home.path, "code/api")
-    root.mkdir(parents=True)
-    home.run_fine("init", str(root), "-p", "shop", "--sync")
-    moved = home.folder / "moved"
-    os.rename(home.path, moved)
-    home.path, home.environ = str(moved), {"HOME": str(moved)}
-    assert home.sync().out == "0 written, 2 unchanged in 1 codebase\n"
-    assert json.loads(home.run_fine("project", "list", "--json").out)[0]["path"] == f"{moved}/code/api"
-
-
-def test_looking_for_renamed_codebases_reads_each_record_once(home: Home, monkeypatch: Any) -> None:
-    for i in range(30):
-        home.make_codebase(f"old/c{i}", targets=["claude"])
-    home.sync()
-    shutil.rmtree(Path(orchestra.projects_root(home.path), "old"))
-    reads: collections.Counter[orchestra.Key] = collections.Counter()
-    real = orchestra.load_record
-    monkeypatch.setattr(orchestra, "load_record", lambda home, key: [reads.update([key]), real(home, key)][1])
-    for i in range(30):
-        home.make_codebase(f"new/c{i}", targets=["claude"])
-    home.sync()
-    assert {reads["old", f"c{i}"] for i in range(30)} == {1}
-
-
-def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
-    root = home.make_codebase("shop/api", targets=["cursor"])
-    real = orchestra.save_record
-
-    def save_record(*args: Any) -> None:
-        real(*args)
-        if root.exists():
-            root.rename(home.code / "moved")
-
-    monkeypatch.setattr(orchestra, "save_record", save_record)
-    ran = home.run("sync", "api")
-    assert ran.status == 2 and len(ran.complaints) == 1
-    assert not root.exists()
-    assert contents(home.code / "moved") == {}
-
-
-def test_what_orchestra_did_not_write_is_backed_up_from_an_owned_path(home: Home) -> None:
-    home.make_codebase("shop/api", {CLINE: b"\xff\0mine"}, targets=["cline"])
-    assert home.sync().lines == ["replace  shop/api .clinerules/orchestra.md"]
-    assert home.backups() == {CLINE: b"\xff\0mine"}
+def test_three_hashes_decide(disk: Any, known: list[str], wanted: Any, purge: bool, action: str) -> None:
+    assert orchestra.decide(disk, known, wanted, purge) == action
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -4214,159 +3983,30 @@ def test_a_record_that_orchestra_cannot_have_written_counts_as_none(home: Home, 
     assert home.run_fine("project", "remove", "api", "--purge").err == ""
 
 
-SAVED_IN_THE_INSTANT = b"saved in that instant"
-DAMAGED_SWAPS = (
-    b"",
-    b"1",
-    b"1\0/a\0/a",
-    b"\0" * 10,
-    b"1\0" * 10,
-    b"1\0\xff\0b\x001\0",
-    b"1\0/a/CLAUDE.md\0/etc/hostname\x001\0",
-    b"1\0/a/CLAUDE.md\0/etc\0x\x001\0",
-    b"[" * 60_000,
-)
-
-
-def leave_swap(home: Home, root: Path, path: str) -> Path:
-    """Leave what a sync leaves that is killed right after a swap which brought a user's save out."""
-    temporary = (root / path).with_name(".orchestra-77-aa-1.tmp")
-    temporary.write_bytes(SAVED_IN_THE_INSTANT)
-    lock = Path(orchestra.codebase_lock_path(home.path, ("shop", "api")))
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    swap = "\0".join(["1", str(root / path), str(temporary), "00", "1", ""])
-    lock.write_text(f"77-aa\n{swap}")
-    return temporary
-
-
-@pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT])
-@pytest.mark.parametrize("moves", [False, True])
-def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_then(
-    home: Home, path: str, moves: bool
-) -> None:
-    root = home.make_codebase("shop/api", {".github/x": ""}, targets=["claude", "copilot"])
-    left = leave_swap(home, root, path)
-    other = home.code / "1/2/3/4/5/api"
-    if moves:
-        other.parent.mkdir(parents=True)
-        root.rename(other)
-    else:
-        (other / ".github").mkdir(parents=True)
-    before = {name: data for name, data in contents(home.code).items() if not name.endswith(".tmp")}
-    home.register("shop/api", path=str(other), targets=["claude", "copilot"])
-    home.sync()
-    places = [file for file in (root / path, other / path) if file.exists()]
-    assert any(SAVED_IN_THE_INSTANT in file.read_bytes() for file in places)
-    assert (home.backups(), home.leftovers(), left.exists()) == ({}, [], False)
-    assert before.items() <= contents(home.code).items()
-
-
-@pytest.mark.parametrize("swap", DAMAGED_SWAPS)
-def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
-    home.make_codebase("shop/api")
-    for lock in (orchestra.codebase_lock_path(home.path, ("shop", "api")), orchestra.registry_lock_path(home.path)):
-        Path(lock).parent.mkdir(parents=True, exist_ok=True)
-        Path(lock).write_bytes(b"x\n" + swap)
-    assert home.sync().err == ""
-    assert home.run_fine("project", "remove", "api").err == ""
-
-
-def test_a_registry_file_that_goes_while_it_is_listed_is_no_problem(home: Home, monkeypatch: Any) -> None:
-    file = home.register()
-    scanned = orchestra.scan_registry(home.path)
-    shutil.rmtree(file.parent)
-    monkeypatch.setattr(orchestra, "scan_registry", lambda home: scanned)
-    assert (home.registry().keys, home.problems()) == ([], [])
-
-
-def test_a_restore_that_fails_says_where(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"])
-    home.sync()
-    edit(root / "AGENTS.md", "# api", "# mine")
-    home.sync()
-    with open(root / "AGENTS.md", "ab") as file:
-        file.write(BEGIN + b"\n")
-    assert home.run("restore", "api").err.startswith(f"orchestra: {root}/AGENTS.md: expected one orchestra:begin and")
-
-
-@pytest.mark.parametrize("kind", ["gone", "a pipe", "a link"])
-def test_a_kept_version_that_is_no_file_restores_nothing(home: Home, kind: str) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"])
-    home.sync()
-    edit(root / "AGENTS.md", "# api", "# mine")
-    home.sync()
-    (backup,) = orchestra.list_backups(home.path, ("shop", "api"))
-    file = Path(backup.file)
-    file.unlink()
-    if kind == "a pipe":
-        os.mkfifo(file)
-    elif kind == "a link":
-        file.symlink_to(root / "AGENTS.md")
-    before = tree(root)
-    with pytest.raises(orchestra.SyncError, match="expected a kept version, got "):
-        orchestra.restore_file(home.path, home.registry().readable("api"), backup)
-    assert tree(root) == before
-
-
-@pytest.mark.parametrize("others", [{".clinerules": "rules"}, {"GEMINI.md": b"a\0b"}])
-def test_a_purge_leaves_what_orchestra_has_nothing_in(home: Home, others: dict[str, Any]) -> None:
-    root = home.make_codebase("shop/api", others, targets=["claude", "codex"])
-    before = tree(root)
-    home.sync()
-    assert "left alone: expected" in home.run_fine("project", "remove", "api", "--purge").err
-    assert tree(root) == before
-
-
-def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
-    home.make_codebase("shop/api", {"CLAUDE.md": b"a\0b"}, targets=["claude"])
-    assert home.run("sync", "--all").status == 2
-    assert home.staleness()["last_sync_at"] is None
-
-
-def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "codex"])
-    home.sync()
-    (root / "CLAUDE.md").write_text("all mine\n")
-    (root / "AGENTS.md").unlink()
-    assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
-
-
-def test_a_second_sync_writes_nothing(home: Home) -> None:
-    home.make_codebase("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS, notes=["a"])
-    home.sync()
-    before = tree(home.folder)
-    assert home.sync().out == "0 written, 8 unchanged in 1 codebase\n"
-    assert tree(home.folder) == before
-
-
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o755])
-def test_the_mode_of_a_file_is_kept(home: Home, mode: int) -> None:
-    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"})
-    (root / "CLAUDE.md").chmod(mode)
-    home.sync()
-    assert stat.S_IMODE((root / "CLAUDE.md").stat().st_mode) == mode
-
-
-def test_a_new_file_has_the_mode_of_the_umask(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cursor"])
-    old = os.umask(0o027)
-    try:
+def test_an_older_text_brought_back_by_git_is_updated_without_a_backup(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    texts = []
+    for number in range(4):
+        home.register("shop/api", targets=["claude"], description=f"version {number}")
         home.sync()
-    finally:
-        os.umask(old)
-    modes = [stat.S_IMODE((root / name).stat().st_mode) for name in (".cursor", ".cursor/rules/orchestra.mdc")]
-    assert modes == [0o750, 0o640]
+        texts.append((root / "CLAUDE.md").read_bytes())
+    for text in texts[:-1]:
+        (root / "CLAUDE.md").write_bytes(text)
+        assert home.status_of() == "stale"
+        assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    assert home.backups() == {}
 
 
-def test_line_ends_that_git_turned_into_crlf_are_no_hand_edit(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "cursor"])
+def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
     home.sync()
-    for path in ("CLAUDE.md", ".cursor/rules/orchestra.mdc"):
-        (root / path).write_bytes((root / path).read_bytes().replace(b"\n", b"\r\n"))
-    assert home.sync().lines == []
-    home.register("shop/api", targets=["claude", "cursor"], description="new")
-    assert {line.split()[0] for line in home.sync().lines} == {"update"}
-    assert b"\n" not in (root / "CLAUDE.md").read_bytes().replace(b"\r\n", b"")
+    first = (root / "CLAUDE.md").read_bytes()
+    for number in range(orchestra.MAX_EARLIER + 1):
+        home.register("shop/api", targets=["claude"], description=f"version {number}")
+        home.sync()
+    (root / "CLAUDE.md").write_bytes(first)
+    home.sync()
+    assert home.backups() == {"CLAUDE.md": first}
 
 
 @pytest.mark.parametrize("target", ["AGENTS.md", "/etc/hostname", "nowhere", "CLAUDE.md"])
@@ -4440,34 +4080,6 @@ def test_a_sparse_worktree_has_its_settings_in_the_common_folder(home: Home) -> 
     run_git(home.code / "shop/api", "read-tree", "-mu", "HEAD")
     home.register("shop/api", targets=["copilot"])
     assert home.sync().lines == [] and not (home.code / "shop/api" / COPILOT).exists()
-
-
-def test_a_folder_that_cannot_be_listed_is_one_line_and_the_others_go_on(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
-    (root / "CLAUDE.md").unlink()
-    home.make_codebase("shop/good")
-    root.chmod(0o311)
-    ran = home.run_as_nobody("sync", "--all")
-    root.chmod(0o755)
-    assert ran.complaints == [f"orchestra: shop/api: {root}: permission denied"]
-    assert (home.code / "shop/good/CLAUDE.md").exists()
-
-
-def test_one_codebases_error_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
-    for name in ("api", "good"):
-        home.make_codebase(f"shop/{name}", targets=["claude"])
-    real = orchestra.find_root
-
-    def fail(home: str, codebase: orchestra.Codebase, *args: Any, **options: Any) -> str:
-        if codebase.name == "api":
-            raise OSError(errno.EIO, "Input/output error", "/the/disk")
-        return real(home, codebase, *args, **options)
-
-    monkeypatch.setattr(orchestra, "find_root", fail)
-    ran = home.run("sync", "--all")
-    assert (ran.status, ran.complaints) == (2, ["orchestra: shop/api: /the/disk: input/output error"])
-    assert (home.code / "shop/good/CLAUDE.md").exists() and home.status_of() == "error"
 
 
 @pytest.mark.parametrize("git", ["gitdir: a\0b", b"gitdir: \xff", "gitdir:", "[core]\nsparseCheckout = true"])
@@ -4621,18 +4233,6 @@ def test_what_was_set_aside_in_the_folder_that_was_left_is_let_go_there(home: Ho
     assert not sync_later(home, 300).has_leftovers
 
 
-def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
-    code = Path(home.path, "code/api")
-    put_files(code, {"code.py": ""})
-    home.register("shop/api", path="~/code/api", targets=["claude"])
-    home.sync()
-    other = home.folder / "copy"
-    shutil.copytree(home.path, other)
-    before = tree(code)
-    assert orchestra.main(["sync", "--all"], {"HOME": str(other)}) == 0
-    assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
-
-
 @pytest.mark.parametrize("path", ["GEMINI.md", CLINE])
 def test_a_managed_file_that_is_too_large_is_an_error_for_it_alone(home: Home, path: str) -> None:
     target = "gemini" if path == "GEMINI.md" else "cline"
@@ -4643,15 +4243,6 @@ def test_a_managed_file_that_is_too_large_is_an_error_for_it_alone(home: Home, p
     ran = home.run("sync", "--all")
     assert ran.complaints == [f"orchestra: shop/api: {path}: expected at most 8 MiB, got more"]
     assert ran.lines == ["update   shop/api CLAUDE.md"]
-
-
-@pytest.mark.parametrize("most", [1, 7, 1000])
-def test_a_file_that_the_system_hands_over_in_pieces_is_read_whole(home: Home, monkeypatch: Any, most: int) -> None:
-    data, read = os.urandom(5000), os.read
-    put_files(home.code, {"x": data})
-    monkeypatch.setattr(os, "read", lambda fd, count: read(fd, min(count, most)))
-    assert orchestra.read_disk(str(home.code / "x")).data == data
-    assert orchestra.read_disk(str(home.code / "x"), 4999).data == data[:4999]
 
 
 @pytest.mark.parametrize("link", [".cursor", ".cursor/rules"])
@@ -4692,6 +4283,678 @@ def test_a_codebase_reached_through_a_link_is_fine(home: Home) -> None:
     home.register("shop/api", path=str(home.code / "link"), targets=["cursor"])
     home.sync()
     assert (root / ".cursor/rules/orchestra.mdc").exists()
+
+
+def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
+    home.sync()
+    home.register("shop/api", targets=["claude"])
+    assert home.staleness()["status"] == "orphan"
+    assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
+    assert sorted(home.sync().lines) == ["remove   shop/api .cursor/rules/orchestra.mdc", "remove   shop/api AGENTS.md"]
+    assert sorted(contents(root)) == ["AGENTS.md", "CLAUDE.md"]
+    assert (root / "AGENTS.md").read_bytes() == b"mine\n"
+    assert not (root / ".cursor").exists()
+    assert home.status_of() == "current"
+
+
+def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor", "codex"])
+    home.sync()
+    edited = [edit(root / path, "# api", "# mine") for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")]
+    home.register("shop/api", targets=[])
+    assert home.status_of() == "orphan"
+    ran = home.sync()
+    assert sorted(line.split()[0] for line in ran.lines) == ["release", "release"]
+    assert "edited by hand, so it stays and is yours now" in ran.err
+    assert [(root / path).read_bytes() for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")] == edited
+    assert home.sync().lines == [] and home.status_of() == "current"
+
+
+@pytest.mark.parametrize(
+    ("files", "targets", "imports"),
+    [
+        ({"AGENTS.md": "mine"}, ["claude", "codex"], True),
+        ({"AGENTS.md": "mine"}, ["claude"], True),
+        ({"AGENTS.md": "mine", "CLAUDE.md": "mine too"}, ["claude"], False),
+        ({"AGENTS.md": "  \n"}, ["claude", "codex"], False),
+        ({}, ["claude", "codex"], False),
+        ({"AGENTS.md": link_to("docs.md"), "docs.md": "mine"}, ["claude"], False),
+    ],
+)
+def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: Any, targets: Any, imports: bool) -> None:
+    root = home.make_codebase("shop/api", files, targets=targets)
+    home.sync()
+    assert (b"\n@AGENTS.md\n" in (root / "CLAUDE.md").read_bytes()) == imports
+    assert home.sync().lines == []
+
+
+def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    agents = root / "AGENTS.md"
+    generated = agents.read_bytes()
+    agents.write_bytes(b"mine\n" + generated)
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    agents.write_bytes(generated)
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    assert home.backups() == {}
+
+
+# Other registries
+
+
+def other_home(home: Home, **values: Any) -> Home:
+    """Make a colleague's home, with the same codebase in its registry."""
+    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    other.code = home.code
+    other.register("shop/api", **values)
+    return other
+
+
+@pytest.mark.parametrize("path", ["AGENTS.md", CLINE, ".cursor/rules/orchestra.mdc"])
+def test_two_registries_do_not_replace_each_others_text_for_ever(home: Home, path: str) -> None:
+    target = orchestra.AGENTS_BY_PATH[path].target
+    root = home.make_codebase("shop/api", targets=[target], notes=["one"])
+    other = other_home(home, targets=[target], notes=["two"])
+    home.sync()
+    first = contents(root)
+    for _ in range(2):
+        ran = other.sync("--all")
+        assert ran.lines == []
+        assert ran.err == (
+            f"note: shop/api: {path}: written by another Orchestra (a colleague's registry?): left alone;"
+            " to replace it: orchestra sync shop/api\n"
+        )
+        assert home.sync("--all") == Ran(0, "0 written, 1 unchanged in 1 codebase\n", "")
+    assert contents(root) == first
+    entry = other.staleness()
+    assert entry["status"] == "current"
+    note = f"{path}: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api"
+    assert entry["detail"] == note
+    assert other.run("sync", "--all", "--check").status == 0
+    assert "+- two" in other.run_fine("diff", "api").out
+    ran = other.sync("api")
+    assert ran.lines == [f"replace  shop/api {path}"] and "orchestra restore shop/api" in ran.err
+    assert other.backups() == first
+    second = contents(root)
+    assert home.sync("--all").lines == other.sync("--all").lines == []
+    assert contents(root) == second
+    other.register("shop/api", targets=[target], notes=["three"])
+    assert other.sync("--all").lines == [f"update   shop/api {path}"]
+    assert home.sync("--all").lines == []
+    assert home.backups() == {}
+
+
+def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex", "cursor"], notes=["one"])
+    home.sync()
+    other = other_home(home, targets=["codex", "cursor"], notes=["two"])
+    edits = {
+        "AGENTS.md": edit(root / "AGENTS.md", "- one", "- mine"),
+        ".cursor/rules/orchestra.mdc": edit(root / ".cursor/rules/orchestra.mdc", "alwaysApply: true", "globs: x"),
+    }
+    assert [line.split()[0] for line in other.sync("--all").lines] == ["replace", "replace"]
+    assert other.backups() == edits
+
+
+def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
+    home.sync()
+    os.unlink(orchestra.codebase_path(home.path, ("shop", "api")))
+    home.register("shop/web", path=str(root), targets=["codex"], notes=["two"])
+    assert home.sync().lines == ["update   shop/web AGENTS.md"]
+
+
+def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
+    home.sync()
+    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    ran = other.run_fine("init", str(root), "-p", "shop")
+    assert (
+        ran.err
+        == f"note: shop/api: AGENTS.md: {orchestra.FOREIGN}: left alone; to replace it: orchestra sync shop/api\n"
+    )
+
+
+def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
+    home.sync()
+    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    ran = other.run_fine("init", str(root), "-p", "shop", "--sync")
+    assert "replace  shop/api AGENTS.md" in ran.out and "orchestra restore shop/api AGENTS.md" in ran.err
+    assert home.sync("--all").lines == []
+
+
+def test_the_daemon_leaves_a_colleagues_text(live: Live) -> None:
+    """The pipeline as the daemon calls it, for one codebase by name."""
+    live.save("shop/api", "one")
+    orchestra.run_pipeline(live.path, orchestra.SyncScope.all())
+    first = live.read()
+    shutil.rmtree(orchestra.hashes_root(live.path))
+    live.save("shop/api", "two")
+    cache = orchestra.load_cache(live.path)
+    _, outcome = orchestra.run_job(live.path, cache, orchestra.SyncJob(orchestra.SyncScope.codebase("api"), "socket"))
+    assert outcome.summary and (outcome.summary.written, outcome.summary.unchanged) == (0, 1)
+    assert live.read() == first
+
+
+def rename_codebase(home: Home, old: str, new: str) -> None:
+    """Rename a codebase, or a whole project, as a person does: the file or folder, then the names within."""
+    projects = Path(orchestra.projects_root(home.path))
+    if "/" in old:
+        (projects / f"{old}.yaml").rename(projects / f"{new}.yaml")
+        old, new = old.split("/")[1], new.split("/")[1]
+        files = [projects / "shop" / f"{new}.yaml"]
+    else:
+        (projects / old).rename(projects / new)
+        files = [projects / new / "project.yaml"]
+    for file in files:
+        file.write_text(re.sub(f"(?m)^name: {old}$", f"name: {new}", file.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "label"), [("shop/api", "shop/api2", "shop/api2"), ("shop", "store", "store/api")]
+)
+def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: str, new: str, label: str) -> None:
+    home.write_registry("shop/project.yaml", "name: shop\n")
+    root = home.make_codebase(targets=["claude", "cline", "gemini"])
+    home.sync()
+    mine = edit(root / CLINE, "api", "mine")
+    home.sync()
+    kept = home.backups()
+    assert kept == {CLINE: mine}
+    edit(root / "GEMINI.md", BEGIN.decode(), "mine\n" + BEGIN.decode())
+    rename_codebase(home, old, new)
+    dry = home.run("sync", "--all", "--dry-run")
+    assert home.backups() == kept and home.staleness(label)["last_sync_at"]
+    lines = home.sync().lines
+    assert lines == dry.lines and {line.split()[0] for line in lines} <= {"update"}  # its own text is no edit
+    assert home.backups(label) == kept and home.backups() == {}
+    assert not os.path.exists(orchestra.record_path(home.path, API))
+    home.write_registry(f"{label}.yaml", {"name": label.split("/")[1], "path": str(root), "targets": []})
+    home.sync()
+    assert contents(root) == {"GEMINI.md": b"mine\n"}
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_take_over_that_was_cut_short_is_finished(home: Home, monkeypatch: Any, moves: int) -> None:
+    root = home.make_codebase(targets=["claude"])
+    home.sync()
+    put_files(Path(orchestra.backups_of(home.path, API)), {"20260101T000000.000000Z/CLAUDE.md": "older"})
+    mine = edit(root / "CLAUDE.md", "api", "mine")
+    home.sync()
+    rename_codebase(home, "shop/api", "shop/api2")
+    real, done = orchestra.move_private, []
+
+    def move_some(path: str, new: str) -> None:
+        if len(done) == moves:
+            raise orchestra.IoError(path, OSError(errno.EIO, "Input/output error"))
+        real(path, new)
+        done.append(new)
+
+    monkeypatch.setattr(orchestra, "move_private", move_some)
+    assert home.run("sync", "--all").status == 2
+    monkeypatch.undo()
+    assert home.sync().lines == ["update   shop/api2 CLAUDE.md"]
+    kept = orchestra.list_backups(home.path, ("shop", "api2"))
+    assert [Path(backup.file).read_bytes() for backup in kept] == [b"older", mine]
+
+
+FORMERS = [
+    ("renamed", True),
+    ("among others of no use", True),
+    ("reached by a link", True),
+    ("the newer of two", True),
+    ("the newer under two paths", True),
+    ("still registered, but broken", False),
+    ("of another folder", False),
+    ("still being synced", False),
+    ("damaged", False),
+    ("not needed", False),
+]
+
+
+@pytest.mark.parametrize(("case", "is_taken"), FORMERS)
+def test_what_is_taken_over_is_the_record_of_this_folder_under_a_name_registered_no_more(
+    home: Home, case: str, is_taken: bool
+) -> None:
+    root = path = home.make_codebase(targets=["claude"])
+    home.sync()
+    record = Path(orchestra.record_path(home.path, API))
+    data = record.read_bytes()
+    older = data.replace(b'"synced_at":"2', b'"synced_at":"1')
+    os.unlink(orchestra.codebase_path(home.path, API))
+    if case == "reached by a link":
+        path = home.code / "link"
+        path.symlink_to(root)
+    elif case == "the newer of two":
+        put_files(record.parent, {"zzz.json": older})
+    elif case == "the newer under two paths":
+        (home.code / "link").symlink_to(root)
+        put_files(record.parent, {"zzz.json": older.replace(str(root).encode(), f"{home.code}/link".encode())})
+    elif case == "among others of no use":
+        odd = {
+            "file": "",
+            "shop/folder.json/x": "",
+            "shop/none.json": "{}",
+            "shop/old.json": data.replace(b"root", b"x"),
+        }
+        put_files(record.parent.parent, odd)
+    elif case == "still registered, but broken":
+        home.write_registry("shop/api.yaml", "{")
+    elif case == "of another folder":
+        path = Path(shutil.copytree(root, home.code / "copy"))
+    elif case == "damaged":
+        record.write_bytes(data[:-9])
+    elif case == "not needed":
+        put_files(record.parent, {"web.json": older})
+    home.register("shop/web", path=str(path), targets=["claude"])
+    lock = orchestra.try_lock(orchestra.codebase_lock_path(home.path, API)) if case == "still being synced" else None
+    home.sync("web")
+    assert record.exists() != is_taken
+    if lock is not None:
+        os.close(lock)
+
+
+def test_a_home_that_was_moved_finds_its_codebases_again(home: Home) -> None:
+    root = Path(home.path, "code/api")
+    root.mkdir(parents=True)
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    moved = home.folder / "moved"
+    os.rename(home.path, moved)
+    home.path, home.environ = str(moved), {"HOME": str(moved)}
+    assert home.sync().out == "0 written, 2 unchanged in 1 codebase\n"
+    assert json.loads(home.run_fine("project", "list", "--json").out)[0]["path"] == f"{moved}/code/api"
+
+
+def test_looking_for_renamed_codebases_reads_each_record_once(home: Home, monkeypatch: Any) -> None:
+    for i in range(30):
+        home.make_codebase(f"old/c{i}", targets=["claude"])
+    home.sync()
+    shutil.rmtree(Path(orchestra.projects_root(home.path), "old"))
+    reads: collections.Counter[orchestra.Key] = collections.Counter()
+    real = orchestra.load_record
+    monkeypatch.setattr(orchestra, "load_record", lambda home, key: [reads.update([key]), real(home, key)][1])
+    for i in range(30):
+        home.make_codebase(f"new/c{i}", targets=["claude"])
+    home.sync()
+    assert {reads["old", f"c{i}"] for i in range(30)} == {1}
+
+
+def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
+    code = Path(home.path, "code/api")
+    put_files(code, {"code.py": ""})
+    home.register("shop/api", path="~/code/api", targets=["claude"])
+    home.sync()
+    other = home.folder / "copy"
+    shutil.copytree(home.path, other)
+    before = tree(code)
+    assert orchestra.main(["sync", "--all"], {"HOME": str(other)}) == 0
+    assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
+
+
+# ── 15 Sync ───────────────────────────────────────────────────────────────────
+
+
+def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
+    mine = {".cursor/rules/mine.mdc": b"mine", "src/a.py": b"x", ".github/workflows/ci.yml": b"y"}
+    root = home.make_codebase("shop/api", mine, targets=ALL_TARGETS)
+    home.sync()
+    assert len(contents(root)) == len(mine) + 8
+    ran = home.run_fine("project", "remove", "api", "--purge")
+    assert len([line for line in ran.lines if line.startswith("remove ")]) == 8
+    assert contents(root) == mine
+    assert sorted(os.listdir(root)) == [".cursor", ".github", "src"]
+    assert home.registry().keys == []
+
+
+def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_place(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "cline"])
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# my api")
+    edit(root / CLINE, "# api", "# my api")
+    home.run_fine("project", "remove", "api", "--purge")
+    assert b"# my api" in home.backups()["CLAUDE.md"]
+    assert os.listdir(root) == [".clinerules"] and b"# my api" in (root / CLINE).read_bytes()
+
+
+def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
+    root = home.make_codebase()
+    home.sync()
+    file = root / "CLAUDE.md"
+    file.write_bytes(b"my own\n" + file.read_bytes() + b"and this\n")
+    edited = file.read_bytes()
+    assert home.sync().lines == []
+    assert file.read_bytes() == edited and home.backups() == {}
+
+
+@pytest.mark.parametrize(("target", "path"), [("claude", "CLAUDE.md"), ("cursor", ".cursor/rules/orchestra.mdc")])
+@pytest.mark.parametrize("registry_changes", [False, True])
+def test_a_hand_edit_of_ours_is_backed_up_first_and_restore_gives_it_back(
+    home: Home, target: str, path: str, registry_changes: bool
+) -> None:
+    root = home.make_codebase("shop/api", targets=[target])
+    home.sync()
+    synced = (root / path).read_bytes()
+    edited = edit(root / path, "# api", "# my api")
+    if registry_changes:
+        home.register("shop/api", targets=[target], description="new")
+    else:
+        assert home.status_of() == "modified"
+    ran = home.sync()
+    assert ran.lines == [f"replace  shop/api {path}"]
+    assert f"orchestra restore shop/api {path} --at " in ran.err
+    assert ((root / path).read_bytes() == synced) == (not registry_changes)
+    assert home.backups() == {path: edited}
+    command = re.search(r"orchestra (restore .*)", ran.err)
+    assert command
+    home.run_fine(*command[1].split())
+    assert (root / path).read_bytes() == edited
+
+
+def test_restore_gives_back_only_the_block_of_a_shared_file(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    edited = edit(root / "CLAUDE.md", "# api", "# my api")
+    home.sync()
+    file = root / "CLAUDE.md"
+    file.write_bytes(b"written later\r\n" + file.read_bytes())
+    home.run_fine("restore", "api")
+    assert file.read_bytes().replace(b"\r\n", b"\n") == b"written later\n" + edited
+
+
+def test_restore_keeps_what_it_replaces(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    first = edit(root / CLINE, "# api", "# first")
+    home.sync()
+    second = edit(root / CLINE, "# api", "# second")
+    home.run_fine("restore", "api", ".clinerules/orchestra.md")
+    assert (root / CLINE).read_bytes() == first
+    home.run_fine("restore", "api")
+    assert (root / CLINE).read_bytes() == second
+    assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
+        (orchestra.REPLACE_REASON, HAND_EDIT),
+        ("replaced by restore", DISPLACED),
+        ("replaced by restore", DISPLACED),
+    ]
+
+
+def test_restore_lists_and_chooses(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex"])
+    home.sync()
+    assert home.run_fine("restore", "api", "--list").out == ""
+    assert home.run("restore", "api").complaints == [
+        "orchestra: shop/api: expected a kept version of a file, found none"
+    ]
+    edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
+    home.sync()
+    edited.append(edit(root / "CLAUDE.md", "# api", "# our api"))
+    edit(root / "AGENTS.md", "# api", "# agents")
+    home.sync()
+    rows = [line.split() for line in home.run_fine("restore", "api", "--list").out.splitlines()]
+    assert rows[0] == ["WHEN", "FILE", "WHY"]
+    assert sorted(row[1] for row in rows[1:]) == ["AGENTS.md", "CLAUDE.md", "CLAUDE.md"]
+    times = [row[0] for row in rows[1:] if row[1] == "CLAUDE.md"]
+    for when, text in zip(times, edited):
+        home.run_fine("restore", "api", "./CLAUDE.md", "--at", when)
+        assert (root / "CLAUDE.md").read_bytes() == text
+    assert home.run("restore", "api", "--at", "1999").status == 2
+    assert home.run("restore", "api", "GEMINI.md").status == 2
+    assert home.run("restore", "api", "../../etc/passwd").status == 2
+
+
+@pytest.mark.parametrize("link", [".clinerules", CLINE])
+def test_restore_does_not_write_through_links(home: Home, link: str) -> None:
+    root = home.make_codebase("shop/api", targets=["cline"])
+    home.sync()
+    edit(root / CLINE, "# api", "# my api")
+    home.sync()
+    shutil.rmtree(root / ".clinerules")
+    put_files(home.code, {"outside/orchestra.md": "the user's"})
+    put_files(root, {link: link_to(str(home.code / "outside" / ("orchestra.md" if link == CLINE else "")))})
+    ran = home.run("restore", "api")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert contents(home.code / "outside") == {"orchestra.md": b"the user's"}
+
+
+def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
+    home.make_codebase("bob's shop/api")
+    file = home.register("bob's shop/api", notes=["second"])
+    file.write_text("{name: api, path: /x, notes: [one, two]}\n")
+    codebase = orchestra.load_codebase(home.path, "bob's shop", "api")
+    orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
+    (backup,) = orchestra.list_backups(home.path, codebase.key)
+    assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
+    ran = home.run("restore", "api", "api.yaml")
+    assert ran.status == 2
+    assert "got a registry file" in ran.err
+    command = ran.err.partition("try: ")[2].strip()
+    subprocess.run(["/bin/sh", "-c", command], check=True)
+    assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
+
+
+def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: Home) -> None:
+    key = ("shop", "api")
+    times = [2e9, 1e9, 1e9, 2e9, 3e9]
+    for number, now in enumerate(times):
+        disk = orchestra.Disk("file", b"%d" % number, 0o644)
+        orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda now=now: now)  # type: ignore[misc]
+    kept = orchestra.list_backups(home.path, key)
+    assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [backup.when for backup in kept] == [
+        "20330518T033320.000000Z",
+        "20010909T014640.000000Z",
+        "20010909T014640.000001Z",
+        "20330518T033320.000001Z",
+        "20650124T052000.000000Z",
+    ]
+
+
+@pytest.mark.parametrize("name", ["zzz", "99991231T235959.999999Z", "20269999T000000.000000Z"])
+def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: str) -> None:
+    key = ("shop", "api")
+    put_files(Path(orchestra.backups_of(home.path, key)), {f"{name}/CLAUDE.md": "by hand"})
+    disk = orchestra.Disk("file", b"new", 0o644)
+    assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
+
+
+def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor"])
+    real = orchestra.save_record
+
+    def save_record(*args: Any) -> None:
+        real(*args)
+        if root.exists():
+            root.rename(home.code / "moved")
+
+    monkeypatch.setattr(orchestra, "save_record", save_record)
+    ran = home.run("sync", "api")
+    assert ran.status == 2 and len(ran.complaints) == 1
+    assert not root.exists()
+    assert contents(home.code / "moved") == {}
+
+
+def test_what_orchestra_did_not_write_is_backed_up_from_an_owned_path(home: Home) -> None:
+    home.make_codebase("shop/api", {CLINE: b"\xff\0mine"}, targets=["cline"])
+    assert home.sync().lines == ["replace  shop/api .clinerules/orchestra.md"]
+    assert home.backups() == {CLINE: b"\xff\0mine"}
+
+
+SAVED_IN_THE_INSTANT = b"saved in that instant"
+DAMAGED_SWAPS = (
+    b"",
+    b"1",
+    b"1\0/a\0/a",
+    b"\0" * 10,
+    b"1\0" * 10,
+    b"1\0\xff\0b\x001\0",
+    b"1\0/a/CLAUDE.md\0/etc/hostname\x001\0",
+    b"1\0/a/CLAUDE.md\0/etc\0x\x001\0",
+    b"[" * 60_000,
+)
+
+
+def leave_swap(home: Home, root: Path, path: str) -> Path:
+    """Leave what a sync leaves that is killed right after a swap which brought a user's save out."""
+    temporary = (root / path).with_name(".orchestra-77-aa-1.tmp")
+    temporary.write_bytes(SAVED_IN_THE_INSTANT)
+    lock = Path(orchestra.codebase_lock_path(home.path, ("shop", "api")))
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    swap = "\0".join(["1", str(root / path), str(temporary), "00", "1", ""])
+    lock.write_text(f"77-aa\n{swap}")
+    return temporary
+
+
+@pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT])
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_then(
+    home: Home, path: str, moves: bool
+) -> None:
+    root = home.make_codebase("shop/api", {".github/x": ""}, targets=["claude", "copilot"])
+    left = leave_swap(home, root, path)
+    other = home.code / "1/2/3/4/5/api"
+    if moves:
+        other.parent.mkdir(parents=True)
+        root.rename(other)
+    else:
+        (other / ".github").mkdir(parents=True)
+    before = {name: data for name, data in contents(home.code).items() if not name.endswith(".tmp")}
+    home.register("shop/api", path=str(other), targets=["claude", "copilot"])
+    home.sync()
+    places = [file for file in (root / path, other / path) if file.exists()]
+    assert any(SAVED_IN_THE_INSTANT in file.read_bytes() for file in places)
+    assert (home.backups(), home.leftovers(), left.exists()) == ({}, [], False)
+    assert before.items() <= contents(home.code).items()
+
+
+@pytest.mark.parametrize("swap", DAMAGED_SWAPS)
+def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
+    home.make_codebase("shop/api")
+    for lock in (orchestra.codebase_lock_path(home.path, ("shop", "api")), orchestra.registry_lock_path(home.path)):
+        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        Path(lock).write_bytes(b"x\n" + swap)
+    assert home.sync().err == ""
+    assert home.run_fine("project", "remove", "api").err == ""
+
+
+def test_a_restore_that_fails_says_where(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    home.sync()
+    edit(root / "AGENTS.md", "# api", "# mine")
+    home.sync()
+    with open(root / "AGENTS.md", "ab") as file:
+        file.write(BEGIN + b"\n")
+    assert home.run("restore", "api").err.startswith(f"orchestra: {root}/AGENTS.md: expected one orchestra:begin and")
+
+
+@pytest.mark.parametrize("kind", ["gone", "a pipe", "a link"])
+def test_a_kept_version_that_is_no_file_restores_nothing(home: Home, kind: str) -> None:
+    root = home.make_codebase("shop/api", targets=["codex"])
+    home.sync()
+    edit(root / "AGENTS.md", "# api", "# mine")
+    home.sync()
+    (backup,) = orchestra.list_backups(home.path, ("shop", "api"))
+    file = Path(backup.file)
+    file.unlink()
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a link":
+        file.symlink_to(root / "AGENTS.md")
+    before = tree(root)
+    with pytest.raises(orchestra.SyncError, match="expected a kept version, got "):
+        orchestra.restore_file(home.path, home.registry().readable("api"), backup)
+    assert tree(root) == before
+
+
+@pytest.mark.parametrize("others", [{".clinerules": "rules"}, {"GEMINI.md": b"a\0b"}])
+def test_a_purge_leaves_what_orchestra_has_nothing_in(home: Home, others: dict[str, Any]) -> None:
+    root = home.make_codebase("shop/api", others, targets=["claude", "codex"])
+    before = tree(root)
+    home.sync()
+    assert "left alone: expected" in home.run_fine("project", "remove", "api", "--purge").err
+    assert tree(root) == before
+
+
+def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": b"a\0b"}, targets=["claude"])
+    assert home.run("sync", "--all").status == 2
+    assert home.staleness()["last_sync_at"] is None
+
+
+def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex"])
+    home.sync()
+    (root / "CLAUDE.md").write_text("all mine\n")
+    (root / "AGENTS.md").unlink()
+    assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
+
+
+def test_a_second_sync_writes_nothing(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS, notes=["a"])
+    home.sync()
+    before = tree(home.folder)
+    assert home.sync().out == "0 written, 8 unchanged in 1 codebase\n"
+    assert tree(home.folder) == before
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444, 0o755])
+def test_the_mode_of_a_file_is_kept(home: Home, mode: int) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine"})
+    (root / "CLAUDE.md").chmod(mode)
+    home.sync()
+    assert stat.S_IMODE((root / "CLAUDE.md").stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_of_the_umask(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["cursor"])
+    old = os.umask(0o027)
+    try:
+        home.sync()
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE((root / name).stat().st_mode) for name in (".cursor", ".cursor/rules/orchestra.mdc")]
+    assert modes == [0o750, 0o640]
+
+
+def test_line_ends_that_git_turned_into_crlf_are_no_hand_edit(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "cursor"])
+    home.sync()
+    for path in ("CLAUDE.md", ".cursor/rules/orchestra.mdc"):
+        (root / path).write_bytes((root / path).read_bytes().replace(b"\n", b"\r\n"))
+    assert home.sync().lines == []
+    home.register("shop/api", targets=["claude", "cursor"], description="new")
+    assert {line.split()[0] for line in home.sync().lines} == {"update"}
+    assert b"\n" not in (root / "CLAUDE.md").read_bytes().replace(b"\r\n", b"")
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line_and_the_others_go_on(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    home.sync()
+    (root / "CLAUDE.md").unlink()
+    home.make_codebase("shop/good")
+    root.chmod(0o311)
+    ran = home.run_as_nobody("sync", "--all")
+    root.chmod(0o755)
+    assert ran.complaints == [f"orchestra: shop/api: {root}: permission denied"]
+    assert (home.code / "shop/good/CLAUDE.md").exists()
+
+
+def test_one_codebases_error_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
+    for name in ("api", "good"):
+        home.make_codebase(f"shop/{name}", targets=["claude"])
+    real = orchestra.find_root
+
+    def fail(home: str, codebase: orchestra.Codebase, *args: Any, **options: Any) -> str:
+        if codebase.name == "api":
+            raise OSError(errno.EIO, "Input/output error", "/the/disk")
+        return real(home, codebase, *args, **options)
+
+    monkeypatch.setattr(orchestra, "find_root", fail)
+    ran = home.run("sync", "--all")
+    assert (ran.status, ran.complaints) == (2, ["orchestra: shop/api: /the/disk: input/output error"])
+    assert (home.code / "shop/good/CLAUDE.md").exists() and home.status_of() == "error"
 
 
 @pytest.mark.parametrize("content", ["a file", "nothing", link_to("nowhere")])
@@ -4808,62 +5071,6 @@ def test_a_file_that_cannot_be_read_is_one_line_and_stays(home: Home) -> None:
     assert (root / "AGENTS.md").exists() and os.stat(root / "CLAUDE.md").st_size == 4
 
 
-def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
-    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
-    home.sync()
-    home.register("shop/api", targets=["claude"])
-    assert home.staleness()["status"] == "orphan"
-    assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
-    assert sorted(home.sync().lines) == ["remove   shop/api .cursor/rules/orchestra.mdc", "remove   shop/api AGENTS.md"]
-    assert sorted(contents(root)) == ["AGENTS.md", "CLAUDE.md"]
-    assert (root / "AGENTS.md").read_bytes() == b"mine\n"
-    assert not (root / ".cursor").exists()
-    assert home.status_of() == "current"
-
-
-def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cursor", "codex"])
-    home.sync()
-    edited = [edit(root / path, "# api", "# mine") for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")]
-    home.register("shop/api", targets=[])
-    assert home.status_of() == "orphan"
-    ran = home.sync()
-    assert sorted(line.split()[0] for line in ran.lines) == ["release", "release"]
-    assert "edited by hand, so it stays and is yours now" in ran.err
-    assert [(root / path).read_bytes() for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")] == edited
-    assert home.sync().lines == [] and home.status_of() == "current"
-
-
-@pytest.mark.parametrize(
-    ("files", "targets", "imports"),
-    [
-        ({"AGENTS.md": "mine"}, ["claude", "codex"], True),
-        ({"AGENTS.md": "mine"}, ["claude"], True),
-        ({"AGENTS.md": "mine", "CLAUDE.md": "mine too"}, ["claude"], False),
-        ({"AGENTS.md": "  \n"}, ["claude", "codex"], False),
-        ({}, ["claude", "codex"], False),
-        ({"AGENTS.md": link_to("docs.md"), "docs.md": "mine"}, ["claude"], False),
-    ],
-)
-def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: Any, targets: Any, imports: bool) -> None:
-    root = home.make_codebase("shop/api", files, targets=targets)
-    home.sync()
-    assert (b"\n@AGENTS.md\n" in (root / "CLAUDE.md").read_bytes()) == imports
-    assert home.sync().lines == []
-
-
-def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
-    agents = root / "AGENTS.md"
-    generated = agents.read_bytes()
-    agents.write_bytes(b"mine\n" + generated)
-    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
-    agents.write_bytes(generated)
-    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
-    assert home.backups() == {}
-
-
 # Interrupted and overtaken
 
 
@@ -4913,32 +5120,6 @@ def test_a_crash_between_two_files_is_no_hand_edit(home: Home, monkeypatch: Any)
     lines = home.sync().lines
     assert len(lines) == 5 and {line.split()[0] for line in lines} == {"update"}
     assert home.backups() == {}
-
-
-def test_an_older_text_brought_back_by_git_is_updated_without_a_backup(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    texts = []
-    for number in range(4):
-        home.register("shop/api", targets=["claude"], description=f"version {number}")
-        home.sync()
-        texts.append((root / "CLAUDE.md").read_bytes())
-    for text in texts[:-1]:
-        (root / "CLAUDE.md").write_bytes(text)
-        assert home.status_of() == "stale"
-        assert home.sync().lines == ["update   shop/api CLAUDE.md"]
-    assert home.backups() == {}
-
-
-def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
-    first = (root / "CLAUDE.md").read_bytes()
-    for number in range(orchestra.MAX_EARLIER + 1):
-        home.register("shop/api", targets=["claude"], description=f"version {number}")
-        home.sync()
-    (root / "CLAUDE.md").write_bytes(first)
-    home.sync()
-    assert home.backups() == {"CLAUDE.md": first}
 
 
 def test_a_registry_sweep_that_ended_in_its_backup_is_swept_up_itself(home: Home) -> None:
@@ -5241,7 +5422,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 8 Staleness ───────────────────────────────────────────────────────────────
+# ── 16 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -5471,7 +5652,16 @@ def test_status_as_a_table(home: Home) -> None:
     assert home.run("status", "--project", "nope").status == 2
 
 
-# ── 9 Watching ────────────────────────────────────────────────────────────────
+def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
+    text = "\x1b[2J\x07 \x9b31m \u202e\u200b tab\t lone\r cr \u65e5\xe9"
+    home.make_codebase("shop/api", {CLINE: f"{text}\r\n"}, targets=["cline"])
+    out = home.run("diff", "api").out
+    assert "-\\x1b[2J\\x07 \\x9b31m \\u202e\\u200b tab\t lone\\r cr \u65e5\xe9\r\n" in out
+
+
+# ══ IV Daemon ═════════════════════════════════════════════════════════════════
+
+# ── 17 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in that follows the table in macos.md, over inotify.
 
@@ -6641,7 +6831,226 @@ def test_targets_are_debounced_each_for_itself() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 10 Protocol ───────────────────────────────────────────────────────────────
+# ── 18 Logs ───────────────────────────────────────────────────────────────────
+
+
+def log_files(live: Live) -> list[Path]:
+    """List daemon.log and its older versions, oldest first."""
+    path = Path(orchestra.stdout_log_path(live.path))
+    return [*sorted(path.parent.glob("daemon.log.*"), key=lambda p: -int(p.suffix[1:])), path]
+
+
+def test_a_foreground_run_leaves_both_logs(live: Live) -> None:
+    live.save("shop/api").write_text("name: api\npath: [")
+    said = live.folder / "out"
+    with open(said, "wb") as out:
+        daemon = live.start(stdout=out, stderr=subprocess.STDOUT)
+        live.wait_for_start_job()
+        wait_until(lambda: "WARNING" in live.errors())
+        live.stop(daemon)
+    info, warnings = live.log().splitlines(), live.errors().splitlines()
+    assert [line.split()[1] for line in warnings] == ["WARNING"] * len(warnings)
+    assert set(warnings) <= set(info) and len(info) > len(warnings) >= 1
+    assert said.read_text().splitlines() == info
+    assert all(line[:4].isdigit() and line[23] == "Z" for line in info)
+    assert stat.S_IMODE(os.stat(orchestra.stdout_log_path(live.path)).st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "is_one",
+    [
+        pytest.param(False, id="each into its own"),
+        pytest.param(True, id="both into daemon.log"),
+    ],
+)
+def test_streams_that_are_the_log_files_are_not_doubled(live: Live, is_one: bool) -> None:
+    live.save("shop/api").write_text("name: api\npath: [")
+    os.mkdir(orchestra.logs_dir(live.path))
+    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
+    with open(out_path, "ab") as out, open(out_path if is_one else err_path, "ab") as err:
+        daemon = live.start(stdout=out, stderr=err)
+    wait_until(lambda: " job" in live.log() or "WARNING" in live.errors())
+    live.stop(daemon)
+    info, warnings = live.log().splitlines(), live.errors().splitlines()
+    assert len(warnings) >= 1 and " stopped " in info[-1]
+    assert len(set(info)) == len(info) and len(set(warnings)) == len(warnings)
+    assert set(warnings) <= set(info)
+
+
+WRITE_LOG = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+import orchestra
+log = orchestra.Log(sys.argv[2], limit=4000)
+for number in range(int(sys.argv[3])):
+    (log.warning if number % 2 else log.info)("line", number=number)
+"""
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["apart", "streams are the logs"])
+@pytest.mark.parametrize("count", [300, 1500])
+def test_rotation_loses_and_doubles_nothing(live: Live, is_stream: bool, count: int) -> None:
+    os.mkdir(orchestra.logs_dir(live.path))
+    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
+    if not is_stream:
+        out_path, err_path = str(live.folder / "out"), str(live.folder / "err")
+    with open(out_path, "ab") as out, open(err_path, "ab") as err:
+        subprocess.run(
+            [sys.executable, "-c", WRITE_LOG, str(HERE), live.path, str(count)], check=True, stdout=out, stderr=err
+        )
+    files = log_files(live)
+    numbers = [int(line.rpartition("number=")[2]) for file in files for line in file.read_text().splitlines()]
+    assert numbers == list(range(count - len(numbers), count))
+    assert all(file.stat().st_size <= 4000 for file in files)
+    if count == 300:
+        assert len(numbers) == count
+    else:
+        assert [file.name for file in files] == [*(f"daemon.log.{n}" for n in (5, 4, 3, 2, 1)), "daemon.log"]
+    if not is_stream:
+        told = [int(line.rpartition("=")[2]) for line in Path(out_path).read_text().splitlines()]
+        assert told == list(range(count))
+
+
+def write_logs(live: Live, count: int = 10) -> None:
+    os.makedirs(orchestra.logs_dir(live.path), exist_ok=True)
+    for path, name in ((orchestra.stdout_log_path(live.path), "out"), (orchestra.stderr_log_path(live.path), "err")):
+        with open(path, "a") as file:
+            file.writelines(f"{name} {number}\n" for number in range(count))
+
+
+@pytest.mark.parametrize(
+    ("argv", "out"),
+    [
+        (
+            ("--lines", "2"),
+            "==> ~/.orchestra/logs/daemon.log <==\nout 8\nout 9\n"
+            "==> ~/.orchestra/logs/daemon-err.log <==\nerr 8\nerr 9\n",
+        ),
+        (("--lines", "2", "--stderr-only"), "err 8\nerr 9\n"),
+        (("--lines", "0", "--stderr-only"), ""),
+        (("--lines", "99", "--stderr-only"), "".join(f"err {number}\n" for number in range(10))),
+        (("--stderr-only",), "".join(f"err {number}\n" for number in range(10))),
+    ],
+    ids=range(5),
+)
+def test_daemon_logs_prints_the_end_of_both(live: Live, argv: tuple[str, ...], out: str) -> None:
+    write_logs(live)
+    ran = live.run("daemon", "logs", *argv)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, out, "")
+
+
+def test_daemon_logs_without_logs_is_no_error(live: Live) -> None:
+    ran = live.run("daemon", "logs", "--stderr-only")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert live.run("daemon", "logs", "--lines", "-1").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "tail"),
+    [
+        (b"", 3, b""),
+        (b"a\nb\nc\n", 2, b"b\nc\n"),
+        (b"a\nb\nc", 2, b"b\nc"),
+        (b"a\nb\n", 2, b"a\nb\n"),
+        (b"a\n", 0, b""),
+        (b"\n\n\n", 2, b"\n\n"),
+        (b"x" * 200_000 + b"\nlast\n", 1, b"last\n"),
+        (b"x" * 200_000 + b"\nlast\n", 2, b"x" * 200_000 + b"\nlast\n"),
+        (b"line\n" * 100_000, 50_000, b"line\n" * 50_000),
+    ],
+    ids=range(9),
+)
+def test_the_last_lines_are_read(live: Live, data: bytes, count: int, tail: bytes) -> None:
+    file = live.code / "log"
+    file.write_bytes(data)
+    assert orchestra.LogReader(str(file)).tail(count) == tail
+
+
+def test_a_carriage_return_ends_no_line_of_a_log(live: Live) -> None:
+    file = live.code / "log"
+    file.write_bytes(b"one\ntwo\rstill two\n")
+    assert orchestra.LogReader(str(file)).tail(2) == b"one\ntwo\rstill two\n"
+
+
+def test_the_last_lines_of_a_huge_file_come_at_once(live: Live) -> None:
+    write_logs(live, 0)
+    path = orchestra.stderr_log_path(live.path)
+    os.truncate(path, 200 << 20)
+    write_logs(live, 150)
+    started = time.monotonic()
+    tail = orchestra.LogReader(path).tail(100)
+    print(f"100 lines of 200 MB: {(time.monotonic() - started) * 1000:.1f} ms")
+    assert time.monotonic() - started < 0.5
+    assert tail.splitlines() == [f"err {number}".encode() for number in range(50, 150)]
+
+
+@contextmanager
+def following(live: Live, *argv: str) -> Iterator[Any]:
+    command = live.command("daemon", "logs", "-f", "--stderr-only", *argv)
+    environ = {**os.environ, "HOME": live.path}
+    follower = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield follower
+        follower.send_signal(signal.SIGINT)
+        assert follower.communicate(timeout=60)[1] == b""
+        assert follower.returncode == 130
+    finally:
+        follower.kill()
+        follower.communicate()
+
+
+def test_following_goes_on_across_rotations(live: Live) -> None:
+    write_logs(live, 2)
+    path = orchestra.stderr_log_path(live.path)
+    with following(live) as follower:
+        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
+        time.sleep(0.5)  # until it follows
+        for number in range(8):
+            with open(path, "a") as file:
+                file.write(f"before {number}\n")
+            orchestra.rotate_log(path, 5)
+            with open(path, "a") as file:
+                file.write(f"after {number}\n")
+            for word in (b"before", b"after"):
+                assert follower.stdout.readline() == b"%s %d\n" % (word, number)
+
+
+def test_following_waits_for_a_log_that_is_not_there_yet(live: Live) -> None:
+    with following(live) as follower:
+        time.sleep(0.5)  # until it follows
+        write_logs(live, 2)
+        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
+
+
+def test_following_loses_nothing_between_the_tail_and_the_rest(live: Live) -> None:
+    write_logs(live, 50_000)  # more than a pipe holds
+    with following(live, "--lines", "50000") as follower:
+        assert follower.stdout.readline() == b"err 0\n"
+        with open(orchestra.stderr_log_path(live.path), "a") as file:
+            file.write("meanwhile\n")
+        lines = [follower.stdout.readline() for _ in range(49_999)]
+        assert lines[-1] == b"err 49999\n"
+        time.sleep(0.6)
+        with open(orchestra.stderr_log_path(live.path), "a") as file:
+            file.write("later\n")
+        assert follower.stdout.readline() == b"meanwhile\n"
+
+
+def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -> None:
+    write_logs(live, 1)
+    path = orchestra.stderr_log_path(live.path)
+    follower = orchestra.LogReader(path)
+    assert follower.tail(1) == b"err 0\n"
+    with open(path, "a") as file:
+        file.write("old\n")
+    orchestra.rotate_log(path, 5)
+    with open(path, "a") as file:
+        file.write("new\n")
+    assert follower.read() == b"old\nnew\n"
+    assert follower.read() == b""
+
+
+# ── 19 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -6903,11 +7312,6 @@ def test_a_full_house_is_asked_again_to_stop(monkeypatch: Any) -> None:
         orchestra.request_stop("/home")
 
 
-# ── 11 Daemon ─────────────────────────────────────────────────────────────────
-
-# In this process
-
-
 class Channel:
     """A connection in memory, as the server sees it; a test is its other end."""
 
@@ -7023,6 +7427,476 @@ class Exchange:
         self.board.calling += channels
         self.board.run()
         return channels[0]
+
+
+def test_another_user_is_not_admitted() -> None:
+    exchange = Exchange()
+    channel = exchange.connect(Channel(STATUS + b"\n", uid=os.getuid() + 1))
+    assert channel.is_closed and channel.got == b"" and channel.incoming
+    assert exchange.connect(Channel(STATUS + b"\n")).replies == [{"ok": True, "data": "status"}]
+
+
+def test_one_client_too_many_is_told_so_and_closed() -> None:
+    exchange = Exchange(max_clients=3)
+    first = [Channel() for _ in range(3)]
+    exchange.connect(*first)
+    late = exchange.connect(Channel(STATUS + b"\n"))
+    assert late.replies == [{"ok": False, "error": f"{orchestra.TOO_MANY_CLIENTS} 3, got one more"}] and late.is_closed
+    exchange.clock.now += orchestra.SILENT_GRACE
+    late = exchange.connect(Channel(STATUS + b"\n"))
+    assert late.replies == [{"ok": True, "data": "status"}]
+    assert sum(channel.is_closed for channel in first) == 1
+    assert len(exchange.server.clients) == 3
+
+
+def test_clients_that_have_spoken_keep_their_places() -> None:
+    exchange = Exchange(max_clients=2)
+    first = [Channel(STATUS + b"\n") for _ in range(2)]
+    exchange.connect(*first)
+    exchange.clock.now += 5
+    assert not exchange.connect(Channel(STATUS + b"\n")).replies[0]["ok"]
+    assert not any(channel.is_closed for channel in first)
+
+
+def test_in_a_full_house_a_newcomer_has_one_request_answered() -> None:
+    exchange = Exchange(max_clients=8)
+    talkative = [Channel(STATUS + b"\n") for _ in range(6)]
+    exchange.connect(*talkative)
+    for line, is_ok in ((STATUS, True), (b'{"cmd":"stop"}', True), (b'{"cmd":"sync"}', False), (b"hello", False)):
+        late = exchange.connect(Channel(line + b"\n" + STATUS + b"\n"))
+        assert [reply["ok"] for reply in late.replies] == [is_ok] and late.is_closed
+    late = exchange.connect(Channel(b'{"cmd":"sync"}\n'))
+    assert late.replies[0]["error"].startswith(orchestra.TOO_MANY_CLIENTS)
+    assert exchange.connect(Channel(b"\n")).is_closed
+    assert not any(channel.is_closed for channel in talkative)
+    late = exchange.connect(Channel())
+    talkative[0].is_ended = True
+    exchange.board.run()
+    late.incoming += STATUS + b"\n"
+    exchange.board.run()
+    assert late.replies == [{"ok": True, "data": "status"}] and not late.is_closed  # there is a place to stay now
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda channel: None, id="say nothing"),
+        pytest.param(lambda channel: channel.incoming.extend(b"{"), id="never end a line"),
+        pytest.param(lambda channel: channel.incoming.extend(STATUS + b"\n"), id="never read"),
+    ],
+)
+def test_newcomers_that_keep_their_places_give_way_in_time(act: Callable[[Channel], None]) -> None:
+    exchange = Exchange(max_clients=8)
+    exchange.connect(*[Channel(STATUS + b"\n") for _ in range(6)])
+    mute = [Channel(), Channel()]
+    for channel in mute:
+        channel.room = 0
+    exchange.connect(*mute)
+    for _ in range(2):
+        for channel in mute:
+            act(channel)
+        exchange.board.run()
+        assert not exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies[0]["ok"]
+        exchange.clock.now += orchestra.SILENT_GRACE / 2
+    assert exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies == [{"ok": True, "data": "stop"}]
+    assert len(exchange.server.clients) == 7
+
+
+def test_the_oldest_of_those_that_say_nothing_gives_way_though_it_sends_bytes() -> None:
+    exchange = Exchange(max_clients=8)
+    trickling = Channel()
+    exchange.connect(*[Channel(STATUS + b"\n") for _ in range(6)], trickling)
+    exchange.clock.now += 0.8 * orchestra.SILENT_GRACE
+    young = exchange.connect(Channel())
+    exchange.clock.now += 0.2 * orchestra.SILENT_GRACE
+    trickling.incoming += b"{"
+    exchange.board.run()
+    assert exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies[0]["ok"]
+    assert trickling.is_closed and not young.is_closed
+
+
+def test_silent_clients_are_dropped_in_time() -> None:
+    exchange = Exchange()
+    silent = exchange.connect(Channel())
+    exchange.clock.now += 20
+    spoken = exchange.connect(Channel(STATUS + b"\n"))
+    assert exchange.server.next_expiry() == 1030
+    exchange.clock.now = 1029.9
+    exchange.server.drop_silent()
+    assert not silent.is_closed
+    exchange.clock.now = 1030
+    exchange.server.drop_silent()
+    assert silent.is_closed and not spoken.is_closed
+    assert exchange.server.next_expiry() == 1050
+
+
+def test_a_client_that_never_reads_costs_little() -> None:
+    def answer(request: orchestra.Request, client: orchestra.Client) -> None:
+        client.unsent += orchestra.encode_reply("x" * 1000)
+
+    exchange = Exchange(answer)
+    deaf = Channel()
+    deaf.room = 0
+    exchange.connect(deaf)
+    for _ in range(300):
+        deaf.incoming += (STATUS + b"\n") * 100
+        exchange.board.run()
+    (client,) = exchange.server.clients
+    assert len(client.unsent) < orchestra.MAX_UNSENT + 2000
+    assert len(client.lines) <= 2 * orchestra.MAX_LINE
+    assert len(exchange.connect(Channel(STATUS + b"\n")).replies) == 1
+    deaf.room = 1 << 30
+    deaf.is_ended = True
+    exchange.board.run()
+    assert len(deaf.replies) == 30000 and deaf.is_closed
+
+
+def test_a_client_that_asks_without_end_lets_others_speak() -> None:
+    exchange = Exchange()
+    exchange.board.calling += [Channel((STATUS + b"\n") * 1000), Channel(STATUS + b"\n")]
+    greedy, modest = exchange.board.calling
+    for _ in range(3):
+        exchange.board.turn()
+    assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.REQUESTS_A_TURN
+    exchange.board.run()
+    assert len(greedy.replies) == 1000
+
+
+# As a process: the socket
+
+
+def test_conversations_are_as_agreed_byte_for_byte(served: Live) -> None:
+    served.save()
+    wait_until(lambda: served.has("first"))
+    data = json.dumps(served.status(), separators=(",", ":")).encode()
+    said = b'{"ok":true,"data":' + data + b"}\n"
+    # Between two questions a staleness scan may have been queued, or done.
+    wait_until(lambda: served.talk(STATUS + b"\n") == said.replace(b'"queue_depth":1', b'"queue_depth":0'))
+    assert list(served.status()) == [
+        *("running", "label", "started_at_unix", "codebase_count", "codebases", "socket", "projects_root"),
+        *("version", "pid", "watcher", "last_sync_at_unix", "queue_depth", "problems"),
+    ]
+    assert data.startswith(b'{"running":true,"label":"dev.orchestra.daemon","started_at_unix":')
+    for request, target in ((b'{"cmd":"sync","codebase":"api"}', b"api"), (b'{"cmd":"sync"}', b"all")):
+        reply = served.talk(request + b"\n")
+        start, end = reply.split(b'"duration_ms":')
+        assert start == (
+            b'{"ok":true,"data":{"target":"' + target + b'","source":"socket",'
+            b'"codebases":["api"],"written":0,"unchanged":1,'
+        )
+        assert end.endswith(b"}}\n") and end[:-3].isdigit()
+    for unknown in ("nope", "../../etc/passwd", "shop/nope", "", "\ud800", "x" * 60000):
+        reply = json.loads(served.talk(json.dumps({"cmd": "sync", "codebase": unknown}).encode() + b"\n"))
+        assert reply["ok"] is False and "expected a registered name, got an unknown one" in reply["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (STATUS + b"\n", 1),
+        (STATUS, 1),
+        (STATUS + b"\r\n", 1),
+        ((STATUS + b"\n") * 100, 100),
+        ((STATUS + b"\r\n") * 3 + STATUS, 4),
+        (b"\n\r\n  \n" + STATUS + b"\n", 1),
+        (b"", 0),
+        (b"\n", 0),
+        (b'{"cmd":"sync"}\n' + STATUS + b'\n{"cmd":"sync"}', 3),
+        (b"hello\n[1]\n{}\n" + STATUS + b"\n", 4),
+    ],
+    ids=range(10),
+)
+def test_half_closed_clients_get_all_their_replies(served: Live, data: bytes, count: int) -> None:
+    replies = served.talk(data).splitlines()
+    assert len(replies) == count
+    assert all(json.loads(reply)["ok"] for reply in replies) is (b"hello" not in data)
+    with served.connection() as client:
+        for byte in data:
+            client.sendall(bytes([byte]))
+        client.shutdown(socket.SHUT_WR)
+        assert len(read_all(client).splitlines()) == count
+
+
+def test_bad_requests_leave_the_connection_open(served: Live) -> None:
+    with served.connection() as client:
+        for line, message in BAD_REQUESTS:
+            client.sendall(line + b"\n")
+            reply = json.loads(read_line(client))
+            assert reply["ok"] is False and reply["error"].startswith(message)
+        client.sendall(STATUS + b"\n")
+        assert json.loads(read_line(client))["ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("data", "reply"),
+    [
+        (b"\xff\n", NOT_UTF8),
+        (b"x" * (orchestra.MAX_LINE + 1) + b"\n", TOO_LONG),
+        (b"x" * (orchestra.MAX_LINE + 1), TOO_LONG),
+        (b"[" * 100_000 + b"\n", TOO_LONG),
+        (b"x" * (10 << 20), TOO_LONG),
+        (b"x" * (10 << 20) + b"\n" + STATUS + b"\n", TOO_LONG),
+    ],
+    ids=["not UTF-8", "too long", "without end", "brackets", "10 MB", "10 MB and a request"],
+)
+def test_a_line_beyond_use_gets_an_error_and_the_end(served: Live, data: bytes, reply: bytes) -> None:
+    with served.connection() as client:
+        try:
+            client.sendall(data)
+        except OSError:
+            pass  # the daemon need not read it all
+        assert read_line(client) == reply
+        try:
+            assert client.recv(1) == b""
+        except ConnectionResetError:
+            pass
+    assert served.answers()
+    with served.connection(b" " * (orchestra.MAX_LINE - len(STATUS)) + STATUS + b"\n") as client:
+        assert json.loads(read_line(client))["ok"] is True
+
+
+def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) -> None:
+    before = memory_of(served.daemons[0].pid)
+    deaf = socket.socket(socket.AF_UNIX)
+    deaf.connect(served.socket)
+    deaf.setblocking(False)
+    asked = 0
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        try:
+            asked += deaf.send((STATUS + b"\n") * 1000)
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert asked > 1000
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(200)]
+    for client in silent:
+        client.connect(served.socket)  # without a timeout, which would make a full backlog an error
+    time.sleep(orchestra.SILENT_GRACE)
+    waits = []
+    for number in range(20):
+        started = time.monotonic()
+        wait_until(served.answers)
+        waits.append(time.monotonic() - started)
+        served.save(note=f"save {number}")
+    wait_until(lambda: served.has("save 19"))
+    print(f"status among 200 silent: worst {max(waits) * 1000:.1f} ms")
+    assert sorted(waits)[10] < 0.25
+    assert memory_of(served.daemons[0].pid) - before < 50 << 20
+    for client in (*silent, deaf):
+        client.close()
+    wait_until(served.answers)
+
+
+@pytest.mark.parametrize("asks", [b"", STATUS + b"\n", b'{"cmd":"sync"}\n'], ids=["silent", "talkative", "syncing"])
+def test_a_crowd_cannot_shut_out_status_and_stop(live: Live, asks: bytes) -> None:
+    live.save()
+    daemon = live.start()
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(live.connection()) for _ in range(orchestra.MAX_CLIENTS)]
+        is_over = threading.Event()
+
+        def ask_again_and_again() -> None:
+            while not is_over.wait(0.1):
+                for client in crowd:
+                    with contextlib.suppress(OSError):
+                        client.setblocking(False)
+                        client.send(asks)
+                        client.recv(1 << 16)
+
+        thread = threading.Thread(target=ask_again_and_again)
+        thread.start()
+        try:
+            if asks:
+                wait_until(lambda: live.synced("socket") or asks.startswith(STATUS))
+            for _ in range(3):
+                assert orchestra.request_status(live.path)["pid"] == daemon.pid
+            assert orchestra.request_stop(live.path) == {"stopping": True}
+            live.expect_end(daemon)
+        finally:
+            is_over.set()
+            thread.join()
+
+
+def memory_of(pid: int) -> int:
+    """Give the bytes of memory a process has resident."""
+    if IS_LINUX:
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024
+
+
+@pytest.mark.parametrize("kind", ["", "kqueue"])
+def test_with_few_descriptors_it_lives_and_serves(live: Live, kind: str, monkeypatch: Any) -> None:
+    if kind:
+        require(kind, monkeypatch)
+    live.save_many(20)
+    few = 64
+    daemon = live.start(kind, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+    for client in clients:
+        client.connect(live.socket)
+    for number in range(5):
+        live.save("shop/api", f"save {number}")
+        wait_until(lambda: live.answers())
+        time.sleep(0.1)
+    wait_until(lambda: live.has("save 4"))
+    for client in clients:
+        client.close()
+    wait_until(live.answers)
+    live.stop(daemon)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("is_open", [False, True], ids=["as it is", "with modes that let everyone in"])
+def test_another_user_gets_nothing(served: Live, is_open: bool) -> None:
+    if is_open:
+        for path in (served.folder, Path(served.path), Path(served.socket).parent):
+            path.chmod(0o755)
+        os.chmod(served.socket, 0o666)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            said = served.talk(STATUS + b"\n")
+        except OSError as error:
+            said = errno.errorcode[error.errno or 0].encode()
+        os.write(writer, said or b"nothing")
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    assert said in ([b"nothing", b"ECONNRESET", b"EPIPE", b"ENOTCONN"] if is_open else [b"EACCES"])
+    assert served.answers()
+
+
+# ── 20 Worker ─────────────────────────────────────────────────────────────────
+
+
+def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Live) -> None:
+    live.save()
+    cache = orchestra.load_cache(live.path)
+    live.file().write_text(f"name: api\npath: {live.code}/sh")
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert outcome.suspects == {("shop", "api")} and outcome.summary.errors == [] and cache.problems == []
+    cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
+    assert outcome.suspects == set() and len(cache.problems) == 1
+
+
+def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_as_before(live: Live) -> None:
+    live.save().write_text("# one")
+    cache = orchestra.load_cache(live.path)
+    live.file().write_text("# two")
+    cache, outcome = run_watcher_job(live, cache, "other")
+    assert outcome.suspects == {("shop", "other")}
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert outcome.suspects == {("shop", "api")} and len(cache.problems) == 1
+
+
+def test_a_save_between_reading_and_syncing_is_no_problem(live: Live, monkeypatch: Any) -> None:
+    live.save()
+    cache = orchestra.load_cache(live.path)
+    live.save(note="second")
+    pipeline = orchestra.run_pipeline
+
+    def empty_and_sync(*args: Any, **options: Any) -> Any:
+        live.file().write_text("")
+        return pipeline(*args, **options)
+
+    monkeypatch.setattr(orchestra, "run_pipeline", empty_and_sync)
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert outcome.suspects == {("shop", "api")} and outcome.summary.errors == [] and cache.problems == []
+    cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
+    assert outcome.suspects == set() and len(cache.problems) == 1
+
+
+def test_registry_cache_reload_updates_changed_codebase(live: Live) -> None:
+    live.save("shop/api", "one")
+    live.save("shop/web", "one")
+    cache = orchestra.load_cache(live.path)
+    live.save("shop/api", "two")
+    live.save("shop/web", "two")
+    job = orchestra.SyncJob(orchestra.SyncTarget.codebase("shop/api"), "watcher", None, frozenset([("shop", "api")]))
+    new, outcome = orchestra.run_job(live.path, cache, job)
+    notes = {key: codebase.notes for key, codebase in new.registry.codebases.items()}
+    assert notes == {("shop", "api"): ("two",), ("shop", "web"): ("one",)}
+    assert outcome.summary.codebases == ["api"] and outcome.summary.written == 1
+    assert cache.registry.codebases["shop", "api"].notes == ("one",)
+    assert live.has("two") and live.read("shop/web") == ""
+
+
+def test_a_queue_that_the_worker_empties_meanwhile_ends_well(home: Home) -> None:
+    processor = orchestra.SyncProcessor(home.path, orchestra.load_cache(home.path), lambda: None)
+    processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
+    empty = processor.jobs.empty
+    processor.jobs.empty = lambda: empty() or processor.jobs.get() is None  # type: ignore[method-assign]
+    assert len(processor.finish()) <= 1
+
+
+def run_watcher_job(live: Live, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
+    changed = frozenset(("shop", name) for name in names)
+    job = orchestra.SyncJob(
+        orchestra.SyncTarget.codebase(), "watcher", None, changed, frozenset(("shop", name) for name in overdue)
+    )
+    return orchestra.run_job(live.path, cache, job)
+
+
+def test_a_folder_that_changes_hands_while_its_codebase_is_half_written_stays_one_codebases(live: Live) -> None:
+    one, two = live.text("shop/one"), live.text("shop/two")
+    taken = two.replace(str(live.code / "shop/two"), str(live.code / "shop/one"))
+    replace(live.save("shop/one"), one)
+    replace(live.save("shop/two"), two)
+    cache = orchestra.load_cache(live.path)
+    replace(live.file("shop/one"), "name: [")
+    replace(live.file("shop/two"), taken)
+    cache, outcome = run_watcher_job(live, cache, "one", "two")
+    replace(live.file("shop/one"), one)
+    cache, outcome = run_watcher_job(live, cache, "one", overdue=[key[1] for key in outcome.suspects])
+    assert len(cache.problems) == 1  # both name the folder
+    replace(live.file("shop/two"), two)
+    cache, outcome = run_watcher_job(live, cache, "two")
+    replace(live.file("shop/one"), one.replace("first", "last"))
+    cache, outcome = run_watcher_job(live, cache, "one")
+    assert outcome.error == "" and cache.problems == [] and live.has("last", "shop/one")
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Live, monkeypatch: Any) -> None:
+    file = live.save("shop/one")
+    read = orchestra.read_codebase
+
+    def read_and_remove(*args: Any) -> Any:
+        result = read(*args)
+        file.unlink()
+        return result
+
+    monkeypatch.setattr(orchestra, "read_codebase", read_and_remove)
+    assert list(orchestra.load_registry(live.path).codebases) == [("shop", "one")]
+
+
+def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
+    live.save()
+    processor = orchestra.SyncProcessor(live.path, orchestra.load_cache(live.path), lambda: None)
+    run_job, calls = orchestra.run_job, []
+
+    def fail_once(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return run_job(*arguments) if len(calls) > 1 else {}["bug"]
+
+    monkeypatch.setattr(orchestra, "run_job", fail_once)
+    processor.start()
+    processor.submit(orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([orchestra.EVERYTHING])))
+    wait_until(lambda: len(processor.outcomes) == 2)
+    processor.finish()
+    assert "KeyError" in processor.outcomes[0].error and processor.outcomes[1].summary is not None
+    assert live.has("first")
+
+
+# ── 21 Daemon ─────────────────────────────────────────────────────────────────
+
+# In this process
 
 
 @contextmanager
@@ -7182,191 +8056,6 @@ def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: 
     assert due is not None and left <= max(0.0, due - time.monotonic()) + 0.02
     turn_until(turned, lambda: turned.status()["problems"])
     assert len(live.errors().splitlines()) == 1 and live.has("first")
-
-
-def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Live) -> None:
-    live.save()
-    cache = orchestra.load_cache(live.path)
-    live.file().write_text(f"name: api\npath: {live.code}/sh")
-    cache, outcome = run_watcher_job(live, cache, "api")
-    assert outcome.suspects == {("shop", "api")} and outcome.summary.errors == [] and cache.problems == []
-    cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
-    assert outcome.suspects == set() and len(cache.problems) == 1
-
-
-def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_as_before(live: Live) -> None:
-    live.save().write_text("# one")
-    cache = orchestra.load_cache(live.path)
-    live.file().write_text("# two")
-    cache, outcome = run_watcher_job(live, cache, "other")
-    assert outcome.suspects == {("shop", "other")}
-    cache, outcome = run_watcher_job(live, cache, "api")
-    assert outcome.suspects == {("shop", "api")} and len(cache.problems) == 1
-
-
-def test_a_save_between_reading_and_syncing_is_no_problem(live: Live, monkeypatch: Any) -> None:
-    live.save()
-    cache = orchestra.load_cache(live.path)
-    live.save(note="second")
-    pipeline = orchestra.run_pipeline
-
-    def empty_and_sync(*args: Any, **options: Any) -> Any:
-        live.file().write_text("")
-        return pipeline(*args, **options)
-
-    monkeypatch.setattr(orchestra, "run_pipeline", empty_and_sync)
-    cache, outcome = run_watcher_job(live, cache, "api")
-    assert outcome.suspects == {("shop", "api")} and outcome.summary.errors == [] and cache.problems == []
-    cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
-    assert outcome.suspects == set() and len(cache.problems) == 1
-
-
-def test_registry_cache_reload_updates_changed_codebase(live: Live) -> None:
-    live.save("shop/api", "one")
-    live.save("shop/web", "one")
-    cache = orchestra.load_cache(live.path)
-    live.save("shop/api", "two")
-    live.save("shop/web", "two")
-    job = orchestra.SyncJob(orchestra.SyncTarget.codebase("shop/api"), "watcher", None, frozenset([("shop", "api")]))
-    new, outcome = orchestra.run_job(live.path, cache, job)
-    notes = {key: codebase.notes for key, codebase in new.registry.codebases.items()}
-    assert notes == {("shop", "api"): ("two",), ("shop", "web"): ("one",)}
-    assert outcome.summary.codebases == ["api"] and outcome.summary.written == 1
-    assert cache.registry.codebases["shop", "api"].notes == ("one",)
-    assert live.has("two") and live.read("shop/web") == ""
-
-
-def test_another_user_is_not_admitted() -> None:
-    exchange = Exchange()
-    channel = exchange.connect(Channel(STATUS + b"\n", uid=os.getuid() + 1))
-    assert channel.is_closed and channel.got == b"" and channel.incoming
-    assert exchange.connect(Channel(STATUS + b"\n")).replies == [{"ok": True, "data": "status"}]
-
-
-def test_one_client_too_many_is_told_so_and_closed() -> None:
-    exchange = Exchange(max_clients=3)
-    first = [Channel() for _ in range(3)]
-    exchange.connect(*first)
-    late = exchange.connect(Channel(STATUS + b"\n"))
-    assert late.replies == [{"ok": False, "error": f"{orchestra.TOO_MANY_CLIENTS} 3, got one more"}] and late.is_closed
-    exchange.clock.now += orchestra.SILENT_GRACE
-    late = exchange.connect(Channel(STATUS + b"\n"))
-    assert late.replies == [{"ok": True, "data": "status"}]
-    assert sum(channel.is_closed for channel in first) == 1
-    assert len(exchange.server.clients) == 3
-
-
-def test_clients_that_have_spoken_keep_their_places() -> None:
-    exchange = Exchange(max_clients=2)
-    first = [Channel(STATUS + b"\n") for _ in range(2)]
-    exchange.connect(*first)
-    exchange.clock.now += 5
-    assert not exchange.connect(Channel(STATUS + b"\n")).replies[0]["ok"]
-    assert not any(channel.is_closed for channel in first)
-
-
-def test_in_a_full_house_a_newcomer_has_one_request_answered() -> None:
-    exchange = Exchange(max_clients=8)
-    talkative = [Channel(STATUS + b"\n") for _ in range(6)]
-    exchange.connect(*talkative)
-    for line, is_ok in ((STATUS, True), (b'{"cmd":"stop"}', True), (b'{"cmd":"sync"}', False), (b"hello", False)):
-        late = exchange.connect(Channel(line + b"\n" + STATUS + b"\n"))
-        assert [reply["ok"] for reply in late.replies] == [is_ok] and late.is_closed
-    late = exchange.connect(Channel(b'{"cmd":"sync"}\n'))
-    assert late.replies[0]["error"].startswith(orchestra.TOO_MANY_CLIENTS)
-    assert exchange.connect(Channel(b"\n")).is_closed
-    assert not any(channel.is_closed for channel in talkative)
-    late = exchange.connect(Channel())
-    talkative[0].is_ended = True
-    exchange.board.run()
-    late.incoming += STATUS + b"\n"
-    exchange.board.run()
-    assert late.replies == [{"ok": True, "data": "status"}] and not late.is_closed  # there is a place to stay now
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        pytest.param(lambda channel: None, id="say nothing"),
-        pytest.param(lambda channel: channel.incoming.extend(b"{"), id="never end a line"),
-        pytest.param(lambda channel: channel.incoming.extend(STATUS + b"\n"), id="never read"),
-    ],
-)
-def test_newcomers_that_keep_their_places_give_way_in_time(act: Callable[[Channel], None]) -> None:
-    exchange = Exchange(max_clients=8)
-    exchange.connect(*[Channel(STATUS + b"\n") for _ in range(6)])
-    mute = [Channel(), Channel()]
-    for channel in mute:
-        channel.room = 0
-    exchange.connect(*mute)
-    for _ in range(2):
-        for channel in mute:
-            act(channel)
-        exchange.board.run()
-        assert not exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies[0]["ok"]
-        exchange.clock.now += orchestra.SILENT_GRACE / 2
-    assert exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies == [{"ok": True, "data": "stop"}]
-    assert len(exchange.server.clients) == 7
-
-
-def test_the_oldest_of_those_that_say_nothing_gives_way_though_it_sends_bytes() -> None:
-    exchange = Exchange(max_clients=8)
-    trickling = Channel()
-    exchange.connect(*[Channel(STATUS + b"\n") for _ in range(6)], trickling)
-    exchange.clock.now += 0.8 * orchestra.SILENT_GRACE
-    young = exchange.connect(Channel())
-    exchange.clock.now += 0.2 * orchestra.SILENT_GRACE
-    trickling.incoming += b"{"
-    exchange.board.run()
-    assert exchange.connect(Channel(b'{"cmd":"stop"}\n')).replies[0]["ok"]
-    assert trickling.is_closed and not young.is_closed
-
-
-def test_silent_clients_are_dropped_in_time() -> None:
-    exchange = Exchange()
-    silent = exchange.connect(Channel())
-    exchange.clock.now += 20
-    spoken = exchange.connect(Channel(STATUS + b"\n"))
-    assert exchange.server.next_expiry() == 1030
-    exchange.clock.now = 1029.9
-    exchange.server.drop_silent()
-    assert not silent.is_closed
-    exchange.clock.now = 1030
-    exchange.server.drop_silent()
-    assert silent.is_closed and not spoken.is_closed
-    assert exchange.server.next_expiry() == 1050
-
-
-def test_a_client_that_never_reads_costs_little() -> None:
-    def answer(request: orchestra.Request, client: orchestra.Client) -> None:
-        client.unsent += orchestra.encode_reply("x" * 1000)
-
-    exchange = Exchange(answer)
-    deaf = Channel()
-    deaf.room = 0
-    exchange.connect(deaf)
-    for _ in range(300):
-        deaf.incoming += (STATUS + b"\n") * 100
-        exchange.board.run()
-    (client,) = exchange.server.clients
-    assert len(client.unsent) < orchestra.MAX_UNSENT + 2000
-    assert len(client.lines) <= 2 * orchestra.MAX_LINE
-    assert len(exchange.connect(Channel(STATUS + b"\n")).replies) == 1
-    deaf.room = 1 << 30
-    deaf.is_ended = True
-    exchange.board.run()
-    assert len(deaf.replies) == 30000 and deaf.is_closed
-
-
-def test_a_client_that_asks_without_end_lets_others_speak() -> None:
-    exchange = Exchange()
-    exchange.board.calling += [Channel((STATUS + b"\n") * 1000), Channel(STATUS + b"\n")]
-    greedy, modest = exchange.board.calling
-    for _ in range(3):
-        exchange.board.turn()
-    assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.REQUESTS_A_TURN
-    exchange.board.run()
-    assert len(greedy.replies) == 1000
 
 
 def test_running_out_of_descriptors_turns_callers_away() -> None:
@@ -7718,14 +8407,6 @@ def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Live, turne
     assert live.log().count("expected the codebase's folder") <= 2 and turned.status()["problems"] == []
 
 
-def test_a_queue_that_the_worker_empties_meanwhile_ends_well(home: Home) -> None:
-    processor = orchestra.SyncProcessor(home.path, orchestra.load_cache(home.path), lambda: None)
-    processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
-    empty = processor.jobs.empty
-    processor.jobs.empty = lambda: empty() or processor.jobs.get() is None  # type: ignore[method-assign]
-    assert len(processor.finish()) <= 1
-
-
 def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Live) -> None:
     served.save("shop/api")
     served.save("team/api")
@@ -8031,436 +8712,6 @@ def cpu_ticks(pid: int) -> int:
     return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
-# As a process: the socket
-
-
-def test_conversations_are_as_agreed_byte_for_byte(served: Live) -> None:
-    served.save()
-    wait_until(lambda: served.has("first"))
-    data = json.dumps(served.status(), separators=(",", ":")).encode()
-    said = b'{"ok":true,"data":' + data + b"}\n"
-    # Between two questions a staleness scan may have been queued, or done.
-    wait_until(lambda: served.talk(STATUS + b"\n") == said.replace(b'"queue_depth":1', b'"queue_depth":0'))
-    assert list(served.status()) == [
-        *("running", "label", "started_at_unix", "codebase_count", "codebases", "socket", "projects_root"),
-        *("version", "pid", "watcher", "last_sync_at_unix", "queue_depth", "problems"),
-    ]
-    assert data.startswith(b'{"running":true,"label":"dev.orchestra.daemon","started_at_unix":')
-    for request, target in ((b'{"cmd":"sync","codebase":"api"}', b"api"), (b'{"cmd":"sync"}', b"all")):
-        reply = served.talk(request + b"\n")
-        start, end = reply.split(b'"duration_ms":')
-        assert start == (
-            b'{"ok":true,"data":{"target":"' + target + b'","source":"socket",'
-            b'"codebases":["api"],"written":0,"unchanged":1,'
-        )
-        assert end.endswith(b"}}\n") and end[:-3].isdigit()
-    for unknown in ("nope", "../../etc/passwd", "shop/nope", "", "\ud800", "x" * 60000):
-        reply = json.loads(served.talk(json.dumps({"cmd": "sync", "codebase": unknown}).encode() + b"\n"))
-        assert reply["ok"] is False and "expected a registered name, got an unknown one" in reply["error"]
-
-
-@pytest.mark.parametrize(
-    ("data", "count"),
-    [
-        (STATUS + b"\n", 1),
-        (STATUS, 1),
-        (STATUS + b"\r\n", 1),
-        ((STATUS + b"\n") * 100, 100),
-        ((STATUS + b"\r\n") * 3 + STATUS, 4),
-        (b"\n\r\n  \n" + STATUS + b"\n", 1),
-        (b"", 0),
-        (b"\n", 0),
-        (b'{"cmd":"sync"}\n' + STATUS + b'\n{"cmd":"sync"}', 3),
-        (b"hello\n[1]\n{}\n" + STATUS + b"\n", 4),
-    ],
-    ids=range(10),
-)
-def test_half_closed_clients_get_all_their_replies(served: Live, data: bytes, count: int) -> None:
-    replies = served.talk(data).splitlines()
-    assert len(replies) == count
-    assert all(json.loads(reply)["ok"] for reply in replies) is (b"hello" not in data)
-    with served.connection() as client:
-        for byte in data:
-            client.sendall(bytes([byte]))
-        client.shutdown(socket.SHUT_WR)
-        assert len(read_all(client).splitlines()) == count
-
-
-def test_bad_requests_leave_the_connection_open(served: Live) -> None:
-    with served.connection() as client:
-        for line, message in BAD_REQUESTS:
-            client.sendall(line + b"\n")
-            reply = json.loads(read_line(client))
-            assert reply["ok"] is False and reply["error"].startswith(message)
-        client.sendall(STATUS + b"\n")
-        assert json.loads(read_line(client))["ok"] is True
-
-
-@pytest.mark.parametrize(
-    ("data", "reply"),
-    [
-        (b"\xff\n", NOT_UTF8),
-        (b"x" * (orchestra.MAX_LINE + 1) + b"\n", TOO_LONG),
-        (b"x" * (orchestra.MAX_LINE + 1), TOO_LONG),
-        (b"[" * 100_000 + b"\n", TOO_LONG),
-        (b"x" * (10 << 20), TOO_LONG),
-        (b"x" * (10 << 20) + b"\n" + STATUS + b"\n", TOO_LONG),
-    ],
-    ids=["not UTF-8", "too long", "without end", "brackets", "10 MB", "10 MB and a request"],
-)
-def test_a_line_beyond_use_gets_an_error_and_the_end(served: Live, data: bytes, reply: bytes) -> None:
-    with served.connection() as client:
-        try:
-            client.sendall(data)
-        except OSError:
-            pass  # the daemon need not read it all
-        assert read_line(client) == reply
-        try:
-            assert client.recv(1) == b""
-        except ConnectionResetError:
-            pass
-    assert served.answers()
-    with served.connection(b" " * (orchestra.MAX_LINE - len(STATUS)) + STATUS + b"\n") as client:
-        assert json.loads(read_line(client))["ok"] is True
-
-
-def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) -> None:
-    before = memory_of(served.daemons[0].pid)
-    deaf = socket.socket(socket.AF_UNIX)
-    deaf.connect(served.socket)
-    deaf.setblocking(False)
-    asked = 0
-    deadline = time.monotonic() + 1
-    while time.monotonic() < deadline:
-        try:
-            asked += deaf.send((STATUS + b"\n") * 1000)
-        except BlockingIOError:
-            time.sleep(0.01)
-    assert asked > 1000
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(200)]
-    for client in silent:
-        client.connect(served.socket)  # without a timeout, which would make a full backlog an error
-    time.sleep(orchestra.SILENT_GRACE)
-    waits = []
-    for number in range(20):
-        started = time.monotonic()
-        wait_until(served.answers)
-        waits.append(time.monotonic() - started)
-        served.save(note=f"save {number}")
-    wait_until(lambda: served.has("save 19"))
-    print(f"status among 200 silent: worst {max(waits) * 1000:.1f} ms")
-    assert sorted(waits)[10] < 0.25
-    assert memory_of(served.daemons[0].pid) - before < 50 << 20
-    for client in (*silent, deaf):
-        client.close()
-    wait_until(served.answers)
-
-
-@pytest.mark.parametrize("asks", [b"", STATUS + b"\n", b'{"cmd":"sync"}\n'], ids=["silent", "talkative", "syncing"])
-def test_a_crowd_cannot_shut_out_status_and_stop(live: Live, asks: bytes) -> None:
-    live.save()
-    daemon = live.start()
-    with ExitStack() as stack:
-        crowd = [stack.enter_context(live.connection()) for _ in range(orchestra.MAX_CLIENTS)]
-        is_over = threading.Event()
-
-        def ask_again_and_again() -> None:
-            while not is_over.wait(0.1):
-                for client in crowd:
-                    with contextlib.suppress(OSError):
-                        client.setblocking(False)
-                        client.send(asks)
-                        client.recv(1 << 16)
-
-        thread = threading.Thread(target=ask_again_and_again)
-        thread.start()
-        try:
-            if asks:
-                wait_until(lambda: live.synced("socket") or asks.startswith(STATUS))
-            for _ in range(3):
-                assert orchestra.request_status(live.path)["pid"] == daemon.pid
-            assert orchestra.request_stop(live.path) == {"stopping": True}
-            live.expect_end(daemon)
-        finally:
-            is_over.set()
-            thread.join()
-
-
-def memory_of(pid: int) -> int:
-    """Give the bytes of memory a process has resident."""
-    if IS_LINUX:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024
-
-
-@pytest.mark.parametrize("kind", ["", "kqueue"])
-def test_with_few_descriptors_it_lives_and_serves(live: Live, kind: str, monkeypatch: Any) -> None:
-    if kind:
-        require(kind, monkeypatch)
-    live.save_many(20)
-    few = 64
-    daemon = live.start(kind, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
-    clients = [socket.socket(socket.AF_UNIX) for _ in range(100)]
-    for client in clients:
-        client.connect(live.socket)
-    for number in range(5):
-        live.save("shop/api", f"save {number}")
-        wait_until(lambda: live.answers())
-        time.sleep(0.1)
-    wait_until(lambda: live.has("save 4"))
-    for client in clients:
-        client.close()
-    wait_until(live.answers)
-    live.stop(daemon)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize("is_open", [False, True], ids=["as it is", "with modes that let everyone in"])
-def test_another_user_gets_nothing(served: Live, is_open: bool) -> None:
-    if is_open:
-        for path in (served.folder, Path(served.path), Path(served.socket).parent):
-            path.chmod(0o755)
-        os.chmod(served.socket, 0o666)
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-        try:
-            said = served.talk(STATUS + b"\n")
-        except OSError as error:
-            said = errno.errorcode[error.errno or 0].encode()
-        os.write(writer, said or b"nothing")
-        os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        said = pipe.read()
-    os.waitpid(pid, 0)
-    assert said in ([b"nothing", b"ECONNRESET", b"EPIPE", b"ENOTCONN"] if is_open else [b"EACCES"])
-    assert served.answers()
-
-
-# Logs
-
-
-def log_files(live: Live) -> list[Path]:
-    """List daemon.log and its older versions, oldest first."""
-    path = Path(orchestra.stdout_log_path(live.path))
-    return [*sorted(path.parent.glob("daemon.log.*"), key=lambda p: -int(p.suffix[1:])), path]
-
-
-def test_a_foreground_run_leaves_both_logs(live: Live) -> None:
-    live.save("shop/api").write_text("name: api\npath: [")
-    said = live.folder / "out"
-    with open(said, "wb") as out:
-        daemon = live.start(stdout=out, stderr=subprocess.STDOUT)
-        live.wait_for_start_job()
-        wait_until(lambda: "WARNING" in live.errors())
-        live.stop(daemon)
-    info, warnings = live.log().splitlines(), live.errors().splitlines()
-    assert [line.split()[1] for line in warnings] == ["WARNING"] * len(warnings)
-    assert set(warnings) <= set(info) and len(info) > len(warnings) >= 1
-    assert said.read_text().splitlines() == info
-    assert all(line[:4].isdigit() and line[23] == "Z" for line in info)
-    assert stat.S_IMODE(os.stat(orchestra.stdout_log_path(live.path)).st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    "is_one",
-    [
-        pytest.param(False, id="each into its own"),
-        pytest.param(True, id="both into daemon.log"),
-    ],
-)
-def test_streams_that_are_the_log_files_are_not_doubled(live: Live, is_one: bool) -> None:
-    live.save("shop/api").write_text("name: api\npath: [")
-    os.mkdir(orchestra.logs_dir(live.path))
-    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
-    with open(out_path, "ab") as out, open(out_path if is_one else err_path, "ab") as err:
-        daemon = live.start(stdout=out, stderr=err)
-    wait_until(lambda: " job" in live.log() or "WARNING" in live.errors())
-    live.stop(daemon)
-    info, warnings = live.log().splitlines(), live.errors().splitlines()
-    assert len(warnings) >= 1 and " stopped " in info[-1]
-    assert len(set(info)) == len(info) and len(set(warnings)) == len(warnings)
-    assert set(warnings) <= set(info)
-
-
-WRITE_LOG = """
-import sys
-sys.path[:0] = [sys.argv[1]]
-import orchestra
-log = orchestra.Log(sys.argv[2], limit=4000)
-for number in range(int(sys.argv[3])):
-    (log.warning if number % 2 else log.info)("line", number=number)
-"""
-
-
-@pytest.mark.parametrize("is_stream", [False, True], ids=["apart", "streams are the logs"])
-@pytest.mark.parametrize("count", [300, 1500])
-def test_rotation_loses_and_doubles_nothing(live: Live, is_stream: bool, count: int) -> None:
-    os.mkdir(orchestra.logs_dir(live.path))
-    out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
-    if not is_stream:
-        out_path, err_path = str(live.folder / "out"), str(live.folder / "err")
-    with open(out_path, "ab") as out, open(err_path, "ab") as err:
-        subprocess.run(
-            [sys.executable, "-c", WRITE_LOG, str(HERE), live.path, str(count)], check=True, stdout=out, stderr=err
-        )
-    files = log_files(live)
-    numbers = [int(line.rpartition("number=")[2]) for file in files for line in file.read_text().splitlines()]
-    assert numbers == list(range(count - len(numbers), count))
-    assert all(file.stat().st_size <= 4000 for file in files)
-    if count == 300:
-        assert len(numbers) == count
-    else:
-        assert [file.name for file in files] == [*(f"daemon.log.{n}" for n in (5, 4, 3, 2, 1)), "daemon.log"]
-    if not is_stream:
-        told = [int(line.rpartition("=")[2]) for line in Path(out_path).read_text().splitlines()]
-        assert told == list(range(count))
-
-
-def write_logs(live: Live, count: int = 10) -> None:
-    os.makedirs(orchestra.logs_dir(live.path), exist_ok=True)
-    for path, name in ((orchestra.stdout_log_path(live.path), "out"), (orchestra.stderr_log_path(live.path), "err")):
-        with open(path, "a") as file:
-            file.writelines(f"{name} {number}\n" for number in range(count))
-
-
-@pytest.mark.parametrize(
-    ("argv", "out"),
-    [
-        (
-            ("--lines", "2"),
-            "==> ~/.orchestra/logs/daemon.log <==\nout 8\nout 9\n"
-            "==> ~/.orchestra/logs/daemon-err.log <==\nerr 8\nerr 9\n",
-        ),
-        (("--lines", "2", "--stderr-only"), "err 8\nerr 9\n"),
-        (("--lines", "0", "--stderr-only"), ""),
-        (("--lines", "99", "--stderr-only"), "".join(f"err {number}\n" for number in range(10))),
-        (("--stderr-only",), "".join(f"err {number}\n" for number in range(10))),
-    ],
-    ids=range(5),
-)
-def test_daemon_logs_prints_the_end_of_both(live: Live, argv: tuple[str, ...], out: str) -> None:
-    write_logs(live)
-    ran = live.run("daemon", "logs", *argv)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, out, "")
-
-
-def test_daemon_logs_without_logs_is_no_error(live: Live) -> None:
-    ran = live.run("daemon", "logs", "--stderr-only")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
-    assert live.run("daemon", "logs", "--lines", "-1").returncode == 2
-
-
-@pytest.mark.parametrize(
-    ("data", "count", "tail"),
-    [
-        (b"", 3, b""),
-        (b"a\nb\nc\n", 2, b"b\nc\n"),
-        (b"a\nb\nc", 2, b"b\nc"),
-        (b"a\nb\n", 2, b"a\nb\n"),
-        (b"a\n", 0, b""),
-        (b"\n\n\n", 2, b"\n\n"),
-        (b"x" * 200_000 + b"\nlast\n", 1, b"last\n"),
-        (b"x" * 200_000 + b"\nlast\n", 2, b"x" * 200_000 + b"\nlast\n"),
-        (b"line\n" * 100_000, 50_000, b"line\n" * 50_000),
-    ],
-    ids=range(9),
-)
-def test_the_last_lines_are_read(live: Live, data: bytes, count: int, tail: bytes) -> None:
-    file = live.code / "log"
-    file.write_bytes(data)
-    assert orchestra.LogReader(str(file)).tail(count) == tail
-
-
-def test_a_carriage_return_ends_no_line_of_a_log(live: Live) -> None:
-    file = live.code / "log"
-    file.write_bytes(b"one\ntwo\rstill two\n")
-    assert orchestra.LogReader(str(file)).tail(2) == b"one\ntwo\rstill two\n"
-
-
-def test_the_last_lines_of_a_huge_file_come_at_once(live: Live) -> None:
-    write_logs(live, 0)
-    path = orchestra.stderr_log_path(live.path)
-    os.truncate(path, 200 << 20)
-    write_logs(live, 150)
-    started = time.monotonic()
-    tail = orchestra.LogReader(path).tail(100)
-    print(f"100 lines of 200 MB: {(time.monotonic() - started) * 1000:.1f} ms")
-    assert time.monotonic() - started < 0.5
-    assert tail.splitlines() == [f"err {number}".encode() for number in range(50, 150)]
-
-
-@contextmanager
-def following(live: Live, *argv: str) -> Iterator[Any]:
-    command = live.command("daemon", "logs", "-f", "--stderr-only", *argv)
-    environ = {**os.environ, "HOME": live.path}
-    follower = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        yield follower
-        follower.send_signal(signal.SIGINT)
-        assert follower.communicate(timeout=60)[1] == b""
-        assert follower.returncode == 130
-    finally:
-        follower.kill()
-        follower.communicate()
-
-
-def test_following_goes_on_across_rotations(live: Live) -> None:
-    write_logs(live, 2)
-    path = orchestra.stderr_log_path(live.path)
-    with following(live) as follower:
-        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
-        time.sleep(0.5)  # until it follows
-        for number in range(8):
-            with open(path, "a") as file:
-                file.write(f"before {number}\n")
-            orchestra.rotate_log(path, 5)
-            with open(path, "a") as file:
-                file.write(f"after {number}\n")
-            for word in (b"before", b"after"):
-                assert follower.stdout.readline() == b"%s %d\n" % (word, number)
-
-
-def test_following_waits_for_a_log_that_is_not_there_yet(live: Live) -> None:
-    with following(live) as follower:
-        time.sleep(0.5)  # until it follows
-        write_logs(live, 2)
-        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
-
-
-def test_following_loses_nothing_between_the_tail_and_the_rest(live: Live) -> None:
-    write_logs(live, 50_000)  # more than a pipe holds
-    with following(live, "--lines", "50000") as follower:
-        assert follower.stdout.readline() == b"err 0\n"
-        with open(orchestra.stderr_log_path(live.path), "a") as file:
-            file.write("meanwhile\n")
-        lines = [follower.stdout.readline() for _ in range(49_999)]
-        assert lines[-1] == b"err 49999\n"
-        time.sleep(0.6)
-        with open(orchestra.stderr_log_path(live.path), "a") as file:
-            file.write("later\n")
-        assert follower.stdout.readline() == b"meanwhile\n"
-
-
-def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -> None:
-    write_logs(live, 1)
-    path = orchestra.stderr_log_path(live.path)
-    follower = orchestra.LogReader(path)
-    assert follower.tail(1) == b"err 0\n"
-    with open(path, "a") as file:
-        file.write("old\n")
-    orchestra.rotate_log(path, 5)
-    with open(path, "a") as file:
-        file.write("new\n")
-    assert follower.read() == b"old\nnew\n"
-    assert follower.read() == b""
-
-
 # Hand edits that it replaces, and what may work in a while
 
 
@@ -8581,49 +8832,6 @@ def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
     assert len(tries) == 5 and turned._retry_at is None
 
 
-# What hostile users found
-
-
-def run_watcher_job(live: Live, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
-    changed = frozenset(("shop", name) for name in names)
-    job = orchestra.SyncJob(
-        orchestra.SyncTarget.codebase(), "watcher", None, changed, frozenset(("shop", name) for name in overdue)
-    )
-    return orchestra.run_job(live.path, cache, job)
-
-
-def test_a_folder_that_changes_hands_while_its_codebase_is_half_written_stays_one_codebases(live: Live) -> None:
-    one, two = live.text("shop/one"), live.text("shop/two")
-    taken = two.replace(str(live.code / "shop/two"), str(live.code / "shop/one"))
-    replace(live.save("shop/one"), one)
-    replace(live.save("shop/two"), two)
-    cache = orchestra.load_cache(live.path)
-    replace(live.file("shop/one"), "name: [")
-    replace(live.file("shop/two"), taken)
-    cache, outcome = run_watcher_job(live, cache, "one", "two")
-    replace(live.file("shop/one"), one)
-    cache, outcome = run_watcher_job(live, cache, "one", overdue=[key[1] for key in outcome.suspects])
-    assert len(cache.problems) == 1  # both name the folder
-    replace(live.file("shop/two"), two)
-    cache, outcome = run_watcher_job(live, cache, "two")
-    replace(live.file("shop/one"), one.replace("first", "last"))
-    cache, outcome = run_watcher_job(live, cache, "one")
-    assert outcome.error == "" and cache.problems == [] and live.has("last", "shop/one")
-
-
-def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Live, monkeypatch: Any) -> None:
-    file = live.save("shop/one")
-    read = orchestra.read_codebase
-
-    def read_and_remove(*args: Any) -> Any:
-        result = read(*args)
-        file.unlink()
-        return result
-
-    monkeypatch.setattr(orchestra, "read_codebase", read_and_remove)
-    assert list(orchestra.load_registry(live.path).codebases) == [("shop", "one")]
-
-
 def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Live, monkeypatch: Any) -> None:
     file = live.save("shop/one")
     watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
@@ -8666,24 +8874,6 @@ def test_a_reader_of_stdout_that_has_stopped_does_not_stop_the_daemon(live: Live
     assert daemon.stdout is not None and len(os.read(daemon.stdout.fileno(), 1 << 20)) > 4096
     live.stop(daemon)
     daemon.stdout.close()
-
-
-def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
-    live.save()
-    processor = orchestra.SyncProcessor(live.path, orchestra.load_cache(live.path), lambda: None)
-    run_job, calls = orchestra.run_job, []
-
-    def fail_once(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return run_job(*arguments) if len(calls) > 1 else {}["bug"]
-
-    monkeypatch.setattr(orchestra, "run_job", fail_once)
-    processor.start()
-    processor.submit(orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([orchestra.EVERYTHING])))
-    wait_until(lambda: len(processor.outcomes) == 2)
-    processor.finish()
-    assert "KeyError" in processor.outcomes[0].error and processor.outcomes[1].summary is not None
-    assert live.has("first")
 
 
 def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, turned: orchestra.Daemon, monkeypatch: Any) -> None:
@@ -8736,135 +8926,9 @@ def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Live) 
     assert orchestra.key_of_change(live.path, str(path)) == orchestra.STRAY
 
 
-# ── 12 launchd and installing ─────────────────────────────────────────────────
+# ══ V Program ═════════════════════════════════════════════════════════════════
 
-INSTALLER = HERE / "install.sh"
-ORCHESTRA_PY = (HERE / "orchestra.py").read_bytes()
-PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-# A virtual environment's Python is not what is installed: the one below it is.
-BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
-SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
-SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
-
-
-class Place:
-    """A home folder of a machine that has no Orchestra yet, and beside it room for a test's own things."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(os.path.realpath(folder))
-        self.home = self.folder / "h"
-        self.home.mkdir()
-        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
-        self.code = self.folder / "c"
-        self.code.mkdir()
-
-    @property
-    def path(self) -> str:
-        return str(self.home)
-
-    def move_home(self, name: str) -> None:
-        self.home = self.home.rename(self.folder / name)
-
-    def environ(self, **more: Optional[str]) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRA_", "PYTHON"))}
-        found = {**kept, "HOME": self.path, "PATH": f"{self.tools}:{os.environ['PATH']}", **more}
-        return {name: value for name, value in found.items() if value is not None}
-
-    def run(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end; `environ` holds variables to change, None for one to take away."""
-        environ = self.environ(**options.pop("environ", {}))
-        options = {"stdin": subprocess.DEVNULL, "cwd": "/", **options}
-        if "input" in options:
-            del options["stdin"]
-        return subprocess.run(
-            list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
-        )
-
-    def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run install.sh: as a file, or, where `url` is given, from a pipe."""
-        url = options.pop("url", None)
-        environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, **options.pop("environ", {})}
-        if url is None:
-            return self.run(*find_shell(shell), INSTALLER, *argv, environ=environ, **options)
-        text = INSTALLER.read_text()
-        environ["ORCHESTRA_URL"] = url
-        return self.run(*find_shell(shell), "-s", "--", *argv, input=text, environ=environ, **options)
-
-    def orchestra(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run what was installed, from another folder and with launchd's short PATH."""
-        return self.run(orchestra.link_path(self.path), *argv, **{"environ": {"PATH": SHORT_PATH}, **options})
-
-    def make_tool(self, name: str, text: str, folder: str = "tools") -> Path:
-        tool = self.folder / folder / name
-        tool.parent.mkdir(exist_ok=True)
-        tool.write_text(f"#!/bin/sh\n{text}\n")
-        tool.chmod(0o755)
-        return tool
-
-    def only_tools(self, *names: str) -> str:
-        """Give a PATH that has these programs, and those that every machine has."""
-        folder = self.folder / "only"
-        folder.mkdir()
-        every = (
-            "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname id find ls"
-        )
-        for name in (*every.split(), *names):
-            found = shutil.which(name)
-            if found:
-                (folder / name).symlink_to(found)
-        return f"{self.tools}:{folder}"
-
-    def give_yaml(self) -> None:
-        """Put PyYAML where an earlier fetch would have put it, so that nothing is fetched."""
-        import yaml
-
-        target = Path(orchestra.python_lib_dir(self.path), "yaml")
-        shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
-
-    def listing(self) -> dict[str, tuple[str, bytes]]:
-        """Give the mode and bytes of all below HOME, folders too; of a link, where it leads."""
-        found = {}
-        for path in sorted(self.home.rglob("*")):
-            mode = path.lstat().st_mode
-            data = path.read_bytes() if stat.S_ISREG(mode) else b""
-            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
-            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
-        return found
-
-    def answers(self) -> bool:
-        try:
-            return bool(orchestra.send_request(self.path, {"cmd": "status"}))
-        except orchestra.DaemonError:
-            return False
-
-    @contextmanager
-    def daemon(self, *command: object) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a real daemon that somebody starts by hand."""
-        command = command or (orchestra.link_path(self.path),)
-        with open(self.folder / "said", "wb") as said:
-            argv = [*map(str, command), "daemon", "start"]
-            process = subprocess.Popen(argv, env=self.environ(), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        try:
-            until(lambda: process.poll() is not None or self.answers())
-            assert process.poll() is None, (self.folder / "said").read_text()
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def until(is_true: Callable[[], Any], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def find_shell(name: str) -> list[str]:
-    if not shutil.which(SHELLS[name][0]):
-        pytest.skip(f"no {SHELLS[name][0]} here")
-    return [str(shutil.which(SHELLS[name][0])), *SHELLS[name][1:]]
+# ── 22 Installing ─────────────────────────────────────────────────────────────
 
 
 @functools.cache
@@ -8877,26 +8941,6 @@ def reaches_pypi() -> bool:
 def need_pypi() -> None:
     if not reaches_pypi():
         pytest.skip("pip cannot fetch PyYAML here")
-
-
-@pytest.fixture
-def place() -> Any:
-    folder = tempfile.mkdtemp(prefix="ori", dir="/tmp")
-    yield Place(folder)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def bare_python() -> Any:
-    """A Python without PyYAML, in a virtual environment."""
-    pip = importlib.util.find_spec("pip")
-    with tempfile.TemporaryDirectory(prefix="orv", dir="/tmp") as folder:
-        # Borrowed, for pip takes seconds to install.
-        borrows = ["--without-pip"] if pip else []
-        subprocess.run([BASE_PYTHON, "-m", "venv", *borrows, folder], check=True, stdin=subprocess.DEVNULL)
-        if pip:
-            os.symlink(pip.submodule_search_locations[0], f"{folder}/lib/{PYTHON_XY}/site-packages/pip")
-        yield os.path.join(folder, "bin", "python")
 
 
 @pytest.fixture
@@ -9850,8 +9894,6 @@ def traps(place: Place) -> Any:
 
 # From PYTHONPATH Python itself imports some before the program's first line.
 LOADED_BY_PYTHON = "import sys; print(*sys.modules)"
-
-
 # By a program that has the current folder on its import path.
 RUN_AS_SCRIPT = """
 import sys
@@ -9929,7 +9971,6 @@ def test_imported_it_leaves_the_import_path_alone(place: Place) -> None:
 
 
 # Whose home it is
-
 
 ME = os.geteuid()
 OTHER = NOBODY if ME == 0 else ME  # who may own a file here
@@ -10721,7 +10762,7 @@ def test_shellcheck_finds_nothing_in_install_sh(place: Place) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-# ── 13 Commands ───────────────────────────────────────────────────────────────
+# ── 23 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10930,24 +10971,6 @@ def test_the_totals_count_codebases_that_failed_as_a_whole(home: Home) -> None:
     assert ran.out.splitlines()[-1] == "1 written, 0 unchanged, 1 failed in 2 codebases"
 
 
-def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
-    def fail(home: str) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(orchestra, "load_registry", fail)
-    ran = home.run("sync", "--all", "--check")
-    assert ran.status == 2 and "ZeroDivisionError" in ran.err
-
-
-def test_a_system_error_that_nobody_caught_is_one_line(home: Home, monkeypatch: Any) -> None:
-    def fail(home: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "/a/place")
-
-    monkeypatch.setattr(orchestra, "load_registry", fail)
-    ran = home.run("sync", "--all")
-    assert (ran.status, ran.err) == (2, "orchestra: /a/place: permission denied\n")
-
-
 def test_a_record_that_cannot_be_read_is_its_own_codebases_error(home: Home) -> None:
     for label in ("shop/api", "shop/web"):
         home.make_codebase(label)
@@ -10977,25 +11000,9 @@ def test_what_cannot_be_done_is_exit_status_2(home: Home, argv: list[str]) -> No
     assert ran.status == 2 and len(ran.complaints) == 1 and ran.out == ""
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["nope"], ["init"], ["init", "x"], ["sync", "--nope"], ["init", ".", "-p", "x", "-t", "cloud"]]
-)
-def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, argv: list[str]) -> None:
-    ran = home.run(*argv)
-    assert ran.status == 2 and ran.err.startswith("usage: orchestra") and contents(home.folder) == {}
-
-
-def test_help_begins_with_the_purpose(home: Home) -> None:
-    purpose = (orchestra.__doc__ or "").splitlines()[0]
-    assert purpose in " ".join(home.run_fine("--help").out.split())
-    assert home.run_fine("--version").out == f"orchestra {orchestra.__version__}\n"
-
-
-@pytest.mark.parametrize("environ", [{}, {"HOME": ""}, {"HOME": "relative/home"}])
-def test_a_home_that_is_none_is_one_line(home: Home, environ: dict[str, str]) -> None:
-    home.environ = environ
-    ran = home.run("status")
-    assert ran.status == 2 and ran.complaints[0].startswith("orchestra: HOME: expected an absolute path, got ")
+def test_a_name_in_a_repository_does_not_move_the_cursor(home: Home) -> None:
+    put_files(home.code, {"x\x1b[31m.ipynb": "{}"})
+    assert "ml (x\\x1b[31m.ipynb)\n" in home.run_fine("init", str(home.code), "-p", "q").out
 
 
 def test_a_file_in_place_of_orchestras_folder_is_one_line(home: Home) -> None:
@@ -11026,6 +11033,81 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
     assert "expected a program" in home.run("edit", "api").err
     home.environ["VISUAL"] = "'unclosed"
     assert home.run("edit", "api").status == 2
+
+
+def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
+    root = home.make_codebase(targets=["codex", "cursor"])
+    (root / "AGENTS.md").symlink_to("x\x1b[31m\norchestra: forged")
+    (root / ".cursor").symlink_to("/nowhere\norchestra: forged")
+    ran = home.run("sync", "--all")
+    assert "\x1b" not in ran.err
+    assert not any(line.startswith("orchestra: forged") for line in ran.err.splitlines())
+    assert r"it is a link to x\x1b[31m\norchestra: forged" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "never"), (0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7199, "1 h ago"), (172800, "2 d ago")],
+)
+def test_an_age_is_told_in_its_largest_unit(seconds: Optional[int], text: str) -> None:
+    assert orchestra.format_age(seconds) == text
+
+
+def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert orchestra.paint("x", "31", {}) == "\033[31mx\033[0m"
+    assert orchestra.paint("x", "31", {"NO_COLOR": ""}) == orchestra.paint("x", "31", {"TERM": "dumb"}) == "x"
+    orchestra.show_progress(0, 21, ("shop", "api"))
+    orchestra.show_progress(0, 20, ("shop", "web"))
+    assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
+
+
+# ── 24 Command line ───────────────────────────────────────────────────────────
+
+
+def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
+    def fail(home: str) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(orchestra, "load_registry", fail)
+    ran = home.run("sync", "--all", "--check")
+    assert ran.status == 2 and "ZeroDivisionError" in ran.err
+
+
+def test_a_system_error_that_nobody_caught_is_one_line(home: Home, monkeypatch: Any) -> None:
+    def fail(home: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/a/place")
+
+    monkeypatch.setattr(orchestra, "load_registry", fail)
+    ran = home.run("sync", "--all")
+    assert (ran.status, ran.err) == (2, "orchestra: /a/place: permission denied\n")
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nope"], ["init"], ["init", "x"], ["sync", "--nope"], ["init", ".", "-p", "x", "-t", "cloud"]]
+)
+def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, argv: list[str]) -> None:
+    ran = home.run(*argv)
+    assert ran.status == 2 and ran.err.startswith("usage: orchestra") and contents(home.folder) == {}
+
+
+def test_help_begins_with_the_purpose(home: Home) -> None:
+    purpose = (orchestra.__doc__ or "").splitlines()[0]
+    assert purpose in " ".join(home.run_fine("--help").out.split())
+    assert home.run_fine("--version").out == f"orchestra {orchestra.__version__}\n"
+
+
+@pytest.mark.parametrize("environ", [{}, {"HOME": ""}, {"HOME": "relative/home"}])
+def test_a_home_that_is_none_is_one_line(home: Home, environ: dict[str, str]) -> None:
+    home.environ = environ
+    ran = home.run("status")
+    assert ran.status == 2 and ran.complaints[0].startswith("orchestra: HOME: expected an absolute path, got ")
 
 
 def test_the_script_runs_by_itself(home: Home) -> None:
@@ -11084,16 +11166,6 @@ def test_errors_that_nobody_takes_still_show_in_the_exit_status(home: Home) -> N
     assert subprocess.call(["/bin/sh", "-c", command, sys.executable, str(SCRIPT)], env=environ) == 2
 
 
-def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
-    root = home.make_codebase(targets=["codex", "cursor"])
-    (root / "AGENTS.md").symlink_to("x\x1b[31m\norchestra: forged")
-    (root / ".cursor").symlink_to("/nowhere\norchestra: forged")
-    ran = home.run("sync", "--all")
-    assert "\x1b" not in ran.err
-    assert not any(line.startswith("orchestra: forged") for line in ran.err.splitlines())
-    assert r"it is a link to x\x1b[31m\norchestra: forged" in ran.err
-
-
 def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
     home.make_codebase("shop/api", description="日本")
     assert "Traceback" not in home.run_script("diff", "api", environ={"PYTHONIOENCODING": "ascii"}).err
@@ -11113,29 +11185,6 @@ def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) 
         check=False,
     )
     assert process.returncode == 2 and "Traceback" not in process.stderr
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "never"), (0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7199, "1 h ago"), (172800, "2 d ago")],
-)
-def test_an_age_is_told_in_its_largest_unit(seconds: Optional[int], text: str) -> None:
-    assert orchestra.format_age(seconds) == text
-
-
-def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    out, err = Terminal(), Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    assert orchestra.paint("x", "31", {}) == "\033[31mx\033[0m"
-    assert orchestra.paint("x", "31", {"NO_COLOR": ""}) == orchestra.paint("x", "31", {"TERM": "dumb"}) == "x"
-    orchestra.show_progress(0, 21, ("shop", "api"))
-    orchestra.show_progress(0, 20, ("shop", "web"))
-    assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
 # ── Every step interrupted, every write failing ───────────────────────────────
@@ -12691,7 +12740,6 @@ def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
 
 # The worst instants, met on purpose: between the last look at a file and its replacing, and right after that.
 
-API = ("shop", "api")
 needs_swap = pytest.mark.skipif(not IS_LINUX, reason="open writers are told by Linux alone")
 needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux has read leases")
 
@@ -13067,20 +13115,8 @@ def way_to_replace(request: Any, monkeypatch: Any) -> str:
     return str(request.param)
 
 
-def tell_no_writers(monkeypatch: Any) -> None:
-    """Let the system tell nothing of who writes to a file, as where there are no leases."""
-    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
-    monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
-
-
 def everything_below(*folders: Path) -> bytes:
     return b"\n".join(data for folder in folders for data in contents(folder).values())
-
-
-def sync_later(home: Home, seconds: float = 100) -> orchestra.SyncCodebaseResult:
-    registry = home.registry()
-    codebase = registry.codebases[API]
-    return orchestra.sync_codebase(home.path, codebase, registry.owners, clock=lambda: time.time() + seconds)
 
 
 @pytest.mark.parametrize("change", ["update", "drop", "drop all of it"])
@@ -13360,8 +13396,6 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
 
 
 # What a killed turn left where no turn looks for it
-
-DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
 @needs_leases
@@ -13669,8 +13703,6 @@ class Appender(Saver):
 # Who writes into a file that Orchestra is about to replace is seen by a lease, which only Linux has.
 WAYS_IN_PLACE = [edit_truncating, edit_patching, edit_slowly, append_line]
 WAYS_OF_EDITING = [edit_renaming, edit_anew, *(WAYS_IN_PLACE if IS_LINUX else [])]
-
-
 WRITER_IN_THE_WAY = ("another program has it open for writing", "it kept changing while Orchestra was writing it")
 
 
@@ -13901,6 +13933,7 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Ho
 # ── At random ─────────────────────────────────────────────────────────────────
 
 # At random: bytes
+
 
 # No bytes, however odd, make more than a problem. Each test tries some inputs whose seeds never change; marked soak, it
 # tries new ones for ORCHESTRA_SOAK seconds. ORCHESTRA_SEED=N begins with the input N, which a failure names.
@@ -15094,7 +15127,6 @@ BENCH_TASK = """\
     created_at: 2026-03-01T00:00:00Z
     updated_at: 2026-03-02T00:00:00Z
 """
-
 # The least a program can do in place of `sync --all`: read what is read and write what is written.
 BARE_SYNC = """
 import glob, os, sys
