@@ -5428,7 +5428,7 @@ class Changes(NamedTuple):
     deleted: frozenset[str]
 
 
-class Doubts:
+class Suspects:
     """What may have been caught half-written: when to look at it again, and since when it is doubted.
 
     `window` is in seconds of `clock`.
@@ -5473,7 +5473,7 @@ class Doubts:
         return min(self._again_at.values(), default=None)
 
 
-class PollingSource:
+class PollingBackend:
     """Hint at everything whenever asked: for systems and limits that leave nothing better.
 
     The contract of all three sources: `fileno()` is readable when there are hints (-1: never), `drain()` takes
@@ -5508,7 +5508,7 @@ class PollingSource:
         pass
 
 
-class InotifySource(PollingSource):
+class InotifyBackend(PollingBackend):
     """Hints from Linux's inotify(7), through ctypes. Watching a folder covers the files in it."""
 
     name = "inotify"
@@ -5590,7 +5590,7 @@ class InotifySource(PollingSource):
         os.close(self._fd)
 
 
-class KqueueSource(PollingSource):
+class KqueueBackend(PollingBackend):
     """Hints from kqueue's EVFILT_VNODE (macOS, BSD): every folder and every file needs a descriptor of its own.
 
     A folder's descriptor tells of entries that come and go; a write in place shows on the file's alone, and a
@@ -5667,7 +5667,7 @@ class KqueueSource(PollingSource):
         self._queue.close()
 
 
-def open_source(wanted: str, descriptors: int) -> PollingSource:
+def open_backend(wanted: str, descriptors: int) -> PollingBackend:
     """Open the best source of hints there is, or the one `wanted` (kqueue, inotify, polling, or "" for any).
 
     `descriptors` is the process's limit on open files. Raises NotifyError for a source that is not to be had.
@@ -5678,15 +5678,15 @@ def open_source(wanted: str, descriptors: int) -> PollingSource:
     name = wanted or best
     try:
         if name == "kqueue" and hasattr(select, "kqueue"):
-            return KqueueSource(descriptors - KQUEUE_RESERVE)
+            return KqueueBackend(descriptors - KQUEUE_RESERVE)
         if name == "inotify" and sys.platform.startswith("linux"):
-            return InotifySource()
+            return InotifyBackend()
     except OSError as error:
         if wanted:
             raise NotifyError(f"{name}: expected to open it, got: {explain_os_error(error)}") from error
         name = "polling"
     if name == "polling":
-        return PollingSource()
+        return PollingBackend()
     raise NotifyError(f"ORCHESTRA_WATCHER: expected kqueue, inotify or polling as this system has it, got {wanted!r}")
 
 
@@ -5724,7 +5724,7 @@ class Watcher:
     """
 
     def __init__(
-        self, home: str, source: PollingSource, clock: Clock = time.time, monotonic: Clock = time.monotonic
+        self, home: str, source: PollingBackend, clock: Clock = time.time, monotonic: Clock = time.monotonic
     ) -> None:
         self.source = source
         self.must_poll = source.fileno() < 0
@@ -5733,7 +5733,7 @@ class Watcher:
         self._picture: dict[str, dict[str, Seen]] = {}  # folder: path: file
         self._folders: set[str] = set()
         self._anchors: dict[str, set[str]] = {}  # folders outside the tree: the names in them that matter
-        self._doubts = Doubts(DEBOUNCE_WINDOW, monotonic)
+        self._doubts = Suspects(DEBOUNCE_WINDOW, monotonic)
         self._trusted: set[str] = set()  # doubted for so long that they count as they are
         self._has_looked = False
         self._saved: set[str] = set()
@@ -5748,11 +5748,11 @@ class Watcher:
         """Look where the source hints."""
         return self.look(self.source.drain())
 
-    def next_look(self) -> Optional[float]:
-        """Return when `look_again` has something to do, in the clock's seconds."""
+    def next_recheck(self) -> Optional[float]:
+        """Return when `recheck` has something to do, in the clock's seconds."""
         return self._doubts.next_due()
 
-    def look_again(self) -> Changes:
+    def recheck(self) -> Changes:
         """Look at the files that may have been caught half-written and have not been looked at for a while."""
         due, self._trusted = self._doubts.take_due()
         changes = self.look(due)
@@ -6848,7 +6848,7 @@ def forget_replaced(home: str, keys: Iterable[Key]) -> None:
             remove_private(replaced_path(home, key))
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
     import gc
 
@@ -6921,7 +6921,7 @@ class SyncProcessor:
         try:
             if job.source == "staleness":
                 statuses = self._count_statuses()
-                give_memory_back()
+                release_memory()
                 return JobOutcome(job, statuses=statuses)
             self.cache, outcome = run_job(self._home, self.cache, job)
             return outcome
@@ -7042,7 +7042,7 @@ class Daemon:
         self._wall_clock = clock
         self._started_at = int(clock())
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
-        self._doubts = Doubts(DEBOUNCE_WINDOW, self._clock)
+        self._doubts = Suspects(DEBOUNCE_WINDOW, self._clock)
         self._overdue: set[Key] = set()
         self._failed: frozenset[Key] = frozenset()  # to be tried again at the next rescan
         self._to_retry: set[Key] = set()
@@ -7077,7 +7077,7 @@ class Daemon:
             make_private_folder(projects_root(self.home))
         self._selector = selectors.DefaultSelector()
         self._opened.append(self._selector.close)
-        self._watcher = Watcher(self.home, open_source(self._watcher_wanted, limit))
+        self._watcher = Watcher(self.home, open_backend(self._watcher_wanted, limit))
         self._opened.append(self._watcher.source.close)
         self._watcher.look()
         if self._watcher.source.fileno() >= 0:
@@ -7170,7 +7170,7 @@ class Daemon:
         if self._is_stopping:
             return 0.05  # seconds: the worker's last word comes a moment before its end
         deadlines = [self._rescan_at, self._retry_at, self._staleness_at, self._server.next_expiry()]
-        deadlines += [self._watcher.next_look(), self._doubts.next_due()]
+        deadlines += [self._watcher.next_recheck(), self._doubts.next_due()]
         if self._has_room_for_due:
             deadlines.append(self._debouncer.next_due())
         known = [deadline for deadline in deadlines if deadline is not None]
@@ -7191,7 +7191,7 @@ class Daemon:
             self._debouncer.note(self._to_retry)
             self._to_retry.clear()
             self._retry_at = None
-        self._note(self._watcher.look_again())
+        self._note(self._watcher.recheck())
         self._server.drop_silent()
         self._note_suspects()
         if self._has_room_for_due:

@@ -5723,14 +5723,14 @@ class Knote:
 class StandInKqueue:
     """select.kqueue for EVFILT_VNODE, over inotify(7). As there, closing a descriptor ends its watch."""
 
-    IN = orchestra.InotifySource
+    IN = orchestra.InotifyBackend
     FILE_MASK = IN.IN_MODIFY | IN.IN_ATTRIB | IN.IN_MOVE_SELF | IN.IN_DELETE_SELF
     ENTRY_MASK = IN.IN_CREATE | IN.IN_DELETE | IN.IN_MOVED_FROM | IN.IN_MOVED_TO
     FOLDER_MASK = ENTRY_MASK | IN.IN_MOVE_SELF | IN.IN_DELETE_SELF
     IN_ISDIR = 0x40000000
 
     def __init__(self) -> None:
-        self._inotify = orchestra.InotifySource()
+        self._inotify = orchestra.InotifyBackend()
         self._knotes: dict[int, Knote] = {}
         self._more, self._more_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # readable while events are left over
         self._epoll = select.epoll()
@@ -5970,7 +5970,7 @@ class Lookout:
 
     def __init__(self, live: Live, kind: str, make: Any = orchestra.Watcher) -> None:
         self.live = live
-        self.source = orchestra.open_source(kind, 4096) if isinstance(kind, str) else kind
+        self.source = orchestra.open_backend(kind, 4096) if isinstance(kind, str) else kind
         self.is_open = True
         live.lookouts.append(self)
         self.watcher = make(live.path, self.source)
@@ -6016,7 +6016,7 @@ class Lookout:
         return {self.name(path): digest for path, digest in picture_of(self.watcher).items()}
 
     def is_true_to_disk(self) -> bool:
-        fresh = orchestra.Watcher(self.live.path, orchestra.PollingSource())
+        fresh = orchestra.Watcher(self.live.path, orchestra.PollingBackend())
         fresh.look()
         return bool(picture_of(fresh) == picture_of(self.watcher))
 
@@ -6041,7 +6041,7 @@ def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked
     others = [f"p{number}/api" for number in range(20)]
     for label in ("shop/api", *others):
         live.save(label)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
+    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
     watcher.look()
     list_folder = orchestra.list_folder
 
@@ -6162,19 +6162,19 @@ def test_an_emptied_file_is_told_when_it_is_written_or_stays_empty(live: Live, k
     lookout.drain()
     (live.projects / "other").mkdir()  # has the watcher look at everything, and drop the watches it no longer needs
     lookout.drain()
-    assert lookout.saved == set() and lookout.watcher.next_look() == clock.now + orchestra.RECHECK_PAUSE
+    assert lookout.saved == set() and lookout.watcher.next_recheck() == clock.now + orchestra.RECHECK_PAUSE
     for file, label in ((known, "shop/api"), (new, "shop/web")):
         save_in_place(file, live.text(label, "whole"))
     lookout.expect(saved=["shop/api", "shop/web"])
-    assert lookout.watcher.next_look() is None
+    assert lookout.watcher.next_recheck() is None
     known.write_text("")
     lookout.drain()
     started, looks = clock.now, 0
     while not lookout.saved:
-        due = lookout.watcher.next_look()
+        due = lookout.watcher.next_recheck()
         assert due is not None and clock.now < due <= started + orchestra.DEBOUNCE_WINDOW
         clock.now, looks = due, looks + 1
-        lookout.take(lookout.watcher.look_again())
+        lookout.take(lookout.watcher.recheck())
     assert clock.now == started + orchestra.DEBOUNCE_WINDOW and looks < 10
     lookout.expect(saved=["shop/api"])
     known.unlink()
@@ -6182,7 +6182,7 @@ def test_an_emptied_file_is_told_when_it_is_written_or_stays_empty(live: Live, k
     lookout.drain()
     new.unlink()
     lookout.expect(deleted=["shop/api", "shop/web"])
-    assert lookout.watcher.next_look() is None
+    assert lookout.watcher.next_recheck() is None
 
 
 def test_without_hints_an_emptied_file_is_looked_at_again_in_time(live: Live) -> None:
@@ -6192,9 +6192,9 @@ def test_without_hints_an_emptied_file_is_looked_at_again_in_time(live: Live) ->
     file.write_text("")
     lookout.drain()
     file.write_text(live.text(note="whole"))
-    assert lookout.watcher.look_again() == orchestra.Changes(frozenset(), frozenset())
+    assert lookout.watcher.recheck() == orchestra.Changes(frozenset(), frozenset())
     clock.now += orchestra.RECHECK_PAUSE
-    assert lookout.watcher.look_again().saved == {str(file)}
+    assert lookout.watcher.recheck().saved == {str(file)}
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
@@ -6217,9 +6217,9 @@ def test_a_file_that_is_open_for_writing_is_told_when_it_is_closed_or_takes_too_
             lookout.drain()
             assert lookout.saved == set()
             clock.now += orchestra.DEBOUNCE_WINDOW
-            lookout.take(lookout.watcher.look_again())
+            lookout.take(lookout.watcher.recheck())
             lookout.expect(saved=["shop/api"])
-    assert lookout.watcher.next_look() is None
+    assert lookout.watcher.next_recheck() is None
 
 
 def test_files_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> None:
@@ -6404,7 +6404,7 @@ def test_a_hinted_edit_of_the_same_size_and_time_is_noticed(live: Live, kind: st
 
 def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Live) -> None:
     file = live.save(note="one")
-    watcher = orchestra.Watcher(live.path, orchestra.PollingSource(), clock=lambda: time.time() + 100)
+    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend(), clock=lambda: time.time() + 100)
     watcher.look()
     save_in_place(file, live.text(note="two"))
     # Where the clock of the file system ticks slowly, both edits have one stamp.
@@ -6420,7 +6420,7 @@ def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Live) -> None:
 def test_a_young_file_is_read_whatever_its_stamp(live: Live, age: float, is_read: bool) -> None:
     file = live.save(note="one")
     changed = max(file.stat().st_mtime, file.stat().st_ctime)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingSource(), clock=lambda: changed + age)
+    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend(), clock=lambda: changed + age)
     watcher.look()
     save_in_place(file, live.text(note="two"))
     info = file.stat()
@@ -6466,7 +6466,7 @@ def test_after_an_overflow_of_inotify_everything_is_looked_at(live: Live) -> Non
 
 def test_what_finds_no_descriptor_is_polled(live: Live, kqueue: None) -> None:
     live.save_many(5)
-    watcher = orchestra.Watcher(live.path, orchestra.KqueueSource(4))
+    watcher = orchestra.Watcher(live.path, orchestra.KqueueBackend(4))
     watcher.look()
     assert watcher.must_poll and watcher.interval == orchestra.POLL_INTERVAL
     save_in_place(live.file("p4/c4"), "other")
@@ -6502,9 +6502,9 @@ def test_a_source_is_opened_by_name_or_the_best(wanted: str, name: Optional[str]
     best = "kqueue" if HAS_KQUEUE else "inotify" if IS_LINUX else "polling"
     if name == "" or (name in ("kqueue", "inotify") and name != best):
         with pytest.raises(orchestra.NotifyError, match=f"ORCHESTRA_WATCHER: .*, got '{wanted}'"):
-            orchestra.open_source(wanted, 4096)
+            orchestra.open_backend(wanted, 4096)
         return
-    source = orchestra.open_source(wanted, 4096)
+    source = orchestra.open_backend(wanted, 4096)
     assert source.name == (name or best)
     source.close()
 
@@ -6517,12 +6517,12 @@ def test_a_source_asked_for_that_cannot_be_had_is_an_error_of_ours() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
         with pytest.raises(orchestra.OrchestraError):
-            orchestra.open_source("inotify", 4096)
+            orchestra.open_backend("inotify", 4096)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-class Meddler(orchestra.PollingSource):
+class Meddler(orchestra.PollingBackend):
     """A source on whose first watch of a folder something happens just before the watch is set."""
 
     def __init__(self, folder: Path, act: Callable[[], None]) -> None:
@@ -6553,7 +6553,7 @@ def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Li
 
 def test_a_hint_at_a_projects_folder_is_a_look_at_that_alone(live: Live, monkeypatch: Any) -> None:
     live.save_many(30)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
+    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
     watcher.look()
     looked: list[str] = []
     real = orchestra.list_folder
@@ -6670,7 +6670,7 @@ def test_the_picture_equals_the_disk_after_random_changes(live: Live, kind: str,
 
 @contextmanager
 def folders_only() -> Iterator[Any]:
-    class FoldersOnly(orchestra.KqueueSource):
+    class FoldersOnly(orchestra.KqueueBackend):
         def watch_file(self, path: str) -> bool:
             return False
 
@@ -6679,7 +6679,7 @@ def folders_only() -> Iterator[Any]:
 
 @contextmanager
 def registering_late() -> Iterator[Any]:
-    class RegisteringLate(orchestra.KqueueSource):
+    class RegisteringLate(orchestra.KqueueBackend):
         """Registers after the scan, 5 ms late."""
 
         def __init__(self, budget: int) -> None:
@@ -6710,7 +6710,7 @@ def registering_late() -> Iterator[Any]:
 
 @contextmanager
 def as_it_is() -> Iterator[Any]:
-    yield orchestra.KqueueSource
+    yield orchestra.KqueueBackend
 
 
 @pytest.mark.parametrize(
@@ -6777,7 +6777,7 @@ def test_a_target_whose_window_is_ended_fires_at_its_next_note() -> None:
 
 def test_what_is_doubted_is_looked_at_again_after_pauses_that_double() -> None:
     clock = Clock(0)
-    doubts = orchestra.Doubts(0.5, clock)
+    doubts = orchestra.Suspects(0.5, clock)
     for _ in range(2):  # the second time all begins anew
         started = clock.now
         doubts.note(["api"])
@@ -6800,7 +6800,7 @@ def test_what_is_doubted_is_looked_at_again_after_pauses_that_double() -> None:
 
 def test_an_event_has_what_is_doubted_looked_at_soon_but_not_for_longer() -> None:
     clock = Clock(0)
-    doubts = orchestra.Doubts(0.5, clock)
+    doubts = orchestra.Suspects(0.5, clock)
     doubts.note(["api", "web"])
     clock.now = 0.1
     doubts.note(["api"])
@@ -8049,7 +8049,7 @@ def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: 
     live.save()
     turn_until(turned, lambda: live.has("first") and " staleness " in live.log())
     live.file().write_text("")
-    turn_until(turned, lambda: turned._watcher.next_look() is not None)
+    turn_until(turned, lambda: turned._watcher.next_recheck() is not None)
     assert turned._time_left() <= orchestra.RECHECK_PAUSE  # the loop wakes by itself
     turn_until(turned, lambda: turned._doubts.next_due() is not None)
     left, due = turned._time_left(), turned._doubts.next_due()
@@ -8834,7 +8834,7 @@ def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
 
 def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Live, monkeypatch: Any) -> None:
     file = live.save("shop/one")
-    watcher = orchestra.Watcher(live.path, orchestra.PollingSource())
+    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
     monkeypatch.setattr(orchestra, "_first_link", lambda path: str(file))
     watcher._anchor(str(file))
     assert watcher.look().saved == {str(file)}
