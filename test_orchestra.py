@@ -1,11 +1,34 @@
 #!/usr/bin/env python3
-"""Tests of orchestra.py, in its order and under its banners.
+"""The tests of orchestra.py.
 
     python3 test_orchestra.py [bench | soak] [pytest's arguments]
 
-runs them on any Python from 3.9 on: where pytest or PyYAML is missing, a virtual environment is made beside this file.
-`bench` measures instead, and prints a table (ORCHESTRA_MOST=1000 leaves the largest registry out, ORCHESTRA_IDLE=20
-shortens the idle watch); `soak` runs the tests that take minutes.
+Runs on Python 3.9 or newer; where pytest or PyYAML is missing, a virtual environment
+is made beside this file. `bench` prints a table of measurements instead
+(ORCHESTRA_MOST=1000 leaves out the largest registry, ORCHESTRA_IDLE=20 shortens the
+idle watch); `soak` runs the tests that take minutes (ORCHESTRA_SOAK seconds each).
+
+Contents
+  Helpers                  a home folder with its registry, codebases and daemon; waiting
+                           with a deadline; reading and writing trees of files
+  The shape of the file    what keeps orchestra.py readable: its map, its layers, where
+                           effects live, limits on lengths and names
+
+  Sections 1 to 24 of orchestra.py follow, in its order and under its banners. A test
+  stands under the section whose code it checks; a new case is a row of its table.
+
+  Every step interrupted   each change of the disk, killed after every operation and
+                           failing at every one. A new change is a row of CHANGES.
+  Random histories         a user and Orchestra take turns at random; pictures of the
+                           disk tell what was lost. A new act is a method of History.
+  Races                    a save at the worst instant, and editors that save in a loop.
+                           A new instant is a test; a new way to save a row of WHOLE_SAVES.
+  Fuzzing                  odd bytes for everything that reads: at most a problem, in
+                           bounded time and memory. A new reader is a test with `dose`.
+  Start-up                 the modules that a command may load. A module that costs
+                           time is a word in HEAVY.
+  Benchmarks               figures, each beside a yardstick of the same minute. A new
+                           one is a bench_ function that measure_all calls.
 """
 
 from __future__ import annotations
@@ -782,9 +805,10 @@ DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 MODULE = ast.parse(SOURCE)
 MODULE_DOC = ast.get_docstring(MODULE, clean=False) or ""
-BANNER = re.compile(r"(?m)^# ── (\d+) (.+?) ─+$")
+BANNER = re.compile(r"(?m)^# (?:══ ([IV]+) (\w+) ═+|── (?:(\d+) )?(.+?) ─+)$")  # of a part, or of a section
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-SECTION_STARTS = [(SOURCE.count("\n", 0, match.start()) + 1, match[2]) for match in BANNER.finditer(SOURCE)]
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef, ast.Assign, ast.AnnAssign)
+SECTION_STARTS = [(SOURCE.count("\n", 0, m.start()) + 1, m[4]) for m in BANNER.finditer(SOURCE) if m[4]]
 SECTIONS = ["", *(title for _, title in SECTION_STARTS)]
 
 
@@ -806,7 +830,8 @@ def without_annotations(node: ast.AST) -> list[ast.AST]:
 def names_defined_by(node: ast.stmt) -> set[str]:
     if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
         return {node.name}
-    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    inner = [n for target in node.targets for n in ast.walk(target)] if isinstance(node, ast.Assign) else ast.walk(node)
+    return {name.id for name in inner if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
 
 def dotted(node: ast.AST) -> str:
@@ -833,13 +858,24 @@ def sections_that_import(*names: str) -> set[str]:
     return sections_where(imports)
 
 
+# Limits that only go down: MOST_NAMES to 6, MOST_MANY_PARAMETERS to 8, MOST_SECTION_LINES to 620.
+MOST_NAMES = 8.9  # per 100 lines
+MOST_MANY_PARAMETERS = 30
+MOST_SECTION_LINES = 630
+
+
 def test_the_contents_in_the_docstring_are_the_banners() -> None:
-    contents = re.findall(
-        r"(?m)^ {2}([IV]+) (\w+)$|^ +(\d+) (\S.*?) {2,}\S", MODULE_DOC[MODULE_DOC.index("Contents") :]
-    )
-    banners = re.findall(r"(?m)^# ══ ([IV]+) (\w+) ═+$|^# ── (\d+) (.+?) ─+$", SOURCE)
-    assert contents == banners
-    assert [int(number) for _, _, number, _ in contents if number] == list(range(1, len(SECTIONS)))
+    contents = MODULE_DOC[MODULE_DOC.index("Contents") :]
+    listed = re.findall(r"(?m)^ {2}([IV]+) (\w+)$|^ +(\d+) (\S.*?) {2,}\S", contents)
+    assert listed == BANNER.findall(SOURCE)
+    assert [int(number) for _, _, number, _ in listed if number] == list(range(1, len(SECTIONS)))
+
+
+def test_the_tests_stand_under_the_programs_banners_between_the_helpers_and_the_rigs() -> None:
+    banners = BANNER.findall(Path(__file__).read_text(encoding="utf-8"))
+    listed = re.findall(r"(?m)^ {2}([A-Z]\S*(?: \S+)*) {2,}\S", (__doc__ or "").partition("Contents")[2])
+    listed_banners = [("", "", "", title) for title in listed]
+    assert banners == listed_banners[:2] + BANNER.findall(SOURCE) + listed_banners[2:]
 
 
 def test_each_section_uses_only_those_above_it() -> None:
@@ -923,7 +959,45 @@ def test_there_is_no_global_state() -> None:
 
 def test_functions_fit_on_a_screen() -> None:
     lengths = {n.name: (n.end_lineno or 0) - n.lineno + 1 for n in ast.walk(MODULE) if isinstance(n, FUNCTIONS)}
-    assert {name: length for name, length in lengths.items() if length > 60 and name != "build_parser"} == {}
+    too_long = {name: length for name, length in lengths.items() if length > 60 and name != "build_parser"}
+    assert too_long == {}, "no function is longer than 60 lines"
+
+
+def test_sections_fit_in_a_readers_head() -> None:
+    lines = [line for line, _ in SECTION_STARTS] + [SOURCE.count("\n") + 2]
+    lengths = {title: end - start for start, end, title in zip(lines, lines[1:], SECTIONS[1:])}
+    too_long = {title: length for title, length in lengths.items() if length > MOST_SECTION_LINES}
+    assert too_long == {}, f"no section is longer than {MOST_SECTION_LINES} lines"
+
+
+def test_a_section_reads_from_callees_to_callers() -> None:
+    made = {name: node for node in MODULE.body if isinstance(node, DEFINITIONS) for name in names_defined_by(node)}
+    uses = [
+        (name.id, made[name.id].lineno < name.lineno)
+        for node in MODULE.body
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and made.get(name.id, node) is not node
+        if section_of(made[name.id]) == section_of(node)
+    ]
+    down = [name for name, is_up in uses if not is_up]
+    assert len(down) < 0.05 * len(uses), f"95 % of the references inside sections point up; these do not: {down}"
+
+
+def test_few_names_stand_at_module_level() -> None:
+    names = sum(len(names_defined_by(node)) for node in MODULE.body if isinstance(node, DEFINITIONS))
+    rate = names / SOURCE.count("\n") * 100
+    assert rate < MOST_NAMES, f"{rate:.2f} names per 100 lines: inline a helper, make a class, move constants into it"
+
+
+def test_few_functions_have_five_parameters() -> None:
+    many = []
+    for node in ast.walk(MODULE):
+        if isinstance(node, FUNCTIONS):
+            args = node.args
+            given = [arg for arg in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if arg]
+            if sum(arg.arg not in ("self", "cls") for arg in given) >= 5:
+                many.append(node.name)
+    assert len(many) < MOST_MANY_PARAMETERS, f"what is passed together belongs in one object: {many}"
 
 
 # ══ I Ground ══════════════════════════════════════════════════════════════════
@@ -11187,7 +11261,7 @@ def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) 
     assert process.returncode == 2 and "Traceback" not in process.stderr
 
 
-# ── Every step interrupted, every write failing ───────────────────────────────
+# ── Every step interrupted ────────────────────────────────────────────────────
 
 # A change of the disk is carried out again and again in a child: once killed after its first operation, once after
 # its second, and so on until a child gets through; then with each operation failing instead. `run_hooked` replaces
@@ -13930,7 +14004,7 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Ho
     assert home.staleness()["last_sync_age"] >= 0
 
 
-# ── At random ─────────────────────────────────────────────────────────────────
+# ── Fuzzing ───────────────────────────────────────────────────────────────────
 
 # At random: bytes
 
