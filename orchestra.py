@@ -3494,7 +3494,7 @@ def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tu
         ("backend", _first(names, "build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
         ("backend", _first(names, "package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
     )
-    return next(((kind, evidence) for kind, evidence in rules if evidence), ("backend", "nothing recognized"))
+    return next(((kind, evidence) for kind, evidence in rules if evidence), ("backend", "type unknown: set it with -t"))
 
 
 def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -> dict[str, str]:
@@ -7890,29 +7890,34 @@ def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
 
 # ── 23 Commands ───────────────────────────────────────────────────────────────
 
-# stdout carries results, stderr talk and errors. Exit status: 0 fine; 1 looked and found it out of date (only
-# --check and --exit-code); 2 could not; 130 was interrupted, as shells have it.
+# stdout carries results; stderr carries notes and errors. The exit status is 0 if all
+# is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
+# failure, and 130 after an interrupt, as in shells. With several codebases, all are
+# tried before a failure is returned.
 
-FOLLOW_PAUSE = 0.2  # seconds
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
 
 
+# Output
+
+
 def discard_output(stream: int) -> None:
-    """Discard what a standard stream does not take, so that the interpreter's own flush at exit succeeds."""
+    """Point a standard stream at /dev/null, so that Python's flush at exit succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def say(text: str) -> None:
+    """Print to stderr; where that fails, the exit status has to suffice."""
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # nobody to tell: the exit status still does
+    except OSError:
         discard_output(2)
 
 
 def report(message: str, hint: str) -> None:
-    """Tell what is wrong on stderr, a line each, and below it the way out."""
+    """Print an error, and what to do about it, on stderr."""
     for line in message.split("\n"):
         say(f"orchestra: {visible(line)}")
     if hint:
@@ -7920,6 +7925,7 @@ def report(message: str, hint: str) -> None:
 
 
 def report_all(problems: Iterable[Problem]) -> int:
+    """Print each problem once, and return the exit status."""
     problems = list(dict.fromkeys(problems))
     for problem in problems:
         report(str(problem), problem.hint)
@@ -7931,21 +7937,36 @@ def print_json(value: Any) -> None:
 
 
 def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str:
-    colored = sys.stdout.isatty() and "NO_COLOR" not in environ and environ.get("TERM") != "dumb"
-    return f"\033[{color}m{text}\033[0m" if colored else text
+    if not sys.stdout.isatty() or "NO_COLOR" in environ or environ.get("TERM") == "dumb":
+        return text
+    return f"\033[{color}m{text}\033[0m"
 
 
 def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
-    """Print rows in columns; a cell that is a key of `colors` gets that color."""
+    """Print rows in aligned columns, and cells that are keys of `colors` in color."""
     rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        cells = [paint(padded, colors[cell]) if cell in colors else padded for cell, padded in zip(row, cells)]
+        cells = []
+        for cell, width in zip(row, widths):
+            padded = cell.ljust(width)
+            cells.append(paint(padded, colors[cell]) if cell in colors else padded)
         print("  ".join(cells).rstrip())
 
 
+def print_result(result: SyncCodebaseResult) -> None:
+    """Print a line per file that was or would be written, and the notes on stderr."""
+    label = label_for(result.key)
+    for file in result.files:
+        if file.writes:
+            verb = "append" if file.join is not None else file.action
+            print(f"{REMOVE if verb == EVICT else verb:8} {label} {file.path}")
+        if file.note:
+            say(f"note: {label}: {file.path}: {visible(file.note)}")
+
+
 def show_progress(done: int, total: int, key: Key) -> None:
+    """Overwrite one line of the terminal during long work."""
     if total > 20 and sys.stderr.isatty():
         end = "\r" if done + 1 < total else "\r\033[K"
         sys.stderr.write(f"\r\033[K{done + 1}/{total} {label_for(key)}{end}")
@@ -7961,611 +7982,658 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# init and project
+# Registering
 
 
-def _absolute(home: str, path: str) -> str:
-    if not path:
-        raise UsageError("path: expected a folder, got nothing")
-    with blame("the current folder"):
-        return absolute_path(expand_home(home, path))
+class Registration:
+    """Add a folder to the registry, or find it there.
 
+    1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
+    2 Clean up after a killed command, and load the registry.
+    3 Refuse a name that another folder has, and a folder that another name has.
+    4 If the codebase is registered, change its type if asked to; otherwise detect its
+      values and create its file.
+    """
 
-def _tell_of_foreign_text(result: SyncCodebaseResult) -> None:
-    for file in result.files:
-        if file.note.startswith(FOREIGN):
-            say(f"note: {label_for(result.key)}: {file.path}: {file.note}")
+    def __init__(self, home: str, key: Key, path: str, project_type: Optional[str]) -> None:
+        self.home = home
+        self.key = key
+        self.path = path
+        self.project_type = project_type
 
+    @property
+    def label(self) -> str:
+        return label_for(self.key)
 
-def _check_is_free(home: str, registry: Registry, key: Key, path: str) -> None:
-    if key in registry.broken:
-        raise error_for(registry.broken[key])
-    identity = identity_of(path)
-    if key in registry.codebases:
-        folder = codebase_root(home, registry.codebases[key])
-        if folder != path and identity_of(folder) != identity:
+    @property
+    def file(self) -> str:
+        return shorten_home(self.home, codebase_path(self.home, self.key))
+
+    def run(self) -> Registry:
+        """Register, print what was done, and return the new registry.
+
+        Raises OrchestraError.
+        """
+        self._check_folder(Owners())
+        check_name("project", self.key[0])
+        check_name("codebase", self.key[1])
+        if not os.path.isdir(self.path):
+            is_file = os.path.exists(self.path)
+            problem = "that is a file, not a folder" if is_file else "no such folder"
+            raise RegistryError(f"{self.path}: {problem}")
+        clear_registry(self.home)
+        registry = load_registry(self.home)
+        self.key = listed_key(self.home, self.key)
+        self._check_is_free(registry)
+        self._check_folder(registry.owners)
+        if self.key in registry.codebases:
+            self._update()
+            accept_empty_folder(self.home, registry.codebases[self.key])
+        else:
+            self._create()
+            self._note_outer_codebases(registry)
+        return load_registry(self.home)
+
+    def _check_folder(self, owners: Owners) -> None:
+        identity = identity_of(self.path)
+        problem = identity and why_unfit(self.home, real_path(self.path), identity, owners)
+        if problem:
+            hint = "name the folder of one codebase, or of a repository that holds several"
+            raise RegistryError(f"{self.path}: {problem}", hint)
+
+    def _check_is_free(self, registry: Registry) -> None:
+        if self.key in registry.broken:
+            raise error_for(registry.broken[self.key])
+        identity = identity_of(self.path)
+        if self.key in registry.codebases:
+            folder = codebase_root(self.home, registry.codebases[self.key])
+            if folder != self.path and identity_of(folder) != identity:
+                raise RegistryError(
+                    f"{self.label} already exists, for the folder {folder}",
+                    f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME",
+                )
+        for other in registry.owners.keys_at(identity, self.key):
             raise RegistryError(
-                f"codebase {label_for(key)}: expected the folder {path}, got {folder}: the name is taken",
-                f"orchestra init {path} -p {key[0]} --name ANOTHER_NAME",
+                f"{self.path}: this folder is already registered as {label_for(other)}",
+                f"orchestra project remove {label_for(other)}",
             )
-    for other in registry.owners.keys_at(identity, key):
-        raise RegistryError(
-            f"{path}: this folder is already registered as {label_for(other)}",
-            f"orchestra project remove {label_for(other)}",
-        )
 
-
-def _check_is_fit(home: str, owners: Owners, path: str) -> None:
-    identity = identity_of(path)
-    problem = why_unfit(home, real_path(path), identity, owners) if identity else ""
-    if problem:
-        raise RegistryError(
-            f"{path}: {problem}", "name the folder of one codebase, or of a repository that holds several"
-        )
-
-
-def _tell_of_outer(registry: Registry, path: str) -> None:
-    for folder in climb(os.path.dirname(path)):
-        for key in () if is_repository(folder) else registry.owners.keys_at(identity_of(folder)):
-            say(f"note: {label_for(key)} is not synced any more: its folder holds this one and is no repository")
-
-
-def _reregister(home: str, key: Key, project_type: Optional[str]) -> None:
-    file = shorten_home(home, codebase_path(home, key))
-    for _ in range(MAX_TRIES):
-        codebase = load_codebase(home, *key)
-        if project_type in (None, *(c.project_type for c in codebase.projects)):
-            print(f"{label_for(key)} is registered already: {file}")
+    def _update(self) -> None:
+        for _ in range(MAX_TRIES):
+            codebase = load_codebase(self.home, *self.key)
+            if self.project_type in (None, *(c.project_type for c in codebase.projects)):
+                print(f"{self.label} is already registered: {self.file}")
+                return
+            first, *rest = codebase.projects or (Component(self.key[1], ""),)
+            first = first._replace(project_type=self.project_type or "")
+            changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
+            try:
+                save_codebase(self.home, changed)
+            except FileChanged:
+                continue
+            print(f"{self.label} type changed to {self.project_type}: {self.file}")
             return
-        rest = codebase.projects[1:]
-        first = codebase.projects[0] if codebase.projects else Component(key[1], "")
-        projects = (first._replace(project_type=project_type or ""), *rest)
+        problem = "it kept changing while Orchestra was writing it"
+        raise RegistryError(f"{self.file}: {problem}", "run the command again")
+
+    def _create(self) -> None:
+        project, problems = read_project(self.home, self.key[0])
+        if problems:
+            raise error_for(problems)
+        found = detect(self.path)
+        targets, source = found.targets, "already used in this folder"
+        inherits = not targets and project.targets is not None
+        if inherits:
+            targets, source = project.targets or (), "from project.yaml"
+        elif not targets:
+            targets, source = DEFAULT_TARGETS, "default"
+        now = now_rfc3339()
+        codebase = Codebase(
+            *self.key,
+            spell_path(self.home, self.path),
+            found.description,
+            targets=None if inherits else targets,
+            commands=found.commands,
+            skills=found.skills,
+            projects=(Component(self.key[1], self.project_type or found.project_type),),
+            created_at=now,
+            updated_at=now,
+        )
+        self._save(codebase)
+        evidence = "from --type" if self.project_type else visible(found.evidence)
+        print(f"registered {self.label}: {codebase.projects[0].project_type} ({evidence})")
+        print(f"  targets: {', '.join(targets) or 'none'} ({source})")
+        print(f"  edit:    {self.file}")
+
+    def _save(self, codebase: Codebase) -> None:
         try:
-            save_codebase(home, codebase._replace(projects=projects, updated_at=now_rfc3339()))
-        except FileChanged:
-            continue
-        print(f"{label_for(key)} is a {project_type} codebase now: {file}")
-        return
-    raise RegistryError(f"{file}: it kept changing while Orchestra was writing it", "try again")
+            self.path.encode()
+        except UnicodeEncodeError:
+            problem = f"{self.path!r}: expected a path in UTF-8, got other bytes"
+            raise RegistryError(problem, "rename the folder") from None
+        project = {"name": self.key[0], "created_at": codebase.created_at}
+        create_registry_file(self.home, project_path(self.home, self.key[0]), project)
+        file = codebase_path(self.home, self.key)
+        if not create_registry_file(self.home, file, values_of(codebase)):
+            raise RegistryError(f"another command registered {self.label} just now")
+
+    def _note_outer_codebases(self, registry: Registry) -> None:
+        for folder in climb(os.path.dirname(self.path)):
+            if not is_repository(folder):
+                for key in registry.owners.keys_at(identity_of(folder)):
+                    reason = "its folder contains this one and is not a repository"
+                    say(f"note: {label_for(key)} is no longer synced: {reason}")
 
 
-def _check_encodable(path: str) -> None:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise RegistryError(f"{path!r}: expected a path in UTF-8, got other bytes", "rename the folder") from None
+# The commands
 
 
-def _register_new(home: str, registry: Registry, key: Key, path: str, project_type: Optional[str]) -> None:
-    found = detect(path)
-    project, problems = read_project(home, key[0])
-    if problems:
-        raise error_for(problems)
-    targets, source = found.targets, "found there"
-    if not targets:
-        inherits = project.targets is not None
-        targets = project.targets if project.targets is not None else DEFAULT_TARGETS
-        source = "as project.yaml says" if inherits else "by default"
-    now = now_rfc3339()
-    codebase = Codebase(
-        *key,
-        spell_path(home, path),
-        found.description,
-        targets=None if project.targets is not None and not found.targets else targets,
-        commands=found.commands,
-        skills=found.skills,
-        projects=(Component(key[1], project_type or found.project_type),),
-        created_at=now,
-        updated_at=now,
-    )
-    _check_encodable(path)
-    create_registry_file(home, project_path(home, key[0]), {"name": key[0], "created_at": now})
-    if not create_registry_file(home, codebase_path(home, key), values_of(codebase)):
-        raise RegistryError(f"codebase {label_for(key)}: expected a free name, found it registered meanwhile")
-    evidence = "as you said" if project_type else visible(found.evidence)
-    print(f"registered {label_for(key)}: {codebase.projects[0].project_type} ({evidence})")
-    print(f"  targets: {', '.join(targets) or 'none'} ({source})")
-    print(f"  edit:    {shorten_home(home, codebase_path(home, key))}")
+class Commands:
+    """One method per command. It prints results, and returns the exit status."""
 
+    def __init__(self, home: str, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
+        self.home = home
+        self.args: Any = args
+        self.environ = environ
 
-def register(home: str, key: Key, path: str, project_type: Optional[str], sync: bool) -> int:
-    """Enter a folder in the registry, or find it there; then sync it if asked to."""
-    _check_is_fit(home, Owners(), path)
-    check_name("project", key[0])
-    check_name("codebase", key[1])
-    if not os.path.isdir(path):
-        raise RegistryError(f"{path}: expected a folder, found {'a file' if os.path.exists(path) else 'none'}")
-    clear_registry(home)
-    registry = load_registry(home)
-    key = listed_key(home, key)
-    _check_is_free(home, registry, key, path)
-    _check_is_fit(home, registry.owners, path)
-    if key in registry.codebases:
-        _reregister(home, key, project_type)
-        accept_empty_folder(home, registry.codebases[key])
-    else:
-        _register_new(home, registry, key, path, project_type)
-        _tell_of_outer(registry, path)
-    registry = load_registry(home)
-    if sync:
-        return sync_and_report(home, registry, SyncScope.codebase(label_for(key)))
-    if key in registry.codebases:
-        _tell_of_foreign_text(sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True))
-    return OK
+    # Registering
 
+    def cmd_init(self) -> int:
+        path = self._absolute(self.args.path)
+        name = self.args.name if self.args.name is not None else os.path.basename(path)
+        return self._register((self.args.project, name), path, self.args.sync)
 
-def cmd_init(home: str, args: argparse.Namespace) -> int:
-    path = _absolute(home, args.path)
-    key = (args.project, args.name if args.name is not None else os.path.basename(path))
-    return register(home, key, path, args.type, args.sync)
+    def cmd_project_add(self) -> int:
+        name = self.args.name
+        path = self._absolute(self.args.path if self.args.path is not None else name)
+        return self._register((self.args.project or name, name), path)
 
+    def _absolute(self, path: str) -> str:
+        if not path:
+            raise UsageError("path: expected a folder, got nothing")
+        with blame("the current folder"):
+            return absolute_path(expand_home(self.home, path))
 
-def cmd_project_add(home: str, args: argparse.Namespace) -> int:
-    path = _absolute(home, args.path if args.path is not None else args.name)
-    return register(home, (args.project or args.name, args.name), path, args.type, sync=False)
-
-
-def _codebase_row(home: str, codebase: Codebase) -> tuple[str, str, str]:
-    types = ", ".join(component.project_type for component in codebase.projects)
-    return label_for(codebase.key), types, shorten_home(home, codebase_root(home, codebase))
-
-
-def _describe_codebase(home: str, codebase: Codebase) -> dict[str, Any]:
-    return {
-        "project": codebase.project,
-        "codebase": codebase.name,
-        "path": codebase_root(home, codebase),
-        "project_types": [component.project_type for component in codebase.projects],
-        "targets": list(targets_of(codebase)),
-    }
-
-
-def cmd_project_list(home: str, args: argparse.Namespace) -> int:
-    registry = load_registry(home)
-    codebases = [registry.codebases[key] for key in registry.keys if key in registry.codebases]
-    if args.json:
-        print_json([_describe_codebase(home, codebase) for codebase in codebases])
-    elif codebases:
-        print_table([("CODEBASE", "TYPE", "PATH"), *(_codebase_row(home, codebase) for codebase in codebases)])
-    elif not registry.problems:
-        say(NO_CODEBASES)
-    return report_all(registry.problems)
-
-
-def _check_can_purge(home: str, registry: Registry, key: Key) -> None:
-    if key in registry.broken:
-        raise error_for(registry.broken[key])
-    result = sync_codebase(home, registry.codebases[key], registry.owners, dry_run=True, purge=True)
-    if result.errors:
-        raise SyncError("\n".join(map(str, result.errors)), "mend that, then purge; nothing was changed")
-
-
-def cmd_project_remove(home: str, args: argparse.Namespace) -> int:
-    registry = load_registry(home)
-    key = registry.find(args.name)
-    if args.purge:
-        _check_can_purge(home, registry, key)
-    if key in registry.codebases:
-        clear_up_codebase(home, registry.codebases[key])
-    # Deregistered first: from then on no sync brings back what is purged.
-    kept = retire_codebase(home, key)
-    print(f"removed {label_for(key)} from the registry; its file is kept as {shorten_home(home, kept)}")
-    if not args.purge:
+    def _register(self, key: Key, path: str, sync: bool = False) -> int:
+        registration = Registration(self.home, key, path, self.args.type)
+        registry = registration.run()
+        key = registration.key
+        if sync:
+            results = self._sync(registry, SyncScope.codebase(label_for(key)))
+            self._print_results(results)
+            return report_all(results[0].errors)
+        if key in registry.codebases:
+            codebase = registry.codebases[key]
+            result = sync_codebase(self.home, codebase, registry.owners, dry_run=True)
+            for file in result.files:
+                if file.note.startswith(FOREIGN):
+                    say(f"note: {label_for(key)}: {file.path}: {file.note}")
         return OK
-    result = sync_codebase(home, registry.codebases[key], registry.owners, purge=True)
-    print_result(result)
-    if not result.errors:
-        remove_private(record_path(home, key))
-        return OK
-    name, path = args.name.rpartition("/")[2], shorten_home(home, codebase_root(home, registry.codebases[key]))
-    again = f"orchestra init {path} -p {key[0]} --name {name}, then remove it once more"
-    return report_all(problem._replace(hint=f"mend that; {again}") for problem in result.errors)
 
+    def cmd_project_list(self) -> int:
+        registry = load_registry(self.home)
+        entries: list[dict[str, Any]] = []
+        rows = [("CODEBASE", "TYPE", "PATH")]
+        for key in sorted(registry.codebases):
+            codebase = registry.codebases[key]
+            path = codebase_root(self.home, codebase)
+            types = [component.project_type for component in codebase.projects]
+            rows.append((label_for(key), ", ".join(types), shorten_home(self.home, path)))
+            entries.append(
+                {
+                    "project": key[0],
+                    "codebase": key[1],
+                    "path": path,
+                    "project_types": types,
+                    "targets": list(targets_of(codebase)),
+                }
+            )
+        if self.args.json:
+            print_json(entries)
+        elif entries:
+            print_table(rows)
+        elif not registry.problems:
+            say(NO_CODEBASES)
+        return report_all(registry.problems)
 
-# sync, status, diff
+    def cmd_project_remove(self) -> int:
+        registry = load_registry(self.home)
+        key = registry.find(self.args.name)
+        if self.args.purge:
+            codebase = registry.readable(self.args.name)
+            result = sync_codebase(self.home, codebase, registry.owners, dry_run=True, purge=True)
+            if result.errors:
+                message = "\n".join(map(str, result.errors))
+                raise SyncError(message, "fix that, then purge again; nothing was changed")
+        if key in registry.codebases:
+            clear_up_codebase(self.home, registry.codebases[key])
+        # It is deregistered first, so that no sync writes again what is purged.
+        kept = shorten_home(self.home, retire_codebase(self.home, key))
+        print(f"removed {label_for(key)} from the registry; its file is kept as {kept}")
+        if not self.args.purge:
+            return OK
+        result = sync_codebase(self.home, codebase, registry.owners, purge=True)
+        print_result(result)
+        if not result.errors:
+            remove_private(record_path(self.home, key))
+            return OK
+        path = shorten_home(self.home, codebase_root(self.home, codebase))
+        again = f"orchestra init {path} -p {key[0]} --name {key[1]}, then remove it again"
+        return report_all(error._replace(hint=f"fix that; {again}") for error in result.errors)
 
+    # Syncing
 
-def _key_of_current_folder(home: str, registry: Registry) -> Key:
-    with blame("the current folder"):
-        here = real_path(os.getcwd())
-    for folder in climb(here):
-        keys = registry.owners.keys_at(identity_of(folder))
-        if keys:
-            return keys[0]
-    if registry.broken:
-        report_all(registry.problems)  # one of them may have this folder
-    raise UsageError(f"{here}: expected a registered codebase's folder, or a codebase's name", "orchestra sync --all")
+    def cmd_sync(self) -> int:
+        args = self.args
+        if args.codebase is not None and args.all:
+            raise UsageError("give either CODEBASE or --all, not both")
+        registry = load_registry(self.home)
+        if args.all:
+            scope = SyncScope.all()
+        elif args.codebase is not None:
+            scope = SyncScope.codebase(args.codebase)
+        else:
+            scope = SyncScope.codebase(label_for(self._find_current(registry)))
+        dry_run = args.dry_run or args.check
+        results = self._sync(registry, scope, dry_run)
+        if args.json:
+            print_json([self._describe(result) for result in results])
+        else:
+            self._print_results(results, dry_run)
+        problems = [*registry.stray] if args.all else []
+        for result in results:
+            problems += result.errors
+        is_outdated = args.check and any(result.written for result in results)
+        return report_all(problems) or (OUT_OF_DATE if is_outdated else OK)
 
+    def _find_current(self, registry: Registry) -> Key:
+        """Find the codebase that the current folder is in; raises UsageError."""
+        with blame("the current folder"):
+            here = real_path(os.getcwd())
+        for folder in climb(here):
+            for key in registry.owners.keys_at(identity_of(folder)):
+                return key
+        if registry.broken:
+            report_all(registry.problems)  # one of them may have this folder
+        problem = "this folder is not in a registered codebase"
+        raise UsageError(problem, "orchestra init . -p PROJECT --sync")
 
-def _verb_for(file: FilePlan) -> str:
-    if file.join is not None:
-        return "append"
-    return REMOVE if file.action == EVICT else file.action
+    def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
+        is_named = scope.names is not None
+        results = run_pipeline(self.home, scope, dry_run, registry, show_progress, take_over=is_named)
+        if not dry_run:
+            forget_replaced(self.home, [result.key for result in results])
+        return results
 
-
-def print_result(result: SyncCodebaseResult) -> None:
-    label = label_for(result.key)
-    for file in result.files:
-        if file.writes:
-            print(f"{_verb_for(file):8} {label} {file.path}")
-        if file.note:
-            say(f"note: {label}: {file.path}: {visible(file.note)}")
-
-
-def print_totals(results: Sequence[SyncCodebaseResult], dry_run: bool) -> None:
-    written = sum(len(result.written) for result in results)
-    unchanged = sum(len(result.unchanged) for result in results)
-    noun = "codebase" if len(results) == 1 else "codebases"
-    failed = sum(len(result.failed) or bool(result.errors) for result in results)
-    words = [f"{written} {'to write' if dry_run else 'written'}", f"{unchanged} unchanged"]
-    print(", ".join(words + [f"{failed} failed"] * bool(failed)) + f" in {len(results)} {noun}")
-
-
-def _describe_result(result: SyncCodebaseResult) -> dict[str, Any]:
-    return {
-        "project": result.project,
-        "codebase": result.codebase,
-        "written": result.written,
-        "unchanged": result.unchanged,
-        "failed": result.failed,
-        "files": [{"path": file.path, "action": file.action, "note": file.note} for file in result.files],
-        "errors": [str(problem) for problem in result.errors],
-    }
-
-
-def sync_and_report(
-    home: str, registry: Registry, scope: SyncScope, dry_run: bool = False, check: bool = False, as_json: bool = False
-) -> int:
-    results = run_pipeline(home, scope, dry_run, registry, show_progress, take_over=scope.names is not None)
-    if not dry_run:
-        forget_replaced(home, [result.key for result in results])
-    if as_json:
-        print_json([_describe_result(result) for result in results])
-    else:
+    def _print_results(self, results: Sequence[SyncCodebaseResult], dry_run: bool = False) -> None:
         for result in results:
             print_result(result)
-        print_totals(results, dry_run)
-    errors = [problem for result in results for problem in result.errors]
-    failed = report_all([*(registry.stray if scope.names is None else ()), *errors])
-    return failed or (OUT_OF_DATE if check and any(result.written for result in results) else OK)
+        written = sum(len(result.written) for result in results)
+        unchanged = sum(len(result.unchanged) for result in results)
+        failed = sum(len(result.failed) or bool(result.errors) for result in results)
+        totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
+        totals += f", {failed} failed" if failed else ""
+        noun = "codebase" if len(results) == 1 else "codebases"
+        print(f"{totals} in {len(results)} {noun}")
 
+    def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
+        names = ("path", "action", "note")
+        return {
+            "project": result.project,
+            "codebase": result.codebase,
+            "written": result.written,
+            "unchanged": result.unchanged,
+            "failed": result.failed,
+            "files": [{name: getattr(file, name) for name in names} for file in result.files],
+            "errors": [str(problem) for problem in result.errors],
+        }
 
-def cmd_sync(home: str, args: argparse.Namespace) -> int:
-    if args.codebase is not None and args.all:
-        raise UsageError("sync: expected CODEBASE or --all, got both", "orchestra sync --all")
-    registry = load_registry(home)
-    if args.all:
-        scope = SyncScope.all()
-    elif args.codebase is not None:
-        scope = SyncScope.codebase(args.codebase)
-    else:
-        scope = SyncScope.codebase(label_for(_key_of_current_folder(home, registry)))
-    return sync_and_report(home, registry, scope, args.dry_run or args.check, args.check, args.json)
+    def cmd_status(self) -> int:
+        registry = load_registry(self.home)
+        project = self.args.project
+        if project is not None and project not in {key[0] for key in registry.keys}:
+            raise RegistryError(f'no project is called "{project}"', "orchestra project list")
+        status = scan_staleness(self.home, registry, project)
+        if self.args.json:
+            names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
+            codebases = [{name: getattr(e, name) for name in names} for e in status.codebases]
+            print_json({"summary": status.summary, "codebases": codebases})
+        elif status.codebases:
+            rows = [("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL")]
+            for e in status.codebases:
+                label, age = label_for((e.project, e.codebase)), format_age(e.last_sync_age)
+                rows.append((label, e.status, age, str(e.active_tasks), e.detail))
+            print_table(rows, COLORS)
+        else:
+            say(NO_CODEBASES)
+        failed = report_all(status.stray)
+        if failed or any(entry.status == ERROR for entry in status.codebases):
+            return FAILED
+        return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
 
+    def cmd_diff(self) -> int:
+        registry = load_registry(self.home)
+        codebase = registry.readable(self.args.codebase)
+        text, problems = diff_codebase(self.home, codebase, registry.owners)
+        sys.stdout.write(text)
+        return report_all(problems) or (OUT_OF_DATE if self.args.exit_code and text else OK)
 
-def _describe_staleness(entry: Staleness) -> dict[str, Any]:
-    names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
-    return {name: getattr(entry, name) for name in names}
+    # Restoring and editing
 
+    def cmd_restore(self) -> int:
+        codebase = load_registry(self.home).readable(self.args.codebase)
+        backups = list_backups(self.home, codebase.key)
+        if self.args.list:
+            if backups:
+                rows = [(backup.when, backup.path, backup.why) for backup in backups]
+                print_table([("WHEN", "FILE", "WHY"), *rows])
+            return OK
+        label = label_for(codebase.key)
+        for backup in self._choose_backups(codebase.key, backups):
+            changed = restore_file(self.home, codebase, backup)
+            verb = "restored" if changed else "unchanged"
+            print(f"{verb} {label} {backup.path} ({backup.when})")
+        forget_replaced(self.home, [codebase.key])
+        reason = "to keep a change, put it in the registry file"
+        say(f"note: the next sync replaces it again; {reason}")
+        return OK
 
-def cmd_status(home: str, args: argparse.Namespace) -> int:
-    registry = load_registry(home)
-    if args.project is not None and args.project not in {key[0] for key in registry.keys}:
-        raise RegistryError(
-            f"project {args.project}: expected a registered one, got an unknown one", "orchestra project list"
-        )
-    status = scan_staleness(home, registry, args.project)
-    if args.json:
-        print_json({"summary": status.summary, "codebases": [_describe_staleness(e) for e in status.codebases]})
-    elif status.codebases:
-        rows = [
-            (label_for((e.project, e.codebase)), e.status, format_age(e.last_sync_age), str(e.active_tasks), e.detail)
-            for e in status.codebases
+    def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
+        """Choose the latest backups that PATH and --at allow; raise SyncError if none."""
+        path, at = self.args.path, self.args.at
+        found = [
+            backup
+            for backup in backups
+            if backup.path in AGENTS_BY_PATH
+            and (path is None or backup.path == os.path.normpath(path))
+            and (at is None or backup.when.startswith(at))
         ]
-        print_table([("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL"), *rows], COLORS)
-    else:
-        say(NO_CODEBASES)
-    failed = report_all(status.stray)
-    if any(entry.status == ERROR for entry in status.codebases):
-        failed = FAILED
-    return failed or (OUT_OF_DATE if args.check and status.summary["stale"] else OK)
+        if found:
+            return [backup for backup in found if backup.when == found[-1].when]
+        label = label_for(key)
+        for backup in reversed(backups):
+            if backup.path == path and path.endswith(".yaml"):
+                import shlex
 
+                problem = "this is a registry file, which orchestra restore does not put back"
+                paths = shlex.quote(backup.file), shlex.quote(codebase_path(self.home, key))
+                raise SyncError(f"{path}: {problem}", "cp {} {}".format(*paths))
+            if backup.path == path:
+                problem = "no agent's instruction file has this name"
+                raise SyncError(f"{path}: {problem}; it is kept as {backup.file}")
+        if not backups:
+            raise SyncError(f"{label}: nothing to restore: no backups yet")
+        wanted = f"{path or 'any instruction file'}{f' at {at}' if at else ''}"
+        raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {label} --list")
 
-def cmd_diff(home: str, args: argparse.Namespace) -> int:
-    registry = load_registry(home)
-    text, problems = diff_codebase(home, registry.readable(args.codebase), registry.owners)
-    sys.stdout.write(text)
-    return report_all(problems) or (OUT_OF_DATE if args.exit_code and text else OK)
-
-
-# restore and edit
-
-
-def _refuse_registry_file(home: str, key: Key, backups: Sequence[Backup], path: Optional[str]) -> None:
-    kept = [backup.file for backup in backups if backup.path == path]
-    if kept and not kept[-1].endswith(".yaml"):
-        raise SyncError(f"{path}: no instruction file of an agent has this name", f"it is kept as {kept[-1]}")
-    if kept:
+    def cmd_edit(self) -> int:
         import shlex
+        import subprocess
 
-        raise SyncError(
-            f"{path}: expected an instruction file, got a registry file, which Orchestra does not put back",
-            f"cp {shlex.quote(kept[-1])} {shlex.quote(codebase_path(home, key))}",
-        )
+        key = load_registry(self.home).find(self.args.codebase)
+        editor = self.environ.get("VISUAL") or self.environ.get("EDITOR") or "vi"
+        try:
+            argv = shlex.split(editor)
+            status = subprocess.call([*argv, codebase_path(self.home, key)])
+        except FileNotFoundError:
+            raise UsageError(f'editor "{argv[0]}" not found', "set VISUAL or EDITOR") from None
+        except (OSError, ValueError) as error:
+            reason = explain_os_error(error) if isinstance(error, OSError) else str(error).lower()
+            raise UsageError(f'editor "{editor}": {reason}', "set VISUAL or EDITOR") from None
+        if status:
+            raise UsageError(f"the editor exited with status {status}")
+        return report_all(load_registry(self.home).broken.get(key, ()))
 
+    # The daemon
 
-def _choose_backups(backups: Sequence[Backup], path: Optional[str], at: Optional[str]) -> list[Backup]:
-    found = [
-        backup
-        for backup in backups
-        if backup.path in AGENTS_BY_PATH
-        and (path is None or backup.path == os.path.normpath(path))
-        and (at is None or backup.when.startswith(at))
-    ]
-    return [backup for backup in found if backup.when == found[-1].when]
+    def cmd_daemon_start(self) -> int:
+        return start_blocking(self.home, self.environ)
 
-
-def cmd_restore(home: str, args: argparse.Namespace) -> int:
-    codebase = load_registry(home).readable(args.codebase)
-    backups = list_backups(home, codebase.key)
-    if args.list:
-        if backups:
-            print_table([("WHEN", "FILE", "WHY"), *((b.when, b.path, b.why) for b in backups)])
+    def cmd_daemon_stop(self) -> int:
+        try:
+            request_stop(self.home)
+        except DaemonNotRunning as error:
+            print(error)
+            return OK
+        print("daemon stop requested")
+        if sys.platform == "darwin" and os.path.exists(launchd_plist_path(self.home)):
+            say("note: launchd restarts it; to stop it for good: orchestra daemon uninstall")
         return OK
-    chosen = _choose_backups(backups, args.path, args.at)
-    if not chosen:
-        _refuse_registry_file(home, codebase.key, backups, args.path)
-        raise SyncError(
-            f"{label_for(codebase.key)}: expected a kept version of {args.path or 'a file'}"
-            f"{f' at {args.at}' if args.at else ''}, found none",
-            f"orchestra restore {label_for(codebase.key)} --list",
-        )
-    for backup in chosen:
-        changed = restore_file(home, codebase, backup)
-        print(f"{'restored' if changed else 'unchanged'} {label_for(codebase.key)} {backup.path} ({backup.when})")
-    forget_replaced(home, [codebase.key])
-    say("note: the next sync replaces it again; what shall stay belongs in the registry file")
-    return OK
 
-
-def run_editor(editor: str, file: str) -> None:
-    """Open a file in the user's editor and wait for it to be closed; raises UsageError."""
-    import shlex
-    import subprocess
-
-    try:
-        code = subprocess.call([*shlex.split(editor), file])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"editor {editor}: expected a program, got: {error}", "set VISUAL or EDITOR") from None
-    if code:
-        raise UsageError(f"editor {editor}: expected it to end well, got exit status {code}")
-
-
-def cmd_edit(home: str, args: argparse.Namespace) -> int:
-    key = load_registry(home).find(args.codebase)
-    run_editor(args.environ.get("VISUAL") or args.environ.get("EDITOR") or "vi", codebase_path(home, key))
-    return report_all(load_registry(home).broken.get(key, ()))
-
-
-# daemon
-
-
-def cmd_daemon_start(home: str, args: argparse.Namespace) -> int:
-    return start_blocking(home, args.environ)
-
-
-def cmd_daemon_stop(home: str, args: argparse.Namespace) -> int:
-    try:
-        request_stop(home)
-    except DaemonNotRunning as error:
-        print(error)
+    def cmd_daemon_status(self) -> int:
+        try:
+            print_json(request_status(self.home))
+        except DaemonNotRunning as error:
+            print_json({"running": False, "socket": error.socket})
         return OK
-    print("daemon stop requested")
-    if sys.platform == "darwin" and os.path.exists(launchd_plist_path(home)):
-        say("note: launchd starts it again at once; to end it for good: orchestra daemon uninstall")
-    return OK
 
-
-def cmd_daemon_install(home: str, args: argparse.Namespace) -> int:
-    check_platform(sys.platform)
-    launchd = Launchd()
-    launchd.check_session()
-    install_launchd(home, install_self(home, args.environ, say), sys.platform, launchd)
-    print(f"installed {DAEMON_LABEL}: {shorten_home(home, launchd_plist_path(home))}")
-    return OK
-
-
-def cmd_daemon_uninstall(home: str, args: argparse.Namespace) -> int:
-    was_installed = uninstall_launchd(home, sys.platform, Launchd())
-    print(f"uninstalled {DAEMON_LABEL}" if was_installed else f"{DAEMON_LABEL} was not installed")
-    return OK
-
-
-def cmd_self_install(home: str, args: argparse.Namespace) -> int:
-    """Do the part of install.sh that needs Python: the program, PyYAML, the link."""
-    check_link(home)
-    install_self(home, args.environ, say)
-    with blame(link_path(home)):
-        make_link(link_target(home), link_path(home))
-    print(f"installed {shorten_home(home, link_path(home))}")
-    return OK
-
-
-def _try(act: Callable[[], object]) -> int:
-    """Do one thing of several, and report it if it cannot be done; return the exit status."""
-    try:
-        act()
-    except OrchestraError as error:
-        report(str(error), error.hint)
-        return FAILED
-    return OK
-
-
-def cmd_self_uninstall(home: str, args: argparse.Namespace) -> int:
-    """Do the part of install.sh --uninstall that needs Python: clear up what killed syncs may have left."""
-    if not os.path.isdir(run_dir(home)):
+    def cmd_daemon_logs(self) -> int:
+        paths = [stderr_log_path(self.home)]
+        if not self.args.stderr_only:
+            paths.insert(0, stdout_log_path(self.home))
+        logs = [LogReader(path) for path in paths]
+        for path, log in zip(paths, logs):
+            if len(paths) > 1:
+                print(f"==> {shorten_home(self.home, path)} <==", flush=True)
+            sys.stdout.buffer.write(log.tail(self.args.lines))
+        while self.args.follow:  # the first log alone: it has the warnings too
+            sys.stdout.buffer.write(logs[0].read())
+            sys.stdout.flush()
+            time.sleep(0.2)
         return OK
-    with suppress(OrchestraError):  # told where it is needed; it is not fetched for its removal
-        ensure_yaml(home, {**args.environ, "ORCHESTRA_NO_FETCH": "1"}, say)
-    registries: list[Registry] = []
-    outcomes = [_try(lambda: clear_registry(home)), _try(lambda: registries.append(load_registry(home)))]
-    for registry in registries:
-        outcomes.append(report_all(registry.problems))  # what they may have left is not known
-        outcomes += [_try(functools.partial(clear_up_codebase, home, c)) for c in registry.codebases.values()]
-    return max(outcomes)
 
+    # Installing
 
-def cmd_daemon_status(home: str, args: argparse.Namespace) -> int:
-    try:
-        print_json(request_status(home))
-    except DaemonNotRunning as error:
-        print_json({"running": False, "socket": error.socket})
-    return OK
+    def cmd_daemon_install(self) -> int:
+        check_platform(sys.platform)
+        launchd = Launchd()
+        launchd.check_session()
+        binary = install_self(self.home, self.environ, say)
+        install_launchd(self.home, binary, sys.platform, launchd)
+        print(f"installed {DAEMON_LABEL}: {shorten_home(self.home, launchd_plist_path(self.home))}")
+        return OK
 
+    def cmd_daemon_uninstall(self) -> int:
+        if uninstall_launchd(self.home, sys.platform, Launchd()):
+            print(f"uninstalled {DAEMON_LABEL}")
+        else:
+            print(f"{DAEMON_LABEL} was not installed")
+        return OK
 
-def print_bytes(data: bytes) -> None:
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+    def cmd_self_install(self) -> int:
+        """Do what install.sh needs Python for: the program, PyYAML, the link."""
+        link = link_path(self.home)
+        check_link(self.home)
+        install_self(self.home, self.environ, say)
+        with blame(link):
+            make_link(link_target(self.home), link)
+        print(f"installed {shorten_home(self.home, link)}")
+        return OK
 
+    def cmd_self_uninstall(self) -> int:
+        """Do what install.sh --uninstall needs Python for: clean up after killed syncs."""
+        if not os.path.isdir(run_dir(self.home)):
+            return OK
+        errors: list[OrchestraError] = []
 
-def cmd_daemon_logs(home: str, args: argparse.Namespace) -> int:
-    paths = [stderr_log_path(home)] if args.stderr_only else [stdout_log_path(home), stderr_log_path(home)]
-    logs = {path: LogReader(path) for path in paths}
-    for path, log in logs.items():
-        if len(logs) > 1:
-            print(f"==> {shorten_home(home, path)} <==")
-        print_bytes(log.tail(args.lines))
-    while args.follow:  # of both logs the first, which has the warnings too
-        print_bytes(logs[paths[0]].read())
-        time.sleep(FOLLOW_PAUSE)
-    return OK
+        @contextmanager
+        def collected() -> Iterator[None]:
+            try:
+                yield
+            except OrchestraError as error:
+                errors.append(error)
+                report(str(error), error.hint)
+
+        with suppress(OrchestraError):  # not fetched only to be removed; loading reports it
+            ensure_yaml(self.home, {**self.environ, "ORCHESTRA_NO_FETCH": "1"}, say)
+        with collected():
+            clear_registry(self.home)
+        with collected():
+            registry = load_registry(self.home)
+            if registry.problems:  # what syncs of these left is unknown
+                report_all(registry.problems)
+                errors.append(error_for(registry.problems))
+            for codebase in registry.codebases.values():
+                with collected():
+                    clear_up_codebase(self.home, codebase)
+        return FAILED if errors else OK
 
 
 # ── 24 Command line ───────────────────────────────────────────────────────────
 
-
-GC_THRESHOLD = 10000  # new objects until garbage in cycles is looked for, of which there is hardly any
-
-
-def _terminal_width() -> int:
-    try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
-    except (OSError, ValueError):
-        return 78
+# A new command is a method `cmd_...` above, a row in COMMANDS, and its arguments in
+# ARGUMENTS. argparse is imported only where it is used, for it costs 7 ms of a start.
 
 
-def _line_count(text: str) -> int:
-    import argparse
+class Command(NamedTuple):
+    """A row of the help. One without `run` has subcommands, one without `purpose` is hidden."""
 
+    purpose: str
+    run: Optional[Callable[[Commands], int]] = None
+    needs_yaml: bool = True
+
+
+COMMANDS = {
+    "init": Command("register a folder", Commands.cmd_init),
+    "project": Command("list, add or remove codebases"),
+    "project list": Command("list the registered codebases", Commands.cmd_project_list),
+    "project add": Command("register a folder under a name", Commands.cmd_project_add),
+    "project remove": Command("deregister a codebase", Commands.cmd_project_remove),
+    "sync": Command("write the instruction files that are out of date", Commands.cmd_sync),
+    "status": Command("show what is out of date", Commands.cmd_status),
+    "diff": Command("show what sync would write", Commands.cmd_diff),
+    "restore": Command("restore a file that a sync replaced", Commands.cmd_restore),
+    "edit": Command("edit a codebase's registry file, and check it", Commands.cmd_edit),
+    "daemon": Command("sync automatically in the background"),
+    "daemon start": Command("run the daemon in the foreground", Commands.cmd_daemon_start),
+    "daemon stop": Command("stop the daemon", Commands.cmd_daemon_stop, False),
+    "daemon status": Command("print the daemon's state as JSON", Commands.cmd_daemon_status, False),
+    "daemon install": Command("start the daemon at login", Commands.cmd_daemon_install, False),
+    "daemon uninstall": Command("no longer start it at login", Commands.cmd_daemon_uninstall, False),
+    "daemon logs": Command("print the end of the logs", Commands.cmd_daemon_logs, False),
+    "self-install": Command("", Commands.cmd_self_install, False),  # both for install.sh
+    "self-uninstall": Command("", Commands.cmd_self_uninstall, False),
+}
+
+
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Note down one call of argparse's add_argument."""
+    return names, settings
+
+
+def flag(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return argument(*names, action="store_true", **settings)
+
+
+def parse_count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {excerpt(text)}")
+        import argparse
+
+        raise argparse.ArgumentTypeError("must be 0 or more")
     return int(text)
 
 
-def add_command(
-    commands: Any, name: str, run: Callable[..., int], purpose: str, needs_yaml: bool = True
-) -> argparse.ArgumentParser:
-    shown = {"help": purpose} if purpose else {}
-    command: argparse.ArgumentParser = commands.add_parser(name, description=purpose, **shown)
-    command.set_defaults(run=run, needs_yaml=needs_yaml)
-    return command
+TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected in the folder")
+CODEBASE = argument("codebase", metavar="CODEBASE")
+ARGUMENTS = {
+    "init": (
+        argument("path", metavar="PATH"),
+        argument("-p", "--project", required=True, help="the project it belongs to"),
+        TYPE,
+        argument("--name", help="default: the folder's name"),
+        flag("--sync", help="write the instruction files at once"),
+    ),
+    "project list": (flag("--json"),),
+    "project add": (
+        argument("name", metavar="NAME"),
+        argument("-p", "--project", help="default: NAME"),
+        TYPE,
+        argument("--path", metavar="DIR", help="default: the folder NAME"),
+    ),
+    "project remove": (
+        argument("name", metavar="NAME"),
+        flag("--purge", help="also remove Orchestra's files and blocks from it"),
+    ),
+    "sync": (
+        argument("codebase", metavar="CODEBASE", nargs="?", help="default: the current folder's"),
+        flag("--all", help="every registered codebase"),
+        flag("--dry-run", help="only show what would be written"),
+        flag("--check", help="write nothing; exit 1 if anything would be written"),
+        flag("--json"),
+    ),
+    "status": (
+        argument("--project", metavar="P", help="only this project's codebases"),
+        flag("--json"),
+        flag("--check", help="exit 1 if sync would write anything"),
+    ),
+    "diff": (CODEBASE, flag("--exit-code", help="exit 1 if there is a difference")),
+    "restore": (
+        CODEBASE,
+        argument("path", metavar="PATH", nargs="?", help="a file in the codebase; default: all of the last time"),
+        flag("--list", help="list the backups"),
+        argument("--at", metavar="TIME", help="a time from --list, or its beginning"),
+    ),
+    "edit": (CODEBASE,),
+    "daemon logs": (
+        argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
+        flag("--stderr-only", help="only daemon-err.log: warnings and errors"),
+        flag("-f", "--follow", help="keep printing new lines"),
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     import argparse
 
-    purpose = (__doc__ or "").partition("\n")[0]
-
     class Parser(argparse.ArgumentParser):
         def __init__(self, **options: Any) -> None:
-            # Left to itself, argparse loads shutil and three compressors to learn the terminal's width.
-            formatter = functools.partial(argparse.HelpFormatter, width=_terminal_width())
+            # argparse's own default imports shutil and three compressors.
+            try:
+                width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
+            except (OSError, ValueError):
+                width = 78
+            formatter = functools.partial(argparse.HelpFormatter, width=width)
             super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
         def _print_message(self, message: str, file: Any = None) -> None:
-            (file or sys.stderr).write(message)  # argparse's own passes over what cannot be written
+            (file or sys.stderr).write(message)  # argparse's own ignores OSErrors
 
-    parser = Parser(prog="orchestra", description=purpose)
+    parser = Parser(prog="orchestra", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    init = add_command(commands, "init", cmd_init, "register a folder")
-    init.add_argument("path", metavar="PATH")
-    init.add_argument("-p", "--project", required=True, help="the project the codebase belongs to")
-    init.add_argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected from the folder's manifests")
-    init.add_argument("--name", help="default: the folder's name")
-    init.add_argument("--sync", action="store_true", help="write the instruction files at once")
-
-    project = commands.add_parser("project", help="list, add or remove codebases")
-    project_commands = project.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    listing = add_command(project_commands, "list", cmd_project_list, "list the registered codebases")
-    listing.add_argument("--json", action="store_true")
-    add = add_command(project_commands, "add", cmd_project_add, "register a folder under a name")
-    add.add_argument("name", metavar="NAME")
-    add.add_argument("-p", "--project", help="default: NAME")
-    add.add_argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected from the folder's manifests")
-    add.add_argument("--path", metavar="DIR", help="default: the folder NAME below the current one")
-    remove = add_command(project_commands, "remove", cmd_project_remove, "deregister a codebase")
-    remove.add_argument("name", metavar="NAME")
-    remove.add_argument("--purge", action="store_true", help="also take Orchestra's files and blocks out of it")
-
-    sync = add_command(commands, "sync", cmd_sync, "write the instruction files that are out of date")
-    sync.add_argument("codebase", metavar="CODEBASE", nargs="?", help="default: the one the current folder is in")
-    sync.add_argument("--all", action="store_true", help="every registered codebase")
-    sync.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    sync.add_argument("--check", action="store_true", help="write nothing, exit 1 if anything would be written")
-    sync.add_argument("--json", action="store_true")
-
-    status = add_command(commands, "status", cmd_status, "tell how stale every codebase is")
-    status.add_argument("--project", metavar="P", help="only this project's codebases")
-    status.add_argument("--json", action="store_true")
-    status.add_argument("--check", action="store_true", help="exit 1 if sync would write anything")
-
-    diff = add_command(commands, "diff", cmd_diff, "show what sync would write")
-    diff.add_argument("codebase", metavar="CODEBASE")
-    diff.add_argument("--exit-code", action="store_true", help="exit 1 if there is a difference")
-
-    restore = add_command(commands, "restore", cmd_restore, "give back what a sync replaced")
-    restore.add_argument("codebase", metavar="CODEBASE")
-    restore.add_argument("path", metavar="PATH", nargs="?", help="within the codebase; default: all of the last time")
-    restore.add_argument("--list", action="store_true", help="list what is kept")
-    restore.add_argument("--at", metavar="TIME", help="a time from --list, or how it starts")
-
-    edit = add_command(commands, "edit", cmd_edit, "open a codebase's registry file in your editor, and check it")
-    edit.add_argument("codebase", metavar="CODEBASE")
-
-    daemon = commands.add_parser("daemon", help="keep everything in step in the background")
-    daemon_commands = daemon.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_command(daemon_commands, "start", cmd_daemon_start, "run the daemon in the foreground")
-    add_command(daemon_commands, "stop", cmd_daemon_stop, "ask the running daemon to end", needs_yaml=False)
-    add_command(daemon_commands, "status", cmd_daemon_status, "print what the daemon knows, as JSON", needs_yaml=False)
-    add_command(daemon_commands, "install", cmd_daemon_install, "have launchd run the daemon", needs_yaml=False)
-    add_command(daemon_commands, "uninstall", cmd_daemon_uninstall, "end launchd's running of it", needs_yaml=False)
-    logs = add_command(daemon_commands, "logs", cmd_daemon_logs, "print the end of the logs", needs_yaml=False)
-    logs.add_argument("--lines", metavar="N", type=_line_count, default=100, help="of each log; default: 100")
-    logs.add_argument("--stderr-only", action="store_true", help="only daemon-err.log: warnings and errors")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on with what daemon.log, or daemon-err.log, gets")
-    add_command(commands, "self-install", cmd_self_install, "", needs_yaml=False)  # both for install.sh
-    add_command(commands, "self-uninstall", cmd_self_uninstall, "", needs_yaml=False)
+    subcommands: Any = {"title": "commands", "metavar": "COMMAND", "required": True}
+    groups: dict[str, Any] = {"": parser.add_subparsers(**subcommands)}
+    for words, command in COMMANDS.items():
+        group, _, name = words.rpartition(" ")
+        shown = {"help": command.purpose} if command.purpose else {}
+        added = groups[group].add_parser(name, description=command.purpose, **shown)
+        for names, settings in ARGUMENTS.get(words, ()):
+            added.add_argument(*names, **settings)
+        if command.run:
+            added.set_defaults(command=command)
+        else:
+            groups[words] = added.add_subparsers(**subcommands)
     return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> Any:
-    """Parse a command line. `daemon status`, which scripts ask all the time, is spared argparse: half of its run."""
+    """Parse a command line; `command` of the result is its row in COMMANDS.
+
+    `daemon status`, which scripts poll, does without argparse: half of its time.
+    """
     if list(argv) == ["daemon", "status"]:
-        return SimpleNamespace(run=cmd_daemon_status, needs_yaml=False)
+        return SimpleNamespace(command=COMMANDS["daemon status"])
     try:
         return build_parser().parse_args(argv)
     except SystemExit:
-        sys.stdout.flush()  # a help text that nobody gets is an error
+        sys.stdout.flush()  # main reports a help text that cannot be written
         raise
 
 
 def find_home(environ: Mapping[str, str]) -> str:
     home = environ.get("HOME", "")
     if not os.path.isabs(home):
-        raise UsageError(f"HOME: expected an absolute path, got {home!r}", "export HOME=/path/to/your/home")
+        problem = f"HOME: expected an absolute path, got {home!r}"
+        raise UsageError(problem, "export HOME=/path/to/your/home")
     return os.path.normpath(home)
 
 
@@ -8575,34 +8643,36 @@ def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(uid)  # a container's, or one of a directory that does not answer
+        return str(uid)  # a container's, or a directory service does not answer
 
 
 def check_owner(home: str, uid: Optional[int] = None) -> None:
-    """Raise UsageError where what would be written could lock the owner of the home folder out, or cannot be written.
+    """Raise UsageError if Orchestra cannot write here, or would lock the owner out.
 
-    Root may write anywhere, but in another user's home folder would leave files that this user cannot change.
+    Root may write anywhere, but in another user's home folder it would leave files
+    that this user cannot change.
     """
     uid = os.geteuid() if uid is None else uid
     place = home
     while uid == 0 and not os.path.exists(place):
-        place = os.path.dirname(place)  # root makes the rest of it
+        place = os.path.dirname(place)  # root can create the rest of it
     for path, name in ((place, "HOME"), (orchestra_root(home), "~/.orchestra")):
         try:
             owner = os.stat(path).st_uid
         except OSError:
-            continue  # whoever wants to write there says so
-        if owner != uid and (uid == 0 or not os.access(path, os.W_OK | os.X_OK)):
-            raise UsageError(
-                f"{name} belongs to user {user_name(owner)}, and this is {user_name(uid)}: {path}",
-                f"sudo chown -R {user_name(uid)} '{path}'"
-                if uid and path != place
-                else f"run it as {user_name(owner)}, or set HOME",
-            )
+            continue  # whatever writes there reports it
+        if owner == uid or (uid and os.access(path, os.W_OK | os.X_OK)):
+            continue
+        names = f"user {user_name(owner)}, and this is {user_name(uid)}"
+        if uid and path != place:
+            hint = f"sudo chown -R {user_name(uid)} '{path}'"
+        else:
+            hint = f"run it as {user_name(owner)}, or set HOME"
+        raise UsageError(f"{name} belongs to {names}: {path}", hint)
 
 
 def prepare_output() -> None:
-    """See to it that whatever is printed can be: to a closed stream, in any encoding."""
+    """Let text of any characters be printed, and to closed streams too."""
     open_standard_streams()
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -8615,33 +8685,33 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     """Run one command and return its exit status."""
     import gc
 
-    gc.set_threshold(GC_THRESHOLD)
+    gc.set_threshold(10000)  # objects; cycles are rare here, and looking for them is slow
     prepare_output()
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         home = find_home(environ)
         check_owner(home)
-        if args.needs_yaml:
+        if args.command.needs_yaml:
             ensure_yaml(home, environ, say)
-        args.environ = environ
-        status = args.run(home, args)
+        status = args.command.run(Commands(home, args, environ))
         sys.stdout.flush()
         return int(status)
     except OrchestraError as error:
         report(str(error), error.hint)
         return FAILED
     except BrokenPipeError:
-        discard_output(1)  # the reader (head, less) has gone
+        discard_output(1)  # the reader (head, less) has exited
         return FAILED
     except OSError as error:
-        place = error.filename or "stdout"  # nothing else is written without a name
-        if not error.filename:
+        if error.filename:
+            report(f"{error.filename}: {explain_os_error(error)}", hint_for_os_error(error))
+        else:  # only writes to stdout have no file name
             discard_output(1)
-        report(visible(f"{place}: {explain_os_error(error)}"), hint_for_os_error(error) if error.filename else "")
+            report(f"stdout: {explain_os_error(error)}", "")
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:  # our bug: it keeps its traceback, but must not look like OUT_OF_DATE, which is Python's own 1
+    except Exception:  # a bug: Python's own exit status, 1, would mean OUT_OF_DATE
         import traceback
 
         traceback.print_exc()

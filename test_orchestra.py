@@ -2288,7 +2288,7 @@ def test_a_folder_under_a_second_path_is_the_same_folder(home: Home, monkeypatch
             2,
             [f"orchestra: {home.code}/other: this folder is already registered as shop/api"],
         )
-        assert "is registered already" in home.run_fine("init", f"{home.code}/other", "-p", "shop", "--name", "api").out
+        assert "is already registered" in home.run_fine("init", f"{home.code}/other", "-p", "shop", "--name", "api").out
         monkeypatch.chdir(home.code / "other" / "src")
         assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
         home.register("shop/web", path=str(home.code / "other"))
@@ -2362,7 +2362,7 @@ def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home:
     home.sync()
     (root / "api").mkdir()
     ran = home.run_fine("init", str(root / "api"), "-p", "shop", "--sync")
-    note = "note: shop/all is not synced any more: its folder holds this one and is no repository\n"
+    note = "note: shop/all is no longer synced: its folder contains this one and is not a repository\n"
     assert ran.err == ("" if entry else note)
     assert home.status_of("shop/api") == "current" and home.status_of("shop/all") == ("current" if entry else "error")
     assert (root / "CLAUDE.md").exists()
@@ -2868,8 +2868,8 @@ dependencies = [
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, ("backend", "nothing recognized")),
-        ({"README.md": "torch react expo"}, ("backend", "nothing recognized")),
+        ({}, ("backend", "type unknown: set it with -t")),
+        ({"README.md": "torch react expo"}, ("backend", "type unknown: set it with -t")),
         ({"pubspec.yaml": "", "package.json": "{}"}, ("mobile", "pubspec.yaml")),
         ({"App.xcodeproj": None}, ("mobile", "App.xcodeproj")),
         ({"package.json": package_json(dependencies={"expo": "1", "react": "1"})}, ("mobile", "expo in package.json")),
@@ -4759,9 +4759,7 @@ def test_restore_lists_and_chooses(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude", "codex"])
     home.sync()
     assert home.run_fine("restore", "api", "--list").out == ""
-    assert home.run("restore", "api").complaints == [
-        "orchestra: shop/api: expected a kept version of a file, found none"
-    ]
+    assert home.run("restore", "api").complaints == ["orchestra: shop/api: nothing to restore: no backups yet"]
     edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
     home.sync()
     edited.append(edit(root / "CLAUDE.md", "# api", "# our api"))
@@ -10844,7 +10842,7 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
     assert ran.out.splitlines() == [
         "registered shop/web: frontend (react in package.json)",
-        "  targets: gemini (found there)",
+        "  targets: gemini (already used in this folder)",
         "  edit:    ~/.orchestra/projects/shop/web.yaml",
         "append   shop/web GEMINI.md",
         "1 written, 0 unchanged in 1 codebase",
@@ -10858,7 +10856,7 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
 def test_init_again_changes_nothing(home: Home) -> None:
     home.run_fine("init", str(home.code), "-p", "shop")
     before = tree(home.folder)
-    assert "is registered already" in home.run_fine("init", f"{home.code}/../code/", "-p", "shop").out
+    assert "is already registered" in home.run_fine("init", f"{home.code}/../code/", "-p", "shop").out
     assert {path: data for path, (_, _, data) in before.items()} == contents(home.folder)
 
 
@@ -10877,7 +10875,9 @@ def test_init_of_another_folder_under_a_taken_name_says_how(home: Home) -> None:
         (home.code / name).mkdir(parents=True)
     home.run_fine("init", str(home.code / "a/api"), "-p", "shop")
     ran = home.run("init", str(home.code / "b/api"), "-p", "shop")
-    assert ran.status == 2 and "the name is taken" in ran.err and "--name ANOTHER_NAME" in ran.err
+    assert (
+        ran.status == 2 and "shop/api already exists, for the folder " in ran.err and "--name ANOTHER_NAME" in ran.err
+    )
     home.run_fine("init", str(home.code / "b/api"), "-p", "shop", "--name", "api2")
     assert home.registry().keys == [("shop", "api"), ("shop", "api2")]
 
@@ -10893,12 +10893,15 @@ def test_init_of_a_folder_registered_under_another_name_is_refused(home: Home) -
     assert home.registry().keys == [("shop", "api")]
 
 
-@pytest.mark.parametrize(("content", "found"), [("x", "a file"), (link_to("nowhere"), "none"), ("", "none")])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [("x", "that is a file, not a folder"), (link_to("nowhere"), "no such folder"), ("", "no such folder")],
+)
 def test_init_needs_a_folder(home: Home, content: Any, found: str) -> None:
     if content:
         put_files(home.code, {"x": content})
     ran = home.run("init", str(home.code / "x"), "-p", "shop")
-    assert ran.status == 2 and ran.complaints == [f"orchestra: {home.code}/x: expected a folder, found {found}"]
+    assert ran.status == 2 and ran.complaints == [f"orchestra: {home.code}/x: {found}"]
     assert not os.path.exists(orchestra.orchestra_root(home.path))
 
 
@@ -10921,7 +10924,7 @@ def test_init_writes_a_folder_below_the_home_as_the_home_s(home: Home, spelling:
         home.path, home.environ = str(link), {"HOME": str(link)}
     home.run_fine("init", path, "-p", "shop", "--sync")
     assert home.registry().codebases[API].path == "~/code/api"
-    assert "is registered already" in home.run_fine("init", path, "-p", "shop").out
+    assert "is already registered" in home.run_fine("init", path, "-p", "shop").out
 
 
 @pytest.mark.parametrize(
@@ -10936,7 +10939,7 @@ def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, 
 def test_init_takes_the_targets_its_project_names(home: Home) -> None:
     home.write_registry("shop/project.yaml", "name: shop\ntargets: [gemini]\n")
     ran = home.run_fine("init", str(home.code), "-p", "shop", "--sync")
-    assert "targets: gemini (as project.yaml says)" in ran.out
+    assert "targets: gemini (from project.yaml)" in ran.out
     assert os.listdir(home.code) == ["GEMINI.md"]
 
 
@@ -11025,7 +11028,7 @@ def test_sync_without_a_name_is_for_the_current_folder(home: Home, monkeypatch: 
         assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
     monkeypatch.chdir(home.code)
     ran = home.run("sync")
-    assert ran.status == 2 and "orchestra sync --all" in ran.err
+    assert ran.status == 2 and "orchestra init . -p PROJECT --sync" in ran.err
 
 
 def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: Home, monkeypatch: Any) -> None:
@@ -11034,7 +11037,7 @@ def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: 
     ran = home.run("sync")
     assert ran.status == 2
     assert "api.yaml:3: notes: expected" in ran.complaints[0]
-    assert "expected a registered codebase's folder" in ran.complaints[-1]
+    assert "this folder is not in a registered codebase" in ran.complaints[-1]
 
 
 def test_the_totals_count_codebases_that_failed_as_a_whole(home: Home) -> None:
@@ -11085,7 +11088,9 @@ def test_a_file_in_place_of_orchestras_folder_is_one_line(home: Home) -> None:
     assert ran.status == 2 and len(ran.complaints) == 1
 
 
-@pytest.mark.parametrize(("code", "status", "said"), [("pass", 0, ""), ("raise SystemExit(3)", 2, "exit status 3")])
+@pytest.mark.parametrize(
+    ("code", "status", "said"), [("pass", 0, ""), ("raise SystemExit(3)", 2, "the editor exited with status 3")]
+)
 def test_edit_opens_the_editor_and_checks_the_file(home: Home, code: str, status: int, said: str) -> None:
     home.make_codebase()
     editor = home.code / "my editor.py"
@@ -11104,7 +11109,7 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
     ran = home.run("edit", "api")
     assert ran.status == 2 and re.match(r"orchestra: ~/.*/api.yaml:\d: yaml: expected valid YAML", ran.err)
     home.environ["VISUAL"] = "/no/such/editor"
-    assert "expected a program" in home.run("edit", "api").err
+    assert 'editor "/no/such/editor" not found' in home.run("edit", "api").err
     home.environ["VISUAL"] = "'unclosed"
     assert home.run("edit", "api").status == 2
 
@@ -13336,7 +13341,7 @@ def test_a_purge_that_meets_a_busy_file_says_how_to_finish_it(home: Home) -> Non
     scene = set_scene(home)
     with open(scene.file, "ab"):
         ran = home.run("project", "remove", "api", "--purge")
-    hint = re.search(r"try: mend that; orchestra (.*), then remove it once more", ran.err)
+    hint = re.search(r"try: fix that; orchestra (.*), then remove it again", ran.err)
     assert ran.status == 2 and hint
     home.run_fine(*shlex.split(hint[1]))
     home.run_fine("project", "remove", "api", "--purge")
@@ -13554,7 +13559,7 @@ def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(hom
     home.make_codebase("shop/api", {f".orchestra-{DEAD}-aa-1.tmp": "u1x\n"}, targets=["claude"])
     home.sync()
     ran = home.run("restore", "api", "leftover.md")
-    assert "no instruction file of an agent has this name" in ran.err and "cp " not in ran.err
+    assert "no agent's instruction file has this name" in ran.err and "cp " not in ran.err
 
 
 def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
