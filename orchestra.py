@@ -3577,66 +3577,48 @@ def detect(folder: str) -> Detected:
 
 # ── 12 Text ───────────────────────────────────────────────────────────────────
 
-# Text from the registry made harmless
-
-# An agent imports the file that a bare @word names (Claude, Gemini), so each gets backticks of its own. Those that the
-# text has itself protect a word only where every reader pairs them alike: on one line, all of them, with nothing around
-# that could take one for itself (an HTML tag, a link's title, an escape, a table's cell). Where that is in doubt they
-# become apostrophes. All of it is linear in the text's length: no pattern has two unbounded repeats that could share
-# characters, and no scan that failed is begun anew one character on.
+# What agents read is a pure function of the registry: no time, no counter, no look at
+# the disk. So a second sync writes nothing. `render_files` makes it, from text that the
+# functions below have made harmless: `one_line`, `many_lines`, `paragraphs`,
+# `code_span` and `code_block`, each for one place in the Markdown.
+#
+# An agent imports the file that a bare @word names (Claude, Gemini), so each gets
+# backticks of its own. Those that the text has itself protect a word only where every
+# reader pairs them alike: on one line, all of them, with nothing around that could take
+# one for itself (an HTML tag, a link's title, an escape, a table's cell). Where that is
+# in doubt they become apostrophes.
+#
+# All of it is linear in the text's length: no pattern has two unbounded repeats that
+# could share characters, and no failed scan is started again one character on.
 
 BLOCK_BEGIN = "<!-- orchestra:begin -->"
 BLOCK_END = "<!-- orchestra:end -->"
 BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
-TASK_STATUS_WORDS = {"pending": "to do", "inprogress": "in progress", "blocked": "blocked"}
-# Characters that end a line for some reader, or none should see; tab and newline stay.
-_CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160), 0x2028, 0x2029, 0xFEFF), " ")
-_SPECIAL = re.compile(r"[<>`@~\[\]]")
-_BACKTICKS = "`+"
-_AT_WORD = r"(?<![\w`\\])\\*@[^\s`\"'()<>\[\]|\\]*"
-_OPEN_TAG = r"<(?=[A-Za-z/!?])(?![^<>`\"'@]*>)"  # <b> and <https://x> take no backtick
-_OPEN_LINK = r"\](?=\((?![^\s()<>\"'`\[\]]*\)))"  # nor does a link without a title
-_FENCE = r"(`{3,})[^`]*|(~{3,})(?:[^~].*)?"
-_PLAIN_FENCE = r"(?:`{3,}|~{3,})[\w+#.-]*"
-_PREFIX = " \t>*+-0123456789.)"  # of a line, before what begins a block in it
-_CONFLICT_LIKE = r"(?:>{7}|\|{7}) "  # a file's own conflict markers begin so
-# What does not show: soft hyphens, marks of direction, zero widths, fillers, tags and other formats, by the Unicode
-# Character Database 15; but not the joiners of emoji and of Arabic or Indic letters, nor the tags of a flag.
-_HIDDEN = (
-    "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
-    "\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]|[\ufe00-\ufe0f]{2}"
-    "|(?<![\u0600-\u0fff\u200c\u2190-\u2bff\u3000-\u33ff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
-    "|[\u200c\u200d](?![\u0600-\u0fff\u2190-\u2bff\u3000-\u33ff\U0001f000-\U0001faff])"
-)
-_FLAG = "\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f"
-_UNSHOWN = (
-    "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e0fff]|\r(?!\n)"
-)
+FENCE = r"(`{3,})[^`]*|(~{3,})(?:[^~].*)?"  # the whole line
+LINE_PREFIX = " \t>*+-0123456789.)"  # in front of what begins a block in a line
+
+# Text from the registry made harmless
 
 
 def is_plain(text: str) -> bool:
-    """Say whether a line is harmless as it is, which most are and can be told faster than made."""
-    return text.isprintable() and not _SPECIAL.search(text) and "  " not in text and text.strip() == text
+    """Recognize a line that is harmless as it is, as most are."""
+    return text.isprintable() and not re.search(r"[<>`@~\[\]]", text) and "  " not in text and text.strip() == text
 
 
 def defuse(text: str) -> str:
-    """Take from text what could open or close an HTML comment, Orchestra's markers among them."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROLS)
+    """Blank control characters, and escape what could open or close an HTML comment."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    # What ends a line for some reader, or shows for none; tab and newline stay.
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", " ", text)
     return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
-def _quote_at_word(match: re.Match[str]) -> str:
-    word, follows = match[0].rstrip(".,;:!?}"), match.string[match.end() : match.end() + 1]
-    return f"`{word}`{match[0][len(word) :]}" if word.strip("\\@") or follows.strip() else match[0]
-
-
 def _split_at_spans(line: str) -> list[str]:
-    """Split a line into text, code span, text, ... and text; nothing where a backtick has no partner."""
+    """Split a line into text, code span, text, ...; [] if a backtick has no partner."""
     if "`" not in line:
         return [line]
     parts, done = [], 0
-    runs = iter(re.finditer(_BACKTICKS, line))
+    runs = iter(re.finditer("`+", line))
     for start in runs:
         end = next((run for run in runs if len(run[0]) == len(start[0])), None)
         if end is None or line.endswith("\\", done, start.start()):
@@ -3646,56 +3628,55 @@ def _split_at_spans(line: str) -> list[str]:
     return [*parts, line[done:]]
 
 
-def _is_table_rule(line: str) -> bool:
-    """Recognize the row of dashes below a table's head."""
-    return "-" in line and ("|" in line or ":" in line) and not line.strip(" \t>|:-")
-
-
-def _has_bar(span: str) -> bool:
-    """Tell of a code span that ends with its table cell: \\| is the only bar that does not part cells."""
-    return "|" in span.replace("\\\\", "|").replace("\\|", "")
-
-
 def _quote_at_words(text: str) -> str:
-    """Put bare @words in backticks, and escape what could take a backtick for itself."""
+    """Put bare @words in backticks; escape what could take a backtick for itself."""
+
+    def quote(match: re.Match[str]) -> str:
+        word, follows = match[0].rstrip(".,;:!?}"), match.string[match.end() : match.end() + 1]
+        return f"`{word}`{match[0][len(word) :]}" if word.strip("\\@") or follows.strip() else match[0]
+
     lines = text.split("\n")
     parts = [_split_at_spans(line) for line in lines]
     spans = [span for line in parts for span in line[1::2]]
-    if not all(parts) or (any(map(_has_bar, spans)) and any(map(_is_table_rule, lines))):
+    # In a table any bar but \| ends the cell, and the code span with it.
+    has_bar = any("|" in span.replace("\\\\", "|").replace("\\|", "") for span in spans)
+    has_table = any("-" in line and ("|" in line or ":" in line) and not line.strip(" \t>|:-") for line in lines)
+    if not all(parts) or (has_bar and has_table):
         parts = [[line.replace("`", "'")] for line in lines]
     for line in parts:
         if not re.search(r"[<@\]]", "".join(line[::2])):
             continue
-        begins = line[0].lstrip(_PREFIX)[:1]
-        if begins == "<":  # it may begin a block of HTML, where backticks are nothing
+        begins = line[0].lstrip(LINE_PREFIX)[:1]
+        if begins == "<":  # it may begin a block of HTML, where backticks mean nothing
             line[0] = line[0].replace("<", "&lt;", 1)
-        elif begins == "[" and "]:" in "".join(line):  # or a link's definition, which may have a title
+        elif begins == "[" and "]:" in "".join(line):  # a link's definition may have a title
             line[0] = line[0].replace("[", "\\[", 1)
         for i in range(0, len(line), 2):
-            outside = re.sub(_OPEN_LINK, r"]\\", re.sub(_OPEN_TAG, "&lt;", line[i]))
-            line[i] = re.sub(_AT_WORD, _quote_at_word, outside)
+            # Neither <b>, <https://x> nor a link without a title can take a backtick.
+            line[i] = re.sub(r"<(?=[A-Za-z/!?])(?![^<>`\"'@]*>)", "&lt;", line[i])
+            line[i] = re.sub(r"\](?=\((?![^\s()<>\"'`\[\]]*\)))", r"]\\", line[i])
+            line[i] = re.sub(r"(?<![\w`\\])\\*@[^\s`\"'()<>\[\]|\\]*", quote, line[i])
     return "\n".join(map("".join, parts))
 
 
 def one_line(text: str) -> str:
-    """Make text harmless for a part of a line, whatever follows: it leaves nothing open, and opens no fence."""
+    """Make text harmless inside a line: it opens no fence and leaves nothing open."""
     if is_plain(text):
         return text
     text = " ".join(defuse(text).split())
-    if text.startswith(("```", "~~~")) and re.fullmatch(_FENCE, text):
+    is_definition = text.startswith("[") and text.endswith("]")  # of a link, if a colon follows
+    if is_definition or (text.startswith(("```", "~~~")) and re.fullmatch(FENCE, text)):
         text = "\\" + text
-    if text.startswith("[") and text.endswith("]"):
-        text = "\\" + text  # a colon may follow, and make a link's definition of the line
     return _quote_at_words(text)
 
 
 def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Find the fenced blocks whose first and last line no reader can mistake; stop at the first doubtful one."""
+    """Find fenced blocks that every reader sees alike, up to the first doubtful one."""
     fence, start = "", 0
     for i, line in enumerate(lines):
         if not fence:
-            opened = re.fullmatch(_FENCE, line.lstrip(_PREFIX))
-            if opened and not re.fullmatch(_PLAIN_FENCE, line):
+            opened = re.fullmatch(FENCE, line.lstrip(LINE_PREFIX))
+            if opened and not re.fullmatch(r"(?:`{3,}|~{3,})[\w+#.-]*", line):
                 return
             fence, start = (opened[1] or opened[2], i) if opened else ("", 0)
         elif line.strip(" \t").startswith(fence) and not line.strip(f" \t{fence[0]}"):
@@ -3706,7 +3687,7 @@ def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def many_lines(text: str, indent: str = "  ") -> str:
-    """Make Markdown text of several lines harmless for the inside of a list item, which closes what it opens."""
+    """Make Markdown harmless inside a list item, which closes what it leaves open."""
     if is_plain(text):
         return text
     lines = defuse(text).strip().split("\n")
@@ -3721,18 +3702,18 @@ def many_lines(text: str, indent: str = "  ") -> str:
     return "\n".join((indent + line if i else line).rstrip() for i, line in enumerate(lines))
 
 
-def _is_tame(line: str) -> bool:
-    return not (
-        line.lstrip(_PREFIX).startswith(("```", "~~~", "<"))
-        or line.startswith(("    ", "\t"))
-        or re.match(_CONFLICT_LIKE, line)
-    )
-
-
 def paragraphs(text: str) -> str:
-    """Make Markdown text harmless for the top of a file: what could open more than a paragraph goes in a list item."""
+    """Make Markdown harmless at the top of a file, in a list item if need be."""
     text = defuse(text).strip()
-    return many_lines(text, "") if all(map(_is_tame, text.split("\n"))) else f"- {many_lines(text)}"
+    for line in text.split("\n"):
+        opens_block = line.lstrip(LINE_PREFIX).startswith(("```", "~~~", "<"))
+        if opens_block or re.match(r"    |\t|(?:>{7}|\|{7}) ", line):  # the last as git's conflicts have
+            return f"- {many_lines(text)}"
+    return many_lines(text, "")
+
+
+def _longer_backticks(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def code_span(text: str) -> str:
@@ -3740,15 +3721,14 @@ def code_span(text: str) -> str:
     if is_plain(text):
         return f"`{text}`"
     text = " ".join(defuse(text).split())
-    longest = max(map(len, re.findall(_BACKTICKS, text)), default=0)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{'`' * (longest + 1)}{pad}{text}{pad}{'`' * (longest + 1)}"
+    fence = _longer_backticks(text, 1)
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def code_block(text: str, indent: str) -> str:
-    """Put text of several lines into an indented fence, which no line of it can close."""
-    longest = max(map(len, re.findall(_BACKTICKS, text)), default=0)
-    fence = "`" * max(3, longest + 1)
+    """Put text into an indented fence, which no line of it can close."""
+    fence = _longer_backticks(text, 3)
     return "\n".join((indent + line).rstrip() for line in [fence, *defuse(text).strip("\n").split("\n"), fence])
 
 
@@ -3762,7 +3742,8 @@ def _render_command(name: str, command: str) -> str:
 
 
 def _render_task(task: Task) -> str:
-    line = f"- {one_line(task.id)} ({TASK_STATUS_WORDS[task.status]}): {one_line(task.title)}"
+    status = {"pending": "to do", "inprogress": "in progress"}.get(task.status, task.status)
+    line = f"- {one_line(task.id)} ({status}): {one_line(task.title)}"
     return f"{line}\n\n  {many_lines(task.description)}\n" if task.description.strip() else line
 
 
@@ -3800,37 +3781,52 @@ def targets_of(codebase: Codebase) -> tuple[str, ...]:
 
 
 def seal_of(text: bytes) -> str:
-    """Give the 8 hex digits in a text's banner, which tell whether it is still as some Orchestra wrote it.
+    """Hash a text to the 8 hex digits in its banner, which prove who wrote it.
 
     White space does not count: formatters change it.
     """
     return sha256_of(b" ".join(text.split()))[:8]
 
 
-def _seal(text: str) -> str:
-    return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
-
-
 def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str, bytes]:
-    """Write what is Orchestra's in each target's file: all of an owned file, the block of a shared one.
+    """Render each target's managed text: an owned file, or the block of a shared one.
 
-    `import_agents_md` adds the line that lets Claude see a hand-written AGENTS.md, which a CLAUDE.md
-    beside it would otherwise hide.
+    `import_agents_md` adds the line that lets Claude see a hand-written AGENTS.md,
+    which a CLAUDE.md beside it would otherwise hide.
     """
+
+    def seal(text: str) -> str:
+        return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
+
     body = render_body(codebase)
     title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
-    sealed, files = _seal(body), {}
+    sealed, files = seal(body), {}
     for agent in (AGENTS[target] for target in targets_of(codebase)):
         has_import = agent.target == "claude" and import_agents_md
-        text = _seal(f"{body}\n@AGENTS.md\n") if has_import else sealed
+        text = seal(f"{body}\n@AGENTS.md\n") if has_import else sealed
         whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
         files[agent.path] = whole.encode("utf-8", "replace")
     return files
 
 
+# What a user should know of a text
+
+
 def describe_hidden(text: str) -> str:
-    """Name the hidden characters in a text, by which it could say more to an agent than to its reader."""
-    found = sorted(set(re.findall(_HIDDEN, re.sub(_FLAG, "", text))))
+    """Name the characters that only an agent sees, "" if there are none.
+
+    That is soft hyphens, marks of direction, zero widths, fillers, tags and other
+    formats, by the Unicode Character Database 15; but neither the joiners of emoji and
+    of Arabic or Indic letters, nor the tags of a flag.
+    """
+    text = re.sub("\U0001f3f4[\U000e0030-\U000e007a]{3,6}\U000e007f", "", text)
+    hidden = (
+        "[\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164"
+        "\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]|[\ufe00-\ufe0f]{2}"
+        "|(?<![\u0600-\u0fff\u200c\u2190-\u2bff\u3000-\u33ff\ufe0f\U0001f000-\U0001faff])[\u200c\u200d]"
+        "|[\u200c\u200d](?![\u0600-\u0fff\u2190-\u2bff\u3000-\u33ff\U0001f000-\U0001faff])"
+    )
+    found = sorted(set(re.findall(hidden, text)))
     if not found:
         return ""
     from unicodedata import name
@@ -3841,12 +3837,17 @@ def describe_hidden(text: str) -> str:
 
 
 def show_hidden(text: str) -> str:
-    """Spell out control characters and marks of direction; tabs and line ends stay."""
-    return re.sub(_UNSHOWN, lambda match: repr(match[0])[1:-1], text)
+    """Escape control characters and marks of direction; tabs and line ends stay."""
+    return re.sub(
+        "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+        "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]|\r(?!\n)",
+        lambda match: repr(match[0])[1:-1],
+        text,
+    )
 
 
 def describe_excess(agent: Agent, data: bytes) -> str:
-    """Say by how much a file is over its agent's budget; nothing where it is not."""
+    """Compare a file with its agent's budget, "" if it fits."""
     if agent.budget is None or len(data) <= agent.budget.limit:
         return ""
     limit, unit, rule = agent.budget
@@ -3856,56 +3857,37 @@ def describe_excess(agent: Agent, data: bytes) -> str:
 
 # ── 13 Blocks ─────────────────────────────────────────────────────────────────
 
-
-# How markers are found, and fences that hide them, as an example in the user's text does:
+# Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
+# shared one the block between two markers. The rest of a shared file is the user's, and
+# every byte of it stays.
 #
-# 1. A marker has its line to itself, written as it is written here. A line that only looks like one (indented, other
-#    spaces, other case) is an error outside a fence: taken for text, it would get the file a second block.
-# 2. A code fence opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at most three
-#    spaces, closed by as many or more, or by the end of the list item it is in.
-# 3. It hides the markers in it if it is closed behind them. One that stays open hides none.
-# 4. Between a begin marker with Orchestra's banner and the end marker that is next, nothing is looked at: what is
-#    written there can neither close a fence above the block nor hide its end. So an appended block is always found.
+# How the block is found:
+#
+# 1. A marker has its line to itself, written as it is written here. A line that only
+#    looks like one (indented, other spaces, other case) is an error outside a fence:
+#    taken for text, it would get the file a second block.
+# 2. A code fence hides the markers in it, as an example in the user's text has them. It
+#    opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at
+#    most three spaces, closed by as many or more, or by the end of the list item it is
+#    in.
+# 3. A fence that stays open hides no marker.
+# 4. Between a begin marker with Orchestra's banner and the end marker that is next,
+#    nothing is read: what is written there can neither close a fence above the block
+#    nor hide its end. So an appended block is always found.
+# 5. Anything but one begin marker and then one end marker, or none, is an error:
+#    nothing is written.
 
-# Decide
+BANNER_LINE = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
 
-MAX_MARKERS_TOLD = 4  # in the message about a file with too many
-_MARKER = rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"
-_MARKER_STUB = b"<!-- orchestra:"
-_LIKE_A_MARKER = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
-_BANNER = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
-_FENCE_LINE = rb"(?m)(`{3,})[^`\n]*$|(~{3,})"
-_LIST_MARK = rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))"
-_CONFLICT = rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$"
-_LIST_GAP = rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)"
-_LIST_MARK_ENDS = (b"-", b"*", b"+", b".", b")")
-_RULE = rb"(?:[-*_] ?){3,}"
-_LIST_MARKS = rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*"
-_ESCAPED = rb"\\([!-/:-@\[-`{-~])"
-_STARS = rb"[*_]+"
-_DASHES = rb"-{2,}"
-
-
-class Span(NamedTuple):
-    """Where the block lies in a file: from the begin marker's first byte to the end marker's last."""
-
-    start: int
-    end: int
+# Markers
 
 
 class Marker(NamedTuple):
-    """A line that is a marker, or looks like one: where its comment lies, and `begin`, `end` or `` for a likeness."""
+    """A marker's comment: `kind` is begin or end, "" for what only looks like one."""
 
     start: int
     end: int
     kind: str
-
-
-class Markers(NamedTuple):
-    """What a shared file's lines say of its block: the markers that count, and the fence that stays open."""
-
-    found: tuple[Marker, ...] = ()
-    open_fence: int = -1  # where its line begins
 
 
 def _line_at(data: bytes, place: int) -> int:
@@ -3913,39 +3895,48 @@ def _line_at(data: bytes, place: int) -> int:
 
 
 def _find_exact_markers(data: bytes) -> Iterator[Marker]:
-    # A plain search first: the expression alone would try every line. A marker has a line to itself.
-    exact, at = re.compile(_MARKER), data.find(_MARKER_STUB)
+    # A plain search first: the expression alone would try every line.
+    stub, marker = (
+        b"<!-- orchestra:",
+        re.compile(rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"),
+    )
+    at = data.find(stub)
     while at >= 0:
-        marker = exact.match(data, data.rfind(b"\n", 0, at) + 1)
-        if marker and marker.start(1) == at:
-            yield Marker(marker.start(1), marker.end(1), marker[2].decode())
+        found = marker.match(data, data.rfind(b"\n", 0, at) + 1)
+        if found and found.start(1) == at:
+            yield Marker(*found.span(1), found[2].decode())
         next_line = data.find(b"\n", at)
-        at = data.find(_MARKER_STUB, next_line) if next_line >= 0 else -1
+        at = data.find(stub, next_line) if next_line >= 0 else -1
 
 
 def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
-    """Say whether a begin marker has Orchestra's banner behind it, and an end marker for its next."""
+    """Recognize a begin marker with Orchestra's banner below it, and its end marker."""
     if [marker.kind for marker in pair] != ["begin", "end"]:
         return False
-    banner = re.compile(_BANNER).search(data, pair[0].end, pair[1].start)
+    banner = re.compile(BANNER_LINE).search(data, pair[0].end, pair[1].start)
     return banner is not None and not data[pair[0].end : banner.start()].strip()
 
 
 def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
     """Enter the list items that a line begins; return where its text begins."""
-    mark = re.compile(_LIST_MARK).match(data, place)
-    while mark:
-        indent += max(2, mark.end() - place)
+    mark = re.compile(rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))")
+    found = mark.match(data, place)
+    while found:
+        indent += max(2, found.end() - place)
         items.append(indent)
-        place = mark.end()
-        mark = re.compile(_LIST_MARK).match(data, place)
+        place = found.end()
+        found = mark.match(data, place)
     return place
 
 
-def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
-    """Read a file line by line, and drop the markers that a fence hides (steps 2 to 4)."""
+def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int]:
+    """Read a file line by line (steps 2 to 4).
+
+    Return the markers that no fence hides, and where the line of a fence begins that is
+    open at the end of the file, -1 for none.
+    """
     found: list[Marker] = []
-    hidden: list[Marker] = []  # if the fence that is open gets closed
+    hidden: list[Marker] = []  # if the open fence gets closed
     items: list[int] = []  # where the text of each open list item begins
     fence, depth, opened = b"", 0, -1  # depth: how many items it is in
     end = passed = seen = 0
@@ -3974,63 +3965,55 @@ def read_markers(data: bytes, markers: Sequence[Marker]) -> Markers:
                 hidden, fence = [], b""
         else:
             place = _open_items(data, end - len(text), indent, items)
-            mark = re.compile(_FENCE_LINE).match(data, place)
+            mark = re.compile(rb"(?m)(`{3,})[^`\n]*$|(~{3,})").match(data, place)
             if mark:
                 fence, depth, opened = mark[1] or mark[2], len(items), start
     is_open = fence and not depth  # one in a list item would end before an appended block
-    return Markers((*found, *hidden), opened if is_open else -1)
+    return (*found, *hidden), opened if is_open else -1
 
 
-@functools.lru_cache(maxsize=len(AGENTS))  # asked several times of each file of a codebase
-def find_markers(data: bytes) -> Markers:
-    """Find the markers that count; most files need no look at their fences."""
+@functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
+def find_markers(data: bytes) -> tuple[Marker, ...]:
+    """Find the markers that count, and the lines that look like one."""
     words = data.count(b"orchestra:") + data.count(b"Orchestra:") + data.count(b"ORCHESTRA:")
     if not words:
-        return Markers()
+        return ()
     markers = list(_find_exact_markers(data))
-    if words == len(markers) == 2 and markers[0].kind == "begin" and markers[1].kind == "end":
-        start, end = markers[0].start, markers[1].end
-        if (
-            max(
-                data.find(b"```", 0, start), data.find(b"~~~", 0, start), data.find(b"```", end), data.find(b"~~~", end)
-            )
-            < 0
-        ):
-            return Markers(tuple(markers))
+    if words == len(markers) == 2 and [marker.kind for marker in markers] == ["begin", "end"]:
+        around = data[: markers[0].start], data[markers[1].end :]
+        if not any(fence in part for part in around for fence in (b"```", b"~~~")):
+            return tuple(markers)  # as most files have them
     if words > len(markers):
         exact = {marker.start for marker in markers}
-        likenesses = [Marker(*like.span(1), "") for like in re.finditer(_LIKE_A_MARKER, data)]
-        markers = sorted([*markers, *(like for like in likenesses if like.start not in exact)])
-    return read_markers(data, markers) if markers else Markers()
+        like = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
+        markers += [Marker(*found.span(1), "") for found in re.finditer(like, data) if found.start(1) not in exact]
+    return _read_lines(data, sorted(markers))[0] if markers else ()
 
 
-def find_block(data: bytes) -> Optional[Span]:
-    """Find the block of a shared file; markers count where they have a line to themselves, outside of code fences.
-
-    Raises SyncError where there is not one whole block or none.
-    """
-    markers = find_markers(data).found
-    if not markers:
-        return None
+def find_block(data: bytes) -> Optional[slice]:
+    """Find the block of a shared file, markers included; raises SyncError (step 5)."""
+    markers = find_markers(data)
     kinds = [marker.kind for marker in markers]
     if kinds == ["begin", "end"]:
-        return Span(markers[0].start, markers[1].end)
-    lines = [_line_at(data, marker.start) for marker in markers[:MAX_MARKERS_TOLD]]
-    if "" in kinds[:MAX_MARKERS_TOLD]:
+        return slice(markers[0].start, markers[1].end)
+    if not markers:
+        return None
+    told = 4  # markers named in a message
+    lines = [_line_at(data, marker.start) for marker in markers[:told]]
+    if "" in kinds[:told]:
         at = kinds.index("")
         line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
         marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
         raise SyncError(
             f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
-            "mend that line, or delete it",
+            "correct that line, or delete it",
         )
     if len(kinds) == 1:
-        other = "end" if kinds[0] == "begin" else "begin"
+        other, side, marker = ("end", "below", BLOCK_END) if kinds[0] == "begin" else ("begin", "above", BLOCK_BEGIN)
         raise SyncError(
             f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
             f" put the {other} marker back, or delete the {kinds[0]} marker",
-            f"put this line {'above' if other == 'begin' else 'below'} Orchestra's text:"
-            f" {BLOCK_BEGIN if other == 'begin' else BLOCK_END}",
+            f"put this line {side} Orchestra's text: {marker}",
         )
     found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
     found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
@@ -4038,19 +4021,17 @@ def find_block(data: bytes) -> Optional[Span]:
 
 
 def find_open_fence(data: bytes) -> int:
-    """Give the line of a code fence that is open at the end of a file, 0 for none."""
-    if not any(fence in data for fence in (b"```", b"~~~")):
-        return 0
-    opened = read_markers(data, ()).open_fence
+    """Find the line of a code fence that is open at the end of a file, 0 for none."""
+    opened = _read_lines(data, ())[1] if b"```" in data or b"~~~" in data else -1
     return _line_at(data, opened) if opened >= 0 else 0
 
 
 def check_merge(data: bytes, start: int, end: int) -> None:
-    """Raise SyncError where an unfinished merge of git's touches what lies between two places."""
-    if b"<<<<<<<" not in data and b">>>>>>>" not in data and b"|||||||" not in data:
+    """Raise SyncError if an unfinished merge of git's touches data[start:end]."""
+    if not any(mark in data for mark in (b"<<<<<<<", b">>>>>>>", b"|||||||")):
         return
     opened = -1
-    for mark in re.finditer(_CONFLICT, data):
+    for mark in re.finditer(rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$", data):
         if mark[1][:1] == b"<":
             opened = mark.start()
         is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
@@ -4061,144 +4042,165 @@ def check_merge(data: bytes, start: int, end: int) -> None:
             opened = -1
 
 
-def newline_of(data: bytes) -> bytes:
-    end = data.find(b"\n")
-    return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
+# Normal forms
+
+# Formatters and git change what Orchestra wrote, and that is no edit. Each of these is
+# looser than the one before:
+#
+# 1. `exact_digest_of` ignores CRLF. Records of versions before 0.2 hold these.
+# 2. `digest_of` ignores white space as well. Records hold these, so it can never
+#    change.
+# 3. `is_reformatted` ignores all that formatters rewrite. It is applied only to a file
+#    and the very text that is wanted there, so it may be that loose.
+#
+# That of the backups (`significant_text`) is for the user's text, where white space in
+# code matters.
 
 
-def digest_of(ours: bytes) -> str:
-    """Hash what is Orchestra's in a file, by its normal form.
+def exact_digest_of(text: bytes) -> str:
+    return sha256_of(text.replace(b"\r\n", b"\n"))
 
-    Formatters put in blank lines, take off trailing spaces and change those behind a list marker, and git turns line
-    ends into CRLF. No such difference is an edit.
-    """
-    # Done to every file at every look, so the expression is left for those that need it.
-    text = b"\n".join(filter(None, map(bytes.rstrip, ours.split(b"\n"))))
-    if b"\t" in text or any(part.endswith(_LIST_MARK_ENDS) for part in text.split(b"  ")):
-        text = re.sub(_LIST_GAP, rb"\1 ", text)
+
+def digest_of(text: bytes) -> str:
+    """Hash a managed text without the white space that formatters and git change."""
+    text = b"\n".join(filter(None, map(bytes.rstrip, text.split(b"\n"))))
+    # Every file at every look comes through here, so the expression is left for those
+    # that need it.
+    if b"\t" in text or any(part.endswith((b"-", b"*", b"+", b".", b")")) for part in text.split(b"  ")):
+        text = re.sub(rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)", rb"\1 ", text)
     return sha256_of(text)
 
 
-def exact_digest_of(ours: bytes) -> str:
-    """Hash what is Orchestra's as versions before 0.2 did, whose records are still there."""
-    return sha256_of(ours.replace(b"\r\n", b"\n"))
-
-
-def _loosen_stars(run: re.Match[bytes]) -> bytes:
-    around = (run.string[max(0, run.start() - 1) : run.start()], run.string[run.end() : run.end() + 1])
-    return run[0] if all(char.isalnum() or char > b"\x7f" for char in around) else b"*" * len(run[0])
-
-
 def _loosen(line: bytes) -> bytes:
-    """Take from a line what formatters choose: bullets, numbers, the marks of emphasis and fences, escapes, spaces."""
+    """Drop what formatters choose: list marks, emphasis, fences, escapes, spaces."""
+
+    def loosen_stars(run: re.Match[bytes]) -> bytes:
+        around = (run.string[max(0, run.start() - 1) : run.start()], run.string[run.end() : run.end() + 1])
+        is_inside_word = all(char.isalnum() or char > b"\x7f" for char in around)
+        return run[0] if is_inside_word else b"*" * len(run[0])
+
     line = b" ".join(line.split())
     if line.isalnum() or not line:
         return line
-    if re.fullmatch(_RULE, line):
+    if re.fullmatch(rb"(?:[-*_] ?){3,}", line):
         return b"---"
-    found = re.match(_LIST_MARKS, line)
+    found = re.match(rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*", line)
     marks = found[0] if found else b""
-    text = re.sub(_STARS, _loosen_stars, re.sub(_ESCAPED, rb"\1", line[len(marks) :]))
+    text = re.sub(rb"\\([!-/:-@\[-`{-~])", rb"\1", line[len(marks) :])
+    text = re.sub(rb"[*_]+", loosen_stars, text)
     for one, other in ((b"&lt;", b"<"), (b"&gt;", b">"), (b"&amp;", b"&"), (b"~~~", b"```"), (b" ", b"")):
         text = text.replace(one, other)
     kinds = [b"- " if mark in (b"-", b"*", b"+") else b"1. " for mark in marks.split()]
-    return b"".join([*kinds, re.sub(_DASHES, b"-", text).strip(b"|")])
+    return b"".join([*kinds, re.sub(rb"-{2,}", b"-", text).strip(b"|")])
 
 
 def is_reformatted(one: bytes, other: bytes) -> bool:
-    """Say whether two texts differ in nothing but what Markdown formatters rewrite without changing its meaning."""
+    """Tell whether two texts differ only in what Markdown formatters rewrite."""
     first, second = (b"".join(map(_loosen, text.split(b"\n"))) for text in (one, other))
     return first == second
 
 
 def seal_in(text: bytes) -> str:
-    """Give the seal in a text's banner, nothing where it has none."""
-    banner = re.search(_BANNER, text)
+    """Read the seal in a text's banner, "" if it has none."""
+    banner = re.search(BANNER_LINE, text)
     return banner[1].decode() if banner else ""
 
 
-def _is_header(agent: Agent, head: bytes) -> bool:
-    """Say whether an owned file begins as Orchestra has it, with whatever title."""
-    given = [line.rstrip() for line in head.decode("utf-8", "replace").split("\n") if line.strip()]
-    wanted = [line for line in agent.header.split("\n") if line]
-    return len(given) == len(wanted) and all(
-        line.startswith(start) and (title or line == start)
-        for line, (start, title, _) in zip(given, (line.partition("{title}") for line in wanted))
-    )
-
-
-def is_sealed(agent: Agent, ours: bytes) -> bool:
-    """Say whether a text is as some Orchestra wrote it: the seal in its banner is its own."""
-    banner = re.search(_BANNER, ours)
+def is_sealed(agent: Agent, text: bytes) -> bool:
+    """Tell whether a managed text is as some Orchestra wrote it: its seal fits."""
+    banner = re.search(BANNER_LINE, text)
     if banner is None:
         return False
-    head, text = ours[: banner.start()], ours[banner.end() :]
+    head, body = text[: banner.start()], text[banner.end() :]
+    if not agent.owned:
+        return head.strip() == BLOCK_BEGIN.encode() and seal_of(body[: -len(BLOCK_END)]) == banner[1].decode()
+    found = [line.rstrip() for line in head.decode("utf-8", "replace").split("\n") if line.strip()]
+    expected = [line.partition("{title}") for line in agent.header.split("\n") if line]
+    has_header = len(found) == len(expected) and all(
+        line.startswith(start) if title else line == start for line, (start, title, _) in zip(found, expected)
+    )
+    return has_header and seal_of(body) == banner[1].decode()
+
+
+# Reading, inserting and removing managed text
+
+
+def managed_text(agent: Agent, data: bytes) -> Optional[bytes]:
+    """Cut out what is Orchestra's; raises SyncError for a file it must not change."""
     if agent.owned:
-        return _is_header(agent, head) and seal_of(text) == banner[1].decode()
-    inside = text[: -len(BLOCK_END)]
-    return head.strip() == BLOCK_BEGIN.encode() and seal_of(inside) == banner[1].decode()
-
-
-def check_text(data: bytes) -> None:
+        check_merge(data, 0, len(data))
+        return data
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise SyncError(f"expected UTF-8 text, got the byte 0x{data[error.start]:02x} at {error.start}") from None
     if b"\0" in data:
         raise SyncError(f"expected text, got a NUL byte at {data.index(0)}")
-
-
-def ours_in(agent: Agent, data: bytes) -> Optional[bytes]:
-    """Cut out what is Orchestra's; raises SyncError for a file it cannot safely take part in."""
-    if agent.owned:
-        check_merge(data, 0, len(data))
-        return data
-    check_text(data)
-    markers = find_markers(data).found
+    markers = find_markers(data)
     if markers:
         check_merge(data, markers[0].start, markers[-1].end)
-    span = find_block(data)
-    return None if span is None else data[span.start : span.end]
+    block = find_block(data)
+    return None if block is None else data[block]
 
 
-def merge_ours(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
-    """Put what is wanted into a file's bytes, and say what was put in front of an appended block."""
+def newline_of(data: bytes) -> bytes:
+    end = data.find(b"\n")
+    return b"\r\n" if end > 0 and data[end - 1 : end] == b"\r" else b"\n"
+
+
+def insert_managed_text(agent: Agent, before: Disk, wanted: bytes) -> tuple[bytes, Optional[str]]:
+    """Put managed text into a file's bytes; also return what joins an appended one."""
     data = before.data
-    span = None if agent.owned else find_block(data)
-    newline = newline_of(data[span.start :] if span else data)
+    block = None if agent.owned else find_block(data)
+    newline = newline_of(data[block.start :] if block else data)
     if newline != b"\n":
         wanted = wanted.replace(b"\n", newline)
     if agent.owned:
         return wanted, None
-    if span is not None:
-        return data[: span.start] + wanted + data[span.end :], None
+    if block is not None:
+        return data[: block.start] + wanted + data[block.stop :], None
     if before.kind == "absent":
         return wanted + b"\n", None
     join = b"" if not data.replace(BOM, b"") else newline if data.endswith(b"\n") else newline * 2
     return data + join + wanted + newline, join.decode()
 
 
-def without_ours(agent: Agent, before: Disk, join: Optional[str]) -> Optional[bytes]:
-    """Take what is Orchestra's out of a file: None where nothing of the user's is left.
+def remove_managed_text(agent: Agent, before: Disk, join: Optional[str]) -> Optional[bytes]:
+    """Take managed text out of a file's bytes; None if nothing of the user's is left.
 
-    `join` is what was put in front of the block when it was appended; None means that Orchestra made the file.
+    `join` is what `insert_managed_text` returned; None if Orchestra made the file.
     """
-    span = None if agent.owned else find_block(before.data)
-    if span is None:
+    block = None if agent.owned else find_block(before.data)
+    if block is None:
         return None
-    head, tail = before.data[: span.start], before.data[span.end :]
+    head, tail = before.data[: block.start], before.data[block.stop :]
     tail = tail[1 if tail[:1] == b"\n" else 2 if tail[:2] == b"\r\n" else 0 :]
     seam = (join or "").encode()
     count, newline = seam.count(b"\n"), newline_of(seam)
-    has_turned = newline_of(before.data[span.start :]) != newline  # git has turned the line ends since
+    has_turned = newline_of(before.data[block.start :]) != newline  # git has changed the line ends since
     left = head
     for _ in range(count):
         end = newline_of(left[-2:]) if has_turned else newline
         left = left[: -len(end)] if left.endswith(end) else left
     if count == 2 or (left != head and left.endswith(b"\n")):
-        # Two were put where the user's text had no final line end; what follows it needs one.
+        # Two were put where the user's text had no final line end; what follows it
+        # needs one.
         head = left + (newline_of(seam) if tail and count == 2 else b"")
     return None if join is None and not head + tail else head + tail
+
+
+def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
+    """Yield what a user should know: excess, hidden characters, an open fence."""
+    excess = describe_excess(agent, after)
+    if excess:
+        yield excess
+    if not after.isascii():
+        hidden = describe_hidden((managed_text(agent, after) or b"").decode("utf-8", "replace"))
+        if hidden:
+            yield hidden
+    fence = find_open_fence(before.data) if join is not None else 0
+    if fence:
+        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
 # ── 14 Plan ───────────────────────────────────────────────────────────────────
@@ -4383,8 +4385,8 @@ def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> No
 
 def text_before_block(file: FilePlan) -> bytes:
     """Give the user's text in front of a shared file's block."""
-    span = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
-    return b"" if span is None else file.before.data[: span.start].replace(BOM, b"")
+    block = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
+    return b"" if block is None else file.before.data[: block.start].replace(BOM, b"")
 
 
 def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
@@ -4467,7 +4469,7 @@ def leave_foreign(home: str, file: FilePlan, key: Key) -> FilePlan:
     if file.action != REPLACE:
         return file
     agent = AGENTS_BY_PATH[file.path]
-    ours = ours_in(agent, file.before.data) or b""
+    ours = managed_text(agent, file.before.data) or b""
     if not is_sealed(agent, ours) or is_own_seal(home, seal_in(ours)):
         return file
     note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
@@ -4479,7 +4481,7 @@ def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
     known = record.known(path)
     if look.ours is None or not known or look.ours in known:
         return known
-    ours = ours_in(AGENTS_BY_PATH[path], look.disk.data)
+    ours = managed_text(AGENTS_BY_PATH[path], look.disk.data)
     return (*known, look.ours) if exact_digest_of(ours or b"") in known else known
 
 
@@ -4545,7 +4547,7 @@ def look_at(root: str, path: str) -> Look:
         link = read_link_text(place, disk.data)
         if link:
             return Look(disk, place=place, note=f"left alone: it is a link to {link}, as git writes one as text")
-        ours = ours_in(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
+        ours = managed_text(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
         return Look(disk, None if ours is None else digest_of(ours), place)
     except (OrchestraError, OSError) as error:
         problem = Problem.from_error(error, path)
@@ -4622,20 +4624,6 @@ def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
         raise
 
 
-def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
-    """Tell what a user should know of a file's text: it is too long, has hidden characters, stands in a code fence."""
-    excess = describe_excess(agent, after)
-    if excess:
-        yield excess
-    if not after.isascii():
-        hidden = describe_hidden((ours_in(agent, after) or b"").decode("utf-8", "replace"))
-        if hidden:
-            yield hidden
-    fence = find_open_fence(before.data) if join is not None else 0
-    if fence:
-        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
-
-
 def plan_file(
     path: str,
     look: Look,
@@ -4654,12 +4642,12 @@ def plan_file(
     after, join = before.data if before.kind == "file" else None, None
     if action == CREATE and before.kind == "absent" and sparse().leaves_out(look.place):
         return FilePlan(path, SKIP, before, note="left alone: it is outside of git's sparse checkout")
-    if action == REPLACE and is_reformatted(ours_in(agent, before.data) or b"", render()[path]):
+    if action == REPLACE and is_reformatted(managed_text(agent, before.data) or b"", render()[path]):
         action = KEEP
     if action in (CREATE, UPDATE, REPLACE):
-        after, join = merge_ours(agent, before, render()[path])
+        after, join = insert_managed_text(agent, before, render()[path])
     elif action in (REMOVE, EVICT):
-        after = without_ours(agent, before, record.joins.get(path))
+        after = remove_managed_text(agent, before, record.joins.get(path))
     notes = describe_text(agent, before, after, join) if after is not None and digest is not None else ()
     return FilePlan(path, action, before, after, digest or "", join, "; ".join(notes))
 
@@ -4765,10 +4753,10 @@ def _check_is_not_above(home: str, codebase: Codebase, root: str, record: Record
 def _has_own_text(look: Look) -> bool:
     data = look.disk.data
     try:
-        span = find_block(data)
+        block = find_block(data)
     except SyncError:
         return False
-    return bool(data.strip() if span is None else data[: span.start].strip() or data[span.end :].strip())
+    return bool(data.strip() if block is None else data[: block.start].strip() or data[block.stop :].strip())
 
 
 def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look]) -> bool:
@@ -4953,7 +4941,7 @@ def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> b
 
 def _has_user_text(file: FilePlan) -> bool:
     agent, data = AGENTS_BY_PATH[file.path], file.before.data
-    return bool(data) and (ours_in(agent, data) or b"").strip() != data.strip()
+    return bool(data) and (managed_text(agent, data) or b"").strip() != data.strip()
 
 
 def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
@@ -5145,11 +5133,11 @@ def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -
 
 def _restored_text(agent: Agent, before: Disk, kept: Disk, file: str) -> bytes:
     try:
-        ours = ours_in(agent, kept.data)
+        ours = managed_text(agent, kept.data)
     except SyncError as error:
         raise SyncError(f"the version kept as {file}: {error}", error.hint) from None
     if before.kind == "file" and not agent.owned and ours is not None:
-        return merge_ours(agent, before, ours.replace(b"\r\n", b"\n"))[0]
+        return insert_managed_text(agent, before, ours.replace(b"\r\n", b"\n"))[0]
     return kept.data
 
 

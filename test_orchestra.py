@@ -3345,7 +3345,7 @@ def test_a_block_is_found_whole_or_refused(data: bytes, found: Any) -> None:
     except orchestra.SyncError as error:
         assert isinstance(found, str) and found in str(error)
     else:
-        assert (data[span.start : span.end] if span else None) == found
+        assert (data[span] if span else None) == found
 
 
 # Linear in the length of their text
@@ -3437,12 +3437,14 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "render_files": lambda text: orchestra.render_files(codebase_with(description=text, notes=(text, "@a"))),
     "find_block": as_bytes(quietly(orchestra.find_block)),
     "find_open_fence": as_bytes(orchestra.find_open_fence),
-    "ours_in, an owned file": as_bytes(quietly(functools.partial(orchestra.ours_in, orchestra.AGENTS["cline"]))),
-    "ours_in, behind a block": as_bytes(
-        quietly(lambda data: orchestra.ours_in(CODEX, sealed_with(b"") + b"\n" + data))
+    "managed_text, an owned file": as_bytes(
+        quietly(functools.partial(orchestra.managed_text, orchestra.AGENTS["cline"]))
     ),
-    "without_ours": as_bytes(
-        quietly(lambda data: orchestra.without_ours(CODEX, file_of(data + b"\n\n" + block()), "\n\n"))
+    "managed_text, behind a block": as_bytes(
+        quietly(lambda data: orchestra.managed_text(CODEX, sealed_with(b"") + b"\n" + data))
+    ),
+    "remove_managed_text": as_bytes(
+        quietly(lambda data: orchestra.remove_managed_text(CODEX, file_of(data + b"\n\n" + block()), "\n\n"))
     ),
     "digest_of": as_bytes(orchestra.digest_of),
     "is_reformatted": as_bytes(lambda data: orchestra.is_reformatted(data, data.replace(b"*", b"_"))),
@@ -12494,7 +12496,7 @@ class History(Home):
                 changed[where] = old or Seen("absent")
                 versions = kept_now.get((label, path), {})
                 self.judge(label, path, old, new, versions, is_restore)
-                is_ours = old is not None and unify(self.ours_in(path, old.data)) in self.ours_before(label, path)
+                is_ours = old is not None and unify(self.managed_text(path, old.data)) in self.ours_before(label, path)
                 is_more = len(versions) > len(kept.get((label, path), {}))
                 # After a kill amid a swap it may be kept for safety's sake.
                 is_excused = is_restore or (label in self.killed)
@@ -12504,7 +12506,7 @@ class History(Home):
             else:
                 assert is_temporary(where) and (new is None or not is_whole), f"{where}: {old} became {new}"
 
-    def ours_in(self, path: str, data: bytes) -> bytes:
+    def managed_text(self, path: str, data: bytes) -> bytes:
         parts = cut_up(data) if IS_SHARED[path] else Parts(b"", data)
         return (parts.block if parts else None) or b""
 
@@ -14235,7 +14237,7 @@ def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> Non
         assert data.count(b"<!--") == data.count(b"-->") == 3
         for text in (data, data.replace(b"\n", b"\r\n")):
             head = b"mine\n\n"
-            assert orchestra.find_block(head + text + b"\n\nmine\n") == (len(head), len(head) + len(text))
+            assert orchestra.find_block(head + text + b"\n\nmine\n") == slice(len(head), len(head) + len(text))
 
 
 def check_problems(problems: Iterable[orchestra.Problem]) -> None:
@@ -14366,17 +14368,17 @@ def test_any_bytes_around_a_block_survive(dose: Dose) -> None:
         data, agent = odd_managed_text(dice), dice.choice(SHARED)
         wanted = block(dice.choice(("", "new", "new\n\nlines\n", "x" * 100)))
         try:
-            ours = orchestra.ours_in(agent, data)
+            ours = orchestra.managed_text(agent, data)
         except orchestra.SyncError as error:
             assert str(error).isprintable()
             continue
-        after, join = orchestra.merge_ours(agent, file_of(data), wanted)
-        assert orchestra.digest_of(orchestra.ours_in(agent, after) or b"") == orchestra.digest_of(wanted)
-        assert orchestra.merge_ours(agent, file_of(after), wanted) == (after, None)
+        after, join = orchestra.insert_managed_text(agent, file_of(data), wanted)
+        assert orchestra.digest_of(orchestra.managed_text(agent, after) or b"") == orchestra.digest_of(wanted)
+        assert orchestra.insert_managed_text(agent, file_of(after), wanted) == (after, None)
         if ours is None:
             appended += 1
             assert after.startswith(data) and join is not None
-            assert orchestra.without_ours(agent, file_of(after), join) == data
+            assert orchestra.remove_managed_text(agent, file_of(after), join) == data
         else:
             check_text_around(agent, data, after)
         check_text_left(dice, agent, after)
@@ -14386,16 +14388,16 @@ def test_any_bytes_around_a_block_survive(dose: Dose) -> None:
 def check_text_around(agent: orchestra.Agent, old: bytes, new: bytes) -> None:
     one, other = orchestra.find_block(old), orchestra.find_block(new)
     assert one and other
-    assert (new[: other.start], new[other.end :]) == (old[: one.start], old[one.end :])
+    assert (new[: other.start], new[other.stop :]) == (old[: one.start], old[one.stop :])
 
 
 def check_text_left(dice: random.Random, agent: orchestra.Agent, data: bytes) -> None:
     """See that without its block a file has all that stood around it, but for line ends at the seam."""
     span = orchestra.find_block(data)
     assert span
-    head, tail = data[: span.start], data[span.end :]
+    head, tail = data[: span.start], data[span.stop :]
     join = dice.choice((None, "", "\n", "\n\n", "\r\n", "\r\n\r\n"))
-    left = orchestra.without_ours(agent, file_of(data), join) or b""
+    left = orchestra.remove_managed_text(agent, file_of(data), join) or b""
     assert left.startswith(head.rstrip(b"\r\n")) and left.endswith(tail.lstrip(b"\r\n"))
     assert left.translate(*BREAKS) == (head + tail).translate(*BREAKS)
     assert left.count(b"\n") + 3 >= (head + tail).count(b"\n")
