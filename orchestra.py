@@ -5372,107 +5372,42 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 
 # ── 17 Watching ───────────────────────────────────────────────────────────────
 
-# A notification is only a hint where to look. What counts is the comparison of the tree with the picture taken
-# of it before, so that lost, doubled and merged events do no harm. Watches are set before what they watch is
-# read: a change is either in what is read or announced afterwards.
+# An event says only where to look. What counts is how the tree differs from its last
+# snapshot, so lost, repeated and merged events do no harm. A watch is set before what it
+# watches is read: a change is either read, or announced afterwards.
 #
-# A file caught half-written: most editors empty a file and then write it, or rename it away and write a new one.
-# 1. A changed file that is empty, or that inotify knows to be open for writing, is doubted: nothing is told of it yet.
-# 2. It is looked at again at its next event, at once. Where no event comes, it is looked at after RECHECK_PAUSE, then
-#    whenever its doubt is twice as old.
-# 3. Once its doubt is DEBOUNCE_WINDOW old, it counts as it is.
-# 4. Otherwise its codebase is noted, and read and synced by a job: the first time at once, then once a window.
-# 5. A codebase whose file the job finds broken, or gone, is doubted in turn: it is neither synced nor reported, and
-#    what was known of a broken one stays. Its window ends, so that its next event starts a job at once; where no
-#    event comes, rule 2 does.
-# 6. Once that doubt is DEBOUNCE_WINDOW old, the next job takes the codebase as it is: what is broken is reported.
+# A file caught half-written. Most editors empty a file and then write it, or rename it
+# away and write a new one. First the file is the suspect, then its codebase:
+#
+#   1 A changed file that is empty, or that inotify knows to be open for writing, becomes
+#     a suspect and is not reported yet.
+#   2 A suspect is looked at again at its next event, at once; without an event after
+#     RECHECK_PAUSE, and then whenever it has been a suspect for twice as long.
+#   3 A file that has been a suspect for DEBOUNCE_WINDOW is overdue: it counts as it is.
+#   4 What counts is noted by its codebase (`Debouncer`): a job reads and syncs it, the
+#     first time at once, then once per window.
+#   5 A codebase whose file the job finds broken, or gone, becomes a suspect in turn. It
+#     is neither synced nor reported, and a broken one stays as it was known. Its window
+#     ends, so its next event starts a job at once; without an event, step 2 does.
+#   6 Once it is overdue, the next job takes it as it is: what is broken is reported.
 
-POLL_INTERVAL = 1.0  # seconds between two looks where nothing announces changes
 DEBOUNCE_WINDOW = 0.5  # seconds
-RESCAN_INTERVAL = 60.0  # seconds between two looks at everything where something does: a cheap net
-EVENTS_A_TURN = 64  # of a source, then the sockets' turn: what is left keeps its descriptor readable
-MAX_LINKS = 40  # followed from one name, as Linux does
-RECHECK_PAUSE = 0.004  # seconds until a file that may be half-written is first looked at again
-RACY_TIME = 2 * 10**9  # ns: a file this young may change again without a new time stamp
-KQUEUE_RESERVE = 128  # descriptors not spent on watches
+RECHECK_PAUSE = 0.004  # seconds until a suspect is first looked at again
+POLL_INTERVAL = 1.0  # seconds between two looks at everything where not all is watched
+RESCAN_INTERVAL = 60.0  # seconds between two looks at everything otherwise, as a safety net
+EVENTS_A_TURN = 64  # then it is the sockets' turn; the rest keeps the descriptor readable
 
-
-class Seen(NamedTuple):
-    """One file in the picture: its stamp tells whether to read it, its digest whether it changed."""
-
-    stamp: tuple[int, ...]
-    digest: str
-    is_racy: bool
-
-    @property
-    def size(self) -> int:
-        return self.stamp[2]
-
-
-class Changes(NamedTuple):
-    """What differs between two pictures, as paths."""
-
-    saved: frozenset[str]
-    deleted: frozenset[str]
-
-
-class Suspects:
-    """What may have been caught half-written: when to look at it again, and since when it is doubted.
-
-    `window` is in seconds of `clock`.
-    """
-
-    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Clock = time.monotonic) -> None:
-        self._window = window
-        self._clock = clock
-        self._since: dict[Any, float] = {}
-        self._again_at: dict[Any, float] = {}
-
-    @property
-    def things(self) -> set[Any]:
-        return set(self._since)
-
-    def note(self, things: Iterable[Any]) -> None:
-        """Doubt things, or go on doubting them."""
-        now = self._clock()
-        for thing in things:
-            since = self._since.setdefault(thing, now)
-            self._again_at[thing] = min(since + self._window, max(now + RECHECK_PAUSE, 2 * now - since))
-
-    def drop(self, things: Iterable[Any]) -> None:
-        for thing in things:
-            self._since.pop(thing, None)
-            self._again_at.pop(thing, None)
-
-    def take_due(self) -> tuple[set[Any], set[Any]]:
-        """Take what is to be looked at again, and the part of it that is to count as it is then; `settle` follows."""
-        now = self._clock()
-        due = {thing for thing, at in self._again_at.items() if at <= now}
-        for thing in due:
-            del self._again_at[thing]
-        return due, {thing for thing in due if self._since[thing] + self._window <= now}
-
-    def settle(self, taken: Iterable[Any]) -> None:
-        """Drop what was taken and has not been noted again."""
-        self.drop([thing for thing in taken if thing not in self._again_at])
-
-    def next_due(self) -> Optional[float]:
-        """Return when there is something to take, in the clock's seconds; None: nothing is doubted."""
-        return min(self._again_at.values(), default=None)
+# Backends
 
 
 class PollingBackend:
-    """Hint at everything whenever asked: for systems and limits that leave nothing better.
+    """The fallback, which announces nothing: everything is looked at on a timer.
 
-    The contract of all three sources: `fileno()` is readable when there are hints (-1: never), `drain()` takes
-    them, `watch_folder` and `watch_file` set a watch, say whether it is a new one and raise OSError where they
-    cannot, `retain` drops all watches but those named, `close()` ends them; `watches_files` says whether a file needs
-    a watch of its own; `being_written` are the paths that are open for writing since their last change, where that is
-    known.
+    All backends have its methods. `fileno` is readable while there are events (-1: never).
+    `being_written` are the paths known to be open for writing since their last change.
     """
 
     name = "polling"
-    watches_files = False
 
     def __init__(self) -> None:
         self.being_written: set[str] = set()
@@ -5480,16 +5415,15 @@ class PollingBackend:
     def fileno(self) -> int:
         return -1
 
-    def watch_folder(self, path: str) -> bool:
-        return False
-
-    def watch_file(self, path: str) -> bool:
+    def watch(self, path: str, is_file: bool = False) -> bool:
+        """Watch a folder or file and return whether that is a new watch; raises OSError."""
         return False
 
     def retain(self, paths: set[str]) -> None:
-        pass
+        """Drop all watches except those of some paths."""
 
     def drain(self) -> Optional[set[str]]:
+        """Take the paths that had events; None stands for all paths."""
         return None
 
     def close(self) -> None:
@@ -5497,18 +5431,19 @@ class PollingBackend:
 
 
 class InotifyBackend(PollingBackend):
-    """Hints from Linux's inotify(7), through ctypes. Watching a folder covers the files in it."""
+    """Linux's inotify(7), through ctypes. Watching a folder covers the files in it."""
 
     name = "inotify"
 
-    # From linux/inotify.h. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE stay out: the daemon's own reads would wake it.
+    # linux/inotify.h. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE are left out: the daemon's
+    # own reads would wake it.
     IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
     IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
     IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
     MASK = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO
     MASK |= IN_CREATE | IN_DELETE | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
     HEADER = 16  # bytes of struct inotify_event before the name: wd, mask, cookie, len
-    EVENT = 32  # bytes of an event with a short name; one with the longest has 272
+    EVENT = 32  # bytes of an event with a short name; with the longest it has 272
 
     def __init__(self) -> None:
         try:
@@ -5530,7 +5465,9 @@ class InotifyBackend(PollingBackend):
     def fileno(self) -> int:
         return self._fd
 
-    def watch_folder(self, path: str) -> bool:
+    def watch(self, path: str, is_file: bool = False) -> bool:
+        if is_file:
+            return False
         wd = self._libc.inotify_add_watch(self._fd, os.fsencode(path), self.MASK)
         paths = self._paths.setdefault(self._check(wd, path), set())
         is_new = path not in paths
@@ -5549,28 +5486,28 @@ class InotifyBackend(PollingBackend):
             data = os.read(self._fd, EVENTS_A_TURN * self.EVENT)
         except BlockingIOError:
             return set()
-        hints: set[str] = set()
+        changed: set[str] = set()
         for wd, mask, name in self._parse(data):
             if mask & self.IN_Q_OVERFLOW:
                 self.being_written.clear()
                 return None
             for folder in self._paths.get(wd, ()):
                 path = os.path.join(folder, name) if name else folder
-                hints.add(path)
+                changed.add(path)
                 if mask & self.IN_MODIFY:
                     self.being_written.add(path)
                 elif not mask & self.IN_ATTRIB:  # closed, or another file by now
                     self.being_written.discard(path)
             if mask & self.IN_IGNORED:
                 self._paths.pop(wd, None)
-        return hints
+        return changed
 
     def _parse(self, data: bytes) -> Iterator[tuple[int, int, str]]:
+        import struct
+
         at = 0
         while at < len(data):
-            wd = int.from_bytes(data[at : at + 4], sys.byteorder, signed=True)
-            mask = int.from_bytes(data[at + 4 : at + 8], sys.byteorder)
-            length = int.from_bytes(data[at + 12 : at + 16], sys.byteorder)
+            wd, mask, _cookie, length = struct.unpack_from("=iIII", data, at)
             at += self.HEADER + length
             yield wd, mask, os.fsdecode(data[at - length : at].rstrip(b"\0"))
 
@@ -5579,42 +5516,30 @@ class InotifyBackend(PollingBackend):
 
 
 class KqueueBackend(PollingBackend):
-    """Hints from kqueue's EVFILT_VNODE (macOS, BSD): every folder and every file needs a descriptor of its own.
+    """kqueue's EVFILT_VNODE (macOS, BSD): every folder and file takes a descriptor.
 
-    A folder's descriptor tells of entries that come and go; a write in place shows on the file's alone, and a
-    truncation there only as ATTRIB (xnu: kpi_vfs.c, tests/kqueue_file_tests.c).
+    A folder's descriptor tells of entries that come and go. A write in place shows only on
+    the file's, and a truncation there only as ATTRIB (xnu: kpi_vfs.c, kqueue_file_tests.c).
     """
 
     name = "kqueue"
-    watches_files = True
-    O_EVTONLY = 0x8000  # macOS's fcntl.h; in os from Python 3.10. Such a watch does not keep a volume mounted.
+    RESERVE = 128  # descriptors not spent on watches
+    O_EVTONLY = 0x8000  # macOS's fcntl.h: does not keep a volume mounted. In os from 3.10
 
     def __init__(self, budget: int) -> None:
         import select
 
         super().__init__()
-        # Looked up by name, since mypy knows them on macOS alone.
-        self._select: Any = select
+        self._select: Any = select  # mypy knows kqueue only on macOS
         self._queue: Any = self._select.kqueue()
         self._budget = budget
-        self._watched: dict[str, tuple[int, int, int]] = {}  # path: (descriptor, device, inode)
+        self._watched: dict[str, tuple[int, int, int]] = {}  # path: (fd, device, inode)
         self._path_of: dict[int, str] = {}
 
     def fileno(self) -> int:
         return int(self._queue.fileno())
 
-    def watch_folder(self, path: str) -> bool:
-        return self._watch(path, self._folder_notes)
-
-    def watch_file(self, path: str) -> bool:
-        return self._watch(path, self._folder_notes | self._select.KQ_NOTE_EXTEND | self._select.KQ_NOTE_ATTRIB)
-
-    @property
-    def _folder_notes(self) -> int:
-        s = self._select
-        return int(s.KQ_NOTE_WRITE | s.KQ_NOTE_DELETE | s.KQ_NOTE_RENAME | s.KQ_NOTE_REVOKE)
-
-    def _watch(self, path: str, notes: int) -> bool:
+    def watch(self, path: str, is_file: bool = False) -> bool:
         info = os.stat(path)
         known = self._watched.get(path)
         if known and known[1:] == (info.st_dev, info.st_ino):
@@ -5626,9 +5551,7 @@ class KqueueBackend(PollingBackend):
         flags = self.O_EVTONLY if sys.platform == "darwin" else os.O_RDONLY
         fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            add = self._select.KQ_EV_ADD | self._select.KQ_EV_CLEAR
-            event = self._select.kevent(fd, self._select.KQ_FILTER_VNODE, add, notes)
-            self._queue.control([event], 0)  # one at a time, so that an error raises
+            self._add(fd, is_file)
             info = os.fstat(fd)
         except OSError:
             os.close(fd)
@@ -5636,6 +5559,14 @@ class KqueueBackend(PollingBackend):
         self._watched[path] = (fd, info.st_dev, info.st_ino)
         self._path_of[fd] = path
         return True
+
+    def _add(self, fd: int, is_file: bool) -> None:
+        s = self._select
+        notes = s.KQ_NOTE_WRITE | s.KQ_NOTE_DELETE | s.KQ_NOTE_RENAME | s.KQ_NOTE_REVOKE
+        if is_file:
+            notes |= s.KQ_NOTE_EXTEND | s.KQ_NOTE_ATTRIB
+        event = s.kevent(fd, s.KQ_FILTER_VNODE, s.KQ_EV_ADD | s.KQ_EV_CLEAR, notes)
+        self._queue.control([event], 0)  # one at a time, so that an error raises
 
     def _forget(self, path: str) -> None:
         fd = self._watched.pop(path)[0]
@@ -5656,73 +5587,213 @@ class KqueueBackend(PollingBackend):
 
 
 def open_backend(wanted: str, descriptors: int) -> PollingBackend:
-    """Open the best source of hints there is, or the one `wanted` (kqueue, inotify, polling, or "" for any).
+    """Open the backend named `wanted`, or the best one where that is empty.
 
-    `descriptors` is the process's limit on open files. Raises NotifyError for a source that is not to be had.
+    `descriptors` is the process's limit on open files. Raises NotifyError if the wanted
+    backend is unknown or not available here.
     """
     import select
 
-    best = "kqueue" if hasattr(select, "kqueue") else "inotify" if sys.platform.startswith("linux") else "polling"
-    name = wanted or best
+    available: dict[str, Callable[[], PollingBackend]] = {"polling": PollingBackend}
+    if sys.platform.startswith("linux"):
+        available = {"inotify": InotifyBackend, **available}
+    if hasattr(select, "kqueue"):
+        available = {"kqueue": lambda: KqueueBackend(descriptors - KqueueBackend.RESERVE), **available}
+    if wanted and wanted not in available:
+        raise NotifyError(f"ORCHESTRA_WATCHER: expected {' or '.join(available)}, got {wanted!r}")
+    name = wanted or next(iter(available))
     try:
-        if name == "kqueue" and hasattr(select, "kqueue"):
-            return KqueueBackend(descriptors - KQUEUE_RESERVE)
-        if name == "inotify" and sys.platform.startswith("linux"):
-            return InotifyBackend()
+        return available[name]()
     except OSError as error:
         if wanted:
-            raise NotifyError(f"{name}: expected to open it, got: {explain_os_error(error)}") from error
-        name = "polling"
-    if name == "polling":
+            raise NotifyError(f"cannot watch files with {name}: {explain_os_error(error)}") from error
         return PollingBackend()
-    raise NotifyError(f"ORCHESTRA_WATCHER: expected kqueue, inotify or polling as this system has it, got {wanted!r}")
 
 
-def _open_folder(path: str) -> Optional[int]:
-    """Open a folder, from which the way to its names is shorter; None if it went since it was listed."""
-    try:
-        return os.open(path, FOLDER)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+# Timers
 
 
-def _is_plain_folder(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
+class Debouncer:
+    """Fires a key at once, then at most once per window while it keeps being noted.
+
+    The last note always fires. `window` is in seconds of `clock`.
+    """
+
+    def __init__(self, window: float, clock: Clock) -> None:
+        self._window = window
+        self._clock = clock
+        self._open_until: dict[Any, float] = {}
+        self._waiting: set[Any] = set()
+
+    def note(self, keys: Iterable[Any]) -> None:
+        self._waiting.update(keys)
+
+    def take_due(self) -> set[Any]:
+        """Take the noted keys that have no open window, and open one for each."""
+        now = self._clock()
+        self._open_until = {key: end for key, end in self._open_until.items() if end > now}
+        due = self._waiting - self._open_until.keys()
+        self._waiting -= due
+        self._open_until.update(dict.fromkeys(due, now + self._window))
+        return due
+
+    def end_window(self, keys: Iterable[Any]) -> None:
+        """Let keys fire at their next note."""
+        for key in keys:
+            self._open_until.pop(key, None)
+
+    def next_due(self) -> Optional[float]:
+        """Return when there is something to take, in the clock's seconds; None: never."""
+        return min((self._open_until.get(key, 0.0) for key in self._waiting), default=None)
 
 
-def _first_link(path: str) -> Optional[str]:
+class Suspects:
+    """Files, or codebases, that may be half-written, and when to look at each again.
+
+    A suspect is overdue after `window`, in seconds of `clock`.
+    """
+
+    def __init__(self, window: float, clock: Clock) -> None:
+        self._window = window
+        self._clock = clock
+        self._since: dict[Any, float] = {}
+        self._again_at: dict[Any, float] = {}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._since)
+
+    def add(self, things: Iterable[Any]) -> None:
+        """Add new suspects; have those that are suspects already looked at again."""
+        now = self._clock()
+        for thing in things:
+            since = self._since.setdefault(thing, now)
+            pause = max(RECHECK_PAUSE, now - since)
+            self._again_at[thing] = min(since + self._window, now + pause)
+
+    def discard(self, things: Iterable[Any]) -> None:
+        for thing in things:
+            self._since.pop(thing, None)
+            self._again_at.pop(thing, None)
+
+    def take_due(self) -> tuple[set[Any], set[Any]]:
+        """Take the suspects to look at again, and those of them that are overdue."""
+        now = self._clock()
+        due = {thing for thing, at in self._again_at.items() if at <= now}
+        for thing in due:
+            del self._again_at[thing]
+        return due, {thing for thing in due if self._since[thing] + self._window <= now}
+
+    def settle(self, taken: Iterable[Any]) -> None:
+        """Discard those taken that have not been added again."""
+        self.discard([thing for thing in taken if thing not in self._again_at])
+
+    def next_due(self) -> Optional[float]:
+        """Return when there is something to take, in the clock's seconds; None: never."""
+        return min(self._again_at.values(), default=None)
+
+
+# The watcher
+
+
+class Changes(NamedTuple):
+    """What differs between two snapshots, as paths."""
+
+    saved: frozenset[str]
+    deleted: frozenset[str]
+
+
+class SeenFile(NamedTuple):
+    """A file in a snapshot: its stamp decides whether to read it, its digest whether it changed."""
+
+    stamp: tuple[int, ...]
+    digest: str
+    is_racy: bool
+
+    @property
+    def size(self) -> int:
+        return self.stamp[2]
+
+
+def find_first_link(path: str) -> Optional[str]:
     """Find the first part of an absolute path that is a link."""
     parts = os.path.normpath(path).split(os.sep)
     prefixes = (os.sep.join(parts[: i + 1]) for i in range(1, len(parts)))
     return next((prefix for prefix in prefixes if os.path.islink(prefix)), None)
 
 
-def _digest_file(path: str) -> str:
-    try:
-        disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
-    except IoError as error:
-        return str(error.source.errno)
-    return f"{disk.kind} {sha256_of(disk.data)}"
+class Anchors:
+    """The folders, by path, in which some names matter: those that a link's way leads by.
+
+    What a link leads to may go and come back (a git checkout), and links on the way to it
+    may be changed. Watches are set by `watch`.
+    """
+
+    MAX_LINKS = 40  # followed from one name, as Linux does
+
+    def __init__(self, watch: Callable[[str], object]) -> None:
+        self._watch = watch
+        self._names: dict[str, set[str]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def concern(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        return path in self._names or name in self._names.get(folder, ())
+
+    def reset(self, root: str) -> None:
+        self._names = {os.path.dirname(root): {os.path.basename(root)}, root: set()}
+        for folder in self._names:
+            self._watch(folder)
+        self.add(root)
+
+    def add(self, path: str) -> None:
+        """Add the ways by which a path leads to its file, and its links to theirs."""
+        for _ in range(self.MAX_LINKS):
+            link = find_first_link(path)
+            self._add_name(link or path)
+            if link is None:
+                return
+            try:
+                target = os.readlink(link)
+            except OSError:
+                return  # gone or replaced meanwhile: the watch just set has the event
+            path = os.path.join(os.path.dirname(link), target) + path[len(link) :]
+
+    def _add_name(self, path: str) -> None:
+        """Watch the nearest existing ancestor; watch first, then test, so that none is missed."""
+        while True:
+            folder, name = os.path.split(path)
+            while not os.path.isdir(folder):
+                folder, name = os.path.split(folder)
+            self._names.setdefault(folder, set()).add(name)
+            self._watch(folder)
+            nearer = os.path.join(folder, name)
+            if nearer == path or not os.path.isdir(nearer):
+                return
 
 
 class Watcher:
-    """Keep a picture of the registry's files, and tell what differs each time it is looked at again.
+    """Keeps a snapshot of the registry's files, and reports how the disk differs from it.
 
-    Raises nothing for what users and editors do to the tree meanwhile; what cannot be watched is polled.
+    Whatever users and editors do to the tree meanwhile raises nothing; what cannot be
+    watched is polled.
     """
 
+    RACY_TIME = 2 * 10**9  # ns: a younger file may change again without a new time stamp
+
     def __init__(
-        self, home: str, source: PollingBackend, clock: Clock = time.time, monotonic: Clock = time.monotonic
+        self, home: str, backend: PollingBackend, clock: Clock = time.time, monotonic: Clock = time.monotonic
     ) -> None:
-        self.source = source
-        self.must_poll = source.fileno() < 0
+        self.backend = backend
+        self.must_poll = backend.fileno() < 0
+        self.suspects = Suspects(DEBOUNCE_WINDOW, monotonic)
         self._root = projects_root(home)
         self._clock = clock
-        self._picture: dict[str, dict[str, Seen]] = {}  # folder: path: file
+        self._snapshot: dict[str, dict[str, SeenFile]] = {}  # folder: path: file
         self._folders: set[str] = set()
-        self._anchors: dict[str, set[str]] = {}  # folders outside the tree: the names in them that matter
-        self._doubts = Suspects(DEBOUNCE_WINDOW, monotonic)
-        self._trusted: set[str] = set()  # doubted for so long that they count as they are
+        self._anchors = Anchors(self._watch)
+        self._overdue: set[str] = set()  # suspects that count as they are
         self._has_looked = False
         self._saved: set[str] = set()
         self._deleted: set[str] = set()
@@ -5733,97 +5804,85 @@ class Watcher:
         return POLL_INTERVAL if self.must_poll else RESCAN_INTERVAL
 
     def drain(self) -> Changes:
-        """Look where the source hints."""
-        return self.look(self.source.drain())
-
-    def next_recheck(self) -> Optional[float]:
-        """Return when `recheck` has something to do, in the clock's seconds."""
-        return self._doubts.next_due()
+        """Look where the backend has events."""
+        return self.look(self.backend.drain())
 
     def recheck(self) -> Changes:
-        """Look at the files that may have been caught half-written and have not been looked at for a while."""
-        due, self._trusted = self._doubts.take_due()
+        """Look again at the suspects whose time has come."""
+        due, self._overdue = self.suspects.take_due()
         changes = self.look(due)
-        self._trusted = set()
-        self._doubts.settle(due)
+        self._overdue = set()
+        self.suspects.settle(due)
         return changes
 
-    def look(self, hints: Optional[set[str]] = None) -> Changes:
-        """Compare with the disk what `hints` name, or everything."""
+    def look(self, paths: Optional[set[str]] = None) -> Changes:
+        """Compare some paths with the disk, or everything."""
         self._saved, self._deleted = set(), set()
         try:
-            if hints is None or any(map(self._is_structural, hints)):
+            if paths is None or any(map(self._is_structural, paths)):
                 self._look_at_all()
             else:
-                self._look_at_hints(hints)
+                self._look_at_paths(paths)
         except OSError:
             self.must_poll = True  # something went while it was looked at: look again soon
         self._has_looked = True
         return Changes(frozenset(self._saved), frozenset(self._deleted))
 
-    def _look_at_hints(self, hints: set[str]) -> None:
-        for path in hints:
+    def _is_structural(self, path: str) -> bool:
+        if self._anchors.concern(path):
+            return True
+        if os.path.dirname(path) != self._root:
+            return False
+        # kqueue names a project's folder for every entry that comes or goes in it.
+        return not (path in self._folders and os.path.isdir(path) and not os.path.islink(path))
+
+    def _look_at_paths(self, paths: set[str]) -> None:
+        for path in paths:
+            folder, name = os.path.split(path)
             if path in self._folders:
                 self._look_at_folder(path)
-                continue
-            folder, name = os.path.split(path)
-            if folder in self._folders and is_registry_file(name):
+            elif folder in self._folders and is_registry_file(name):
                 if os.path.islink(path):
-                    self._anchor(path)
-                picture = self._picture.setdefault(folder, {})
-                self._look_at_file(picture, path, path, None, trust_stamp=False)
-
-    def _is_structural(self, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if path in self._anchors or name in self._anchors.get(folder, ()):
-            return True
-        # kqueue names a project's folder for every entry that comes or goes in it.
-        return folder == self._root and not (path in self._folders and _is_plain_folder(path))
+                    self._anchors.add(path)
+                self._look_at_file(self._snapshot.setdefault(folder, {}), path, trust_stamp=False)
 
     def _look_at_all(self) -> None:
-        self.must_poll = self.source.fileno() < 0
-        self._anchors = {os.path.dirname(self._root): {os.path.basename(self._root)}, self._root: set()}
-        for anchor in self._anchors:
-            self._watch(self.source.watch_folder, anchor)
-        self._anchor(self._root)
+        self.must_poll = self.backend.fileno() < 0
+        self._anchors.reset(self._root)
         entries = self._list(self._root)
         if entries is None:
             return
-        self._folders = set()
-        loose = {}
+        self._folders, loose = set(), []
         for entry in entries:
             if is_ignored(entry.name):
                 continue
             if entry.is_symlink():
-                self._anchor(entry.path)
+                self._anchors.add(entry.path)
             if os.path.isdir(entry.path):
                 self._folders.add(entry.path)
             elif is_registry_file(entry.name):
-                loose[entry.path] = entry.name
+                loose.append(entry.path)
         self._look_at_files(self._root, loose)
-        for folder in [folder for folder in self._picture if folder not in self._folders and folder != self._root]:
-            self._look_at_files(folder, {})
+        for folder in self._snapshot.keys() - self._folders - {self._root}:
+            self._look_at_files(folder, ())
         for folder in self._folders:
             self._look_at_folder(folder)
-        files = [*self._picture.values(), self._doubts.things] if self.source.watches_files else ()
-        self.source.retain({*self._folders, *self._anchors}.union(*files))
+        self.backend.retain({*self._folders, *self._anchors, *self.suspects}.union(*self._snapshot.values()))
 
     def _look_at_folder(self, folder: str) -> None:
-        self._watch(self.source.watch_folder, folder)
-        files = {}
+        self._watch(folder)
         entries = self._list(folder)
         if entries is None:
             return
-        known = self._picture.get(folder, {})
+        known = self._snapshot.get(folder, {})
+        entries = [entry for entry in entries if entry.path in known or is_registry_file(entry.name)]
         for entry in entries:
-            if entry.path in known or is_registry_file(entry.name):
-                if entry.is_symlink():
-                    self._anchor(entry.path)
-                files[entry.path] = entry.name
-        self._look_at_files(folder, files)
+            if entry.is_symlink():
+                self._anchors.add(entry.path)
+        self._look_at_files(folder, [entry.path for entry in entries])
 
     def _list(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
-        """List a folder, empty where it is gone; None where that cannot be said now, and it is asked again soon."""
+        """List a folder, empty where there is none; None after an error that may pass."""
         try:
             return list_folder(folder)
         except IoError as error:
@@ -5832,127 +5891,63 @@ class Watcher:
             self.must_poll = True
             return None
 
-    def _look_at_files(self, folder: str, files: Mapping[str, str]) -> None:
-        """Look at all registry files of a folder, given as path: name; what else was known of it is gone."""
-        picture = self._picture.setdefault(folder, {})
-        fd = _open_folder(folder) if files else None
-        if fd is None:
-            files = {}
-        else:
-            try:
-                for path, name in files.items():
-                    self._look_at_file(picture, path, name, fd)
-            finally:
-                os.close(fd)
-        for path in picture.keys() - files.keys():
-            self._drop(picture, path)
+    def _look_at_files(self, folder: str, paths: Sequence[str]) -> None:
+        """Look at all registry files of a folder; others known of it are gone."""
+        known = self._snapshot.setdefault(folder, {})
+        for path in paths:
+            self._look_at_file(known, path)
+        for path in known.keys() - set(paths):
+            self._forget(known, path)
 
-    def _look_at_file(
-        self, picture: dict[str, Seen], path: str, name: str, fd: Optional[int], trust_stamp: bool = True
-    ) -> None:
-        """Look at a file, which `name` leads to from the folder open at `fd`."""
-        is_new_watch = self.source.watches_files and self._watch(self.source.watch_file, path)
+    def _look_at_file(self, known: dict[str, SeenFile], path: str, trust_stamp: bool = True) -> None:
+        is_new_watch = self._watch(path, is_file=True)
         try:
-            info = os.stat(name, dir_fd=fd)
+            info = os.stat(path)
         except OSError:
-            return self._drop(picture, path)
+            self._forget(known, path)
+            return
         stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        seen = picture.get(path)
+        seen = known.get(path)
         if seen and seen.stamp == stamp and trust_stamp and not seen.is_racy and not is_new_watch:
-            return None
+            return
         if self._may_be_half_written(path, info.st_size, seen):
-            self._doubts.note([path])
-            return None
-        self._doubts.drop([path])
+            self.suspects.add([path])
+            return
+        self.suspects.discard([path])
         age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
-        now = Seen(stamp, _digest_file(path), age < RACY_TIME)
-        picture[path] = now
-        if seen is None or seen.digest != now.digest:
+        known[path] = SeenFile(stamp, self._digest(path), age < self.RACY_TIME)
+        if seen is None or seen.digest != known[path].digest:
             self._saved.add(path)
             self._deleted.discard(path)
-        return None
 
-    def _may_be_half_written(self, path: str, size: int, seen: Optional[Seen]) -> bool:
-        if path in self._trusted or not self._has_looked:
+    def _may_be_half_written(self, path: str, size: int, seen: Optional[SeenFile]) -> bool:
+        if path in self._overdue or not self._has_looked:
             return False
-        return path in self.source.being_written or (size == 0 and not (seen and seen.size == 0))
+        return path in self.backend.being_written or (size == 0 and not (seen and seen.size == 0))
 
-    def _drop(self, picture: dict[str, Seen], path: str) -> None:
-        self._doubts.drop([path])
-        if picture.pop(path, None):
+    @staticmethod
+    def _digest(path: str) -> str:
+        try:
+            disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
+        except IoError as error:
+            return str(error.source.errno)
+        return f"{disk.kind} {sha256_of(disk.data)}"
+
+    def _forget(self, known: dict[str, SeenFile], path: str) -> None:
+        self.suspects.discard([path])
+        if known.pop(path, None):
             self._deleted.add(path)
             self._saved.discard(path)
 
-    def _anchor(self, link: str) -> None:
-        # What a link leads to may go and come back (a git checkout), and links on the way may be turned.
-        path = link
-        for _ in range(MAX_LINKS):
-            onward = _first_link(path)
-            self._anchor_name(onward or path)
-            if onward is None:
-                return
-            try:
-                target = os.readlink(onward)
-            except OSError:
-                return  # gone or replaced meanwhile, which the watch just set tells of
-            path = os.path.join(os.path.dirname(onward), target) + path[len(onward) :]
-
-    def _anchor_name(self, path: str) -> None:
-        """Watch the nearest folder above a path that is there, set before it is asked which that is."""
-        while True:
-            folder, name = os.path.split(path)
-            while not os.path.isdir(folder):
-                folder, name = os.path.split(folder)
-            self._anchors.setdefault(folder, set()).add(name)
-            self._watch(self.source.watch_folder, folder)
-            nearer = os.path.join(folder, name)
-            if nearer == path or not os.path.isdir(nearer):
-                return
-
-    def _watch(self, watch: Callable[[str], bool], path: str) -> bool:
+    def _watch(self, path: str, is_file: bool = False) -> bool:
         try:
-            return watch(path)
+            return self.backend.watch(path, is_file)
         except OSError as error:
-            # Gone meanwhile: its folder tells of that. All else (descriptors or watches used up, a network
-            # file system) leaves only polling.
+            # Gone meanwhile: its folder has the event. All else (descriptors or watches
+            # used up, a network file system) leaves only polling.
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self.must_poll = True
             return False
-
-
-class Debouncer:
-    """Fire a target at once, then at most once a window while it keeps being noted; its last note always fires.
-
-    `window` is in seconds of `clock`.
-    """
-
-    def __init__(self, window: float = DEBOUNCE_WINDOW, clock: Clock = time.monotonic) -> None:
-        self._window = window
-        self._clock = clock
-        self._open_until: dict[Any, float] = {}
-        self._waiting: set[Any] = set()
-
-    def note(self, targets: Iterable[Any]) -> None:
-        self._waiting.update(targets)
-
-    def take_due(self) -> set[Any]:
-        """Take the noted targets whose window is over, or was never opened, and open a new one for each."""
-        now = self._clock()
-        for target in [target for target, end in self._open_until.items() if end <= now]:
-            del self._open_until[target]
-        due = {target for target in self._waiting if target not in self._open_until}
-        self._waiting -= due
-        self._open_until.update(dict.fromkeys(due, now + self._window))
-        return due
-
-    def end_window(self, targets: Iterable[Any]) -> None:
-        """Let targets fire at their next note."""
-        for target in targets:
-            self._open_until.pop(target, None)
-
-    def next_due(self) -> Optional[float]:
-        """Say when there is something to take, in the clock's seconds; None: nothing waits."""
-        return min((self._open_until.get(target, 0.0) for target in self._waiting), default=None)
 
 
 # ── 18 Logs ───────────────────────────────────────────────────────────────────
@@ -7030,7 +7025,7 @@ class Daemon:
         self._wall_clock = clock
         self._started_at = int(clock())
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
-        self._doubts = Suspects(DEBOUNCE_WINDOW, self._clock)
+        self._suspects = Suspects(DEBOUNCE_WINDOW, self._clock)
         self._overdue: set[Key] = set()
         self._failed: frozenset[Key] = frozenset()  # to be tried again at the next rescan
         self._to_retry: set[Key] = set()
@@ -7066,10 +7061,10 @@ class Daemon:
         self._selector = selectors.DefaultSelector()
         self._opened.append(self._selector.close)
         self._watcher = Watcher(self.home, open_backend(self._watcher_wanted, limit))
-        self._opened.append(self._watcher.source.close)
+        self._opened.append(self._watcher.backend.close)
         self._watcher.look()
-        if self._watcher.source.fileno() >= 0:
-            self._selector.register(self._watcher.source, READABLE, self._on_hints)
+        if self._watcher.backend.fileno() >= 0:
+            self._selector.register(self._watcher.backend, READABLE, self._on_events)
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
@@ -7086,7 +7081,7 @@ class Daemon:
         self._rescan_at = self._clock() + self._watcher.interval
         self._processor.start()
         self._processor.submit(SyncJob(SyncTarget.all(), "start"))
-        self._log.info("started", pid=os.getpid(), version=__version__, watcher=self._watcher.source.name)
+        self._log.info("started", pid=os.getpid(), version=__version__, watcher=self._watcher.backend.name)
 
     def close(self) -> None:
         for undo in reversed(self._opened):
@@ -7158,7 +7153,7 @@ class Daemon:
         if self._is_stopping:
             return 0.05  # seconds: the worker's last word comes a moment before its end
         deadlines = [self._rescan_at, self._retry_at, self._staleness_at, self._server.next_expiry()]
-        deadlines += [self._watcher.next_recheck(), self._doubts.next_due()]
+        deadlines += [self._watcher.suspects.next_due(), self._suspects.next_due()]
         if self._has_room_for_due:
             deadlines.append(self._debouncer.next_due())
         known = [deadline for deadline in deadlines if deadline is not None]
@@ -7192,7 +7187,7 @@ class Daemon:
         return not self._watch_job_runs and not self._processor.jobs.full()
 
     def _note_suspects(self) -> None:
-        due, overdue = self._doubts.take_due()
+        due, overdue = self._suspects.take_due()
         self._overdue |= overdue
         self._debouncer.note(due)
 
@@ -7210,7 +7205,7 @@ class Daemon:
 
     # What wakes the loop
 
-    def _on_hints(self, mask: int) -> None:
+    def _on_events(self, mask: int) -> None:
         self._note(self._watcher.drain())
         self._check_socket()
         if not os.path.exists(projects_root(self.home)) and not self._has_lock():
@@ -7274,8 +7269,8 @@ class Daemon:
     def _doubt(self, job: SyncJob, suspects: frozenset[Key]) -> None:
         if suspects and EVERYTHING in job.changed:
             suspects = suspects & job.changed | {EVERYTHING}  # what is half-written may be the project's file
-        self._doubts.drop(job.changed - suspects)
-        self._doubts.note(suspects)
+        self._suspects.discard(job.changed - suspects)
+        self._suspects.add(suspects)
         self._debouncer.end_window(suspects)
 
     def _note_results(self, outcome: JobOutcome) -> None:
@@ -7364,7 +7359,7 @@ class Daemon:
             "projects_root": projects_root(self.home),
             "version": __version__,
             "pid": os.getpid(),
-            "watcher": self._watcher.source.name,
+            "watcher": self._watcher.backend.name,
             "last_sync_at_unix": cache.last_sync_at,
             "queue_depth": self._processor.jobs.qsize(),
             "problems": [{"where": p.where, "message": p.message} for p in problems],
