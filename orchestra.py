@@ -1625,9 +1625,11 @@ MAX_NUMBER = 1 << 62  # a larger one is damage
 LAST_TIME = 253402214400  # seconds: the last day of 9999
 VERSION_FOLDER = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
 MARKDOWN_ENDINGS = (".md", ".mdc", ".markdown")
-LIST_MARKER = re.compile(rb"([ \t]*(?:[-+*]|[0-9]{1,9}[.)]))[ \t]+")
+LIST_MARK = rb"(?:[-*+]|[0-9]{1,9}[.)])"
+LIST_GAP = re.compile(rb"(?m)^([ \t]*" + LIST_MARK + rb")[ \t]+")
+FENCE = rb"(?:(`{3,})[^`\n]*$|(~{3,}))"  # what opens fenced code
 CODE_INDENT = re.compile(rb" {4}| {0,3}\t")
-CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*(?:(`{3,})[^`]*$|(~{3,}))")  # in lists and quotes too
+CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*" + FENCE)  # in lists and quotes too
 
 
 class Note(NamedTuple):
@@ -1650,7 +1652,7 @@ class Backup(NamedTuple):
 
 
 def _trim_line(line: bytes, body: bytes) -> bytes:
-    marker = LIST_MARKER.match(body)
+    marker = LIST_GAP.match(body)
     body = marker[1] + b" " + body[marker.end() :] if marker else body
     return body + (b"\r" if line.endswith(b"\r") else b"")  # a changed line end is a change
 
@@ -3594,7 +3596,6 @@ def detect(folder: str) -> Detected:
 BLOCK_BEGIN = "<!-- orchestra:begin -->"
 BLOCK_END = "<!-- orchestra:end -->"
 BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
-FENCE = r"(`{3,})[^`]*|(~{3,})(?:[^~].*)?"  # the whole line
 LINE_PREFIX = " \t>*+-0123456789.)"  # in front of what begins a block in a line
 
 # Text from the registry made harmless
@@ -3665,7 +3666,7 @@ def one_line(text: str) -> str:
         return text
     text = " ".join(defuse(text).split())
     is_definition = text.startswith("[") and text.endswith("]")  # of a link, if a colon follows
-    if is_definition or (text.startswith(("```", "~~~")) and re.fullmatch(FENCE, text)):
+    if is_definition or (text.startswith(("```", "~~~")) and re.match(FENCE.decode(), text)):
         text = "\\" + text
     return _quote_at_words(text)
 
@@ -3675,7 +3676,7 @@ def _find_fences(lines: Sequence[str]) -> Iterator[tuple[int, int]]:
     fence, start = "", 0
     for i, line in enumerate(lines):
         if not fence:
-            opened = re.fullmatch(FENCE, line.lstrip(LINE_PREFIX))
+            opened = re.match(FENCE.decode(), line.lstrip(LINE_PREFIX))
             if opened and not re.fullmatch(r"(?:`{3,}|~{3,})[\w+#.-]*", line):
                 return
             fence, start = (opened[1] or opened[2], i) if opened else ("", 0)
@@ -3919,7 +3920,7 @@ def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
 
 def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
     """Enter the list items that a line begins; return where its text begins."""
-    mark = re.compile(rb"(?m)(?:[-*+]|[0-9]{1,9}[.)])(?: {1,4}(?! )|[ \t]|(?=\r?$))")
+    mark = re.compile(LIST_MARK + rb"(?: {1,4}(?! )|[ \t]|(?=\r?$))", re.MULTILINE)
     found = mark.match(data, place)
     while found:
         indent += max(2, found.end() - place)
@@ -3965,7 +3966,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
                 hidden, fence = [], b""
         else:
             place = _open_items(data, end - len(text), indent, items)
-            mark = re.compile(rb"(?m)(`{3,})[^`\n]*$|(~{3,})").match(data, place)
+            mark = re.compile(FENCE, re.MULTILINE).match(data, place)
             if mark:
                 fence, depth, opened = mark[1] or mark[2], len(items), start
     is_open = fence and not depth  # one in a list item would end before an appended block
@@ -4067,7 +4068,7 @@ def digest_of(text: bytes) -> str:
     # Every file at every look comes through here, so the expression is left for those
     # that need it.
     if b"\t" in text or any(part.endswith((b"-", b"*", b"+", b".", b")")) for part in text.split(b"  ")):
-        text = re.sub(rb"(?m)^([ \t]*(?:[-*+]|[0-9]{1,9}[.)]))(?:[ \t]{2,}|\t)", rb"\1 ", text)
+        text = LIST_GAP.sub(rb"\1 ", text)
     return sha256_of(text)
 
 
@@ -4084,7 +4085,7 @@ def _loosen(line: bytes) -> bytes:
         return line
     if re.fullmatch(rb"(?:[-*_] ?){3,}", line):
         return b"---"
-    found = re.match(rb"(?:(?:[-*+]|[0-9]{1,9}[.)]) )*", line)
+    found = re.match(rb"(?:" + LIST_MARK + rb" )*", line)
     marks = found[0] if found else b""
     text = re.sub(rb"\\([!-/:-@\[-`{-~])", rb"\1", line[len(marks) :])
     text = re.sub(rb"[*_]+", loosen_stars, text)

@@ -3516,6 +3516,8 @@ def patterns_in_source() -> dict[str, int]:
             node = constants.get(node.id)
         if isinstance(node, ast.JoinedStr):
             return "".join("x" if isinstance(part, ast.FormattedValue) else text_of(part) for part in node.values)
+        if isinstance(node, ast.BinOp):
+            return text_of(node.left) + text_of(node.right)
         value = getattr(node, "value", "")
         return value.decode("latin-1") if isinstance(value, bytes) else value if isinstance(value, str) else ""
 
