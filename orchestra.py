@@ -667,10 +667,10 @@ def new_token() -> str:
     return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
-def is_same_file(fd: int, other: int) -> bool:
-    """Say whether two descriptors lead to one file; a closed one leads nowhere."""
+def is_same_file(one: "int | str", other: "int | str") -> bool:
+    """Tell whether two paths or open descriptors lead to the same existing file."""
     try:
-        return os.path.samestat(os.fstat(fd), os.fstat(other))
+        return os.path.samestat(os.stat(one), os.stat(other))
     except OSError:
         return False
 
@@ -5953,94 +5953,78 @@ class Watcher:
 
 # ── 18 Logs ───────────────────────────────────────────────────────────────────
 
+# Logging never stops the work that it reports: on a full disk, or without a reader,
+# lines are lost.
 
-LOG_LIMIT = 10 << 20  # bytes a log file may have
-LOGS_KEPT = 5
-PIPE_PIECE = 512  # bytes that a pipe which can be written takes whole: POSIX's least PIPE_BUF
-TAIL_STEP = 64 << 10  # bytes
-
-
-def _log_value(value: object) -> str:
-    text = str(value)
-    is_word = text.isprintable() and re.fullmatch(r"[^\s\"=]+", text)
-    return text if is_word else json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-def open_log(path: str) -> int:
-    """Open a log file for appending; raises IoError."""
-    with blame(path):
-        make_private_folder(os.path.dirname(path))
-        # O_NONBLOCK: a FIFO is an error instead of a wait for its reader.
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
-
-
-def rotate_log(path: str, kept: int) -> None:
-    """Move log to log.1, that to log.2 and so on; `kept` of them stay."""
-    for number in range(kept, 0, -1):
-        older = f"{path}.{number}"
-        newer = f"{path}.{number - 1}" if number > 1 else path
-        if os.path.exists(newer):
-            os.replace(newer, older)
-
-
-def _write_if_taken(stream: int, line: bytes) -> None:
-    """Write to a stream as long as it takes it at once: a reader that has stopped must not stop the daemon."""
-    import select
-
-    while line:
-        try:
-            if not select.select([], [stream], [], 0)[1]:
-                return
-            line = line[os.write(stream, line[:PIPE_PIECE]) :]
-        except (OSError, ValueError):
-            return  # the terminal is gone
+LOG_LIMIT = 10 << 20  # bytes of a log file
 
 
 class LogFile:
-    """One rotating log file, and the standard stream that shows the same lines.
+    """A rotating log file, and the standard stream that shows the same lines.
 
-    launchd opens the file itself and hands it over as the stream: then a line is written once, and after a
-    rotation the stream is moved to the new file.
+    launchd opens the file itself and passes it as the stream. Then a line is written once,
+    and after a rotation the stream is moved to the new file. Raises IoError when made.
     """
+
+    KEPT = 5  # older files
+    PIPE_PIECE = 512  # bytes that a writable pipe takes whole: POSIX's least PIPE_BUF
 
     def __init__(self, path: str, stream: int, limit: int) -> None:
         self._path = path
         self._stream = stream
         self._limit = limit
-        self._fd = open_log(path)
+        with blame(path):
+            make_private_folder(os.path.dirname(path))
+        self._fd = self._open()
+
+    def _open(self) -> int:
+        # O_NONBLOCK: a FIFO is an error instead of a wait for its reader.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        with blame(self._path):
+            return os.open(self._path, flags, 0o600)
 
     def is_at(self, stream: int) -> bool:
         return is_same_file(self._fd, stream)
 
     def write(self, line: bytes, echo: bool = True) -> None:
         is_stream = self.is_at(self._stream)
-        try:
+        with suppress(OSError, IoError):
             if os.fstat(self._fd).st_size + len(line) > self._limit:
-                rotate_log(self._path, LOGS_KEPT)
-            if not os.path.exists(self._path):  # rotated, or removed by somebody
-                self._reopen(is_stream)
+                self.rotate(self._path)
+            if not os.path.exists(self._path):  # rotated, or removed by the user
+                new = self._open()
+                os.dup2(new, self._fd, inheritable=False)
+                os.close(new)
+                if is_stream:
+                    os.dup2(self._fd, self._stream)
             os.write(self._fd, line)
-        except (OSError, IoError):
-            pass  # what cannot be logged must not stop what it tells of
         if echo and not is_stream:
-            _write_if_taken(self._stream, line)
+            self._echo(line)
 
-    def _reopen(self, is_stream: bool) -> None:
-        new = open_log(self._path)
-        os.dup2(new, self._fd, inheritable=False)
-        os.close(new)
-        if is_stream:
-            os.dup2(self._fd, self._stream)
+    def _echo(self, line: bytes) -> None:
+        """Write to the stream while it takes it at once: its reader may have stopped."""
+        import select
+
+        with suppress(OSError, ValueError):  # the terminal is gone
+            while line and select.select([], [self._stream], [], 0)[1]:
+                line = line[os.write(self._stream, line[: self.PIPE_PIECE]) :]
+
+    @classmethod
+    def rotate(cls, path: str) -> None:
+        """Rename log to log.1, that to log.2 and so on."""
+        for number in range(cls.KEPT, 0, -1):
+            newer = f"{path}.{number - 1}" if number > 1 else path
+            if os.path.exists(newer):
+                os.replace(newer, f"{path}.{number}")
 
     def close(self) -> None:
         os.close(self._fd)
 
 
 class Log:
-    """Write events, a line each, to the log files, and to stdout and stderr where those go elsewhere.
+    """Writes events, one per line, to the log files and the standard streams.
 
-    INFO goes to daemon.log, WARNING to daemon-err.log too. A full disk or a closed terminal does not
-    stop the daemon.
+    INFO goes to daemon.log and stdout; WARNING to daemon-err.log and stderr as well.
     """
 
     def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Clock = time.time) -> None:
@@ -6049,18 +6033,23 @@ class Log:
         self._err = LogFile(stderr_log_path(home), 2, limit)
 
     def info(self, message: str, **fields: object) -> None:
-        self._out.write(self._line("INFO", message, fields))
+        self._out.write(self._format("INFO", message, fields))
 
     def warning(self, message: str, **fields: object) -> None:
-        line = self._line("WARNING", message, fields)
-        # One terminal, or one file, need not be told twice.
+        line = self._format("WARNING", message, fields)
+        # Where both streams lead to one terminal or file, it gets the line once.
         self._out.write(line, echo=not is_same_file(1, 2) and not self._err.is_at(1))
         self._err.write(line, echo=not self._out.is_at(2))
 
-    def _line(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
+    def _format(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
         now = self._clock()
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
-        words = [when, level, message, *(f"{name}={_log_value(value)}" for name, value in fields.items())]
+        words = [when, level, message]
+        for name, value in fields.items():
+            text = str(value)
+            if not (text.isprintable() and re.fullmatch(r"[^\s\"=]+", text)):
+                text = json.dumps(text, ensure_ascii=not text.isprintable())
+            words.append(f"{name}={text}")
         return (" ".join(words) + "\n").encode("utf-8", "backslashreplace")
 
     def close(self) -> None:
@@ -6068,34 +6057,29 @@ class Log:
         self._err.close()
 
 
-# Reading the logs
-
-
-def _open_if_there(path: str) -> Optional[int]:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-
-
 class LogReader:
-    """Read the end of a log, and then what is appended to it, across its rotations; raises IoError."""
+    """Reads the end of a log, then what is appended, across rotations; raises IoError."""
+
+    STEP = 64 << 10  # bytes
 
     def __init__(self, path: str) -> None:
         self._path = path
-        with blame(path):
-            self._fd = _open_if_there(path)
+        self._fd = self._open()
+
+    def _open(self) -> Optional[int]:
+        with blame(self._path), suppress(FileNotFoundError):
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        return None
 
     def tail(self, count: int) -> bytes:
-        """Take the last `count` lines, however long the log is; `read` goes on behind them."""
+        """Take the last `count` lines, however long the log is; `read` continues there."""
         if self._fd is None:
             return b""
         data = b""
         with blame(self._path):
-            start = os.lseek(self._fd, 0, os.SEEK_END)
-            end = start
+            start = end = os.lseek(self._fd, 0, os.SEEK_END)
             while start > 0 and data.count(b"\n") <= count:
-                size = min(start, TAIL_STEP)
+                size = min(start, self.STEP)
                 start -= size
                 data = os.pread(self._fd, size, start) + data
             os.lseek(self._fd, end, os.SEEK_SET)
@@ -6105,24 +6089,18 @@ class LogReader:
     def read(self) -> bytes:
         """Take what was appended since the last call."""
         data = b""
-        with blame(self._path):
-            if self._fd is not None:
-                is_current = self._is_current(self._fd)
-                data = self._read_rest(self._fd)  # of a file rotated away too, since nothing is added to it now
-                if is_current:
-                    return data
-                os.close(self._fd)
-            self._fd = _open_if_there(self._path)
-            return data if self._fd is None else data + self._read_rest(self._fd)
-
-    def _is_current(self, fd: int) -> bool:
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(fd))
-        except FileNotFoundError:
-            return True
+        if self._fd is not None:
+            is_current = is_same_file(self._fd, self._path) or not os.path.exists(self._path)
+            data = self._read_rest(self._fd)  # complete if rotated: nothing is added then
+            if is_current:
+                return data
+            os.close(self._fd)
+        self._fd = self._open()
+        return data if self._fd is None else data + self._read_rest(self._fd)
 
     def _read_rest(self, fd: int) -> bytes:
-        return b"".join(iter(lambda: os.read(fd, TAIL_STEP), b""))
+        with blame(self._path):
+            return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
 # ── 19 Control socket ─────────────────────────────────────────────────────────
@@ -7101,10 +7079,7 @@ class Daemon:
 
     def _has_lock(self) -> bool:
         """Say whether the lock is still the one others look at: if ~/.orchestra was removed, it is not."""
-        try:
-            return os.path.samestat(os.fstat(self._lock), os.stat(daemon_lock_path(self.home)))
-        except OSError:
-            return False
+        return is_same_file(self._lock, daemon_lock_path(self.home))
 
     def _check_socket(self) -> None:
         """Make the socket again if it was removed, or something else put in its place."""

@@ -7080,7 +7080,7 @@ def test_following_goes_on_across_rotations(live: Live) -> None:
         for number in range(8):
             with open(path, "a") as file:
                 file.write(f"before {number}\n")
-            orchestra.rotate_log(path, 5)
+            orchestra.LogFile.rotate(path)
             with open(path, "a") as file:
                 file.write(f"after {number}\n")
             for word in (b"before", b"after"):
@@ -7115,7 +7115,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -
     assert follower.tail(1) == b"err 0\n"
     with open(path, "a") as file:
         file.write("old\n")
-    orchestra.rotate_log(path, 5)
+    orchestra.LogFile.rotate(path)
     with open(path, "a") as file:
         file.write("new\n")
     assert follower.read() == b"old\nnew\n"
@@ -14662,7 +14662,7 @@ def test_the_tail_of_any_log_is_its_last_lines(live: Live, dose: Dose) -> None:
     for dice in dose.inputs(40):
         line = dice.choice((b"\n", b"x\n", b"\r\n", b"long" * 5000 + b"\n", b"\0\xff\n", b"x"))
         data = mutate(dice, line * dice.choice((0, 1, 10, 3000)), (b"\n", b"x", b"\xff", b"\n\n"), (line * 100,))
-        data = b"x" * dice.choice((0, orchestra.TAIL_STEP - 1, orchestra.TAIL_STEP)) + data
+        data = b"x" * dice.choice((0, orchestra.LogReader.STEP - 1, orchestra.LogReader.STEP)) + data
         path.write_bytes(data)
         count = dice.choice((0, 1, 2, 10, 100, 100_000))
         reader = orchestra.LogReader(str(path))
