@@ -2021,60 +2021,24 @@ MANAGED_FOLDERS = {  # and the managed files in each
 
 # ── 8 YAML ────────────────────────────────────────────────────────────────────
 
-# A registry file is read straight from its YAML nodes, because a node knows its line and still has the
-# text the user typed: scalars are text, and only null means nothing.
+# A registry file is read from its YAML nodes, not from the values that PyYAML makes of them: a node
+# knows its line, and has the text as typed, so that `no`, `1.10` and `12:30` are text. Only null
+# means nothing.
+#
+# A Kind stands for all that one key may hold, in its three forms:
+#   read     from the YAML node of a registry file; problems are collected by the Document
+#   restore  from the JSON of the cache of parsed files
+#   write    as a YAML node
+# A Schema is the Kind of a mapping: the fields of a record are its keys.
 
-
-MAX_REGISTRY_TEXT = 8 << 20  # characters taken from one file, which aliases may repeat
-MAX_REGISTRY_ITEMS = 20000
-MAX_DEPTH = 100  # nesting levels; libyaml's composer overflows the C stack at some ten thousand
-LIBYAML_TOO_DEEP = "exceeded maximum nesting depth"  # libyaml 0.2.6 on, at 1,000; it reads ahead of what it tells
-NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
 STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
+NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
 YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
 Pairs = tuple[tuple[str, str], ...]
 
 
-def is_null(node: YamlNode) -> bool:
-    return node.value in NULLS and not node.style
-
-
-def name_node(node: YamlNode) -> str:
-    """Name what a node is, for a problem's `got`."""
-    if is_null(node):
-        return "nothing"
-    if isinstance(node.value, str):
-        return excerpt(node.value)
-    return "a mapping" if node.id == "mapping" else "a list"
-
-
-class Document:
-    """One registry file under reading: `place` names it in problems, which are collected here."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self.problems: list[Problem] = []
-        self.source = ""  # digest of the bytes that were read
-        self.taken = 0  # characters
-        self.items = 0  # of lists
-
-    def complain(self, line: int, message: str) -> None:
-        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message)))
-
-    def reject(self, node: YamlNode, key: str, expected: str) -> None:
-        self.complain(node.start_mark.line + 1, f"{key}: expected {expected}, got {name_node(node)}")
-
-
-NodeReader = Callable[[Document, YamlNode, str], Any]
-
-
-class Field(NamedTuple):
-    read: NodeReader
-    required: bool = False
-
-
 def find_yaml() -> Optional[str]:
-    """Find the file of what `import yaml` would load, without the 12 ms of that; a mere folder of the name has none."""
+    """Find the file that `import yaml` would load, without the 12 ms of importing it."""
     from importlib.util import find_spec
 
     spec = find_spec("yaml")
@@ -2105,196 +2069,418 @@ def text_loader() -> Any:
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
-    # Called at every node, to track what only path resolvers would ask for: built-in functions that do nothing.
+    # Called at every node for path resolvers, of which there are none: built-in functions do nothing faster.
     descend, ascend = operator.is_, tuple
     base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
 
 
-def _is_too_deep(text: str) -> bool:
-    # A level of nesting needs a bracket, or half a column (a list may stand right below its key), so most files
-    # need no second parse.
-    deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
-    if 2 * (deepest + 1) + text.count("[") + text.count("{") <= MAX_DEPTH:
-        return False
-    yaml = import_yaml()
-    depth = 0
-    try:
-        for event in yaml.parse(text, Loader=text_loader()):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                return True
-    except yaml.MarkedYAMLError as error:
-        if error.problem != LIBYAML_TOO_DEEP:
-            raise
-        return True
-    return False
+def is_null(node: YamlNode) -> bool:
+    return node.value in NULLS and not node.style
 
 
-def _children(node: YamlNode) -> list[YamlNode]:
-    if isinstance(node.value, str):
-        return []
-    return [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
+# Reading
 
 
-def _has_cycle(node: YamlNode) -> bool:
-    done: set[int] = set()
-    above: set[int] = set()
+def _has_cycle(root: YamlNode) -> bool:
+    is_done: dict[int, bool] = {}  # by the node's id; False while the nodes below it are visited
 
     def visit(node: YamlNode) -> bool:
-        if id(node) in done:
+        if isinstance(node.value, str):
             return False
-        if id(node) in above:
-            return True
-        above.add(id(node))
-        cyclic = any(visit(child) for child in _children(node))
-        above.remove(id(node))
-        done.add(id(node))
-        return cyclic
+        if id(node) in is_done:
+            return not is_done[id(node)]
+        is_done[id(node)] = False
+        below = itertools.chain.from_iterable(node.value) if node.id == "mapping" else node.value
+        is_cyclic = any(map(visit, below))
+        is_done[id(node)] = True
+        return is_cyclic
 
-    return visit(node)
-
-
-def compose_document(text: str, doc: Document) -> Optional[YamlNode]:
-    """Parse YAML text to its root node; what is wrong with it is told to `doc`."""
-    yaml = import_yaml()
-    try:
-        if _is_too_deep(text):
-            doc.complain(1, f"yaml: expected at most {MAX_DEPTH} levels of nesting, got more")
-            return None
-        root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
-    except yaml.reader.ReaderError as error:
-        # libyaml counts bytes, PyYAML's own reader characters.
-        before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
-        line = before.count("\n", 0, error.position) + 1
-        doc.complain(line, f"yaml: expected printable text, got the character #x{error.character:04x}")
-        return None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        doc.complain(mark.line + 1 if mark else 1, f"yaml: expected valid YAML, got: {error.problem or error.context}")
-        return None
-    except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
-        doc.complain(1, f"yaml: expected valid YAML, got: {error}")
-        return None
-    if root is None:
-        doc.complain(1, "file: expected a mapping, got nothing")
-    elif "*" in text and _has_cycle(root):
-        doc.complain(1, "yaml: expected aliases that end, got an alias cycle")
-        return None
-    return root
+    return visit(root)
 
 
-def read_text(doc: Document, node: YamlNode, key: str) -> str:
-    text = node.value
-    if not isinstance(text, str) or is_null(node):
-        doc.reject(node, key, "text")
-        return ""
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        doc.complain(node.start_mark.line + 1, f"{key}: expected text in Unicode, got half a surrogate pair")
-        return ""
-    doc.taken += len(text)
-    if doc.taken > MAX_REGISTRY_TEXT:
-        if doc.taken - len(text) <= MAX_REGISTRY_TEXT:
-            doc.reject(node, key, f"at most {MAX_REGISTRY_TEXT} characters of text in all, aliases repeated")
-        return ""
-    return sys.intern(text)  # codebases have much text in common, and the daemon keeps them all
+class Document:
+    """A YAML file being read: `place` names it in the problems that are collected here."""
 
+    MAX_DEPTH = 100  # levels of nesting; libyaml's composer overflows the C stack at some ten thousand
+    MAX_TEXT = 8 << 20  # characters, counted again wherever an alias repeats them
+    MAX_ITEMS = 20000  # of all lists, counted likewise
 
-def read_path(doc: Document, node: YamlNode, key: str) -> str:
-    known = len(doc.problems)
-    path = read_text(doc, node, key)
-    if len(doc.problems) == known and (not path.startswith(("/", "~/")) or "\0" in path):
-        doc.reject(node, key, "an absolute path or ~/...")
-    return path
+    def __init__(self, place: str, hint: str = "") -> None:
+        self.place = place
+        self.problems: list[Problem] = []
+        self._hint = hint
+        self._text_size = 0
+        self._item_count = 0
 
+    def complain(self, message: str, node: YamlNode = None, line: int = 1) -> None:
+        """Add a problem, at the line of a node if there is one."""
+        line = node.start_mark.line + 1 if node is not None else line
+        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
 
-def one_of(options: Collection[str], aliases: Mapping[str, str]) -> NodeReader:
-    def read(doc: Document, node: YamlNode, key: str) -> str:
-        known = len(doc.problems)
-        text = read_text(doc, node, key)
-        text = aliases.get(text, text)
-        if len(doc.problems) == known and text not in options:
-            doc.reject(node, key, " | ".join(options))
-        return text
-
-    return read
-
-
-def list_of(read_item: NodeReader) -> NodeReader:
-    def read(doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
-        if node.id != "sequence":
-            doc.reject(node, key, "a list")
-            return ()
-        was_over = doc.items > MAX_REGISTRY_ITEMS
-        doc.items += len(node.value)
-        if doc.items > MAX_REGISTRY_ITEMS:
-            if not was_over:
-                doc.complain(1, f"{key}: expected at most {MAX_REGISTRY_ITEMS} items in all lists, aliases repeated")
-            return ()
-        return tuple([read_item(doc, item, f"{key}[{i}]") for i, item in enumerate(node.value)])
-
-    return read
-
-
-def _prefix_of(key: str) -> str:
-    return f"{key}." if key else ""
-
-
-def read_items(doc: Document, node: YamlNode, key: str) -> dict[str, YamlNode]:
-    """Read a mapping's keys as text, each once; values stay nodes."""
-    if node.id != "mapping":
-        doc.reject(node, key or "file", "a mapping")
-        return {}
-    above = _prefix_of(key)
-    items: dict[str, YamlNode] = {}
-    for name, value in node.value:
-        text = name.value
-        if not text or not isinstance(text, str):
-            doc.reject(name, key or "key", "text as a key")
-        elif text == "<<" and not name.style:
-            line = name.start_mark.line + 1
-            doc.complain(line, f"{above}<<: expected no merge key, which YAML 1.2 lacks, got one")
-        elif text in items:
-            doc.complain(name.start_mark.line + 1, f"{above}{text}: expected once, got it again")
+    def reject(self, node: YamlNode, key: str, expected: str) -> None:
+        if is_null(node):
+            found = "nothing"
+        elif isinstance(node.value, str):
+            found = excerpt(node.value)
         else:
-            items[text] = value
-    return items
+            found = "a mapping" if node.id == "mapping" else "a list"
+        self.complain(f"{key}: expected {expected}, got {found}", node)
+
+    def compose(self, text: str) -> Optional[YamlNode]:
+        """Parse YAML text to its root node; None where a problem says why."""
+        yaml = import_yaml()
+        try:
+            if self._is_too_deep(text):
+                self.complain(f"yaml: expected at most {self.MAX_DEPTH} levels of nesting, got more")
+                return None
+            root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
+        except yaml.reader.ReaderError as error:
+            # libyaml counts bytes, PyYAML's own reader characters.
+            before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
+            line = before.count("\n", 0, error.position) + 1
+            self.complain(f"yaml: expected printable text, got the character #x{error.character:04x}", line=line)
+            return None
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = mark.line + 1 if mark else 1
+            self.complain(f"yaml: expected valid YAML, got: {error.problem or error.context}", line=line)
+            return None
+        except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
+            self.complain(f"yaml: expected valid YAML, got: {error}")
+            return None
+        if root is None:
+            self.complain("file: expected a mapping, got nothing")
+        elif "*" in text and _has_cycle(root):
+            self.complain("yaml: expected aliases that end, got an alias cycle")
+            return None
+        return root
+
+    def _is_too_deep(self, text: str) -> bool:
+        # A level of nesting needs a bracket, or half a column (a list may stand right below its key),
+        # so most files need no second parse.
+        deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
+        if 2 * (deepest + 1) + text.count("[") + text.count("{") <= self.MAX_DEPTH:
+            return False
+        yaml = import_yaml()
+        depth = 0
+        try:
+            for event in yaml.parse(text, Loader=text_loader()):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > self.MAX_DEPTH:
+                    return True
+        except yaml.MarkedYAMLError as error:
+            # From 0.2.6 on libyaml refuses a depth of 1,000 by itself, ahead of the events it has told.
+            if error.problem != "exceeded maximum nesting depth":
+                raise
+            return True
+        return False
+
+    def read_text(self, node: YamlNode, key: str) -> Optional[str]:
+        """Read a scalar as typed; None where a problem says why."""
+        text = node.value
+        if not isinstance(text, str) or is_null(node):
+            self.reject(node, key, "text")
+            return None
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            self.complain(f"{key}: expected text in Unicode, got half a surrogate pair", node)
+            return None
+        self._text_size += len(text)
+        if self._text_size > self.MAX_TEXT:
+            if self._text_size - len(text) <= self.MAX_TEXT:
+                self.reject(node, key, f"at most {self.MAX_TEXT} characters of text in all, aliases repeated")
+            return None
+        return sys.intern(text)  # codebases share much text, and the daemon keeps them all
+
+    def read_items(self, node: YamlNode, key: str) -> list[YamlNode]:
+        """Read the nodes of a list."""
+        if node.id != "sequence":
+            self.reject(node, key, "a list")
+            return []
+        was_over = self._item_count > self.MAX_ITEMS
+        self._item_count += len(node.value)
+        if self._item_count > self.MAX_ITEMS:
+            if not was_over:
+                self.complain(f"{key}: expected at most {self.MAX_ITEMS} items in all lists, aliases repeated")
+            return []
+        items: list[YamlNode] = node.value
+        return items
+
+    def read_mapping(self, node: YamlNode, key: str) -> dict[str, YamlNode]:
+        """Read the keys of a mapping as text, each once; the values stay nodes."""
+        if node.id != "mapping":
+            self.reject(node, key or "file", "a mapping")
+            return {}
+        prefix = f"{key}." if key else ""
+        items: dict[str, YamlNode] = {}
+        for name, value in node.value:
+            text = name.value
+            if not text or not isinstance(text, str):
+                self.reject(name, key or "key", "text as a key")
+            elif text == "<<" and not name.style:
+                self.complain(f"{prefix}<<: expected no merge key, which YAML 1.2 lacks, got one", name)
+            elif text in items:
+                self.complain(f"{prefix}{text}: expected once, got it again", name)
+            else:
+                items[text] = value
+        return items
 
 
-def read_pairs(doc: Document, node: YamlNode, key: str) -> Pairs:
-    items = read_items(doc, node, key)
-    return tuple((name, read_text(doc, value, f"{key}.{name}")) for name, value in items.items())
+# Writing nodes
 
 
-def read_fields(doc: Document, node: YamlNode, key: str, schema: Mapping[str, Field]) -> dict[str, Any]:
-    """Read a mapping by its schema: known keys by their readers, the others into `extra`."""
-    items = read_items(doc, node, key)
-    above = _prefix_of(key)
-    values: dict[str, Any] = {}
-    for name, field in schema.items():
-        value = items.pop(name, None)
-        if value is not None and not is_null(value) and not (field.required and value.value == ""):
-            values[name] = field.read(doc, value, above + name)
-        elif field.required:
-            values[name] = ""
-            if node.id == "mapping":
-                line = (value or node).start_mark.line + 1
-                doc.complain(line, f"{above}{name}: expected a value, got nothing")
-    values["extra"] = tuple(items.items())
-    return values
+def _text_node(text: str) -> YamlNode:
+    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
+    yaml = import_yaml()
+    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
+    if not tag.endswith(":timestamp"):
+        tag = STR_TAG
+    style = "|" if "\n" in text else None
+    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
+        style = '"'
+    return yaml.ScalarNode(tag, text, style=style)
 
 
-def record_of(make: Callable[..., Any], schema: Mapping[str, Field]) -> NodeReader:
-    return lambda doc, node, key: make(**read_fields(doc, node, key, schema))
+def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
+    yaml = import_yaml()
+    pairs = [(_text_node(name), value) for name, value in items.items()]
+    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
+
+
+def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
+    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
+    if id(node) not in done:
+        yaml = import_yaml()
+        if node.id == "scalar":
+            bare = (not node.style, bool(node.style))
+            tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
+            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
+            done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
+        elif node.id == "sequence":
+            items = [_retag(item, done) for item in node.value]
+            done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
+        else:
+            pairs = [(_retag(key, done), _retag(value, done)) for key, value in node.value]
+            done[id(node)] = yaml.MappingNode(node.tag, pairs, flow_style=node.flow_style)
+    return done[id(node)]
+
+
+def dump_yaml(node: YamlNode) -> str:
+    yaml = import_yaml()
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
+
+
+# Kinds
+
+
+class Kind:
+    """What a key may hold. `key` names it in problems: projects[0].tasks[2].id."""
+
+    restore: Callable[[Any], Any]
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> Any: ...
+
+    def write(self, value: Any) -> YamlNode: ...
+
+
+class Text(Kind):
+    restore = staticmethod(sys.intern)
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        return doc.read_text(node, key) or ""
+
+    def write(self, value: str) -> YamlNode:
+        return _text_node(value)
+
+
+class Path(Text):
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        path = doc.read_text(node, key)
+        if path is not None and (not path.startswith(("/", "~/")) or "\0" in path):
+            doc.reject(node, key, "an absolute path or ~/...")
+        return path or ""
+
+
+class OneOf(Text):
+    def __init__(self, options: Collection[str], aliases: Mapping[str, str] = {}) -> None:
+        self.options = options
+        self.aliases = aliases
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        text = doc.read_text(node, key)
+        text = self.aliases.get(text, text) if text else text
+        if text is not None and text not in self.options:
+            doc.reject(node, key, " | ".join(self.options))
+        return text or ""
+
+
+class ListOf(Kind):
+    def __init__(self, item: Kind) -> None:
+        self.item = item
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+        nodes = doc.read_items(node, key)
+        return tuple([self.item.read(doc, item, f"{key}[{i}]") for i, item in enumerate(nodes)])
+
+    def restore(self, value: Any) -> tuple[Any, ...]:
+        return tuple(map(self.item.restore, value))
+
+    def write(self, value: Iterable[Any]) -> YamlNode:
+        nodes = [self.item.write(item) for item in value]
+        return import_yaml().SequenceNode(SEQ_TAG, nodes, flow_style=isinstance(self.item, Text))
+
+
+class TextMap(Kind):
+    """A mapping of text to text, as pairs."""
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> Pairs:
+        items = doc.read_mapping(node, key)
+        return tuple([(name, doc.read_text(value, f"{key}.{name}") or "") for name, value in items.items()])
+
+    def restore(self, value: Any) -> Pairs:
+        return tuple([(sys.intern(name), sys.intern(text)) for name, text in value])
+
+    def write(self, value: Pairs) -> YamlNode:
+        return _mapping_node({name: _text_node(text) for name, text in value})
+
+
+class Schema(Kind):
+    """A mapping whose keys are the fields of a record: text where `kinds` does not say otherwise.
+
+    A field without a default is required. What has other keys goes into the field `extra`, and is
+    written again with the rest.
+    """
+
+    NO_KEYS = ("project", "extra", "digest")  # fields that are not read from the file
+
+    def __init__(self, make: Any, **kinds: Kind) -> None:
+        self.make = make
+        self.defaults: dict[str, Any] = make._field_defaults
+        self.kinds = {**{name: Text() for name in make._fields if name not in self.NO_KEYS}, **kinds}
+
+    def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
+        """Read a record; `values` are those of the fields that are no keys."""
+        items = doc.read_mapping(node, key)
+        prefix = f"{key}." if key else ""
+        for name, kind in self.kinds.items():
+            value = items.pop(name, None)
+            is_required = name not in self.defaults
+            if value is not None and not is_null(value) and not (is_required and value.value == ""):
+                values[name] = kind.read(doc, value, prefix + name)
+            elif is_required:
+                values[name] = ""
+                if node.id == "mapping":
+                    doc.complain(f"{prefix}{name}: expected a value, got nothing", value or node)
+        return self.make(**values, extra=tuple(items.items()))
+
+    def restore(self, value: Any, *first: str) -> Any:
+        """Make a record again from its fields in JSON, but for the `first` and what is unknown."""
+        kinds = self.kinds.values()
+        return self.make(*first, *[None if v is None else kind.restore(v) for kind, v in zip(kinds, value)])
+
+    def write(self, value: Any) -> YamlNode:
+        nodes = {}
+        for name, kind in self.kinds.items():
+            field, default = getattr(value, name), self.defaults.get(name)
+            # What a field would be anyway need not be said; but targets: [] is not the default.
+            if field != default and (field or name == "targets"):
+                nodes[name] = kind.write(field)
+        return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
+
+
+# Editing in place
+
+
+def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
+    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
+    done = {} if done is None else done
+    if id(node) not in done:
+        if node.id == "scalar":
+            parts = ["null"] if is_null(node) else ["text", node.value]
+        elif node.id == "sequence":
+            parts = ["list", *(digest_node(item, done) for item in node.value)]
+        else:
+            pairs = ((digest_node(key, done), digest_node(value, done)) for key, value in node.value)
+            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
+        done[id(node)] = sha256_of(json.dumps(parts).encode())
+    return done[id(node)]
+
+
+class NotSpliced(Exception):
+    """The difference between two nodes is more than some scalars."""
+
+
+def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
+    """List where scalars differ: start, end and new text. Raises NotSpliced where more than those do."""
+    if new is None or old.id != new.id:
+        raise NotSpliced
+    if digest_node(old) == digest_node(new):
+        return
+    if old.id == "scalar":
+        entry = dump_yaml(_mapping_node({"k": new}))[3:-1]
+        if "\n" in entry or old.style in ("|", ">"):
+            raise NotSpliced
+        yield old.start_mark.index, old.end_mark.index, entry
+    elif old.id == "mapping":
+        wanted = {key.value: value for key, value in new.value}
+        if wanted.keys() - {key.value for key, _ in old.value}:
+            raise NotSpliced
+        for key, value in old.value:
+            if key.value in wanted:
+                yield from _scalar_edits(value, wanted[key.value])
+    elif len(old.value) == len(new.value):
+        for one, other in zip(old.value, new.value):
+            yield from _scalar_edits(one, other)
+    else:
+        raise NotSpliced
+
+
+def _end_of_value(text: str, value: YamlNode) -> int:
+    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
+    end = int(value.end_mark.index)
+    while True:
+        line = text.rfind("\n", 0, end - 1) + 1
+        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
+            return end
+        end = line
+
+
+def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[YamlNode], YamlNode]) -> Optional[str]:
+    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done.
+
+    1. Of a top-level key's value the scalars that differ are replaced.
+    2. Where more than scalars differ, the key's whole entry is.
+    3. Keys that the text lacks are added at its end.
+    4. The result is read again, and compared as `normalize` writes it: anchors, flow style, document
+       marks and what is dropped deep inside can defeat a splice.
+    """
+    wanted = {key.value: value for key, value in new.value}
+    newline = "\r\n" if "\r\n" in text else "\n"
+    edits = []
+    for key, value in old.value:
+        node = wanted.pop(key.value, None)
+        if node is None and (is_null(value) or (key.value != "targets" and not value.value)):
+            continue  # what is empty need not be there, but `targets: []` says something
+        try:
+            edits += [*_scalar_edits(value, node)]
+        except NotSpliced:
+            start, end = key.start_mark.index, _end_of_value(text, value)
+            entry = "" if node is None else dump_yaml(_mapping_node({key.value: node}))
+            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
+    for start, end, entry in sorted(edits, reverse=True):
+        text = text[:start] + entry.replace("\n", newline) + text[end:]
+    if wanted:
+        text += "" if text.endswith("\n") else newline
+        text += dump_yaml(_mapping_node(wanted)).replace("\n", newline)
+    again = Document("").compose(text)
+    is_done = again is not None and digest_node(normalize(again)) == digest_node(normalize(new))
+    return text if is_done else None
 
 
 # ── 9 Codebases ───────────────────────────────────────────────────────────────
 
 MAX_NAME = 100  # characters
 MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
-PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
-TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
-TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
 Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
 Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
 PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
@@ -2351,7 +2537,7 @@ class Codebase(NamedTuple):
     created_at: str = ""
     updated_at: str = ""
     extra: Extra = ()
-    source: str = ""  # digests of the files it was read from
+    digest: str = ""  # of the files it was read from
 
     @property
     def key(self) -> Key:
@@ -2368,7 +2554,36 @@ class Project(NamedTuple):
     conventions: tuple[str, ...] = ()
     created_at: str = ""
     extra: Extra = ()
-    source: str = ""
+    digest: str = ""
+
+
+# Schema
+
+# A key is a field of its record; unless it holds plain text its kind stands here too.
+
+PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
+TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
+TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
+TEXTS = ListOf(Text())
+TARGETS = ListOf(OneOf(AGENTS))
+CODEBASE_SCHEMA = Schema(
+    Codebase,
+    path=Path(),
+    targets=TARGETS,
+    commands=TextMap(),
+    conventions=TEXTS,
+    notes=TEXTS,
+    skills=ListOf(Schema(Skill)),
+    projects=ListOf(
+        Schema(
+            Component,
+            project_type=OneOf(PROJECT_TYPES),
+            tasks=ListOf(Schema(Task, status=OneOf(TASK_STATUSES, TASK_STATUS_ALIASES))),
+            agents=ListOf(Schema(AgentRole, skills=TEXTS)),
+        )
+    ),
+)
+PROJECT_SCHEMA = Schema(Project, targets=TARGETS, commands=TextMap(), conventions=TEXTS)
 
 
 def now_rfc3339(clock: Clock = time.time) -> str:
@@ -2431,207 +2646,6 @@ def short_names(keys: Iterable[Key]) -> dict[Key, str]:
     for _, name in keys:
         counts[name] = counts.get(name, 0) + 1
     return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
-
-
-_TEXT = Field(read_text)
-_NAME = Field(read_text, required=True)
-TASK_SCHEMA = {
-    "id": _NAME,
-    "title": _NAME,
-    "status": Field(one_of(TASK_STATUSES, TASK_STATUS_ALIASES)),
-    "description": _TEXT,
-    "created_at": _TEXT,
-    "updated_at": _TEXT,
-}
-_TEXTS = Field(list_of(read_text))
-AGENT_ROLE_SCHEMA = {"agent_id": _NAME, "entry_point": _TEXT, "skills": _TEXTS}
-SKILL_SCHEMA = {"id": _NAME, "description": _TEXT}
-COMPONENT_SCHEMA = {
-    "name": _NAME,
-    "project_type": Field(one_of(PROJECT_TYPES, {}), required=True),
-    "tasks": Field(list_of(record_of(Task, TASK_SCHEMA))),
-    "agents": Field(list_of(record_of(AgentRole, AGENT_ROLE_SCHEMA))),
-}
-_TARGETS = Field(list_of(one_of(AGENTS, {})))
-CODEBASE_SCHEMA = {
-    "name": _NAME,
-    "path": Field(read_path, required=True),
-    "description": _TEXT,
-    "targets": _TARGETS,
-    "commands": Field(read_pairs),
-    "conventions": _TEXTS,
-    "notes": _TEXTS,
-    "skills": Field(list_of(record_of(Skill, SKILL_SCHEMA))),
-    "projects": Field(list_of(record_of(Component, COMPONENT_SCHEMA))),
-    "created_at": _TEXT,
-    "updated_at": _TEXT,
-}
-PROJECT_SCHEMA = {
-    "name": _NAME,
-    "description": _TEXT,
-    "targets": _TARGETS,
-    "commands": Field(read_pairs),
-    "conventions": _TEXTS,
-    "created_at": _TEXT,
-}
-
-
-def values_of(record: Any) -> dict[str, Any]:
-    """Give a record's fields as the file has them; the project of a codebase is its folder's name."""
-    values = record._asdict()
-    extra = values.pop("extra")
-    if isinstance(record, Codebase):
-        del values["project"], values["source"]
-        values["commands"] = dict(record.commands)
-    # What is as it would be anyway need not be said; but targets: [] is not the default.
-    defaults = record._field_defaults
-    return {**{k: v for k, v in values.items() if v != defaults.get(k) and (v or k == "targets")}, **dict(extra)}
-
-
-def _text_node(text: str) -> YamlNode:
-    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
-    yaml = import_yaml()
-    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
-    if not tag.endswith(":timestamp"):
-        tag = STR_TAG
-    style = "|" if "\n" in text else None
-    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
-        style = '"'
-    return yaml.ScalarNode(tag, text, style=style)
-
-
-def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
-    yaml = import_yaml()
-    pairs = [(_text_node(name), value) for name, value in items.items()]
-    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
-
-
-def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
-    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
-    if id(node) not in done:
-        yaml = import_yaml()
-        if node.id == "scalar":
-            bare = (not node.style, bool(node.style))
-            tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
-            done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
-        elif node.id == "sequence":
-            items = [_retag(item, done) for item in node.value]
-            done[id(node)] = yaml.SequenceNode(node.tag, items, flow_style=node.flow_style)
-        else:
-            pairs = [(_retag(key, done), _retag(value, done)) for key, value in node.value]
-            done[id(node)] = yaml.MappingNode(node.tag, pairs, flow_style=node.flow_style)
-    return done[id(node)]
-
-
-def _node_for(value: Any) -> YamlNode:
-    yaml = import_yaml()
-    if isinstance(value, yaml.Node):
-        return _retag(value, {})
-    if isinstance(value, str):
-        return _text_node(value)
-    if hasattr(value, "_asdict"):
-        value = values_of(value)
-    if isinstance(value, dict):
-        return _mapping_node({k: _node_for(v) for k, v in value.items()})
-    items = [_node_for(item) for item in value]
-    return yaml.SequenceNode(SEQ_TAG, items, flow_style=all(isinstance(v, str) for v in value))
-
-
-def _dump(node: YamlNode) -> str:
-    yaml = import_yaml()
-    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
-
-
-def _digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
-    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
-    done = {} if done is None else done
-    if id(node) not in done:
-        if node.id == "scalar":
-            parts = ["null"] if is_null(node) else ["text", node.value]
-        elif node.id == "sequence":
-            parts = ["list", *(_digest_node(item, done) for item in node.value)]
-        else:
-            pairs = ((_digest_node(key, done), _digest_node(value, done)) for key, value in node.value)
-            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
-        done[id(node)] = sha256_of(json.dumps(parts).encode())
-    return done[id(node)]
-
-
-def _meaning_of(root: YamlNode) -> str:
-    values = read_fields(Document(""), root, "", CODEBASE_SCHEMA)
-    return _digest_node(_node_for(values_of(Codebase(project="", **values))))
-
-
-class _NotSpliced(Exception):
-    """The difference between two nodes is more than some scalars."""
-
-
-def _edits_for(old: YamlNode, new: Optional[YamlNode]) -> list[tuple[int, int, str]]:
-    if new is None or old.id != new.id:
-        raise _NotSpliced
-    if _digest_node(old) == _digest_node(new):
-        return []
-    if old.id == "scalar":
-        entry = _dump(_mapping_node({"k": new}))[3:-1]
-        if "\n" in entry or old.style in ("|", ">"):
-            raise _NotSpliced
-        return [(old.start_mark.index, old.end_mark.index, entry)]
-    if old.id == "mapping":
-        wanted = {key.value: value for key, value in new.value}
-        if wanted.keys() - {key.value for key, _ in old.value}:
-            raise _NotSpliced
-        pairs = [(value, wanted[key.value]) for key, value in old.value if key.value in wanted]
-    elif len(old.value) == len(new.value):
-        pairs = list(zip(old.value, new.value))
-    else:
-        raise _NotSpliced
-    return [edit for one, other in pairs for edit in _edits_for(one, other)]
-
-
-def _is_empty(node: YamlNode) -> bool:
-    return is_null(node) or not node.value
-
-
-def _is_same(name: str, old: YamlNode, new: Optional[YamlNode]) -> bool:
-    if new is None:
-        return is_null(old) or (name != "targets" and _is_empty(old))
-    return _digest_node(old) == _digest_node(new)
-
-
-def _value_end(text: str, value: YamlNode) -> int:
-    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
-    end = int(value.end_mark.index)
-    while True:
-        line = text.rfind("\n", 0, end - 1) + 1
-        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
-            return end
-        end = line
-
-
-def _merge_yaml(text: str, old: YamlNode, new: YamlNode) -> Optional[str]:
-    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done."""
-    wanted = {key.value: value for key, value in new.value}
-    newline = "\r\n" if "\r\n" in text else "\n"
-    edits = []
-    for key, value in old.value:
-        replacement = wanted.pop(key.value, None)
-        if _is_same(key.value, value, replacement):
-            continue
-        try:
-            edits += _edits_for(value, replacement)
-        except _NotSpliced:
-            start, end = key.start_mark.index, _value_end(text, value)
-            entry = "" if replacement is None else _dump(_mapping_node({key.value: replacement}))
-            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
-    for start, end, entry in sorted(edits, reverse=True):
-        text = text[:start] + entry.replace("\n", newline) + text[end:]
-    if wanted:
-        text += "" if text.endswith("\n") else newline
-        text += _dump(_mapping_node(wanted)).replace("\n", newline)
-    again = compose_document(text, Document(""))
-    # Anchors, flow style, document marks and what is dropped deep inside can defeat a splice.
-    return text if again is not None and _meaning_of(again) == _meaning_of(new) else None
 
 
 # Whose folder
@@ -2878,55 +2892,41 @@ class Registry(NamedTuple):
 # Reading files
 
 
-def _check_registry_disk(disk: Disk, doc: Document) -> Optional[bytes]:
-    if disk.kind != "file":
-        doc.complain(1, f"file: expected a file, got {DISK_NAMES[disk.kind]}")
-        return None
-    doc.source = sha256_of(disk.data)
-    if len(disk.data) > MAX_REGISTRY_FILE:
-        doc.complain(1, f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
-        return None
-    return disk.data
+class RegistryFile(Document):
+    """One registry file: the digest of its bytes, and its text until that is parsed."""
 
+    def __init__(self, home: str, file: str, hint: str, disk: Optional[Disk] = None) -> None:
+        super().__init__(shorten_home(home, file), hint)
+        self.digest = ""
+        self._data = b""
+        try:
+            disk = disk or read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
+        except IoError as error:
+            self.complain(f"file: expected a readable file, got: {Problem.from_error(error).message}")
+            return
+        if disk.kind != "file":
+            self.complain(f"file: expected a file, got {DISK_NAMES[disk.kind]}")
+            return
+        self.digest = sha256_of(disk.data)
+        self._data = disk.data
+        if len(disk.data) > MAX_REGISTRY_FILE:
+            self.complain(f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
 
-def _read_registry_data(home: str, file: str) -> tuple[Optional[bytes], Document]:
-    doc = Document(shorten_home(home, file))
-    try:
-        disk = read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
-    except IoError as error:
-        doc.complain(1, f"file: expected a readable file, got: {Problem.from_error(error).message}")
-        return None, doc
-    return _check_registry_disk(disk, doc), doc
+    def parse(self) -> Optional[YamlNode]:
+        """Parse the file to its root node; None where a problem says why."""
+        if self.problems:
+            return None
+        try:
+            return self.compose(self._data.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            line = self._data.count(b"\n", 0, error.start) + 1
+            self.complain(f"file: expected UTF-8, got the byte 0x{self._data[error.start]:02x}", line=line)
+            return None
 
-
-def _decode(data: bytes, doc: Document) -> Optional[str]:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        doc.complain(line, f"file: expected UTF-8, got the byte 0x{data[error.start]:02x}")
-        return None
-
-
-def _compose_data(data: Optional[bytes], doc: Document) -> Optional[YamlNode]:
-    text = None if data is None else _decode(data, doc)
-    return None if text is None else compose_document(text, doc)
-
-
-def read_registry_file(home: str, file: str) -> tuple[Optional[YamlNode], Document]:
-    """Read one registry file to its root node; None where a problem in the document says why."""
-    data, doc = _read_registry_data(home, file)
-    return _compose_data(data, doc), doc
-
-
-def _with_hint(problems: Iterable[Problem], key: Key) -> tuple[Problem, ...]:
-    return tuple(problem._replace(hint=f"orchestra edit {label_for(key)}") for problem in problems)
-
-
-def _check_own_name(doc: Document, root: YamlNode, found: str, expected: str) -> None:
-    if found and found != expected:
-        line = next(key.start_mark.line + 1 for key, _ in root.value if key.value == "name")
-        doc.complain(line, f"name: expected {expected}, as the registry has it, got {found!r}")
+    def check_name(self, root: YamlNode, found: str, expected: str) -> None:
+        if found and found != expected:
+            key = next(key for key, _ in root.value if key.value == "name")
+            self.complain(f"name: expected {expected}, as the registry has it, got {found!r}", key)
 
 
 def read_codebase(
@@ -2936,40 +2936,19 @@ def read_codebase(
 
     What `parsed` knows is without the keys that Orchestra does not know: only a save needs them.
     """
-    data, doc = _read_registry_data(home, codebase_path(home, key))
-    known = parsed.find(key, doc.source) if parsed else None
+    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
+    known = parsed.find(key, file.digest) if parsed else None
     if known:
         return known, ()
-    root = _compose_data(data, doc)
-    if root is None:
-        return None, _with_hint(doc.problems, key)
-    values = read_fields(doc, root, "", CODEBASE_SCHEMA)
-    _check_own_name(doc, root, values["name"], key[1])
-    if doc.problems:
-        return None, _with_hint(doc.problems, key)
-    codebase = Codebase(project=key[0], source=doc.source, **values)
+    root = file.parse()
+    if root is not None:
+        codebase: Codebase = CODEBASE_SCHEMA.read(file, root, project=key[0], digest=file.digest)
+        file.check_name(root, codebase.name, key[1])
+    if file.problems:
+        return None, tuple(file.problems)
     if parsed:
         parsed.add(codebase)
     return codebase, ()
-
-
-def _component_from(name: str, kind: str, tasks: Sequence[Any], roles: Sequence[Any], extra: object) -> Component:
-    agents = tuple(AgentRole(agent, entry, tuple(skills)) for agent, entry, skills, _ in roles)
-    return Component(name, kind, tuple(Task._make([*map(sys.intern, task[:-1]), ()]) for task in tasks), agents)
-
-
-def _codebase_from(project: str, values: Sequence[Any]) -> Codebase:
-    raw = Codebase._make(values)  # with lists for tuples, as JSON has them
-    return raw._replace(
-        project=project,
-        targets=None if raw.targets is None else tuple(raw.targets),
-        commands=tuple((sys.intern(key), sys.intern(value)) for key, value in raw.commands),
-        conventions=tuple(map(sys.intern, raw.conventions)),
-        notes=tuple(map(sys.intern, raw.notes)),
-        skills=tuple(Skill._make([*map(sys.intern, skill[:-1]), ()]) for skill in raw.skills),
-        projects=tuple(_component_from(*component) for component in raw.projects),
-        extra=(),
-    )
 
 
 class ParsedFiles:
@@ -2998,25 +2977,25 @@ class ParsedFiles:
     def _head(self, lines: Buffer) -> bytes:
         return f"{program_stamp()} {sha256_of(lines)}\n".encode()
 
-    def _line(self, source: str) -> bytes:
-        start = self._known[source]
+    def _line(self, digest: str) -> bytes:
+        start = self._known[digest]
         return self._data[start : self._data.index(b"\n", start)]
 
-    def find(self, key: Key, source: str) -> Optional[Codebase]:
-        if source not in self._known:
+    def find(self, key: Key, digest: str) -> Optional[Codebase]:
+        if digest not in self._known:
             return None
         try:
-            codebase = _codebase_from(key[0], json.loads(self._line(source)))
+            codebase: Codebase = CODEBASE_SCHEMA.restore(json.loads(self._line(digest)), key[0])
         except (ValueError, TypeError):
             return None
         if codebase.name != key[1]:
             return None
-        self._used[source] = b""
-        return codebase
+        self._used[digest] = b""
+        return codebase._replace(digest=digest)
 
     def add(self, codebase: Codebase) -> None:
-        line = json.dumps(codebase, default=lambda node: None, separators=(",", ":"))
-        self._used[codebase.source] = line.encode()
+        line = json.dumps(codebase[1:], default=lambda node: None, separators=(",", ":"))
+        self._used[codebase.digest] = line.encode()
         self._fresh += 1
 
     def save_if_worth_it(self) -> None:
@@ -3033,16 +3012,15 @@ class ParsedFiles:
 
 def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
     """Read a project's file; a project without one has nothing to inherit."""
-    file = project_path(home, project)
-    root, doc = read_registry_file(home, file)
-    if root is None and not os.path.lexists(file):
-        return Project(project), ()
-    values: dict[str, Any] = {"name": project}
-    if root is not None:
-        values = read_fields(doc, root, "", PROJECT_SCHEMA)
-        _check_own_name(doc, root, values["name"], project)
-    hint = f"edit {shorten_home(home, file)}"
-    return Project(source=doc.source, **values), tuple(problem._replace(hint=hint) for problem in doc.problems)
+    path = project_path(home, project)
+    file = RegistryFile(home, path, f"edit {shorten_home(home, path)}")
+    root = file.parse()
+    if root is None:
+        problems = file.problems if os.path.lexists(path) else ()
+        return Project(project, digest=file.digest), tuple(problems)
+    layer: Project = PROJECT_SCHEMA.read(file, root, digest=file.digest)
+    file.check_name(root, layer.name, project)
+    return layer, tuple(file.problems)
 
 
 def absolute_path(path: str) -> str:
@@ -3062,7 +3040,7 @@ def inherit(codebase: Codebase, project: Project) -> Codebase:
         targets=codebase.targets if codebase.targets is not None else project.targets,
         commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
         conventions=project.conventions + codebase.conventions,
-        source=codebase.source + project.source,
+        digest=codebase.digest + project.digest,
     )
 
 
@@ -3070,7 +3048,7 @@ def is_current(home: str, codebase: Codebase) -> bool:
     """Say whether the files a codebase was read from still hold the same."""
     files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
     found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
-    return codebase.source == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
+    return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
 def is_registry_file(name: str) -> bool:
@@ -3290,6 +3268,10 @@ def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
         yield lock
 
 
+def _normalize_codebase(root: YamlNode) -> YamlNode:
+    return CODEBASE_SCHEMA.write(CODEBASE_SCHEMA.read(Document(""), root, project=""))
+
+
 def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
 
@@ -3299,24 +3281,24 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     """
     check_name("project", codebase.project)
     check_name("codebase", codebase.name)
-    key, new = codebase.key, _node_for(values_of(codebase))
+    key, new = codebase.key, CODEBASE_SCHEMA.write(codebase)
     file = real_path(codebase_path(home, key))
     with _registry_turn(home, clock) as lock:
         disk = read_disk(file)
-        if codebase.source and codebase.source != sha256_of(disk.data):
+        if codebase.digest and codebase.digest != sha256_of(disk.data):
             raise FileChanged(file)
         text: Optional[str] = None
         if disk.kind == "file":
-            doc = Document(shorten_home(home, file))
-            old = _compose_data(_check_registry_disk(disk, doc), doc)
+            doc = RegistryFile(home, file, "", disk)
+            old = doc.parse()
             if old is None or old.id != "mapping":
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
-            bom = "\ufeff" if disk.data.startswith(BOM) else ""
-            merged = _merge_yaml(disk.data.decode("utf-8-sig"), old, new)
-            text = None if merged is None else bom + merged
+            text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, _normalize_codebase)
             if text is None:
                 back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock, quota=DISPLACED)
-        _write_registry_file(file, _dump(new) if text is None else text, disk, lock, key)
+            elif disk.data.startswith(BOM):
+                text = "\ufeff" + text
+        _write_registry_file(file, dump_yaml(new) if text is None else text, disk, lock, key)
 
 
 @contextmanager
@@ -3328,13 +3310,13 @@ def _expect_stillness(file: str) -> Iterator[None]:
             raise RegistryError(f"{file}: it was saved while Orchestra was writing it", "try again") from None
 
 
-def create_registry_file(home: str, file: str, values: Mapping[str, Any], clock: Clock = time.time) -> bool:
+def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
     """Write a new registry file, and say whether it was new: one that is there stays as it is."""
     with _registry_turn(home, clock) as lock:
         if os.path.lexists(file):
             return False
         with _expect_stillness(file):
-            _write_registry_file(file, _dump(_node_for(values)), ABSENT, lock, ("", ""))
+            _write_registry_file(file, dump_yaml(root), ABSENT, lock, ("", ""))
     return True
 
 
@@ -4799,7 +4781,7 @@ def plan_codebase(
     imports = hides_agents_md(root, wanted, looks)
     render = functools.cache(lambda: render_files(codebase, imports))
     sparse = functools.cache(lambda: find_sparse(root))
-    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.source}"  # all the texts depend on
+    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.digest}"  # all the texts depend on
     if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
         digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
     else:
@@ -8070,10 +8052,10 @@ class Registration:
         except UnicodeEncodeError:
             problem = f"{self.path!r}: expected a path in UTF-8, got other bytes"
             raise RegistryError(problem, "rename the folder") from None
-        project = {"name": self.key[0], "created_at": codebase.created_at}
-        create_registry_file(self.home, project_path(self.home, self.key[0]), project)
+        project = Project(self.key[0], created_at=codebase.created_at)
+        create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
         file = codebase_path(self.home, self.key)
-        if not create_registry_file(self.home, file, values_of(codebase)):
+        if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
             raise RegistryError(f"another command registered {self.label} just now")
 
     def _note_outer_codebases(self, registry: Registry) -> None:

@@ -1921,11 +1921,11 @@ def deep_lists(count: int) -> str:
 def read(home: Home, text: Any, label: str = "shop/api") -> tuple[Optional[orchestra.Codebase], list[str]]:
     home.write_registry(f"{label}.yaml", text)
     codebase, problems = orchestra.read_codebase(home.path, tuple(label.split("/")))
-    return codebase and without_source(codebase), [str(problem) for problem in problems]
+    return codebase and without_digest(codebase), [str(problem) for problem in problems]
 
 
-def without_source(codebase: orchestra.Codebase) -> orchestra.Codebase:
-    return codebase._replace(source="")
+def without_digest(codebase: orchestra.Codebase) -> orchestra.Codebase:
+    return codebase._replace(digest="")
 
 
 @pytest.mark.parametrize(
@@ -2587,7 +2587,7 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     )
     codebase = codebase_with(notes=hostile, commands=tuple((text, text) for text in hostile))
     orchestra.save_codebase(home.path, codebase)
-    assert without_source(orchestra.load_codebase(home.path, "shop", "api")) == codebase
+    assert without_digest(orchestra.load_codebase(home.path, "shop", "api")) == codebase
 
 
 # ── 10 Registry ───────────────────────────────────────────────────────────────
@@ -2814,8 +2814,8 @@ def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatc
     fresh = home.registry()
     assert os.path.exists(orchestra.parsed_path(home.path))
     parsed: list[str] = []
-    real = orchestra.compose_document
-    monkeypatch.setattr(orchestra, "compose_document", lambda text, doc: parsed.append(doc.place) or real(text, doc))
+    real = orchestra.Document.compose
+    monkeypatch.setattr(orchestra.Document, "compose", lambda doc, text: parsed.append(doc.place) or real(doc, text))
     strip = {key: codebase._replace(extra=()) for key, codebase in fresh.codebases.items()}
     assert home.registry().codebases == strip
     assert not [place for place in parsed if not place.endswith("project.yaml")]
@@ -13961,7 +13961,7 @@ def test_what_an_editor_saves_of_a_registry_file_during_init_is_not_lost(
     tell_soak(capsys, seconds, f"{edit.__name__}: {saves} saves, {rounds} of init")
 
 
-@pytest.mark.parametrize("function", ["load_codebase", "_merge_yaml", ""])
+@pytest.mark.parametrize("function", ["load_codebase", "edit_yaml", ""])
 @pytest.mark.parametrize("save", [save_renaming, write_over], ids=lambda way: way.__name__)
 def test_a_save_of_a_registry_file_while_init_changes_it_is_not_lost(
     home: Home, monkeypatch: Any, save: Any, function: str
@@ -14213,9 +14213,9 @@ def odd_registry_text(dice: random.Random) -> bytes:
 def meaning_of(value: Any) -> Any:
     """Give what a codebase says: without where it was read from, and unknown keys whatever they look like."""
     if isinstance(value, yaml.Node):
-        return orchestra._digest_node(value)
+        return orchestra.digest_node(value)
     if hasattr(value, "_asdict"):
-        fields = {name: item for name, item in value._asdict().items() if name != "source"}
+        fields = {name: item for name, item in value._asdict().items() if name != "digest"}
         return {name: meaning_of(dict(item) if name == "extra" else item) for name, item in fields.items()}
     if isinstance(value, dict):
         return {name: meaning_of(item) for name, item in value.items()}
