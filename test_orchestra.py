@@ -120,7 +120,6 @@ NOBODY = 65534
 IS_LINUX = sys.platform.startswith("linux")
 HAS_KQUEUE = hasattr(select, "kqueue")
 ALL_TARGETS = list(orchestra.AGENTS)
-BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell script's background job ignores it, and so would the programs that are interrupted here.
@@ -129,139 +128,83 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # ── Helpers ───────────────────────────────────────────────────────────────────
 
-
-class Ran(NamedTuple):
-    """What a command left: its exit status and what it said."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        """Tell of each file that was, or is to be, written."""
-        return [line for line in self.out.splitlines() if not re.match(r"\d+ (written|to write), ", line)]
-
-    @property
-    def complaints(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("orchestra: ")]
+API = ("shop", "api")
+BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
+CLINE, COPILOT = ".clinerules/orchestra.md", ".github/copilot-instructions.md"
+CURSOR = ".cursor/rules/orchestra.mdc"
+DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
-class Home:
-    """A home folder with a registry to write, and beside it the folders of the codebases."""
-
-    def __init__(self, folder: str, capsys: Any) -> None:
-        self.folder = Path(os.path.realpath(folder))
-        self.path = str(self.folder / "home")
-        self.code = self.folder / "code"
-        self.environ = {"HOME": self.path}
-        self.capsys = capsys
-        os.mkdir(self.path)
-        self.code.mkdir()
-
-    def write_registry(self, name: str, text: Any) -> Path:
-        """Write a file below projects/: text as it is, a mapping as YAML."""
-        file = Path(orchestra.projects_root(self.path), name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not isinstance(text, (str, bytes)):
-            text = yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return file
-
-    def make_codebase(self, label: str = "shop/api", files: dict[str, Any] = {}, **values: Any) -> Path:
-        """Make a codebase's folder with some files in it, and register it by hand."""
-        root = self.code / label
-        root.mkdir(parents=True, exist_ok=True)
-        put_files(root, files)
-        self.register(label, **values)
-        return root
-
-    def register(self, label: str = "shop/api", **values: Any) -> Path:
-        return self.write_registry(
-            f"{label}.yaml", {"name": label.split("/")[1], "path": str(self.code / label), **values}
-        )
-
-    def run(self, *argv: str) -> Ran:
-        """Run one command in this process."""
-        self.capsys.readouterr()
-        try:
-            status = orchestra.main(argv, self.environ)
-        except SystemExit as error:  # argparse's own exits
-            status = int(error.code or 0)
-        said = self.capsys.readouterr()
-        return Ran(status, said.out, said.err)
-
-    def run_fine(self, *argv: str) -> Ran:
-        ran = self.run(*argv)
-        assert ran.status == 0, ran
-        return ran
-
-    def sync(self, *argv: str) -> Ran:
-        return self.run_fine("sync", *(argv or ("--all",)))
-
-    def start(self, *argv: str, **options: Any) -> subprocess.Popen[str]:
-        """Start the real script."""
-        environ = {**os.environ, "HOME": self.path, **options.pop("environ", {})}
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen([sys.executable, str(SCRIPT), *argv], env=environ, text=True, **options)
-
-    def run_script(self, *argv: str, **options: Any) -> Ran:
-        return finish(self.start(*argv, **options))
-
-    def run_as_nobody(self, *argv: str) -> Ran:
-        """Run one command as a user whom permissions hold back, which root they do not."""
-        if os.geteuid() != 0:
-            return self.run(*argv)
-        self.run("status", "--json")  # imports what the child may not be able to read
-        import difflib  # noqa: F401
-
-        for parent, folders, files in os.walk(self.folder):
-            for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
-                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-        return in_child(lambda: self.run(*argv))
-
-    def registry(self) -> orchestra.Registry:
-        return orchestra.load_registry(self.path)
-
-    def problems(self) -> list[str]:
-        return [str(problem) for problem in self.registry().problems]
-
-    def status_of(self, label: str = "shop/api") -> str:
-        return str(self.staleness(label)["status"])
-
-    def staleness(self, label: str = "shop/api") -> dict[str, Any]:
-        entries = json.loads(self.run("status", "--json").out)["codebases"]
-        return next(entry for entry in entries if f"{entry['project']}/{entry['codebase']}" == label)
-
-    def backups(self, label: str = "shop/api") -> dict[str, bytes]:
-        """Give the newest kept version of each file."""
-        key = tuple(label.split("/"))
-        return {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(self.path, key)}
-
-    def leftovers(self) -> list[str]:
-        return [path for path in tree(self.folder) if path.endswith(".tmp")]
+# Files
 
 
-def in_child(work: Callable[[], Ran]) -> Ran:
-    """Call `work` in a child process that has given up being root."""
-    orchestra._find_rename()  # imports what the child may not be able to read
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            ran = work()
-        except BaseException:
-            ran = Ran(-1, "", traceback.format_exc())
-        os.write(writer, json.dumps(ran).encode())
-        os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as pipe:
-        ran = Ran(*json.loads(pipe.read()))
-    os.waitpid(pid, 0)
-    return ran
+def put_files(root: Path, files: dict[str, Any]) -> None:
+    """Write files: each value is text, bytes, None for a folder, or a function that makes the file."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def replace(file: Path, text: str) -> Path:
+    """Save as most editors do: a reader sees the old text or the new."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.write_text(text)
+    temporary.replace(file)
+    return file
+
+
+def edit(file: Path, old: str, new: str) -> bytes:
+    """Edit a file by hand, and return its new bytes."""
+    data = file.read_bytes()
+    assert old.encode() in data
+    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    return file.read_bytes()
+
+
+def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Return the inode, time and bytes of every file below a folder; of a link, its target."""
+    found = {}
+    for parent, _, files in os.walk(root):
+        for name in files:
+            path = os.path.join(parent, name)
+            info = os.lstat(path)
+            if stat.S_ISREG(info.st_mode):
+                data = Path(path).read_bytes()
+            else:
+                data = os.readlink(path).encode() if os.path.islink(path) else b""
+            found[os.path.relpath(path, root)] = (info.st_ino, info.st_mtime_ns, data)
+    return found
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path: data for path, (_, _, data) in tree(root).items()}
+
+
+def run_git(folder: Path, *argv: str) -> None:
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "init.defaultBranch=one", "-c", "gc.auto=0"]
+    environ = {**os.environ, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1"}
+    subprocess.run(["git", *identity, *argv], cwd=folder, check=True, capture_output=True, env=environ)
+
+
+def tell_no_writers(monkeypatch: Any) -> None:
+    """Hide who writes to a file, as where the system has no leases."""
+    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+    monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
 
 
 def names_in_call(
@@ -289,70 +232,11 @@ def path_of(fd: int) -> str:
     return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise
-    return Ran(process.returncode, out, err)
-
-
-def put_files(root: Path, files: dict[str, Any]) -> None:
-    """Write files; a value is text, bytes, None for a folder, or a function that makes what is to stand there."""
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            path.mkdir()
-        elif callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def link_to(target: str) -> Callable[[Path], None]:
-    return lambda path: path.symlink_to(target)
-
-
-def make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-
-
-def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Give the inode, time and bytes of every file below a folder; of a link, where it leads."""
-    found = {}
-    for parent, _, files in os.walk(root):
-        for name in files:
-            path = os.path.join(parent, name)
-            info = os.lstat(path)
-            if stat.S_ISREG(info.st_mode):
-                data = Path(path).read_bytes()
-            else:
-                data = os.readlink(path).encode() if os.path.islink(path) else b""
-            found[os.path.relpath(path, root)] = (info.st_ino, info.st_mtime_ns, data)
-    return found
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {path: data for path, (_, _, data) in tree(root).items()}
-
-
-def wait_until(is_true: Callable[[], Any], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
+# Codebases and their text
 
 
 def codebase_with(**values: Any) -> orchestra.Codebase:
     return orchestra.Codebase("shop", "api", "/code/api", **values)
-
-
-CLINE, COPILOT = ".clinerules/orchestra.md", ".github/copilot-instructions.md"
-CURSOR = ".cursor/rules/orchestra.mdc"
 
 
 def block(text: str = "x") -> bytes:
@@ -360,218 +244,10 @@ def block(text: str = "x") -> bytes:
 
 
 def seal(data: bytes) -> bytes:
-    """Put the seal of a changed text into its banner, as if Orchestra had written it so."""
+    """Put the seal of a changed text into its banner, as if Orchestra had written it."""
     head, banner, text = re.split(rb"(<!-- Written by Orchestra .*-->)", data)
     right = orchestra.seal_of(text.rpartition(END)[0] or text).encode()
     return head + re.sub(rb"\((.*)\)", b"(%b)" % right, banner) + text
-
-
-@pytest.fixture
-def home(capsys: Any) -> Any:
-    folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
-    yield Home(folder, capsys)
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["libyaml", "pure Python"])
-def loader(request: Any, monkeypatch: Any) -> Any:
-    """Read YAML with each of PyYAML's two parsers."""
-    if request.param == "libyaml" and not yaml.__with_libyaml__:
-        pytest.skip("this PyYAML has no libyaml")
-    monkeypatch.setattr(yaml, "__with_libyaml__", request.param == "libyaml")
-    orchestra.text_loader.cache_clear()
-    yield request.param
-    orchestra.text_loader.cache_clear()
-
-
-class Clock:
-    """A clock that only tests wind."""
-
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Live:
-    """A home folder, its registry, its codebases, and the daemons started in it."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(os.path.realpath(folder))
-        self.path = str(self.folder / "h")
-        self.code = self.folder / "c"
-        self.projects = Path(orchestra.projects_root(self.path))
-        self.socket = orchestra.socket_path(self.path)
-        self.daemons: list[subprocess.Popen[bytes]] = []
-        self.lookouts: list[Lookout] = []
-        self.code.mkdir()
-        self.projects.mkdir(parents=True)
-
-    # The registry
-
-    def file(self, label: str = "shop/api") -> Path:
-        return self.projects / f"{label}.yaml"
-
-    def text(self, label: str = "shop/api", note: str = "first") -> str:
-        root = self.code / label
-        root.mkdir(parents=True, exist_ok=True)
-        return f"name: {label.split('/')[1]}\npath: {root}\ntargets: [claude]\nnotes:\n- {note}\n"
-
-    def save(self, label: str = "shop/api", note: str = "first") -> Path:
-        """Save a registry file as most editors do: a reader sees the old text or the new."""
-        file = self.file(label)
-        file.parent.mkdir(exist_ok=True)
-        return replace(file, self.text(label, note))
-
-    def save_many(self, count: int, note: str = "first") -> list[str]:
-        labels = [f"p{number % 10}/c{number}" for number in range(count)]
-        for label in labels:
-            self.save(label, note)
-        return labels
-
-    def has(self, note: str, label: str = "shop/api") -> bool:
-        return f"- {note}\n" in self.read(label)
-
-    def read(self, label: str = "shop/api") -> str:
-        try:
-            return (self.code / label / "CLAUDE.md").read_text()
-        except FileNotFoundError:  # for good, or while an editor makes it anew
-            return ""
-
-    # The daemon
-
-    def command(self, *argv: str, kind: str = "") -> list[str]:
-        if kind == "kqueue" and not HAS_KQUEUE:
-            return [sys.executable, "-c", DRIVER, *argv]
-        return [sys.executable, str(SCRIPT), *argv]
-
-    def start(self, kind: str = "", wait: bool = True, **options: Any) -> subprocess.Popen[bytes]:
-        """Start the real daemon as a process; what it says goes to the file `said`."""
-        environ = {**os.environ, "HOME": self.path, "ORCHESTRA_WATCHER": kind, **options.pop("environ", {})}
-        with open(self.folder / "said", "ab") as said:
-            options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said, **options}
-            daemon = subprocess.Popen(self.command("daemon", "start", kind=kind), env=environ, **options)
-        self.daemons.append(daemon)
-        if wait:
-            wait_until(lambda: daemon.poll() is not None or self.answers())
-            assert daemon.poll() is None, self.said()
-        return daemon
-
-    def said(self) -> str:
-        return (self.folder / "said").read_text()
-
-    def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run one command as a process."""
-        options = {"env": {**os.environ, "HOME": self.path}, "capture_output": True, "text": True, **options}
-        return subprocess.run(self.command(*argv), check=False, timeout=60, stdin=subprocess.DEVNULL, **options)
-
-    def answers(self) -> bool:
-        return self.served_by() != 0
-
-    def served_by(self) -> int:
-        """Give the process that answers on the socket, 0 for none."""
-        try:
-            return int(self.status()["pid"])
-        except orchestra.DaemonError:
-            return 0
-
-    def status(self) -> Any:
-        return orchestra.send_request(self.path, {"cmd": "status"}, 60)
-
-    def is_quiet(self) -> bool:
-        """Say whether all that was submitted is done and logged: jobs end with a line each."""
-        return self.status()["queue_depth"] == 0 and self.synced() > 0
-
-    def log(self) -> str:
-        return Path(orchestra.stdout_log_path(self.path)).read_text()
-
-    def errors(self) -> str:
-        return Path(orchestra.stderr_log_path(self.path)).read_text()
-
-    def complaints(self) -> list[str]:
-        """Give the daemon's warnings but those that are no trouble."""
-        return [line for line in self.errors().splitlines() if "replaced hand-written text" not in line]
-
-    def synced(self, source: str = "") -> int:
-        return self.log().count(f" source={source}") if source else self.log().count(" synced ")
-
-    def wait_for_start_job(self) -> None:
-        wait_until(lambda: self.synced("start") == 1)
-
-    def stop(self, daemon: subprocess.Popen[bytes]) -> None:
-        """Stop a daemon that should have nothing to complain of, and see it leave nothing behind."""
-        orchestra.request_stop(self.path)
-        self.expect_end(daemon)
-
-    def expect_end(self, daemon: subprocess.Popen[bytes], status: int = 0) -> None:
-        assert daemon.wait(60) == status, self.said()
-        assert not os.path.lexists(self.socket)
-        assert "Traceback" not in self.said() + self.errors()
-
-    @contextmanager
-    def connection(self, data: bytes = b"") -> Iterator[socket.socket]:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(60)
-            client.connect(self.socket)
-            client.sendall(data)
-            yield client
-
-    def talk(self, data: bytes) -> bytes:
-        """Send bytes and no more, and give all that comes back."""
-        with self.connection(data) as client:
-            client.shutdown(socket.SHUT_WR)
-            return read_all(client)
-
-    def close(self) -> None:
-        for daemon in self.daemons:
-            daemon.kill()
-            daemon.wait()
-        for lookout in self.lookouts:
-            lookout.close()
-        shutil.rmtree(self.folder)
-
-
-def replace(file: Path, text: str) -> Path:
-    temporary = file.with_name(f".{file.name}.new")
-    temporary.write_text(text)
-    temporary.replace(file)
-    return file
-
-
-def read_all(client: socket.socket) -> bytes:
-    return b"".join(iter(lambda: client.recv(1 << 16), b""))
-
-
-def read_line(client: socket.socket) -> bytes:
-    data = b""
-    while not data.endswith(b"\n"):
-        more = client.recv(1)
-        assert more, data
-        data += more
-    return data
-
-
-def run_git(folder: Path, *argv: str) -> None:
-    identity = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "init.defaultBranch=one", "-c", "gc.auto=0"]
-    environ = {**os.environ, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1"}
-    subprocess.run(["git", *identity, *argv], cwd=folder, check=True, capture_output=True, env=environ)
-
-
-@pytest.fixture
-def live() -> Iterator[Live]:
-    live = Live(tempfile.mkdtemp(prefix="orc", dir="/tmp"))
-    yield live
-    live.close()
-
-
-@pytest.fixture
-def served(live: Live) -> Iterator[Live]:
-    """A home with a daemon in it, which must end well after the test."""
-    daemon = live.start()
-    live.wait_for_start_job()
-    yield live
-    live.stop(daemon)
 
 
 HOSTILE = [
@@ -625,179 +301,363 @@ def hostile_codebase(text: str, targets: Any = tuple(orchestra.AGENTS)) -> orche
     )
 
 
-def edit(file: Path, old: str, new: str) -> bytes:
-    """Edit a file by hand, and give its new bytes."""
-    data = file.read_bytes()
-    assert old.encode() in data
-    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
-    return file.read_bytes()
+@pytest.fixture(params=["libyaml", "pure Python"])
+def loader(request: Any, monkeypatch: Any) -> Any:
+    """Read YAML with each of PyYAML's two parsers."""
+    if request.param == "libyaml" and not yaml.__with_libyaml__:
+        pytest.skip("this PyYAML has no libyaml")
+    monkeypatch.setattr(yaml, "__with_libyaml__", request.param == "libyaml")
+    orchestra.text_loader.cache_clear()
+    yield request.param
+    orchestra.text_loader.cache_clear()
 
 
-INSTALLER = HERE / "install.sh"
-ORCHESTRA_PY = (HERE / "orchestra.py").read_bytes()
-PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-# A virtual environment's Python is not what is installed: the one below it is.
-BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
-SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
-SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
+# Time and processes
 
 
-class Place:
-    """A home folder of a machine that has no Orchestra yet, and beside it room for a test's own things."""
+class Clock:
+    """A clock that moves only when a test moves it."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def wait_until(is_true: Callable[[], Any], timeout: float = 30, describe: Callable[[], Any] = str) -> None:
+    """Wait for what must come true within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not is_true():
+        assert time.monotonic() < deadline, f"waited in vain {describe()}"
+        time.sleep(0.002)
+
+
+class Ran(NamedTuple):
+    """What a command left: its exit status and its output."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines about files that were written, or are to be."""
+        return [line for line in self.out.splitlines() if not re.match(r"\d+ (written|to write), ", line)]
+
+    @property
+    def complaints(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("orchestra: ")]
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return Ran(process.returncode, out, err)
+
+
+def in_child(work: Callable[[], Ran]) -> Ran:
+    """Call `work` in a child process that has given up being root."""
+    orchestra._find_rename()  # imports what the child may not be able to read
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            ran = work()
+        except BaseException:
+            ran = Ran(-1, "", traceback.format_exc())
+        os.write(writer, json.dumps(ran).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        ran = Ran(*json.loads(pipe.read()))
+    os.waitpid(pid, 0)
+    return ran
+
+
+def read_all(client: socket.socket) -> bytes:
+    return b"".join(iter(lambda: client.recv(1 << 16), b""))
+
+
+def read_line(client: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        more = client.recv(1)
+        assert more, data
+        data += more
+    return data
+
+
+# The world
+
+
+class Home:
+    """A home folder, its registry, the codebases beside it, and the processes started in it."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(os.path.realpath(folder))
-        self.home = self.folder / "h"
-        self.home.mkdir()
-        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
-        self.code = self.folder / "c"
+        self.path = str(self.folder / "home")
+        self.code = self.folder / "code"
+        self.environ = {"HOME": self.path}  # of commands that run in this process
+        self.daemons: list[subprocess.Popen[Any]] = []
+        self.cleanup = ExitStack()
+        self.cleanup.callback(shutil.rmtree, self.folder)
+        os.mkdir(self.path)
         self.code.mkdir()
 
+    def move(self, name: str) -> None:
+        """Rename the home folder."""
+        moved = self.folder / name
+        os.rename(self.path, moved)
+        self.path = self.environ["HOME"] = str(moved)
+
+    # The registry: `register` takes values and `save` a note; both make what is valid.
+
     @property
-    def path(self) -> str:
-        return str(self.home)
+    def projects(self) -> Path:
+        return Path(orchestra.projects_root(self.path))
 
-    def move_home(self, name: str) -> None:
-        self.home = self.home.rename(self.folder / name)
+    def file(self, label: str = "shop/api") -> Path:
+        return self.projects / f"{label}.yaml"
 
-    def environ(self, **more: Optional[str]) -> dict[str, str]:
+    def write_registry(self, name: str, text: Any) -> Path:
+        """Write a file below projects/: text as it is, a mapping as YAML."""
+        if not isinstance(text, (str, bytes)):
+            text = yaml.safe_dump(text, sort_keys=False, allow_unicode=True)
+        put_files(self.projects, {name: text})
+        return self.projects / name
+
+    def register(self, label: str = "shop/api", **values: Any) -> Path:
+        named = {"name": label.split("/")[1], "path": str(self.code / label)}
+        return self.write_registry(f"{label}.yaml", {**named, **values})
+
+    def make_codebase(self, label: str = "shop/api", files: dict[str, Any] = {}, **values: Any) -> Path:
+        """Make a codebase's folder with some files in it, and register it by hand."""
+        root = self.code / label
+        root.mkdir(parents=True, exist_ok=True)
+        put_files(root, files)
+        self.register(label, **values)
+        return root
+
+    def text(self, label: str = "shop/api", note: str = "first") -> str:
+        root = self.code / label
+        root.mkdir(parents=True, exist_ok=True)
+        return f"name: {label.split('/')[1]}\npath: {root}\ntargets: [claude]\nnotes:\n- {note}\n"
+
+    def save(self, label: str = "shop/api", note: str = "first") -> Path:
+        """Save a registry file as an editor does, and make the codebase's folder."""
+        file = self.file(label)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return replace(file, self.text(label, note))
+
+    def save_many(self, count: int, note: str = "first") -> list[str]:
+        labels = [f"p{number % 10}/c{number}" for number in range(count)]
+        for label in labels:
+            self.save(label, note)
+        return labels
+
+    def registry(self) -> orchestra.Registry:
+        return orchestra.load_registry(self.path)
+
+    def problems(self) -> list[str]:
+        return [str(problem) for problem in self.registry().problems]
+
+    # What was written
+
+    def read(self, label: str = "shop/api") -> str:
+        try:
+            return (self.code / label / "CLAUDE.md").read_text()
+        except FileNotFoundError:  # for good, or while an editor makes it anew
+            return ""
+
+    def has(self, note: str, label: str = "shop/api") -> bool:
+        return f"- {note}\n" in self.read(label)
+
+    def backups(self, label: str = "shop/api") -> dict[str, bytes]:
+        """Return the newest backup of each file."""
+        key = tuple(label.split("/"))
+        return {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(self.path, key)}
+
+    def leftovers(self) -> list[str]:
+        return [path for path in tree(self.folder) if path.endswith(".tmp")]
+
+    # Commands in this process
+
+    def run(self, *argv: str) -> Ran:
+        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2)]
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                status = orchestra.main(argv, self.environ)
+            except SystemExit as error:  # argparse's own exits
+                status = int(error.code or 0)
+        return Ran(status, *(stream.buffer.getvalue().decode() for stream in streams))
+
+    def run_fine(self, *argv: str) -> Ran:
+        ran = self.run(*argv)
+        assert ran.status == 0, ran
+        return ran
+
+    def run_as_nobody(self, *argv: str) -> Ran:
+        """Run one command as a user whom permissions hold back, as they do not root."""
+        if os.geteuid() != 0:
+            return self.run(*argv)
+        self.run("status", "--json")  # imports what the child may not be able to read
+        import difflib  # noqa: F401
+
+        for parent, folders, files in os.walk(self.folder):
+            for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
+                os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        return in_child(lambda: self.run(*argv))
+
+    def sync(self, *argv: str) -> Ran:
+        return self.run_fine("sync", *(argv or ("--all",)))
+
+    def staleness(self, label: str = "shop/api") -> dict[str, Any]:
+        entries = json.loads(self.run("status", "--json").out)["codebases"]
+        return next(entry for entry in entries if f"{entry['project']}/{entry['codebase']}" == label)
+
+    def status_of(self, label: str = "shop/api") -> str:
+        return str(self.staleness(label)["status"])
+
+    # Commands as processes
+
+    def variables(self, **more: Optional[str]) -> dict[str, str]:
+        """Return a process's environment: this home, no settings of the caller's, and `more`; None removes one."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRA_", "PYTHON"))}
-        found = {**kept, "HOME": self.path, "PATH": f"{self.tools}:{os.environ['PATH']}", **more}
+        found = {**kept, "HOME": self.path, **more}
         return {name: value for name, value in found.items() if value is not None}
 
-    def run(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end; `environ` holds variables to change, None for one to take away."""
-        environ = self.environ(**options.pop("environ", {}))
-        options = {"stdin": subprocess.DEVNULL, "cwd": "/", **options}
-        if "input" in options:
-            del options["stdin"]
-        return subprocess.run(
-            list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
-        )
+    def command(self, *argv: str, kind: str = "") -> list[str]:
+        """Return the command line of the script; where kqueue is a stand-in, of one that has it."""
+        if kind == "kqueue" and not HAS_KQUEUE:
+            return [sys.executable, "-c", DRIVER, *argv]
+        return [sys.executable, str(SCRIPT), *argv]
 
-    def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run install.sh: as a file, or, where `url` is given, from a pipe."""
-        url = options.pop("url", None)
-        environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, **options.pop("environ", {})}
-        if url is None:
-            return self.run(*find_shell(shell), INSTALLER, *argv, environ=environ, **options)
-        text = INSTALLER.read_text()
-        environ["ORCHESTRA_URL"] = url
-        return self.run(*find_shell(shell), "-s", "--", *argv, input=text, environ=environ, **options)
+    def launch(self, command: Sequence[str], environ: dict[str, Optional[str]] = {}, **options: Any) -> Any:
+        """Start a process, which ends with the test at the latest."""
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        options = {"stdin": subprocess.DEVNULL, **pipes, "text": True, **options}
+        process = subprocess.Popen(command, env=self.variables(**environ), **options)
+        self.cleanup.callback(process.wait)
+        self.cleanup.callback(process.kill)
+        return process
 
-    def orchestra(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run what was installed, from another folder and with launchd's short PATH."""
-        return self.run(orchestra.link_path(self.path), *argv, **{"environ": {"PATH": SHORT_PATH}, **options})
+    def start(self, *argv: str, **options: Any) -> Any:
+        return self.launch(self.command(*argv), **options)
 
-    def make_tool(self, name: str, text: str, folder: str = "tools") -> Path:
-        tool = self.folder / folder / name
-        tool.parent.mkdir(exist_ok=True)
-        tool.write_text(f"#!/bin/sh\n{text}\n")
-        tool.chmod(0o755)
-        return tool
+    def run_script(self, *argv: str, **options: Any) -> Ran:
+        return finish(self.start(*argv, **options))
 
-    def only_tools(self, *names: str) -> str:
-        """Give a PATH that has these programs, and those that every machine has."""
-        folder = self.folder / "only"
-        folder.mkdir()
-        every = (
-            "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname id find ls"
-        )
-        for name in (*every.split(), *names):
-            found = shutil.which(name)
-            if found:
-                (folder / name).symlink_to(found)
-        return f"{self.tools}:{folder}"
+    # The daemon
 
-    def give_yaml(self) -> None:
-        """Put PyYAML where an earlier fetch would have put it, so that nothing is fetched."""
-        import yaml
+    def start_daemon(self, kind: str = "", wait: bool = True, command: Sequence[str] = (), **options: Any) -> Any:
+        """Start a daemon as a process; what it says goes to the file `said`."""
+        command = command or self.command("daemon", "start", kind=kind)
+        options = {"environ": {"ORCHESTRA_WATCHER": kind}, "stdout": subprocess.DEVNULL, **options}
+        with open(self.folder / "said", "ab") as said:
+            daemon = self.launch(command, **{"stderr": said, "text": False, **options})
+        self.daemons.append(daemon)
+        if wait:
+            wait_until(lambda: daemon.poll() is not None or self.answers())
+            assert daemon.poll() is None, self.said()
+        return daemon
 
-        target = Path(orchestra.python_lib_dir(self.path), "yaml")
-        shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+    @property
+    def socket(self) -> str:
+        return orchestra.socket_path(self.path)
 
-    def listing(self) -> dict[str, tuple[str, bytes]]:
-        """Give the mode and bytes of all below HOME, folders too; of a link, where it leads."""
-        found = {}
-        for path in sorted(self.home.rglob("*")):
-            mode = path.lstat().st_mode
-            data = path.read_bytes() if stat.S_ISREG(mode) else b""
-            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
-            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
-        return found
+    def status(self) -> Any:
+        return orchestra.send_request(self.path, {"cmd": "status"}, 60)
+
+    def served_by(self) -> int:
+        """Return the process that answers on the socket, 0 for none."""
+        try:
+            return int(self.status()["pid"])
+        except orchestra.DaemonError:
+            return 0
 
     def answers(self) -> bool:
-        try:
-            return bool(orchestra.send_request(self.path, {"cmd": "status"}))
-        except orchestra.DaemonError:
-            return False
+        return self.served_by() != 0
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    def log(self) -> str:
+        return Path(orchestra.stdout_log_path(self.path)).read_text()
+
+    def errors(self) -> str:
+        return Path(orchestra.stderr_log_path(self.path)).read_text()
+
+    def complaints(self) -> list[str]:
+        """Return the daemon's warnings but for those about hand edits, which are no trouble."""
+        return [line for line in self.errors().splitlines() if "replaced hand-written text" not in line]
+
+    def synced(self, source: str = "") -> int:
+        return self.log().count(f" source={source}") if source else self.log().count(" synced ")
+
+    def wait_for_start_job(self) -> None:
+        wait_until(lambda: self.synced("start") == 1)
+
+    def stop(self, daemon: subprocess.Popen[Any]) -> None:
+        """Stop a daemon that should have nothing to complain of and leave nothing behind."""
+        orchestra.request_stop(self.path)
+        self.expect_end(daemon)
+
+    def expect_end(self, daemon: subprocess.Popen[Any], status: int = 0) -> None:
+        assert daemon.wait(60) == status, self.said()
+        assert not os.path.lexists(self.socket)
+        assert "Traceback" not in self.said() + self.errors()
 
     @contextmanager
-    def daemon(self, *command: object) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a real daemon that somebody starts by hand."""
-        command = command or (orchestra.link_path(self.path),)
-        with open(self.folder / "said", "wb") as said:
-            argv = [*map(str, command), "daemon", "start"]
-            process = subprocess.Popen(argv, env=self.environ(), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        try:
-            until(lambda: process.poll() is not None or self.answers())
-            assert process.poll() is None, (self.folder / "said").read_text()
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    def connection(self, data: bytes = b"") -> Iterator[socket.socket]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(self.socket)
+            client.sendall(data)
+            yield client
 
-
-def until(is_true: Callable[[], Any], timeout: float = 30) -> None:
-    deadline = time.monotonic() + timeout
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def find_shell(name: str) -> list[str]:
-    if not shutil.which(SHELLS[name][0]):
-        pytest.skip(f"no {SHELLS[name][0]} here")
-    return [str(shutil.which(SHELLS[name][0])), *SHELLS[name][1:]]
+    def talk(self, data: bytes) -> bytes:
+        """Send bytes and no more, and return all that comes back."""
+        with self.connection(data) as client:
+            client.shutdown(socket.SHUT_WR)
+            return read_all(client)
 
 
 @pytest.fixture
-def place() -> Any:
-    folder = tempfile.mkdtemp(prefix="ori", dir="/tmp")
-    yield Place(folder)
-    shutil.rmtree(folder)
+def home() -> Iterator[Home]:
+    home = Home(tempfile.mkdtemp(prefix="orc", dir="/tmp"))
+    with home.cleanup:
+        yield home
 
 
-@pytest.fixture(scope="module")
-def bare_python() -> Any:
-    """A Python without PyYAML, in a virtual environment."""
-    pip = importlib.util.find_spec("pip")
-    with tempfile.TemporaryDirectory(prefix="orv", dir="/tmp") as folder:
-        # Borrowed, for pip takes seconds to install.
-        borrows = ["--without-pip"] if pip else []
-        subprocess.run([BASE_PYTHON, "-m", "venv", *borrows, folder], check=True, stdin=subprocess.DEVNULL)
-        if pip:
-            os.symlink(pip.submodule_search_locations[0], f"{folder}/lib/{PYTHON_XY}/site-packages/pip")
-        yield os.path.join(folder, "bin", "python")
+@pytest.fixture
+def live(home: Home) -> Home:
+    """A home whose registry has its folder, as a watcher needs it."""
+    home.projects.mkdir(parents=True)
+    return home
 
 
-API = ("shop", "api")
-
-
-def tell_no_writers(monkeypatch: Any) -> None:
-    """Let the system tell nothing of who writes to a file, as where there are no leases."""
-    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
-    monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
+@pytest.fixture
+def served(live: Home) -> Iterator[Home]:
+    """A home with a daemon in it, which must end well after the test."""
+    daemon = live.start_daemon()
+    live.wait_for_start_job()
+    yield live
+    live.stop(daemon)
 
 
 def sync_later(home: Home, seconds: float = 100) -> orchestra.SyncCodebaseResult:
+    """Sync shop/api as if so many seconds had passed."""
     registry = home.registry()
     codebase = registry.codebases[API]
     return orchestra.sync_codebase(home.path, codebase, registry.owners, clock=lambda: time.time() + seconds)
-
-
-DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
 # ── The shape of the file ─────────────────────────────────────────────────────
@@ -4424,7 +4284,7 @@ def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
 
 def other_home(home: Home, **values: Any) -> Home:
     """Make a colleague's home, with the same codebase in its registry."""
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    other = Home(tempfile.mkdtemp(dir=home.folder))
     other.code = home.code
     other.register("shop/api", **values)
     return other
@@ -4487,7 +4347,7 @@ def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
 def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
     home.sync()
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    other = Home(tempfile.mkdtemp(dir=home.folder))
     ran = other.run_fine("init", str(root), "-p", "shop")
     assert (
         ran.err
@@ -4498,13 +4358,13 @@ def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
 def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
     home.sync()
-    other = Home(tempfile.mkdtemp(dir=home.folder), home.capsys)
+    other = Home(tempfile.mkdtemp(dir=home.folder))
     ran = other.run_fine("init", str(root), "-p", "shop", "--sync")
     assert "replace  shop/api AGENTS.md" in ran.out and "orchestra restore shop/api AGENTS.md" in ran.err
     assert home.sync("--all").lines == []
 
 
-def test_the_daemon_leaves_a_colleagues_text(live: Live) -> None:
+def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     """The pipeline as the daemon calls it, for one codebase by name."""
     live.save("shop/api", "one")
     orchestra.run_pipeline(live.path, orchestra.SyncScope.all())
@@ -4639,11 +4499,9 @@ def test_a_home_that_was_moved_finds_its_codebases_again(home: Home) -> None:
     root = Path(home.path, "code/api")
     root.mkdir(parents=True)
     home.run_fine("init", str(root), "-p", "shop", "--sync")
-    moved = home.folder / "moved"
-    os.rename(home.path, moved)
-    home.path, home.environ = str(moved), {"HOME": str(moved)}
+    home.move("moved")
     assert home.sync().out == "0 written, 2 unchanged in 1 codebase\n"
-    assert json.loads(home.run_fine("project", "list", "--json").out)[0]["path"] == f"{moved}/code/api"
+    assert json.loads(home.run_fine("project", "list", "--json").out)[0]["path"] == f"{home.path}/code/api"
 
 
 def test_looking_for_renamed_codebases_reads_each_record_once(home: Home, monkeypatch: Any) -> None:
@@ -5966,7 +5824,7 @@ def act_on_entry(path: Path, act: str) -> None:
         ("remove it", WRITE | DELETE | LINK),
     ],
 )
-def test_kqueue_tells_of_a_folder_what_the_table_says(live: Live, kqueue: None, act: str, notes: int) -> None:
+def test_kqueue_tells_of_a_folder_what_the_table_says(live: Home, kqueue: None, act: str, notes: int) -> None:
     folder = live.code / "watched"
     folder.mkdir()
     (folder / "file").write_text("x")
@@ -5987,7 +5845,7 @@ def test_kqueue_tells_of_a_folder_what_the_table_says(live: Live, kqueue: None, 
         ("read", 0),
     ],
 )
-def test_kqueue_tells_of_a_file_what_the_table_says(live: Live, kqueue: None, act: str, notes: int) -> None:
+def test_kqueue_tells_of_a_file_what_the_table_says(live: Home, kqueue: None, act: str, notes: int) -> None:
     file, other = live.code / "file", live.code / "other"
     file.write_text("text")
     other.write_text("x")
@@ -6044,11 +5902,11 @@ def picture_of(watcher: orchestra.Watcher) -> dict[str, str]:
 class Lookout:
     """A watcher, turned by hand, and what it told of."""
 
-    def __init__(self, live: Live, kind: str, make: Any = orchestra.Watcher) -> None:
+    def __init__(self, live: Home, kind: str, make: Any = orchestra.Watcher) -> None:
         self.live = live
         self.backend = orchestra.open_backend(kind, 4096) if isinstance(kind, str) else kind
         self.is_open = True
-        live.lookouts.append(self)
+        live.cleanup.callback(self.close)
         self.watcher = make(live.path, self.backend)
         self.saved: set[str] = set()
         self.deleted: set[str] = set()
@@ -6112,7 +5970,7 @@ class Lookout:
 
 @pytest.mark.parametrize("becomes", ["nothing", "a file"])
 def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked_at(
-    live: Live, monkeypatch: Any, becomes: str
+    live: Home, monkeypatch: Any, becomes: str
 ) -> None:
     others = [f"p{number}/api" for number in range(20)]
     for label in ("shop/api", *others):
@@ -6140,7 +5998,7 @@ def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked
 
 @pytest.mark.parametrize("kind", ["kqueue", "inotify"])
 def test_many_saves_at_once_are_taken_in_turns_that_leave_the_sockets_theirs(
-    live: Live, kind: str, monkeypatch: Any
+    live: Home, kind: str, monkeypatch: Any
 ) -> None:
     require(kind, monkeypatch)
     labels = live.save_many(3 * orchestra.EVENTS_A_TURN)
@@ -6219,7 +6077,7 @@ SAVES = [
 
 
 @pytest.mark.parametrize("save", SAVES, ids=lambda save: save.__name__)
-def test_every_way_to_save_is_noticed(live: Live, kind: str, save: Callable[[Path, str], Any]) -> None:
+def test_every_way_to_save_is_noticed(live: Home, kind: str, save: Callable[[Path, str], Any]) -> None:
     file = live.save()
     live.save("shop/web")
     lookout = Lookout(live, kind)
@@ -6229,7 +6087,7 @@ def test_every_way_to_save_is_noticed(live: Live, kind: str, save: Callable[[Pat
     assert file.read_text() == live.text(note="third")
 
 
-def test_an_emptied_file_is_told_when_it_is_written_or_stays_empty(live: Live, kind: str) -> None:
+def test_an_emptied_file_is_told_when_it_is_written_or_stays_empty(live: Home, kind: str) -> None:
     clock = Clock()
     known, new = live.save(), live.file("shop/web")
     lookout = Lookout(live, kind, functools.partial(orchestra.Watcher, monotonic=clock))
@@ -6261,7 +6119,7 @@ def test_an_emptied_file_is_told_when_it_is_written_or_stays_empty(live: Live, k
     assert lookout.watcher.suspects.next_due() is None
 
 
-def test_without_hints_an_emptied_file_is_looked_at_again_in_time(live: Live) -> None:
+def test_without_hints_an_emptied_file_is_looked_at_again_in_time(live: Home) -> None:
     clock = Clock()
     file = live.save()
     lookout = Lookout(live, "polling", functools.partial(orchestra.Watcher, monotonic=clock))
@@ -6274,7 +6132,7 @@ def test_without_hints_an_emptied_file_is_looked_at_again_in_time(live: Live) ->
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
-def test_a_file_that_is_open_for_writing_is_told_when_it_is_closed_or_takes_too_long(live: Live) -> None:
+def test_a_file_that_is_open_for_writing_is_told_when_it_is_closed_or_takes_too_long(live: Home) -> None:
     clock = Clock()
     file = live.save()
     lookout = Lookout(live, "inotify", functools.partial(orchestra.Watcher, monotonic=clock))
@@ -6298,7 +6156,7 @@ def test_a_file_that_is_open_for_writing_is_told_when_it_is_closed_or_takes_too_
     assert lookout.watcher.suspects.next_due() is None
 
 
-def test_files_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> None:
+def test_files_made_removed_and_renamed_are_noticed(live: Home, kind: str) -> None:
     live.save()
     lookout = Lookout(live, kind)
     live.save("shop/web")
@@ -6316,7 +6174,7 @@ def test_files_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> No
     lookout.expect(saved=["shop/api"], deleted=["shop/app"])
 
 
-def test_folders_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> None:
+def test_folders_made_removed_and_renamed_are_noticed(live: Home, kind: str) -> None:
     lookout = Lookout(live, kind)
     live.save("shop/api")
     lookout.expect(saved=["shop/api"])
@@ -6342,7 +6200,7 @@ def test_folders_made_removed_and_renamed_are_noticed(live: Live, kind: str) -> 
     lookout.expect(saved=["back/api"])
 
 
-def test_a_linked_folder_is_watched_where_it_is(live: Live, kind: str) -> None:
+def test_a_linked_folder_is_watched_where_it_is(live: Home, kind: str) -> None:
     elsewhere = live.code / "team" / "shop"
     elsewhere.mkdir(parents=True)
     (elsewhere / "api.yaml").write_text("one")
@@ -6367,7 +6225,7 @@ def test_a_linked_folder_is_watched_where_it_is(live: Live, kind: str) -> None:
     lookout.expect(saved=["shop/api"])
 
 
-def test_a_linked_file_is_watched_where_it_is(live: Live, kind: str) -> None:
+def test_a_linked_file_is_watched_where_it_is(live: Home, kind: str) -> None:
     elsewhere = live.code / "api.yaml"
     elsewhere.write_text("one")
     (live.projects / "shop").mkdir()
@@ -6383,7 +6241,7 @@ def test_a_linked_file_is_watched_where_it_is(live: Live, kind: str) -> None:
     lookout.expect(saved=["shop/api"])
 
 
-def test_a_file_linked_meanwhile_is_watched_where_it_is(live: Live, kind: str) -> None:
+def test_a_file_linked_meanwhile_is_watched_where_it_is(live: Home, kind: str) -> None:
     elsewhere = live.code / "api.yaml"
     elsewhere.write_text("one")
     (live.projects / "shop").mkdir()
@@ -6395,7 +6253,7 @@ def test_a_file_linked_meanwhile_is_watched_where_it_is(live: Live, kind: str) -
 
 
 @pytest.mark.parametrize("is_linked", [False, True], ids=["in the registry", "linked from it"])
-def test_a_git_checkout_of_many_files_is_noticed(live: Live, kind: str, is_linked: bool) -> None:
+def test_a_git_checkout_of_many_files_is_noticed(live: Home, kind: str, is_linked: bool) -> None:
     repository = live.code / "team" if is_linked else live.projects
     repository.mkdir(exist_ok=True)
     run_git(repository, "init", "-q")
@@ -6426,7 +6284,7 @@ def test_a_git_checkout_of_many_files_is_noticed(live: Live, kind: str, is_linke
     lookout.expect([f"shop/c{number}" for number in range(30)])
 
 
-def test_the_registry_itself_may_be_replaced(live: Live, kind: str) -> None:
+def test_the_registry_itself_may_be_replaced(live: Home, kind: str) -> None:
     live.save()
     live.save("shop/web")
     lookout = Lookout(live, kind)
@@ -6444,7 +6302,7 @@ def test_the_registry_itself_may_be_replaced(live: Live, kind: str) -> None:
     lookout.expect(saved=["shop/web"])
 
 
-def test_the_registry_may_be_a_link(live: Live, kind: str) -> None:
+def test_the_registry_may_be_a_link(live: Home, kind: str) -> None:
     live.save()
     live.projects.rename(live.code / "registry")
     live.projects.symlink_to(live.code / "registry")
@@ -6459,7 +6317,7 @@ def test_the_registry_may_be_a_link(live: Live, kind: str) -> None:
     lookout.expect(saved=["shop/api"])
 
 
-def test_many_files_at_once_are_noticed(live: Live, kind: str) -> None:
+def test_many_files_at_once_are_noticed(live: Home, kind: str) -> None:
     lookout = Lookout(live, kind)
     labels = live.save_many(300)
     lookout.expect(saved=labels)
@@ -6468,7 +6326,7 @@ def test_many_files_at_once_are_noticed(live: Live, kind: str) -> None:
     lookout.expect(saved=labels)
 
 
-def test_a_hinted_edit_of_the_same_size_and_time_is_noticed(live: Live, kind: str) -> None:
+def test_a_hinted_edit_of_the_same_size_and_time_is_noticed(live: Home, kind: str) -> None:
     file = live.save(note="one")
     before = file.stat()
     lookout = Lookout(live, kind)
@@ -6478,7 +6336,7 @@ def test_a_hinted_edit_of_the_same_size_and_time_is_noticed(live: Live, kind: st
     lookout.expect(saved=["shop/api"])
 
 
-def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Live) -> None:
+def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Home) -> None:
     file = live.save(note="one")
     watcher = orchestra.Watcher(live.path, orchestra.PollingBackend(), clock=lambda: time.time() + 100)
     watcher.look()
@@ -6493,7 +6351,7 @@ def test_a_hinted_file_is_read_even_if_its_stamp_is_known(live: Live) -> None:
 
 
 @pytest.mark.parametrize(("age", "is_read"), [(0.0, True), (1.9, True), (60.0, False)])
-def test_a_young_file_is_read_whatever_its_stamp(live: Live, age: float, is_read: bool) -> None:
+def test_a_young_file_is_read_whatever_its_stamp(live: Home, age: float, is_read: bool) -> None:
     file = live.save(note="one")
     changed = max(file.stat().st_mtime, file.stat().st_ctime)
     watcher = orchestra.Watcher(live.path, orchestra.PollingBackend(), clock=lambda: changed + age)
@@ -6506,7 +6364,7 @@ def test_a_young_file_is_read_whatever_its_stamp(live: Live, age: float, is_read
     assert bool(watcher.look().saved) == is_read
 
 
-def test_what_is_not_a_registry_file_is_passed_over(live: Live, kind: str) -> None:
+def test_what_is_not_a_registry_file_is_passed_over(live: Home, kind: str) -> None:
     live.save()
     lookout = Lookout(live, kind)
     for name in (".hidden.yaml", "#lock.yaml", "api.yaml~", "api.yaml.swp", "4913", "README.md"):
@@ -6519,7 +6377,7 @@ def test_what_is_not_a_registry_file_is_passed_over(live: Live, kind: str) -> No
     assert list(lookout.files()) == ["shop/api.yaml"]
 
 
-def test_looking_wakes_nobody(live: Live, kind: str) -> None:
+def test_looking_wakes_nobody(live: Home, kind: str) -> None:
     labels = live.save_many(20)
     lookout = Lookout(live, kind)
     lookout.take(lookout.watcher.look())
@@ -6530,7 +6388,7 @@ def test_looking_wakes_nobody(live: Live, kind: str) -> None:
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
-def test_after_an_overflow_of_inotify_everything_is_looked_at(live: Live) -> None:
+def test_after_an_overflow_of_inotify_everything_is_looked_at(live: Home) -> None:
     files = [live.save("shop/api"), live.save("shop/web")]
     lookout = Lookout(live, "inotify")
     for _ in range(int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())):
@@ -6540,7 +6398,7 @@ def test_after_an_overflow_of_inotify_everything_is_looked_at(live: Live) -> Non
     lookout.expect(saved=["new/api"])
 
 
-def test_what_finds_no_descriptor_is_polled(live: Live, kqueue: None) -> None:
+def test_what_finds_no_descriptor_is_polled(live: Home, kqueue: None) -> None:
     live.save_many(5)
     watcher = orchestra.Watcher(live.path, orchestra.KqueueBackend(4))
     watcher.look()
@@ -6555,7 +6413,7 @@ def test_what_finds_no_descriptor_is_polled(live: Live, kqueue: None) -> None:
     watcher.backend.close()
 
 
-def test_watches_of_what_is_gone_are_dropped(live: Live, kqueue: None) -> None:
+def test_watches_of_what_is_gone_are_dropped(live: Home, kqueue: None) -> None:
     live.save()
     lookout = Lookout(live, "kqueue")
     before = len(os.listdir("/dev/fd"))
@@ -6618,7 +6476,7 @@ class Meddler(orchestra.PollingBackend):
         return True
 
 
-def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Live) -> None:
+def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Home) -> None:
     target = live.code / "team" / "shop"
     (live.projects / "shop").symlink_to(target)
     # The folder above the target is made just before the watch on the one above that is set.
@@ -6627,7 +6485,7 @@ def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Li
     assert str(live.code / "team") in source.watched
 
 
-def test_a_hint_at_a_projects_folder_is_a_look_at_that_alone(live: Live, monkeypatch: Any) -> None:
+def test_a_hint_at_a_projects_folder_is_a_look_at_that_alone(live: Home, monkeypatch: Any) -> None:
     live.save_many(30)
     watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
     watcher.look()
@@ -6641,7 +6499,7 @@ def test_a_hint_at_a_projects_folder_is_a_look_at_that_alone(live: Live, monkeyp
 
 
 @pytest.mark.parametrize("other", ["folder", "link", "file", "nothing"])
-def test_a_projects_folder_that_is_replaced_is_looked_at_anew(live: Live, kind: str, other: str) -> None:
+def test_a_projects_folder_that_is_replaced_is_looked_at_anew(live: Home, kind: str, other: str) -> None:
     live.save("shop/api")
     live.save("blog/web")
     lookout = Lookout(live, kind)
@@ -6670,7 +6528,7 @@ def test_a_projects_folder_that_is_replaced_is_looked_at_anew(live: Live, kind: 
     assert set(lookout.files()) == {"blog/web.yaml", *(["shop/new.yaml"] if other in ("folder", "link") else [])}
 
 
-def test_a_link_by_way_of_another_link_is_followed_anew(live: Live) -> None:
+def test_a_link_by_way_of_another_link_is_followed_anew(live: Home) -> None:
     for version in ("v1", "v2"):
         (live.code / version / "shop").mkdir(parents=True)
         (live.code / version / "shop" / "api.yaml").write_text(version)
@@ -6738,7 +6596,7 @@ def is_stale_after_churn(lookout: Lookout, seed: int, seconds: float) -> bool:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_picture_equals_the_disk_after_random_changes(live: Live, kind: str, seed: int) -> None:
+def test_the_picture_equals_the_disk_after_random_changes(live: Home, kind: str, seed: int) -> None:
     lookout = Lookout(live, kind)
     assert not is_stale_after_churn(lookout, seed, 1.5)
     assert lookout.backend.fileno() < 0 or not lookout.watcher.must_poll
@@ -6788,7 +6646,7 @@ def as_it_is() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("make", "is_sound"), [(as_it_is, True), (folders_only, False), (registering_late, False)], ids=lambda v: str(v)
 )
-def test_the_random_changes_catch_unsound_watchers(live: Live, kqueue: None, make: Any, is_sound: bool) -> None:
+def test_the_random_changes_catch_unsound_watchers(live: Home, kqueue: None, make: Any, is_sound: bool) -> None:
     with make() as source_class:
         lookout = Lookout(live, source_class(4096))
         stale = False
@@ -6906,17 +6764,17 @@ def test_targets_are_debounced_each_for_itself() -> None:
 # ── 18 Logs ───────────────────────────────────────────────────────────────────
 
 
-def log_files(live: Live) -> list[Path]:
+def log_files(live: Home) -> list[Path]:
     """List daemon.log and its older versions, oldest first."""
     path = Path(orchestra.stdout_log_path(live.path))
     return [*sorted(path.parent.glob("daemon.log.*"), key=lambda p: -int(p.suffix[1:])), path]
 
 
-def test_a_foreground_run_leaves_both_logs(live: Live) -> None:
+def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
     live.save("shop/api").write_text("name: api\npath: [")
     said = live.folder / "out"
     with open(said, "wb") as out:
-        daemon = live.start(stdout=out, stderr=subprocess.STDOUT)
+        daemon = live.start_daemon(stdout=out, stderr=subprocess.STDOUT)
         live.wait_for_start_job()
         wait_until(lambda: "WARNING" in live.errors())
         live.stop(daemon)
@@ -6935,12 +6793,12 @@ def test_a_foreground_run_leaves_both_logs(live: Live) -> None:
         pytest.param(True, id="both into daemon.log"),
     ],
 )
-def test_streams_that_are_the_log_files_are_not_doubled(live: Live, is_one: bool) -> None:
+def test_streams_that_are_the_log_files_are_not_doubled(live: Home, is_one: bool) -> None:
     live.save("shop/api").write_text("name: api\npath: [")
     os.mkdir(orchestra.logs_dir(live.path))
     out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
     with open(out_path, "ab") as out, open(out_path if is_one else err_path, "ab") as err:
-        daemon = live.start(stdout=out, stderr=err)
+        daemon = live.start_daemon(stdout=out, stderr=err)
     wait_until(lambda: " job" in live.log() or "WARNING" in live.errors())
     live.stop(daemon)
     info, warnings = live.log().splitlines(), live.errors().splitlines()
@@ -6961,7 +6819,7 @@ for number in range(int(sys.argv[3])):
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["apart", "streams are the logs"])
 @pytest.mark.parametrize("count", [300, 1500])
-def test_rotation_loses_and_doubles_nothing(live: Live, is_stream: bool, count: int) -> None:
+def test_rotation_loses_and_doubles_nothing(live: Home, is_stream: bool, count: int) -> None:
     os.mkdir(orchestra.logs_dir(live.path))
     out_path, err_path = orchestra.stdout_log_path(live.path), orchestra.stderr_log_path(live.path)
     if not is_stream:
@@ -6983,7 +6841,7 @@ def test_rotation_loses_and_doubles_nothing(live: Live, is_stream: bool, count: 
         assert told == list(range(count))
 
 
-def write_logs(live: Live, count: int = 10) -> None:
+def write_logs(live: Home, count: int = 10) -> None:
     os.makedirs(orchestra.logs_dir(live.path), exist_ok=True)
     for path, name in ((orchestra.stdout_log_path(live.path), "out"), (orchestra.stderr_log_path(live.path), "err")):
         with open(path, "a") as file:
@@ -7005,16 +6863,16 @@ def write_logs(live: Live, count: int = 10) -> None:
     ],
     ids=range(5),
 )
-def test_daemon_logs_prints_the_end_of_both(live: Live, argv: tuple[str, ...], out: str) -> None:
+def test_daemon_logs_prints_the_end_of_both(live: Home, argv: tuple[str, ...], out: str) -> None:
     write_logs(live)
-    ran = live.run("daemon", "logs", *argv)
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, out, "")
+    ran = live.run_script("daemon", "logs", *argv)
+    assert (ran.status, ran.out, ran.err) == (0, out, "")
 
 
-def test_daemon_logs_without_logs_is_no_error(live: Live) -> None:
-    ran = live.run("daemon", "logs", "--stderr-only")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
-    assert live.run("daemon", "logs", "--lines", "-1").returncode == 2
+def test_daemon_logs_without_logs_is_no_error(live: Home) -> None:
+    ran = live.run_script("daemon", "logs", "--stderr-only")
+    assert (ran.status, ran.out, ran.err) == (0, "", "")
+    assert live.run_script("daemon", "logs", "--lines", "-1").status == 2
 
 
 @pytest.mark.parametrize(
@@ -7032,19 +6890,19 @@ def test_daemon_logs_without_logs_is_no_error(live: Live) -> None:
     ],
     ids=range(9),
 )
-def test_the_last_lines_are_read(live: Live, data: bytes, count: int, tail: bytes) -> None:
+def test_the_last_lines_are_read(live: Home, data: bytes, count: int, tail: bytes) -> None:
     file = live.code / "log"
     file.write_bytes(data)
     assert orchestra.LogReader(str(file)).tail(count) == tail
 
 
-def test_a_carriage_return_ends_no_line_of_a_log(live: Live) -> None:
+def test_a_carriage_return_ends_no_line_of_a_log(live: Home) -> None:
     file = live.code / "log"
     file.write_bytes(b"one\ntwo\rstill two\n")
     assert orchestra.LogReader(str(file)).tail(2) == b"one\ntwo\rstill two\n"
 
 
-def test_the_last_lines_of_a_huge_file_come_at_once(live: Live) -> None:
+def test_the_last_lines_of_a_huge_file_come_at_once(live: Home) -> None:
     write_logs(live, 0)
     path = orchestra.stderr_log_path(live.path)
     os.truncate(path, 200 << 20)
@@ -7057,21 +6915,15 @@ def test_the_last_lines_of_a_huge_file_come_at_once(live: Live) -> None:
 
 
 @contextmanager
-def following(live: Live, *argv: str) -> Iterator[Any]:
-    command = live.command("daemon", "logs", "-f", "--stderr-only", *argv)
-    environ = {**os.environ, "HOME": live.path}
-    follower = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        yield follower
-        follower.send_signal(signal.SIGINT)
-        assert follower.communicate(timeout=60)[1] == b""
-        assert follower.returncode == 130
-    finally:
-        follower.kill()
-        follower.communicate()
+def following(live: Home, *argv: str) -> Iterator[Any]:
+    follower = live.start("daemon", "logs", "-f", "--stderr-only", *argv, text=False)
+    yield follower
+    follower.send_signal(signal.SIGINT)
+    assert follower.communicate(timeout=60)[1] == b""
+    assert follower.returncode == 130
 
 
-def test_following_goes_on_across_rotations(live: Live) -> None:
+def test_following_goes_on_across_rotations(live: Home) -> None:
     write_logs(live, 2)
     path = orchestra.stderr_log_path(live.path)
     with following(live) as follower:
@@ -7087,14 +6939,14 @@ def test_following_goes_on_across_rotations(live: Live) -> None:
                 assert follower.stdout.readline() == b"%s %d\n" % (word, number)
 
 
-def test_following_waits_for_a_log_that_is_not_there_yet(live: Live) -> None:
+def test_following_waits_for_a_log_that_is_not_there_yet(live: Home) -> None:
     with following(live) as follower:
         time.sleep(0.5)  # until it follows
         write_logs(live, 2)
         assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
 
 
-def test_following_loses_nothing_between_the_tail_and_the_rest(live: Live) -> None:
+def test_following_loses_nothing_between_the_tail_and_the_rest(live: Home) -> None:
     write_logs(live, 50_000)  # more than a pipe holds
     with following(live, "--lines", "50000") as follower:
         assert follower.stdout.readline() == b"err 0\n"
@@ -7108,7 +6960,7 @@ def test_following_loses_nothing_between_the_tail_and_the_rest(live: Live) -> No
         assert follower.stdout.readline() == b"meanwhile\n"
 
 
-def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Live) -> None:
+def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -> None:
     write_logs(live, 1)
     path = orchestra.stderr_log_path(live.path)
     follower = orchestra.LogReader(path)
@@ -7268,7 +7120,7 @@ def test_replies_are_lines_of_ascii() -> None:
         (b"{}\n", "expected a reply with ok, got"),
     ],
 )
-def test_the_client_understands_replies(live: Live, reply: bytes, error: str) -> None:
+def test_the_client_understands_replies(live: Home, reply: bytes, error: str) -> None:
     with answering(live, [reply]) as requests:
         if error:
             with pytest.raises(orchestra.ProtocolError, match=error):
@@ -7278,7 +7130,7 @@ def test_the_client_understands_replies(live: Live, reply: bytes, error: str) ->
     assert requests == [STATUS + b"\n"]
 
 
-def test_the_client_asks_again_while_the_daemon_is_busy(live: Live) -> None:
+def test_the_client_asks_again_while_the_daemon_is_busy(live: Home) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
     with answering(live, [busy, busy, b'{"ok":true,"data":7}\n']) as requests:
         assert orchestra.request_status(live.path) == 7
@@ -7287,14 +7139,14 @@ def test_the_client_asks_again_while_the_daemon_is_busy(live: Live) -> None:
         orchestra.request_status(live.path)
 
 
-def test_the_client_gives_up_on_a_silent_daemon(live: Live) -> None:
+def test_the_client_gives_up_on_a_silent_daemon(live: Home) -> None:
     with answering(live, [b""], is_silent=True), pytest.raises(orchestra.ProtocolError, match="timed out"):
         orchestra.send_request(live.path, {"cmd": "status"}, timeout=0.05)
 
 
 @contextmanager
 def answering(
-    live: Live, replies: list[bytes], is_silent: bool = False, asks_nothing: bool = False
+    live: Home, replies: list[bytes], is_silent: bool = False, asks_nothing: bool = False
 ) -> Iterator[list[bytes]]:
     """Answer at the control socket with what is given, one connection after the other."""
     requests: list[bytes] = []
@@ -7325,14 +7177,14 @@ def answering(
     os.unlink(live.socket)
 
 
-def test_a_client_that_is_turned_away_while_it_sends_hears_why(live: Live) -> None:
+def test_a_client_that_is_turned_away_while_it_sends_hears_why(live: Home) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
     with answering(live, [busy], asks_nothing=True), pytest.raises(orchestra.DaemonBusy):
         orchestra.send_request(live.path, {"cmd": "x" * 5_000_000})
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="elsewhere a full backlog refuses")
-def test_a_backlog_that_is_full_means_busy(live: Live) -> None:
+def test_a_backlog_that_is_full_means_busy(live: Home) -> None:
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
         listener.bind(live.socket)
         listener.listen(0)
@@ -7341,7 +7193,7 @@ def test_a_backlog_that_is_full_means_busy(live: Live) -> None:
             orchestra.send_request(live.path, {"cmd": "status"})
 
 
-def test_a_refused_connection_means_busy_while_somebody_holds_the_daemons_lock(live: Live) -> None:
+def test_a_refused_connection_means_busy_while_somebody_holds_the_daemons_lock(live: Home) -> None:
     """macOS refuses where more clients wait than the daemon takes; Linux does where it does not listen, as here."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(live.socket)
@@ -7355,7 +7207,7 @@ def test_a_refused_connection_means_busy_while_somebody_holds_the_daemons_lock(l
 
 
 @pytest.mark.parametrize("stale", ["nothing", "socket", "file", "no folder"])
-def test_without_a_daemon_the_client_says_so(live: Live, stale: str) -> None:
+def test_without_a_daemon_the_client_says_so(live: Home, stale: str) -> None:
     if stale == "socket":
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(live.socket)
@@ -7637,7 +7489,7 @@ def test_a_client_that_asks_without_end_lets_others_speak() -> None:
 # As a process: the socket
 
 
-def test_conversations_are_as_agreed_byte_for_byte(served: Live) -> None:
+def test_conversations_are_as_agreed_byte_for_byte(served: Home) -> None:
     served.save()
     wait_until(lambda: served.has("first"))
     data = json.dumps(served.status(), separators=(",", ":")).encode()
@@ -7678,7 +7530,7 @@ def test_conversations_are_as_agreed_byte_for_byte(served: Live) -> None:
     ],
     ids=range(10),
 )
-def test_half_closed_clients_get_all_their_replies(served: Live, data: bytes, count: int) -> None:
+def test_half_closed_clients_get_all_their_replies(served: Home, data: bytes, count: int) -> None:
     replies = served.talk(data).splitlines()
     assert len(replies) == count
     assert all(json.loads(reply)["ok"] for reply in replies) is (b"hello" not in data)
@@ -7689,7 +7541,7 @@ def test_half_closed_clients_get_all_their_replies(served: Live, data: bytes, co
         assert len(read_all(client).splitlines()) == count
 
 
-def test_bad_requests_leave_the_connection_open(served: Live) -> None:
+def test_bad_requests_leave_the_connection_open(served: Home) -> None:
     with served.connection() as client:
         for line, message in BAD_REQUESTS:
             client.sendall(line + b"\n")
@@ -7711,7 +7563,7 @@ def test_bad_requests_leave_the_connection_open(served: Live) -> None:
     ],
     ids=["not UTF-8", "too long", "without end", "brackets", "10 MB", "10 MB and a request"],
 )
-def test_a_line_beyond_use_gets_an_error_and_the_end(served: Live, data: bytes, reply: bytes) -> None:
+def test_a_line_beyond_use_gets_an_error_and_the_end(served: Home, data: bytes, reply: bytes) -> None:
     with served.connection() as client:
         try:
             client.sendall(data)
@@ -7727,7 +7579,7 @@ def test_a_line_beyond_use_gets_an_error_and_the_end(served: Live, data: bytes, 
         assert json.loads(read_line(client))["ok"] is True
 
 
-def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) -> None:
+def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Home) -> None:
     before = memory_of(served.daemons[0].pid)
     deaf = socket.socket(socket.AF_UNIX)
     deaf.connect(served.socket)
@@ -7760,9 +7612,9 @@ def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Live) 
 
 
 @pytest.mark.parametrize("asks", [b"", STATUS + b"\n", b'{"cmd":"sync"}\n'], ids=["silent", "talkative", "syncing"])
-def test_a_crowd_cannot_shut_out_status_and_stop(live: Live, asks: bytes) -> None:
+def test_a_crowd_cannot_shut_out_status_and_stop(live: Home, asks: bytes) -> None:
     live.save()
-    daemon = live.start()
+    daemon = live.start_daemon()
     with ExitStack() as stack:
         crowd = [stack.enter_context(live.connection()) for _ in range(orchestra.MAX_CLIENTS)]
         is_over = threading.Event()
@@ -7798,12 +7650,12 @@ def memory_of(pid: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["", "kqueue"])
-def test_with_few_descriptors_it_lives_and_serves(live: Live, kind: str, monkeypatch: Any) -> None:
+def test_with_few_descriptors_it_lives_and_serves(live: Home, kind: str, monkeypatch: Any) -> None:
     if kind:
         require(kind, monkeypatch)
     live.save_many(20)
     few = 64
-    daemon = live.start(kind, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
+    daemon = live.start_daemon(kind, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
     clients = [socket.socket(socket.AF_UNIX) for _ in range(100)]
     for client in clients:
         client.connect(live.socket)
@@ -7820,7 +7672,7 @@ def test_with_few_descriptors_it_lives_and_serves(live: Live, kind: str, monkeyp
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("is_open", [False, True], ids=["as it is", "with modes that let everyone in"])
-def test_another_user_gets_nothing(served: Live, is_open: bool) -> None:
+def test_another_user_gets_nothing(served: Home, is_open: bool) -> None:
     if is_open:
         for path in (served.folder, Path(served.path), Path(served.socket).parent):
             path.chmod(0o755)
@@ -7848,7 +7700,7 @@ def test_another_user_gets_nothing(served: Live, is_open: bool) -> None:
 # ── 20 Worker ─────────────────────────────────────────────────────────────────
 
 
-def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Live) -> None:
+def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Home) -> None:
     live.save()
     cache = orchestra.load_cache(live.path)
     live.file().write_text(f"name: api\npath: {live.code}/sh")
@@ -7858,7 +7710,7 @@ def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Live) -> None
     assert outcome.suspects == set() and len(cache.problems) == 1
 
 
-def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_as_before(live: Live) -> None:
+def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_as_before(live: Home) -> None:
     live.save().write_text("# one")
     cache = orchestra.load_cache(live.path)
     live.file().write_text("# two")
@@ -7868,7 +7720,7 @@ def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_a
     assert outcome.suspects == {("shop", "api")} and len(cache.problems) == 1
 
 
-def test_a_save_between_reading_and_syncing_is_no_problem(live: Live, monkeypatch: Any) -> None:
+def test_a_save_between_reading_and_syncing_is_no_problem(live: Home, monkeypatch: Any) -> None:
     live.save()
     cache = orchestra.load_cache(live.path)
     live.save(note="second")
@@ -7885,7 +7737,7 @@ def test_a_save_between_reading_and_syncing_is_no_problem(live: Live, monkeypatc
     assert outcome.suspects == set() and len(cache.problems) == 1
 
 
-def test_registry_cache_reload_updates_changed_codebase(live: Live) -> None:
+def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
     live.save("shop/api", "one")
     live.save("shop/web", "one")
     cache = orchestra.load_cache(live.path)
@@ -7908,7 +7760,7 @@ def test_a_queue_that_the_worker_empties_meanwhile_ends_well(home: Home) -> None
     assert len(processor.finish()) <= 1
 
 
-def run_watcher_job(live: Live, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
+def run_watcher_job(live: Home, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
     changed = frozenset(("shop", name) for name in names)
     job = orchestra.SyncJob(
         orchestra.SyncTarget.codebase(), "watcher", None, changed, frozenset(("shop", name) for name in overdue)
@@ -7916,7 +7768,7 @@ def run_watcher_job(live: Live, cache: orchestra.RegistryCache, *names: str, ove
     return orchestra.run_job(live.path, cache, job)
 
 
-def test_a_folder_that_changes_hands_while_its_codebase_is_half_written_stays_one_codebases(live: Live) -> None:
+def test_a_folder_that_changes_hands_while_its_codebase_is_half_written_stays_one_codebases(live: Home) -> None:
     one, two = live.text("shop/one"), live.text("shop/two")
     taken = two.replace(str(live.code / "shop/two"), str(live.code / "shop/one"))
     replace(live.save("shop/one"), one)
@@ -7935,7 +7787,7 @@ def test_a_folder_that_changes_hands_while_its_codebase_is_half_written_stays_on
     assert outcome.error == "" and cache.problems == [] and live.has("last", "shop/one")
 
 
-def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Live, monkeypatch: Any) -> None:
+def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Home, monkeypatch: Any) -> None:
     file = live.save("shop/one")
     read = orchestra.read_codebase
 
@@ -7948,7 +7800,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Live, monkeypatch
     assert list(orchestra.load_registry(live.path).codebases) == [("shop", "one")]
 
 
-def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
+def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     live.save()
     processor = orchestra.SyncProcessor(live.path, orchestra.load_cache(live.path), lambda: None)
     run_job, calls = orchestra.run_job, []
@@ -7972,7 +7824,7 @@ def test_a_bug_in_a_job_costs_no_save(live: Live, monkeypatch: Any) -> None:
 
 
 @contextmanager
-def turned_by_hand(live: Live, kind: str = "", clock: Callable[[], float] = time.time) -> Iterator[orchestra.Daemon]:
+def turned_by_hand(live: Home, kind: str = "", clock: Callable[[], float] = time.time) -> Iterator[orchestra.Daemon]:
     daemon = orchestra.Daemon(live.path, {"ORCHESTRA_WATCHER": kind}, clock)
     daemon.open()
     yield daemon
@@ -7983,7 +7835,7 @@ def turned_by_hand(live: Live, kind: str = "", clock: Callable[[], float] = time
 
 
 @pytest.fixture
-def turned(live: Live) -> Iterator[orchestra.Daemon]:
+def turned(live: Home) -> Iterator[orchestra.Daemon]:
     """A daemon in this process, turned by hand."""
     with turned_by_hand(live) as daemon:
         yield daemon
@@ -7997,7 +7849,7 @@ def turn_until(daemon: orchestra.Daemon, is_true: Callable[[], Any]) -> None:
     wait_until(turn)
 
 
-def test_socket_protocol_status_and_stop_over_in_memory_channels(live: Live, turned: orchestra.Daemon) -> None:
+def test_socket_protocol_status_and_stop_over_in_memory_channels(live: Home, turned: orchestra.Daemon) -> None:
     live.save()
     exchange = Exchange(turned.handle_request)
     turn_until(turned, lambda: turned.status()["codebases"] == ["api"])
@@ -8046,7 +7898,7 @@ SLOW_SAVES = {
 
 
 @pytest.fixture
-def patient(live: Live, kind: str, monkeypatch: Any) -> Iterator[orchestra.Daemon]:
+def patient(live: Home, kind: str, monkeypatch: Any) -> Iterator[orchestra.Daemon]:
     """A daemon turned by hand, whose windows stay open for longer than any test waits, and which waits for events."""
     monkeypatch.setattr(orchestra, "DEBOUNCE_WINDOW", 600.0)
     if kind != "polling":
@@ -8061,7 +7913,7 @@ def patient(live: Live, kind: str, monkeypatch: Any) -> Iterator[orchestra.Daemo
 @pytest.mark.parametrize("label", ["shop/api", "shop/new", "shop/bad"], ids=["known", "new", "broken"])
 @pytest.mark.parametrize("save", SLOW_SAVES.values(), ids=SLOW_SAVES)
 def test_a_file_caught_half_written_arrives_as_soon_as_it_is_whole(
-    live: Live, patient: orchestra.Daemon, kind: str, label: str, save: Callable[[Path, str], Iterator[None]]
+    live: Home, patient: orchestra.Daemon, kind: str, label: str, save: Callable[[Path, str], Iterator[None]]
 ) -> None:
     told, problems, codebases = live.errors(), patient.status()["problems"], patient.status()["codebases"]
     file = live.file(label)
@@ -8086,7 +7938,7 @@ def test_a_file_caught_half_written_arrives_as_soon_as_it_is_whole(
 
 
 def test_a_projects_file_caught_half_written_arrives_as_soon_as_it_is_whole(
-    live: Live, patient: orchestra.Daemon
+    live: Home, patient: orchestra.Daemon
 ) -> None:
     told = live.errors()
     file = live.file("shop/project")
@@ -8102,7 +7954,7 @@ def test_a_projects_file_caught_half_written_arrives_as_soon_as_it_is_whole(
 
 @pytest.mark.parametrize("label", ["shop/api", "shop/project"])
 def test_what_stays_broken_is_reported_once_when_its_window_closes(
-    live: Live, turned: orchestra.Daemon, label: str
+    live: Home, turned: orchestra.Daemon, label: str
 ) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first"))
@@ -8117,7 +7969,7 @@ def test_what_stays_broken_is_reported_once_when_its_window_closes(
     assert live.log() == looks and turned._suspects._since == {}
 
 
-def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: Live, turned: orchestra.Daemon) -> None:
+def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: Home, turned: orchestra.Daemon) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first") and " staleness " in live.log())
     live.file().write_text("")
@@ -8166,7 +8018,7 @@ def turn_for_reply(daemon: orchestra.Daemon, client: socket.socket) -> Any:
     return json.loads(read_line(client))
 
 
-def test_a_socket_that_is_removed_is_made_again(live: Live, kind: str) -> None:
+def test_a_socket_that_is_removed_is_made_again(live: Home, kind: str) -> None:
     with turned_by_hand(live, kind) as daemon, live.connection(STATUS + b"\n") as older:
         assert turn_for_reply(daemon, older)["ok"]
         for number in range(2):
@@ -8185,7 +8037,7 @@ def test_a_socket_that_is_removed_is_made_again(live: Live, kind: str) -> None:
 
 
 def test_a_socket_whose_name_is_taken_is_a_problem_told_once_until_it_is_free(
-    live: Live, turned: orchestra.Daemon
+    live: Home, turned: orchestra.Daemon
 ) -> None:
     os.unlink(live.socket)
     Path(live.socket).write_text("precious")
@@ -8210,7 +8062,7 @@ def test_a_socket_whose_name_is_taken_is_a_problem_told_once_until_it_is_free(
         ("4194304 0", ""),  # no process can have this number: it was killed
     ],
 )
-def test_the_holder_of_the_daemons_lock_is_described(live: Live, monkeypatch: Any, data: str, described: str) -> None:
+def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: Any, data: str, described: str) -> None:
     monkeypatch.setattr(orchestra, "STATUS_PAUSE", 0)
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
@@ -8226,7 +8078,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Live, monkeypatch: An
     time.tzset()
 
 
-def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Live, turned: orchestra.Daemon) -> None:
+def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Home, turned: orchestra.Daemon) -> None:
     turn_until(turned, lambda: live.synced("start"))
     replies: list[orchestra.JobOutcome] = []
     job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket", replies.append)
@@ -8239,7 +8091,7 @@ def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Live, turned: orc
     assert len(replies) == 1
 
 
-def test_a_full_queue_does_not_make_the_loop_spin(live: Live, turned: orchestra.Daemon) -> None:
+def test_a_full_queue_does_not_make_the_loop_spin(live: Home, turned: orchestra.Daemon) -> None:
     turn_until(turned, lambda: live.synced("start"))
     live.save()
     turn_until(turned, lambda: live.has("first"))
@@ -8259,7 +8111,7 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Live, turned: orchestra.
     turn_until(turned, lambda: live.has("second"))
 
 
-def test_a_queue_without_room_is_an_error_reply(live: Live, turned: orchestra.Daemon) -> None:
+def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Daemon) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
     with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
@@ -8292,26 +8144,26 @@ def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key
 # As a process: from a save to the file
 
 
-def test_daemon_autosync_after_registry_change(live: Live) -> None:
+def test_daemon_autosync_after_registry_change(live: Home) -> None:
     shutil.rmtree(live.path)
     os.mkdir(live.path)
-    daemon = live.start()
-    wait_until(lambda: json.loads(live.run("daemon", "status").stdout)["running"])
+    daemon = live.start_daemon()
+    wait_until(lambda: json.loads(live.run_script("daemon", "status").out)["running"])
     (live.code / "api").mkdir()
-    assert live.run("init", str(live.code / "api"), "-p", "shop").returncode == 0
-    assert live.run("sync", "api").returncode == 0
+    assert live.run_script("init", str(live.code / "api"), "-p", "shop").status == 0
+    assert live.run_script("sync", "api").status == 0
     claude = live.code / "api" / "CLAUDE.md"
     assert "SENTINEL" not in claude.read_text()
     with open(live.file(), "a") as file:
         file.write("notes:\n- SENTINEL\n")
     wait_until(lambda: "SENTINEL" in claude.read_text(), 10)
-    assert live.run("daemon", "stop").stdout == "daemon stop requested\n"
+    assert live.run_script("daemon", "stop").out == "daemon stop requested\n"
     live.expect_end(daemon)
 
 
-def test_every_watcher_drives_the_daemon(live: Live, kind: str) -> None:
+def test_every_watcher_drives_the_daemon(live: Home, kind: str) -> None:
     live.save("shop/api")
-    daemon = live.start(kind)
+    daemon = live.start_daemon(kind)
     assert live.status()["watcher"] == kind
     wait_until(lambda: live.has("first"))
     for note, save in [("second", replace), ("third", save_in_place), ("fourth", save_after_truncating)]:
@@ -8320,7 +8172,7 @@ def test_every_watcher_drives_the_daemon(live: Live, kind: str) -> None:
     live.save("new/app", "at once")
     wait_until(lambda: live.has("at once", "new/app"))
     (live.code / "web").mkdir()
-    assert live.run("project", "add", "web", "-p", "team", "--path", str(live.code / "web")).returncode == 0
+    assert live.run_script("project", "add", "web", "-p", "team", "--path", str(live.code / "web")).status == 0
     wait_until(lambda: (live.code / "web" / "CLAUDE.md").exists())
     time.sleep(1.2 * orchestra.DEBOUNCE_WINDOW)
     (live.projects / "new").rename(live.projects / "newer")
@@ -8331,7 +8183,7 @@ def test_every_watcher_drives_the_daemon(live: Live, kind: str) -> None:
     assert live.complaints() == []
 
 
-def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Live) -> None:
+def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Home) -> None:
     served.save("new/app", "at once")
     wait_until(lambda: served.has("at once", "new/app"))
     (served.projects / "new").rename(served.projects / "newer")
@@ -8339,7 +8191,7 @@ def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Live) -> None:
     assert served.complaints() == []
 
 
-def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Live) -> None:
+def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Home) -> None:
     started = time.monotonic()
     for number in range(20):
         served.save(note=f"save {number}")
@@ -8351,7 +8203,7 @@ def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Liv
 
 
 @pytest.mark.parametrize("save", [replace, save_in_place], ids=lambda save: save.__name__)
-def test_the_second_of_two_saves_arrives(served: Live, save: Callable[[Path, str], Any]) -> None:
+def test_the_second_of_two_saves_arrives(served: Home, save: Callable[[Path, str], Any]) -> None:
     file = served.save(note="one")
     for pause in (0.0, 0.15, 0.45, 0.55):
         time.sleep(orchestra.DEBOUNCE_WINDOW)
@@ -8361,7 +8213,7 @@ def test_the_second_of_two_saves_arrives(served: Live, save: Callable[[Path, str
         wait_until(lambda pause=pause: served.has(f"second of {pause}"))  # type: ignore[misc]
 
 
-def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Live) -> None:
+def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None:
     served.save(note="one")
     wait_until(lambda: served.synced("watcher") == 1)
     time.sleep(orchestra.DEBOUNCE_WINDOW)
@@ -8377,9 +8229,9 @@ def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Live) -> None
     wait_until(lambda: served.synced("watcher") == 3)
 
 
-def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Live) -> None:
+def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Home) -> None:
     labels = live.save_many(300)
-    daemon = live.start()
+    daemon = live.start_daemon()
     served = live
     waits = []
     served.save(labels[0], "second")
@@ -8397,7 +8249,7 @@ def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Live) -> N
     assert live.errors() == ""
 
 
-def test_a_file_caught_half_written_is_never_reported(served: Live) -> None:
+def test_a_file_caught_half_written_is_never_reported(served: Home) -> None:
     file = served.save(note="one")
     wait_until(lambda: served.has("one"))
     for number in range(3):
@@ -8420,7 +8272,7 @@ def test_a_file_caught_half_written_is_never_reported(served: Live) -> None:
     assert served.errors() == ""
 
 
-def test_a_file_that_stays_broken_is_a_problem_until_it_is_mended(served: Live) -> None:
+def test_a_file_that_stays_broken_is_a_problem_until_it_is_mended(served: Home) -> None:
     served.save("shop/api", "one")
     served.save("shop/web", "one")
     wait_until(lambda: served.has("one") and served.has("one", "shop/web"))
@@ -8439,10 +8291,10 @@ def test_a_file_that_stays_broken_is_a_problem_until_it_is_mended(served: Live) 
     wait_until(lambda: served.status()["problems"] == [])
 
 
-def test_a_file_broken_from_the_start_is_a_problem_and_others_go_on(live: Live) -> None:
+def test_a_file_broken_from_the_start_is_a_problem_and_others_go_on(live: Home) -> None:
     live.save("shop/web")
     live.save("shop/api").write_text("name: api\npath: [")
-    daemon = live.start()
+    daemon = live.start_daemon()
     wait_until(lambda: live.has("first", "shop/web"))
     (problem,) = live.status()["problems"]
     assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
@@ -8452,7 +8304,7 @@ def test_a_file_broken_from_the_start_is_a_problem_and_others_go_on(live: Live) 
     live.stop(daemon)
 
 
-def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Live) -> None:
+def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Home) -> None:
     served.save()
     wait_until(lambda: served.has("first"))
     root = served.code / "shop" / "api"
@@ -8467,7 +8319,7 @@ def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Live) -> None
     assert served.status()["problems"] == []
 
 
-def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Live, turned: orchestra.Daemon) -> None:
+def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Home, turned: orchestra.Daemon) -> None:
     text = live.text("shop/api")
     root = live.code / "shop/api"
     root.rmdir()
@@ -8479,7 +8331,7 @@ def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Live, turne
     assert live.log().count("expected the codebase's folder") <= 2 and turned.status()["problems"] == []
 
 
-def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Live) -> None:
+def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Home) -> None:
     served.save("shop/api")
     served.save("team/api")
     wait_until(lambda: served.status()["codebases"] == ["shop/api", "team/api"])
@@ -8489,17 +8341,17 @@ def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Live) -> Non
     assert served.has("first", "team/api")
 
 
-def test_edits_made_while_it_was_down_are_synced_at_the_start(live: Live) -> None:
+def test_edits_made_while_it_was_down_are_synced_at_the_start(live: Home) -> None:
     live.save("shop/api")
     live.save("shop/web")
     for note in ("one", "two"):
         live.save(note=note)
-        daemon = live.start()
+        daemon = live.start_daemon()
         wait_until(lambda note=note: live.has(note) and live.read("shop/web"))  # type: ignore[misc]
         live.stop(daemon)
 
 
-def test_a_change_of_the_project_syncs_all(served: Live) -> None:
+def test_a_change_of_the_project_syncs_all(served: Home) -> None:
     served.save("shop/api")
     served.save("shop/web")
     wait_until(lambda: served.has("first") and served.has("first", "shop/web"))
@@ -8512,7 +8364,7 @@ def test_a_change_of_the_project_syncs_all(served: Live) -> None:
 # As a process: signals, one alone, what stands in the way
 
 
-def test_sighup_looks_at_everything_again(served: Live) -> None:
+def test_sighup_looks_at_everything_again(served: Home) -> None:
     served.save()
     wait_until(lambda: served.has("first"))
     put_files(served.code / "shop/api", {"README.md": ""})
@@ -8523,8 +8375,8 @@ def test_sighup_looks_at_everything_again(served: Live) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_well(live: Live, number: signal.Signals) -> None:
-    daemon = live.start()
+def test_a_signal_ends_it_well(live: Home, number: signal.Signals) -> None:
+    daemon = live.start_daemon()
     live.wait_for_start_job()
     daemon.send_signal(number)
     live.expect_end(daemon)
@@ -8532,7 +8384,7 @@ def test_a_signal_ends_it_well(live: Live, number: signal.Signals) -> None:
     assert live.errors() == "" and live.said() == ""
 
 
-def test_a_stop_does_not_wait_for_ever_for_a_job_that_hangs(live: Live, monkeypatch: Any) -> None:
+def test_a_stop_does_not_wait_for_ever_for_a_job_that_hangs(live: Home, monkeypatch: Any) -> None:
     monkeypatch.setattr(orchestra, "STOP_PATIENCE", 0.2)
     live.save()
     go_on = threading.Event()
@@ -8569,9 +8421,9 @@ sys.exit(orchestra.main(sys.argv[1:]))
 """
 
 
-def test_a_job_that_computes_without_end_holds_up_neither_status_nor_stop(live: Live, monkeypatch: Any) -> None:
+def test_a_job_that_computes_without_end_holds_up_neither_status_nor_stop(live: Home, monkeypatch: Any) -> None:
     monkeypatch.setattr(live, "command", lambda *argv, kind: [sys.executable, "-c", BUSY, *argv])
-    daemon = live.start(stdout=subprocess.PIPE)
+    daemon = live.start_daemon(stdout=subprocess.PIPE)
     assert daemon.stdout is not None
     interval = next(line for line in daemon.stdout if line.startswith(b"interval "))
     assert float(interval.split()[1]) <= 0.001
@@ -8589,29 +8441,29 @@ def test_a_job_that_computes_without_end_holds_up_neither_status_nor_stop(live: 
     daemon.stdout.close()
 
 
-def test_a_project_file_that_is_removed_is_no_longer_inherited(live: Live) -> None:
+def test_a_project_file_that_is_removed_is_no_longer_inherited(live: Home) -> None:
     file = live.file("shop/project")
     live.save()
     file.write_text("name: shop\nconventions: [from the project]\n")
-    daemon = live.start()
+    daemon = live.start_daemon()
     wait_until(lambda: "from the project" in live.read())
     file.unlink()
     wait_until(lambda: live.has("first") and "from the project" not in live.read())
     live.stop(daemon)
 
 
-def test_a_daemon_in_a_home_that_cannot_be_one_is_one_line(live: Live) -> None:
+def test_a_daemon_in_a_home_that_cannot_be_one_is_one_line(live: Home) -> None:
     shutil.rmtree(live.path)
     os.mkdir(live.path)
     Path(orchestra.orchestra_root(live.path)).write_text("a file")
-    ran = live.run("daemon", "start")
-    assert ran.returncode == 2
-    assert len(ran.stderr.splitlines()) == 1 and "Traceback" not in ran.stderr
+    ran = live.run_script("daemon", "start")
+    assert ran.status == 2
+    assert len(ran.err.splitlines()) == 1 and "Traceback" not in ran.err
 
 
-def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Live) -> None:
+def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Home) -> None:
     live.save()
-    daemon = live.start()
+    daemon = live.start_daemon()
     live.wait_for_start_job()
     sync = b'{"cmd":"sync","codebase":"api"}\n'
     refusal = {"ok": False, "error": "daemon: expected to sync, but it is stopping"}
@@ -8632,31 +8484,28 @@ def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Live)
     live.expect_end(daemon)
 
 
-def test_without_a_daemon_stop_and_status_say_so(live: Live) -> None:
-    ran = live.run("daemon", "stop")
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "daemon is not running\n", "")
+def test_without_a_daemon_stop_and_status_say_so(live: Home) -> None:
+    ran = live.run_script("daemon", "stop")
+    assert (ran.status, ran.out, ran.err) == (0, "daemon is not running\n", "")
     started = time.monotonic()
-    ran = live.run("daemon", "status")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout == f'{{\n  "running": false,\n  "socket": "{live.socket}"\n}}\n'
+    ran = live.run_script("daemon", "status")
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == f'{{\n  "running": false,\n  "socket": "{live.socket}"\n}}\n'
     assert time.monotonic() - started > 4 * orchestra.STATUS_PAUSE
 
 
-def test_status_waits_for_a_daemon_that_is_starting(live: Live) -> None:
-    asking = subprocess.Popen(
-        live.command("daemon", "status"), env={**os.environ, "HOME": live.path}, stdout=subprocess.PIPE
-    )
-    daemon = live.start(wait=False)
-    out = asking.communicate(timeout=60)[0]
-    assert json.loads(out)["running"] in (True, False)
+def test_status_waits_for_a_daemon_that_is_starting(live: Home) -> None:
+    asking = live.start("daemon", "status")
+    daemon = live.start_daemon(wait=False)
+    assert json.loads(finish(asking).out)["running"] in (True, False)
     wait_until(live.answers)
     live.stop(daemon)
 
 
-def check_that_one_of_two_survives(live: Live, is_killed: bool) -> None:
+def check_that_one_of_two_survives(live: Home, is_killed: bool) -> None:
     said = len(live.said()) if live.daemons else 0
     started = time.monotonic()
-    both = [live.start(wait=False), live.start(wait=False)]
+    both = [live.start_daemon(wait=False), live.start_daemon(wait=False)]
     wait_until(lambda: any(daemon.poll() is not None for daemon in both))
     assert time.monotonic() - started < 15
     (loser,) = (daemon for daemon in both if daemon.poll() is not None)
@@ -8674,18 +8523,18 @@ def check_that_one_of_two_survives(live: Live, is_killed: bool) -> None:
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(40, marks=pytest.mark.soak)])
-def test_of_two_daemons_started_at_once_one_survives(live: Live, rounds: int) -> None:
+def test_of_two_daemons_started_at_once_one_survives(live: Home, rounds: int) -> None:
     for number in range(rounds):
         check_that_one_of_two_survives(live, is_killed=number % 2 == 0)
 
 
-def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Live) -> None:
+def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Home) -> None:
     first = served.daemons[0]
     for number, is_deaf in ((1, False), (2, True)):
         if is_deaf:
             first.send_signal(signal.SIGSTOP)
             os.rename(served.socket, f"{served.socket}.away")
-        second = served.start(wait=False)
+        second = served.start_daemon(wait=False)
         assert second.wait(60) == 2
         said, hint = served.said().splitlines()[-2:]
         assert said == f"orchestra: daemon socket already in use: {served.socket}"
@@ -8706,7 +8555,7 @@ def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Live) -
         "link",
     ],
 )
-def test_what_is_not_a_socket_is_not_removed(live: Live, what: str) -> None:
+def test_what_is_not_a_socket_is_not_removed(live: Home, what: str) -> None:
     path = Path(live.socket)
     if what == "file":
         path.write_text("precious")
@@ -8714,34 +8563,33 @@ def test_what_is_not_a_socket_is_not_removed(live: Live, what: str) -> None:
         path.mkdir()
     else:
         path.symlink_to("elsewhere")
-    daemon = live.start(wait=False)
+    daemon = live.start_daemon(wait=False)
     assert daemon.wait(60) == 2
     assert live.said().startswith(f"orchestra: {live.socket}: expected a socket or nothing, got a ")
     assert os.path.lexists(path) and (what != "file" or path.read_text() == "precious")
     assert "Traceback" not in live.said()
 
 
-def test_a_home_too_long_for_a_socket_is_an_error(live: Live) -> None:
+def test_a_home_too_long_for_a_socket_is_an_error(live: Home) -> None:
     live.path += "/" + "x" * 100
-    live.socket = orchestra.socket_path(live.path)
     os.mkdir(live.path)
-    daemon = live.start(wait=False)
+    daemon = live.start_daemon(wait=False)
     assert daemon.wait(60) == 2
     limit = 103 if sys.platform == "darwin" else 107
     assert f"expected a socket path of at most {limit} bytes, got {len(live.socket)}" in live.said()
     for command in ("stop", "status"):
-        ran = live.run("daemon", command)
-        assert "Traceback" not in ran.stderr
+        ran = live.run_script("daemon", command)
+        assert "Traceback" not in ran.err
 
 
-def test_an_unknown_watcher_is_an_error(live: Live) -> None:
-    daemon = live.start(wait=False, environ={"ORCHESTRA_WATCHER": "eyes"})
+def test_an_unknown_watcher_is_an_error(live: Home) -> None:
+    daemon = live.start_daemon(wait=False, environ={"ORCHESTRA_WATCHER": "eyes"})
     assert daemon.wait(60) == 2
     assert live.said().startswith("orchestra: ORCHESTRA_WATCHER: expected ")
     assert not os.path.lexists(live.socket)
 
 
-def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Live) -> None:
+def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Home) -> None:
     text = served.text("shop/api")
     os.mkfifo(served.code / "shop" / "api" / "CLAUDE.md")
     replace_in_new_folder(served, "shop/api", text)
@@ -8758,17 +8606,17 @@ def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Live) -> 
     assert "CLAUDE.md" in json.dumps(served.status()["problems"])
 
 
-def replace_in_new_folder(live: Live, label: str, text: str) -> None:
+def replace_in_new_folder(live: Home, label: str, text: str) -> None:
     live.file(label).parent.mkdir(exist_ok=True)
     replace(live.file(label), text)
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="reads /proc")
 @pytest.mark.parametrize("kind", ["kqueue", "inotify"])
-def test_an_idle_daemon_sleeps(live: Live, kind: str, monkeypatch: Any) -> None:
+def test_an_idle_daemon_sleeps(live: Home, kind: str, monkeypatch: Any) -> None:
     require(kind, monkeypatch)
     live.save()
-    daemon = live.start(kind)
+    daemon = live.start_daemon(kind)
     wait_until(lambda: live.has("first"))
     with live.connection(b'{"cmd":') as half, live.connection() as ended:
         ended.shutdown(socket.SHUT_RD)
@@ -8790,7 +8638,7 @@ def cpu_ticks(pid: int) -> int:
 class Edited:
     """A daemon turned by hand that has just replaced a hand edit, and a clock for it."""
 
-    def __init__(self, live: Live, home: Home, daemon: orchestra.Daemon, clock: Clock) -> None:
+    def __init__(self, live: Home, home: Home, daemon: orchestra.Daemon, clock: Clock) -> None:
         self.live = live
         self.home = home
         self.daemon = daemon
@@ -8811,7 +8659,7 @@ class Edited:
 
 
 @pytest.fixture
-def edited(live: Live, home: Home) -> Iterator[Edited]:
+def edited(live: Home, home: Home) -> Iterator[Edited]:
     live.save()
     clock = Clock(1_800_000_000)
     with turned_by_hand(live, clock=clock) as daemon:
@@ -8823,7 +8671,7 @@ def edited(live: Live, home: Home) -> Iterator[Edited]:
         yield Edited(live, home, daemon, clock)
 
 
-def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Live, edited: Edited) -> None:
+def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Home, edited: Edited) -> None:
     (line,) = live.errors().splitlines()
     assert 'WARNING replaced hand-written text file="shop/api: CLAUDE.md"' in line
     (problem,) = edited.daemon.status()["problems"]
@@ -8853,7 +8701,7 @@ def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Live, edited: Ed
     ids=range(12),
 )
 def test_a_replaced_hand_edit_is_a_problem_for_a_day_or_until_its_codebase_is_seen_to(
-    live: Live, edited: Edited, act: Callable[[Edited], Any], stays: bool
+    live: Home, edited: Edited, act: Callable[[Edited], Any], stays: bool
 ) -> None:
     act(edited)
     for _ in range(2):
@@ -8861,13 +8709,13 @@ def test_a_replaced_hand_edit_is_a_problem_for_a_day_or_until_its_codebase_is_se
     assert os.path.exists(orchestra.replaced_path(live.path, ("shop", "api"))) == stays
 
 
-def test_of_a_codebase_that_is_registered_no_more_nothing_is_told(live: Live, edited: Edited) -> None:
+def test_of_a_codebase_that_is_registered_no_more_nothing_is_told(live: Home, edited: Edited) -> None:
     edited.run("project", "remove", "api")
     turn_until(edited.daemon, lambda: edited.daemon.status()["codebases"] == [])
     assert edited.daemon.status()["problems"] == []
 
 
-def test_a_note_of_replaced_text_that_is_damaged_is_forgotten(live: Live, edited: Edited) -> None:
+def test_a_note_of_replaced_text_that_is_damaged_is_forgotten(live: Home, edited: Edited) -> None:
     file = Path(orchestra.replaced_path(live.path, ("shop", "api")))
     whole = file.read_text()
     for data in ("", "{", "[]", "{}", '{"at": "x", "notes": {}}', '{"at": 1, "notes": 5}', "\xff"):
@@ -8880,7 +8728,7 @@ def test_a_note_of_replaced_text_that_is_damaged_is_forgotten(live: Live, edited
 
 
 def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
-    live: Live, turned: orchestra.Daemon, monkeypatch: Any
+    live: Home, turned: orchestra.Daemon, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(orchestra, "RETRY_INTERVAL", 0.02)
     sync_codebase, tries = orchestra.sync_codebase, []
@@ -8904,7 +8752,7 @@ def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
     assert len(tries) == 5 and turned._retry_at is None
 
 
-def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Live, monkeypatch: Any) -> None:
+def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
     file = live.save("shop/one")
     watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
     monkeypatch.setattr(orchestra, "find_first_link", lambda path: str(file))
@@ -8912,7 +8760,7 @@ def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Live, monkeyp
     assert watcher.look().saved == {str(file)}
 
 
-def test_a_link_that_comes_and_goes_stops_nothing(served: Live) -> None:
+def test_a_link_that_comes_and_goes_stops_nothing(served: Home) -> None:
     file = served.save("shop/one")
     target = served.code / "one.yaml"
     target.write_text(served.text("shop/one"))
@@ -8926,8 +8774,8 @@ def test_a_link_that_comes_and_goes_stops_nothing(served: Live) -> None:
     wait_until(lambda: served.has("last", "shop/one"))
 
 
-def test_a_client_that_connects_in_the_turn_of_a_stop_does_no_harm(live: Live) -> None:
-    daemon = live.start()
+def test_a_client_that_connects_in_the_turn_of_a_stop_does_no_harm(live: Home) -> None:
+    daemon = live.start_daemon()
     live.wait_for_start_job()
     daemon.send_signal(signal.SIGSTOP)
     with live.connection(b'{"cmd":"stop"}\n') as client, live.connection():
@@ -8936,9 +8784,9 @@ def test_a_client_that_connects_in_the_turn_of_a_stop_does_no_harm(live: Live) -
     live.expect_end(daemon)
 
 
-def test_a_reader_of_stdout_that_has_stopped_does_not_stop_the_daemon(live: Live) -> None:
+def test_a_reader_of_stdout_that_has_stopped_does_not_stop_the_daemon(live: Home) -> None:
     live.save()
-    daemon = live.start(stdout=subprocess.PIPE)
+    daemon = live.start_daemon(stdout=subprocess.PIPE)
     with live.connection(b'{"cmd":"sync"}\n' * 800) as client:
         for _ in range(800):
             assert read_line(client).startswith(b'{"ok":true')
@@ -8948,7 +8796,7 @@ def test_a_reader_of_stdout_that_has_stopped_does_not_stop_the_daemon(live: Live
     daemon.stdout.close()
 
 
-def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, turned: orchestra.Daemon, monkeypatch: Any) -> None:
+def test_a_bug_in_the_staleness_scan_is_told_once(live: Home, turned: orchestra.Daemon, monkeypatch: Any) -> None:
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
 
@@ -8966,7 +8814,7 @@ def test_a_bug_in_the_staleness_scan_is_told_once(live: Live, turned: orchestra.
 
 
 def test_the_staleness_scan_waits_for_the_end_of_a_long_job(
-    live: Live, turned: orchestra.Daemon, monkeypatch: Any
+    live: Home, turned: orchestra.Daemon, monkeypatch: Any
 ) -> None:
     live.save()
     turn_until(turned, lambda: " staleness " in live.log())
@@ -8982,10 +8830,10 @@ def test_the_staleness_scan_waits_for_the_end_of_a_long_job(
     turn_until(turned, lambda: live.has("second") and live.log().count(" staleness ") == 2)
 
 
-def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(live: Live) -> None:
-    first = live.start()
+def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(live: Home) -> None:
+    first = live.start_daemon()
     shutil.rmtree(orchestra.run_dir(live.path))
-    second = live.start(wait=False)
+    second = live.start_daemon(wait=False)
     wait_until(lambda: live.served_by() == second.pid)
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) == 0
@@ -8993,7 +8841,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
     live.stop(second)
 
 
-def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Live) -> None:
+def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Home) -> None:
     path = live.projects / "shop" / f"{'x' * 101}.yaml"
     assert orchestra.key_of_change(live.path, str(path)) == orchestra.STRAY
 
@@ -9001,6 +8849,122 @@ def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Live) 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
 # ── 22 Installing ─────────────────────────────────────────────────────────────
+
+INSTALLER = HERE / "install.sh"
+ORCHESTRA_PY = SCRIPT.read_bytes()
+PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+# A virtual environment's Python is not what is installed: the one below it is.
+BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
+SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
+SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
+
+
+class Machine(Home):
+    """A home on a machine that has no Orchestra yet, and beside it the programs of its PATH."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
+
+    @property
+    def home(self) -> Path:
+        return Path(self.path)
+
+    def variables(self, **more: Optional[str]) -> dict[str, str]:
+        return super().variables(**{"PATH": f"{self.tools}:{os.environ['PATH']}", **more})
+
+    def run_program(self, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end; `environ` holds variables to change, None for one to remove."""
+        environ = self.variables(**options.pop("environ", {}))
+        options = {"stdin": subprocess.DEVNULL, "cwd": "/", **options}
+        if "input" in options:
+            del options["stdin"]
+        return subprocess.run(
+            list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
+        )
+
+    def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run install.sh: as a file, or, where `url` is given, from a pipe."""
+        url = options.pop("url", None)
+        environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, **options.pop("environ", {})}
+        if url is None:
+            return self.run_program(*find_shell(shell), INSTALLER, *argv, environ=environ, **options)
+        text = INSTALLER.read_text()
+        environ["ORCHESTRA_URL"] = url
+        return self.run_program(*find_shell(shell), "-s", "--", *argv, input=text, environ=environ, **options)
+
+    def orchestra(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run what was installed, from another folder and with launchd's short PATH."""
+        return self.run_program(orchestra.link_path(self.path), *argv, **{"environ": {"PATH": SHORT_PATH}, **options})
+
+    def make_tool(self, name: str, text: str, folder: str = "tools") -> Path:
+        tool = self.folder / folder / name
+        put_files(tool.parent, {name: f"#!/bin/sh\n{text}\n"})
+        tool.chmod(0o755)
+        return tool
+
+    def only_tools(self, *names: str) -> str:
+        """Return a PATH that has these programs, and those that every machine has."""
+        folder = self.folder / "only"
+        folder.mkdir()
+        every = "sh dirname basename cp mktemp rm rmdir mkdir tail cut sha256sum shasum perl readlink cat uname id find"
+        for name in (*every.split(), "ls", *names):
+            found = shutil.which(name)
+            if found:
+                (folder / name).symlink_to(found)
+        return f"{self.tools}:{folder}"
+
+    def give_yaml(self) -> None:
+        """Put PyYAML where an earlier fetch would have put it, so that nothing is fetched."""
+        target = Path(orchestra.python_lib_dir(self.path), "yaml")
+        shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def listing(self) -> dict[str, tuple[str, bytes]]:
+        """Return the mode and bytes of all below the home, folders too; of a link, its target."""
+        found = {}
+        for path in sorted(self.home.rglob("*")):
+            mode = path.lstat().st_mode
+            data = path.read_bytes() if stat.S_ISREG(mode) else b""
+            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
+            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
+        return found
+
+    @contextmanager
+    def daemon(self, *command: object, kind: str = "") -> Iterator[subprocess.Popen[bytes]]:
+        """Run a real daemon, as if started by hand."""
+        command = command or (orchestra.link_path(self.path),)
+        daemon = self.start_daemon(kind, command=[*map(str, command), "daemon", "start"])
+        try:
+            yield daemon
+        finally:
+            daemon.kill()
+            daemon.wait()
+
+
+def find_shell(name: str) -> list[str]:
+    if not shutil.which(SHELLS[name][0]):
+        pytest.skip(f"no {SHELLS[name][0]} here")
+    return [str(shutil.which(SHELLS[name][0])), *SHELLS[name][1:]]
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine(tempfile.mkdtemp(prefix="ori", dir="/tmp"))
+    with machine.cleanup:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def bare_python() -> Any:
+    """A Python without PyYAML, in a virtual environment."""
+    pip = importlib.util.find_spec("pip")
+    with tempfile.TemporaryDirectory(prefix="orv", dir="/tmp") as folder:
+        # Borrowed, for pip takes seconds to install.
+        borrows = ["--without-pip"] if pip else []
+        subprocess.run([BASE_PYTHON, "-m", "venv", *borrows, folder], check=True, stdin=subprocess.DEVNULL)
+        if pip:
+            os.symlink(pip.submodule_search_locations[0], f"{folder}/lib/{PYTHON_XY}/site-packages/pip")
+        yield os.path.join(folder, "bin", "python")
 
 
 @functools.cache
@@ -9016,9 +8980,9 @@ def need_pypi() -> None:
 
 
 @pytest.fixture
-def server(place: Place) -> Any:
+def server(machine: Machine) -> Any:
     """A web server with a copy of the checkout; yields its address and its folder."""
-    folder = place.folder / "www"
+    folder = machine.folder / "www"
     folder.mkdir()
     shutil.copy(INSTALLER, folder)
     (folder / "orchestra.py").write_bytes(ORCHESTRA_PY)
@@ -9067,11 +9031,11 @@ def test_a_plist_holds_whatever_the_home_folder_is_called(home: str) -> None:
 
 @pytest.mark.skipif(not shutil.which("plistutil"), reason="no plistutil here")
 @pytest.mark.parametrize("home", ["/Users/me", "/Users/A & <B>", "/Users/Zoë 日本"])
-def test_apples_format_is_understood_by_another_reader_than_pythons(place: Place, home: str) -> None:
-    file = place.folder / "p.plist"
+def test_apples_format_is_understood_by_another_reader_than_pythons(machine: Machine, home: str) -> None:
+    file = machine.folder / "p.plist"
     file.write_bytes(orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs"))
-    binary = place.folder / "p.bin"
-    done = place.run("plistutil", "-i", file, "-f", "bin", "-o", binary)
+    binary = machine.folder / "p.bin"
+    done = machine.run_program("plistutil", "-i", file, "-f", "bin", "-o", binary)
     assert done.returncode == 0, done
     assert plistlib.loads(binary.read_bytes()) == plistlib.loads(file.read_bytes())
 
@@ -9231,12 +9195,12 @@ class FakeLaunchctl:
 
 
 @pytest.fixture
-def launchctl(place: Place) -> Any:
+def launchctl(machine: Machine) -> Any:
     """Make a stand-in for launchd, whose services end with the test."""
     made = []
 
     def make(**options: Any) -> FakeLaunchctl:
-        made.append(FakeLaunchctl(place.path, **options))
+        made.append(FakeLaunchctl(machine.path, **options))
         return made[-1]
 
     yield make
@@ -9247,14 +9211,14 @@ def launchctl(place: Place) -> Any:
 BINARY = "/opt/orchestra"
 
 
-def install_with(place: Place, fake: FakeLaunchctl, binary: str = BINARY, **options: Any) -> bytes:
+def install_with(machine: Machine, fake: FakeLaunchctl, binary: str = BINARY, **options: Any) -> bytes:
     """Install, and give the plist's bytes."""
-    orchestra.install_launchd(place.path, binary, "darwin", fake.launchd(**options))
-    return plist_of(place).read_bytes()
+    orchestra.install_launchd(machine.path, binary, "darwin", fake.launchd(**options))
+    return plist_of(machine).read_bytes()
 
 
-def plist_of(place: Place) -> Path:
-    return Path(orchestra.launchd_plist_path(place.path))
+def plist_of(machine: Machine) -> Path:
+    return Path(orchestra.launchd_plist_path(machine.path))
 
 
 def no_daemon(plist: Any) -> None:
@@ -9266,74 +9230,74 @@ UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orc
 LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
 
 
-def test_install_loads_the_plist_and_leaves_alone_what_it_started(place: Place, launchctl: Any) -> None:
+def test_install_loads_the_plist_and_leaves_alone_what_it_started(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
-    data = install_with(place, fake)
+    data = install_with(machine, fake)
     assert fake.calls == [*UNLOADING, *LOADING]
     assert fake.now == orchestra.STAY_TIME
-    assert data == fake.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(place.path))
-    assert os.path.isdir(orchestra.run_dir(place.path))
-    assert os.path.isdir(orchestra.logs_dir(place.path))
+    assert data == fake.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(machine.path))
+    assert os.path.isdir(orchestra.run_dir(machine.path))
+    assert os.path.isdir(orchestra.logs_dir(machine.path))
 
 
-def test_a_daemon_that_loading_did_not_start_is_kickstarted(place: Place, launchctl: Any) -> None:
+def test_a_daemon_that_loading_did_not_start_is_kickstarted(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(runs_at_load=False)
-    install_with(place, fake)
+    install_with(machine, fake)
     assert fake.calls == [*UNLOADING, *LOADING, "kickstart -k GUI/dev.orchestra.daemon"]
     assert fake.times == [0, 0, 0, 0, 0, orchestra.START_TIMEOUT]
     assert fake.now == orchestra.START_TIMEOUT + orchestra.STAY_TIME
 
 
-def test_a_daemon_that_starts_slowly_is_not_killed_for_it(place: Place, launchctl: Any) -> None:
+def test_a_daemon_that_starts_slowly_is_not_killed_for_it(machine: Machine, launchctl: Any) -> None:
     started = []
     fake = launchctl(start=no_daemon)
 
     def sleep(seconds: float) -> None:
         fake.sleep(seconds)
         if fake.now >= 9 and not started:
-            started.append(Answerer(orchestra.socket_path(place.path)))
+            started.append(Answerer(orchestra.socket_path(machine.path)))
 
-    install_with(place, fake, sleep=sleep)
+    install_with(machine, fake, sleep=sleep)
     started[0].stop()
     assert fake.verbs() == ["bootout", "enable", "bootstrap"]
     assert fake.now == 9 + orchestra.STAY_TIME
 
 
-def test_a_disabled_label_is_enabled_before_it_is_loaded(place: Place, launchctl: Any) -> None:
+def test_a_disabled_label_is_enabled_before_it_is_loaded(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
     fake.disabled = True  # bootstrap would answer 5 for ever
-    install_with(place, fake)
+    install_with(machine, fake)
     assert fake.calls == [*UNLOADING, *LOADING]
     assert fake.now == orchestra.STAY_TIME
 
 
 @pytest.mark.parametrize("code", [112, 113, 125])
 def test_without_a_desktop_session_nothing_is_changed_and_the_message_says_so(
-    place: Place, launchctl: Any, code: int
+    machine: Machine, launchctl: Any, code: int
 ) -> None:
     fake = launchctl(has_session=False, print=[code])
-    before = place.listing()
+    before = machine.listing()
     with pytest.raises(
         orchestra.LaunchdError, match=rf"^launchd error: gui/501: .* none \(launchctl says {code}\)$"
     ) as caught:
-        install_with(place, fake)
+        install_with(machine, fake)
     assert "log in" in caught.value.hint
     assert fake.calls == ["print GUI"]
     assert fake.now == 0
-    assert place.listing() == before
+    assert machine.listing() == before
 
 
-def test_install_waits_while_the_old_service_is_torn_down(place: Place, launchctl: Any) -> None:
+def test_install_waits_while_the_old_service_is_torn_down(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(teardown=18.0)  # launchd kills it after 20
-    install_with(place, fake)
+    install_with(machine, fake)
     fake.calls.clear(), fake.times.clear()
     fake.now = 0
-    install_with(place, fake)
+    install_with(machine, fake)
     looks = ["print GUI/dev.orchestra.daemon"] * 36
     assert fake.calls == [*UNLOADING, *looks, *LOADING]
     assert fake.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
     assert fake.now == 18 + orchestra.STAY_TIME
-    assert place.answers()
+    assert machine.answers()
 
 
 def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
@@ -9342,9 +9306,11 @@ def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
 
 
 @pytest.mark.parametrize("what", ["pid", "version"])
-def test_install_fails_where_another_daemon_answers_than_the_new_one(place: Place, launchctl: Any, what: str) -> None:
+def test_install_fails_where_another_daemon_answers_than_the_new_one(
+    machine: Machine, launchctl: Any, what: str
+) -> None:
     fake = launchctl()
-    old, alive, pid = install_with(place, fake), fake.start_service, fake.running.pid
+    old, alive, pid = install_with(machine, fake), fake.start_service, fake.running.pid
 
     def start(plist: Any) -> Answerer:
         running: Answerer = alive(plist)
@@ -9355,13 +9321,13 @@ def test_install_fails_where_another_daemon_answers_than_the_new_one(place: Plac
     fake.start_service = start
     fake.calls.clear()
     with pytest.raises(orchestra.LaunchdError, match=r"expected the daemon to answer on .*, got another one, pid \d+$"):
-        install_with(place, fake, "/opt/new")
+        install_with(machine, fake, "/opt/new")
     assert fake.verbs() == ["bootout", "enable", "bootstrap", "kickstart", "bootout", "bootstrap"]
-    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
+    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])
-def test_install_fails_where_the_new_daemon_does_not_last(place: Place, launchctl: Any, is_replaced: bool) -> None:
+def test_install_fails_where_the_new_daemon_does_not_last(machine: Machine, launchctl: Any, is_replaced: bool) -> None:
     fake = launchctl()
 
     def sleep(seconds: float) -> None:
@@ -9371,37 +9337,39 @@ def test_install_fails_where_the_new_daemon_does_not_last(place: Place, launchct
 
     found = r"another one, pid \d+" if is_replaced else "nothing"
     with pytest.raises(orchestra.LaunchdError, match=f"expected the daemon to stay, got {found}$") as caught:
-        install_with(place, fake, sleep=sleep)
+        install_with(machine, fake, sleep=sleep)
     assert "daemon logs" in caught.value.hint
-    assert not plist_of(place).exists()
+    assert not plist_of(machine).exists()
 
 
-def test_install_mends_the_plist_of_a_home_that_was_renamed(place: Place, launchctl: Any) -> None:
-    plist_of(place).parent.mkdir(parents=True)
-    plist_of(place).write_bytes(orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs"))
-    binary = orchestra.binary_path(place.path)
-    assert install_with(place, launchctl(), binary) == orchestra.generate_plist(binary, orchestra.logs_dir(place.path))
+def test_install_mends_the_plist_of_a_home_that_was_renamed(machine: Machine, launchctl: Any) -> None:
+    plist_of(machine).parent.mkdir(parents=True)
+    plist_of(machine).write_bytes(orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs"))
+    binary = orchestra.binary_path(machine.path)
+    assert install_with(machine, launchctl(), binary) == orchestra.generate_plist(
+        binary, orchestra.logs_dir(machine.path)
+    )
 
 
 @pytest.mark.parametrize("codes", [[5], [37], [36], [5, 37, 5], [5] * 20])
-def test_install_tries_again_while_launchd_is_busy(place: Place, launchctl: Any, codes: list[int]) -> None:
+def test_install_tries_again_while_launchd_is_busy(machine: Machine, launchctl: Any, codes: list[int]) -> None:
     fake = launchctl(bootstrap=codes)
-    install_with(place, fake)
+    install_with(machine, fake)
     assert fake.verbs() == ["bootout", "enable", *["bootstrap"] * (len(codes) + 1)]
     assert fake.now == len(codes) * 0.5 + orchestra.STAY_TIME
 
 
-def test_install_gives_up_when_launchd_stays_busy(place: Place, launchctl: Any) -> None:
+def test_install_gives_up_when_launchd_stays_busy(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(bootstrap=[5] * 1000)
     with pytest.raises(
         orchestra.LaunchdError, match=r"^launchd error: launchctl bootstrap: expected it to load .* got 5"
     ):
-        install_with(place, fake)
+        install_with(machine, fake)
     assert fake.now <= orchestra.SETTLE_TIMEOUT + 1
-    assert not plist_of(place).exists()
+    assert not plist_of(machine).exists()
 
 
-def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(place: Place, launchctl: Any) -> None:
+def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
     inner = fake.bootstrap
 
@@ -9410,106 +9378,106 @@ def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(place: Plac
         return 5
 
     fake.bootstrap = bootstrap
-    install_with(place, fake)
+    install_with(machine, fake)
     assert fake.verbs() == ["bootout", "enable", "bootstrap"]
-    assert place.answers()
+    assert machine.answers()
 
 
-def test_an_unknown_exit_code_is_not_tried_again(place: Place, launchctl: Any) -> None:
+def test_an_unknown_exit_code_is_not_tried_again(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(bootstrap=[78])
     with pytest.raises(orchestra.LaunchdError, match="got 78: bootstrap said 78"):
-        install_with(place, fake)
+        install_with(machine, fake)
     assert fake.verbs() == ["bootout", "enable", "bootstrap", "bootout"]
 
 
-def test_a_service_that_cannot_be_unloaded_stops_the_install(place: Place, launchctl: Any) -> None:
+def test_a_service_that_cannot_be_unloaded_stops_the_install(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(teardown=1000.0)
-    old = install_with(place, fake)
+    old = install_with(machine, fake)
     with pytest.raises(orchestra.LaunchdError, match="expected it to be unloaded"):
-        install_with(place, fake, "/opt/new")
-    assert plist_of(place).read_bytes() == old
+        install_with(machine, fake, "/opt/new")
+    assert plist_of(machine).read_bytes() == old
 
 
-def test_reinstalling_the_same_bytes_restarts_the_service(place: Place, launchctl: Any) -> None:
+def test_reinstalling_the_same_bytes_restarts_the_service(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
-    first = install_with(place, fake)
+    first = install_with(machine, fake)
     running = fake.running
     fake.calls.clear()
-    assert install_with(place, fake) == first
+    assert install_with(machine, fake) == first
     assert fake.verbs() == ["bootout", "enable", "bootstrap"]
     assert fake.running is not running
 
 
-def test_an_install_whose_daemon_never_answers_restores_the_old_plist(place: Place, launchctl: Any) -> None:
+def test_an_install_whose_daemon_never_answers_restores_the_old_plist(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
-    old = install_with(place, fake)
+    old = install_with(machine, fake)
     alive = fake.start_service
     fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
     with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer") as caught:
-        install_with(place, fake, "/opt/broken")
+        install_with(machine, fake, "/opt/broken")
     assert "daemon logs" in caught.value.hint
-    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
-    assert place.answers()
+    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
+    assert machine.answers()
 
 
-def test_a_failed_first_install_leaves_no_plist(place: Place, launchctl: Any) -> None:
+def test_a_failed_first_install_leaves_no_plist(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(start=no_daemon)
     with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer"):
-        install_with(place, fake)
-    assert not plist_of(place).exists()
+        install_with(machine, fake)
+    assert not plist_of(machine).exists()
     assert fake.verbs()[-1] == "bootout"
-    assert list(plist_of(place).parent.iterdir()) == []
+    assert list(plist_of(machine).parent.iterdir()) == []
 
 
-def test_a_failed_install_has_the_old_service_running_again(place: Place, launchctl: Any) -> None:
+def test_a_failed_install_has_the_old_service_running_again(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(teardown=3.0)
-    old = install_with(place, fake)
+    old = install_with(machine, fake)
     alive = fake.start_service
     fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
     with pytest.raises(orchestra.LaunchdError, match="expected the daemon to answer"):
-        install_with(place, fake, "/opt/broken")
-    assert plist_of(place).read_bytes() == fake.loaded_bytes == old
+        install_with(machine, fake, "/opt/broken")
+    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
     assert fake.gone_at is None
-    assert place.answers()
+    assert machine.answers()
 
 
-def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(place: Place, launchctl: Any) -> None:
-    (place.home / "Library").write_text("not a folder")
+def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(machine: Machine, launchctl: Any) -> None:
+    (machine.home / "Library").write_text("not a folder")
     fake = launchctl()
     with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
-        install_with(place, fake)
+        install_with(machine, fake)
     assert fake.calls == ["print GUI"]
 
 
-def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(place: Place, launchctl: Any) -> None:
+def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(machine: Machine, launchctl: Any) -> None:
     fake = launchctl(teardown=3.0)
-    install_with(place, fake)
+    install_with(machine, fake)
     fake.now = 0
-    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is True
+    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is True
     assert fake.now == 3.0
     assert fake.loaded is None
-    assert not plist_of(place).exists()
-    assert not os.path.lexists(orchestra.socket_path(place.path))
+    assert not plist_of(machine).exists()
+    assert not os.path.lexists(orchestra.socket_path(machine.path))
 
 
-def test_uninstall_when_nothing_is_installed_says_so(place: Place, launchctl: Any) -> None:
+def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
-    before = place.listing()
-    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is False
+    before = machine.listing()
+    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is False
     assert fake.verbs() == []
-    assert place.listing() == before
+    assert machine.listing() == before
 
 
-def test_uninstall_unloads_a_service_whose_plist_was_deleted(place: Place, launchctl: Any) -> None:
+def test_uninstall_unloads_a_service_whose_plist_was_deleted(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
-    install_with(place, fake)
-    plist_of(place).unlink()
-    assert orchestra.uninstall_launchd(place.path, "darwin", fake.launchd()) is True
+    install_with(machine, fake)
+    plist_of(machine).unlink()
+    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is True
     assert fake.loaded is None
 
 
-def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(place: Place, launchctl: Any) -> None:
-    path = orchestra.socket_path(place.path)
+def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, launchctl: Any) -> None:
+    path = orchestra.socket_path(machine.path)
     os.mkdir(os.path.dirname(path))
     is_over = threading.Event()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -9529,22 +9497,22 @@ def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(place: Place, laun
         thread = threading.Thread(target=refuse)
         thread.start()
         try:
-            orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+            orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
         finally:
             is_over.set()
             thread.join()
     assert os.path.lexists(path)
 
 
-def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(place: Place, launchctl: Any) -> None:
-    path = orchestra.socket_path(place.path)
-    lock = orchestra.try_lock(orchestra.daemon_lock_path(place.path))
+def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(machine: Machine, launchctl: Any) -> None:
+    path = orchestra.socket_path(machine.path)
+    lock = orchestra.try_lock(orchestra.daemon_lock_path(machine.path))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-    orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+    orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
     assert os.path.lexists(path)
     os.close(lock)
-    orchestra.uninstall_launchd(place.path, "darwin", launchctl().launchd())
+    orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
     assert not os.path.lexists(path)
 
 
@@ -9571,9 +9539,9 @@ esac
 """
 
 
-def launchctl_program(place: Place, timeout: float = 20.0, **nexts: str) -> orchestra.Runner:
+def launchctl_program(machine: Machine, timeout: float = 20.0, **nexts: str) -> orchestra.Runner:
     """Make the program, and a runner that starts it where /bin/launchctl is asked for."""
-    folder = place.folder / "launchctl"
+    folder = machine.folder / "launchctl"
     folder.mkdir(exist_ok=True)
     program = folder / "launchctl"
     program.write_text(LAUNCHCTL_PROGRAM)
@@ -9583,46 +9551,46 @@ def launchctl_program(place: Place, timeout: float = 20.0, **nexts: str) -> orch
     return lambda argv, _: orchestra.run_program([{"/bin/launchctl": str(program)}[argv[0]], *argv[1:]], timeout)
 
 
-def calls_of(place: Place) -> list[str]:
-    return [line for line in (place.folder / "launchctl/calls").read_text().split() if line != "print"]
+def calls_of(machine: Machine) -> list[str]:
+    return [line for line in (machine.folder / "launchctl/calls").read_text().split() if line != "print"]
 
 
-def test_install_holds_with_a_real_program_for_launchctl(place: Place) -> None:
-    run = launchctl_program(place, bootstrap="5 37")
-    (place.folder / "launchctl/loaded").touch()
+def test_install_holds_with_a_real_program_for_launchctl(machine: Machine) -> None:
+    run = launchctl_program(machine, bootstrap="5 37")
+    (machine.folder / "launchctl/loaded").touch()
     started: list[Answerer] = []
     naps: list[float] = []
 
     def run_and_answer(argv: Sequence[str], timeout: float) -> orchestra.Completed:
         if argv[1] == "enable":
-            started.append(Answerer(orchestra.socket_path(place.path)))
+            started.append(Answerer(orchestra.socket_path(machine.path)))
         return run(argv, timeout)
 
     launchd = orchestra.Launchd(run=run_and_answer, uid=501, sleep=naps.append)
-    orchestra.install_launchd(place.path, BINARY, "darwin", launchd)
+    orchestra.install_launchd(machine.path, BINARY, "darwin", launchd)
     started[0].stop()
-    assert calls_of(place) == ["bootout", "enable", "bootstrap", "bootstrap", "bootstrap"]
-    assert (place.folder / "launchctl/loaded").read_bytes() == plist_of(place).read_bytes()
+    assert calls_of(machine) == ["bootout", "enable", "bootstrap", "bootstrap", "bootstrap"]
+    assert (machine.folder / "launchctl/loaded").read_bytes() == plist_of(machine).read_bytes()
     assert naps == [0.5, 0.5, orchestra.STAY_TIME]
-    assert orchestra.uninstall_launchd(place.path, "darwin", launchd) is True
-    assert not (place.folder / "launchctl/loaded").exists()
+    assert orchestra.uninstall_launchd(machine.path, "darwin", launchd) is True
+    assert not (machine.folder / "launchctl/loaded").exists()
 
 
 @pytest.mark.parametrize("hangs", ["print", "bootstrap"])
-def test_a_launchctl_that_hangs_is_an_error_and_the_old_plist_is_back(place: Place, hangs: str) -> None:
-    plist_of(place).parent.mkdir(parents=True)
-    plist_of(place).write_bytes(b"the old one")
-    run = launchctl_program(place, 0.3, **{hangs: "hang"})
+def test_a_launchctl_that_hangs_is_an_error_and_the_old_plist_is_back(machine: Machine, hangs: str) -> None:
+    plist_of(machine).parent.mkdir(parents=True)
+    plist_of(machine).write_bytes(b"the old one")
+    run = launchctl_program(machine, 0.3, **{hangs: "hang"})
     with pytest.raises(orchestra.LaunchdError, match=r"no answer within 0\.3 s"):
-        orchestra.install_launchd(place.path, BINARY, "darwin", orchestra.Launchd(run=run, uid=501))
-    assert plist_of(place).read_bytes() == b"the old one"
+        orchestra.install_launchd(machine.path, BINARY, "darwin", orchestra.Launchd(run=run, uid=501))
+    assert plist_of(machine).read_bytes() == b"the old one"
 
 
-def test_a_launchctl_that_cannot_be_started_is_an_error(place: Place) -> None:
+def test_a_launchctl_that_cannot_be_started_is_an_error(machine: Machine) -> None:
     launchd = orchestra.Launchd(run=lambda argv, timeout: orchestra.run_program(["/nowhere/launchctl"], timeout))
     with pytest.raises(orchestra.LaunchdError, match="no such file"):
-        orchestra.install_launchd(place.path, BINARY, "darwin", launchd)
-    assert not plist_of(place).exists()
+        orchestra.install_launchd(machine.path, BINARY, "darwin", launchd)
+    assert not plist_of(machine).exists()
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -9633,37 +9601,37 @@ def test_a_program_is_ended_when_its_time_is_over() -> None:
     assert orchestra.run_program(["/nowhere"], 10).code == orchestra.NOT_STARTED
 
 
-def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(place: Place) -> None:
-    environ = {"PATH": f".::{place.tools}:x:{os.environ['PATH']}:", "PYTHONPATH": ".", "PYTHONHOME": "kept"}
-    place.make_tool("say", 'pwd\necho "$PATH"\necho "${PYTHONPATH-none} $PYTHONHOME"')
+def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine: Machine) -> None:
+    environ = {"PATH": f".::{machine.tools}:x:{os.environ['PATH']}:", "PYTHONPATH": ".", "PYTHONHOME": "kept"}
+    machine.make_tool("say", 'pwd\necho "$PATH"\necho "${PYTHONPATH-none} $PYTHONHOME"')
     done = orchestra.run_program(["say"], 10, environ=environ)
     absolute = ":".join(folder for folder in os.environ["PATH"].split(":") if folder.startswith("/"))
-    assert done == (0, f"/\n{place.tools}:{absolute}\nnone kept")
-    assert orchestra.run_program(["pwd"], 10, folder=place.path).output == place.path
+    assert done == (0, f"/\n{machine.tools}:{absolute}\nnone kept")
+    assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
 
 
 # The real daemon, run as launchd runs it
 
 
-def test_install_takes_over_from_a_daemon_started_by_hand(place: Place, launchctl: Any) -> None:
-    place.give_yaml()
-    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
-    fake = launchctl(start=lambda plist: Service(place.path, plist))
-    with place.daemon(binary) as by_hand:
+def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: Any) -> None:
+    machine.give_yaml()
+    binary = orchestra.install_program(machine.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    fake = launchctl(start=lambda plist: Service(machine.path, plist))
+    with machine.daemon(binary) as by_hand:
         # Real time: the daemons are real.
-        install_with(place, fake, binary, clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
+        install_with(machine, fake, binary, clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
         assert by_hand.wait(20) == 0
-        assert place.answers()
-        status = orchestra.send_request(place.path, {"cmd": "status"})
+        assert machine.answers()
+        status = orchestra.send_request(machine.path, {"cmd": "status"})
         assert status["label"] == "dev.orchestra.daemon"
-        register(place)
-        orchestra.request_sync(place.path)
-        assert (place.code / "CLAUDE.md").exists()
-        assert "source=socket" in Path(orchestra.stdout_log_path(place.path)).read_text()
+        register(machine)
+        orchestra.request_sync(machine.path)
+        assert (machine.code / "CLAUDE.md").exists()
+        assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
     launchd = fake.launchd(clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
-    assert orchestra.uninstall_launchd(place.path, "darwin", launchd) is True
-    assert not place.answers()
-    assert not os.path.lexists(orchestra.socket_path(place.path))
+    assert orchestra.uninstall_launchd(machine.path, "darwin", launchd) is True
+    assert not machine.answers()
+    assert not os.path.lexists(orchestra.socket_path(machine.path))
 
 
 class Ending(Answerer):
@@ -9687,13 +9655,13 @@ class Ending(Answerer):
             self.lock = None
 
 
-def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(place: Place, launchctl: Any) -> None:
-    ending = Ending(place.path)
+def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(machine: Machine, launchctl: Any) -> None:
+    ending = Ending(machine.path)
     seen = []
 
     def start(plist: Any) -> Answerer:
         seen.append(ending.lock)
-        return Answerer(orchestra.socket_path(place.path))
+        return Answerer(orchestra.socket_path(machine.path))
 
     fake = launchctl(start=start)
 
@@ -9702,55 +9670,55 @@ def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(place: Plac
         if fake.now > 3:
             ending.end()
 
-    install_with(place, fake, sleep=sleep)
+    install_with(machine, fake, sleep=sleep)
     assert seen == [None]
 
 
-def test_install_upgrades_a_running_service(place: Place, launchctl: Any) -> None:
-    place.move_home("Ann & Zoë")
-    place.give_yaml()
-    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
-    fake = FakeLaunchctl(place.path, start=lambda plist: Service(place.path, plist))
+def test_install_upgrades_a_running_service(machine: Machine, launchctl: Any) -> None:
+    machine.move("Ann & Zoë")
+    machine.give_yaml()
+    binary = orchestra.install_program(machine.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    fake = FakeLaunchctl(machine.path, start=lambda plist: Service(machine.path, plist))
     options = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
     try:
-        first = install_with(place, fake, binary, **options)
-        assert install_with(place, fake, binary, **options) == first
-        assert place.answers()
+        first = install_with(machine, fake, binary, **options)
+        assert install_with(machine, fake, binary, **options) == first
+        assert machine.answers()
     finally:
         fake.stop()
 
 
-def register(place: Place) -> None:
-    file = Path(orchestra.codebase_path(place.path, ("shop", "api")))
+def register(machine: Machine) -> None:
+    file = Path(orchestra.codebase_path(machine.path, ("shop", "api")))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"name: api\npath: {place.code}\ntargets: [claude]\n")
+    file.write_text(f"name: api\npath: {machine.code}\ntargets: [claude]\n")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
 @pytest.mark.parametrize("command", ["install", "uninstall"])
 def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
-    place: Place, capsys: Any, command: str
+    machine: Machine, capsys: Any, command: str
 ) -> None:
-    before = place.listing()
-    assert orchestra.main(["daemon", command], {"HOME": place.path}) == 2
+    before = machine.listing()
+    assert orchestra.main(["daemon", command], {"HOME": machine.path}) == 2
     said = capsys.readouterr()
     assert said.out == ""
     lines = said.err.splitlines()
     assert lines[0] == "orchestra: launchd error: launchd management is only supported on macOS"
     assert "systemd" in lines[1]
-    assert place.listing() == before
+    assert machine.listing() == before
 
 
-def test_the_platform_is_checked_before_anything_is_done(place: Place, launchctl: Any) -> None:
+def test_the_platform_is_checked_before_anything_is_done(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
     for act in (
-        lambda: orchestra.install_launchd(place.path, BINARY, "linux", fake.launchd()),
-        lambda: orchestra.uninstall_launchd(place.path, "linux", fake.launchd()),
+        lambda: orchestra.install_launchd(machine.path, BINARY, "linux", fake.launchd()),
+        lambda: orchestra.uninstall_launchd(machine.path, "linux", fake.launchd()),
     ):
         with pytest.raises(orchestra.LaunchdError):
             act()
     assert fake.calls == []
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
 # The installed program
@@ -9774,11 +9742,11 @@ def test_homebrews_python_is_named_by_the_link_that_survives_an_upgrade(python: 
     assert orchestra.stable_python_path(python, exists=lambda path: path == python) == python
 
 
-def test_the_installed_python_is_not_a_virtual_environments(place: Place, bare_python: str) -> None:
+def test_the_installed_python_is_not_a_virtual_environments(machine: Machine, bare_python: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import orchestra; print(orchestra.choose_python())"
-    done = place.run(bare_python, "-I", "-c", code)
+    done = machine.run_program(bare_python, "-I", "-c", code)
     assert not done.stdout.startswith(os.path.dirname(bare_python)), done
-    version = place.run(
+    version = machine.run_program(
         done.stdout.strip(), "-c", "import sys; print(sys.version_info[:2], sys.prefix == sys.base_prefix)"
     )
     assert version.stdout == f"{sys.version_info[:2]} True\n"
@@ -9805,123 +9773,126 @@ def test_without_any_python_that_runs_the_message_says_so() -> None:
 @pytest.mark.parametrize(
     "folder", ["plain", "with space", "a'quote", "a' b", "'", "ends' '", "Zoë", '$HOME `x` "q"', "long" * 40]
 )
-def test_the_launcher_runs_with_a_python_wherever_it_lies(place: Place, folder: str) -> None:
-    python = place.folder / folder / "python"
+def test_the_launcher_runs_with_a_python_wherever_it_lies(machine: Machine, folder: str) -> None:
+    python = machine.folder / folder / "python"
     python.parent.mkdir()
     python.symlink_to(BASE_PYTHON)
-    binary = orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    binary = orchestra.install_program(machine.path, str(python), str(HERE / "orchestra.py"))
     for _ in range(2):
-        done = place.run(binary, "--version", environ={"PATH": SHORT_PATH})
+        done = machine.run_program(binary, "--version", environ={"PATH": SHORT_PATH})
         assert (done.returncode, done.stdout, done.stderr) == (0, f"orchestra {orchestra.__version__}\n", "")
-    assert place.run(binary, "sync", "a 'b", "--nope").returncode == 2
+    assert machine.run_program(binary, "sync", "a 'b", "--nope").returncode == 2
 
 
-def test_the_launcher_runs_with_a_python_whose_path_has_a_backslash(place: Place) -> None:
-    python = place.folder / "a \\x" / "python"
+def test_the_launcher_runs_with_a_python_whose_path_has_a_backslash(machine: Machine) -> None:
+    python = machine.folder / "a \\x" / "python"
     python.parent.mkdir()
     python.symlink_to(BASE_PYTHON)
-    binary = orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
-    assert place.run(binary, "--version").stdout == f"orchestra {orchestra.__version__}\n"
+    binary = orchestra.install_program(machine.path, str(python), str(HERE / "orchestra.py"))
+    assert machine.run_program(binary, "--version").stdout == f"orchestra {orchestra.__version__}\n"
 
 
-def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment(place: Place) -> None:
-    binary = orchestra.install_program(place.path, BASE_PYTHON, str(HERE / "orchestra.py"))
-    assert binary == f"{place.path}/.orchestra/bin/orchestra"
+def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment(machine: Machine) -> None:
+    binary = orchestra.install_program(machine.path, BASE_PYTHON, str(HERE / "orchestra.py"))
+    assert binary == f"{machine.path}/.orchestra/bin/orchestra"
     assert stat.S_IMODE(os.stat(binary).st_mode) == 0o700
     first, *rest = Path(binary).read_text().splitlines()
     assert first == f"#!{BASE_PYTHON} -I"
     assert len(rest) == 2
-    trap = place.folder / "trap"
+    trap = machine.folder / "trap"
     trap.mkdir()
     (trap / "json.py").write_text("1 / 0")
     (trap / "orchestra.py").write_text("1 / 0")
-    done = place.run(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=str(trap))
+    done = machine.run_program(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=str(trap))
     assert done.stdout == f"orchestra {orchestra.__version__}\n", done
-    assert list(Path(orchestra.installed_script_path(place.path)).parent.glob("__pycache__/orchestra.*.pyc"))
+    assert list(Path(orchestra.installed_script_path(machine.path)).parent.glob("__pycache__/orchestra.*.pyc"))
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space"])  # of Python: the launcher's two forms
-def test_the_installed_program_works_after_the_home_was_renamed(place: Place, folder: str) -> None:
-    place.give_yaml()
-    python = place.folder / folder / "python"
+def test_the_installed_program_works_after_the_home_was_renamed(machine: Machine, folder: str) -> None:
+    machine.give_yaml()
+    python = machine.folder / folder / "python"
     python.parent.mkdir()
     python.symlink_to(BASE_PYTHON)
-    assert place.run(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
-    orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
-    place.move_home("Ann's new home")
-    assert_works(place)
-    for path in (orchestra.binary_path(place.path), orchestra.link_path(place.path)):
-        assert place.run(path, "--version", cwd=os.path.dirname(path)).stdout == f"orchestra {orchestra.__version__}\n"
+    assert machine.run_program(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
+    orchestra.install_program(machine.path, str(python), str(HERE / "orchestra.py"))
+    machine.move("Ann's new home")
+    assert_works(machine)
+    for path in (orchestra.binary_path(machine.path), orchestra.link_path(machine.path)):
+        assert (
+            machine.run_program(path, "--version", cwd=os.path.dirname(path)).stdout
+            == f"orchestra {orchestra.__version__}\n"
+        )
 
 
-def test_a_link_left_dangling_by_a_renamed_home_is_renewed_and_uninstalled(place: Place) -> None:
-    place.give_yaml()
-    link = Path(orchestra.link_path(place.path))
+def test_a_link_left_dangling_by_a_renamed_home_is_renewed_and_uninstalled(machine: Machine) -> None:
+    machine.give_yaml()
+    link = Path(orchestra.link_path(machine.path))
     link.parent.mkdir(parents=True)
     link.symlink_to("/old/.orchestra/bin/orchestra")
-    assert place.install("sh", "--uninstall").returncode == 0
+    assert machine.install("sh", "--uninstall").returncode == 0
     assert not os.path.lexists(link)
     link.symlink_to("/old/.orchestra/bin/orchestra")
-    place.give_yaml()
-    done = place.install()
+    machine.give_yaml()
+    done = machine.install()
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert_works(place)
+    assert_works(machine)
 
 
-def test_a_link_to_somebody_elses_launcher_is_left_alone(place: Place) -> None:
-    other = put_files(place.folder, {"other/.orchestra/bin/orchestra": "theirs"})
-    link = Path(orchestra.link_path(place.path))
+def test_a_link_to_somebody_elses_launcher_is_left_alone(machine: Machine) -> None:
+    other = put_files(machine.folder, {"other/.orchestra/bin/orchestra": "theirs"})
+    link = Path(orchestra.link_path(machine.path))
     link.parent.mkdir(parents=True)
-    link.symlink_to(place.folder / "other/.orchestra/bin/orchestra")
+    link.symlink_to(machine.folder / "other/.orchestra/bin/orchestra")
     del other
     with pytest.raises(orchestra.UsageError, match="expected nothing or Orchestra's link"):
-        orchestra.check_link(place.path)
-    assert place.install("sh", "--uninstall").returncode == 0
+        orchestra.check_link(machine.path)
+    assert machine.install("sh", "--uninstall").returncode == 0
     assert os.path.lexists(link)
 
 
-def test_the_link_is_absolute_where_its_folder_lies_elsewhere(place: Place) -> None:
-    assert orchestra.link_target(place.path) == "../../.orchestra/bin/orchestra"
-    (place.folder / "dotfiles/bin").mkdir(parents=True)
-    (place.home / ".local").symlink_to(place.folder / "dotfiles")
-    assert orchestra.link_target(place.path) == orchestra.binary_path(place.path)
+def test_the_link_is_absolute_where_its_folder_lies_elsewhere(machine: Machine) -> None:
+    assert orchestra.link_target(machine.path) == "../../.orchestra/bin/orchestra"
+    (machine.folder / "dotfiles/bin").mkdir(parents=True)
+    (machine.home / ".local").symlink_to(machine.folder / "dotfiles")
+    assert orchestra.link_target(machine.path) == orchestra.binary_path(machine.path)
 
 
 @pytest.mark.parametrize("home", ["h", "Ann & Zoë's home"])
-def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(place: Place, home: str) -> None:
-    place.move_home(home)
-    place.give_yaml()
-    copy = place.folder / "downloaded (1).txt"
+def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(machine: Machine, home: str) -> None:
+    machine.move(home)
+    machine.give_yaml()
+    copy = machine.folder / "downloaded (1).txt"
     copy.write_bytes(ORCHESTRA_PY)
     copy.chmod(0o444)
-    link = place.folder / "o"
+    link = machine.folder / "o"
     link.symlink_to(copy)
-    done = place.run(BASE_PYTHON, link, "self-install")
+    done = machine.run_program(BASE_PYTHON, link, "self-install")
     assert (done.returncode, done.stdout, done.stderr) == (0, "installed ~/.local/bin/orchestra\n", "")
     copy.unlink()
     link.unlink()
-    assert Path(orchestra.installed_script_path(place.path)).read_bytes() == ORCHESTRA_PY
-    assert_works(place)
+    assert Path(orchestra.installed_script_path(machine.path)).read_bytes() == ORCHESTRA_PY
+    assert_works(machine)
 
 
-def assert_works(place: Place) -> None:
+def assert_works(machine: Machine) -> None:
     """Show that what is installed does its work from any folder."""
-    for argv in (("init", str(place.code), "-p", "demo", "--sync"), ("status", "--check")):
-        done = place.orchestra(*argv)
+    for argv in (("init", str(machine.code), "-p", "demo", "--sync"), ("status", "--check")):
+        done = machine.orchestra(*argv)
         assert (done.returncode, done.stderr) == (0, ""), done
-    assert (place.code / "CLAUDE.md").exists()
+    assert (machine.code / "CLAUDE.md").exists()
 
 
-def test_installing_again_upgrades_in_place_even_from_the_installed_copy(place: Place) -> None:
-    place.give_yaml()
-    assert place.run(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
-    newer = place.folder / "newer.py"
+def test_installing_again_upgrades_in_place_even_from_the_installed_copy(machine: Machine) -> None:
+    machine.give_yaml()
+    assert machine.run_program(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
+    newer = machine.folder / "newer.py"
     newer.write_bytes(new_version())
-    assert place.run(BASE_PYTHON, newer, "self-install").returncode == 0
-    assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
-    assert place.orchestra("self-install").returncode == 0
-    assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
-    assert [path for path in place.listing() if path.endswith(".tmp")] == []
+    assert machine.run_program(BASE_PYTHON, newer, "self-install").returncode == 0
+    assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
+    assert machine.orchestra("self-install").returncode == 0
+    assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
+    assert [path for path in machine.listing() if path.endswith(".tmp")] == []
 
 
 def new_version() -> bytes:
@@ -9929,20 +9900,20 @@ def new_version() -> bytes:
     return re.sub(rb'(?m)^__version__ = ".*"', b'__version__ = "9.9.10"', ORCHESTRA_PY)
 
 
-def test_a_script_that_is_no_file_cannot_be_installed(place: Place) -> None:
+def test_a_script_that_is_no_file_cannot_be_installed(machine: Machine) -> None:
     with pytest.raises(orchestra.UsageError, match="expected the script's own file"):
-        orchestra.install_program(place.path, BASE_PYTHON, str(place.folder))
-    assert place.listing() == {}
+        orchestra.install_program(machine.path, BASE_PYTHON, str(machine.folder))
+    assert machine.listing() == {}
 
 
-def test_the_script_alone_in_an_empty_folder_under_another_name_works(place: Place) -> None:
-    script = place.folder / "alone" / "tool"
+def test_the_script_alone_in_an_empty_folder_under_another_name_works(machine: Machine) -> None:
+    script = machine.folder / "alone" / "tool"
     script.parent.mkdir()
     script.write_bytes(ORCHESTRA_PY)
     for argv in (["init", ".", "-p", "demo"], ["sync", "c"], ["status", "--check"], ["project", "list"]):
-        done = place.run(sys.executable, script, *argv, cwd=place.code)
+        done = machine.run_program(sys.executable, script, *argv, cwd=machine.code)
         assert (done.returncode, done.stderr) == (0, ""), done
-    assert (place.code / "CLAUDE.md").exists()
+    assert (machine.code / "CLAUDE.md").exists()
     assert list(script.parent.iterdir()) == [script]
 
 
@@ -9952,13 +9923,13 @@ STDLIB = os.path.dirname(os.__file__)
 
 
 @pytest.fixture
-def traps(place: Place) -> Any:
+def traps(machine: Machine) -> Any:
     """A folder with a module of every name that could be imported; yields it, and those that were."""
     names = {*sys.builtin_module_names, "yaml", "pip", "orchestra"}
     for path in (STDLIB, *filter(os.path.isdir, [f"{STDLIB}/lib-dynload"])):
         names |= {re.split(r"\W", name)[0] for name in os.listdir(path)}
-    ran = place.folder / "ran"
-    folder = place.folder / "traps"
+    ran = machine.folder / "ran"
+    folder = machine.folder / "traps"
     put_files(folder, {f"{name}.py": f"open({str(ran)!r}, 'a').write('{name} ')" for name in names if name})
     put_files(folder, {"yaml/__init__.py": f"open({str(ran)!r}, 'a').write('yaml ')"})
     yield folder, lambda: ran.read_text() if ran.exists() else ""
@@ -9978,68 +9949,71 @@ with open(sys.argv[1], "rb") as script:
 @pytest.mark.parametrize(
     "where", ["current", "script", "link", "PYTHONPATH", "relative PYTHONPATH", "empty PYTHONPATH"]
 )
-def test_started_as_a_script_it_runs_no_code_of_other_folders(place: Place, traps: Any, where: str) -> None:
+def test_started_as_a_script_it_runs_no_code_of_other_folders(machine: Machine, traps: Any, where: str) -> None:
     folder, ran = traps
-    script, cwd, environ = HERE / "orchestra.py", place.code, {}
+    script, cwd, environ = HERE / "orchestra.py", machine.code, {}
     if "script" in where or "link" in where:
         script = folder / "orchestra.py"
         script.write_bytes(ORCHESTRA_PY)
     if where == "link":
-        (place.folder / "o").symlink_to(script)
-        script = place.folder / "o"
+        (machine.folder / "o").symlink_to(script)
+        script = machine.folder / "o"
     if "PYTHONPATH" in where:
         for name in {
-            name.partition(".")[0] for name in place.run(sys.executable, "-c", LOADED_BY_PYTHON).stdout.split()
+            name.partition(".")[0]
+            for name in machine.run_program(sys.executable, "-c", LOADED_BY_PYTHON).stdout.split()
         }:
             (folder / f"{name}.py").unlink(missing_ok=True)
         environ = {"PYTHONPATH": {"P": str(folder), "r": f"x:{folder.name}", "e": "/nowhere:"}[where[0]]}
-        cwd = {"r": place.folder, "e": folder}.get(where[0], cwd)
+        cwd = {"r": machine.folder, "e": folder}.get(where[0], cwd)
     if where == "current":
         cwd = folder
-    for argv in (["init", place.code, "-p", "demo", "--sync"], ["status", "--check", "--json"]):
+    for argv in (["init", machine.code, "-p", "demo", "--sync"], ["status", "--check", "--json"]):
         python = [sys.executable, *(["-I", "-c", RUN_AS_SCRIPT] if where == "current" else [])]
-        done = place.run(*python, script, *argv, cwd=cwd, environ=environ)
+        done = machine.run_program(*python, script, *argv, cwd=cwd, environ=environ)
         assert (ran(), done.returncode, done.stderr) == ("", 0, ""), done
-    assert (place.code / "CLAUDE.md").exists()
+    assert (machine.code / "CLAUDE.md").exists()
 
 
 @pytest.mark.parametrize("name", ["colorsys.py", "wsgiref/__init__.py", ""])
-def test_a_module_that_python_itself_took_from_pythonpath_is_told_in_one_line(place: Place, name: str) -> None:
+def test_a_module_that_python_itself_took_from_pythonpath_is_told_in_one_line(machine: Machine, name: str) -> None:
     word = name.partition("/")[0].partition(".")[0]
     put_files(
-        place.folder / "x", {"sitecustomize.py": f"import {word}" if name else "", **({name: ""} if name else {})}
+        machine.folder / "x", {"sitecustomize.py": f"import {word}" if name else "", **({name: ""} if name else {})}
     )
-    done = place.run(sys.executable, SCRIPT, "project", "list", environ={"PYTHONPATH": str(place.folder / "x")})
+    done = machine.run_program(
+        sys.executable, SCRIPT, "project", "list", environ={"PYTHONPATH": str(machine.folder / "x")}
+    )
     if name:
-        told = f"orchestra: {place.folder}/x/{name} was loaded in place of Python's own {word}"
+        told = f"orchestra: {machine.folder}/x/{name} was loaded in place of Python's own {word}"
         assert (done.returncode, done.stderr.splitlines()) == (2, [told, "  try: unset PYTHONPATH"])
     else:
         assert done.returncode == 0, done
 
 
-def test_python_m_pip_runs_no_code_of_the_current_folder(place: Place, traps: Any, bare_python: str) -> None:
+def test_python_m_pip_runs_no_code_of_the_current_folder(machine: Machine, traps: Any, bare_python: str) -> None:
     folder, ran = traps
     for environ in ({}, {"PYTHONPATH": str(folder)}):
         for name in ("sitecustomize", "usercustomize", *sys.modules) if environ else ():
             (folder / f"{name}.py").unlink(missing_ok=True)
         argv = [bare_python, HERE / "orchestra.py", "init", ".", "-p", "demo"]
-        done = place.run(*argv, cwd=folder, environ={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": None, **environ})
+        done = machine.run_program(*argv, cwd=folder, environ={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": None, **environ})
         assert (ran(), done.returncode) == ("", 2), done
         assert "no wheel of PyYAML 6.0.3" in done.stderr
 
 
-def test_pythons_own_folders_are_trusted_even_as_the_current_one(place: Place) -> None:
+def test_pythons_own_folders_are_trusted_even_as_the_current_one(machine: Machine) -> None:
     for folder in (STDLIB, f"{STDLIB}/lib-dynload"):
         if not os.path.exists(folder):
             continue
-        done = place.run(sys.executable, HERE / "orchestra.py", "status", "--json", cwd=folder)
+        done = machine.run_program(sys.executable, HERE / "orchestra.py", "status", "--json", cwd=folder)
         assert (done.returncode, done.stderr) == (0, ""), done
 
 
-def test_imported_it_leaves_the_import_path_alone(place: Place) -> None:
+def test_imported_it_leaves_the_import_path_alone(machine: Machine) -> None:
     code = f"import sys; sys.path.insert(1, {str(HERE)!r}); before = sys.path[:]"
     code += "\nimport orchestra; print(sys.path == before)"
-    assert place.run(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}).stdout == "True\n"
+    assert machine.run_program(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}).stdout == "True\n"
 
 
 # Whose home it is
@@ -10049,16 +10023,16 @@ OTHER = NOBODY if ME == 0 else ME  # who may own a file here
 
 
 @pytest.mark.parametrize("what", [".", ".orchestra", "link", "not/there"])
-def test_root_keeps_out_of_another_users_home(place: Place, what: str) -> None:
-    home = place.home
+def test_root_keeps_out_of_another_users_home(machine: Machine, what: str) -> None:
+    home = machine.home
     (home / ".orchestra").mkdir()
-    orchestra.check_owner(place.path, ME)
+    orchestra.check_owner(machine.path, ME)
     if what == "link":
-        home = place.folder / "link"
-        home.symlink_to(place.home)
+        home = machine.folder / "link"
+        home.symlink_to(machine.home)
     elif what == "not/there":
         home /= what
-    os.chown(place.home / ".orchestra" if what == ".orchestra" else place.home, OTHER, -1)
+    os.chown(machine.home / ".orchestra" if what == ".orchestra" else machine.home, OTHER, -1)
     name = "~/.orchestra" if what == ".orchestra" and ME == 0 else "HOME"
     owner, root = orchestra.user_name(OTHER), orchestra.user_name(0)
     with pytest.raises(orchestra.UsageError, match=rf"^{name} belongs to user {owner}, and this is {root}: ") as caught:
@@ -10066,53 +10040,53 @@ def test_root_keeps_out_of_another_users_home(place: Place, what: str) -> None:
     assert caught.value.hint == f"run it as {owner}, or set HOME"
 
 
-def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(place: Place) -> None:
-    (place.home / ".orchestra").mkdir()
-    orchestra.check_owner(place.path, 12345)  # whom the system lets write there, for this process may
-    orchestra.check_owner(f"{place.path}/none", 12345)
+def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(machine: Machine) -> None:
+    (machine.home / ".orchestra").mkdir()
+    orchestra.check_owner(machine.path, 12345)  # whom the system lets write there, for this process may
+    orchestra.check_owner(f"{machine.path}/none", 12345)
     for path, name, way_out in (
-        (place.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{place.path}/.orchestra'"),
-        (place.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
+        (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{machine.path}/.orchestra'"),
+        (machine.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
     ):
         path.chmod(0o555)
         if ME:
             with pytest.raises(
                 orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: "
             ) as caught:
-                orchestra.check_owner(place.path, 12345)
+                orchestra.check_owner(machine.path, 12345)
             assert caught.value.hint == way_out
         path.chmod(0o700)
     assert orchestra.user_name(4_000_000_000) == "4000000000"
 
 
 @pytest.mark.skipif(ME != 0, reason="needs root")
-def test_root_writes_nothing_into_another_users_home(place: Place) -> None:
-    os.chown(place.home, NOBODY, NOBODY)
-    for argv in (["status"], ["init", place.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
-        done = place.run(sys.executable, HERE / "orchestra.py", *argv)
+def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
+    os.chown(machine.home, NOBODY, NOBODY)
+    for argv in (["status"], ["init", machine.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
+        done = machine.run_program(sys.executable, HERE / "orchestra.py", *argv)
         assert done.returncode == 2 and re.match(
             r"orchestra: HOME belongs to user .*, and this is root", done.stderr
         ), done
         assert len(done.stderr.splitlines()) == 2
     for argv in (["--version"], ["--help"]):
-        assert place.run(sys.executable, HERE / "orchestra.py", *argv).returncode == 0
+        assert machine.run_program(sys.executable, HERE / "orchestra.py", *argv).returncode == 0
     for argv in ([], ["--uninstall"]):
-        assert_refused(place.install("sh", *argv), "expected root's own folder, got another user's")
-    assert place.listing() == {}
+        assert_refused(machine.install("sh", *argv), "expected root's own folder, got another user's")
+    assert machine.listing() == {}
 
 
 @pytest.mark.skipif(ME != 0, reason="needs root")
-def test_a_user_who_cannot_write_to_another_users_home_is_told_so(place: Place) -> None:
+def test_a_user_who_cannot_write_to_another_users_home_is_told_so(machine: Machine) -> None:
     python = next((path for path in ("/usr/bin/python3", BASE_PYTHON) if is_for_nobody(path)), "")
     if not python:
         pytest.skip("no Python here that another user may run")
-    place.folder.chmod(0o755)
-    (place.home / ".orchestra").mkdir()
-    shutil.copy(HERE / "orchestra.py", place.folder)
-    argv = [python, place.folder / "orchestra.py", "daemon", "logs"]
+    machine.folder.chmod(0o755)
+    (machine.home / ".orchestra").mkdir()
+    shutil.copy(HERE / "orchestra.py", machine.folder)
+    argv = [python, machine.folder / "orchestra.py", "daemon", "logs"]
     for owner, way_out in ((0, "run it as root, or set HOME"), (NOBODY, "sudo chown -R ")):
-        os.chown(place.home, owner, -1)
-        done = place.run(*argv, user=NOBODY, group=NOBODY, extra_groups=[])
+        os.chown(machine.home, owner, -1)
+        done = machine.run_program(*argv, user=NOBODY, group=NOBODY, extra_groups=[])
         assert done.returncode == 2 and way_out in done.stderr, done
         assert "belongs to user root, and this is " in done.stderr
 
@@ -10127,14 +10101,14 @@ def test_pyyaml_is_pinned_to_its_published_files() -> None:
     assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", word) for word in hashes)
 
 
-def wheel_or_source(place: Place, name: str) -> dict[str, Optional[str]]:
+def wheel_or_source(machine: Machine, name: str) -> dict[str, Optional[str]]:
     """Make a place where pip looks for PyYAML, with a file that is not the published one."""
-    folder = place.folder / "index"
+    folder = machine.folder / "index"
     folder.mkdir()
     if name.endswith(".tar.gz"):
-        put_files(place.folder, {"PyYAML-6.0.3/setup.py": f"open({str(place.folder / 'ran')!r}, 'w')"})
+        put_files(machine.folder, {"PyYAML-6.0.3/setup.py": f"open({str(machine.folder / 'ran')!r}, 'w')"})
         with tarfile.open(folder / name, "w:gz") as archive:
-            archive.add(place.folder / "PyYAML-6.0.3", "PyYAML-6.0.3")
+            archive.add(machine.folder / "PyYAML-6.0.3", "PyYAML-6.0.3")
     else:
         with zipfile.ZipFile(folder / name, "w") as archive:
             archive.writestr("yaml/__init__.py", "")
@@ -10153,43 +10127,43 @@ def wheel_or_source(place: Place, name: str) -> dict[str, Optional[str]]:
     ],
 )
 def test_another_pyyaml_than_the_published_one_is_refused_in_a_line(
-    place: Place, bare_python: str, name: str, got: str
+    machine: Machine, bare_python: str, name: str, got: str
 ) -> None:
-    done = place.run(bare_python, HERE / "orchestra.py", "status", environ=wheel_or_source(place, name))
-    assert done.returncode == 2 and not (place.folder / "ran").exists()
+    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ=wheel_or_source(machine, name))
+    assert done.returncode == 2 and not (machine.folder / "ran").exists()
     first, complaint, way_out = done.stderr.splitlines()
     assert first == f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"
     assert complaint == f"orchestra: PyYAML: expected pip to fetch it, got: {got}"
     assert way_out == f"  try: {bare_python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
-    assert left_of_pyyaml(place) == []
-    assert not (place.home / ".orchestra/run/pyyaml.txt").exists()
+    assert left_of_pyyaml(machine) == []
+    assert not (machine.home / ".orchestra/run/pyyaml.txt").exists()
 
 
-def test_an_index_of_ones_own_may_serve_the_published_file(place: Place, bare_python: str) -> None:
+def test_an_index_of_ones_own_may_serve_the_published_file(machine: Machine, bare_python: str) -> None:
     need_pypi()
-    folder = place.folder / "index"
+    folder = machine.folder / "index"
     download = [bare_python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "PyYAML==6.0.3"]
-    assert place.run(*download).returncode == 0
+    assert machine.run_program(*download).returncode == 0
     environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
-    assert place.run(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ).returncode == 0
+    assert machine.run_program(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ).returncode == 0
 
 
-def test_a_bare_python_fetches_pyyaml_once_and_says_so(place: Place, bare_python: str) -> None:
+def test_a_bare_python_fetches_pyyaml_once_and_says_so(machine: Machine, bare_python: str) -> None:
     need_pypi()
-    argv = [bare_python, HERE / "orchestra.py", "init", place.code, "-p", "demo", "--sync"]
-    first = place.run(*argv)
+    argv = [bare_python, HERE / "orchestra.py", "init", machine.code, "-p", "demo", "--sync"]
+    first = machine.run_program(*argv)
     assert (first.returncode, first.stderr) == (0, f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}\n")
-    assert (place.code / "CLAUDE.md").exists()
-    second = place.run(*argv)
+    assert (machine.code / "CLAUDE.md").exists()
+    second = machine.run_program(*argv)
     assert (second.returncode, second.stderr) == (0, "")
-    assert [path.name for path in (place.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
+    assert [path.name for path in (machine.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
 
 
-def test_two_first_runs_at_once_do_not_harm_each_other(place: Place, bare_python: str) -> None:
+def test_two_first_runs_at_once_do_not_harm_each_other(machine: Machine, bare_python: str) -> None:
     need_pypi()
     argv = [bare_python, str(HERE / "orchestra.py"), "status", "--json"]
     options: dict[str, Any] = {
-        "env": place.environ(),
+        "env": machine.variables(),
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
         "text": True,
@@ -10198,7 +10172,7 @@ def test_two_first_runs_at_once_do_not_harm_each_other(place: Place, bare_python
     said = [run.communicate(timeout=100) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert "".join(err for _, err in said).count("fetching PyYAML") == 1
-    assert [path.name for path in (place.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
+    assert [path.name for path in (machine.home / ".orchestra/lib").iterdir()] == [PYTHON_XY]
 
 
 @pytest.mark.skipif(
@@ -10207,26 +10181,26 @@ def test_two_first_runs_at_once_do_not_harm_each_other(place: Place, bare_python
     or subprocess.call(["/usr/bin/python3", "-m", "pip", "--version"], stdout=subprocess.DEVNULL) != 0,
     reason="/usr/bin/python3 has PyYAML, or has no pip, or is not there",
 )
-def test_the_systems_own_python_fetches_pyyaml(place: Place) -> None:
+def test_the_systems_own_python_fetches_pyyaml(machine: Machine) -> None:
     need_pypi()
-    done = place.run("/usr/bin/python3", HERE / "orchestra.py", "status", "--json")
+    done = machine.run_program("/usr/bin/python3", HERE / "orchestra.py", "status", "--json")
     assert done.returncode == 0, done
     assert len(done.stderr.splitlines()) == 1
 
 
-def left_of_pyyaml(place: Place) -> list[str]:
+def left_of_pyyaml(machine: Machine) -> list[str]:
     """Give what a first run left but the lock's file; pip's own things beside ~/.orchestra are none of ours."""
-    return [path for path in place.listing() if path.startswith(".orchestra/lib/")]
+    return [path for path in machine.listing() if path.startswith(".orchestra/lib/")]
 
 
-def test_pyyaml_is_not_fetched_where_that_is_forbidden(place: Place, bare_python: str) -> None:
-    done = place.run(bare_python, HERE / "orchestra.py", "status", environ={"ORCHESTRA_NO_FETCH": "1"})
+def test_pyyaml_is_not_fetched_where_that_is_forbidden(machine: Machine, bare_python: str) -> None:
+    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ={"ORCHESTRA_NO_FETCH": "1"})
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert re.match(r"orchestra: PyYAML: expected it in .*, found none, and ORCHESTRA_NO_FETCH is set$", lines[0])
     assert "pip install PyYAML" in lines[1]
     assert len(lines) == 2
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
 @pytest.mark.parametrize(
@@ -10238,29 +10212,29 @@ def test_pyyaml_is_not_fetched_where_that_is_forbidden(place: Place, bare_python
     ],
 )
 def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
-    place: Place, bare_python: str, other: str, found: str, way_out: str
+    machine: Machine, bare_python: str, other: str, found: str, way_out: str
 ) -> None:
-    lib = Path(orchestra.python_lib_dir(place.path))
+    lib = Path(orchestra.python_lib_dir(machine.path))
     put_files(lib, {other: ""})
     found = found.format(other=lib / other)
     script, environ = HERE / "orchestra.py", {"ORCHESTRA_NO_FETCH": "1"}
-    done = place.run(bare_python, script, "init", place.code, "-p", "demo", environ=environ)
+    done = machine.run_program(bare_python, script, "init", machine.code, "-p", "demo", environ=environ)
     assert (done.returncode, done.stdout) == (2, "")
     said = rf"orchestra: PyYAML: expected it in .*, found {re.escape(found)}\n  try: .*{way_out}.*\n\Z"
     assert re.match(said, done.stderr), done
 
 
-def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(place: Place, bare_python: str) -> None:
-    place.give_yaml()
+def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(machine: Machine, bare_python: str) -> None:
+    machine.give_yaml()
     environ = {"ORCHESTRA_NO_FETCH": "1"}
-    done = place.run(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ)
+    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_upgrade_fetches_nothing_where_pyyaml_was_fetched_before(place: Place) -> None:
-    place.give_yaml()
+def test_an_upgrade_fetches_nothing_where_pyyaml_was_fetched_before(machine: Machine) -> None:
+    machine.give_yaml()
     told: list[str] = []
-    orchestra.fetch_yaml(place.path, sys.executable, {"ORCHESTRA_NO_FETCH": "1"}, told.append, no_program)
+    orchestra.fetch_yaml(machine.path, sys.executable, {"ORCHESTRA_NO_FETCH": "1"}, told.append, no_program)
     assert told == []
 
 
@@ -10286,7 +10260,7 @@ def no_program(argv: Sequence[str], timeout: float) -> orchestra.Completed:
         (orchestra.Completed(0, "did nothing"), "did nothing"),
     ],
 )
-def test_a_failing_pip_leaves_nothing_half_installed(place: Place, done: orchestra.Completed, reason: str) -> None:
+def test_a_failing_pip_leaves_nothing_half_installed(machine: Machine, done: orchestra.Completed, reason: str) -> None:
     told: list[str] = []
 
     def run(argv: Sequence[str], timeout: float, folder: str) -> orchestra.Completed:
@@ -10295,46 +10269,46 @@ def test_a_failing_pip_leaves_nothing_half_installed(place: Place, done: orchest
         return done
 
     with pytest.raises(orchestra.OrchestraError, match=r"^PyYAML: expected pip to fetch it, got: ") as caught:
-        orchestra.fetch_yaml(place.path, "/x/python", {}, told.append, run)
+        orchestra.fetch_yaml(machine.path, "/x/python", {}, told.append, run)
     assert str(caught.value).endswith(reason.format(PYTHON_XY[len("python") :]))
     assert "/x/python -m pip install PyYAML" in caught.value.hint
     assert told == [f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"]
-    assert left_of_pyyaml(place) == []
+    assert left_of_pyyaml(machine) == []
 
 
-def test_an_interrupted_pip_leaves_nothing_half_installed(place: Place) -> None:
+def test_an_interrupted_pip_leaves_nothing_half_installed(machine: Machine) -> None:
     def run(argv: Sequence[str], timeout: float, folder: str) -> orchestra.Completed:
         Path(argv[argv.index("--target") + 1], "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        orchestra.fetch_yaml(place.path, "/x/python", {}, lambda text: None, run)
-    assert left_of_pyyaml(place) == []
+        orchestra.fetch_yaml(machine.path, "/x/python", {}, lambda text: None, run)
+    assert left_of_pyyaml(machine) == []
 
 
 @pytest.mark.parametrize(
     "environ", [{"PIP_NO_INDEX": "1"}, {"PIP_INDEX_URL": "http://127.0.0.1:9/", "PIP_RETRIES": "0"}]
 )
 def test_pip_hears_the_users_own_settings_and_failing_leaves_nothing(
-    place: Place, bare_python: str, environ: dict[str, str]
+    machine: Machine, bare_python: str, environ: dict[str, str]
 ) -> None:
     need_pypi()
     nothing_else = {"PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None, "PIP_CONFIG_FILE": os.devnull}
-    done = place.run(bare_python, HERE / "orchestra.py", "status", environ={**nothing_else, **environ})
+    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ={**nothing_else, **environ})
     assert (done.returncode, done.stdout) == (2, "")
     assert "expected pip to fetch it" in done.stderr
     assert "Traceback" not in done.stderr
-    assert left_of_pyyaml(place) == []
+    assert left_of_pyyaml(machine) == []
 
 
 @pytest.mark.parametrize(
     "argv",
     [["--help"], ["--version"], ["daemon", "status"], ["daemon", "stop"], ["daemon", "logs"], ["sync", "--help"]],
 )
-def test_what_reads_no_registry_needs_no_pyyaml(place: Place, bare_python: str, argv: list[str]) -> None:
-    done = place.run(bare_python, HERE / "orchestra.py", *argv, environ={"ORCHESTRA_NO_FETCH": "1"})
+def test_what_reads_no_registry_needs_no_pyyaml(machine: Machine, bare_python: str, argv: list[str]) -> None:
+    done = machine.run_program(bare_python, HERE / "orchestra.py", *argv, environ={"ORCHESTRA_NO_FETCH": "1"})
     assert (done.returncode, done.stderr) == (0, "")
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
 # Pythons that are too old
@@ -10348,8 +10322,8 @@ def old_python() -> str:
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["sync", "--all"], []])
-def test_on_python_3_8_one_clear_line_is_said(place: Place, argv: list[str]) -> None:
-    done = place.run(old_python(), HERE / "orchestra.py", *argv)
+def test_on_python_3_8_one_clear_line_is_said(machine: Machine, argv: list[str]) -> None:
+    done = machine.run_program(old_python(), HERE / "orchestra.py", *argv)
     assert (done.returncode, done.stdout) == (2, "")
     expected = "orchestra: expected Python 3.9 or newer on macOS or Linux, got Python 3.8 on"
     assert done.stderr == f"{expected} {sys.platform}\n"
@@ -10359,14 +10333,14 @@ def test_on_python_3_8_one_clear_line_is_said(place: Place, argv: list[str]) -> 
 
 
 @pytest.mark.parametrize("tool", [["uv", "run", "--python", BASE_PYTHON], ["pipx", "run"]], ids=["uv", "pipx"])
-def test_tools_that_read_the_header_run_the_script(place: Place, tool: list[str]) -> None:
+def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[str]) -> None:
     program = shutil.which(tool[0])
     if not program:
         pytest.skip(f"no {tool[0]} here")
     need_pypi()
-    shutil.copy(HERE / "orchestra.py", place.folder)
+    shutil.copy(HERE / "orchestra.py", machine.folder)
     for argv in (["--version"], ["status", "--json"]):
-        done = place.run(program, *tool[1:], "./orchestra.py", *argv, cwd=place.folder)
+        done = machine.run_program(program, *tool[1:], "./orchestra.py", *argv, cwd=machine.folder)
         assert done.returncode == 0, done
         assert "fetching PyYAML" not in done.stderr
 
@@ -10387,55 +10361,55 @@ def assert_refused(done: Any, *words: str) -> None:
 
 
 @every_shell
-def test_install_sh_from_a_checkout_leaves_a_working_program(place: Place, shell: str) -> None:
-    place.move_home("home of Ann" if shell == "dash" else "h2")
-    place.give_yaml()
-    done = place.install(shell)
+def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, shell: str) -> None:
+    machine.move("home of Ann" if shell == "dash" else "h2")
+    machine.give_yaml()
+    done = machine.install(shell)
     assert (done.returncode, done.stderr) == (0, ""), done
     lines = done.stdout.splitlines()
     assert lines[0] == "installed ~/.local/bin/orchestra"
     assert lines[1] == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
     assert [line for line in lines if line.startswith("next:  orchestra init")]
-    assert Path(orchestra.binary_path(place.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
-    assert os.path.samefile(orchestra.link_path(place.path), orchestra.binary_path(place.path))
-    assert sorted(os.listdir(place.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
-    assert_works(place)
+    assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
+    assert os.path.samefile(orchestra.link_path(machine.path), orchestra.binary_path(machine.path))
+    assert sorted(os.listdir(machine.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
+    assert_works(machine)
 
 
 @every_shell
-def test_install_sh_from_a_pipe_leaves_a_working_program(place: Place, shell: str, server: Any) -> None:
-    place.give_yaml()
-    done = place.install(
+def test_install_sh_from_a_pipe_leaves_a_working_program(machine: Machine, shell: str, server: Any) -> None:
+    machine.give_yaml()
+    done = machine.install(
         shell, url=server[0] + "/", environ={"ORCHESTRA_SHA256": hashlib.sha256(ORCHESTRA_PY).hexdigest()}
     )
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert Path(orchestra.installed_script_path(place.path)).read_bytes() == ORCHESTRA_PY
-    assert_works(place)
+    assert Path(orchestra.installed_script_path(machine.path)).read_bytes() == ORCHESTRA_PY
+    assert_works(machine)
 
 
-def test_install_sh_piped_from_curl_as_the_readme_says_fetches_all_it_needs(place: Place, server: Any) -> None:
+def test_install_sh_piped_from_curl_as_the_readme_says_fetches_all_it_needs(machine: Machine, server: Any) -> None:
     need_pypi()
     if not shutil.which("curl"):
         pytest.skip("no curl here")
-    done = place.run("sh", "-c", f"curl -fsSL {server[0]}/install.sh | ORCHESTRA_URL={server[0]} sh")
+    done = machine.run_program("sh", "-c", f"curl -fsSL {server[0]}/install.sh | ORCHESTRA_URL={server[0]} sh")
     assert done.returncode == 0, done
-    assert_works(place)
+    assert_works(machine)
 
 
-def test_install_sh_upgrades_in_place_while_a_daemon_runs(place: Place, server: Any) -> None:
-    place.give_yaml()
+def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, server: Any) -> None:
+    machine.give_yaml()
     url, folder = server
-    assert place.install(url=url).returncode == 0
-    register(place)
+    assert machine.install(url=url).returncode == 0
+    register(machine)
     (folder / "orchestra.py").write_bytes(new_version())
-    with place.daemon() as daemon:
-        done = place.install(url=url)
+    with machine.daemon() as daemon:
+        done = machine.install(url=url)
         assert (done.returncode, done.stderr) == (0, ""), done
-        assert place.orchestra("--version").stdout == "orchestra 9.9.10\n"
-        assert place.answers()
-        assert place.orchestra("daemon", "stop").returncode == 0
+        assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
+        assert machine.answers()
+        assert machine.orchestra("daemon", "stop").returncode == 0
         assert daemon.wait(20) == 0
-    assert (place.code / "CLAUDE.md").exists()
+    assert (machine.code / "CLAUDE.md").exists()
 
 
 def cut_points(count: int) -> list[int]:
@@ -10446,34 +10420,34 @@ def cut_points(count: int) -> list[int]:
     )
 
 
-def test_a_download_cut_short_changes_nothing(place: Place, server: Any) -> None:
+def test_a_download_cut_short_changes_nothing(machine: Machine, server: Any) -> None:
     url, folder = server
-    before = place.listing()
+    before = machine.listing()
     for end in cut_points(8):
         (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
-        done = place.install(url=url)
+        done = machine.install(url=url)
         assert_refused(done, "expected the whole script")
-        assert place.listing() == before, end
+        assert machine.listing() == before, end
 
 
-def test_a_download_cut_short_leaves_an_earlier_install_as_it_was(place: Place, server: Any) -> None:
+def test_a_download_cut_short_leaves_an_earlier_install_as_it_was(machine: Machine, server: Any) -> None:
     url, folder = server
-    place.give_yaml()
-    assert place.install(url=url).returncode == 0
-    before = place.listing()
+    machine.give_yaml()
+    assert machine.install(url=url).returncode == 0
+    before = machine.listing()
     for end in (len(ORCHESTRA_PY) - 1, len(ORCHESTRA_PY) // 2):
         (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
-        assert_refused(place.install(url=url), "expected the whole script")
-        assert place.listing() == before
+        assert_refused(machine.install(url=url), "expected the whole script")
+        assert machine.listing() == before
 
 
-def check_of_cuts(place: Place, ends: Sequence[int]) -> list[int]:
+def check_of_cuts(machine: Machine, ends: Sequence[int]) -> list[int]:
     """Call install.sh's own check on the script cut at many places; give the cuts that it lets pass."""
     functions = INSTALLER.read_text().rsplit('{ main "$@"; }', 1)[0]
-    check = f"{functions}\ncd {shlex.quote(str(place.folder))}\nORCHESTRA_SHA256=\nwhile read -r end; do\n"
+    check = f"{functions}\ncd {shlex.quote(str(machine.folder))}\nORCHESTRA_SHA256=\nwhile read -r end; do\n"
     check += 'head -c "$end" whole >cut\n(check_script cut) 2>/dev/null && echo "$end"\ndone\nexit 0\n'
-    (place.folder / "whole").write_bytes(ORCHESTRA_PY)
-    script = place.folder / "check.sh"
+    (machine.folder / "whole").write_bytes(ORCHESTRA_PY)
+    script = machine.folder / "check.sh"
     script.write_text(check)
     done = subprocess.run(
         ["sh", script], input="".join(f"{end}\n" for end in ends), capture_output=True, text=True, check=False
@@ -10482,130 +10456,132 @@ def check_of_cuts(place: Place, ends: Sequence[int]) -> list[int]:
     return [int(end) for end in done.stdout.split()]
 
 
-def test_no_cut_of_the_scripts_last_200_bytes_passes_the_check(place: Place) -> None:
+def test_no_cut_of_the_scripts_last_200_bytes_passes_the_check(machine: Machine) -> None:
     size = len(ORCHESTRA_PY)
-    assert check_of_cuts(place, range(size - 200, size + 1)) == [size]
+    assert check_of_cuts(machine, range(size - 200, size + 1)) == [size]
 
 
 @pytest.mark.soak
-def test_no_cut_of_the_script_at_all_passes_the_check(place: Place) -> None:
+def test_no_cut_of_the_script_at_all_passes_the_check(machine: Machine) -> None:
     size = len(ORCHESTRA_PY)
-    assert check_of_cuts(place, range(size + 1)) == [size]
+    assert check_of_cuts(machine, range(size + 1)) == [size]
 
 
-def runs_something(place: Place, shell: str, text: bytes) -> bool:
+def runs_something(machine: Machine, shell: str, text: bytes) -> bool:
     """Say whether a (part of) install.sh from a pipe does anything: looking for a Python is the first."""
-    mark = place.folder / "ran"
-    python = place.folder / "tools/python"
+    mark = machine.folder / "ran"
+    python = machine.folder / "tools/python"
     if not python.exists():
-        place.make_tool("python", f"echo x >{shlex.quote(str(mark))}\nexit 1")
-        place.make_tool("id", "echo 1000")
-    environ = place.environ(ORCHESTRA_PYTHON=str(python), PATH=str(place.tools), ORCHESTRA_URL="http://127.0.0.1:9")
+        machine.make_tool("python", f"echo x >{shlex.quote(str(mark))}\nexit 1")
+        machine.make_tool("id", "echo 1000")
+    environ = machine.variables(
+        ORCHESTRA_PYTHON=str(python), PATH=str(machine.tools), ORCHESTRA_URL="http://127.0.0.1:9"
+    )
     subprocess.run(
-        find_shell(shell), input=text, env=environ, cwd=place.code, capture_output=True, check=False, timeout=20
+        find_shell(shell), input=text, env=environ, cwd=machine.code, capture_output=True, check=False, timeout=20
     )
     return mark.exists()
 
 
 @every_shell
-def test_install_sh_cut_short_runs_nothing(place: Place, shell: str) -> None:
+def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str) -> None:
     text = INSTALLER.read_bytes()
     last = 200 if shell == "dash" else 40
     # Without only the final line end it is whole.
     for end in (*range(0, len(text) - last, 211), *range(len(text) - last, len(text) - 1)):
-        assert not runs_something(place, shell, text[:end]), end
-    assert (place.listing(), list(place.code.iterdir())) == ({}, [])
-    assert runs_something(place, shell, text)
+        assert not runs_something(machine, shell, text[:end]), end
+    assert (machine.listing(), list(machine.code.iterdir())) == ({}, [])
+    assert runs_something(machine, shell, text)
 
 
 @pytest.mark.soak
 @every_shell
-def test_install_sh_cut_short_anywhere_runs_nothing(place: Place, shell: str) -> None:
+def test_install_sh_cut_short_anywhere_runs_nothing(machine: Machine, shell: str) -> None:
     text = INSTALLER.read_bytes()
     for end in range(len(text) - 1):
-        assert not runs_something(place, shell, text[:end]), end
-    assert (place.listing(), list(place.code.iterdir())) == ({}, [])
+        assert not runs_something(machine, shell, text[:end]), end
+    assert (machine.listing(), list(machine.code.iterdir())) == ({}, [])
 
 
-def test_install_sh_refuses_a_script_of_another_checksum(place: Place, server: Any) -> None:
+def test_install_sh_refuses_a_script_of_another_checksum(machine: Machine, server: Any) -> None:
     for sums in ("0" * 64, hashlib.sha256(ORCHESTRA_PY).hexdigest()[:-1], "sha256"):
-        done = place.install(url=server[0], environ={"ORCHESTRA_SHA256": sums})
+        done = machine.install(url=server[0], environ={"ORCHESTRA_SHA256": sums})
         assert_refused(done, f"expected SHA-256 {sums}, got {hashlib.sha256(ORCHESTRA_PY).hexdigest()}")
-        assert place.listing() == {}
+        assert machine.listing() == {}
 
 
-def test_install_sh_refuses_a_page_instead_of_the_script(place: Place, server: Any) -> None:
+def test_install_sh_refuses_a_page_instead_of_the_script(machine: Machine, server: Any) -> None:
     url, folder = server
     (folder / "orchestra.py").write_text("<!DOCTYPE html>\n<title>Sign in to the network</title>\n")
-    assert_refused(place.install(url=url), "expected the whole script, got something else")
-    assert place.listing() == {}
+    assert_refused(machine.install(url=url), "expected the whole script, got something else")
+    assert machine.listing() == {}
 
 
-def test_install_sh_refuses_a_script_that_does_not_start(place: Place, server: Any) -> None:
+def test_install_sh_refuses_a_script_that_does_not_start(machine: Machine, server: Any) -> None:
     url, folder = server
     (folder / "orchestra.py").write_bytes(b"1 / 0\n# The last line: install.sh takes no copy without it.\n")
-    done = place.install(url=url)
+    done = machine.install(url=url)
     assert done.returncode == 2
     assert "expected it to start, got: " in done.stderr
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
-def test_install_sh_says_so_when_the_script_is_not_there(place: Place, server: Any) -> None:
+def test_install_sh_says_so_when_the_script_is_not_there(machine: Machine, server: Any) -> None:
     url, folder = server
     (folder / "orchestra.py").unlink()
-    assert_refused(place.install(url=url), f"{url}/orchestra.py: expected to download it, could not")
-    assert_refused(place.install(url="http://127.0.0.1:9"), "http://127.0.0.1:9/orchestra.py")
-    assert_refused(place.install(url=""), "ORCHESTRA_URL: expected the address of a folder")
-    assert place.listing() == {}
+    assert_refused(machine.install(url=url), f"{url}/orchestra.py: expected to download it, could not")
+    assert_refused(machine.install(url="http://127.0.0.1:9"), "http://127.0.0.1:9/orchestra.py")
+    assert_refused(machine.install(url=""), "ORCHESTRA_URL: expected the address of a folder")
+    assert machine.listing() == {}
 
 
-def test_install_sh_without_python_says_which_it_wants(place: Place) -> None:
-    path = place.only_tools()
-    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+def test_install_sh_without_python_says_which_it_wants(machine: Machine) -> None:
+    path = machine.only_tools()
+    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
     assert_refused(done, "python3: expected Python 3.9 or newer on PATH, found none")
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
 @pytest.mark.parametrize("kind", ["real", "stand-in"])
-def test_install_sh_with_only_python_3_8_says_which_it_wants(place: Place, kind: str) -> None:
-    path = place.only_tools()
+def test_install_sh_with_only_python_3_8_says_which_it_wants(machine: Machine, kind: str) -> None:
+    path = machine.only_tools()
     if kind == "real":
-        (place.folder / "only/python3").symlink_to(old_python())
+        (machine.folder / "only/python3").symlink_to(old_python())
     else:
-        place.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
-    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+        machine.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
+    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
     assert_refused(done, "expected Python 3.9 or newer on PATH, found Python 3.8.")
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
-def test_install_sh_takes_a_newer_python_beside_an_old_python3(place: Place) -> None:
-    place.give_yaml()
-    path = place.only_tools()
-    place.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
+def test_install_sh_takes_a_newer_python_beside_an_old_python3(machine: Machine) -> None:
+    machine.give_yaml()
+    path = machine.only_tools()
+    machine.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
     if sys.version_info >= (3, 14):
         pytest.skip("install.sh looks for names up to python3.13")
-    place.make_tool(PYTHON_XY, f'exec "{BASE_PYTHON}" "$@"', "only")
-    done = place.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+    machine.make_tool(PYTHON_XY, f'exec "{BASE_PYTHON}" "$@"', "only")
+    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
     assert done.returncode == 0, done
-    assert_works(place)
+    assert_works(machine)
 
 
-def test_install_sh_does_not_take_another_python_than_the_one_asked_for(place: Place) -> None:
-    place.give_yaml()
-    done = place.install(environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
+def test_install_sh_does_not_take_another_python_than_the_one_asked_for(machine: Machine) -> None:
+    machine.give_yaml()
+    done = machine.install(environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
     assert_refused(done, "/nowhere/python3")
 
 
-def test_install_sh_runs_no_program_of_the_current_folder(place: Place) -> None:
-    place.give_yaml()
+def test_install_sh_runs_no_program_of_the_current_folder(machine: Machine) -> None:
+    machine.give_yaml()
     for name in ("python3", "uname", "id", "cp", "mktemp", "orchestra"):
-        place.make_tool(name, f"echo {name} >>{shlex.quote(str(place.folder / 'ran'))}\nexit 1", "bad")
-    path = f".::../bad:{place.tools}:{os.path.dirname(BASE_PYTHON)}:{os.environ['PATH']}:"
+        machine.make_tool(name, f"echo {name} >>{shlex.quote(str(machine.folder / 'ran'))}\nexit 1", "bad")
+    path = f".::../bad:{machine.tools}:{os.path.dirname(BASE_PYTHON)}:{os.environ['PATH']}:"
     environ = {"PATH": path, "ORCHESTRA_PYTHON": None}
-    done = place.run("/bin/sh", INSTALLER, environ=environ, cwd=place.folder / "bad")
+    done = machine.run_program("/bin/sh", INSTALLER, environ=environ, cwd=machine.folder / "bad")
     assert (done.returncode, done.stderr) == (0, ""), done
-    assert not (place.folder / "ran").exists()
-    assert_works(place)
+    assert not (machine.folder / "ran").exists()
+    assert_works(machine)
 
 
 @pytest.mark.parametrize(
@@ -10613,72 +10589,74 @@ def test_install_sh_runs_no_program_of_the_current_folder(place: Place) -> None:
     [("exit 2", False), ("echo /nowhere", False), ("echo", False), ('echo "$(dirname "$0")/developer"', True)],
 )
 @pytest.mark.parametrize("how", ["found", "linked", "named"])
-def test_install_sh_never_starts_apples_placeholder(place: Place, xcode_select: str, is_run: bool, how: str) -> None:
-    path = place.only_tools()
-    ran = place.folder / "ran"
-    stub = place.make_tool("python3", f"echo ran >>{ran}\nexit 1", "only" if how != "linked" else "apple")
+def test_install_sh_never_starts_apples_placeholder(
+    machine: Machine, xcode_select: str, is_run: bool, how: str
+) -> None:
+    path = machine.only_tools()
+    ran = machine.folder / "ran"
+    stub = machine.make_tool("python3", f"echo ran >>{ran}\nexit 1", "only" if how != "linked" else "apple")
     if how == "linked":
-        (place.folder / "only/python3").symlink_to(stub)
-    place.make_tool("uname", "echo Darwin")
-    place.make_tool("xcode-select", xcode_select)
-    (place.folder / "tools/developer/usr/bin").mkdir(parents=True)
-    shutil.copy(stub, place.folder / "tools/developer/usr/bin/python3")
+        (machine.folder / "only/python3").symlink_to(stub)
+    machine.make_tool("uname", "echo Darwin")
+    machine.make_tool("xcode-select", xcode_select)
+    (machine.folder / "tools/developer/usr/bin").mkdir(parents=True)
+    shutil.copy(stub, machine.folder / "tools/developer/usr/bin/python3")
     text = INSTALLER.read_text().replace("/usr/bin/python3 ]", f"{stub} ]")
     environ = {"PATH": path, "ORCHESTRA_PYTHON": "python3" if how == "named" else None}
-    done = place.run("/bin/sh", "-s", input=text, environ=environ)
+    done = machine.run_program("/bin/sh", "-s", input=text, environ=environ)
     assert_refused(done, "expected Python 3.9 or newer")
     assert ran.exists() == is_run
     if not is_run and how != "named":
         assert "found Apple's placeholder, which xcode-select --install replaces" in done.stderr
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
 @pytest.mark.parametrize("has", ["wget", "neither"])
-def test_install_sh_downloads_with_wget_where_there_is_no_curl(place: Place, server: Any, has: str) -> None:
+def test_install_sh_downloads_with_wget_where_there_is_no_curl(machine: Machine, server: Any, has: str) -> None:
     if has == "wget" and not shutil.which("wget"):
         pytest.skip("no wget here")
-    place.give_yaml()
-    before = place.listing()
-    environ = {"PATH": place.only_tools(has), "ORCHESTRA_PYTHON": BASE_PYTHON, "ORCHESTRA_URL": server[0]}
-    done = place.run("/bin/sh", input=INSTALLER.read_text(), environ=environ)
+    machine.give_yaml()
+    before = machine.listing()
+    environ = {"PATH": machine.only_tools(has), "ORCHESTRA_PYTHON": BASE_PYTHON, "ORCHESTRA_URL": server[0]}
+    done = machine.run_program("/bin/sh", input=INSTALLER.read_text(), environ=environ)
     if has == "wget":
         assert (done.returncode, done.stderr) == (0, ""), done
-        assert_works(place)
+        assert_works(machine)
     else:
         assert done.returncode == 2
         assert "install.sh: wget: expected it on PATH, found none" in done.stderr
-        assert place.listing() == before
+        assert machine.listing() == before
 
 
 @pytest.mark.parametrize("what", ["home", "local"])
-def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(place: Place, what: str) -> None:
-    place.give_yaml()
-    (place.home / ".local").mkdir()
+def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(machine: Machine, what: str) -> None:
+    machine.give_yaml()
+    (machine.home / ".local").mkdir()
     options: dict[str, Any] = {}
     python = BASE_PYTHON
     if os.geteuid() == 0:
         options = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        for path in (place.folder, place.home, *place.home.rglob("*")):
+        for path in (machine.folder, machine.home, *machine.home.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
         candidates = [BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"]
         python = next((path for path in candidates if is_for_nobody(path)), "")
         if not python:
             pytest.skip("no Python here that another user may run")
-    shutil.copy(INSTALLER, place.folder)
-    shutil.copy(HERE / "orchestra.py", place.folder)
+    shutil.copy(INSTALLER, machine.folder)
+    shutil.copy(HERE / "orchestra.py", machine.folder)
     if what == "home":
-        shutil.rmtree(place.home / ".orchestra")
-    blocked = place.home if what == "home" else place.home / ".local"
-    before = place.listing()
+        shutil.rmtree(machine.home / ".orchestra")
+    blocked = machine.home if what == "home" else machine.home / ".local"
+    before = machine.listing()
     blocked.chmod(0o555)
-    environ = {"ORCHESTRA_PYTHON": python, "PATH": f"{place.tools}:{SHORT_PATH}"}
-    done = place.run("/bin/sh", place.folder / "install.sh", environ=environ, **options)
+    environ = {"ORCHESTRA_PYTHON": python, "PATH": f"{machine.tools}:{SHORT_PATH}"}
+    done = machine.run_program("/bin/sh", machine.folder / "install.sh", environ=environ, **options)
     blocked.chmod(0o755)
     assert done.returncode == 2, done
     assert done.stdout == ""
     assert "expected " in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert place.listing() == before
+    assert machine.listing() == before
 
 
 def is_for_nobody(python: str) -> bool:
@@ -10691,8 +10669,8 @@ def is_for_nobody(python: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
-def test_install_sh_leaves_another_programs_file_alone(place: Place, kind: str) -> None:
-    link = Path(orchestra.link_path(place.path))
+def test_install_sh_leaves_another_programs_file_alone(machine: Machine, kind: str) -> None:
+    link = Path(orchestra.link_path(machine.path))
     link.parent.mkdir(parents=True)
     if kind == "file":
         link.write_text("another orchestra")
@@ -10700,59 +10678,59 @@ def test_install_sh_leaves_another_programs_file_alone(place: Place, kind: str) 
         link.symlink_to("/opt/another")
     else:
         link.mkdir()
-    before = place.listing()
-    done = place.install()
+    before = machine.listing()
+    done = machine.install()
     assert done.returncode == 2
     assert "expected nothing or Orchestra's link, found something else" in done.stderr
-    assert place.listing() == before
-    assert place.install("sh", "--uninstall").returncode == 0
-    assert place.listing() == before
+    assert machine.listing() == before
+    assert machine.install("sh", "--uninstall").returncode == 0
+    assert machine.listing() == before
 
 
 @every_shell
-def test_uninstalling_leaves_the_registry_and_the_backups(place: Place, shell: str) -> None:
-    place.give_yaml()
-    assert place.install(shell).returncode == 0
-    (place.code / "CLAUDE.md").write_text("by hand\n")
-    assert_works(place)
-    put_files(place.home / ".orchestra", {"backups/demo/c/x": "", "run/x": ""})
-    with place.daemon() as daemon:
-        done = place.install(shell, "--uninstall")
+def test_uninstalling_leaves_the_registry_and_the_backups(machine: Machine, shell: str) -> None:
+    machine.give_yaml()
+    assert machine.install(shell).returncode == 0
+    (machine.code / "CLAUDE.md").write_text("by hand\n")
+    assert_works(machine)
+    put_files(machine.home / ".orchestra", {"backups/demo/c/x": "", "run/x": ""})
+    with machine.daemon() as daemon:
+        done = machine.install(shell, "--uninstall")
         assert (done.returncode, done.stderr) == (0, ""), done
         assert daemon.wait(20) == 0
     assert done.stdout.splitlines()[-1] == "uninstalled"
-    assert sorted(os.listdir(place.home / ".orchestra")) == ["backups", "hashes", "projects"]
-    assert not os.path.lexists(orchestra.link_path(place.path))
-    assert (place.code / "CLAUDE.md").exists()
+    assert sorted(os.listdir(machine.home / ".orchestra")) == ["backups", "hashes", "projects"]
+    assert not os.path.lexists(orchestra.link_path(machine.path))
+    assert (machine.code / "CLAUDE.md").exists()
 
 
-def test_uninstalling_clears_up_after_a_killed_sync(place: Place) -> None:
-    place.give_yaml()
-    assert place.install().returncode == 0
-    assert_works(place)
-    left = leave_a_temporary(place)
-    put_broken_file(place)
-    done = place.install("sh", "--uninstall")
+def test_uninstalling_clears_up_after_a_killed_sync(machine: Machine) -> None:
+    machine.give_yaml()
+    assert machine.install().returncode == 0
+    assert_works(machine)
+    left = leave_a_temporary(machine)
+    put_broken_file(machine)
+    done = machine.install("sh", "--uninstall")
     assert done.returncode == 0
     assert not left.exists()
     # What cannot be read may have left something too, and that stays known.
     assert "orchestra: ~/.orchestra/projects/demo/broken.yaml" in done.stderr
-    assert f"kept: {place.path}/.orchestra/run (what killed syncs" in done.stdout
-    assert sorted(os.listdir(place.home / ".orchestra")) == ["hashes", "projects", "run"]
+    assert f"kept: {machine.path}/.orchestra/run (what killed syncs" in done.stdout
+    assert sorted(os.listdir(machine.home / ".orchestra")) == ["hashes", "projects", "run"]
 
 
-def leave_a_temporary(place: Place) -> Path:
+def leave_a_temporary(machine: Machine) -> Path:
     """Leave what a sync does that was killed while it wrote a file."""
-    codebase = orchestra.load_codebase(place.path, "demo", "c")
-    with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(place.path, codebase, time.time) as lock:
-        left = place.code / lock.new_temporary("CLAUDE.md")
+    codebase = orchestra.load_codebase(machine.path, "demo", "c")
+    with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(machine.path, codebase, time.time) as lock:
+        left = machine.code / lock.new_temporary("CLAUDE.md")
         left.write_text("half")
         raise KeyboardInterrupt
     return left
 
 
-def put_broken_file(place: Place) -> None:
-    Path(orchestra.codebase_path(place.path, ("demo", "broken"))).write_text("[")
+def put_broken_file(machine: Machine) -> None:
+    Path(orchestra.codebase_path(machine.path, ("demo", "broken"))).write_text("[")
 
 
 def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
@@ -10772,65 +10750,67 @@ def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it
     assert cleared == ["a", "b", "c"]
 
 
-def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(place: Place, bare_python: str) -> None:
-    assert place.run(bare_python, HERE / "orchestra.py", "self-uninstall").returncode == 0
-    assert place.listing() == {}
-    os.makedirs(orchestra.run_dir(place.path))
-    done = place.run(bare_python, HERE / "orchestra.py", "self-uninstall")
+def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(
+    machine: Machine, bare_python: str
+) -> None:
+    assert machine.run_program(bare_python, HERE / "orchestra.py", "self-uninstall").returncode == 0
+    assert machine.listing() == {}
+    os.makedirs(orchestra.run_dir(machine.path))
+    done = machine.run_program(bare_python, HERE / "orchestra.py", "self-uninstall")
     assert (done.returncode, done.stderr) == (0, "")
-    assert left_of_pyyaml(place) == []
+    assert left_of_pyyaml(machine) == []
 
 
-def test_what_finder_leaves_does_not_keep_folders(place: Place) -> None:
-    put_files(place.home / ".orchestra", {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"})
-    done = place.install("sh", "--uninstall")
+def test_what_finder_leaves_does_not_keep_folders(machine: Machine) -> None:
+    put_files(machine.home / ".orchestra", {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"})
+    done = machine.install("sh", "--uninstall")
     assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
-    assert place.listing() == {}
-    put_files(place.home / ".orchestra", {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
-    done = place.install("sh", "--uninstall")
-    assert done.stdout == f"kept: {place.path}/.orchestra/projects (the registry)\nuninstalled\n"
-    assert (place.home / ".orchestra/projects/a/b.yaml").exists()
+    assert machine.listing() == {}
+    put_files(machine.home / ".orchestra", {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
+    done = machine.install("sh", "--uninstall")
+    assert done.stdout == f"kept: {machine.path}/.orchestra/projects (the registry)\nuninstalled\n"
+    assert (machine.home / ".orchestra/projects/a/b.yaml").exists()
 
 
-def test_uninstalling_what_is_not_there_is_fine(place: Place) -> None:
-    done = place.install("sh", "--uninstall")
+def test_uninstalling_what_is_not_there_is_fine(machine: Machine) -> None:
+    done = machine.install("sh", "--uninstall")
     assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
-    assert place.listing() == {}
+    assert machine.listing() == {}
 
 
-def test_uninstalling_works_when_the_python_is_gone(place: Place) -> None:
-    place.give_yaml()
-    python = place.folder / "gone"
+def test_uninstalling_works_when_the_python_is_gone(machine: Machine) -> None:
+    machine.give_yaml()
+    python = machine.folder / "gone"
     python.symlink_to(BASE_PYTHON)
-    orchestra.install_program(place.path, str(python), str(HERE / "orchestra.py"))
+    orchestra.install_program(machine.path, str(python), str(HERE / "orchestra.py"))
     python.unlink()
-    done = place.install("sh", "--uninstall")
+    done = machine.install("sh", "--uninstall")
     assert done.returncode == 0, done
-    assert not os.path.exists(place.home / ".orchestra")
+    assert not os.path.exists(machine.home / ".orchestra")
 
 
 @every_shell
-def test_install_sh_refuses_what_it_does_not_know(place: Place, shell: str) -> None:
+def test_install_sh_refuses_what_it_does_not_know(machine: Machine, shell: str) -> None:
     for word in ("--help-me", "uninstall", "-x"):
-        assert_refused(place.install(shell, word), f"{word}: expected nothing or --uninstall")
-    assert_refused(place.install(shell, environ={"HOME": None}), "HOME: expected an absolute path, got ''")
-    assert_refused(place.install(shell, environ={"HOME": "here"}), "HOME: expected an absolute path, got 'here'")
-    assert place.listing() == {}
+        assert_refused(machine.install(shell, word), f"{word}: expected nothing or --uninstall")
+    assert_refused(machine.install(shell, environ={"HOME": None}), "HOME: expected an absolute path, got ''")
+    assert_refused(machine.install(shell, environ={"HOME": "here"}), "HOME: expected an absolute path, got 'here'")
+    assert machine.listing() == {}
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
-def test_install_sh_has_launchd_run_the_daemon_on_macos(place: Place) -> None:
-    place.give_yaml()
-    place.make_tool("uname", "echo Darwin")
-    done = place.install()
+def test_install_sh_has_launchd_run_the_daemon_on_macos(machine: Machine) -> None:
+    machine.give_yaml()
+    machine.make_tool("uname", "echo Darwin")
+    done = machine.install()
     # The script knows better where it runs.
     assert done.returncode == 2
     assert "orchestra: launchd error: launchd management is only supported on macOS" in done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
-def test_shellcheck_finds_nothing_in_install_sh(place: Place) -> None:
-    done = place.run("shellcheck", INSTALLER)
+def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
+    done = machine.run_program("shellcheck", INSTALLER)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -10921,7 +10901,7 @@ def test_init_writes_a_folder_below_the_home_as_the_home_s(home: Home, spelling:
     put_files(Path(home.path), {"code/api/x": ""})
     path = spelling.format(home=home.path, link=link)
     if is_home_linked:
-        home.path, home.environ = str(link), {"HOME": str(link)}
+        home.path = home.environ["HOME"] = str(link)
     home.run_fine("init", path, "-p", "shop", "--sync")
     assert home.registry().codebases[API].path == "~/code/api"
     assert "is already registered" in home.run_fine("init", path, "-p", "shop").out
@@ -11745,7 +11725,7 @@ def quick_home(capsys: Any, monkeypatch: Any) -> Iterator[Home]:
     parser = orchestra.build_parser()
     monkeypatch.setattr(orchestra, "build_parser", lambda: parser)
     folder = tempfile.mkdtemp(prefix="orc", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
-    yield Home(folder, capsys)
+    yield Home(folder)
     shutil.rmtree(folder)
 
 
@@ -12193,7 +12173,8 @@ class History(Home):
     """A home folder whose user and whose Orchestra are driven by dice."""
 
     def __init__(self, folder: str, capsys: Any, seed: int) -> None:
-        super().__init__(folder, capsys)
+        super().__init__(folder)
+        self.capsys = capsys
         self.seed = seed
         self.random = random.Random(seed)
         self.code = Path(self.path, "code")
@@ -13785,7 +13766,7 @@ WAYS_OF_EDITING = [edit_renaming, edit_anew, *(WAYS_IN_PLACE if IS_LINUX else []
 WRITER_IN_THE_WAY = ("another program has it open for writing", "it kept changing while Orchestra was writing it")
 
 
-def stir(live: Live, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
+def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
     """Change the registry all the time, with daemon and command line syncing at once; count the changes."""
     deadline, dice = time.monotonic() + seconds, random.Random(2)
     seen: dict[str, set[str]] = {label: set() for label in labels}
@@ -13799,7 +13780,7 @@ def stir(live: Live, labels: list[str], seconds: float, act: Callable[[], None] 
         seen[label] |= set(re.findall(r"note \d+", live.read(label)))
         act()
         if all(command.poll() is not None for command in commands[-2:]):
-            commands += [start_command(live, "sync", "--all") for _ in range(2)]
+            commands += [live.start("sync", "--all") for _ in range(2)]
         time.sleep(dice.random() * 0.03)
     for command in commands:
         ran = finish(command)
@@ -13810,26 +13791,20 @@ def stir(live: Live, labels: list[str], seconds: float, act: Callable[[], None] 
     return number
 
 
-def start_command(live: Live, *argv: str) -> Any:
-    environ = {**os.environ, "HOME": live.path}
-    options: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(live.command(*argv), env=environ, **options)
-
-
-def settle(live: Live, labels: list[str]) -> None:
+def settle(live: Home, labels: list[str]) -> None:
     """Let the last change arrive, and see all be well."""
     for label in labels:
         live.save(label, note="the last")
     wait_until(lambda: live.status()["queue_depth"] == 0)
-    ran = live.run("sync", "--all")
-    assert ran.returncode == 0, ran
+    ran = live.run_script("sync", "--all")
+    assert ran.status == 0, ran
     assert all(live.has("the last", label) for label in labels)
-    assert live.run("status", "--check").returncode == 0
+    assert live.run_script("status", "--check").status == 0
     left = [path for top in (live.code, live.path) for path in take_picture(str(top)) if is_temporary(path)]
     assert left == []
 
 
-def kept_of(live: Live, label: str, name: str = "CLAUDE.md") -> KeptWords:
+def kept_of(live: Home, label: str, name: str = "CLAUDE.md") -> KeptWords:
     return KeptWords(orchestra.backups_of(live.path, key_of(label)), name)
 
 
@@ -13840,7 +13815,7 @@ def kept_of(live: Live, label: str, name: str = "CLAUDE.md") -> KeptWords:
         *(pytest.param([way], SOAK_SECONDS / 10, id=way.__name__, marks=pytest.mark.soak) for way in WAYS_OF_EDITING),
     ],
 )
-def test_what_editors_save_during_syncs_is_not_lost(served: Live, capsys: Any, ways: list[Any], seconds: float) -> None:
+def test_what_editors_save_during_syncs_is_not_lost(served: Home, capsys: Any, ways: list[Any], seconds: float) -> None:
     savers = {}
     for number, way in enumerate(ways):
         label = f"shop/c{number}"
@@ -13848,7 +13823,7 @@ def test_what_editors_save_during_syncs_is_not_lost(served: Live, capsys: Any, w
         file = served.code / label / "CLAUDE.md"
         save_renaming(file, b"mine: u0000000x\n\n")
         savers[label] = (Appender if way is append_line else Saver)(file, kept_of(served, label), way, 0.004)
-    assert served.run("sync", "--all").returncode == 0
+    assert served.run_script("sync", "--all").status == 0
     children = {label: Child(saver.run) for label, saver in savers.items()}
     try:
         changes = stir(served, list(savers), seconds)
@@ -13878,7 +13853,7 @@ def tell_soak(capsys: Any, seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
-def test_daemon_and_commands_at_once_leave_whole_files(served: Live, capsys: Any, seconds: float) -> None:
+def test_daemon_and_commands_at_once_leave_whole_files(served: Home, capsys: Any, seconds: float) -> None:
     labels = [f"shop/c{number}" for number in range(5)]
     files = [served.code / label / "CLAUDE.md" for label in labels]
     for label, file in zip(labels, files):
@@ -13899,7 +13874,7 @@ def test_daemon_and_commands_at_once_leave_whole_files(served: Live, capsys: Any
 
 
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
-def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Live, seconds: float) -> None:
+def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Home, seconds: float) -> None:
     root = served.code / "shop/api"
     text = served.text().replace("[claude]", f"[{', '.join(ALL_TARGETS)}]")
     deadline, rounds = time.monotonic() + seconds, 0
@@ -13908,9 +13883,9 @@ def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Li
         purge = rounds % 2 == 0
         put_files(root, {"CLAUDE.md": "u1x mine\n"})
         put_files(served.projects, {"shop/api.yaml": text + f"- round {rounds}\n"})
-        syncs = [start_command(served, "sync", "--all") for _ in range(2)]
-        ran = served.run("project", "remove", "api", *["--purge"] * purge)
-        assert ran.returncode == 0, ran
+        syncs = [served.start("sync", "--all") for _ in range(2)]
+        ran = served.run_script("project", "remove", "api", *["--purge"] * purge)
+        assert ran.status == 0, ran
         for sync in syncs:
             said = finish(sync)
             assert "Traceback" not in said.err and said.status in (0, 2), said
@@ -13942,7 +13917,7 @@ class RegistrySaver(Saver):
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
 @pytest.mark.parametrize("edit", [edit_renaming, edit_truncating, edit_slowly], ids=lambda way: way.__name__)
 def test_what_an_editor_saves_of_a_registry_file_during_init_is_not_lost(
-    live: Live, capsys: Any, edit: Callable[[Path, Change], None], seconds: float
+    live: Home, capsys: Any, edit: Callable[[Path, Change], None], seconds: float
 ) -> None:
     file = live.save(note="mine u0000000x  # u0000000x")
     root, environ = str(live.code / "shop/api"), {"HOME": live.path}
@@ -14265,7 +14240,7 @@ def changed_at_random(dice: random.Random, codebase: orchestra.Codebase) -> orch
 FINE = "name: fine\npath: /a/path/that/is/made/nowhere/else\n"
 
 
-def test_any_bytes_in_the_registry_make_a_codebase_or_problems(live: Live, loader: str, dose: Dose) -> None:
+def test_any_bytes_in_the_registry_make_a_codebase_or_problems(live: Home, loader: str, dose: Dose) -> None:
     (live.projects / "shop").mkdir()
     live.save("blog/fine").write_text(FINE)
     read = 0
@@ -14314,7 +14289,7 @@ LONG_PIECES = (
 )
 
 
-def test_no_file_of_64_kib_takes_long_to_read(live: Live, loader: str, dose: Dose) -> None:
+def test_no_file_of_64_kib_takes_long_to_read(live: Home, loader: str, dose: Dose) -> None:
     (live.projects / "shop").mkdir()
     live.save("blog/fine").write_text(FINE)
     with bounded():
@@ -14412,7 +14387,7 @@ def test_any_three_hashes_lead_to_a_fate_that_destroys_nothing(dose: Dose) -> No
         assert (action == orchestra.CREATE) is (disk is None and wanted is not None)
 
 
-def test_any_bytes_in_the_managed_files_survive_syncs_and_a_purge(live: Live, dose: Dose) -> None:
+def test_any_bytes_in_the_managed_files_survive_syncs_and_a_purge(live: Home, dose: Dose) -> None:
     codebase = orchestra.Codebase("shop", "api", str(live.code / "api"), targets=tuple(ALL_TARGETS))
     live.save("shop/api").write_text(f"name: api\npath: {live.code}/api\ntargets: [{', '.join(ALL_TARGETS)}]\n")
     for dice in dose.inputs(10):
@@ -14520,7 +14495,7 @@ def test_any_bytes_as_requests_are_understood_or_refused(dose: Dose) -> None:
                 assert json.loads(orchestra.encode_error(str(error))) == {"ok": False, "error": str(error)}
 
 
-def test_any_bytes_on_the_socket_leave_the_others_served(served: Live, dose: Dose) -> None:
+def test_any_bytes_on_the_socket_leave_the_others_served(served: Home, dose: Dose) -> None:
     pid, before = served.daemons[0].pid, memory_of(served.daemons[0].pid)
     for dice in dose.inputs(30):
         data = odd_requests(dice).replace(b"stop", b"halt")
@@ -14594,7 +14569,7 @@ def test_any_path_is_in_the_plist_as_it_is_or_refused(dose: Dose) -> None:
 STAND_IN = "import sys\n\n\ndef main():\n    print(ascii([__file__, *sys.argv[1:]]))\n    return 7\n"
 
 
-def test_a_launcher_runs_with_any_home_and_python(live: Live, dose: Dose) -> None:
+def test_a_launcher_runs_with_any_home_and_python(live: Home, dose: Dose) -> None:
     pieces = [piece.replace("/", "") or "x" for piece in PATH_PIECES]
     for dice in dose.inputs(6):
         home = str(live.code) + odd_path(dice, pieces)[:200]
@@ -14634,7 +14609,7 @@ RECORD_TOKENS = (
 )
 
 
-def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Live, dose: Dose) -> None:
+def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Home, dose: Dose) -> None:
     live.save("shop/api")
     codebase = orchestra.Codebase("shop", "api", str(live.code / "shop/api"), targets=("claude", "cline"))
     record = Path(orchestra.record_path(live.path, codebase.key))
@@ -14657,7 +14632,7 @@ def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Live, dose: 
         shutil.rmtree(notes.parent.parent)
 
 
-def test_the_tail_of_any_log_is_its_last_lines(live: Live, dose: Dose) -> None:
+def test_the_tail_of_any_log_is_its_last_lines(live: Home, dose: Dose) -> None:
     path = live.folder / "log"
     for dice in dose.inputs(40):
         line = dice.choice((b"\n", b"x\n", b"\r\n", b"long" * 5000 + b"\n", b"\0\xff\n", b"x"))
@@ -14699,7 +14674,7 @@ class Turmoil:
     HANDS = "hands"  # the one project whose managed files are edited by hand
     MIX = (*["edits"] * 50, *["hands"] * 20, *["clients"] * 20, *["syncs"] * 5, *["signals"] * 3, *["logs"] * 2)
 
-    def __init__(self, live: Live, daemon: subprocess.Popen[bytes], seed: int) -> None:
+    def __init__(self, live: Home, daemon: subprocess.Popen[bytes], seed: int) -> None:
         self.live = live
         self.daemon = daemon
         self.random = random.Random(seed)
@@ -14926,9 +14901,7 @@ class Turmoil:
             commands = (["sync", "--all"], ["sync", self.label()], ["status"], ["sync", "--all", "--dry-run"])
             argv = self.random.choice(commands)
             with open(self.live.folder / "programs-said", "ab") as said:
-                options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
-                environ = {**os.environ, "HOME": self.live.path}
-                self.programs.append(subprocess.Popen(self.live.command(*argv), env=environ, **options))
+                self.programs.append(self.live.start(*argv, stdout=subprocess.DEVNULL, stderr=said))
 
     def touch_logs(self) -> None:
         self.read_complaints()
@@ -15038,12 +15011,12 @@ def print_figures(figures: Sequence[Figures]) -> None:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not IS_LINUX, reason="reads /proc")
-def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Live) -> None:
+def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Home) -> None:
     seconds = float(os.environ.get("ORCHESTRA_LONG_RUN") or 1200)
     seed = int(os.environ.get("ORCHESTRA_SEED") or time.time())
     print(f"ORCHESTRA_SEED={seed}")
     few = 96
-    daemon = live.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
+    daemon = live.start_daemon(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
     (live.folder / "programs-said").touch()
     turmoil = Turmoil(live, daemon, seed)
     started = time.monotonic()
@@ -15063,9 +15036,9 @@ def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Live) -> Non
         turmoil.mend()
         turmoil.hang_up()
         turmoil.expect_picture(all_of_them=True)
-    checked = live.run("sync", "--all", "--check")
-    assert (checked.returncode, checked.stderr) == (0, ""), checked
-    live.run("sync", "--all")  # by hand, which is the end of what is told of replaced hand edits
+    checked = live.run_script("sync", "--all", "--check")
+    assert (checked.status, checked.err) == (0, ""), checked
+    live.run_script("sync", "--all")  # by hand, which is the end of what is told of replaced hand edits
     assert live.status()["problems"] == []
     turmoil.read_complaints()
     second, last = quarters(figures)
@@ -15121,11 +15094,11 @@ HEAVY = {
 }
 
 
-def load_without_site(place: Place, *argv: str) -> set[str]:
+def load_without_site(machine: Machine, *argv: str) -> set[str]:
     """Run one command of the installed program, and give the modules it has loaded at its end."""
-    orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
-    lib = os.path.dirname(orchestra.installed_script_path(place.path))
-    done = place.run(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
+    orchestra.install_program(machine.path, BASE_PYTHON, str(SCRIPT))
+    lib = os.path.dirname(orchestra.installed_script_path(machine.path))
+    done = machine.run_program(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
     assert done.returncode == 0, done
     return set(done.stderr.splitlines()[-1].split())
 
@@ -15136,23 +15109,23 @@ def heavy_ones(modules: Iterable[str]) -> list[str]:
 
 @pytest.mark.parametrize("argv", [["daemon", "status"], ["daemon", "stop"]])
 @pytest.mark.parametrize("is_running", [False, True])
-def test_asking_the_daemon_loads_nothing_heavy(place: Place, argv: list[str], is_running: bool) -> None:
+def test_asking_the_daemon_loads_nothing_heavy(machine: Machine, argv: list[str], is_running: bool) -> None:
     if not is_running:
-        assert heavy_ones(load_without_site(place, *argv)) == []
+        assert heavy_ones(load_without_site(machine, *argv)) == []
         return
-    place.give_yaml()
-    binary = orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
-    with place.daemon(binary):
-        assert heavy_ones(load_without_site(place, *argv)) == []
+    machine.give_yaml()
+    binary = orchestra.install_program(machine.path, BASE_PYTHON, str(SCRIPT))
+    with machine.daemon(binary):
+        assert heavy_ones(load_without_site(machine, *argv)) == []
 
 
-def test_the_installed_program_is_compiled_at_its_first_run_alone(place: Place) -> None:
-    binary = orchestra.install_program(place.path, BASE_PYTHON, str(SCRIPT))
-    lib = Path(orchestra.installed_script_path(place.path)).parent
-    assert place.run(binary, "--version").returncode == 0
+def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machine) -> None:
+    binary = orchestra.install_program(machine.path, BASE_PYTHON, str(SCRIPT))
+    lib = Path(orchestra.installed_script_path(machine.path)).parent
+    assert machine.run_program(binary, "--version").returncode == 0
     (cached,) = lib.glob("__pycache__/orchestra.*.pyc")
     first = cached.stat()
-    done = place.run(BASE_PYTHON, "-I", "-v", binary, "--version")
+    done = machine.run_program(BASE_PYTHON, "-I", "-v", binary, "--version")
     assert done.returncode == 0
     assert f"code object from '{cached}'" in done.stderr
     assert f"code object from {lib}/orchestra.py\n" not in done.stderr  # what -v says of a compilation
@@ -15381,119 +15354,80 @@ def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
     return Cost(took, usage.ru_utime + usage.ru_stime)
 
 
-class Bench:
-    """A home folder with so many codebases, and Orchestra installed in it with a Python of no .pth files."""
+class Bench(Machine):
+    """A home with so many codebases, and Orchestra installed in it with a Python that has no .pth files."""
 
     def __init__(self, folder: str, python: str, count: int) -> None:
-        self.folder = Path(os.path.realpath(folder), f"n{count}")
-        self.place_at = self.folder / "c"
+        os.mkdir(f"{folder}/n{count}")
+        super().__init__(f"{folder}/n{count}")
         self.python = python
         self.count = count
-        self.place_at.mkdir(parents=True)
-        self.place = Place(str(self._make("p")))
-        self.place.give_yaml()
-        self.path = self.place.path
+        self.put_aside = 0
+        self.give_yaml()
         self.binary = orchestra.install_program(self.path, python, str(SCRIPT))
-        self.labels = [f"p{number % 10}/c{number}" for number in range(count)]
-        self.process: Optional[subprocess.Popen[bytes]] = None
-        self._put_away_count = 0
-        for number in range(min(10, count)):
-            Path(orchestra.projects_root(self.path), f"p{number}").mkdir(parents=True)
-        for label in self.labels:
-            self.save(label)
+        self.labels = self.save_many(count, "As it was at first")
         self.make_codebases()
-        self.run("--version")  # compiles
+        self.measure("--version")  # compiles
 
-    def _make(self, name: str) -> Path:
-        (self.folder / name).mkdir()
-        return self.folder / name
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return self.place.environ(ORCHESTRA_NO_FETCH="1")
-
-    def file(self, label: str) -> Path:
-        return Path(orchestra.projects_root(self.path), f"{label}.yaml")
+    def variables(self, **more: Optional[str]) -> dict[str, str]:
+        return super().variables(**{"ORCHESTRA_NO_FETCH": "1", **more})
 
     def written(self, label: str) -> Path:
-        return self.place_at / label / LAST_WRITTEN
+        return self.code / label / LAST_WRITTEN
 
-    def text(self, label: str, note: str) -> str:
+    def text(self, label: str = "", note: str = "") -> str:
         states = ("pending", "inprogress", "blocked", "done", "pending")
         tasks = "".join(BENCH_TASK.format(number=i, status=states[i % 5]) for i in range(10))
-        name, path, targets = label.split("/")[1], self.place_at / label, ", ".join(ALL_TARGETS)
+        name, path, targets = label.split("/")[1], self.code / label, ", ".join(ALL_TARGETS)
         return BENCH_YAML.format(name=name, path=path, targets=targets, note=note, tasks=tasks.rstrip("\n"))
-
-    def save(self, label: str, note: str = "As it was at first") -> None:
-        replace(self.file(label), self.text(label, note))
 
     def make_codebases(self) -> None:
         for label in self.labels:
-            (self.place_at / label).mkdir(parents=True)
+            (self.code / label).mkdir(parents=True)
 
     def forget_syncs(self) -> None:
         """Make it as if nothing had ever been synced."""
-        for folder in (self.place_at, orchestra.hashes_root(self.path), orchestra.run_dir(self.path)):
-            self._put_away(Path(folder))
+        for folder in (self.code, orchestra.hashes_root(self.path), orchestra.run_dir(self.path)):
+            self.put_away(Path(folder))
         self.make_codebases()
 
-    def _put_away(self, folder: Path) -> None:
+    def put_away(self, folder: Path) -> None:
         # Not deleted: for a minute ext4 looks at each inode that was freed before it gives a new file one.
-        self._put_away_count += 1
-        folder.rename(self.folder / f"away{self._put_away_count}")
+        self.put_aside += 1
+        folder.rename(self.folder / f"away{self.put_aside}")
 
-    def run(self, *argv: str) -> Cost:
-        return measure_process([self.binary, *argv], self.environ)
+    def measure(self, *argv: str) -> Cost:
+        return measure_process([self.binary, *argv], self.variables())
 
-    def run_bare_start(self) -> Cost:
-        return measure_process([self.python, "-I", "-c", "pass"], self.environ)
+    def measure_bare_start(self) -> Cost:
+        return measure_process([self.python, "-I", "-c", "pass"], self.variables())
 
-    def run_bare_sync(self, kind: str) -> Cost:
-        """Do as a plain script what a sync must at least do: cold, update, or look."""
+    def measure_bare_sync(self, kind: str) -> Cost:
+        """Measure a plain script that does what a sync must at least do: cold, update, or look."""
         copy = self.folder / "copy"
         if kind == "cold" and copy.exists():
-            self._put_away(copy)
-        paths = (orchestra.projects_root(self.path), self.place_at, copy, orchestra.python_lib_dir(self.path))
-        return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.environ)
-
-    # The daemon
+            self.put_away(copy)
+        paths = (self.projects, self.code, copy, orchestra.python_lib_dir(self.path))
+        return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.variables())
 
     @contextmanager
-    def daemon(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[Bench]:
-        environ = {**self.environ, "ORCHESTRA_WATCHER": kind}
+    def watched(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[Bench]:
+        """Run a daemon; begin when all is written, looked at once more, and quiet."""
         for log in (orchestra.stdout_log_path(self.path), orchestra.stderr_log_path(self.path)):
             Path(log).unlink(missing_ok=True)
-        nothing: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        argv = [*(command or [self.binary]), "daemon", "start"]
-        self.process = subprocess.Popen(argv, env=environ, **nothing)
-        try:
-            wait_until(lambda: "staleness" in self.log(), 120)  # all is written, looked at once more, and quiet
+        with self.daemon(*(command or [self.binary]), kind=kind):
+            wait_until(lambda: "staleness" in self.log(), 120)
             yield self
-        finally:
-            self.process.terminate()
-            self.process.wait()
 
     @property
     def pid(self) -> int:
-        assert self.process is not None
-        return self.process.pid
-
-    def log(self) -> str:
-        log = Path(orchestra.stdout_log_path(self.path))
-        return log.read_text() if log.exists() else ""
+        return int(self.daemons[-1].pid)
 
     def log_bytes(self) -> int:
-        logs = Path(orchestra.logs_dir(self.path)).iterdir()
-        return sum(log.stat().st_size for log in logs)
-
-    @contextmanager
-    def connection(self) -> Iterator[Callable[[], bytes]]:
-        """Connect, and yield a function that asks for the status once."""
-        with connect(orchestra.socket_path(self.path)) as ask:
-            yield ask
+        return sum(log.stat().st_size for log in Path(orchestra.logs_dir(self.path)).iterdir())
 
     def prepare_changes(self, note: str) -> tuple[Callable[[], None], Callable[[], bool]]:
-        """Give a function that changes every registry file, and one that says whether all has been written then."""
+        """Return a function that changes every registry file, and one that tests whether all was written since."""
         notes = []
         for label in self.labels:
             file = self.file(label)
@@ -15544,28 +15478,23 @@ def cpu_seconds(pid: int) -> float:
     return seconds
 
 
-def wait_for(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    wait_until(lambda: time.monotonic() >= end, seconds + 30)
-
-
 # What is measured, in the order of the table
 
 
 def bench_starts(table: BenchTable, bench: Bench) -> None:
-    bare = median_cost([bench.run_bare_start() for _ in range(21)])
-    version = median_cost([bench.run("--version") for _ in range(21)])
+    bare = median_cost([bench.measure_bare_start() for _ in range(21)])
+    version = median_cost([bench.measure("--version") for _ in range(21)])
     table.add_time("orchestra --version", None, version, "", "bare start", bare)
     table.add_time(
         "daemon status, none running",
         None,
-        median_cost([bench.run("daemon", "status") for _ in range(3)]),
+        median_cost([bench.measure("daemon", "status") for _ in range(3)]),
         "",
         "bare start",
         bare,
     )
-    with bench.daemon():
-        pairs = [(bench.run_bare_start(), bench.run("daemon", "status")) for _ in range(31)]
+    with bench.watched():
+        pairs = [(bench.measure_bare_start(), bench.measure("daemon", "status")) for _ in range(31)]
     bare, status = (median_cost(costs) for costs in zip(*pairs))
     table.add_time("daemon status, running", bench.count, status, "3.0 ×", "bare start", bare)
 
@@ -15576,11 +15505,11 @@ def bench_sync(table: BenchTable, bench: Bench, runs: int) -> None:
     for number in range(runs):
         if number:
             bench.forget_syncs()
-        cold.append(bench.run("sync", "--all"))
-        bare_cold.append(bench.run_bare_sync("cold"))
+        cold.append(bench.measure("sync", "--all"))
+        bare_cold.append(bench.measure_bare_sync("cold"))
     for _ in range(runs):
-        still.append(bench.run("sync", "--all"))
-        bare_look.append(bench.run_bare_sync("look"))
+        still.append(bench.measure("sync", "--all"))
+        bare_look.append(bench.measure_bare_sync("look"))
     limit = f"{limits[0]}, 2.5 ×".lstrip(", ")
     what = "yaml.load, writing plainly"
     table.add_time(
@@ -15605,7 +15534,7 @@ def bench_save(table: BenchTable, bench: Bench) -> None:
     temporary = file.with_name(".save")
     took = []
     for number in range(SAVES_TIMED):
-        wait_for(WINDOW * 1.2)
+        time.sleep(WINDOW * 1.2)
         temporary.write_text(bench.text(label, f"Save {number}"))
         inode = written.stat().st_ino
         started = time.perf_counter()
@@ -15625,7 +15554,7 @@ def bench_save(table: BenchTable, bench: Bench) -> None:
 
 def bare_save(bench: Bench, label: str) -> float:
     """Measure what a save must at least cost: one file parsed, and the managed ones replaced."""
-    paths = [bench.place_at / label / agent.path for agent in orchestra.AGENTS.values()]
+    paths = [bench.code / label / agent.path for agent in orchestra.AGENTS.values()]
     datas = [path.read_bytes() for path in paths]
     started = time.perf_counter()
     yaml.load(bench.file(label).read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -15641,8 +15570,8 @@ def bare_save(bench: Bench, label: str) -> float:
 
 def bench_bulk(table: BenchTable, bench: Bench) -> None:
     """Measure all registry files changed at once; while they are synced, the status is asked for."""
-    bench.run_bare_sync("cold")
-    bare = bench.run_bare_sync("update")
+    bench.measure_bare_sync("cold")
+    bare = bench.measure_bare_sync("update")
     cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
     rounds = bench.log().count("staleness")
     change, is_done = bench.prepare_changes("All at once")
@@ -15666,11 +15595,11 @@ def bench_burst(table: BenchTable, bench: Bench) -> None:
         for number in range(20):
             note = f"Burst {pace} {number}"
             bench.save(label, note)
-            wait_for(pace)
+            time.sleep(pace)
         last = time.perf_counter()
         wait_until(lambda note=note: note in bench.written(label).read_text(), 10)  # type: ignore[misc]
         took.append(time.perf_counter() - last)
-        wait_for(WINDOW * 1.2)
+        time.sleep(WINDOW * 1.2)
     what = "the window"
     table.add_time(
         "last of 20 quick saves, worst of 5", bench.count, Cost(max(took), 0), "550 ms", what, Cost(WINDOW, 0)
@@ -15678,7 +15607,7 @@ def bench_burst(table: BenchTable, bench: Bench) -> None:
 
 
 def bench_requests(table: BenchTable, bench: Bench) -> None:
-    with bench.connection() as ask:
+    with connect(bench.socket) as ask:
         size = len(ask())
         rate = rate_of(ask)
     path = str(bench.folder / "echo")
@@ -15705,7 +15634,7 @@ def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
 
 
 def bench_status_under_load(table: BenchTable, bench: Bench) -> None:
-    with bench.connection() as ask:
+    with connect(bench.socket) as ask:
         idle = times_of(ask, lambda: True)
         change, is_done = bench.prepare_changes("And again")
         change()
@@ -15722,7 +15651,7 @@ def times_of(ask: Callable[[], bytes], is_done: Callable[[], bool], at_least: in
         started = time.perf_counter()
         ask()
         took.append(time.perf_counter() - started)
-        wait_for(0.001)
+        time.sleep(0.001)
     return sorted(took)
 
 
@@ -15784,7 +15713,7 @@ def sleeps_of(pid: int) -> int:
 def bench_idle(table: BenchTable, benches: dict[str, Bench]) -> None:
     """Leave a daemon of each watcher alone, all for the same while."""
     counts = {kind: Idleness(bench, with_strace=kind != "polling") for kind, bench in benches.items()}
-    wait_for(IDLE_SECONDS)
+    time.sleep(IDLE_SECONDS)
     for kind, count in counts.items():
         limit = "0.5 % CPU" if kind == "polling" else "1 wake-up/min"
         told = "60 looks/min by design" if kind == "polling" else f"over {IDLE_SECONDS:g} s"
@@ -15798,7 +15727,7 @@ def measure_all(table: BenchTable, make: Callable[[int], Bench]) -> None:
     for bench, runs in zip(homes.values(), (5, 5, 3)):
         bench_sync(table, bench, runs)
     for bench in homes.values():
-        with bench.daemon():
+        with bench.watched():
             bench_memory(table, bench)
             if bench.count != 100:
                 bench_save(table, bench)
@@ -15814,7 +15743,7 @@ def measure_all(table: BenchTable, make: Callable[[int], Bench]) -> None:
             idle["kqueue (stand-in)"] = homes[10]
         for kind, bench in idle.items():
             command = [sys.executable, "-c", DRIVER] if "stand-in" in kind else []
-            stack.enter_context(bench.daemon(kind.partition(" ")[0], command))
+            stack.enter_context(bench.watched(kind.partition(" ")[0], command))
         bench_idle(table, idle)
     if MOST_CODEBASES > 1000:
         bench_sync(table, make(MOST_CODEBASES), 1)
