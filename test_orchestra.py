@@ -10693,7 +10693,7 @@ def test_uninstalling_leaves_the_registry_and_the_backups(machine: Machine, shel
     assert machine.install(shell).returncode == 0
     (machine.code / "CLAUDE.md").write_text("by hand\n")
     assert_works(machine)
-    put_files(machine.home / ".orchestra", {"backups/demo/c/x": "", "run/x": ""})
+    put_files(machine.home / ".orchestra", {"backups/demo/code/x": "", "run/x": ""})
     with machine.daemon() as daemon:
         done = machine.install(shell, "--uninstall")
         assert (done.returncode, done.stderr) == (0, ""), done
@@ -10721,7 +10721,7 @@ def test_uninstalling_clears_up_after_a_killed_sync(machine: Machine) -> None:
 
 def leave_a_temporary(machine: Machine) -> Path:
     """Leave what a sync does that was killed while it wrote a file."""
-    codebase = orchestra.load_codebase(machine.path, "demo", "c")
+    codebase = orchestra.load_codebase(machine.path, "demo", "code")
     with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(machine.path, codebase, time.time) as lock:
         left = machine.code / lock.new_temporary("CLAUDE.md")
         left.write_text("half")
