@@ -489,6 +489,14 @@ class Disk(NamedTuple):
 
 
 ABSENT = Disk("absent")
+DISK_NAMES = {
+    "absent": "none",
+    "file": "a file",
+    "symlink": "a link",
+    "folder": "a folder",
+    "special": "a pipe, socket or device",
+}
+BOM = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
 
 
 class Place(NamedTuple):
@@ -2479,8 +2487,6 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
 
 # ── 9 Codebases ───────────────────────────────────────────────────────────────
 
-MAX_NAME = 100  # characters
-MAX_NAME_BYTES = 240  # with its suffix a name must fit a file system's 255
 Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
 Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
 PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
@@ -2598,28 +2604,19 @@ def is_ignored(name: str) -> bool:
     return name.startswith((".", "#")) or name.endswith("~")
 
 
-def _name_rule_broken(name: str) -> str:
-    if not 1 <= len(name) <= MAX_NAME:
-        return f"1 to {MAX_NAME} characters"
-    try:
-        if len(name.encode()) > MAX_NAME_BYTES:
-            return f"at most {MAX_NAME_BYTES} bytes"
-    except UnicodeEncodeError:
-        return "valid UTF-8"
-    if "/" in name or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in name):
-        return "no slash and no control character"
-    if is_ignored(name):
-        return "a name that starts with neither . nor # and does not end in ~"
-    return ""
-
-
 def check_name(kind: str, name: str) -> None:
-    """Refuse a project or codebase name that would leave the registry or be passed over in it."""
-    expected = _name_rule_broken(name)
-    if kind == "codebase" and name.casefold() == "project":
-        expected = "any name but project (project.yaml describes the project itself)"
-    if expected:
-        raise RegistryError(f"{kind} name: expected {expected}, got {excerpt(name)}", f"choose another {kind} name")
+    """Raise RegistryError for a project's or codebase's name that cannot be a file's in the registry."""
+    rules = (
+        (not 1 <= len(name) <= 100, "names have 1 to 100 characters"),
+        (re.search("[\ud800-\udfff]", name), "names must be valid UTF-8"),
+        (len(name.encode("utf-8", "replace")) > 240, "names have at most 240 bytes"),  # a suffix must fit, too
+        (re.search(r"[/\x00-\x1f\x7f-\x9f]", name), "names cannot contain slashes or control characters"),
+        (is_ignored(name), "names cannot start with . or #, or end in ~"),
+        (kind == "codebase" and name.casefold() == "project", "project.yaml describes the project itself"),
+    )
+    for is_broken, rule in rules:
+        if is_broken:
+            raise RegistryError(f"{kind} name {excerpt(name)}: {rule}", f"choose another {kind} name")
 
 
 def is_valid_key(key: Key) -> bool:
@@ -2629,10 +2626,6 @@ def is_valid_key(key: Key) -> bool:
     except RegistryError:
         return False
     return True
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 2 * MAX_NAME else excerpt(name)
 
 
 def label_for(key: Key) -> str:
@@ -2649,6 +2642,16 @@ def short_names(keys: Iterable[Key]) -> dict[Key, str]:
 
 
 # Whose folder
+
+
+def absolute_path(path: str) -> str:
+    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
+    return "/" + os.path.abspath(path).lstrip("/")
+
+
+def codebase_root(home: str, codebase: Codebase) -> str:
+    """Give the absolute path of a codebase's folder; links in it are not resolved."""
+    return absolute_path(expand_home(home, codebase.path))
 
 
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
@@ -2833,32 +2836,40 @@ def listed_key(home: str, key: Key) -> Key:
 
 # ── 10 Registry ───────────────────────────────────────────────────────────────
 
-DISK_NAMES = {
-    "absent": "none",
-    "file": "a file",
-    "symlink": "a link",
-    "folder": "a folder",
-    "special": "a pipe, socket or device",
-}
+# A broken file stops its own codebase alone. From files to a Registry:
+#
+#   1 scan_registry lists the codebases' files, and what lies astray, without reading any.
+#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file whose bytes
+#     were parsed before comes from ParsedFiles.
+#   3 read_project does so for what all codebases of a project share, and `inherit` adds it.
+#   4 A folder that several codebases claim belongs to the one that was registered first.
+#
+# load_registry takes all steps for all codebases, reload_codebases the last three for some, and
+# load_codebase the second or the second and third for one.
+
 SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
 MAX_REGISTRY_FILE = 1 << 20  # bytes
-FEW_PARSED = 20  # files that are parsed again each time rather than remembered
-BOM = b"\xef\xbb\xbf"  # with which some editors begin a file
-# What is_ignored leaves out is left out here too: it is asked of every name at every look.
-_REGISTRY_NAME = re.compile(r"(?is)[^.#].*\.ya?ml")
+
+
+def error_for(problems: Sequence[Problem]) -> RegistryError:
+    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
 
 
 class Registry(NamedTuple):
-    """All that could be read, with inheritance applied, and every problem by the codebase it stops."""
+    """All codebases that could be read, with what they inherit, and the problems of the others."""
 
     codebases: Mapping[Key, Codebase]
     broken: Mapping[Key, tuple[Problem, ...]]
-    stray: tuple[Problem, ...]  # problems of files that are no codebase's
-    owners: "Owners"  # the codebase that has a folder
+    stray: tuple[Problem, ...]  # of files that are no codebase's
+    owners: Owners
 
     @property
     def keys(self) -> list[Key]:
         return sorted([*self.codebases, *self.broken])
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
     def find(self, name: str) -> Key:
         """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
@@ -2870,12 +2881,10 @@ class Registry(NamedTuple):
             return found[0]
         if found:
             candidates = ", ".join(map(label_for, found))
-            raise RegistryError(
-                f"codebase {name}: expected one, got {len(found)}: {candidates}", "give its project too"
-            )
-        raise RegistryError(
-            f"codebase {_shorten(name)}: expected a registered name, got an unknown one", "orchestra project list"
-        )
+            problem, hint = f'"{name}" is in {len(found)} projects: {candidates}', label_for(found[0])
+            raise RegistryError(problem, hint)
+        shown = name if len(name) <= 200 else excerpt(name)
+        raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
 
     def readable(self, name: str) -> Codebase:
         """Find a codebase by name whose file could be read; raises RegistryError."""
@@ -2883,10 +2892,6 @@ class Registry(NamedTuple):
         if key in self.broken:
             raise error_for(self.broken[key])
         return self.codebases[key]
-
-    @property
-    def problems(self) -> list[Problem]:
-        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
 
 # Reading files
@@ -2902,7 +2907,7 @@ class RegistryFile(Document):
         try:
             disk = disk or read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
         except IoError as error:
-            self.complain(f"file: expected a readable file, got: {Problem.from_error(error).message}")
+            self.complain(f"file: cannot be read: {Problem.from_error(error).message}")
             return
         if disk.kind != "file":
             self.complain(f"file: expected a file, got {DISK_NAMES[disk.kind]}")
@@ -2923,40 +2928,52 @@ class RegistryFile(Document):
             self.complain(f"file: expected UTF-8, got the byte 0x{self._data[error.start]:02x}", line=line)
             return None
 
-    def check_name(self, root: YamlNode, found: str, expected: str) -> None:
+    def check_name(self, root: YamlNode, found: str, expected: str, why: str) -> None:
         if found and found != expected:
             key = next(key for key, _ in root.value if key.value == "name")
-            self.complain(f"name: expected {expected}, as the registry has it, got {found!r}", key)
+            self.complain(f"name: {why}, but name says {found!r}", key)
 
 
-def read_codebase(
-    home: str, key: Key, parsed: "Optional[ParsedFiles]" = None
-) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
-    """Read one codebase's file, as it stands, without what its project adds.
-
-    What `parsed` knows is without the keys that Orchestra does not know: only a save needs them.
-    """
-    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
-    known = parsed.find(key, file.digest) if parsed else None
-    if known:
-        return known, ()
+def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
+    """Read a project's file; a project without one has nothing to inherit."""
+    path = project_path(home, project)
+    file = RegistryFile(home, path, f"edit {shorten_home(home, path)}")
     root = file.parse()
-    if root is not None:
-        codebase: Codebase = CODEBASE_SCHEMA.read(file, root, project=key[0], digest=file.digest)
-        file.check_name(root, codebase.name, key[1])
-    if file.problems:
-        return None, tuple(file.problems)
-    if parsed:
-        parsed.add(codebase)
-    return codebase, ()
+    if root is None:
+        problems = file.problems if os.path.lexists(path) else ()
+        return Project(project, digest=file.digest), tuple(problems)
+    layer: Project = PROJECT_SCHEMA.read(file, root, digest=file.digest)
+    file.check_name(root, layer.name, project, f"the folder is called {project}")
+    return layer, tuple(file.problems)
+
+
+def inherit(codebase: Codebase, project: Project) -> Codebase:
+    """Add what a project gives its codebases: lists in front, the rest where the codebase is silent."""
+    return codebase._replace(
+        description=codebase.description or project.description,
+        targets=codebase.targets if codebase.targets is not None else project.targets,
+        commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
+        conventions=project.conventions + codebase.conventions,
+        digest=codebase.digest + project.digest,
+    )
+
+
+def is_current(home: str, codebase: Codebase) -> bool:
+    """Say whether the files a codebase was read from still hold the same."""
+    files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
+    found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
+    return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
 class ParsedFiles:
-    """What was parsed before, by the hash of a file's bytes: parsing YAML is the dearest part of a look.
+    """Parsed codebases by the SHA-256 of their files; parsing YAML is the costliest step.
 
-    Kept in one file, a line each: the hash, and the codebase in JSON; the first line says of which program they are,
-    and has their own hash. It is saved when it would spare much; a damaged one only means parsing again.
+    They are kept in one file, one per line: the hash, and the codebase in JSON. The first line has
+    the version of the program and the hash of the other lines: a damaged file, or another version's,
+    only means parsing again. It is saved when that saves much time.
     """
+
+    FEW = 20  # new codebases, for which saving it is not worth while
 
     def __init__(self, home: str) -> None:
         self._home = home
@@ -2999,7 +3016,7 @@ class ParsedFiles:
         self._fresh += 1
 
     def save_if_worth_it(self) -> None:
-        if self._fresh <= max(FEW_PARSED, len(self._used) // 8):
+        if self._fresh <= max(self.FEW, len(self._used) // 8):
             return
         lines = b"".join(b"%b %b\n" % (key.encode(), line or self._line(key)) for key, line in self._used.items())
         folder = run_dir(self._home)
@@ -3010,50 +3027,29 @@ class ParsedFiles:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
 
 
-def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
-    """Read a project's file; a project without one has nothing to inherit."""
-    path = project_path(home, project)
-    file = RegistryFile(home, path, f"edit {shorten_home(home, path)}")
+def read_codebase(
+    home: str, key: Key, parsed: "Optional[ParsedFiles]" = None
+) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
+    """Read one codebase's file, as it stands, without what its project adds.
+
+    What `parsed` knows is without the keys that Orchestra does not know: only a save needs them.
+    """
+    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
+    known = parsed.find(key, file.digest) if parsed else None
+    if known:
+        return known, ()
     root = file.parse()
-    if root is None:
-        problems = file.problems if os.path.lexists(path) else ()
-        return Project(project, digest=file.digest), tuple(problems)
-    layer: Project = PROJECT_SCHEMA.read(file, root, digest=file.digest)
-    file.check_name(root, layer.name, project)
-    return layer, tuple(file.problems)
+    if root is not None:
+        codebase: Codebase = CODEBASE_SCHEMA.read(file, root, project=key[0], digest=file.digest)
+        file.check_name(root, codebase.name, key[1], f"the file is called {key[1]}.yaml")
+    if file.problems:
+        return None, tuple(file.problems)
+    if parsed:
+        parsed.add(codebase)
+    return codebase, ()
 
 
-def absolute_path(path: str) -> str:
-    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
-    return "/" + os.path.abspath(path).lstrip("/")
-
-
-def codebase_root(home: str, codebase: Codebase) -> str:
-    """Give the absolute path of a codebase's folder; links in it are not resolved."""
-    return absolute_path(expand_home(home, codebase.path))
-
-
-def inherit(codebase: Codebase, project: Project) -> Codebase:
-    """Add what a project gives its codebases: lists in front, the rest where the codebase is silent."""
-    return codebase._replace(
-        description=codebase.description or project.description,
-        targets=codebase.targets if codebase.targets is not None else project.targets,
-        commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
-        conventions=project.conventions + codebase.conventions,
-        digest=codebase.digest + project.digest,
-    )
-
-
-def is_current(home: str, codebase: Codebase) -> bool:
-    """Say whether the files a codebase was read from still hold the same."""
-    files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
-    found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
-    return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
-
-
-def is_registry_file(name: str) -> bool:
-    """Say whether a name in the registry is a YAML file's, be it one that must be called otherwise."""
-    return _REGISTRY_NAME.fullmatch(name) is not None
+# Listing
 
 
 def list_folder(folder: str) -> list[os.DirEntry[str]]:
@@ -3066,53 +3062,64 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
             return []
 
 
-def _scan(folder: str) -> list[os.DirEntry[str]]:
-    return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+def is_registry_file(name: str) -> bool:
+    """Return whether a name in the registry is a YAML file's, .yml and .YAML included."""
+    return name[-5:].lower().endswith((".yaml", ".yml")) and not is_ignored(name)
 
 
-def _name_problem(home: str, project: str, stem: str, path: str) -> Optional[Problem]:
-    try:
-        check_name("project", project)
-        if stem != "project":
-            check_name("codebase", stem)
-    except RegistryError as error:
-        return Problem.from_error(error, visible(f"{shorten_home(home, path)}:1"))
-    return None
+class RegistryScan:
+    """The codebases that a registry lists, and a problem for each file that is in the wrong place."""
 
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.keys: list[Key] = []
+        self.stray: list[Problem] = []
+        for entry in self._list(projects_root(home)):
+            with self._reject_unreadable(entry):
+                if entry.is_dir():
+                    self._scan_project(entry)
+                elif is_registry_file(entry.name):
+                    self._reject(entry, "ignored: it belongs in a project's folder")
 
-def _stray(home: str, path: str, expected: str, got: str) -> Problem:
-    place = visible(f"{shorten_home(home, path)}:1")
-    return Problem(place, visible(f"file: expected {expected}, got {got}"), "rename or move it")
+    def _list(self, folder: str) -> list[os.DirEntry[str]]:
+        return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
 
+    def _place(self, entry: os.DirEntry[str]) -> str:
+        return visible(f"{shorten_home(self.home, entry.path)}:1")
 
-def _astray(home: str, project: str, entry: os.DirEntry[str]) -> Optional[Problem]:
-    stem, suffix = os.path.splitext(entry.name)
-    if suffix.lower() in (".yaml", ".yml"):
-        if suffix != ".yaml":
-            return _stray(home, entry.path, f"the name {stem}.yaml", entry.name)
-        return _name_problem(home, project, stem, entry.path)
-    try:
-        has_files = entry.is_dir() and any(is_registry_file(e.name) for e in _scan(entry.path))
-    except (IoError, OSError) as error:
-        return _stray(home, entry.path, "a folder to list", Problem.from_error(error).message)
-    if has_files:
-        return _stray(home, entry.path, "YAML files right in the project's folder", "a folder of them")
-    return None
+    def _reject(self, entry: os.DirEntry[str], message: str) -> None:
+        self.stray.append(Problem(self._place(entry), visible(message)))
 
+    @contextmanager
+    def _reject_unreadable(self, entry: os.DirEntry[str]) -> Iterator[None]:
+        try:
+            yield
+        except (IoError, OSError) as error:
+            self._reject(entry, f"cannot be listed: {Problem.from_error(error).message}")
 
-def _scan_project(home: str, folder: os.DirEntry[str], keys: list[Key], stray: list[Problem]) -> None:
-    found: list[Key] = []
-    names = set()
-    for item in _scan(folder.path):
-        names.add(item.name)
-        problem = _astray(home, folder.name, item)
-        if problem:
-            stray.append(problem)
-        elif item.name.endswith(".yaml") and item.name != "project.yaml":
-            found.append((folder.name, item.name[:-5]))
-    if not found and "project.yaml" in names:
-        stray.extend(read_project(home, folder.name)[1])
-    keys.extend(found)
+    def _scan_project(self, folder: os.DirEntry[str]) -> None:
+        entries = self._list(folder.path)
+        found = [key for entry in entries for key in self._keys_of(folder.name, entry)]
+        self.keys += found
+        if not found and any(entry.name == "project.yaml" for entry in entries):
+            self.stray += read_project(self.home, folder.name)[1]
+
+    def _keys_of(self, project: str, entry: os.DirEntry[str]) -> Iterator[Key]:
+        stem, suffix = os.path.splitext(entry.name)
+        if suffix == ".yaml":
+            try:
+                check_name("project", project)
+                if stem != "project":
+                    check_name("codebase", stem)
+                    yield (project, stem)
+            except RegistryError as error:
+                self.stray.append(Problem.from_error(error, self._place(entry)))
+        elif is_registry_file(entry.name):
+            self._reject(entry, f"ignored: rename it to {stem}.yaml")
+        else:
+            with self._reject_unreadable(entry):
+                if entry.is_dir() and any(is_registry_file(inner.name) for inner in self._list(entry.path)):
+                    self._reject(entry, "ignored: YAML files belong right in the project's folder")
 
 
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
@@ -3120,99 +3127,77 @@ def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
 
     Raises IoError for a registry that cannot be listed at all.
     """
-    keys: list[Key] = []
-    stray: list[Problem] = []
-    for entry in _scan(projects_root(home)):
-        try:
-            if entry.is_dir():
-                _scan_project(home, entry, keys, stray)
-            elif is_registry_file(entry.name):
-                stray.append(_stray(home, entry.path, "a place in a project's folder", "one beside the folders"))
-        except (IoError, OSError) as error:
-            stray.append(_stray(home, entry.path, "a folder to list", Problem.from_error(error).message))
-    return keys, stray
+    scan = RegistryScan(home)
+    return scan.keys, scan.stray
 
 
-def _settle_claim(codebases: Mapping[Key, Codebase], one: Key, other: Key) -> tuple[Key, Key]:
-    first = min(one, other, key=lambda key: claim_order(codebases, key))
-    return first, other if first == one else one
+# Loading
 
 
-def _claim_problem(home: str, codebase: Codebase, owner: Key) -> Problem:
-    place = shorten_home(home, codebase_path(home, codebase.key))
-    message = f"path: expected a folder of its own, got {codebase.path}, which {label_for(owner)} has"
-    return Problem(visible(f"{place}:1"), visible(message), f"orchestra edit {label_for(codebase.key)}")
-
-
-def _read_codebases(home: str, keys: Sequence[Key], base: Registry, parsed: Optional[ParsedFiles] = None) -> Registry:
-    projects = {project: read_project(home, project) for project in {key[0] for key in keys}}
-    codebases, broken, owners = dict(base.codebases), dict(base.broken), dict(base.owners)
-    for key in keys:
-        codebase, problems = read_codebase(home, key, parsed)
-        if codebase is None and not os.path.lexists(codebase_path(home, key)):
-            continue  # gone since it was listed
-        project, project_problems = projects[key[0]]
-        if codebase is None or project_problems:
-            broken[key] = problems + project_problems
-            continue
-        codebases[key] = inherit(codebase, project)
-        root = codebase_root(home, codebase)
-        owner = owners.get(root, key)
-        if owner != key and not os.path.lexists(codebase_path(home, owner)):  # its file was renamed a moment ago
-            codebases.pop(owner, None)
-            owner = key
-        winner, loser = _settle_claim(codebases, key, owner)
-        owners[root] = winner
-        if loser != winner:
-            broken[loser] = (_claim_problem(home, codebases.pop(loser), winner),)
-    return Registry(codebases, broken, base.stray, Owners(owners, codebases, base.owners))
-
-
-def load_registry(home: str) -> Registry:
-    """Read the whole registry; a broken file stops its own codebase alone. Raises IoError."""
-    keys, stray = scan_registry(home)
-    parsed = ParsedFiles(home)
-    registry = _read_codebases(home, keys, Registry({}, {}, tuple(stray), Owners()), parsed)
-    parsed.save_if_worth_it()
-    return registry
-
-
-def reload_codebases(home: str, registry: Registry, keys: Iterable[Key]) -> Registry:
+def reload_codebases(
+    home: str, registry: Registry, keys: Iterable[Key], parsed: Optional[ParsedFiles] = None
+) -> Registry:
     """Read some codebases again, and with them those that were broken; a file that is gone drops out.
 
     Costs what it reads, however large the registry.
     """
     again = {*keys, *registry.broken}
-    owners = Owners({root: owner for root, owner in registry.owners.items() if owner not in again}, old=registry.owners)
-    others = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
-    present = [key for key in sorted(again) if os.path.lexists(codebase_path(home, key))]
-    return _read_codebases(home, present, Registry(others, {}, registry.stray, owners))
+    codebases = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
+    broken: dict[Key, tuple[Problem, ...]] = {}
+    owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
+    projects = {project: read_project(home, project) for project in {key[0] for key in again}}
+
+    def is_gone(key: Key) -> bool:
+        return not os.path.lexists(codebase_path(home, key))
+
+    for key in sorted(again):
+        codebase, problems = read_codebase(home, key, parsed)
+        project, project_problems = projects[key[0]]
+        if codebase is None and is_gone(key):
+            continue
+        if codebase is None or project_problems:
+            broken[key] = problems + project_problems
+            continue
+        codebases[key] = inherit(codebase, project)
+        root = codebase_root(home, codebase)
+        other = owners.get(root, key)
+        if other != key and is_gone(other):  # it was renamed a moment ago
+            codebases.pop(other, None)
+            other = key
+        owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
+        if other != key:
+            loser = codebases.pop(other if first == key else key)
+            place = shorten_home(home, codebase_path(home, loser.key))
+            doc = Document(place, f"orchestra edit {label_for(loser.key)}")
+            doc.complain(f"path: {loser.path} already belongs to {label_for(first)}")
+            broken[loser.key] = tuple(doc.problems)
+    return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners))
 
 
-def error_for(problems: Sequence[Problem]) -> RegistryError:
-    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
-
-
-def reread_codebase(home: str, key: Key) -> Codebase:
-    """Read one codebase again, inheritance applied; raises RegistryError."""
-    codebase, problems = read_codebase(home, key)
-    project, project_problems = read_project(home, key[0])
-    if codebase is None or project_problems:
-        raise error_for(problems + project_problems)
-    return inherit(codebase, project)
+def load_registry(home: str) -> Registry:
+    """Read the whole registry. Raises IoError if it cannot be listed."""
+    keys, stray = scan_registry(home)
+    parsed = ParsedFiles(home)
+    registry = reload_codebases(home, Registry({}, {}, tuple(stray), Owners()), keys, parsed)
+    parsed.save_if_worth_it()
+    return registry
 
 
 def list_codebases(home: str) -> list[Codebase]:
-    """List every readable codebase, sorted by project and name, inheritance applied."""
+    """List every readable codebase with what it inherits, sorted by project and name.
+
+    For programs that import this one; Orchestra itself uses load_registry.
+    """
     return [codebase for _, codebase in sorted(load_registry(home).codebases.items())]
 
 
-def load_codebase(home: str, project: str, name: str) -> Codebase:
-    """Load one codebase as its file has it, without inheritance; raises RegistryError."""
+def load_codebase(home: str, project: str, name: str, inherits: bool = False) -> Codebase:
+    """Load one codebase as its file has it, or with what it inherits; raises RegistryError."""
     codebase, problems = read_codebase(home, (project, name))
-    if codebase is None:
-        raise error_for(problems)
-    return codebase
+    layer, more = read_project(home, project) if inherits else (Project(project), ())
+    if codebase is None or more:
+        raise error_for(problems + more)
+    return inherit(codebase, layer) if inherits else codebase
 
 
 # Writing
@@ -5020,7 +5005,7 @@ def _sync_until_done(
             # Saved, or removed, since it was read: whoever writes last must write the newest.
             if not os.path.lexists(codebase_path(home, codebase.key)):
                 return plan._replace(files=())
-            codebase = reread_codebase(home, codebase.key)
+            codebase = load_codebase(home, *codebase.key, inherits=True)
             continue
         if tries == 0 or not plan.is_done:
             try:

@@ -865,7 +865,7 @@ def test_the_user_sees_one_line_and_the_way_out(home: Home) -> None:
     assert ran == (
         2,
         "",
-        "orchestra: codebase nope: expected a registered name, got an unknown one\n  try: orchestra project list\n",
+        'orchestra: no codebase is called "nope"\n  try: orchestra project list\n',
     )
 
 
@@ -1826,7 +1826,7 @@ BAD_FILES = [
     ("null path", "name: api\npath: ~\n", "2: path: expected a value, got nothing"),
     ("list as name", "name: [api]\npath: /x\n", "1: name: expected text, got a list"),
     ("mapping as path", "name: api\npath: {a: b}\n", "2: path: expected text, got a mapping"),
-    ("other name", "name: web\npath: /x\n", "1: name: expected api, as the registry has it, got 'web'"),
+    ("other name", "name: web\npath: /x\n", "1: name: the file is called api.yaml, but name says 'web'"),
     ("relative path", "name: api\npath: code/api\n", r"2: path: expected an absolute path or ~/\.\.\., got 'code/api'"),
     ("dot path", "name: api\npath: .\n", r"2: path: expected an absolute path or ~/\.\.\., got '\.'"),
     ("NUL in path", 'name: api\npath: "/a\\0b"\n', r"2: path: expected an absolute path or ~/\.\.\., got '/a\\x00b'"),
@@ -1989,9 +1989,7 @@ def test_two_codebases_cannot_claim_one_path(home: Home, spelling: str, slashes:
     home.register("shop/old", path=f"{slashes}{home.code}/{spelling}", created_at="2026-01-01T00:00:00Z")
     assert list(home.registry().codebases) == [("shop", "old")]
     (problem,) = home.problems()
-    assert re.fullmatch(
-        r"~/.*shop/api\.yaml:1: path: expected a folder of its own, got .*, which shop/old has", problem
-    )
+    assert re.fullmatch(r"~/.*shop/api\.yaml:1: path: .* already belongs to shop/old", problem)
 
 
 def test_of_two_links_to_one_folder_the_first_by_name_has_it(home: Home) -> None:
@@ -2250,7 +2248,7 @@ def test_init_lands_in_the_project_and_the_name_that_are_listed(home: Home, monk
 )
 def test_names_that_would_leave_the_registry_or_hide_in_it_are_refused(home: Home, name: str) -> None:
     for kind in ("project", "codebase"):
-        with pytest.raises(orchestra.RegistryError, match=f"^{kind} name: expected .*, got "):
+        with pytest.raises(orchestra.RegistryError, match=f"^{kind} name '.*': "):
             orchestra.check_name(kind, name)
     project, codebase = home.run("init", home.path, "-p", name), home.run("init", home.path, "-p", "p", "--name", name)
     assert (project.status, codebase.status) == (2, 2)
@@ -2284,10 +2282,10 @@ KEYS = [("blog", "api"), ("shop", "api"), ("shop", "web")]
         ("web", "--- /dev/null"),
         ("shop/api", "--- /dev/null"),
         ("blog/api", "--- /dev/null"),
-        ("api", "orchestra: codebase api: expected one, got 2: blog/api, shop/api"),
-        ("blog/web", "orchestra: codebase blog/web: expected a registered name, got an unknown one"),
-        ("", "orchestra: codebase : expected a registered name, got an unknown one"),
-        ("/api", "orchestra: codebase /api: expected a registered name, got an unknown one"),
+        ("api", 'orchestra: "api" is in 2 projects: blog/api, shop/api'),
+        ("blog/web", 'orchestra: no codebase is called "blog/web"'),
+        ("", 'orchestra: no codebase is called ""'),
+        ("/api", 'orchestra: no codebase is called "/api"'),
     ],
 )
 def test_a_short_name_is_enough_while_it_is_unique(home: Home, name: str, expected: str) -> None:
@@ -2465,7 +2463,7 @@ def test_an_unreadable_file_is_one_line_and_the_others_go_on(home: Home) -> None
     ran = home.run_as_nobody("sync", "--all")
     assert ran.status == 2
     assert ran.complaints == [
-        "orchestra: ~/.orchestra/projects/shop/bad.yaml:1: file: expected a readable file, got: permission denied"
+        "orchestra: ~/.orchestra/projects/shop/bad.yaml:1: file: cannot be read: permission denied"
     ]
     assert (home.code / "shop/good/CLAUDE.md").exists()
 
@@ -2485,12 +2483,12 @@ def test_a_registry_of_broken_files_says_a_line_for_each_and_syncs_the_rest(home
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("shop/api.yml", "file: expected the name api.yaml, got api.yml"),
-        ("shop/api.YAML", "file: expected the name api.yaml, got api.YAML"),
-        ("api.yaml", "file: expected a place in a project's folder, got one beside the folders"),
-        ("api.yml", "file: expected a place in a project's folder, got one beside the folders"),
-        ("shop/Project.yaml", r"codebase name: expected any name but project .*, got 'Project'"),
-        ("shop/a\x7fb.yaml", r"codebase name: expected no slash and no control character, got 'a\\x7fb'"),
+        ("shop/api.yml", "ignored: rename it to api.yaml"),
+        ("shop/api.YAML", "ignored: rename it to api.yaml"),
+        ("api.yaml", "ignored: it belongs in a project's folder"),
+        ("api.yml", "ignored: it belongs in a project's folder"),
+        ("shop/Project.yaml", "codebase name 'Project': project.yaml describes the project itself"),
+        ("shop/a\x7fb.yaml", r"codebase name 'a\\x7fb': names cannot contain slashes or control characters"),
     ],
 )
 def test_what_lies_astray_is_one_line_and_the_others_go_on(home: Home, name: str, expected: str) -> None:
@@ -2507,8 +2505,7 @@ def test_a_folder_of_yaml_files_in_a_project_is_one_line(home: Home) -> None:
     home.register("shop/good")
     home.write_registry("shop/nested/api.yaml", GOOD)
     assert home.problems() == [
-        "~/.orchestra/projects/shop/nested:1: file: expected YAML files right in the project's folder,"
-        " got a folder of them"
+        "~/.orchestra/projects/shop/nested:1: ignored: YAML files belong right in the project's folder"
     ]
 
 
@@ -2573,7 +2570,7 @@ def test_a_broken_project_file_stops_its_own_codebases_alone(home: Home) -> None
     home.register("blog/api")
     assert list(home.registry().codebases) == [("blog", "api")]
     assert home.problems() == [
-        "~/.orchestra/projects/shop/project.yaml:1: name: expected shop, as the registry has it, got 'other'"
+        "~/.orchestra/projects/shop/project.yaml:1: name: the folder is called shop, but name says 'other'"
     ]
 
 
@@ -2645,7 +2642,7 @@ def fill_registry(home: Home, count: int) -> None:
 
 
 def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatch: Any) -> None:
-    fill_registry(home, orchestra.FEW_PARSED + 2)
+    fill_registry(home, orchestra.ParsedFiles.FEW + 2)
     fresh = home.registry()
     assert os.path.exists(orchestra.parsed_path(home.path))
     parsed: list[str] = []
@@ -2661,7 +2658,7 @@ def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatc
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"[]", b'"', b"{}", b"\xff", b'["shop","c1",5]'])
 def test_a_damaged_memory_of_what_was_parsed_only_costs_time(home: Home, damage: bytes) -> None:
-    fill_registry(home, orchestra.FEW_PARSED + 2)
+    fill_registry(home, orchestra.ParsedFiles.FEW + 2)
     fresh = home.registry().codebases
     path = Path(orchestra.parsed_path(home.path))
     lines = path.read_bytes().split(b"\n")
@@ -7486,7 +7483,7 @@ def test_conversations_are_as_agreed_byte_for_byte(served: Home) -> None:
         assert end.endswith(b"}}\n") and end[:-3].isdigit()
     for unknown in ("nope", "../../etc/passwd", "shop/nope", "", "\ud800", "x" * 60000):
         reply = json.loads(served.talk(json.dumps({"cmd": "sync", "codebase": unknown}).encode() + b"\n"))
-        assert reply["ok"] is False and "expected a registered name, got an unknown one" in reply["error"]
+        assert reply["ok"] is False and "no codebase is called" in reply["error"]
 
 
 @pytest.mark.parametrize(
@@ -10967,7 +10964,7 @@ def test_two_projects_may_have_a_codebase_of_the_same_name(home: Home) -> None:
     edited = edit(home.code / "blog/api/CLAUDE.md", "# api", "# mine")
     for command in (["sync"], ["diff"], ["restore"], ["edit"], ["project", "remove"]):
         ran = home.run(*command, "api")
-        assert (ran.status, ran.complaints) == (2, ["orchestra: codebase api: expected one, got 2: blog/api, shop/api"])
+        assert (ran.status, ran.complaints) == (2, ['orchestra: "api" is in 2 projects: blog/api, shop/api'])
     assert home.sync("blog/api").lines == ["replace  blog/api CLAUDE.md"]
     assert home.backups("shop/api") == {} and home.backups("blog/api") == {"CLAUDE.md": edited}
     home.run_fine("project", "remove", "blog/api", "--purge")
