@@ -3,9 +3,9 @@
 #
 #   sh install.sh                                              from a checkout
 #   curl -fsSL URL/install.sh | ORCHESTRA_URL=URL sh           from a web server that has orchestra.py beside it
-#   sh install.sh --uninstall                                  take it back; the registry, the backups and hashes stay
+#   sh install.sh --uninstall                                  remove it; the registry, backups and hashes stay
 #
-# ORCHESTRA_SHA256 checks the download; ORCHESTRA_PYTHON names the Python to use.
+# ORCHESTRA_SHA256 is compared with the download's; ORCHESTRA_PYTHON is the Python to use.
 
 set -eu
 
@@ -16,9 +16,9 @@ die() {
     exit 2
 }
 
-need() { command -v "$1" >/dev/null 2>&1 || die "$1: expected it on PATH, found none: install it first"; }
+need() { command -v "$1" >/dev/null 2>&1 || die "$1 is missing: install it first"; }
 
-# Programs are looked up in PATH's absolute folders alone: the others lie in the current folder.
+# Leave relative folders out of PATH: they could have programs of the current folder.
 absolute_path() {
     rest=$PATH:
     found=
@@ -31,8 +31,8 @@ absolute_path() {
     printf '%s\n' "${found#:}"
 }
 
-# Where the developer tools are missing, macOS's own python3 is a placeholder: started, it opens a dialog. xcode-select
-# may name a folder where nothing is, so the Python there counts.
+# Without the developer tools, macOS's own python3 is a placeholder that opens a dialog when
+# it is run. xcode-select may print a folder that does not exist, so look for a Python there.
 is_placeholder() {
     found=$(command -v "$1") || return 1
     [ "$found" = /usr/bin/python3 ] || [ "$(readlink "$found")" = /usr/bin/python3 ] || return 1
@@ -45,7 +45,7 @@ works() { ! is_placeholder "$1" && "$1" -I -c 'import sys; sys.exit(sys.version_
 
 found_python3() {
     if is_placeholder python3; then
-        echo "Apple's placeholder, which xcode-select --install replaces"
+        echo "Apple's placeholder: xcode-select --install"
     else
         python3 --version 2>/dev/null || echo none
     fi
@@ -53,7 +53,7 @@ found_python3() {
 
 find_python() {
     if [ -n "${ORCHESTRA_PYTHON:-}" ]; then
-        works "$ORCHESTRA_PYTHON" || die "ORCHESTRA_PYTHON: expected Python 3.9 or newer, got $ORCHESTRA_PYTHON, which is not"
+        works "$ORCHESTRA_PYTHON" || die "ORCHESTRA_PYTHON: expected Python 3.9 or newer, got $ORCHESTRA_PYTHON"
         command -v "$ORCHESTRA_PYTHON"
         return
     fi
@@ -63,7 +63,7 @@ find_python() {
             return
         fi
     done
-    die "python3: expected Python 3.9 or newer on PATH, found $(found_python3): install one first"
+    die "needs Python 3.9 or newer (found $(found_python3)). Debian: sudo apt install python3; macOS: brew install python"
 }
 
 download() {
@@ -78,11 +78,12 @@ download() {
 fetch_script() {
     beside=$(dirname -- "$0")/orchestra.py
     if [ "$(basename -- "$0")" = install.sh ] && [ -f "$beside" ] && [ -z "${ORCHESTRA_URL:-}" ]; then
-        cp -- "$beside" "$1" || die "$beside: expected to copy it, could not"
+        cp -- "$beside" "$1" || die "could not copy $beside"
     elif [ -n "${ORCHESTRA_URL:-}" ]; then
-        download "${ORCHESTRA_URL%/}/orchestra.py" "$1" || die "${ORCHESTRA_URL%/}/orchestra.py: expected to download it, could not"
+        url=${ORCHESTRA_URL%/}/orchestra.py
+        download "$url" "$1" || die "could not download $url"
     else
-        die "ORCHESTRA_URL: expected the address of a folder that has orchestra.py, got nothing"
+        die "set ORCHESTRA_URL to the address of the folder that has orchestra.py"
     fi
 }
 
@@ -92,22 +93,22 @@ sha256_of() {
     elif command -v shasum >/dev/null 2>&1; then
         shasum -a 256 <"$1" | cut -d ' ' -f 1
     else
-        die "sha256sum or shasum: expected one for ORCHESTRA_SHA256, found none"
+        die "ORCHESTRA_SHA256 needs sha256sum or shasum: install one first"
     fi
 }
 
 check_script() {
     last='# The last line: install.sh takes no copy without it.'
-    # The dot keeps the final newline, which $(...) would drop.
+    # The dot keeps the final newline, which $(...) would remove.
     [ "$(tail -n 1 "$1" && echo .)" = "$last
-." ] || die "orchestra.py: expected the whole script, got something else or a part of it: try again"
+." ] || die "orchestra.py is incomplete, or something else: try again"
     if [ -n "${ORCHESTRA_SHA256:-}" ]; then
         sum=$(sha256_of "$1") || exit 2
         [ "$sum" = "$ORCHESTRA_SHA256" ] || die "orchestra.py: expected SHA-256 $ORCHESTRA_SHA256, got $sum"
     fi
 }
 
-# Leaves nothing behind but what is in use: folders made for nothing go again.
+# Remove the temporary file, and folders that were made but not used.
 clean_up() {
     [ -z "$temporary" ] || rm -f -- "$temporary"
     rmdir -- "$root/lib" "$root" 2>/dev/null || :
@@ -118,11 +119,11 @@ install() {
     temporary=
     trap clean_up EXIT
     trap 'exit 130' INT TERM HUP
-    (umask 077 && mkdir -p -- "$root/lib") || die "$root/lib: expected to make this folder, could not"
-    temporary=$(mktemp "$root/lib/.install-XXXXXX") || die "$root/lib: expected to write there, could not"
+    (umask 077 && mkdir -p -- "$root/lib") || die "could not create $root/lib"
+    temporary=$(mktemp "$root/lib/.install-XXXXXX") || die "could not write to $root/lib"
     fetch_script "$temporary"
     check_script "$temporary"
-    version=$("$python" -I "$temporary" --version 2>&1) || die "orchestra.py: expected it to start, got: $version"
+    version=$("$python" -I "$temporary" --version 2>&1) || die "orchestra.py does not start: $version"
     "$python" -I "$temporary" self-install || exit 2
     [ "$(uname)" != Darwin ] || "$root/bin/orchestra" daemon install || exit 2
     say "$version, with $python"
@@ -131,7 +132,7 @@ install() {
     *) say "add it to your PATH:  export PATH=\"\$HOME/.local/bin:\$PATH\"" ;;
     esac
     say "next:  orchestra init PATH -p PROJECT --sync"
-    [ "$(uname)" = Darwin ] || say "then:  orchestra daemon start    (a running one keeps its version until it is restarted)"
+    [ "$(uname)" = Darwin ] || say "then:  orchestra daemon start    (already running? first: orchestra daemon stop)"
 }
 
 uninstall() {
@@ -142,7 +143,7 @@ uninstall() {
             rm -f -- "$plist"
         fi
     elif [ -x "$root/bin/orchestra" ]; then
-        "$root/bin/orchestra" daemon stop || say "a daemon that still runs ends with its session"
+        "$root/bin/orchestra" daemon stop || say "a daemon that is still running ends with its session"
     fi
     ! is_own_link "$HOME/.local/bin/orchestra" || rm -f -- "$HOME/.local/bin/orchestra"
     [ ! -d "$root/run" ] || clear_up_syncs
@@ -155,11 +156,11 @@ uninstall() {
     kept projects "the registry"
     kept backups "what syncs replaced"
     kept hashes "what tells Orchestra's text from yours"
-    kept run "what killed syncs may have left is still to be cleared up"
+    kept run "needed to clean up after killed syncs"
     say "uninstalled"
 }
 
-# The one that self-install makes; after the home folder was renamed, an older one leads nowhere.
+# Whether self-install made this link. If the home folder was renamed, an old one leads nowhere.
 is_own_link() {
     case $(readlink "$1" 2>/dev/null) in
     "$root/bin/orchestra" | ../../.orchestra/bin/orchestra) ;;
@@ -168,14 +169,14 @@ is_own_link() {
     esac
 }
 
-# A killed sync may have left a save of the user's under another name, and only the files in run say so.
+# A killed sync may have left the user's text under another name; only the files in run say where.
 clear_up_syncs() {
     if "$root/bin/orchestra" self-uninstall || [ ! -d "$root/run/codebases" ]; then
         rm -rf -- "${root:?}/run"
     fi
 }
 
-# Finder's .DS_Store counts for nothing.
+# A folder with only Finder's .DS_Store counts as empty.
 remove_if_empty() {
     if [ -d "$1" ] && [ ! -L "$1" ]; then
         [ "$(ls -A -- "$1")" != .DS_Store ] || rm -f -- "$1/.DS_Store"
@@ -185,11 +186,11 @@ remove_if_empty() {
 
 kept() { [ ! -e "$root/$1" ] || say "kept: $root/$1 ($2)"; }
 
-# Root's files would lock the home folder's owner out of them.
+# In another user's home folder, root would create files that this user cannot change.
 check_owner() {
     for folder in "$HOME" "$root"; do
         [ ! -d "$folder" ] || [ "$(id -u)" -ne 0 ] || [ -n "$(find "$folder/." -prune -user 0)" ] ||
-            die "$folder: expected root's own folder, got another user's: run it as that user, or set HOME"
+            die "$folder belongs to another user: run this as that user, or set HOME"
     done
 }
 
@@ -204,7 +205,7 @@ main() {
     case "${1:-}" in
     '') install ;;
     --uninstall) uninstall ;;
-    *) die "$1: expected nothing or --uninstall" ;;
+    *) die "$1: unknown argument; the only one is --uninstall" ;;
     esac
 }
 

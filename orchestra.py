@@ -2060,9 +2060,9 @@ def import_yaml() -> Any:
         from yaml import SafeLoader  # noqa: F401  another package may be called so
     except ImportError:
         file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
-        found = f"what is not it or not whole: {file}" if file else "none"
         hint = f"move that away; {hint}" if file else hint
-        raise OrchestraError(f"PyYAML: expected it in {sys.executable}, found {found}", hint) from None
+        problem = f"PyYAML: {file} is something else, or incomplete"
+        raise OrchestraError(problem if file else f"PyYAML is missing from {sys.executable}", hint) from None
     return yaml
 
 
@@ -7329,43 +7329,52 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ── 22 Installing ─────────────────────────────────────────────────────────────
 
-# The only code that starts other programs: all but the user's editor through one runner that tests replace. What
-# launchctl says is not believed without asking: its exit status 5 means five things, and bootout returns before the
-# service is gone. Having launchd run the daemon takes these steps; if one fails, the old plist is loaded again:
-#
-#   1 ask for the desktop session's domain: without one nothing can be loaded, and nothing is changed
-#   2 save the plist, unload the old service, stop a daemon that was started by hand, and wait for both to end
-#   3 enable the label, since one that is disabled is refused; load the plist
-#   4 ask the daemon, which RunAtLoad has started; only if it does not answer, kickstart -k, which kills one that is
-#     still starting, and launchd then waits for 10 s
-#   5 succeed only if a daemon of this version, in another process than before, answers and still does a second later
-
-LAUNCHCTL = "/bin/launchctl"
-EXIT_TIMEOUT = 20  # seconds that launchd gives a service to end; 5 in practice where it is not said
-LAUNCHCTL_TIMEOUT = 30.0  # seconds for one call; longer than EXIT_TIMEOUT, since some wait for a service's end
-SETTLE_TIMEOUT = 30.0  # seconds for a service to go, to be taken, or to answer: longer than EXIT_TIMEOUT, too
-SETTLE_PAUSE = 0.5  # seconds
-START_TIMEOUT = 10.0  # seconds for a daemon to answer before it is kickstarted
-STAY_TIME = 1.0  # seconds that a new daemon must last
-PROGRAM_TIMEOUT = 60.0  # seconds for an interpreter to show that it works
-PIP_TIMEOUT = 300.0  # seconds
-TRY_AGAIN = (5, 36, 37)  # launchctl's exit statuses: input/output error (still tearing down, among others), in progress
-TIMED_OUT, NOT_STARTED = 124, 127  # as timeout(1) and sh(1) have them
-SYSTEMD_HINT = "systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start"
+# Other programs (the user's editor excepted) are started here alone, through one runner
+# that tests replace, and never in the current folder. What is installed is tried before
+# it takes the place of what works.
 
 
 class Completed(NamedTuple):
-    """How a program ended: its exit status, and what it printed."""
+    """How a program ended: its exit status and its output."""
 
     code: int
     output: str
 
 
-Runner = Callable[..., Completed]  # takes what run_program does
+Runner = Callable[..., Completed]  # called like run_program
+TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, as of timeout(1) and sh(1)
+
+
+def run_program(
+    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
+) -> Completed:
+    """Run a program for at most `timeout` seconds.
+
+    It gets neither relative PATH entries nor PYTHONPATH, which could make it run code
+    from the current folder.
+    """
+    import subprocess
+
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    variables = {**environ, "PATH": os.pathsep.join(filter(os.path.isabs, folders))}
+    variables.pop("PYTHONPATH", None)
+    try:
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(argv, cwd=folder, env=variables, timeout=timeout, check=False, **pipes)
+    except subprocess.TimeoutExpired:
+        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
+    except OSError as error:
+        return Completed(NOT_STARTED, explain_os_error(error))
+    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+# The program and PyYAML
+
 PYYAML_VERSION = "6.0.3"
-# The SHA-256 of its wheels on PyPI (`uv pip compile --generate-hashes` lists those of all its files), six each for
-# Python 3.9 to 3.14 and 3.14t: macOS x86-64, ARM64; Linux with glibc ARM64, x86-64; with musl ARM64, x86-64.
-# Its source is not among them: building that would run what pip fetches unchecked, setuptools and Cython.
+# The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them: for
+# each of Python 3.9 to 3.14 and 3.14t those of macOS x86-64, ARM64; Linux with glibc
+# ARM64, x86-64; with musl ARM64, x86-64. The source is left out: building it would run
+# what pip fetches without a check, setuptools and Cython.
 PYYAML_HASHES = """
 b865addae83924361678b652338317d1bd7e79b1f4596f96b96c77a5a34b34da
 c3355370a2c156cffb25e876646f149d5d68f5e0a3ce86a5084dd0b64a994917
@@ -7412,211 +7421,322 @@ c1ff362665ae507275af2853520967820d9124984e0f7466736aea23d8611fba
 """
 
 
-def environ_for_programs(environ: Mapping[str, str]) -> dict[str, str]:
-    """Leave out what could make a program run code of the current folder: relative PATH entries, and PYTHONPATH."""
-    folders = [folder for folder in environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(folder)]
-    rest = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
-    return {**rest, "PATH": os.pathsep.join(folders)}
-
-
-def run_program(
-    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
-) -> Completed:
-    """Run a program to its end, at most `timeout` seconds, in a `folder` that is not the user's current one."""
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            argv,
-            cwd=folder,
-            env=environ_for_programs(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
-    except OSError as error:
-        return Completed(NOT_STARTED, explain_os_error(error))
-    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
-
-
-# PyYAML
-
-
-def _forget_folders() -> None:
-    """Let imports see what has been put into folders since they last looked."""
-    import importlib
-
-    importlib.invalidate_caches()  # dear, for it loads importlib.metadata: 25 ms and 4 MB
-
-
-def pyyaml_requirements() -> str:
-    """Write pip's requirements file: the one version, in its published files alone."""
-    return f"PyYAML=={PYYAML_VERSION}" + "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split()) + "\n"
-
-
-def explain_pip(done: Completed) -> str:
-    """Say in a line why pip failed."""
-    if "DO NOT MATCH THE HASHES" in done.output:
-        return f"a file that differs from the published one of PyYAML {PYYAML_VERSION}"
-    if "No matching distribution" in done.output:
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
-    return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
-
-
-def fetch_yaml(
-    home: str, python: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program
-) -> None:
-    """Install PyYAML below ~/.orchestra/lib with pip; whole, or not at all. Raises OrchestraError.
-
-    `pip install --target` is allowed on externally managed Pythons too (PEP 668).
-    """
-    lib = python_lib_dir(home)
-    hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
-    if os.path.isdir(os.path.join(lib, "yaml")):
-        return
-    if environ.get("ORCHESTRA_NO_FETCH"):
-        raise OrchestraError(f"PyYAML: expected it in {python}, found none, and ORCHESTRA_NO_FETCH is set", hint)
-    with hold_lock(pip_lock_path(home), lambda left: None, timeout=PIP_TIMEOUT):
-        if os.path.isdir(os.path.join(lib, "yaml")):
-            return  # somebody else's first run has just fetched it
-        tell(f"orchestra: fetching PyYAML into {shorten_home(home, lib)}")
-        temporary = f"{lib}.new"
-        remove_private_folder(temporary)  # a killed fetch left it
-        folder = run_dir(home)
-        requirements = f"{folder}/pyyaml.txt"
-        # With --target neither of the two settings makes sense, and pip refuses.
-        command = ["/usr/bin/env", "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0", python, "-m", "pip", "install"]
-        options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--target", temporary]
-        checks = ["--require-hashes", "--only-binary", ":all:", "--requirement", requirements]
-        try:
-            save_private(requirements, pyyaml_requirements().encode(), new_token(), durable=False)
-            # `python -m pip` runs a pip.py of its current folder.
-            done = run([*command, *options, *checks], PIP_TIMEOUT, folder=folder)
-            if done.code == 0 and os.path.isdir(os.path.join(temporary, "yaml")):
-                replace_private_folder(temporary, lib)
-                return
-        finally:
-            remove_private_folder(temporary)
-            remove_private(requirements)
-    raise OrchestraError(f"PyYAML: expected pip to fetch it, got: {explain_pip(done)}", hint)
-
-
-def ensure_yaml(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> None:
-    """Make PyYAML importable: this Python's own, or Orchestra's copy, which is fetched the first time.
-
-    Raises OrchestraError where it cannot be had.
-    """
-    if find_yaml():
-        return
-    lib = python_lib_dir(home)
-    sys.path.append(lib)
-    if not find_yaml():
-        fetch_yaml(home, sys.executable, environ, tell, run)
-        _forget_folders()
-    if not find_yaml():
-        raise OrchestraError(f"PyYAML: expected it in {lib}, found none that can be imported", f"rm -r '{lib}'")
-
-
-# The installed program
-
-
 def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
-    """Name Homebrew's interpreter by its `opt` link: the versioned Cellar path is gone after an upgrade."""
+    """Name Homebrew's Python by its `opt` link: an upgrade removes the Cellar path."""
     found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
     stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
     return stable if exists(stable) else python
 
 
-def choose_python(run: Runner = run_program) -> str:
-    """Choose the interpreter that the installed program names: one that stays, and was tried. Raises UsageError."""
-    candidates = [sys.executable]
-    if sys.prefix != sys.base_prefix:
-        # A virtual environment (uv run and pipx run make one) may be gone tomorrow.
-        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-        candidates.insert(0, os.path.join(sys.base_prefix, "bin", version))
-    for candidate in candidates:
-        python = stable_python_path(candidate)
-        if run([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], PROGRAM_TIMEOUT).code == 0:
-            return python
-    raise UsageError(f"python: expected {' or '.join(candidates)} to run, got none that does")
+class Installer:
+    """Installs the running script for this user, and PyYAML for its Python.
 
-
-def launcher_for(home: str, python: str) -> str:
-    """Write the executable that runs the installed script with `python`, isolated from the user's environment.
-
-    It finds the script from its own place, links to it followed, and so after the home folder was renamed.
+    All methods raise OrchestraError. `say` is called with what takes long.
     """
-    lib = os.path.relpath(os.path.dirname(installed_script_path(home)), binary_path(home))
-    program = "import os, sys; sys.path.insert(0, os.path.realpath({}))\nimport orchestra; sys.exit(orchestra.main())\n"
-    shebang = f"#!{python} -I\n"
-    # Linux's limit; a space ends the path; Python looks for its program's encoding there.
-    if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
-        return shebang + program.format(f"__file__ + '/{lib}'")
-    import shlex
 
-    program = program.format(f"sys.argv.pop(1) + '/{lib}'")
-    return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {shlex.quote(program)} "$0" "$@"\n'
+    PROGRAM_TIMEOUT = 60.0  # seconds for a Python to show that it works
+    PIP_TIMEOUT = 300.0  # seconds
 
+    def __init__(
+        self,
+        home: str,
+        environ: Mapping[str, str] = os.environ,
+        say: Callable[[str], None] = lambda text: None,
+        run: Runner = run_program,
+    ) -> None:
+        self.home = home
+        self.environ = environ
+        self.say = say
+        self.run = run
 
-def install_program(home: str, python: str, script: str) -> str:
-    """Copy the script to ~/.orchestra/lib, with an executable that imports it; return the executable's path.
+    def ensure_yaml(self) -> None:
+        """Make PyYAML importable: Python's own, or a copy fetched on the first run."""
+        if find_yaml():
+            return
+        lib = python_lib_dir(self.home)
+        sys.path.append(lib)
+        if not find_yaml():
+            import importlib
 
-    Imported, the script is compiled once; run as it stands, at every start. Raises IoError, UsageError.
-    """
-    disk = read_disk(real_path(script))
-    if disk.kind != "file":
-        raise UsageError(f"{script}: expected the script's own file to copy, found none", "save it to a file first")
-    save_private(installed_script_path(home), disk.data, new_token())
-    # Bytecode is matched by size and whole seconds: an upgrade of the same size within one would run the old.
-    remove_private_folder(os.path.join(os.path.dirname(installed_script_path(home)), "__pycache__"))
-    save_private(binary_path(home), os.fsencode(launcher_for(home, python)), new_token(), mode=0o700)
-    return binary_path(home)
+            self.fetch_yaml(sys.executable)
+            importlib.invalidate_caches()  # slow: it loads importlib.metadata
+        if not find_yaml():
+            raise OrchestraError(f"PyYAML: {lib} has none that can be imported", f"rm -r '{lib}'")
 
+    def fetch_yaml(self, python: str) -> None:
+        """Install PyYAML below ~/.orchestra/lib with pip, as a whole or not at all."""
+        lib = python_lib_dir(self.home)
+        hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
+        if os.path.isdir(f"{lib}/yaml"):
+            return
+        if self.environ.get("ORCHESTRA_NO_FETCH"):
+            raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
+        with hold_lock(pip_lock_path(self.home), lambda left: None, timeout=self.PIP_TIMEOUT):
+            if os.path.isdir(f"{lib}/yaml"):
+                return  # another first run has just fetched it
+            self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
+            temporary = f"{lib}.new"
+            remove_private_folder(temporary)  # a killed fetch left it
+            try:
+                done = self._run_pip(python, temporary)
+                if done.code == 0 and os.path.isdir(f"{temporary}/yaml"):
+                    replace_private_folder(temporary, lib)
+                    return
+            finally:
+                remove_private_folder(temporary)
+        if "No module named pip" in done.output:
+            hint = "your system's package of it: on Debian, sudo apt install python3-yaml"
+        raise OrchestraError(f"could not fetch PyYAML: {self._explain_pip(done)}", hint)
 
-def is_own_link(home: str, link: str) -> bool:
-    """Say whether a link leads to the launcher, or to where it was before the home folder was renamed."""
-    if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
-        return False
-    return not os.path.exists(link) or real_path(link) == real_path(binary_path(home))
+    def _run_pip(self, python: str, target: str) -> Completed:
+        """Run pip, which `--target` allows on externally managed Pythons too (PEP 668)."""
+        requirements = f"{run_dir(self.home)}/pyyaml.txt"
+        hashes = "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split())
+        # pip refuses --target together with these two settings.
+        argv = ["/usr/bin/env", "PIP_USER=0", "PIP_REQUIRE_VIRTUALENV=0", python, "-m", "pip", "install"]
+        argv += ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--target", target]
+        argv += ["--require-hashes", "--only-binary", ":all:", "--requirement", requirements]
+        try:
+            text = f"PyYAML=={PYYAML_VERSION}{hashes}\n"
+            save_private(requirements, text.encode(), new_token(), durable=False)
+            # `python -m pip` would run a pip.py in its current folder.
+            return self.run(argv, self.PIP_TIMEOUT, folder=run_dir(self.home))
+        finally:
+            remove_private(requirements)
 
+    def _explain_pip(self, done: Completed) -> str:
+        if "No module named pip" in done.output:
+            return "pip is missing"
+        if "DO NOT MATCH THE HASHES" in done.output:
+            return f"pip found another file than the published one of version {PYYAML_VERSION}"
+        if "No matching distribution" in done.output:
+            version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+            return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
+        return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
 
-def check_link(home: str) -> None:
-    """Raise UsageError where ~/.local/bin/orchestra is another program's, or cannot be made."""
-    link = link_path(home)
-    if os.path.lexists(link) and not is_own_link(home, link):
-        raise UsageError(f"{link}: expected nothing or Orchestra's link, found something else", "move it away")
-    folder = os.path.dirname(link)
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: expected a folder that can be written, found otherwise")
+    def choose_python(self) -> str:
+        """Choose the Python to install for: one that lasts, and that works."""
+        candidates = [sys.executable]
+        if sys.prefix != sys.base_prefix:
+            # A virtual environment (uv run and pipx run make one) may be gone tomorrow.
+            version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+            candidates.insert(0, os.path.join(sys.base_prefix, "bin", version))
+        check = "import sys; sys.exit(sys.version_info < (3, 9))"
+        for python in map(stable_python_path, candidates):
+            if self.run([python, "-I", "-c", check], self.PROGRAM_TIMEOUT).code == 0:
+                return python
+        raise UsageError(f"no Python that works: tried {' and '.join(candidates)}")
 
+    def install(self) -> str:
+        """Install the running script and what it needs; return the executable's path."""
+        python = self.choose_python()
+        if self.run([python, "-I", "-c", "import yaml"], self.PROGRAM_TIMEOUT).code:
+            self.fetch_yaml(python)
+        return self.install_program(python, os.path.abspath(__file__))
 
-def link_target(home: str) -> str:
-    """Choose what ~/.local/bin/orchestra says: where it can, a way that stays right when the home folder is renamed."""
-    folder = os.path.dirname(link_path(home))
-    is_in_place = real_path(folder) == real_path(home) + folder[len(home) :]
-    return os.path.relpath(binary_path(home), folder) if is_in_place else binary_path(home)
+    def install_program(self, python: str, script: str) -> str:
+        """Copy the script to ~/.orchestra/lib, and make an executable that imports it.
 
+        Imported, the script is compiled once; run directly, at every start.
+        """
+        disk = read_disk(real_path(script))
+        if disk.kind != "file":
+            raise UsageError(f"{script}: the running script is not a file", "save it to a file first")
+        installed, binary = installed_script_path(self.home), binary_path(self.home)
+        save_private(installed, disk.data, new_token())
+        # Python matches bytecode to its source by size and time, in whole seconds: after
+        # a quick upgrade of the same size it would run the old one.
+        remove_private_folder(f"{os.path.dirname(installed)}/__pycache__")
+        save_private(binary, os.fsencode(self._launcher(python)), new_token(), mode=0o700)
+        return binary
 
-def install_self(home: str, environ: Mapping[str, str], tell: Callable[[str], None], run: Runner = run_program) -> str:
-    """Install the running script, with PyYAML for the Python chosen for it; return the executable's path."""
-    python = choose_python(run)
-    if run([python, "-I", "-c", "import yaml"], PROGRAM_TIMEOUT).code:
-        fetch_yaml(home, python, environ, tell, run)
-    return install_program(home, python, os.path.abspath(__file__))
+    def _launcher(self, python: str) -> str:
+        """Write a program that runs the installed script, isolated from the environment.
+
+        It finds the script from its own place, through links, so that the home folder
+        may be renamed.
+        """
+        lib = os.path.relpath(os.path.dirname(installed_script_path(self.home)), binary_path(self.home))
+        program = "import os, sys; sys.path.insert(0, os.path.realpath({}))\n"
+        program += "import orchestra; sys.exit(orchestra.main())\n"
+        shebang = f"#!{python} -I\n"
+        # Linux allows 127 bytes, and no space; Python would look for an encoding in it.
+        if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
+            return shebang + program.format(f"__file__ + '/{lib}'")
+        import shlex
+
+        program = shlex.quote(program.format(f"sys.argv.pop(1) + '/{lib}'"))
+        return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {program} "$0" "$@"\n'
+
+    def check_link(self) -> None:
+        """Raise UsageError if ~/.local/bin/orchestra is another program's, or cannot be made."""
+        link = link_path(self.home)
+        if os.path.lexists(link) and not self._is_own(link):
+            raise UsageError(f"{link} exists, and is not Orchestra's link", "move it away")
+        folder = os.path.dirname(link)
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder} is not a folder that you can write to")
+
+    def _is_own(self, link: str) -> bool:
+        """Return whether a link leads to the launcher, or did before home was renamed."""
+        if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
+            return False
+        return not os.path.exists(link) or real_path(link) == real_path(binary_path(self.home))
+
+    def link_target(self) -> str:
+        """Choose where ~/.local/bin/orchestra points: a relative path survives a renamed home."""
+        folder = os.path.dirname(link_path(self.home))
+        is_in_place = real_path(folder) == real_path(self.home) + folder[len(self.home) :]
+        binary = binary_path(self.home)
+        return os.path.relpath(binary, folder) if is_in_place else binary
 
 
 # launchd
 
+# An exit status of launchctl proves little (5 means five things), and `bootout` returns
+# before the service is gone; so `launchctl print` and the daemon itself are asked.
+# Sources: launchd.plist(5), launchctl(1), and the issue trackers of tools that use them.
+#
+# To install, `install_launchd`:
+#
+#   1 checks that there is a desktop session: without one, nothing can be loaded;
+#   2 saves the plist, unloads the old service, stops a daemon started by hand, and waits
+#     until both have ended;
+#   3 enables the label, since a disabled one is refused, and loads the plist;
+#   4 waits for the daemon, which RunAtLoad starts. Only if it does not answer, it uses
+#     `kickstart -k`, which would kill one that is still starting and delay it by 10 s;
+#   5 succeeds only if a new daemon of this version answers, and still does after a second.
+#
+# If step 2 to 5 fails, the old plist is put back and loaded.
+
+
+class Launchd:
+    """The user's launchd, called through launchctl(1), and the daemon that it runs.
+
+    All methods raise LaunchdError. Times are in seconds.
+    """
+
+    EXIT_TIMEOUT = 20  # for a service to end; 5 in practice where the plist has none
+    CALL_TIMEOUT = 30.0  # above EXIT_TIMEOUT: some calls wait for a service to end
+    SETTLE_TIMEOUT = 30.0  # for a service to go, load or answer: above EXIT_TIMEOUT too
+    START_TIMEOUT = 10.0  # for a daemon to answer before it is kickstarted
+    STAY_TIME = 1.0  # that a new daemon must last
+    PAUSE = 0.5  # between tries
+    BUSY = (5, 36, 37)  # exit statuses: input/output error (among others), in progress
+
+    def __init__(
+        self,
+        home: str,
+        platform: str = sys.platform,
+        run: Runner = run_program,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.home = home
+        self.plist = launchd_plist_path(home)
+        self.domain = f"gui/{os.getuid()}"
+        self.service = f"{self.domain}/{DAEMON_LABEL}"
+        self._platform = platform
+        self._run = run
+        self._clock = clock
+        self._sleep = sleep
+
+    def call(self, *arguments: str) -> Completed:
+        return self._run(["/bin/launchctl", *arguments], self.CALL_TIMEOUT)
+
+    def _print(self, target: str) -> int:
+        done = self.call("print", target)
+        if done.code in (TIMED_OUT, NOT_STARTED):
+            raise LaunchdError(f"launchctl print: {done.output}")
+        return done.code
+
+    def is_loaded(self) -> bool:
+        return self._print(self.service) == 0
+
+    def check_platform(self) -> None:
+        if self._platform != "darwin":
+            hint = "systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start"
+            raise LaunchdError("launchd management is only supported on macOS", hint)
+
+    def check_session(self) -> None:
+        """Require macOS with a desktop session. Over ssh there may be none."""
+        self.check_platform()
+        code = self._print(self.domain)
+        if code:
+            raise LaunchdError(
+                f"{self.domain}: there is no desktop session (launchctl exit status {code})",
+                "log in at the Mac's screen, and run orchestra daemon install there",
+            )
+
+    def _tries(self, timeout: float) -> Iterator[None]:
+        deadline = self._clock() + timeout
+        yield
+        while self._clock() < deadline:
+            self._sleep(self.PAUSE)
+            yield
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = SETTLE_TIMEOUT) -> bool:
+        """Return whether the condition became true in time."""
+        return any(condition() for _ in self._tries(timeout))
+
+    def unload(self) -> None:
+        self.call("bootout", self.service)
+        if not self.wait_until(lambda: not self.is_loaded()):
+            raise LaunchdError(f"{self.service}: still loaded after {self.SETTLE_TIMEOUT:g} s")
+
+    def load(self) -> None:
+        for _ in self._tries(self.SETTLE_TIMEOUT):
+            code, output = self.call("bootstrap", self.domain, self.plist)
+            if code == 0 or self.is_loaded():
+                return
+            if code not in self.BUSY:
+                break
+        raise LaunchdError(f"launchctl bootstrap: {self.plist}: exit status {code}: {output}")
+
+    def daemon_pid(self, version: str = "") -> Optional[int]:
+        """Return the pid of the daemon that answers, if any; of this version, if given."""
+        try:
+            status = send_request(self.home, {"cmd": "status"})
+        except DaemonError:
+            return None
+        pid: Optional[int] = status.get("pid")
+        return pid if version in ("", status.get("version")) else None
+
+    def stop_daemon(self) -> None:
+        """Stop a daemon started by hand: it holds the lock that launchd's needs."""
+        for _ in self._tries(self.SETTLE_TIMEOUT):
+            if not is_locked(daemon_lock_path(self.home)):
+                return
+            with suppress(DaemonError):  # it is ending already, or has too many clients
+                request_stop(self.home)
+        raise LaunchdError(f"{socket_path(self.home)}: the running daemon did not stop")
+
+    def start_daemon(self, old_pid: Optional[int]) -> None:
+        """Wait for a daemon other than the old one, and see that it stays."""
+
+        def has_new() -> bool:
+            return self.daemon_pid(__version__) not in (None, old_pid)
+
+        if not self.wait_until(has_new, self.START_TIMEOUT):
+            self.call("kickstart", "-k", self.service)
+            if not self.wait_until(has_new):
+                raise self._failure(f"does not answer on {socket_path(self.home)}")
+        pid = self.daemon_pid(__version__)
+        self._sleep(self.STAY_TIME)
+        if pid in (None, old_pid) or self.daemon_pid() != pid:
+            raise self._failure("did not keep running")
+
+    def _failure(self, problem: str) -> LaunchdError:
+        pid = self.daemon_pid()
+        other = "" if pid is None else f"; another one does, pid {pid}"
+        hint = "orchestra daemon logs --stderr-only"
+        return LaunchdError(f"{self.service}: the new daemon {problem}{other}", hint)
+
 
 def generate_plist(binary_path: str, log_dir: str) -> bytes:
-    """Write the service's property list (launchd.plist(5)); raises LaunchdError for a path XML cannot hold."""
+    """Write the service's launchd.plist(5); raise LaunchdError for paths XML cannot hold."""
     import plistlib
     from xml.parsers.expat import ExpatError
 
@@ -7627,190 +7747,68 @@ def generate_plist(binary_path: str, log_dir: str) -> bytes:
         "KeepAlive": True,
         "StandardOutPath": os.path.join(log_dir, DAEMON_STDOUT_LOG),
         "StandardErrorPath": os.path.join(log_dir, DAEMON_STDERR_LOG),
-        "SoftResourceLimits": {"NumberOfFiles": MAX_DESCRIPTORS},  # launchd's own is 256
-        "ExitTimeOut": EXIT_TIMEOUT,
+        "SoftResourceLimits": {"NumberOfFiles": MAX_DESCRIPTORS},  # the default is 256
+        "ExitTimeOut": Launchd.EXIT_TIMEOUT,
     }
     try:
         data = plistlib.dumps(values)
         if plistlib.loads(data) != values:
-            raise ValueError("a line end that XML turns into another")
+            raise ValueError("a line end that XML changes")
         return data
     except (ValueError, ExpatError) as error:
-        raise LaunchdError(f"{binary_path!r}: expected a path that a property list can hold, got: {error}") from None
+        problem = f"{binary_path!r}: expected a path that a property list can hold, got: {error}"
+        raise LaunchdError(problem) from None
 
 
-class Launchd:
-    """The user's launchd, asked through launchctl(1)."""
+def install_launchd(launchd: Launchd, binary: str) -> None:
+    """Have launchd run the daemon from now on.
 
-    def __init__(
-        self,
-        run: Runner = run_program,
-        uid: Optional[int] = None,
-        clock: Clock = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._run = run
-        self._clock = clock
-        self._sleep = sleep
-        self.domain = f"gui/{os.getuid() if uid is None else uid}"
-        self.service = f"{self.domain}/{DAEMON_LABEL}"
-
-    def call(self, *arguments: str) -> Completed:
-        return self._run([LAUNCHCTL, *arguments], LAUNCHCTL_TIMEOUT)
-
-    def is_loaded(self) -> bool:
-        """Ask whether the service is known; raises LaunchdError where launchctl does not answer."""
-        return self._ask(self.service).code == 0
-
-    def _ask(self, target: str) -> Completed:
-        done = self.call("print", target)
-        if done.code in (TIMED_OUT, NOT_STARTED):
-            raise LaunchdError(f"launchctl print: expected an answer, got: {done.output}")
-        return done
-
-    def check_session(self) -> None:
-        """Raise LaunchdError where there is no desktop session, as over ssh: what is loaded then answers 125, or 5."""
-        code = self._ask(self.domain).code
-        if code:
-            raise LaunchdError(
-                f"{self.domain}: expected a desktop session, found none (launchctl says {code})",
-                "log in at the Mac's screen, and run orchestra daemon install there",
-            )
-
-    def boot_out(self) -> None:
-        """Unload the service and wait until it is gone; raises LaunchdError if it stays."""
-        self.call("bootout", self.service)
-        if not self.wait_until(lambda: not self.is_loaded()):
-            raise LaunchdError(f"{self.service}: expected it to be unloaded, found it there after {SETTLE_TIMEOUT:g} s")
-
-    def bootstrap(self, plist: str) -> None:
-        """Load the service, again for as long as launchd says that it is busy; raises LaunchdError."""
-        tries: list[Completed] = []
-        self.wait_until(lambda: self._is_settled(plist, tries))
-        code, output = tries[-1]
-        if code and not self.is_loaded():
-            raise LaunchdError(f"launchctl bootstrap: expected it to load {plist}, got {code}: {output}")
-
-    def _is_settled(self, plist: str, tries: list[Completed]) -> bool:
-        done = self.call("bootstrap", self.domain, plist)
-        tries.append(done)
-        return done.code not in TRY_AGAIN or self.is_loaded()
-
-    def wait_until(self, condition: Callable[[], bool], timeout: float = SETTLE_TIMEOUT) -> bool:
-        """Ask until it is so, or `timeout` seconds are over."""
-        deadline = self._clock() + timeout
-        while not condition():
-            if self._clock() >= deadline:
-                return False
-            self._sleep(SETTLE_PAUSE)
-        return True
-
-    def wait(self, seconds: float) -> None:
-        self._sleep(seconds)
-
-
-def _daemon_pid(home: str, version: str = "") -> Optional[int]:
-    """Ask a daemon, which must be of this version, for its pid; None if none answers."""
-    try:
-        status = send_request(home, {"cmd": "status"})
-    except DaemonError:
-        return None
-    pid: Optional[int] = status.get("pid")
-    return pid if version in ("", status.get("version")) else None
-
-
-def _not_running(home: str, launchd: Launchd, expected: str) -> LaunchdError:
-    pid = _daemon_pid(home)
-    found = "nothing" if pid is None else f"another one, pid {pid}"
-    return LaunchdError(
-        f"{launchd.service}: expected the daemon {expected}, got {found}", "orchestra daemon logs --stderr-only"
-    )
-
-
-def _check_it_runs(home: str, launchd: Launchd, before: Optional[int]) -> None:
-    """Raise LaunchdError if no new daemon answers, or not for long; `before` is the old one's pid."""
-
-    def is_new() -> bool:
-        return _daemon_pid(home, __version__) not in (None, before)
-
-    if not launchd.wait_until(is_new, START_TIMEOUT):
-        launchd.call("kickstart", "-k", launchd.service)  # RunAtLoad does not always fire after a bootstrap
-        if not launchd.wait_until(is_new):
-            raise _not_running(home, launchd, f"to answer on {socket_path(home)}")
-    pid = _daemon_pid(home, __version__)
-    launchd.wait(STAY_TIME)
-    if pid in (None, before) or _daemon_pid(home) != pid:
-        raise _not_running(home, launchd, "to stay")
-
-
-def check_platform(platform: str) -> None:
-    """Raise LaunchdError where there is no launchd."""
-    if platform != "darwin":
-        raise LaunchdError("launchd management is only supported on macOS", SYSTEMD_HINT)
-
-
-def _has_stopped(home: str) -> bool:
-    if not is_locked(daemon_lock_path(home)):
-        return True
-    with suppress(DaemonError):  # it is ending already, or has too many clients
-        request_stop(home)
-    return False
-
-
-def _stop_other_daemon(home: str, launchd: Launchd) -> None:
-    # One that somebody started by hand holds the lock: launchd's could not start beside it.
-    if not launchd.wait_until(lambda: _has_stopped(home)):
-        raise LaunchdError(f"{socket_path(home)}: expected the running daemon to end, found it running")
-
-
-def _put_back(plist: str, old: Disk, launchd: Launchd) -> None:
-    if old.kind == "file":
-        save_private(plist, old.data, new_token())
-    else:
-        remove_private(plist)
-    with suppress(LaunchdError):  # what went wrong before is the one to tell
-        launchd.boot_out()
-        if old.kind == "file":
-            launchd.bootstrap(plist)
-
-
-def install_launchd(home: str, binary: str, platform: str, launchd: Launchd) -> None:
-    """Have launchd run the daemon from now on; raises LaunchdError, IoError, and then the old plist is back."""
-    check_platform(platform)
+    Raises LaunchdError or IoError; the old plist is then back.
+    """
+    home, plist = launchd.home, launchd.plist
     launchd.check_session()
-    plist = launchd_plist_path(home)
     new = generate_plist(binary, logs_dir(home))
     with blame(plist):
         make_folders(os.path.dirname(plist))
         make_private_folder(logs_dir(home))
         make_private_folder(run_dir(home))
         old = read_disk(plist)
-    before = _daemon_pid(home)
+    old_pid = launchd.daemon_pid()
     save_private(plist, new, new_token())
     try:
-        launchd.boot_out()
-        _stop_other_daemon(home, launchd)
+        launchd.unload()
+        launchd.stop_daemon()
         launchd.call("enable", launchd.service)
-        launchd.bootstrap(plist)
-        _check_it_runs(home, launchd, before)
+        launchd.load()
+        launchd.start_daemon(old_pid)
     except DaemonError:
-        _put_back(plist, old, launchd)
+        if old.kind == "file":
+            save_private(plist, old.data, new_token())
+        else:
+            remove_private(plist)
+        with suppress(LaunchdError):  # the first error is the one to report
+            launchd.unload()
+            if old.kind == "file":
+                launchd.load()
         raise
 
 
-def uninstall_launchd(home: str, platform: str, launchd: Launchd) -> bool:
-    """End launchd's running of the daemon, and say whether there was any; raises LaunchdError, IoError."""
-    check_platform(platform)
-    was_installed = os.path.lexists(launchd_plist_path(home)) or launchd.is_loaded()
+def uninstall_launchd(launchd: Launchd) -> bool:
+    """Have launchd no longer run the daemon; return whether it did.
+
+    Raises LaunchdError, IoError.
+    """
+    launchd.check_platform()
+    was_installed = os.path.lexists(launchd.plist) or launchd.is_loaded()
     if was_installed:
-        launchd.boot_out()
-        remove_private(launchd_plist_path(home))
+        launchd.unload()
+        remove_private(launchd.plist)
     try:
-        request_status(home)
+        request_status(launchd.home)
     except DaemonNotRunning:
-        remove_private(socket_path(home))
+        remove_private(socket_path(launchd.home))
     except DaemonError:
-        pass  # it runs, but takes no client: the socket is its own
+        pass  # it runs, but takes no more clients: the socket is its own
     return was_installed
 
 
@@ -7860,6 +7858,11 @@ def report_all(problems: Iterable[Problem]) -> int:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def pick(record: Any, *names: str) -> dict[str, Any]:
+    """Make some of a record's attributes a JSON object."""
+    return {name: getattr(record, name) for name in names}
 
 
 def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -8105,15 +8108,8 @@ class Commands:
             path = codebase_root(self.home, codebase)
             types = [component.project_type for component in codebase.projects]
             rows.append((label_for(key), ", ".join(types), shorten_home(self.home, path)))
-            entries.append(
-                {
-                    "project": key[0],
-                    "codebase": key[1],
-                    "path": path,
-                    "project_types": types,
-                    "targets": list(targets_of(codebase)),
-                }
-            )
+            entry = {"project": key[0], "codebase": key[1], "path": path, "project_types": types}
+            entries.append({**entry, "targets": list(targets_of(codebase))})
         if self.args.json:
             print_json(entries)
         elif entries:
@@ -8181,8 +8177,7 @@ class Commands:
                 return key
         if registry.broken:
             report_all(registry.problems)  # one of them may have this folder
-        problem = "this folder is not in a registered codebase"
-        raise UsageError(problem, "orchestra init . -p PROJECT --sync")
+        raise UsageError("this folder is not in a registered codebase", "orchestra init . -p PROJECT --sync")
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
@@ -8203,14 +8198,9 @@ class Commands:
         print(f"{totals} in {len(results)} {noun}")
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
-        names = ("path", "action", "note")
         return {
-            "project": result.project,
-            "codebase": result.codebase,
-            "written": result.written,
-            "unchanged": result.unchanged,
-            "failed": result.failed,
-            "files": [{name: getattr(file, name) for name in names} for file in result.files],
+            **pick(result, "project", "codebase", "written", "unchanged", "failed"),
+            "files": [pick(file, "path", "action", "note") for file in result.files],
             "errors": [str(problem) for problem in result.errors],
         }
 
@@ -8222,7 +8212,7 @@ class Commands:
         status = scan_staleness(self.home, registry, project)
         if self.args.json:
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
-            codebases = [{name: getattr(e, name) for name in names} for e in status.codebases]
+            codebases = [pick(entry, *names) for entry in status.codebases]
             print_json({"summary": status.summary, "codebases": codebases})
         elif status.codebases:
             rows = [("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL")]
@@ -8278,15 +8268,13 @@ class Commands:
             return [backup for backup in found if backup.when == found[-1].when]
         label = label_for(key)
         for backup in reversed(backups):
-            if backup.path == path and path.endswith(".yaml"):
+            if backup.path == path:
                 import shlex
 
-                problem = "this is a registry file, which orchestra restore does not put back"
-                paths = shlex.quote(backup.file), shlex.quote(codebase_path(self.home, key))
-                raise SyncError(f"{path}: {problem}", "cp {} {}".format(*paths))
-            if backup.path == path:
-                problem = "no agent's instruction file has this name"
-                raise SyncError(f"{path}: {problem}; it is kept as {backup.file}")
+                problem = "only agents' instruction files are restored; this one is kept as"
+                paths = map(shlex.quote, (backup.file, codebase_path(self.home, key)))
+                hint = f"cp {' '.join(paths)}" if path.endswith(".yaml") else ""
+                raise SyncError(f"{path}: {problem} {backup.file}", hint)
         if not backups:
             raise SyncError(f"{label}: nothing to restore: no backups yet")
         wanted = f"{path or 'any instruction file'}{f' at {at}' if at else ''}"
@@ -8351,16 +8339,14 @@ class Commands:
     # Installing
 
     def cmd_daemon_install(self) -> int:
-        check_platform(sys.platform)
-        launchd = Launchd()
+        launchd = Launchd(self.home)
         launchd.check_session()
-        binary = install_self(self.home, self.environ, say)
-        install_launchd(self.home, binary, sys.platform, launchd)
-        print(f"installed {DAEMON_LABEL}: {shorten_home(self.home, launchd_plist_path(self.home))}")
+        install_launchd(launchd, Installer(self.home, self.environ, say).install())
+        print(f"installed {DAEMON_LABEL}: {shorten_home(self.home, launchd.plist)}")
         return OK
 
     def cmd_daemon_uninstall(self) -> int:
-        if uninstall_launchd(self.home, sys.platform, Launchd()):
+        if uninstall_launchd(Launchd(self.home)):
             print(f"uninstalled {DAEMON_LABEL}")
         else:
             print(f"{DAEMON_LABEL} was not installed")
@@ -8369,10 +8355,11 @@ class Commands:
     def cmd_self_install(self) -> int:
         """Do what install.sh needs Python for: the program, PyYAML, the link."""
         link = link_path(self.home)
-        check_link(self.home)
-        install_self(self.home, self.environ, say)
+        installer = Installer(self.home, self.environ, say)
+        installer.check_link()
+        installer.install()
         with blame(link):
-            make_link(link_target(self.home), link)
+            make_link(installer.link_target(), link)
         print(f"installed {shorten_home(self.home, link)}")
         return OK
 
@@ -8391,7 +8378,7 @@ class Commands:
                 report(str(error), error.hint)
 
         with suppress(OrchestraError):  # not fetched only to be removed; loading reports it
-            ensure_yaml(self.home, {**self.environ, "ORCHESTRA_NO_FETCH": "1"}, say)
+            Installer(self.home, {**self.environ, "ORCHESTRA_NO_FETCH": "1"}, say).ensure_yaml()
         with collected():
             clear_registry(self.home)
         with collected():
@@ -8618,7 +8605,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         home = find_home(environ)
         check_owner(home)
         if args.command.needs_yaml:
-            ensure_yaml(home, environ, say)
+            Installer(home, environ, say).ensure_yaml()
         status = args.command.run(Commands(home, args, environ))
         sys.stdout.flush()
         return int(status)
