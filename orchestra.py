@@ -118,7 +118,9 @@ from types import SimpleNamespace
 TYPE_CHECKING = False  # mypy takes it for true
 if TYPE_CHECKING:
     import argparse
-    from typing import Any, NamedTuple, Optional
+    from typing import Any, NamedTuple, Optional, TypeVar
+
+    AnyLock = TypeVar("AnyLock", bound="Lock")
 else:
 
     class RecordMaker(type):
@@ -344,16 +346,6 @@ def backups_of(home: str, key: Key) -> str:
     return f"{backups_root(home)}/{key[0]}/{key[1]}"
 
 
-def aside_root(home: str) -> str:
-    """The place of registry files that somebody may still be writing to."""
-    return f"{backups_root(home)}/.aside"
-
-
-def aside_of(home: str, key: Key) -> str:
-    """The place of a codebase's files that somebody may still be writing to."""
-    return f"{backups_of(home, key)}/.aside"
-
-
 def run_dir(home: str) -> str:
     return f"{orchestra_root(home)}/run"
 
@@ -442,34 +434,6 @@ def expand_home(home: str, path: str) -> str:
 # All changes to the user's files, the registry's and Orchestra's own are made here (pip, the socket and the log make
 # theirs). A reader of any file sees its old text or its new one. A managed file is changed through its opened folder,
 # which no link that is put in the way meanwhile can turn into another.
-#
-# Replacing a file. The law: an inode that somebody may still be writing to is never removed and never left
-# without a name; what cannot be known counts as yes.
-#
-#   1 Look whether a program has the file open for writing. If so, wait a moment, then give up: FileBusy.
-#   2 Write the new text to a temporary file beside it, with the old one's owner, mode and attributes.
-#   3 Name both, with the hashes of their texts, in the lock file: from here on a turn that is killed is settled by
-#     the next one (`settle_swap`, which is steps 5 and 6 again).
-#   4 Exchange their names in one step.
-#   5 If what came out is the text that was expected and nobody writes to it, remove it. Where writers cannot be
-#     told, set it aside instead.
-#   6 Otherwise raise FileChanged. If the name still shows just what step 4 put there, exchange the names back, once;
-#     a newer save keeps its name. Whichever file has lost its name is let go as in step 5, or else set aside.
-#
-# What is set aside goes to the backups (`Lock.aside`), or keeps a temporary name where those are on another disk. It
-# is looked at again by the next turn (`collect_aside`; the daemon takes one for a codebase) and removed once nobody
-# writes to it, or, where that cannot be told, a minute after its last change; a text that is not the expected one is
-# backed up first.
-#
-# Where names cannot be exchanged, the old file gets a second name (or that name alone) before step 4, which then is a
-# plain rename: a file saved by renaming in between is lost (README, What remains). If that is cut short while the name
-# is bare, `settle_swap` gives the old file its name back. Removing a file is the same with a rename to the temporary
-# name as step 4.
-#
-# Linux tells writers by refusing a read lease, and the lease is held until the file is gone: an open for writing
-# that comes meanwhile breaks it and is seen. Two writers are not seen: one whose open(2) had found the file before
-# step 4 and was not carried on until after step 5, and one that has it open for reading and later opens that
-# descriptor for writing through /proc/self/fd.
 
 NO, MAYBE, YES = "no", "maybe", "yes"  # whether somebody writes to a file
 ACL = "system.posix_acl_access"  # acl(5)
@@ -478,6 +442,14 @@ READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_FILE_NAME = 255  # bytes
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a rename with flags
+REFUSED_KINDS = {  # what an open(2) that fails so has found
+    errno.ENOENT: "absent",
+    errno.ENOTDIR: "absent",  # a parent that is a plain file is reported where parents are checked
+    errno.ELOOP: "symlink",
+    errno.EMLINK: "symlink",  # FreeBSD's word
+    errno.ENXIO: "special",  # a socket
+    errno.EOPNOTSUPP: "special",  # the same, in the word of POSIX and macOS
+}
 
 
 class Disk(NamedTuple):
@@ -510,6 +482,23 @@ class Place(NamedTuple):
     def name(self) -> str:
         return os.path.basename(self.path)
 
+    def read(self, name: str = "", limit: int = -1) -> Disk:
+        return read_disk(name or self.name, limit, self.folder)
+
+    def rename(self, name: str, new: str) -> None:
+        os.rename(name, new, src_dir_fd=self.folder, dst_dir_fd=self.folder)
+
+    def link(self, name: str, new: str) -> None:
+        os.link(name, new, src_dir_fd=self.folder, dst_dir_fd=self.folder, follow_symlinks=False)
+
+    def is_same(self, name: str) -> bool:
+        """Tell whether another name of the folder leads to the same file."""
+        try:
+            one, other = (os.stat(n, dir_fd=self.folder, follow_symlinks=False) for n in (self.name, name))
+        except OSError:
+            return False
+        return os.path.samestat(one, other)
+
 
 # Reading
 
@@ -527,23 +516,11 @@ def _read_all(fd: int, size: int, limit: int) -> bytes:
         step = 1 << 20
 
 
-def _read_opened(fd: int, limit: int = -1) -> Disk:
+def read_opened(fd: int, limit: int = -1) -> Disk:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
     return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
-
-
-def _disk_unopened(path: str, error: OSError) -> Disk:
-    # A parent that is a plain file (ENOTDIR) is reported where parents are checked.
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return ABSENT
-    # FreeBSD says EMLINK where Linux and macOS say ELOOP.
-    if error.errno in (errno.ELOOP, errno.EMLINK):
-        return Disk("symlink")
-    if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket, in Linux's word and in that of POSIX and macOS
-        return Disk("special")
-    raise IoError(path, error) from error
 
 
 def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
@@ -554,9 +531,12 @@ def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
     try:
         fd = os.open(path, READING, dir_fd=folder)
     except OSError as error:
-        return _disk_unopened(path, error)
+        kind = REFUSED_KINDS.get(error.errno or 0)
+        if kind is None:
+            raise IoError(path, error) from error
+        return Disk(kind)
     try:
-        return _read_opened(fd, limit)
+        return read_opened(fd, limit)
     except OSError as error:
         raise IoError(path, error) from error
     finally:
@@ -572,6 +552,11 @@ def real_path(path: str) -> str:
         return os.path.realpath(path)
     except OSError:  # a link that went while it was followed
         return path
+
+
+def folders_below(path: str) -> list[str]:
+    """List a folder and all below it; links are not followed."""
+    return [folder for folder, _, _ in os.walk(path)]
 
 
 def follow_link(path: str) -> str:
@@ -641,20 +626,29 @@ def program_stamp() -> str:
     return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
 
 
-def make_private_folder(path: str) -> None:
+def make_private_folder(path: str, durable: bool = False) -> None:
     """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
     if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path))
+        make_private_folder(os.path.dirname(path), durable)
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
             if not os.path.isdir(path):
                 raise
+        if durable:
+            sync_folder(os.path.dirname(path))
 
 
 def make_folders(path: str) -> None:
     """Create a folder of the user's and those above it, with the modes the user's umask gives."""
     os.makedirs(path, exist_ok=True)
+
+
+# Temporary files
+
+
+def new_token() -> str:
+    return f"{os.getpid()}-{os.urandom(6).hex()}"
 
 
 def temporary_name(token: str, name: str = "") -> str:
@@ -663,16 +657,38 @@ def temporary_name(token: str, name: str = "") -> str:
     return long if name and len(os.fsencode(long)) <= MAX_FILE_NAME else f".orchestra-{token}.tmp"
 
 
-def is_temporary_name(name: str) -> bool:
-    return name.startswith(".orchestra-") and name.endswith(".tmp")
-
-
 def temporary_path(folder: str, token: str) -> str:
     return os.path.join(folder, temporary_name(token))
 
 
-def new_token() -> str:
-    return f"{os.getpid()}-{os.urandom(6).hex()}"
+def is_temporary_name(name: str) -> bool:
+    return name.startswith(".orchestra-") and name.endswith(".tmp")
+
+
+def is_named_by(name: str, token: str) -> bool:
+    """Tell whether a temporary file's name begins with a turn's token."""
+    return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
+
+
+def parse_temporary(name: str) -> tuple[int, str]:
+    """Return the process that made a temporary file, and the name of the file it belongs to; 0 and "" if unknown."""
+    found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
+    return (int(found[1]), found[2] or "") if found else (0, "")
+
+
+def is_gone(process: int) -> bool:
+    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
+    try:
+        if process:
+            os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass  # another user's
+    return False
+
+
+# Names
 
 
 def is_same_file(one: "int | str", other: "int | str") -> bool:
@@ -732,27 +748,25 @@ def flush(fd: int) -> None:
         os.fsync(fd)  # a network file system has no drive to ask
 
 
-def _write_temporary(
-    path: str,
-    data: bytes,
-    mode: Optional[int],
-    durable: bool,
-    dress: Optional[Callable[[int], int]] = None,
-    folder: Optional[int] = None,
-) -> None:
-    """Write a new file with `mode`, or the umask's where it is None, or the one that `dress` gives it with all else."""
+@contextmanager
+def new_file(path: str, data: bytes, mode: Optional[int], folder: Optional[int] = None) -> Iterator[int]:
+    """Write a new file, for the `with` to finish; until then it is private, unless `mode` is None. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
     try:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        if mode is not None:
-            os.fchmod(fd, dress(fd) if dress else mode)
-        if durable:
-            flush(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def finish_file(fd: int, mode: Optional[int], durable: bool) -> None:
+    if mode is not None:
+        os.fchmod(fd, mode)
+    if durable:
+        flush(fd)
 
 
 def sync_folder(path: str) -> None:
@@ -789,7 +803,7 @@ def _copy_attributes(like: int, fd: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _copy_metadata(like: int, place: Place, fd: int) -> int:
+def copy_metadata(like: int, fd: int, path: str) -> int:
     """Give a file the owner, group and extended attributes of the one it is to replace.
 
     Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
@@ -798,7 +812,7 @@ def _copy_metadata(like: int, place: Place, fd: int) -> int:
     old, new = os.fstat(like), os.fstat(fd)
     if old.st_uid != new.st_uid and os.geteuid() != 0:
         reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
-        raise OSError(errno.EACCES, reason, place.path)
+        raise OSError(errno.EACCES, reason, path)
     is_guarded = True
     try:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -813,7 +827,7 @@ def _copy_metadata(like: int, place: Place, fd: int) -> int:
     return mode if is_guarded else mode & ~0o077
 
 
-def _unlink_quietly(path: str, folder: Optional[int] = None) -> None:
+def unlink_quietly(path: str, folder: Optional[int] = None) -> None:
     try:
         os.unlink(path, dir_fd=folder)
     except OSError:
@@ -841,7 +855,7 @@ def find_writers(fd: int) -> str:
     return NO
 
 
-def _is_lease_whole(fd: int) -> bool:
+def is_lease_whole(fd: int) -> bool:
     """Tell whether no program has tried to open a file for writing since its lease was taken."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
@@ -884,7 +898,8 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
     with blame(path):
         make_private_folder(folder)
         try:
-            _write_temporary(temporary, data, mode, durable)
+            with new_file(temporary, data, mode) as fd:
+                finish_file(fd, mode, durable)
             # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
             # A swap of absolute paths looks at no folder.
             if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
@@ -892,7 +907,7 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
             else:
                 os.unlink(temporary)
         except BaseException:
-            _unlink_quietly(temporary)
+            unlink_quietly(temporary)
             raise
         if durable:
             sync_folder(folder)
@@ -950,65 +965,126 @@ def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
 
 # ── 4 Locks ───────────────────────────────────────────────────────────────────
 
+# One writer at a time, across processes (flock(2)); a lock outlives no process. Its file is
+# empty between turns. During one it says what would have to be cleaned up after a kill:
+#
+#   1 Before the first temporary file is made, the token that is in all their names.
+#   2 Before a user's file is replaced or removed, where its old text will be (`Swap`).
+#   3 A turn that ends well empties the file, unless files that were set aside have to be
+#     looked at again.
+#   4 A turn that finds something there first settles what the killed one left.
+
 LOCK_TIMEOUT = 30.0  # seconds
+LOCK_PAUSE = 0.01  # seconds
 MAX_LEFTOVER = 64 << 10  # bytes of a lock file
 
 
 class Swap(NamedTuple):
-    """A file about to be replaced by, or to become, `temporary`, which holds a text of one of the `hashes` or a save.
+    """A file of the user's, and the temporary file that it changes places with.
 
-    The last hash is that of the new text, where there is one.
+    `hashes` are of the texts that Orchestra knows: the expected one and, where there is one, the new one.
     """
 
     path: str
     temporary: str
     hashes: Sequence[str]
-    label: str = ""  # the name of its backups; not in the lock file
 
 
 class Leftover(NamedTuple):
-    """What a turn may have left behind: temporary files named by `token`, and the last swap."""
+    """What a killed turn may have left: temporary files named by `token`, and its last swap."""
 
     token: str
     swap: Optional[Swap] = None
 
+    @classmethod
+    def parse(cls, data: bytes) -> "Optional[Leftover]":
+        """Read a lock file; None if it is empty, or was cut short before any file had such a name."""
+        token, newline, rest = data.partition(b"\n")
+        if not newline:
+            return None
+        number, *parts = os.fsdecode(rest).split("\0")
+        swap = None
+        if number and number in parts[3:]:
+            path, temporary, *hashes = parts[: parts.index(number, 3)]
+            swap = Swap(path, temporary, hashes)
+        return cls(token.decode("utf-8", "replace"), swap)
 
-def _format_swap(swap: Optional[Swap], number: int) -> str:
-    # The number at both ends tells one that was cut short, with an older one showing behind it.
-    return "\0".join([str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""]) if swap else ""
+    def format(self, number: int) -> bytes:
+        """Write what `parse` reads. A number at both ends of a swap tells one that was cut short."""
+        swap = self.swap
+        parts = [str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""] if swap else []
+        return os.fsencode(f"{self.token}\n" + "\0".join(parts))
 
 
 class Lock:
     """An exclusive lock whose file records what to clean up if its holder is killed.
 
-    `aside` is the folder for files that somebody may still be writing to; `has_kept` says that one stays beside the
-    user's files instead, so that the next turn looks for it.
+    `with` waits for it, at most `timeout` seconds, and settles what a killed turn left. Raises SyncError if the lock
+    does not come free, IoError. A turn that ends by an exception leaves its file as a kill does.
     """
 
-    def __init__(self, path: str, fd: int, aside: str = "") -> None:
-        self.left = Leftover(new_token())
-        self.aside = aside or f"{path}.aside"
-        self.has_kept = False
+    def __init__(self, path: str, timeout: float = LOCK_TIMEOUT) -> None:
+        self.leftover = Leftover(new_token())
+        self.aside = f"{path}.aside"  # the folder for files that may still be written to
+        self.has_files_aside = False  # some lie beside the user's files: the next turn looks for them
         self.is_clean = True
         self._path = path
-        self._fd = fd
+        self._timeout = timeout
+        self._is_settled = False  # the file is this turn's, not that of one before
         self._is_announced = False
         self._count = 0
-        self._busy: Optional[frozenset[tuple[int, int]]] = None
+
+    def __enter__(self: "AnyLock") -> "AnyLock":
+        with blame(self._path):
+            self._fd = _open_lock(self._path)
+            try:
+                if not _take(self._fd, self._timeout):
+                    raise SyncError(
+                        f"{self._path}: another orchestra command has been busy for {self._timeout:g} s",
+                        "wait for it to end, or end it",
+                    )
+                found = Leftover.parse(os.pread(self._fd, MAX_LEFTOVER, 0))
+                if found:
+                    self.settle(found)
+                    if not self.has_files_aside:
+                        os.ftruncate(self._fd, 0)
+                self._is_settled = True
+                self.collect()
+            except BaseException:
+                os.close(self._fd)
+                raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            if kind is None:
+                self.collect()
+                if self.is_clean and (self._is_announced or self.has_files_aside):
+                    with blame(self._path):
+                        os.ftruncate(self._fd, 0)
+                        if self.has_files_aside:
+                            self._announce(Leftover(self.leftover.token))
+        finally:
+            os.close(self._fd)
+
+    def settle(self, left: Leftover) -> None:
+        """Clean up after a turn that was killed; here, in the folder of the lock file."""
+        sweep_folders([os.path.dirname(self._path)], left)
+
+    def collect(self) -> None:
+        """Remove the files set aside that nobody writes to any more; here, there are none."""
 
     @property
     def token(self) -> str:
-        """What names temporary files; once asked for, the lock file has it."""
-        if not self._is_announced:
-            self._announce()
-        return self.left.token
+        """The part of temporary files' names that is this turn's; once asked for, the lock file has it."""
+        if self._is_settled and not self._is_announced:
+            self._announce(self.leftover)
+        return self.leftover.token
 
-    @property
+    @functools.cached_property
     def busy(self) -> frozenset[tuple[int, int]]:
         """The files that programs had open for writing when this was first asked."""
-        if self._busy is None:
-            self._busy = find_busy_files()
-        return self._busy
+        return find_busy_files()
 
     def new_temporary(self, name: str) -> str:
         """Name a new temporary file for the file called `name`."""
@@ -1016,108 +1092,53 @@ class Lock:
         return temporary_name(f"{self.token}-{self._count}", name)
 
     def announce_swap(self, swap: Swap) -> None:
-        self.left = Leftover(self.left.token, swap)
-        self._announce()
+        self._announce(Leftover(self.leftover.token, swap))
 
-    def _announce(self) -> None:
-        data = os.fsencode(f"{self.left.token}\n{_format_swap(self.left.swap, self._count)}")
-        written = 0
+    def _announce(self, leftover: Leftover) -> None:
+        self.leftover = leftover
+        data, written = leftover.format(self._count), 0
         with blame(self._path):
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], written)
         self._is_announced = True
 
-    def end(self) -> None:
-        """Empty the lock file, unless something is left to clean up."""
-        if self.is_clean and (self._is_announced or self.has_kept):
-            with blame(self._path):
-                os.ftruncate(self._fd, 0)
-            if self.has_kept:
-                self.left = Leftover(self.left.token)
-                self._announce()
+
+def _open_lock(path: str) -> int:
+    make_private_folder(os.path.dirname(path))
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _parse_swap(text: str) -> Optional[Swap]:
-    number, *parts = text.split("\0")
-    if not number or number not in parts[2:]:
-        return None
-    path, temporary, *hashes = parts[: parts.index(number, 2)]
-    return Swap(path, temporary, hashes)
-
-
-def _parse_leftover(data: bytes) -> Optional[Leftover]:
-    token, newline, rest = data.partition(b"\n")
-    if not newline:
-        return None  # empty, or cut short before any file was named so
-    return Leftover(token.decode("utf-8", "replace"), _parse_swap(os.fsdecode(rest)))
-
-
-def _take_turn(fd: int, path: str, timeout: float) -> None:
+def _take(fd: int, timeout: float) -> bool:
+    """Lock an opened file, or return False if another process keeps it."""
     deadline = time.monotonic() + timeout
+    is_last = False  # two tries at least, for `is_locked` takes it for an instant
     while True:
         try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise SyncError(
-                    f"{path}: expected the lock within {timeout:g} s, got none: another orchestra holds it",
-                    "wait for it to end, or end it",
-                ) from None
-            time.sleep(0.01)
-        except OSError as error:  # a file system without locks
-            raise IoError(path, error) from error
-
-
-@contextmanager
-def hold_lock(
-    path: str, sweep: Callable[[Leftover], object], timeout: float = LOCK_TIMEOUT, aside: str = ""
-) -> Iterator[Lock]:
-    """Wait for one's turn at `path`, at most `timeout` seconds, and `sweep` up after a turn that was killed.
-
-    The lock file is empty between turns; one that ends by an exception, or unclean, leaves it as after a kill. So
-    does a `sweep` that returns true: something has to stay, and the next turn looks at it again. Raises SyncError
-    when the turn does not come, IoError.
-    """
-    with blame(path):
-        make_private_folder(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        _take_turn(fd, path, timeout)
-        lock = Lock(path, fd, aside)
-        with blame(path):
-            left = _parse_leftover(os.pread(fd, MAX_LEFTOVER, 0))
-            if left:
-                lock.has_kept = bool(sweep(left))
-                if not lock.has_kept:
-                    os.ftruncate(fd, 0)
-        yield lock
-        lock.end()
-    finally:
-        os.close(fd)
+            if is_last:
+                return False
+        is_last = time.monotonic() >= deadline
+        time.sleep(LOCK_PAUSE)
 
 
 def try_lock(path: str) -> Optional[int]:
-    """Take a lock for as long as the returned descriptor is open; None where another process has it."""
+    """Take a lock for as long as the returned descriptor is open; None if another process has it. Raises IoError."""
     with blame(path):
-        make_private_folder(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        for is_last in (False, True):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if is_last:
-                    os.close(fd)
-                    return None
-                time.sleep(0.01)  # is_locked takes it for an instant
-            except OSError:  # a file system without locks
-                os.close(fd)
-                raise
-    return fd
+        fd = _open_lock(path)
+        try:
+            if _take(fd, 0):
+                return fd
+        except OSError:  # a file system without locks
+            os.close(fd)
+            raise
+    os.close(fd)
+    return None
 
 
 def is_locked(path: str) -> bool:
-    """Say whether somebody holds a lock; nothing is made or changed."""
+    """Tell whether a process holds a lock; nothing is made or changed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -1137,11 +1158,6 @@ def write_lock(fd: int, data: bytes) -> None:
     os.pwrite(fd, data, 0)
 
 
-def is_named_by(name: str, token: str) -> bool:
-    """Tell whether a temporary file's name begins with a turn's token."""
-    return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
-
-
 def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
     """Remove the temporary files that a turn left in some folders."""
     for folder in folders:
@@ -1156,26 +1172,49 @@ def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
                     os.unlink(path)
 
 
-def folders_below(path: str) -> list[str]:
-    """List a folder and all below it; links are not followed."""
-    return [folder for folder, _, _ in os.walk(path)]
-
-
 # ── 5 Replacing ───────────────────────────────────────────────────────────────
+
+# Replacing a file of the user's. The law: a file that may still be written to is never removed and
+# never left without a name; what cannot be known counts as yes.
+#
+#   1 `_open_idle`: if a program has the file open for writing, wait a moment, then give up (FileBusy).
+#   2 `new_file`, `finish_file`: write the new text to a temporary file beside it, with the old one's
+#     owner, mode and attributes.
+#   3 `Displaced.announce`: name both files, with the hashes of their texts, in the lock file. From
+#     here on, if the process is killed, the next turn settles the swap (`Displaced.settle`).
+#   4 `swap_files`: exchange their names, atomically.
+#   5 `Displaced.release`: if the displaced file holds the expected text and nobody writes to it,
+#     remove it. If the system cannot tell who writes, set it aside.
+#   6 `Displaced.give_back`: otherwise, if the name still shows what step 4 put there, exchange the
+#     names back, once; a newer save keeps its name. The file that has no name now is released as in
+#     step 5, or set aside. The caller gets FileChanged.
+#
+# Files are set aside in a folder of the backups or, if those are on another disk, under a temporary
+# name beside the others. Each turn looks at them again (`Turn`, section 6) and removes those that
+# nobody writes to or, where that cannot be told, that have not changed for a minute. A text that is
+# not the expected one is backed up first.
+#
+# Where names cannot be exchanged (`_replace_by_rename`), the old file gets a second name, or only
+# that, before step 4, which then is a plain rename: a file saved by renaming in between is lost
+# (README, What remains). If a kill leaves the name bare, `settle` gives the old file its name back.
+# Removing a file is the same, with a rename to the temporary name as step 4.
+#
+# Linux tells who writes by refusing a read lease, and the lease is held until the file is gone, so
+# that a later open for writing breaks it and is seen. Two writers are not seen: one whose open(2)
+# found the file before step 4 and did not go on until after step 5, and one that has it open for
+# reading and later opens that descriptor for writing through /proc/self/fd.
 
 WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
 WRITER_PAUSE = 0.005  # seconds
-MAX_ASIDE = 64 << 20  # bytes of a file that was set aside: a larger one stays
-ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is let go
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class FileChanged(Exception):
-    """The file changed after planning. Internal: whoever writes tries again, or reports it."""
+    """The file changed after planning. Internal: callers retry, or report it."""
 
 
 class FileBusy(SyncError):
-    """A program has the file open for writing, and goes on."""
+    """A program keeps the file open for writing."""
 
     retry = True
 
@@ -1183,13 +1222,17 @@ class FileBusy(SyncError):
         super().__init__("another program has it open for writing", "close it there, then sync again")
 
 
-def _find_writers_now(fd: int, info: os.stat_result, lock: Lock) -> str:
-    """Tell whether a program has a file open for writing, MAYBE where only /proc says so; a lease is given back."""
+# Before the swap
+
+
+def _find_writers_now(fd: int, lock: Lock) -> str:
+    """Tell whether a program has a file open for writing, MAYBE if only /proc says so; return the lease."""
     writers = find_writers(fd)
     if writers == NO:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or programs that open it wait until we have written ours
-    elif writers == MAYBE and (info.st_dev, info.st_ino) not in lock.busy:
-        writers = NO
+    elif writers == MAYBE:
+        info = os.fstat(fd)
+        writers = MAYBE if (info.st_dev, info.st_ino) in lock.busy else NO
     return writers
 
 
@@ -1197,20 +1240,20 @@ def _find_writers_now(fd: int, info: os.stat_result, lock: Lock) -> str:
 def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
     """Step 1: open a file that no program has open for writing, if it is `expected` by its size and mode.
 
-    Raises FileBusy where a program goes on, FileChanged for another file or none, OSError.
+    Raises FileBusy, FileChanged for another file or none, OSError.
     """
     deadline = time.monotonic() + WRITER_PATIENCE
     while True:
         try:
             fd = os.open(place.name, READING, dir_fd=place.folder)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP):
+            if error.errno in REFUSED_KINDS:
                 raise FileChanged(place.path) from error
             raise
         try:
-            info = os.fstat(fd)
-            writers = _find_writers_now(fd, info, lock)
+            writers = _find_writers_now(fd, lock)
             if writers == NO:
+                info = os.fstat(fd)
                 if (info.st_size, info.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
                     raise FileChanged(place.path)
                 yield fd
@@ -1222,408 +1265,231 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
         time.sleep(WRITER_PAUSE)
 
 
-# Set aside
-
-
-def _quote(label: str) -> str:
-    return label.replace("%", "%25").replace("/", "%2F")
-
-
-def set_aside(swap: Swap, place: Place, aside: str) -> bool:
-    """Keep a file that somebody may still be writing to under another name; return whether that is beside the others.
-
-    Its new name tells what to make of it later: the hash of the expected text, and the file's name in the backups.
-    """
-    name = "-".join([new_token(), swap.hashes[0], _quote(swap.label or place.name)])
-    temporary = os.path.basename(swap.temporary)
+@contextmanager
+def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
+    """Remove a temporary file if the `with` fails; a folder that is gone is a change, too."""
     try:
-        make_private_folder(aside)
-        os.rename(temporary, os.path.join(aside, name), src_dir_fd=place.folder)
-        return False
-    except OSError:  # another disk; or a name too long
-        kept = temporary_name(f"kept-{new_token()}-{swap.hashes[0]}", place.name)
-        os.rename(temporary, kept, src_dir_fd=place.folder, dst_dir_fd=place.folder)
-        return True
-
-
-def _unquote(text: str) -> str:
-    return text.replace("%2F", "/").replace("%25", "%")
-
-
-class Kept(NamedTuple):
-    """What the name of a file that was set aside says: the hash of the text expected in it, and its backups' name."""
-
-    digest: str
-    label: str
-
-
-def parse_kept(name: str) -> Optional[Kept]:
-    """Understand the name of a file that was set aside; None for any other."""
-    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
-    return Kept(found[1], _unquote(found[2] or "")) if found else None
-
-
-def _is_quiet(info: os.stat_result, clock: Clock) -> bool:
-    return clock() - max(info.st_mtime, info.st_ctime) > ASIDE_TIME
-
-
-def release_aside(
-    folder: int, name: str, is_known: Callable[[Disk], bool], back_up: Callable[[Disk], object], clock: Clock
-) -> bool:
-    """Remove a file that was set aside once nobody writes to it; return whether it is gone.
-
-    A text that is not known is handed to `back_up` first. Raises OSError, IoError.
-    """
-    try:
-        fd = os.open(name, READING, dir_fd=folder)
-    except OSError:
-        return True  # gone, or a link: not one of Orchestra's
-    try:
-        writers, info = find_writers(fd), os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return True
-        if writers == YES or (writers == MAYBE and not _is_quiet(info, clock)) or info.st_size > MAX_ASIDE:
-            return False
-        found = _read_opened(fd)
-        if not is_known(found):
-            back_up(found)
-        if writers == NO and not _is_lease_whole(fd):
-            return False
-        os.unlink(name, dir_fd=folder)
-        return True
-    finally:
-        os.close(fd)
-
-
-def _parse_temporary(name: str) -> tuple[int, str]:
-    """Give the process that made a temporary file, and the name of the file it belongs to, where it has that."""
-    found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
-    return (int(found[1]), found[2] or "") if found else (0, "")
-
-
-def _is_gone(process: int) -> bool:
-    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
-    try:
-        if process:
-            os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass  # another user's
-    return False
-
-
-def _has_digest(digest: str, disk: Disk) -> bool:
-    return sha256_of(disk.data) == digest
-
-
-def _release_temporary(
-    folder: int, name: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
-) -> bool:
-    if left and is_named_by(name, left.token):
-        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-            os.unlink(name, dir_fd=folder)
-        return True
-    kept = parse_kept(name)
-    if kept:
-        is_known = functools.partial(_has_digest, kept.digest)
-        return release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
-    process, owner = _parse_temporary(name)
-    if not _is_gone(process) and not _is_quiet(os.stat(name, dir_fd=folder, follow_symlinks=False), clock):
-        return False
-    shown = read_disk(owner, folder=folder) if owner else ABSENT
-    return release_aside(folder, name, lambda disk: disk.data == shown.data, functools.partial(back_up, owner), clock)
-
-
-def release_temporaries(
-    path: str, left: Optional[Leftover], back_up: Callable[[str, Disk], object], clock: Clock
-) -> bool:
-    """Remove Orchestra's temporary files from a folder of the user's, whoever left them; return whether some stay.
-
-    Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name of
-    a user's file. Any other is backed up, by the name of the file it belongs to, unless its text is known; it stays
-    while somebody may be writing to it, and while the turn that made it may still run. Raises OSError, IoError.
-    """
-    try:
-        folder = os.open(path, FOLDER | os.O_NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False  # who may not list a folder has written nothing there, or is told so when he does
-    try:
-        names = [name for name in os.listdir(folder) if is_temporary_name(name)]
-        stay = [name for name in names if not _release_temporary(folder, name, left, back_up, clock)]
-        return bool(stay)
-    finally:
-        os.close(folder)
-
-
-def collect_aside(aside: str, back_up: Callable[[str, Disk], object], clock: Clock) -> bool:
-    """Release what lies in the folder of files that were set aside; return whether some of it stays.
-
-    Raises OSError, IoError.
-    """
-    try:
-        folder = os.open(aside, FOLDER)
-    except FileNotFoundError:
-        return False
-    try:
-        stays = False
-        for name in os.listdir(folder):
-            kept = parse_kept(name) or Kept("", name)
-            is_known = functools.partial(_has_digest, kept.digest)
-            stays |= not release_aside(folder, name, is_known, functools.partial(back_up, kept.label), clock)
-    finally:
-        os.close(folder)
-    return stays or not remove_empty_folder(aside)
-
-
-# Replacing, placing and removing
+        yield
+    except BaseException as error:
+        unlink_quietly(temporary, place.folder)
+        if isinstance(error, FileNotFoundError):
+            raise FileChanged(place.path) from error
+        raise
 
 
 def _place_new_file(place: Place, temporary: str) -> None:
-    """Give a temporary file the name, if it is free; raises FileChanged where it is not, OSError."""
+    """Give a temporary file the name, if it is free; raises FileChanged if not, OSError."""
     # Not by a plain rename, which would replace what has appeared since the last look.
-    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
     try:
         if rename_exclusively(place.folder, temporary, place.name):
             return
-        os.link(temporary, place.name, **within)
+        place.link(temporary, place.name)
     except FileExistsError:
         raise FileChanged(place.path) from None
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        if read_disk(place.name, 0, place.folder).kind != "absent":
+        if place.read(limit=0).kind != "absent":
             raise FileChanged(place.path) from None
-        os.rename(temporary, place.name, **within)  # neither is to be had: the instant since the last look stays open
+        place.rename(temporary, place.name)  # the instant since the last look stays open
     else:
         os.unlink(temporary, dir_fd=place.folder)
 
 
-def _create_file(place: Place, data: bytes, lock: Lock, mode: Optional[int], durable: bool) -> None:
-    temporary = lock.new_temporary(place.name)
-    try:
-        _write_temporary(temporary, data, mode, durable, folder=place.folder)
-        _place_new_file(place, temporary)
-    except BaseException as error:
-        _unlink_quietly(temporary, place.folder)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(place.path) from error
-        raise
+# After the swap
 
 
-def _announce(place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> Swap:
-    swap = Swap(place.path, os.path.join(os.path.dirname(place.path), temporary), hashes, place.label)
-    lock.announce_swap(swap)
-    return swap
+class Displaced:
+    """A file that gives its name up, to be known as `temporary`; the methods are steps 3, 5 and 6."""
 
+    def __init__(self, place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> None:
+        self.place = place
+        self.temporary = temporary
+        self.hashes = hashes  # of the expected text and, where there is one, the new one
+        self.lock = lock
 
-def _release(swap: Swap, place: Place, aside: str, is_known: Callable[[Disk], bool]) -> Optional[bool]:
-    """Step 5: remove a file that has lost its name, or set it aside; None where it is not known or is written to.
+    def announce(self) -> None:
+        """Step 3. Raises IoError."""
+        folder = os.path.dirname(self.place.path)
+        self.lock.announce_swap(Swap(self.place.path, os.path.join(folder, self.temporary), self.hashes))
 
-    Otherwise return whether it stays under its temporary name. A file that is gone already is released.
-    """
-    name = os.path.basename(swap.temporary)
-    try:
-        fd = os.open(name, READING, dir_fd=place.folder)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None  # a link, or what else was put there in the last instant
-    try:
-        writers = find_writers(fd)
-        found = _read_opened(fd)
-        if found.kind != "file" or not is_known(found):
-            return None
-        if writers == MAYBE:
-            return set_aside(swap, place, aside)
-        if not _is_lease_whole(fd):  # nor is one that was refused
-            return None
-        os.unlink(name, dir_fd=place.folder)
-        return False
-    finally:
-        os.close(fd)
-
-
-def _take_back(swap: Swap, place: Place, aside: str) -> bool:
-    """Step 6: give the file at the temporary name its name back, unless a newer save has it by now."""
-    temporary, ours = os.path.basename(swap.temporary), swap.hashes[-1]
-    shown = read_disk(place.name, folder=place.folder)
-    if shown.kind == "absent":
-        with suppress(FileChanged):
-            _place_new_file(place, temporary)
-            return False
-    elif shown.kind == "file" and sha256_of(shown.data) == ours and swap_files(place.folder, temporary, place.name):
-        released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) == ours)
-        if released is not None:
-            return released
-    return set_aside(swap, place, aside)
-
-
-def settle_swap(swap: Swap, place: Place, aside: str) -> bool:
-    """Take steps 5 and 6 for a swap that was cut short; return whether a file stays under its temporary name.
-
-    Raises OSError, IoError.
-    """
-    hashes = list(swap.hashes)
-    if read_disk(place.name, 0, place.folder).kind == "absent":
-        hashes = hashes[1:]  # the old text gets its name back, which it lost in a plain rename
-    released = _release(swap, place, aside, lambda disk: sha256_of(disk.data) in hashes)
-    return _take_back(swap, place, aside) if released is None else released
-
-
-@contextmanager
-def _settled(place: Place, lock: Lock) -> Iterator[None]:
-    """Settle a swap at once where it is interrupted or fails; where that fails too, the next turn does it."""
-    try:
-        yield
-    except FileChanged:
-        raise
-    except BaseException as error:
-        with suppress(OSError, IoError):
-            if lock.left.swap:
-                lock.has_kept |= settle_swap(lock.left.swap, place, lock.aside)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(place.path) from error
-        raise
-
-
-def _judge(swap: Swap, place: Place, lock: Lock, expected: Disk) -> None:
-    """Steps 5 and 6: let go what has lost its name if it is `expected`; raises FileChanged where it is not."""
-    released = _release(swap, place, lock.aside, lambda disk: disk == expected)
-    if released is None:
-        lock.has_kept |= _take_back(swap, place, lock.aside)
-        raise FileChanged(place.path)
-    lock.has_kept |= released
-
-
-def _is_same_name(place: Place, other: str) -> bool:
-    try:
-        one, two = (os.stat(name, dir_fd=place.folder, follow_symlinks=False) for name in (place.name, other))
-    except OSError:
-        return False
-    return os.path.samestat(one, two)
-
-
-def _undo(swap: Swap, place: Place, aside: str, has_both: bool) -> bool:
-    """Take away the second name of a file that is not to be replaced; where it has no other, give it its own back."""
-    temporary = os.path.basename(swap.temporary)
-    if has_both and _is_same_name(place, temporary):
-        os.unlink(temporary, dir_fd=place.folder)
-        return False
-    return _take_back(swap, place, aside)
-
-
-def _replace_without_swap(swap: Swap, place: Place, expected: Disk, lock: Lock) -> None:
-    """Step 4 where names cannot be exchanged: the old file keeps a second name, or only that, while it is replaced."""
-    new = os.path.basename(swap.temporary)
-    old = lock.new_temporary(place.name)
-    within: dict[str, Any] = {"src_dir_fd": place.folder, "dst_dir_fd": place.folder}
-    try:
-        # From here on it is the old file that has a temporary name; the new one is only Orchestra's.
-        swap = _announce(place, old, swap.hashes, lock)
-        has_both = True
+    def release(self, is_known: Callable[[Disk], bool]) -> bool:
+        """Step 5. False if the text is not known, or is being written to; a file that is gone is released."""
+        place = self.place
         try:
-            os.link(place.name, old, follow_symlinks=False, **within)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            has_both = False
-            os.rename(place.name, old, **within)
-        if read_disk(old, folder=place.folder) != expected:
-            lock.has_kept |= _undo(swap, place, lock.aside, has_both)
-            raise FileChanged(place.path)
-        if has_both:
-            os.rename(new, place.name, **within)  # the instant since the last look stays open
-        else:
-            _place_new_file(place, new)
-        _judge(swap, place, lock, expected)
-    finally:
-        _unlink_quietly(new, place.folder)
+            fd = os.open(self.temporary, READING, dir_fd=place.folder)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # a link, or what else was put there in the last instant
+        try:
+            writers = find_writers(fd)
+            found = read_opened(fd)
+            if found.kind != "file" or not is_known(found):
+                return False
+            if writers == MAYBE:
+                self._set_aside()
+            elif not is_lease_whole(fd):  # nor is one that was refused
+                return False
+            else:
+                os.unlink(self.temporary, dir_fd=place.folder)
+            return True
+        finally:
+            os.close(fd)
+
+    def give_back(self) -> None:
+        """Step 6."""
+        place, ours = self.place, self.hashes[-1]
+        if place.is_same(self.temporary):
+            os.unlink(self.temporary, dir_fd=place.folder)  # its second name
+            return
+        shown = place.read()
+        if shown.kind == "absent":
+            with suppress(FileChanged):
+                _place_new_file(place, self.temporary)
+                return
+        elif shown.kind == "file" and sha256_of(shown.data) == ours:
+            is_swapped = swap_files(place.folder, self.temporary, place.name)
+            if is_swapped and self.release(lambda disk: sha256_of(disk.data) == ours):
+                return
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Keep a file that may still be written to; its name tells what `Turn` has to know of it (`parse_aside`)."""
+        place, digest = self.place, self.hashes[0]
+        label = (place.label or place.name).replace("%", "%25").replace("/", "%2F")
+        try:
+            make_private_folder(self.lock.aside)
+            aside = os.path.join(self.lock.aside, f"{new_token()}-{digest}-{label}")
+            os.rename(self.temporary, aside, src_dir_fd=place.folder)
+        except OSError:  # another disk; or a name too long
+            place.rename(self.temporary, temporary_name(f"kept-{new_token()}-{digest}", place.name))
+            self.lock.has_files_aside = True
+
+    def verify(self, expected: Disk) -> None:
+        """Steps 5 and 6: raise FileChanged if what was displaced is not `expected`."""
+        if not self.release(lambda disk: disk == expected):
+            self.give_back()
+            raise FileChanged(self.place.path)
+
+    def settle(self) -> None:
+        """Take steps 5 and 6 for a swap that was cut short; raises OSError, IoError."""
+        # An old text that has lost its name in a plain rename gets it back.
+        known = self.hashes[1:] if self.place.read(limit=0).kind == "absent" else self.hashes
+        if not self.release(lambda disk: sha256_of(disk.data) in known):
+            self.give_back()
+
+    @contextmanager
+    def settled_on_error(self) -> Iterator[None]:
+        """Settle at once if the `with` fails or is interrupted; if that fails too, the next turn does it."""
+        try:
+            yield
+        except FileChanged:
+            raise
+        except BaseException as error:
+            with suppress(OSError, IoError):
+                self.settle()
+            if isinstance(error, FileNotFoundError):
+                raise FileChanged(self.place.path) from error
+            raise
+
+
+# Replacing and removing
 
 
 def replace_file(
     place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
 ) -> None:
-    """Replace a file in one step, as described at the head of this section.
+    """Replace a file atomically, by the steps at the head of this section.
 
     The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
-    the disk, and is for files that hold what exists nowhere else. Raises FileChanged when the file is not `expected`,
-    FileBusy, OSError.
+    the disk, and is for files that hold what exists nowhere else. Raises FileChanged if the file is not `expected`,
+    FileBusy, OSError, IoError.
     """
-    if expected.kind == "absent":
-        _create_file(place, data, lock, mode, durable)
-        return
     temporary = lock.new_temporary(place.name)
-    try:
-        with _open_idle(place, expected, lock) as old:
-            dress = functools.partial(_copy_metadata, old, place)
-            _write_temporary(temporary, data, expected.mode, durable, dress, place.folder)
-        if durable and read_disk(place.name, folder=place.folder) != expected:  # the disk took its time
+    displaced = Displaced(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
+    with _removed_on_error(place, temporary):
+        if expected.kind == "absent":
+            with new_file(temporary, data, mode, place.folder) as fd:
+                finish_file(fd, mode, durable)
+            _place_new_file(place, temporary)
+            return
+        with _open_idle(place, expected, lock) as old, new_file(temporary, data, 0, place.folder) as fd:
+            finish_file(fd, copy_metadata(old, fd, place.path), durable)
+        if durable and place.read() != expected:  # the disk took its time
             raise FileChanged(place.path)
-        swap = _announce(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
-    except BaseException as error:
-        _unlink_quietly(temporary, place.folder)
-        if isinstance(error, FileNotFoundError):
-            raise FileChanged(place.path) from error
-        raise
-    with _settled(place, lock):
+        displaced.announce()
+    with displaced.settled_on_error():
         if swap_files(place.folder, temporary, place.name):
-            _judge(swap, place, lock, expected)
+            displaced.verify(expected)
         else:
-            _replace_without_swap(swap, place, expected, lock)
+            _replace_by_rename(displaced, expected)
+
+
+def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
+    """Step 4 where names cannot be exchanged: the old file keeps a second name, or only that, while it is replaced."""
+    place, new, old = displaced.place, displaced.temporary, displaced.lock.new_temporary(displaced.place.name)
+    try:
+        # From here on it is the old file that has a temporary name; the new one is only Orchestra's.
+        displaced.temporary = old
+        displaced.announce()
+        has_both = True
+        try:
+            place.link(place.name, old)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            has_both = False
+            place.rename(place.name, old)
+        if place.read(old) != expected:
+            displaced.give_back()
+            raise FileChanged(place.path)
+        if has_both:
+            place.rename(new, place.name)  # the instant since the last look stays open
+        else:
+            _place_new_file(place, new)
+        displaced.verify(expected)
+    finally:
+        unlink_quietly(new, place.folder)
 
 
 def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
-    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError."""
-    if read_disk(place.name, folder=place.folder) != expected:
+    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError, IoError."""
+    if place.read() != expected:
         raise FileChanged(place.path)
     with _open_idle(place, expected, lock):
         pass
-    temporary = lock.new_temporary(place.name)
-    swap = _announce(place, temporary, [sha256_of(expected.data)], lock)
-    with _settled(place, lock):
-        os.rename(place.name, temporary, src_dir_fd=place.folder, dst_dir_fd=place.folder)
-        _judge(swap, place, lock, expected)
-
-
-def settle_left(swap: Swap, folders: Iterable[str], label_of: Callable[[str], str], aside: str) -> bool:
-    """Settle the swap of a turn that was killed, in the folder it was made in or, if that moved, one of `folders`.
-
-    `label_of` gives the name that a file's backups have. Return whether a file stays under its temporary name; raises
-    OSError, IoError.
-    """
-    there, temporary = os.path.split(swap.temporary)
-    if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
-        return False  # a damaged lock file
-    stays = False
-    for folder in dict.fromkeys([there, *folders]):
-        if os.path.lexists(os.path.join(folder, temporary)):
-            path = os.path.join(folder, os.path.basename(swap.path))
-            with open_place(path, label_of(path)) as place:
-                stays |= settle_swap(swap._replace(label=place.label), place, aside)
-    return stays
+    displaced = Displaced(place, lock.new_temporary(place.name), [sha256_of(expected.data)], lock)
+    displaced.announce()
+    with displaced.settled_on_error():
+        place.rename(place.name, displaced.temporary)
+        displaced.verify(expected)
 
 
 # ── 6 Backups ─────────────────────────────────────────────────────────────────
 
-# Whatever is replaced or removed without proof that Orchestra wrote it is kept here first, and a kept version never
-# changes: it stays, or thinning drops it whole. A version is a folder named by the UTC time, with the file at its
-# path and the notes beside it: why it was kept, its number, and the quota it belongs to.
+# Whatever is replaced or removed without proof that Orchestra wrote it is kept here first, and a
+# kept version never changes: it stays, or thinning drops it whole. A version is a folder named by
+# the UTC time, with the file at its path and the notes beside it: why it was kept, its number, and
+# the quota it belongs to.
 #
-# Keeping a version:
-#   1. A text known already, or equal to the newest version but for white space that Markdown ignores, is not kept.
-#   2. File and notes are written and flushed in a temporary folder. A kill until here leaves nothing else; the next
-#      turn sweeps it.
-#   3. One rename gives that folder its time as its name: the version is there, whole. A name that is taken is never
-#      replaced; the next microsecond is tried.
-#   4. Thinning, per file and quota. A version to be dropped becomes a temporary folder first.
+# Keeping a version (`Turn.back_up`):
 #
-# Order and time are separate: the number says which version is newer; the time is what the clock said, right or wrong.
-# What older versions of Orchestra kept has no number, and counts as older, in the order of the names.
-# The caller holds a lock that keeps others from backing up the same file; other files' versions may come and go.
+#   1 A text equal to the newest version but for white space that Markdown ignores is not kept.
+#   2 File and notes are written and flushed in a temporary folder. A kill until here leaves nothing
+#     else; the next turn removes it.
+#   3 One rename gives that folder its time as its name: the version is there, whole. A name that is
+#     taken is never replaced; the next microsecond is tried.
+#   4 Thinning, per file and quota. A version to be dropped becomes a temporary folder first.
+#
+# Order and time are separate: the number says which version is newer; the time is what the clock
+# said, right or wrong. Versions of older Orchestras have no number, and count as older, in the order
+# of their names. The caller holds a lock that keeps others from backing up the same file; other
+# files' versions may come and go.
 
 HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
 DISPLACED = "displaced"  # a quota: what Orchestra kept for safety in operations of its own
+SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
 NEWEST_KEPT = 10  # versions per file and quota
 DAYS_KEPT = 30  # days that keep their last version
 TEMPORARY_LIFETIME = 86400.0  # seconds after which nothing is writing a temporary folder any more
@@ -1640,16 +1506,11 @@ CODE_INDENT = re.compile(rb" {4}| {0,3}\t")
 CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*" + FENCE)  # in lists and quotes too
 
 
-class Note(NamedTuple):
-    """What is noted on a version; `number` is 0 where an older Orchestra, which had none, kept it."""
-
-    why: str
-    number: int = 0
-    quota: str = HAND_EDIT
-
-
 class Backup(NamedTuple):
-    """One kept version of a file: `when` is the name of its folder, the UTC time; the rest is as in its note."""
+    """A kept version of a file: `when` is its UTC time, which names its folder, `file` where it is.
+
+    `number` is 0 for a version that an older Orchestra kept.
+    """
 
     when: str
     path: str
@@ -1657,6 +1518,9 @@ class Backup(NamedTuple):
     why: str
     number: int = 0
     quota: str = HAND_EDIT
+
+
+# Comparing versions
 
 
 def _trim_line(line: bytes, body: bytes) -> bytes:
@@ -1694,95 +1558,16 @@ def significant_text(path: str, data: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-def _significant_text_of(backup: Backup) -> Optional[bytes]:
-    """Return a version's significant text, or None if it cannot be read: then nothing equals it."""
+def _has_text(backup: Backup, path: str, data: bytes) -> bool:
+    """Compare a version's significant text with that of `data`; one that cannot be read equals nothing."""
     try:
         disk = read_disk(backup.file)
     except IoError:
-        return None
-    return significant_text(backup.path, disk.data) if disk.kind == "file" else None
+        return False
+    return disk.kind == "file" and significant_text(path, disk.data) == significant_text(path, data)
 
 
-def _make_durable_folder(path: str) -> None:
-    """Create a private folder and those above it, and make their names durable; raises OSError."""
-    if not os.path.isdir(path):
-        _make_durable_folder(os.path.dirname(path))
-        make_private_folder(path)
-        sync_folder(os.path.dirname(path))
-
-
-def _write_version(temporary: str, path: str, disk: Disk, note: Note) -> None:
-    """Write a version's folder and make it durable; raises OSError."""
-    file, notes = os.path.join(temporary, path), json.dumps({path: note._asdict()})
-    make_private_folder(os.path.dirname(file))
-    # The owner may read it whatever the mode, or it could be neither compared nor restored.
-    _write_temporary(file, disk.data, disk.mode | stat.S_IRUSR, durable=True)
-    _write_temporary(os.path.join(temporary, BACKUP_NOTES), notes.encode(), 0o600, durable=True)
-    for place in folders_below(temporary):
-        sync_folder(place)
-
-
-def time_name(now: float, step: int = 0) -> str:
-    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
-    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
-
-
-def _publish_version(temporary: str, folder: str, now: float) -> str:
-    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
-    for step in itertools.count():
-        when = time_name(now, step)
-        try:
-            os.rename(temporary, os.path.join(folder, when))
-        except OSError:
-            if not os.path.lexists(os.path.join(folder, when)):
-                raise
-        else:
-            break
-    return when
-
-
-def _keep_version(folder: str, temporary: str, path: str, disk: Disk, note: Note, now: float) -> str:
-    """Write a version in a temporary folder, and give that the name it returns; raises OSError."""
-    try:
-        _write_version(temporary, path, disk, note)
-        when = _publish_version(temporary, folder, now)
-    except BaseException:
-        with suppress(IoError):
-            remove_private_folder(temporary)
-        raise
-    sync_folder(folder)
-    return when
-
-
-def _by_quota(kept: Sequence[Backup]) -> Iterable[list[Backup]]:
-    quotas: dict[str, list[Backup]] = {}
-    for backup in kept:
-        quotas.setdefault(backup.quota, []).append(backup)
-    return quotas.values()
-
-
-def _quota_to_drop(kept: Sequence[Backup], today: str) -> list[Backup]:
-    newest_first = list(reversed(kept))
-    last_of_day = {backup.when[:8]: backup for backup in kept}
-    last_of_month = {backup.when[:6]: backup for backup in kept}
-    # By the number: days that a wrong clock put into the past are new all the same.
-    days = list(dict.fromkeys(backup.when[:8] for backup in newest_first if backup.when[:8] <= today))[:DAYS_KEPT]
-    days += [day for day in last_of_day if day > today]
-    numbered = [backup for backup in kept if backup.number]
-    staying = {*kept[:1], *numbered[:1], *newest_first[:NEWEST_KEPT], *last_of_month.values()}
-    staying.update(last_of_day[day] for day in days)
-    return [backup for backup in kept if backup not in staying]
-
-
-def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
-    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
-
-    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
-    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
-    names them, keep their last version too, but do not count among the 30.
-    """
-    return [backup for quota in _by_quota(kept) for backup in _quota_to_drop(quota, now[:8])]
+# Listing versions
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -1790,35 +1575,6 @@ def _files_below(folder: str) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from (os.path.join(parent, name) for name in (*names, *links))
-
-
-def _drop_version(folder: str, backup: Backup, temporary: str) -> None:
-    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
-    place = os.path.join(folder, backup.when)
-    if set(_files_below(place)) - {backup.file, os.path.join(place, BACKUP_NOTES)}:
-        os.unlink(backup.file)
-    else:
-        os.rename(place, temporary)
-        remove_private_folder(temporary)
-
-
-def _is_abandoned(path: str, clock: Clock) -> bool:
-    """Tell whether the process that made a temporary file is gone, or had all the time it can need; raises OSError."""
-    process, _ = _parse_temporary(os.path.basename(path))
-    info = os.lstat(path)
-    return _is_gone(process) or clock() - max(info.st_mtime, info.st_ctime) > TEMPORARY_LIFETIME
-
-
-def _remove_abandoned(folder: str, temporary: str, clock: Clock) -> None:
-    """Remove what is at `temporary`, and temporary files that nothing is writing any more, as far as possible."""
-    for name in filter(is_temporary_name, os.listdir(folder)):
-        path = os.path.join(folder, name)
-        with suppress(OSError, IoError):
-            if path == temporary or _is_abandoned(path, clock):
-                if os.path.isdir(path) and not os.path.islink(path):
-                    remove_private_folder(path)
-                else:
-                    os.unlink(path)
 
 
 def _is_plain_file(path: str) -> bool:
@@ -1837,14 +1593,14 @@ def _read_notes(path: str) -> dict[str, Any]:
     return notes if isinstance(notes, dict) else {}
 
 
-def _parse_note(value: Any) -> Note:
-    """Read the note on one file; older versions of Orchestra only wrote why."""
+def _parse_note(value: Any) -> tuple[str, int, str]:
+    """Read why a file was kept, its number and quota; older versions of Orchestra only wrote why."""
     if not isinstance(value, dict):
-        return Note(str(value or ""))
+        return str(value or ""), 0, HAND_EDIT
     why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
     if type(number) is not int or not 0 < number < MAX_NUMBER:
         number = 0
-    return Note(why, number, DISPLACED if quota == DISPLACED else HAND_EDIT)
+    return why, number, DISPLACED if quota == DISPLACED else HAND_EDIT
 
 
 def _versions_in(folder: str, when: str) -> Iterator[Backup]:
@@ -1872,57 +1628,100 @@ def list_backups(home: str, key: Key) -> list[Backup]:
     return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
 
 
-def back_up(
-    home: str,
-    key: Key,
-    path: str,
-    disk: Disk,
-    why: str,
-    token: str,
-    clock: Clock,
-    *,
-    quota: str = HAND_EDIT,
-    known: Container[bytes] = (),
-) -> str:
-    """Keep a file's bytes before they are replaced, and return the time they are kept under.
+# Writing and dropping versions
 
-    Nothing is kept of a text whose `significant_text` is in `known` (the result is "" then) or that of the newest
-    version, unless Orchestra's own operations kept that and a user wrote this. Raises IoError.
+
+def time_name(now: float, step: int = 0) -> str:
+    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
+    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
+
+
+def _write_version(folder: str, backup: Backup, disk: Disk) -> None:
+    """Write a version in a temporary folder and make it durable; raises OSError."""
+    file = os.path.join(folder, backup.path)
+    notes = {backup.path: {"why": backup.why, "number": backup.number, "quota": backup.quota}}
+    make_private_folder(os.path.dirname(file))
+    with new_file(file, disk.data, disk.mode) as fd:
+        # The owner may read it whatever the mode, or it could be neither compared nor restored.
+        finish_file(fd, disk.mode | stat.S_IRUSR, durable=True)
+    with new_file(os.path.join(folder, BACKUP_NOTES), json.dumps(notes).encode(), 0o600) as fd:
+        finish_file(fd, 0o600, durable=True)
+    for place in folders_below(folder):
+        sync_folder(place)
+
+
+def _publish_version(temporary: str, folder: str, now: float) -> str:
+    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
+    for step in itertools.count():
+        when = time_name(now, step)
+        try:
+            os.rename(temporary, os.path.join(folder, when))
+        except OSError:
+            if not os.path.lexists(os.path.join(folder, when)):
+                raise
+        else:
+            break
+    sync_folder(folder)
+    return when
+
+
+def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
+    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
+
+    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
+    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
+    names them, keep their last version too, but do not count among the 30.
     """
-    text = significant_text(path, disk.data)
-    if text in known:
-        return ""
-    everything, folder, now = list_backups(home, key), backups_of(home, key), clock()
-    kept = [backup for backup in everything if backup.path == path]
-    temporary = temporary_path(folder, token)
-    if not (kept and kept[-1].quota in (quota, HAND_EDIT) and _significant_text_of(kept[-1]) == text):
-        number = 1 + max((backup.number for backup in everything), default=0)
-        with blame(folder):
-            _make_durable_folder(folder)
-            _remove_abandoned(folder, temporary, clock)
-            when = _keep_version(folder, temporary, path, disk, Note(why, number, quota), now)
-        kept.append(Backup(when, path, os.path.join(folder, when, path), why, number, quota))
-    with blame(folder):
-        for backup in versions_to_drop(kept, time_name(now)):
-            _drop_version(folder, backup, temporary)
-    return kept[-1].when
+    dropped = []
+    for quota in (HAND_EDIT, DISPLACED):
+        versions = [backup for backup in kept if backup.quota == quota]
+        last_of_day = {backup.when[:8]: backup for backup in versions}
+        last_of_month = {backup.when[:6]: backup for backup in versions}
+        # By the number: days that a wrong clock put into the past are new all the same.
+        days = list(dict.fromkeys(b.when[:8] for b in reversed(versions) if b.when[:8] <= now[:8]))[:DAYS_KEPT]
+        days += [day for day in last_of_day if day > now[:8]]
+        numbered = [backup for backup in versions if backup.number]
+        staying = {*versions[:1], *numbered[:1], *versions[-NEWEST_KEPT:], *last_of_month.values()}
+        staying.update(last_of_day[day] for day in days)
+        dropped += [backup for backup in versions if backup not in staying]
+    return dropped
 
 
-def can_be_kept_as(name: str) -> bool:
-    """Tell whether a name that a temporary file gives is one that a version can have."""
-    return bool(name) and "/" not in name and not name.startswith((".", "\0"))
+def _drop_version(backup: Backup, temporary: str) -> None:
+    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
+    folder = backup.file[: -len(backup.path) - 1]
+    if set(_files_below(folder)) - {backup.file, os.path.join(folder, BACKUP_NOTES)}:
+        os.unlink(backup.file)
+    else:
+        os.rename(folder, temporary)
+        remove_private_folder(temporary)
+
+
+def _list_unfinished(folder: str, token: str, clock: Clock) -> Iterator[str]:
+    """List the temporary files and folders that `token` names, or that nothing is writing any more."""
+    for name in filter(is_temporary_name, os.listdir(folder)):
+        path = os.path.join(folder, name)
+        with suppress(OSError):  # it may have got its name meanwhile
+            info = os.lstat(path)
+            age = clock() - max(info.st_mtime, info.st_ctime)
+            if is_named_by(name, token) or is_gone(parse_temporary(name)[0]) or age > TEMPORARY_LIFETIME:
+                yield path
+
+
+def _remove_unfinished(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        remove_private_folder(path)
+    else:
+        remove_private(path)
 
 
 def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
     """Remove the unfinished versions below `root` that a turn left, or a process that is gone; raises IoError."""
-    folders = folders_below(root)
-    for folder in folders:
-        if is_temporary_name(os.path.basename(folder)):
-            is_left = folder == temporary_path(os.path.dirname(folder), left.token)
-            with blame(folder), suppress(FileNotFoundError):  # it may have got its name meanwhile
-                if is_left or _is_abandoned(folder, clock):
-                    remove_private_folder(folder)
-    sweep_folders(folders, left)  # which older versions of Orchestra wrote there
+    for folder in folders_below(root):
+        with blame(folder), suppress(FileNotFoundError):
+            for path in _list_unfinished(folder, left.token, clock):
+                _remove_unfinished(path)
 
 
 def move_backups(home: str, key: Key, new: Key) -> None:
@@ -1937,6 +1736,179 @@ def move_backups(home: str, key: Key, new: Key) -> None:
             if not os.path.lexists(f"{target}/{when}"):
                 move_private(f"{folder}/{when}", f"{target}/{when}")
         remove_empty_folder(folder)
+
+
+# Turns
+
+
+def can_be_kept_as(name: str) -> bool:
+    """Tell whether a name that a temporary file gives is one that a version can have."""
+    return bool(name) and "/" not in name and not name.startswith((".", "\0"))
+
+
+def parse_aside(name: str) -> Optional[tuple[str, str]]:
+    """Understand the name of a file that was set aside: the hash of the text expected in it, and its label."""
+    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
+    return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
+
+
+class Turn(Lock):
+    """A lock on files of the user's, with their backups and the files that were set aside.
+
+    Files are known by a label; `split_label` gives the codebase, and the path that the file has in its backups.
+    """
+
+    ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is removed
+    MAX_ASIDE = 64 << 20  # bytes; a larger file that was set aside stays
+
+    def __init__(self, home: str, path: str, backups: str, clock: Clock) -> None:
+        super().__init__(path)
+        self.home = home
+        self.clock = clock
+        self.aside = f"{backups}/.aside"
+        self._backups = backups
+
+    def split_label(self, label: str) -> tuple[Key, str]:
+        raise NotImplementedError
+
+    def back_up(self, label: str, disk: Disk, why: str, quota: str = HAND_EDIT) -> str:
+        """Keep a file's bytes before they are replaced, and return the time they are kept under.
+
+        Nothing is kept of a text equal to the newest version's, unless Orchestra's own operations kept that and a user
+        wrote this. Raises IoError.
+        """
+        key, path = self.split_label(label)
+        folder, now = backups_of(self.home, key), self.clock()
+        everything = list_backups(self.home, key)
+        kept = [backup for backup in everything if backup.path == path]
+        temporary = temporary_path(folder, self.token)
+        if not (kept and kept[-1].quota in (quota, HAND_EDIT) and _has_text(kept[-1], path, disk.data)):
+            number = 1 + max((backup.number for backup in everything), default=0)
+            backup = Backup("", path, "", why, number, quota)
+            with blame(folder):
+                make_private_folder(folder, durable=True)
+                for unfinished in _list_unfinished(folder, self.leftover.token, self.clock):
+                    with suppress(IoError):
+                        _remove_unfinished(unfinished)
+                try:
+                    _write_version(temporary, backup, disk)
+                    when = _publish_version(temporary, folder, now)
+                except BaseException:
+                    with suppress(IoError):
+                        remove_private_folder(temporary)
+                    raise
+            kept.append(backup._replace(when=when, file=os.path.join(folder, when, path)))
+        with blame(folder):
+            for backup in versions_to_drop(kept, time_name(now)):
+                _drop_version(backup, temporary)
+        return kept[-1].when
+
+    def clean_up(self, folders: Sequence[str], label_of: Callable[[str], str], left: Leftover) -> None:
+        """Clean up in some folders after a turn that was killed, or had trouble; raises IoError."""
+        sweep_backups(self._backups, left, self.clock)  # first, for an earlier clean-up may have ended there
+        if left.swap:
+            with blame(os.path.dirname(left.swap.path)):
+                self._settle_swap(left.swap, folders, label_of)
+        self.release_temporaries(folders, label_of, left)
+
+    def _settle_swap(self, swap: Swap, folders: Sequence[str], label_of: Callable[[str], str]) -> None:
+        """Settle a killed turn's swap, in the folder it was made in or, if that moved, one of `folders`."""
+        there, temporary = os.path.split(swap.temporary)
+        if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
+            return  # a damaged lock file
+        for folder in dict.fromkeys([there, *folders]):
+            if os.path.lexists(os.path.join(folder, temporary)):
+                path = os.path.join(folder, os.path.basename(swap.path))
+                with open_place(path, label_of(path)) as place:
+                    Displaced(place, temporary, swap.hashes, self).settle()
+
+    def release_temporaries(
+        self, folders: Iterable[str], label_of: Callable[[str], str], left: Optional[Leftover] = None
+    ) -> bool:
+        """Remove Orchestra's temporary files from folders of the user's, and tell whether some stay.
+
+        Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name
+        of a user's file. Any other is backed up, unless its text is known; it stays while it may be written to, and
+        while the turn that made it may still run. Raises IoError.
+        """
+        stays = False
+        for folder in folders:
+            with blame(folder):
+                stays |= self._release_in(folder, label_of, left)
+        self.has_files_aside |= stays
+        return stays
+
+    def _release_in(self, path: str, label_of: Callable[[str], str], left: Optional[Leftover]) -> bool:
+        try:
+            folder = os.open(path, FOLDER | os.O_NOFOLLOW)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return False  # who may not list a folder has written nothing there, or is told so when he does
+        stays = False
+        try:
+            for name in filter(is_temporary_name, os.listdir(folder)):
+                try:
+                    info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                aside = parse_aside(name)
+                process, owner = parse_temporary(name)
+                if left and is_named_by(name, left.token):
+                    if stat.S_ISREG(info.st_mode):
+                        os.unlink(name, dir_fd=folder)
+                elif aside:
+                    digest, owner = aside
+                    stays |= self._release(folder, name, label_of(f"{path}/{owner}"), digest)
+                elif not is_gone(process) and not self._is_quiet(info):
+                    stays = True
+                else:
+                    shown = read_disk(owner, folder=folder) if owner else ABSENT
+                    stays |= self._release(folder, name, label_of(f"{path}/{owner}"), sha256_of(shown.data))
+        finally:
+            os.close(folder)
+        return stays
+
+    def collect(self) -> None:
+        """Remove the files set aside that nobody writes to any more; raises IoError."""
+        with blame(self.aside):
+            try:
+                folder = os.open(self.aside, FOLDER)
+            except FileNotFoundError:
+                return
+            try:
+                for name in os.listdir(folder):
+                    digest, label = parse_aside(name) or ("", name)
+                    self._release(folder, name, label, digest)
+            finally:
+                os.close(folder)
+            remove_empty_folder(self.aside)
+
+    def _is_quiet(self, info: os.stat_result) -> bool:
+        return self.clock() - max(info.st_mtime, info.st_ctime) > self.ASIDE_TIME
+
+    def _release(self, folder: int, name: str, label: str, digest: str) -> bool:
+        """Remove a file that was set aside once nobody writes to it, and tell whether it stays.
+
+        If its text is not the one with that hash it is backed up first. Raises OSError, IoError.
+        """
+        try:
+            fd = os.open(name, READING, dir_fd=folder)
+        except OSError:
+            return False  # gone, or a link: not one of Orchestra's
+        try:
+            writers, info = find_writers(fd), os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                return False
+            if writers == YES or (writers == MAYBE and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
+                return True
+            found = read_opened(fd)
+            if sha256_of(found.data) != digest:
+                self.back_up(label, found, SAVED_MEANWHILE, DISPLACED)
+            if writers == NO and not is_lease_whole(fd):
+                return True
+            os.unlink(name, dir_fd=folder)
+            return False
+        finally:
+            os.close(fd)
 
 
 # ══ II Registry ═══════════════════════════════════════════════════════════════
@@ -2847,7 +2819,6 @@ def listed_key(home: str, key: Key) -> Key:
 # load_registry takes all steps for all codebases, reload_codebases the last three for some, and
 # load_codebase the second or the second and third for one.
 
-SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
 MAX_REGISTRY_FILE = 1 << 20  # bytes
 
 
@@ -3019,9 +2990,8 @@ class ParsedFiles:
         if self._fresh <= max(self.FEW, len(self._used) // 8):
             return
         lines = b"".join(b"%b %b\n" % (key.encode(), line or self._line(key)) for key, line in self._used.items())
-        folder = run_dir(self._home)
         try:
-            with hold_lock(parsed_lock_path(self._home), lambda left: sweep_folders([folder], left), 0) as lock:
+            with Lock(parsed_lock_path(self._home), timeout=0) as lock:
                 save_private(parsed_path(self._home), self._head(lines) + lines, lock.token, durable=False)
         except OrchestraError:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
@@ -3203,54 +3173,40 @@ def load_codebase(home: str, project: str, name: str, inherits: bool = False) ->
 # Writing
 
 
-def _aside_label(key: Key, file: str) -> str:
+def _registry_label(key: Key, file: str) -> str:
     return f"{label_for(key)}/{os.path.basename(file)}"
 
 
-def _write_registry_file(file: str, text: str, expected: Disk, lock: Lock, key: Key) -> None:
-    with blame(file):
-        make_private_folder(os.path.dirname(file))
-        with open_place(file, _aside_label(key, file)) as place:
-            replace_file(place, text.encode(), expected, lock, mode=0o600, durable=True)
-        sync_folder(os.path.dirname(file))
-
-
-def _label_for_file(path: str) -> str:
+def _find_registry_label(path: str) -> str:
     """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
     folder, name = os.path.split(path)
     key = (os.path.basename(folder), os.path.splitext(name)[0])
     name = name if can_be_kept_as(name) else "leftover.yaml"
-    return _aside_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
+    return _registry_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
 
-@contextmanager
-def _registry_turn(home: str, clock: Clock) -> Iterator[Lock]:
-    """Take the registry's lock, and clean up after a command that was killed while it had it."""
-    aside = aside_root(home)
+class RegistryTurn(Turn):
+    """A turn at the registry; a file's label is its codebase and its name, as in shop/api/api.yaml."""
 
-    def back_up_aside(label: str, disk: Disk) -> None:
+    def __init__(self, home: str, clock: Clock) -> None:
+        super().__init__(home, registry_lock_path(home), backups_root(home), clock)
+
+    def split_label(self, label: str) -> tuple[Key, str]:
         project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
-        back_up(home, (project, codebase), name, disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
+        return (project, codebase), name
 
-    def back_up_left(folder: str, name: str, disk: Disk) -> None:
-        back_up_aside(_label_for_file(f"{folder}/{name}"), disk)
-
-    def sweep(left: Leftover) -> bool:
-        sweep_backups(backups_root(home), left, clock)  # first, for an earlier sweep may have ended there
-        folders = folders_below(projects_root(home))
+    def settle(self, left: Leftover) -> None:
+        folders = folders_below(projects_root(self.home))
         if left.swap:
             folders.append(os.path.dirname(left.swap.path))
-            settle_left(left.swap, folders, _label_for_file, aside)
-        stays = False
-        for folder in dict.fromkeys(folders):
-            keep = functools.partial(back_up_left, folder)
-            stays |= release_temporaries(folder, left, keep, clock)
-        return stays
+        self.clean_up(folders, _find_registry_label, left)
 
-    with hold_lock(registry_lock_path(home), sweep, aside=aside) as lock:
-        with blame(aside):
-            collect_aside(aside, back_up_aside, clock)
-        yield lock
+    def write(self, file: str, label: str, text: str, expected: Disk) -> None:
+        with blame(file):
+            make_private_folder(os.path.dirname(file))
+            with open_place(file, label) as place:
+                replace_file(place, text.encode(), expected, self, mode=0o600, durable=True)
+            sync_folder(os.path.dirname(file))
 
 
 def _normalize_codebase(root: YamlNode) -> YamlNode:
@@ -3268,7 +3224,8 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     check_name("codebase", codebase.name)
     key, new = codebase.key, CODEBASE_SCHEMA.write(codebase)
     file = real_path(codebase_path(home, key))
-    with _registry_turn(home, clock) as lock:
+    label = _registry_label(key, file)
+    with RegistryTurn(home, clock) as turn:
         disk = read_disk(file)
         if codebase.digest and codebase.digest != sha256_of(disk.data):
             raise FileChanged(file)
@@ -3280,10 +3237,10 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
             text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, _normalize_codebase)
             if text is None:
-                back_up(home, key, os.path.basename(file), disk, "written afresh", lock.token, clock, quota=DISPLACED)
+                turn.back_up(label, disk, "written afresh", DISPLACED)
             elif disk.data.startswith(BOM):
                 text = "\ufeff" + text
-        _write_registry_file(file, dump_yaml(new) if text is None else text, disk, lock, key)
+        turn.write(file, label, dump_yaml(new) if text is None else text, disk)
 
 
 @contextmanager
@@ -3297,34 +3254,35 @@ def _expect_stillness(file: str) -> Iterator[None]:
 
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
     """Write a new registry file, and say whether it was new: one that is there stays as it is."""
-    with _registry_turn(home, clock) as lock:
+    with RegistryTurn(home, clock) as turn:
         if os.path.lexists(file):
             return False
         with _expect_stillness(file):
-            _write_registry_file(file, dump_yaml(root), ABSENT, lock, ("", ""))
+            turn.write(file, _find_registry_label(file), dump_yaml(root), ABSENT)
     return True
 
 
 def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
     file = codebase_path(home, key)
-    with _registry_turn(home, clock) as lock:
+    label = _registry_label(key, file)
+    with RegistryTurn(home, clock) as turn:
         disk = read_disk(real_path(file))
         if disk.kind != "file":
             raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
-        when = back_up(home, key, os.path.basename(file), disk, "removed from the registry", lock.token, clock)
+        when = turn.back_up(label, disk, "removed from the registry")
         with _expect_stillness(file):
             if os.path.islink(file):
                 remove_private(file)  # what it leads to stays: another registry may have it
             else:
-                with open_place(file, _aside_label(key, file)) as place:
-                    remove_file(place, disk, lock)
+                with open_place(file, label) as place:
+                    remove_file(place, disk, turn)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
 
 def clear_registry(home: str) -> None:
     """Clear up after a command that was killed while it changed the registry; raises IoError."""
-    with _registry_turn(home, time.time):
+    with RegistryTurn(home, time.time):
         pass
 
 
@@ -4839,40 +4797,53 @@ class SyncCodebaseResult(NamedTuple):
 # Apply
 
 
-def _back_up_aside(home: str, key: Key, clock: Clock, label: str, disk: Disk) -> None:
-    back_up(home, key, label or "leftover.md", disk, SAVED_MEANWHILE, new_token(), clock, quota=DISPLACED)
+class CodebaseTurn(Turn):
+    """A turn at a codebase's files; their labels are the managed paths."""
+
+    def __init__(self, home: str, codebase: Codebase, clock: Clock) -> None:
+        self.codebase = codebase
+        self.key = codebase.key
+        super().__init__(home, codebase_lock_path(home, self.key), backups_of(home, self.key), clock)
+
+    def split_label(self, label: str) -> tuple[Key, str]:
+        return self.key, label or "leftover.md"
+
+    def settle(self, left: Leftover) -> None:
+        self.clean_up_below(find_root(self.home, self.codebase, {}), left)
+
+    def clean_up_below(self, root: str, left: Leftover) -> None:
+        """Clean up in a codebase after a turn that was killed, or had trouble; raises IoError."""
+        self.clean_up(_managed_places(root), functools.partial(_managed_label, root), left)
+        sweep_folders([os.path.dirname(record_path(self.home, self.key))], left)
+
+    def release_below(self, root: str) -> bool:
+        """Remove Orchestra's temporary files from a codebase, and tell whether some stay; raises IoError."""
+        return self.release_temporaries(_managed_places(root), functools.partial(_managed_label, root))
 
 
-def _label_in(root: str, path: str) -> str:
-    """Give the managed path that leads to a file, though links lie on the way; its name alone where there is none."""
+def _managed_places(root: str) -> list[str]:
+    """List the folders of managed files, but those that lead out of the codebase or cannot be reached."""
+    places = []
+    for paths in MANAGED_FOLDERS.values():
+        with suppress(SyncError, OSError):  # whoever writes there is told
+            places.append(os.path.dirname(check_parents(root, paths[0])))
+    return places
+
+
+def _managed_label(root: str, path: str) -> str:
+    """Find the managed path that leads to a file, though links lie on the way; its name alone if there is none.
+
+    For a file whose name is not known, it is the managed path in that folder, if there is only one.
+    """
     folder, name = os.path.split(path)
-    paths = [managed for managed in AGENTS_BY_PATH if os.path.basename(managed) == name]
     real = real_path(folder)
-    return next((p for p in paths if real_path(os.path.dirname(f"{root}/{p}")) == real), paths[0] if paths else name)
-
-
-def _back_up_left(
-    home: str, key: Key, root: str, folder: str, paths: Sequence[str], clock: Clock, name: str, disk: Disk
-) -> None:
-    """Back up a temporary file from a managed folder; its name may not tell which of its `paths` it belongs to."""
-    label = paths[0] if len(paths) == 1 else os.path.join(folder, "leftover.md")
-    if can_be_kept_as(name):
-        label = _label_in(root, os.path.join(root, folder, name))
-    _back_up_aside(home, key, clock, label, disk)
-
-
-def _release_temporaries(home: str, key: Key, root: str, left: Optional[Leftover], clock: Clock) -> bool:
-    """Remove all temporary files of Orchestra's from a codebase, whoever left them; return whether some stay."""
-    stays = False
-    for folder, paths in MANAGED_FOLDERS.items():
-        try:
-            place = os.path.dirname(check_parents(root, paths[0]))
-        except (SyncError, OSError):
-            continue  # it leads out of the codebase, is none, or cannot be reached: who writes there is told
-        keep = functools.partial(_back_up_left, home, key, root, folder, paths, clock)
-        with blame(place):
-            stays |= release_temporaries(place, left, keep, clock)
-    return stays
+    here = [f for f in MANAGED_FOLDERS if real_path(os.path.join(root, f)) == real]
+    if not can_be_kept_as(name):
+        first = here[0] if here else ""
+        paths = MANAGED_FOLDERS[first]
+        return paths[0] if len(paths) == 1 else os.path.join(first, "leftover.md")
+    named = [path for path in AGENTS_BY_PATH if os.path.basename(path) == name]
+    return next((path for path in named if os.path.dirname(path) in here), named[0] if named else name)
 
 
 def _remove_if_empty(root: str, folder: str) -> bool:
@@ -4892,52 +4863,38 @@ def _remove_spare_folders(root: str, record: Record) -> Record:
     return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
 
 
-def _clear_up(home: str, key: Key, root: str, left: Leftover, clock: Clock) -> bool:
-    """Clean up after a turn that was killed or had trouble; return whether something has to stay. Raises IoError."""
-    sweep_backups(backups_of(home, key), left, clock)  # first, for an earlier sweep may have ended there
-    stays = False
-    if left.swap:
-        with blame(os.path.dirname(left.swap.path)):
-            label_of = functools.partial(_label_in, root)
-            folders = [real_path(os.path.join(root, folder)) for folder in MANAGED_FOLDERS]
-            folders = [folder for folder in folders if f"{folder}/".startswith(root.rstrip("/") + "/")]
-            stays = settle_left(left.swap, folders, label_of, aside_of(home, key))
-    stays |= _release_temporaries(home, key, root, left, clock)
-    sweep_folders([os.path.dirname(record_path(home, key))], left)
-    return stays
-
-
 def _has_user_text(file: FilePlan) -> bool:
     agent, data = AGENTS_BY_PATH[file.path], file.before.data
     return bool(data) and (managed_text(agent, data) or b"").strip() != data.strip()
 
 
-def _write_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+def _write_file(turn: CodebaseTurn, root: str, file: FilePlan) -> FilePlan:
     if file.action in BACKED_UP:
-        when = back_up(home, key, file.path, file.before, REPLACE_REASON, lock.token, clock)
-        restore = f"the old text: orchestra restore {label_for(key)} {file.path} --at {when}"
+        when = turn.back_up(file.path, file.before, REPLACE_REASON)
+        restore = f"the old text: orchestra restore {label_for(turn.key)} {file.path} --at {when}"
         if file.action == EVICT:  # from a codebase that is registered no more
-            restore = f"the old text: {shorten_home(home, os.path.join(backups_of(home, key), when, file.path))}"
+            kept = os.path.join(backups_of(turn.home, turn.key), when, file.path)
+            restore = f"the old text: {shorten_home(turn.home, kept)}"
         file = file._replace(note="; ".join(filter(None, [restore, file.note])))
     if file.action == RELEASE:
         return file._replace(note="edited by hand, so it stays and is yours now")
     with open_managed(root, file.path, make=file.after is not None) as place:
         if file.after is None:
-            remove_file(place, file.before, lock)
+            remove_file(place, file.before, turn)
             return file
-        if file.before.kind == "file" and not file.before.data and file_age(place.path, clock) < YOUNG:
+        if file.before.kind == "file" and not file.before.data and file_age(place.path, turn.clock) < YOUNG:
             time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
-        replace_file(place, file.after, file.before, lock, durable=_has_user_text(file))
+        replace_file(place, file.after, file.before, turn, durable=_has_user_text(file))
     return file
 
 
-def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, clock: Clock) -> FilePlan:
+def _apply_file(turn: CodebaseTurn, root: str, file: FilePlan) -> FilePlan:
     if not file.writes:
         return file
-    if not lock.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
+    if not turn.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
         return file._replace(action=SKIP, problem="skipped because an earlier file failed", retry=True)
     try:
-        return _write_file(home, key, root, file, lock, clock)
+        return _write_file(turn, root, file)
     except FileChanged:
         problem = "it kept changing while Orchestra was writing it"
         failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
@@ -4945,57 +4902,48 @@ def _apply_file(home: str, key: Key, root: str, file: FilePlan, lock: Lock, cloc
         _, message, hint, retry = Problem.from_error(error, file.path)
         failed = file._replace(action=SKIP, problem=message, hint=hint, retry=retry)
     try:
-        lock.has_kept |= _clear_up(home, key, root, lock.left, clock)
+        turn.clean_up_below(root, turn.leftover)
     except IoError:
-        lock.is_clean = False
+        turn.is_clean = False
     return failed
 
 
-def apply_plan(home: str, key: Key, plan: Plan, lock: Lock, clock: Clock) -> Plan:
+def apply_plan(turn: CodebaseTurn, plan: Plan) -> Plan:
     """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
     # The folder that was left comes before all, and stays recorded until nothing of Orchestra's is there.
-    left = tuple(_apply_file(home, key, plan.left_root, file, lock, clock) for file in plan.left)
+    left = tuple(_apply_file(turn, plan.left_root, file) for file in plan.left)
     if any(file.retry for file in left):
         return plan._replace(files=(), left=left)
     has_left = not any(file.problem for file in left)
     if plan.left_root:
         with suppress(IoError):
-            stays = _release_temporaries(home, key, plan.left_root, None, clock)
-            lock.has_kept |= stays
-            has_left = has_left and not stays
+            has_left = not turn.release_below(plan.left_root) and has_left
     if left and plan.old_record:
         spare = [f for f in plan.old_record.folders if not f"{plan.root}/".startswith(f"{plan.left_root}/{f}/")]
         files_there = {file.path: "" for file in left if file.problem}
         _remove_spare_folders(plan.left_root, plan.old_record._replace(files=files_there, folders=spare))
-    record = plan.record._replace(synced_at=now_rfc3339(clock))
+    record = plan.record._replace(synced_at=now_rfc3339(turn.clock))
     if plan.old_record and not has_left:
         record = record._replace(root=plan.old_record.root)
     known = plan.old_record.files if plan.old_record and not plan.left_root else {}
     # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
     doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
     first = record._replace(files={**record.files, **doomed})
-    save_record(home, key, first, lock)
-    files = tuple(_apply_file(home, key, plan.root, file, lock, clock) for file in plan.files)
+    save_record(turn.home, turn.key, first, turn)
+    files = tuple(_apply_file(turn, plan.root, file) for file in plan.files)
     stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
     record = record._replace(files={**record.files, **stuck})
     record = _remove_spare_folders(plan.root, record)
     if not any(file.writes for file in files) and (plan.writes or any(file.problem for file in files)):
         record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
     if record != first:
-        save_record(home, key, record, lock)
+        save_record(turn.home, turn.key, record, turn)
     return plan._replace(files=files, record=record, left=left)
 
 
-def _sync_until_done(
-    home: str,
-    codebase: Codebase,
-    owners: Mapping[str, Key],
-    purge: bool,
-    lock: Lock,
-    clock: Clock,
-    take_over: bool,
-) -> Plan:
+def _sync_until_done(turn: CodebaseTurn, owners: Mapping[str, Key], purge: bool, take_over: bool) -> Plan:
     """Plan and apply, again while somebody else saves one of the files in between."""
+    home, codebase = turn.home, turn.codebase
     adopt_record(home, codebase, owners)
     written: dict[str, FilePlan] = {}
     left = Plan("", (), None, Record())
@@ -5009,11 +4957,11 @@ def _sync_until_done(
             continue
         if tries == 0 or not plan.is_done:
             try:
-                lock.has_kept |= _release_temporaries(home, codebase.key, plan.root, None, clock)
+                turn.release_below(plan.root)
             except IoError:
-                lock.has_kept = True  # the next turn tries again
+                turn.has_files_aside = True  # the next turn tries again
         if not plan.is_done:
-            plan = apply_plan(home, codebase.key, plan, lock, clock)
+            plan = apply_plan(turn, plan)
         left = plan if plan.left else left
         plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
         if not any(file.changed for file in plan.files):
@@ -5041,24 +4989,6 @@ def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
     return tuple(problem.below(label_for(key)) for problem in group_problems(home, plan))
 
 
-@contextmanager
-def _codebase_turn(home: str, codebase: Codebase, clock: Clock) -> Iterator[Lock]:
-    """Take the lock of a codebase, clean up after a turn that was killed, and let go what was set aside."""
-    key, aside = codebase.key, aside_of(home, codebase.key)
-
-    def sweep(left: Leftover) -> bool:
-        return _clear_up(home, key, find_root(home, codebase, {}), left, clock)
-
-    def collect() -> None:
-        with blame(aside):
-            collect_aside(aside, functools.partial(_back_up_aside, home, key, clock), clock)
-
-    with hold_lock(codebase_lock_path(home, key), sweep, aside=aside) as lock:
-        collect()
-        yield lock
-        collect()
-
-
 def sync_codebase(
     home: str,
     codebase: Codebase,
@@ -5078,9 +5008,9 @@ def sync_codebase(
         if dry_run:
             plan = plan_codebase(home, codebase, owners, purge, take_over)
         else:
-            with _codebase_turn(home, codebase, clock) as lock:
-                plan = _sync_until_done(home, codebase, owners, purge, lock, clock, take_over)
-            has_leftovers = lock.has_kept or os.path.lexists(lock.aside)
+            with CodebaseTurn(home, codebase, clock) as turn:
+                plan = _sync_until_done(turn, owners, purge, take_over)
+            has_leftovers = turn.has_files_aside or os.path.lexists(turn.aside)
     except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
         return failed_result(key, [Problem.from_error(error).below(label_for(key))])
     # Without their bytes: a result may be one of thousands.
@@ -5092,7 +5022,7 @@ def sync_codebase(
 def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Clean up after a sync that was killed, as long as it is known what it was about; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
-        with _codebase_turn(home, codebase, clock):
+        with CodebaseTurn(home, codebase, clock):
             pass
 
 
@@ -5127,7 +5057,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     agent = AGENTS_BY_PATH[backup.path]
     root = find_root(home, codebase, {})
     path = os.path.join(root, backup.path)
-    with _codebase_turn(home, codebase, clock) as lock, _named(path):
+    with CodebaseTurn(home, codebase, clock) as turn, _named(path):
         kept = read_disk(backup.file)
         if kept.kind != "file":
             raise SyncError(f"expected a kept version, got {DISK_NAMES[kept.kind]} at {backup.file}")
@@ -5139,12 +5069,10 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
             return False
         with blame(path):
             if before.kind == "file":
-                back_up(
-                    home, codebase.key, backup.path, before, "replaced by restore", lock.token, clock, quota=DISPLACED
-                )
+                turn.back_up(backup.path, before, "replaced by restore", DISPLACED)
             try:
                 with open_managed(root, backup.path, make=True) as place:
-                    replace_file(place, after, before, lock, mode=kept.mode, durable=True)
+                    replace_file(place, after, before, turn, mode=kept.mode, durable=True)
             except FileChanged:
                 raise SyncError("it changed while Orchestra was writing it", "restore again") from None
     return True
@@ -7471,7 +7399,7 @@ class Installer:
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
             raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
-        with hold_lock(pip_lock_path(self.home), lambda left: None, timeout=self.PIP_TIMEOUT):
+        with Lock(pip_lock_path(self.home), timeout=self.PIP_TIMEOUT):
             if os.path.isdir(f"{lib}/yaml"):
                 return  # another first run has just fetched it
             self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")

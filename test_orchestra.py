@@ -975,36 +975,42 @@ def test_a_file_that_the_system_hands_over_in_pieces_is_read_whole(home: Home, m
 
 def test_one_writer_has_the_lock_at_a_time(home: Home) -> None:
     path = os.path.join(home.path, "lock")
-    with orchestra.hold_lock(path, sweep=print):
-        second = orchestra.hold_lock(path, sweep=print, timeout=0.05)
-        with pytest.raises(orchestra.SyncError, match="another orchestra holds it"), second:
-            pass
-    with orchestra.hold_lock(path, sweep=print, timeout=0.05):
+    second = orchestra.Lock(path, timeout=0.05)
+    with orchestra.Lock(path), pytest.raises(orchestra.SyncError, match=r"has been busy for 0\.05 s$"), second:
+        pass
+    with second:
         pass
 
 
 def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> None:
-    path = os.path.join(home.path, "lock")
+    path = str(home.code / "lock")
     put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
     put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
     Path(path).write_text("dead\n[0, null, 0]\nand what a longer one left")
-    folders = [str(home.code), "/no/where"]
-    with orchestra.hold_lock(path, lambda left: orchestra.sweep_folders(folders, left)) as lock:
+    orchestra.sweep_folders(["/no/where"], orchestra.Leftover("dead"))
+    with orchestra.Lock(path) as lock:
         assert Path(path).read_bytes() == b""
         assert lock.token != "dead" and lock.token in Path(path).read_text()
     assert Path(path).read_bytes() == b""
-    assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp"]
+    assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp", "lock"]
+
+
+def settling(path: str, settle: Callable[[orchestra.Leftover], Any]) -> orchestra.Lock:
+    lock = orchestra.Lock(path)
+    lock.settle = settle  # type: ignore[method-assign]
+    return lock
 
 
 def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Home, monkeypatch: Any) -> None:
     write, found = os.pwrite, []
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
     swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
-    with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+    lock = orchestra.Lock(str(home.code / "lock"))
+    with pytest.raises(KeyError), lock:
         lock.announce_swap(swap)
         raise KeyError
-    with orchestra.hold_lock(str(home.code / "lock"), sweep=found.append):
-        assert found == [orchestra.Leftover(lock.left.token, swap)]
+    with settling(str(home.code / "lock"), found.append):
+        assert found == [orchestra.Leftover(lock.leftover.token, swap)]
 
 
 @pytest.mark.parametrize("path", ["/code/CLAUDE.md", "/c/CLAUDE.md", "/code/a\nb/\udcff/CLAUDE.md"])
@@ -1013,8 +1019,8 @@ def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: 
     newer = orchestra.Swap(path, f"{path}.tmp", ["ef" * 32])
     lines = []
     for swap in (older, newer):
-        with pytest.raises(KeyError), orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
-            lock.left = lock.left._replace(token="1-aa")
+        with pytest.raises(KeyError), orchestra.Lock(str(home.code / "lock")) as lock:
+            lock.leftover = orchestra.Leftover("1-aa")
             lock.new_temporary("/code")
             lock.announce_swap(swap)
             if swap == newer:
@@ -1025,7 +1031,7 @@ def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: 
         (home.code / "lock").unlink()
     for cut in range(len("1-aa\n") + 1, len(lines[1])):
         (home.code / "lock").write_bytes(lines[1][:cut] + lines[0][cut:])
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=lambda left: left.swap in (None, newer) or 1 / 0):
+        with settling(str(home.code / "lock"), lambda left: left.swap in (None, newer) or 1 / 0):
             pass
 
 
@@ -1058,7 +1064,7 @@ def take_away(path: str, expected: orchestra.Disk, lock: orchestra.Lock) -> None
 
 @pytest.fixture
 def lock(home: Home) -> Iterator[orchestra.Lock]:
-    with orchestra.hold_lock(os.path.join(home.path, "lock"), sweep=print) as lock:
+    with orchestra.Lock(os.path.join(home.path, "lock")) as lock:
         yield lock
 
 
@@ -1131,17 +1137,17 @@ def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
     home: Home, lock: orchestra.Lock, monkeypatch: Any, file_system: str
 ) -> None:
     path = home.code / "x"
-    write = orchestra._write_temporary
+    finish = orchestra.finish_file
 
-    def write_and_let_it_appear(*args: Any, **options: Any) -> None:
-        write(*args, **options)
+    def finish_and_let_it_appear(*args: Any) -> None:
+        finish(*args)
         path.write_bytes(b"the user's")
 
     if file_system != "any":
         monkeypatch.setattr(orchestra, "rename_exclusively", lambda *names: False)
     if file_system == "without links too":
         monkeypatch.setattr(os, "link", refuse_link)
-    monkeypatch.setattr(orchestra, "_write_temporary", write_and_let_it_appear)
+    monkeypatch.setattr(orchestra, "finish_file", finish_and_let_it_appear)
     with pytest.raises(orchestra.FileChanged):
         put_in_place(str(path), b"new", orchestra.ABSENT, lock)
     assert contents(home.code) == {"x": b"the user's"}
@@ -1228,7 +1234,7 @@ def replace_as_nobody(home: Home, path: Path) -> None:
         folder.chmod(0o777)
 
     def replace() -> Ran:
-        with orchestra.hold_lock(str(home.code / "lock"), sweep=print) as lock:
+        with orchestra.Lock(str(home.code / "lock")) as lock:
             put_in_place(str(path), b"new", orchestra.read_disk(str(path)), lock)
         return Ran(0, "", "")
 
@@ -1260,7 +1266,7 @@ def test_a_swap_that_is_interrupted_is_settled_at_once(home: Home, monkeypatch: 
         return swap(*names)
 
     monkeypatch.setattr(orchestra, "swap_files", swap_and_be_interrupted)
-    with pytest.raises(KeyboardInterrupt), orchestra.hold_lock(str(home.folder / "lock"), sweep=print) as lock:
+    with pytest.raises(KeyboardInterrupt), orchestra.Lock(str(home.folder / "lock")) as lock:
         put_in_place(str(path), b"new", planned, lock)
     assert contents(home.code) == {"x": b"new" if saved == b"old" else saved}
 
@@ -1337,8 +1343,7 @@ def test_a_file_that_is_open_for_writing_is_waited_for_and_then_left_alone(home:
 def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: Home) -> None:
     key = ("shop", "api")
     for text in (b"1", b"2", b"2", b"3", b"1"):
-        disk = orchestra.Disk("file", text, 0o640)
-        orchestra.back_up(home.path, key, "a/CLAUDE.md", disk, "why", "t", lambda: 1e9)
+        keep(home, text, path="a/CLAUDE.md")
     kept = orchestra.list_backups(home.path, key)
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"1", b"2", b"3", b"1"]
     assert {(backup.path, backup.why, backup.when[:15]) for backup in kept} == {
@@ -1400,10 +1405,17 @@ def test_each_quota_is_thinned_by_itself() -> None:
     assert [backup.when for backup in dropped] == MINUTES[1:50]
 
 
-def keep(home: Home, text: bytes, now: float = 1e9, path: str = "CLAUDE.md", **options: Any) -> str:
+def turn_at(home: Home, now: float) -> orchestra.Turn:
+    turn = orchestra.CodebaseTurn(home.path, orchestra.Codebase("shop", "api", "/x"), lambda: now)
+    turn.leftover = orchestra.Leftover("t")
+    return turn
+
+
+def keep(
+    home: Home, text: bytes, now: float = 1e9, path: str = "CLAUDE.md", quota: str = HAND_EDIT, mode: int = 0o640
+) -> str:
     """Back up one version of a file."""
-    disk = orchestra.Disk("file", text, options.pop("mode", 0o640))
-    return orchestra.back_up(home.path, ("shop", "api"), path, disk, "why", "t", lambda: now, **options)
+    return turn_at(home, now).back_up(path, orchestra.Disk("file", text, mode), "why", quota)
 
 
 def kept_versions(home: Home) -> list[orchestra.Backup]:
@@ -1523,12 +1535,6 @@ def test_a_version_that_a_formatter_only_spaced_otherwise_is_not_kept_again(
 def test_white_space_counts_only_in_code(fenced: bytes, is_code_after: bool) -> None:
     one, other = (orchestra.significant_text("a.md", fenced + b"x" + end) for end in (b"\n", b"\n\n\n"))
     assert (one != other) == is_code_after
-
-
-def test_what_is_known_otherwise_is_not_kept(home: Home) -> None:
-    known = {orchestra.significant_text("CLAUDE.md", NOISY)}
-    assert keep(home, NOISY + b"\n", known=known) == "" and kept_versions(home) == []
-    assert keep(home, NOISY + b"mine\n", known=known)
 
 
 @pytest.mark.parametrize(
@@ -4645,8 +4651,7 @@ def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: H
     key = ("shop", "api")
     times = [2e9, 1e9, 1e9, 2e9, 3e9]
     for number, now in enumerate(times):
-        disk = orchestra.Disk("file", b"%d" % number, 0o644)
-        orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda now=now: now)  # type: ignore[misc]
+        keep(home, b"%d" % number, now)
     kept = orchestra.list_backups(home.path, key)
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
     assert [backup.when for backup in kept] == [
@@ -4662,8 +4667,7 @@ def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: H
 def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: str) -> None:
     key = ("shop", "api")
     put_files(Path(orchestra.backups_of(home.path, key)), {f"{name}/CLAUDE.md": "by hand"})
-    disk = orchestra.Disk("file", b"new", 0o644)
-    assert orchestra.back_up(home.path, key, "CLAUDE.md", disk, "why", "token", lambda: 1e9).startswith("2001")
+    assert keep(home, b"new").startswith("2001")
 
 
 def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
@@ -5048,7 +5052,7 @@ def test_after_a_clean_up_that_failed_nothing_else_is_swapped(home: Home, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(orchestra, "replace_file", fail)
-        patch.setattr(orchestra, "_clear_up", fail)
+        patch.setattr(orchestra.CodebaseTurn, "clean_up", fail)
         ran = home.run("sync", "api")
     assert ran.status == 2
     assert ran.complaints == [
@@ -5092,16 +5096,15 @@ def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: s
 @contextmanager
 def meddling(monkeypatch: Any, root: Path, meddle: Callable[[int], None]) -> Any:
     """Call `meddle`, with the number of calls before, whenever a file of the codebase is about to be replaced."""
-    real, calls = orchestra._write_temporary, itertools.count()
+    real, calls = orchestra.finish_file, itertools.count()
 
-    def write(*args: Any, **options: Any) -> None:
-        real(*args, **options)
-        folder = {**dict(zip(("path", "data", "mode", "durable", "dress", "folder"), args)), **options}.get("folder")
-        if folder is not None and f"{path_of(folder)}/".startswith(f"{root}/"):
+    def finish(fd: int, *args: Any) -> None:
+        real(fd, *args)
+        if path_of(fd).startswith(f"{root}/"):
             meddle(next(calls))
 
     with monkeypatch.context() as patch:
-        patch.setattr(orchestra, "_write_temporary", write)
+        patch.setattr(orchestra, "finish_file", finish)
         yield
 
 
@@ -5232,11 +5235,11 @@ def test_a_codebase_removed_while_a_sync_waits_is_not_written_again_nor_an_error
 def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
     for name in ("api", "web"):
         home.make_codebase(f"shop/{name}")
-    real = orchestra.hold_lock
-    monkeypatch.setattr(orchestra, "hold_lock", lambda path, sweep, aside: real(path, sweep, 0.05))
-    with real(orchestra.codebase_lock_path(home.path, ("shop", "api")), sweep=print):
+    take = orchestra._take
+    monkeypatch.setattr(orchestra, "_take", lambda fd, timeout: take(fd, 0.05))
+    with orchestra.Lock(orchestra.codebase_lock_path(home.path, ("shop", "api"))):
         ran = home.run("sync", "--all")
-    assert ran.status == 2 and "expected the lock within 0.05 s" in ran.complaints[0]
+    assert ran.status == 2 and "another orchestra command has been busy for 30 s" in ran.complaints[0]
     assert contents(home.code / "shop/api") == {} and (home.code / "shop/web/CLAUDE.md").exists()
 
 
@@ -8068,7 +8071,7 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Home, turned: orchestra.
     live.save()
     turn_until(turned, lambda: live.has("first"))
     turn_until(turned, lambda: live.synced("watcher"))
-    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
+    with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
         job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket")
         assert turned._processor.submit(job)
         wait_until(lambda: not turned._processor.jobs.qsize())
@@ -8086,7 +8089,7 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Home, turned: orchestra.
 def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Daemon) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
-    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
+    with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
         exchange = Exchange(turned.handle_request)
         channels = [Channel(b'{"cmd":"sync"}\n') for _ in range(orchestra.QUEUE_SIZE + 3)]
         exchange.connect(*channels)
@@ -8189,7 +8192,7 @@ def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None
     served.save(note="one")
     wait_until(lambda: served.synced("watcher") == 1)
     time.sleep(orchestra.DEBOUNCE_WINDOW)
-    with orchestra.hold_lock(orchestra.codebase_lock_path(served.path, ("shop", "api")), print):
+    with orchestra.Lock(orchestra.codebase_lock_path(served.path, ("shop", "api"))):
         served.save(note="two")
         time.sleep(0.2)
         for note in ("three", "four"):
@@ -8440,7 +8443,7 @@ def test_at_a_stop_the_running_job_ends_and_queued_ones_are_answered(live: Home)
     sync = b'{"cmd":"sync","codebase":"api"}\n'
     refusal = {"ok": False, "error": "daemon: expected to sync, but it is stopping"}
     with live.connection() as running, live.connection() as queued, live.connection() as stopper:
-        with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
+        with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
             running.sendall(sync)
             wait_until(lambda: live.status()["queue_depth"] == 0)
             queued.sendall(sync)
@@ -8793,7 +8796,7 @@ def test_the_staleness_scan_waits_for_the_end_of_a_long_job(
     monkeypatch.setattr(orchestra, "STALENESS_DELAY", 0.1)
     live.save("shop/web")
     turn_until(turned, lambda: turned._staleness_at is not None)
-    with orchestra.hold_lock(orchestra.codebase_lock_path(live.path, ("shop", "api")), print):
+    with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
         live.save(note="second")
         turn_until(turned, lambda: turned._watch_job_runs)
         deadline = time.monotonic() + 0.3
@@ -10701,7 +10704,7 @@ def test_uninstalling_clears_up_after_a_killed_sync(machine: Machine) -> None:
 def leave_a_temporary(machine: Machine) -> Path:
     """Leave what a sync does that was killed while it wrote a file."""
     codebase = orchestra.load_codebase(machine.path, "demo", "code")
-    with pytest.raises(KeyboardInterrupt), orchestra._codebase_turn(machine.path, codebase, time.time) as lock:
+    with pytest.raises(KeyboardInterrupt), orchestra.CodebaseTurn(machine.path, codebase, time.time) as lock:
         left = machine.code / lock.new_temporary("CLAUDE.md")
         left.write_text("half")
         raise KeyboardInterrupt
@@ -12801,7 +12804,8 @@ class Scene:
     def words(self) -> set[bytes]:
         """Return the user's words that he can find again: in the file, and in what is kept of it."""
         kept = Path(orchestra.backups_of(self.home.path, API)).glob("*/CLAUDE.md")
-        aside = Path(orchestra.aside_of(self.home.path, API)).glob("*")  # where writers cannot be told, for a minute
+        # Where writers cannot be told, it is aside for a minute.
+        aside = Path(orchestra.backups_of(self.home.path, API), ".aside").glob("*")
         return user_words(b" ".join(file.read_bytes() for file in (self.file, *kept, *aside) if file.is_file()))
 
     def check_synced(self) -> None:
@@ -12973,7 +12977,7 @@ def test_what_is_written_to_a_file_whose_writers_cannot_be_told_is_kept(
     scene = Scene(home, "" if change == "drop all of it" else "mine\n")
     if change != "update":
         home.register("shop/api", targets=[])
-    aside = Path(orchestra.aside_of(home.path, API))
+    aside = Path(orchestra.backups_of(home.path, API), ".aside")
     with open(scene.file, "ab", buffering=0) as opened:
         home.sync()
         opened.write(b"u1x\n")
@@ -12991,9 +12995,9 @@ def test_a_file_whose_writers_cannot_be_told_goes_after_a_minute_without_a_chang
 ) -> None:
     tell_no_writers(monkeypatch)
     scene.home.sync()
-    aside = Path(orchestra.aside_of(scene.home.path, API))
-    assert sync_later(scene.home, orchestra.ASIDE_TIME - 30).has_leftovers and os.listdir(aside) != []
-    assert not sync_later(scene.home, orchestra.ASIDE_TIME + 30).has_leftovers and not aside.exists()
+    aside = Path(orchestra.backups_of(scene.home.path, API), ".aside")
+    assert sync_later(scene.home, orchestra.Turn.ASIDE_TIME - 30).has_leftovers and os.listdir(aside) != []
+    assert not sync_later(scene.home, orchestra.Turn.ASIDE_TIME + 30).has_leftovers and not aside.exists()
     assert scene.home.backups() == {}
     scene.check_synced()
 
@@ -13101,28 +13105,28 @@ def test_a_block_that_could_not_be_taken_out_is_taken_out_later(scene: Scene) ->
 def test_a_file_that_is_opened_for_writing_while_it_is_let_go_stays(home: Home) -> None:
     put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
     temporary = home.code / ".orchestra-1-aa-1-x.tmp"
-    swap = orchestra.Swap(str(home.code / "x"), str(temporary), ["00"])
+    turn = turn_at(home, time.time())
 
-    def open_it(disk: orchestra.Disk) -> bool:
+    def open_it(*args: Any) -> bool:
         with pytest.raises(BlockingIOError):  # without waiting: the lease keeps it waiting otherwise
             os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
         return True
 
-    with orchestra.open_place(swap.path) as place:
-        assert orchestra._release(swap, place, str(home.folder / "aside"), open_it) is None
-        assert not orchestra.release_aside(place.folder, temporary.name, open_it, print, time.time)
+    turn.back_up = open_it  # type: ignore[assignment]
+    with orchestra.open_place(str(home.code / "x")) as place:
+        assert not orchestra.Displaced(place, temporary.name, ["00"], turn).release(open_it)
+        assert turn._release(place.folder, temporary.name, "x", "00")
     assert temporary.read_text() == "old"
 
 
 @needs_leases
 def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home) -> None:
     put_files(home.code, {"x": "half"})
-    kept: list[Any] = []
+    turn = turn_at(home, time.time())
     with orchestra.open_place(str(home.code / "x")) as place:
-        release = functools.partial(orchestra.release_aside, place.folder, "x", lambda disk: False, kept.append)
         with open(home.code / "x", "ab"):
-            assert (release(time.time), kept) == (False, [])
-        assert (release(time.time), [disk.data for disk in kept]) == (True, [b"half"])
+            assert (turn._release(place.folder, "x", "x", "00"), kept_texts(home)) == (True, [])
+        assert (turn._release(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [b"half"])
 
 
 @pytest.mark.parametrize("tells", ["by leases", "not at all"])
@@ -13310,7 +13314,7 @@ def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> Non
 
 def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
     huge = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), text="")
-    os.truncate(huge, orchestra.MAX_ASIDE + 1)
+    os.truncate(huge, orchestra.Turn.MAX_ASIDE + 1)
     assert sync_later(home).has_leftovers and huge.exists()
 
 
@@ -13335,7 +13339,7 @@ def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(hom
 def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
     left = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), process=os.getpid())
     assert sync_later(home, 0).has_leftovers and left.exists()
-    assert not sync_later(home, orchestra.ASIDE_TIME + 10).has_leftovers and not left.exists()
+    assert not sync_later(home, orchestra.Turn.ASIDE_TIME + 10).has_leftovers and not left.exists()
     assert home.backups() == {"CLAUDE.md": b"u1x\n"}
 
 
