@@ -503,6 +503,15 @@ class Place(NamedTuple):
 # Reading
 
 
+def parse_object(text: "str | bytes") -> dict[str, Any]:
+    """Parse a JSON object; {} where the text is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _read_all(fd: int, size: int, limit: int) -> bytes:
     # One byte more than there should be: a read that stops at the size says in one call that this was all. A shorter
     # one may have been cut, as Linux does at 2 GiB.
@@ -1587,10 +1596,9 @@ def _is_plain_file(path: str) -> bool:
 def _read_notes(path: str) -> dict[str, Any]:
     """Read a version's notes; damaged ones count as none."""
     try:
-        notes = json.loads(read_disk(path, MAX_NOTES).data or b"{}")
-    except (ValueError, RecursionError, IoError):
+        return parse_object(read_disk(path, MAX_NOTES).data)
+    except IoError:
         return {}
-    return notes if isinstance(notes, dict) else {}
 
 
 def _parse_note(value: Any) -> tuple[str, int, str]:
@@ -3288,11 +3296,10 @@ def clear_registry(home: str) -> None:
 
 # ── 11 Detection ──────────────────────────────────────────────────────────────
 
-# What `init` finds in a folder is a first draft for its registry file, which the user then owns.
-# Only manifests right in the folder are read; one that cannot be read says nothing.
+# What `init` finds in a folder is a first draft of its registry file, which then is the user's.
+# Only manifests right in the folder are read; one that cannot be read says nothing. Of each table
+# the first row that fits counts.
 
-MAX_MANIFEST = 1 << 20  # bytes
-MAX_FOUND = 300  # characters of a description
 MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
 SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
 FRONTEND_PACKAGES = (
@@ -3303,9 +3310,6 @@ ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
-_BASIC_STRING = r'"(?:[^"\\]|\\.)*"'
-# A string ends with its line where nobody has closed it: no text is looked at twice.
-_TOML_TOKEN = r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]"""
 
 
 class Detected(NamedTuple):
@@ -3320,39 +3324,27 @@ class Detected(NamedTuple):
 
 
 def tidy(text: str) -> str:
-    """Bring a manifest's text into one line that any YAML file can hold."""
+    """Make one line of a manifest's text, of characters that any YAML file can hold, and of 300 at most."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
-    return "".join(c for c in text if c.isprintable())[:MAX_FOUND]
+    return "".join(c for c in text if c.isprintable())[:300]
 
 
-def _read_manifest(folder: str, name: str) -> str:
-    try:
-        return read_disk(os.path.join(folder, name), MAX_MANIFEST).data.decode("utf-8-sig", "replace")
-    except IoError:
-        return ""
-
-
-def _read_package_json(folder: str) -> dict[str, Any]:
-    try:
-        package = json.loads(_read_manifest(folder, "package.json") or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return package if isinstance(package, dict) else {}
+# TOML, of which Python has a parser since 3.11 only
 
 
 def _toml_value(text: str) -> str:
     if text.startswith("'"):  # a literal string has no escapes
         value, quote, _ = text[1:].partition("'")
         return value if quote else ""
-    found = re.match(_BASIC_STRING, text)
+    found = re.match(r'"(?:[^"\\]|\\.)*"', text)
     try:  # a basic string's escapes are JSON's, but for one
         return str(json.loads(found[0])) if found else ""
     except ValueError:
         return ""
 
 
-def _toml_text(text: str, key: str, *tables: str) -> str:
-    """Find a one-line string in the first of some TOML tables that has it; tomllib is not in Python 3.9."""
+def find_toml_text(text: str, key: str, *tables: str) -> str:
+    """Find a one-line string in the first of some TOML tables that has it."""
     headers = {f"[{table}]" for table in tables}
     is_inside = False
     for line in text.split("\n"):
@@ -3365,137 +3357,151 @@ def _toml_text(text: str, key: str, *tables: str) -> str:
     return ""
 
 
-def _section(package: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = package.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _first(names: Iterable[str], *patterns: str) -> str:
-    for pattern in patterns:
-        rule = re.compile(re.escape(pattern).replace(r"\*", ".*") + r"\Z")
-        for name in sorted(names):
-            if rule.match(name):
-                return name
-    return ""
-
-
-def _first_package(packages: Mapping[str, Any], wanted: Iterable[str]) -> str:
-    return next((f"{name} in package.json" for name in wanted if name in packages), "")
-
-
-def _toml_strings(text: str, key: str) -> Iterator[str]:
+def find_toml_list(text: str, key: str) -> Iterator[str]:
     """List the strings of a TOML array, in the first place where `key` starts a line."""
+    # A string that is never closed ends with its line: no text is looked at twice.
+    token = re.compile(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]""")
     start = re.search(rf"(?m)^{key}[ \t]*=[ \t]*\[", text)
-    for token in re.compile(_TOML_TOKEN).finditer(text, start.end()) if start else ():
-        if token[0] == "]":
+    for match in token.finditer(text, start.end()) if start else ():
+        if match[0] == "]":
             return
-        if token[0][0] != "#":
-            yield token[0].strip("\"'")
+        if match[0][0] != "#":
+            yield match[0].strip("\"'")
 
 
-def _ml_evidence(folder: str, names: set[str]) -> str:
-    words = "|".join(map(re.escape, ML_PACKAGES))
-    # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
-    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
-        text = _read_manifest(folder, name) if name in names else ""
-        if name == "pyproject.toml":
-            text = "\n".join(_toml_strings(text, "dependencies"))
-        match = wanted.search(text)
-        if match:
-            return f"{match[1]} in {name}"
-    return _first(names, "*.ipynb")
+# Evidence
 
 
-def _detect_type(folder: str, names: set[str], package: Mapping[str, Any]) -> tuple[str, str]:
-    packages = {**_section(package, "dependencies"), **_section(package, "peerDependencies")}
-    dev_packages = _section(package, "devDependencies")
-    rules = (
-        ("mobile", _first(names, "pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
-        ("mobile", _first_package(packages, MOBILE_PACKAGES)),
-        ("ml", _ml_evidence(folder, names)),
-        ("frontend", _first_package({**packages, **dev_packages}, FRONTEND_PACKAGES)),
-        ("backend", _first_package(packages, SERVER_PACKAGES)),
-        ("frontend", _first(names, "index.html", "angular.json", "vite.config.*", "next.config.*")),
-        ("backend", _first(names, "pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
-        ("backend", _first(names, "build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
-        ("backend", _first(names, "package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
-    )
-    return next(((kind, evidence) for kind, evidence in rules if evidence), ("backend", "type unknown: set it with -t"))
+class Manifests:
+    """The names right in a folder, and what its manifests say; raises IoError if it cannot be listed."""
 
+    def __init__(self, folder: str) -> None:
+        with blame(folder):
+            self.names = sorted(os.listdir(folder))
+        self.folder = folder
+        self.pyproject = self.read("pyproject.toml")
+        self.cargo = self.read("Cargo.toml")
+        self.package = parse_object(self.read("package.json"))
+        self.packages = {**self.section("dependencies"), **self.section("peerDependencies")}
+        self.dev_packages = self.section("devDependencies")
 
-def _detect_commands(folder: str, names: set[str], package: Mapping[str, Any]) -> dict[str, str]:
-    commands: dict[str, str] = {}
-    manager = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}.get(
-        _first(names, "pnpm-lock.yaml", "yarn.lock", "bun.lock", "bun.lockb"), "npm"
-    )
-    scripts = _section(package, "scripts")
-    for name in ("build", "test", "lint", "dev", "start", "typecheck", "format"):
-        if isinstance(scripts.get(name), str):
-            commands[name] = f"{manager} run {name}" if name != "test" else f"{manager} test"
-    if "Cargo.toml" in names:
-        commands = {"build": "cargo build", "test": "cargo test", **commands}
-    if "go.mod" in names:
-        commands = {"build": "go build ./...", "test": "go test ./...", **commands}
-    makefile = _read_manifest(folder, "Makefile")
-    for name in ("build", "test", "lint", "check", "format"):
-        if re.search(rf"(?m)^{name}[ \t]*:(?!=)", makefile):
-            commands.setdefault(name, f"make {name}")
-    if "tox.ini" in names:
-        commands.setdefault("test", "tox")
-    if _first(names, "pyproject.toml", "setup.py", "setup.cfg") and _first(names, "tests", "test", "pytest.ini"):
-        commands.setdefault("test", "python -m pytest")
-    return commands
+    def read(self, name: str) -> str:
+        try:
+            return read_disk(f"{self.folder}/{name}", 1 << 20).data.decode("utf-8-sig", "replace")
+        except IoError:
+            return ""
 
+    def section(self, name: str) -> dict[str, Any]:
+        """Return an object of package.json, {} where it has none of the name."""
+        section = self.package.get(name)
+        return section if isinstance(section, dict) else {}
 
-def _detect_skills(names: set[str], package: Mapping[str, Any], pyproject: str, cargo: str) -> Iterator[Skill]:
-    if _first(names, "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
-        version = _toml_text(pyproject, "requires-python", "project")
-        yield Skill("python", f"Python {version}".strip())
-    if package:
-        packages = {**_section(package, "dependencies"), **_section(package, "devDependencies")}
-        is_typed = "tsconfig.json" in names or "typescript" in packages
-        yield Skill("typescript", "TypeScript") if is_typed else Skill("javascript", "JavaScript")
-        engine = _section(package, "engines").get("node")
-        yield Skill("node", f"Node.js {engine}" if isinstance(engine, str) else "Node.js")
-        for name in (*FRONTEND_PACKAGES, *SERVER_PACKAGES, *MOBILE_PACKAGES):
-            if name in packages:
-                yield Skill(name, f"{name} {packages[name]}")
-    if cargo:
-        edition = _toml_text(cargo, "edition", "package")
-        yield Skill("rust", f"Rust, edition {edition}" if edition else "Rust")
-    for pattern, name, text in (
-        ("go.mod", "go", "Go"),
-        ("pom.xml", "java", "Java, built with Maven"),
-        ("build.gradle*", "gradle", "Gradle"),
-        ("Gemfile", "ruby", "Ruby"),
-        ("pubspec.yaml", "dart", "Dart and Flutter"),
-        ("*.csproj", "csharp", "C#"),
-        ("Dockerfile", "docker", "Docker"),
-    ):
-        if _first(names, pattern):
-            yield Skill(name, text)
+    def find(self, *patterns: str) -> str:
+        """Find the first name that the first of some patterns fits."""
+        import fnmatch
+
+        return next((name for pattern in patterns for name in fnmatch.filter(self.names, pattern)), "")
+
+    def detect_type(self) -> tuple[str, str]:
+        """Detect the type, and the evidence for it."""
+
+        def package(packages: Container[str], *wanted: str) -> str:
+            return next((f"{name} in package.json" for name in wanted if name in packages), "")
+
+        all_packages = {**self.packages, **self.dev_packages}
+        rules = (
+            ("mobile", self.find("pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
+            ("mobile", package(self.packages, *MOBILE_PACKAGES)),
+            ("ml", self._ml_evidence()),
+            ("frontend", package(all_packages, *FRONTEND_PACKAGES)),
+            ("backend", package(self.packages, *SERVER_PACKAGES)),
+            ("frontend", self.find("index.html", "angular.json", "vite.config.*", "next.config.*")),
+            ("backend", self.find("pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
+            ("backend", self.find("build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
+            ("backend", self.find("package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
+            ("backend", "type unknown: set it with -t"),
+        )
+        return next((kind, evidence) for kind, evidence in rules if evidence)
+
+    def _ml_evidence(self) -> str:
+        words = "|".join(map(re.escape, ML_PACKAGES))
+        # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
+        wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
+        for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
+            is_toml = name == "pyproject.toml"
+            text = "\n".join(find_toml_list(self.pyproject, "dependencies")) if is_toml else self.read(name)
+            match = wanted.search(text)
+            if match:
+                return f"{match[1]} in {name}"
+        return self.find("*.ipynb")
+
+    def detect_commands(self) -> dict[str, str]:
+        commands: dict[str, str] = {}
+        managers = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}
+        manager = managers.get(self.find(*managers), "npm")
+        scripts = self.section("scripts")
+        for name in ("build", "test", "lint", "dev", "start", "typecheck", "format"):
+            if isinstance(scripts.get(name), str):
+                commands[name] = f"{manager} run {name}" if name != "test" else f"{manager} test"
+        if self.find("Cargo.toml"):
+            commands = {"build": "cargo build", "test": "cargo test", **commands}
+        if self.find("go.mod"):
+            commands = {"build": "go build ./...", "test": "go test ./...", **commands}
+        makefile = self.read("Makefile")
+        for name in ("build", "test", "lint", "check", "format"):
+            if re.search(rf"(?m)^{name}[ \t]*:(?!=)", makefile):
+                commands.setdefault(name, f"make {name}")
+        if self.find("tox.ini"):
+            commands.setdefault("test", "tox")
+        if self.find("pyproject.toml", "setup.py", "setup.cfg") and self.find("tests", "test", "pytest.ini"):
+            commands.setdefault("test", "python -m pytest")
+        return commands
+
+    def detect_skills(self) -> Iterator[Skill]:
+        if self.find("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
+            version = find_toml_text(self.pyproject, "requires-python", "project")
+            yield Skill("python", f"Python {version}".strip())
+        if self.package:
+            packages = {**self.section("dependencies"), **self.dev_packages}
+            is_typed = self.find("tsconfig.json") or "typescript" in packages
+            yield Skill("typescript", "TypeScript") if is_typed else Skill("javascript", "JavaScript")
+            engine = self.section("engines").get("node")
+            yield Skill("node", f"Node.js {engine}" if isinstance(engine, str) else "Node.js")
+            for name in (*FRONTEND_PACKAGES, *SERVER_PACKAGES, *MOBILE_PACKAGES):
+                if name in packages:
+                    yield Skill(name, f"{name} {packages[name]}")
+        if self.cargo:
+            edition = find_toml_text(self.cargo, "edition", "package")
+            yield Skill("rust", f"Rust, edition {edition}" if edition else "Rust")
+        for pattern, name, text in (
+            ("go.mod", "go", "Go"),
+            ("pom.xml", "java", "Java, built with Maven"),
+            ("build.gradle*", "gradle", "Gradle"),
+            ("Gemfile", "ruby", "Ruby"),
+            ("pubspec.yaml", "dart", "Dart and Flutter"),
+            ("*.csproj", "csharp", "C#"),
+            ("Dockerfile", "docker", "Docker"),
+        ):
+            if self.find(pattern):
+                yield Skill(name, text)
+
+    def detect_description(self) -> str:
+        descriptions = (
+            self.package.get("description"),
+            find_toml_text(self.pyproject, "description", "project", "tool.poetry"),
+            find_toml_text(self.cargo, "description", "package"),
+        )
+        return next((tidy(text) for text in descriptions if isinstance(text, str) and tidy(text)), "")
 
 
 def detect(folder: str) -> Detected:
-    """Read a folder's manifests; raises IoError if the folder cannot be listed."""
-    with blame(folder):
-        names = set(os.listdir(folder))
-    package = _read_package_json(folder)
-    pyproject = _read_manifest(folder, "pyproject.toml")
-    cargo = _read_manifest(folder, "Cargo.toml")
-    project_type, evidence = _detect_type(folder, names, package)
-    descriptions = (
-        package.get("description"),
-        _toml_text(pyproject, "description", "project", "tool.poetry"),
-        _toml_text(cargo, "description", "package"),
-    )
+    """Detect what a folder holds from its manifests; raises IoError if it cannot be listed."""
+    manifests = Manifests(folder)
     return Detected(
-        project_type,
-        evidence,
-        next((tidy(d) for d in descriptions if isinstance(d, str) and tidy(d)), ""),
-        tuple(_detect_commands(folder, names, package).items()),
-        tuple(Skill(s.id, tidy(s.description)) for s in _detect_skills(names, package, pyproject, cargo)),
+        *manifests.detect_type(),
+        manifests.detect_description(),
+        tuple(manifests.detect_commands().items()),
+        tuple(Skill(skill.id, tidy(skill.description)) for skill in manifests.detect_skills()),
         tuple(a.target for a in AGENTS.values() if any(os.path.exists(f"{folder}/{trace}") for trace in a.traces)),
     )
 

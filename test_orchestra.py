@@ -3260,8 +3260,8 @@ def sealed_with(text: bytes) -> bytes:
 CODEX = orchestra.AGENTS["codex"]
 TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "tidy": orchestra.tidy,
-    "_toml_text": lambda text: orchestra._toml_text(text, "description", "project"),
-    "_toml_strings": lambda text: list(orchestra._toml_strings(text, "dependencies")),
+    "find_toml_text": lambda text: orchestra.find_toml_text(text, "description", "project"),
+    "find_toml_list": lambda text: list(orchestra.find_toml_list(text, "dependencies")),
     "defuse": orchestra.defuse,
     "one_line": orchestra.one_line,
     "many_lines": orchestra.many_lines,
