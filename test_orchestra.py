@@ -9405,7 +9405,7 @@ def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(machine: Mac
     fake = launchctl(teardown=3.0)
     install_with(machine, fake)
     fake.now = 0
-    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is True
+    assert orchestra.uninstall_launchd(fake.launchd()) is True
     assert fake.now == 3.0
     assert fake.loaded is None
     assert not plist_of(machine).exists()
@@ -9415,7 +9415,7 @@ def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(machine: Mac
 def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: Any) -> None:
     fake = launchctl()
     before = machine.listing()
-    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is False
+    assert orchestra.uninstall_launchd(fake.launchd()) is False
     assert fake.verbs() == []
     assert machine.listing() == before
 
@@ -9424,7 +9424,7 @@ def test_uninstall_unloads_a_service_whose_plist_was_deleted(machine: Machine, l
     fake = launchctl()
     install_with(machine, fake)
     plist_of(machine).unlink()
-    assert orchestra.uninstall_launchd(machine.path, "darwin", fake.launchd()) is True
+    assert orchestra.uninstall_launchd(fake.launchd()) is True
     assert fake.loaded is None
 
 
@@ -9449,7 +9449,7 @@ def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, 
         thread = threading.Thread(target=refuse)
         thread.start()
         try:
-            orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
+            orchestra.uninstall_launchd(launchctl().launchd())
         finally:
             is_over.set()
             thread.join()
@@ -9461,10 +9461,10 @@ def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(machine
     lock = orchestra.try_lock(orchestra.daemon_lock_path(machine.path))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
-    orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
+    orchestra.uninstall_launchd(launchctl().launchd())
     assert os.path.lexists(path)
     os.close(lock)
-    orchestra.uninstall_launchd(machine.path, "darwin", launchctl().launchd())
+    orchestra.uninstall_launchd(launchctl().launchd())
     assert not os.path.lexists(path)
 
 
@@ -9524,7 +9524,7 @@ def test_install_holds_with_a_real_program_for_launchctl(machine: Machine) -> No
     assert calls_of(machine) == ["bootout", "enable", "bootstrap", "bootstrap", "bootstrap"]
     assert (machine.folder / "launchctl/loaded").read_bytes() == plist_of(machine).read_bytes()
     assert naps == [0.5, 0.5, orchestra.Launchd.STAY_TIME]
-    assert orchestra.uninstall_launchd(machine.path, "darwin", launchd) is True
+    assert orchestra.uninstall_launchd(launchd) is True
     assert not (machine.folder / "launchctl/loaded").exists()
 
 
@@ -9582,7 +9582,7 @@ def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, laun
         assert (machine.code / "CLAUDE.md").exists()
         assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
     launchd = fake.launchd(clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
-    assert orchestra.uninstall_launchd(machine.path, "darwin", launchd) is True
+    assert orchestra.uninstall_launchd(launchd) is True
     assert not machine.answers()
     assert not os.path.lexists(orchestra.socket_path(machine.path))
 
@@ -9864,7 +9864,7 @@ def test_the_script_alone_in_an_empty_folder_under_another_name_works(machine: M
     script = machine.folder / "alone" / "tool"
     script.parent.mkdir()
     script.write_bytes(ORCHESTRA_PY)
-    for argv in (["init", ".", "-p", "demo"], ["sync", "c"], ["status", "--check"], ["project", "list"]):
+    for argv in (["init", ".", "-p", "demo"], ["sync", "code"], ["status", "--check"], ["project", "list"]):
         done = machine.run_program(sys.executable, script, *argv, cwd=machine.code)
         assert (done.returncode, done.stderr) == (0, ""), done
     assert (machine.code / "CLAUDE.md").exists()
