@@ -348,6 +348,26 @@ def in_child(work: Callable[[], Ran]) -> Ran:
     return Ran(*run_in_child(work_as_nobody))
 
 
+def memory_of(pid: int) -> int:
+    """Return the resident memory of a process, in bytes."""
+    if IS_LINUX:
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time a process has used so far."""
+    if IS_LINUX:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    said = subprocess.check_output(["ps", "-o", "time=", "-p", str(pid)], text=True).strip()
+    seconds = 0.0
+    for part in re.split("[-:]", said):  # of minutes and seconds, on macOS with hundredths
+        seconds = seconds * 60 + float(part)
+    return seconds
+
+
 def read_all(client: socket.socket) -> bytes:
     return b"".join(iter(lambda: client.recv(1 << 16), b""))
 
@@ -7590,14 +7610,6 @@ def test_a_crowd_cannot_shut_out_status_and_stop(live: Home, asks: bytes) -> Non
             thread.join()
 
 
-def memory_of(pid: int) -> int:
-    """Give the bytes of memory a process has resident."""
-    if IS_LINUX:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)], text=True)) * 1024
-
-
 @pytest.mark.parametrize("kind", ["", "kqueue"])
 def test_with_few_descriptors_it_lives_and_serves(live: Home, kind: str, monkeypatch: Any) -> None:
     if kind:
@@ -8571,14 +8583,10 @@ def test_an_idle_daemon_sleeps(live: Home, kind: str, monkeypatch: Any) -> None:
         ended.shutdown(socket.SHUT_RD)
         half.shutdown(socket.SHUT_WR)
         wait_until(lambda: " staleness " in live.log())
-        before = cpu_ticks(daemon.pid)
+        before = cpu_seconds(daemon.pid)
         time.sleep(0.7)
-        assert cpu_ticks(daemon.pid) - before <= 5  # of 10 ms
+        assert cpu_seconds(daemon.pid) - before <= 0.05
     live.stop(daemon)
-
-
-def cpu_ticks(pid: int) -> int:
-    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
 # Hand edits that it replaces, and what may work in a while
@@ -14760,15 +14768,17 @@ def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machi
 
 # ── Benchmarks ────────────────────────────────────────────────────────────────
 
-# Machines differ, and this one may be busy: every figure stands beside a yardstick measured in the same minute, the
-# least that anything doing that work would do. Nothing here asserts how long something takes.
+# Machines differ, and this one may be busy: each figure stands beside a yardstick of the
+# same minute, the least that any program doing that work would take. Nothing here asserts
+# how long something takes.
 
 IDLE_SECONDS = float(os.environ.get("ORCHESTRA_IDLE", "60"))
 MOST_CODEBASES = int(os.environ.get("ORCHESTRA_MOST", "10000"))
-BENCH_FOLDER = os.environ.get("ORCHESTRA_BENCH_IN", "/tmp")  # the file system to measure on; a short path
+BENCH_FOLDER = os.environ.get("ORCHESTRA_BENCH_IN", "/tmp")  # on the file system to measure; a short path
 WINDOW = orchestra.DEBOUNCE_WINDOW
-SAVES_TIMED = 30  # of which the median is told
-LAST_WRITTEN = orchestra.AGENTS[ALL_TARGETS[-1]].path
+SAVES_TIMED = 30  # of which the median is shown
+BULK = "all YAML files changed at once"
+GROWTH = {"save to file written": "0", "sync --all, first": "1", "sync --all, unchanged": "1", BULK: "1"}
 BENCH_YAML = """\
 name: {name}
 path: {path}
@@ -14850,72 +14860,31 @@ class Cost(NamedTuple):
     """What a process took, in seconds; `cpu` is its own work, which a busy machine changes less."""
 
     wall: float
-    cpu: float
+    cpu: float = 0
 
 
-class BenchRow(NamedTuple):
+class Row(NamedTuple):
+    """A line of the table."""
+
     work: str
-    count: Optional[int]
+    count: Optional[int]  # of codebases
     figure: str
-    cpu: str = ""
     limit: str = ""
     yardstick: str = ""
     ratio: Optional[float] = None
+    cost: Cost = Cost(0)
+
+    def cells(self) -> tuple[str, ...]:
+        count = f"{self.count:,}" if self.count else ""
+        cpu = format_seconds(self.cost.cpu) if self.cost.cpu else ""
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
+        return self.work, count, self.figure, cpu, self.limit, self.yardstick, ratio
 
 
-class BenchTable:
-    """The rows measured so far, and the points that tell how a cost grows."""
-
-    COLUMNS = ("work", "N", "figure", "CPU", "limit", "yardstick", "ratio")
-
-    def __init__(self) -> None:
-        self.rows: list[BenchRow] = []
-        self.points: dict[str, list[tuple[int, float]]] = {}
-
-    def add_time(
-        self, work: str, count: Optional[int], cost: Cost, limit: str, yardstick: str, bare: Cost, grows: str = ""
-    ) -> None:
-        ratio = cost.wall / bare.wall
-        told = f"{yardstick}: {format_seconds(bare.wall)}"
-        cpu = format_seconds(cost.cpu) if cost.cpu else ""
-        self.rows.append(BenchRow(work, count, format_seconds(cost.wall), cpu, limit, told, ratio))
-        if grows and count:
-            self.points.setdefault(grows, []).append((count, cost.cpu or cost.wall))
-
-    def add(self, work: str, count: Optional[int], figure: str, **more: Any) -> None:
-        self.rows.append(BenchRow(work, count, figure, **more))
-
-    def add_slopes(self, expected: dict[str, str]) -> None:
-        for work, points in self.points.items():
-            if len(points) > 1:
-                counts = f"{points[0][0]:,} to {points[-1][0]:,}"
-                self.add(
-                    f"growth of {work}",
-                    None,
-                    f"N^{slope_of(points):.2f}",
-                    limit=expected.get(work, ""),
-                    yardstick=counts,
-                )
-
-    def __str__(self) -> str:
-        cells = [self.COLUMNS, *map(self._cells, self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(self.COLUMNS))]
-        right = (1, 2, 3, 6)
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i in right else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths))
-            )
-            for row in cells
-        ]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join(line.rstrip() for line in lines)
-
-    @staticmethod
-    def _cells(row: BenchRow) -> tuple[str, ...]:
-        count = f"{row.count:,}" if row.count else ""
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        return (row.work, count, row.figure, row.cpu, row.limit, row.yardstick, ratio)
+def timed(work: str, count: Optional[int], cost: Cost, limit: str, against: tuple[str, Cost]) -> Row:
+    what, bare = against
+    told = f"{what}: {format_seconds(bare.wall)}"
+    return Row(work, count, format_seconds(cost.wall), limit, told, cost.wall / bare.wall, cost)
 
 
 def format_seconds(seconds: float) -> str:
@@ -14926,34 +14895,32 @@ def format_bytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
-def slope_of(points: Sequence[tuple[int, float]]) -> float:
-    """Fit cost = a * N^slope."""
-    xs = [math.log(count) for count, _ in points]
-    ys = [math.log(cost) for _, cost in points]
-    x, y = statistics.mean(xs), statistics.mean(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
+def format_table(rows: Sequence[Row]) -> str:
+    cells = [("work", "N", "figure", "CPU", "limit", "yardstick", "ratio"), *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, tuple("─" * width for width in widths))
+    template = "{:<{}}  {:>{}}  {:>{}}  {:>{}}  {:<{}}  {:<{}}  {:>{}}"
+    return "\n".join(template.format(*itertools.chain(*zip(row, widths))).rstrip() for row in cells)
 
 
-def median_cost(costs: Sequence[Cost]) -> Cost:
+def median_cost(costs: Iterable[Cost]) -> Cost:
     return Cost(*(statistics.median(column) for column in zip(*costs)))
 
 
-def describe_machine(python: str, folder: str) -> str:
-    code = "import platform; print(platform.python_implementation(), platform.python_version())"
-    version = subprocess.check_output([python, "-I", "-c", code], text=True).strip()
+def describe_machine(folder: str) -> str:
+    python = f"{platform.python_implementation()} {platform.python_version()}"
     libyaml = f"PyYAML {yaml.__version__} {'with' if yaml.__with_libyaml__ else 'without'} libyaml"
     system = f"{platform.system()} {platform.release()}"
-    place_at = f"{folder} on {file_system(folder)}"
-    return " · ".join([f"{cpu_model()}, {os.cpu_count()} cores", version, libyaml, system, place_at])
+    where = f"{folder} on {file_system(folder)}"
+    return " · ".join([f"{cpu_model()}, {os.cpu_count()} cores", python, libyaml, system, where])
 
 
 def cpu_model() -> str:
-    try:
+    if IS_LINUX:
         found = re.search(r"(?m)^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], check=False, capture_output=True, text=True)
-        return done.stdout.strip() or platform.machine()
-    return found[1] if found else platform.machine()
+        return found[1] if found else platform.machine()
+    done = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], check=False, capture_output=True, text=True)
+    return done.stdout.strip() or platform.machine()
 
 
 def file_system(folder: str) -> str:
@@ -14963,21 +14930,22 @@ def file_system(folder: str) -> str:
     mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(top), device, kind) for device, top, kind in mounts if folder.startswith(top.rstrip("/") + "/")]
     _, device, kind = max(above)
-    # Without one, ext4 is slow to give out inodes that were freed within the last minute.
+    # Without a journal, ext4 is slow to reuse inodes that were freed within the last minute.
     has_journal = any(Path("/proc/fs/jbd2").glob(f"{os.path.basename(os.path.realpath(device))}-*"))
     return kind if kind != "ext4" or has_journal else "ext4 without a journal"
 
 
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
     """Run a program that must succeed; its output is thrown away."""
-    started = time.perf_counter()
-    with open(os.devnull, "r+b") as nothing:
-        process = subprocess.Popen(argv, env=environ, stdin=nothing, stdout=nothing, stderr=nothing)
-        _, status, usage = os.wait4(process.pid, 0)
-    took = time.perf_counter() - started
-    process.returncode = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
-    assert process.returncode == 0, argv
-    return Cost(took, usage.ru_utime + usage.ru_stime)
+    cpu, started = cpu_of_children(), time.perf_counter()
+    nothing: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.run(argv, env=environ, check=True, **nothing)
+    return Cost(time.perf_counter() - started, cpu_of_children() - cpu)
 
 
 class Bench(Machine):
@@ -14988,7 +14956,7 @@ class Bench(Machine):
         super().__init__(f"{folder}/n{count}")
         self.python = python
         self.count = count
-        self.put_aside = 0
+        self.away = itertools.count()
         self.give_yaml()
         self.binary = orchestra.Installer(self.path).install_program(python, str(SCRIPT))
         self.labels = self.save_many(count, "As it was at first")
@@ -14999,7 +14967,8 @@ class Bench(Machine):
         return super().variables(**{"ORCHESTRA_NO_FETCH": "1", **more})
 
     def written(self, label: str) -> Path:
-        return self.code / label / LAST_WRITTEN
+        """The file that a sync writes last."""
+        return self.code / label / orchestra.AGENTS[ALL_TARGETS[-1]].path
 
     def text(self, label: str = "", note: str = "") -> str:
         states = ("pending", "inprogress", "blocked", "done", "pending")
@@ -15019,8 +14988,7 @@ class Bench(Machine):
 
     def put_away(self, folder: Path) -> None:
         # Not deleted: for a minute ext4 looks at each inode that was freed before it gives a new file one.
-        self.put_aside += 1
-        folder.rename(self.folder / f"away{self.put_aside}")
+        folder.rename(self.folder / f"away{next(self.away)}")
 
     def measure(self, *argv: str) -> Cost:
         return measure_process([self.binary, *argv], self.variables())
@@ -15037,13 +15005,13 @@ class Bench(Machine):
         return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.variables())
 
     @contextmanager
-    def watched(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[Bench]:
+    def watched(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[None]:
         """Run a daemon; begin when all is written, looked at once more, and quiet."""
         for log in (orchestra.stdout_log_path(self.path), orchestra.stderr_log_path(self.path)):
             Path(log).unlink(missing_ok=True)
         with self.daemon(*(command or [self.binary]), kind=kind):
             wait_until(lambda: "staleness" in self.log(), 120)
-            yield self
+            yield
 
     @property
     def pid(self) -> int:
@@ -15054,15 +15022,13 @@ class Bench(Machine):
 
     def prepare_changes(self, note: str) -> tuple[Callable[[], None], Callable[[], bool]]:
         """Return a function that changes every registry file, and one that tests whether all was written since."""
-        notes = []
-        for label in self.labels:
-            file = self.file(label)
-            notes.append((file.with_name(f".{file.name}.new"), file))
-            notes[-1][0].write_text(self.text(label, note))
+        files = [(self.file(label).with_name(f".{label.split('/')[1]}.new"), self.file(label)) for label in self.labels]
+        for label, (temporary, _) in zip(self.labels, files):
+            temporary.write_text(self.text(label, note))
         waiting = {self.written(label): self.written(label).stat().st_ino for label in self.labels}
 
         def change() -> None:
-            for temporary, file in notes:
+            for temporary, file in files:
                 temporary.replace(file)
 
         def is_done() -> bool:
@@ -15078,12 +15044,13 @@ class Bench(Machine):
 
 @contextmanager
 def connect(path: str) -> Iterator[Callable[[], bytes]]:
+    """Connect, and yield a function that asks for the status once."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)
         client.connect(path)
 
         def ask() -> bytes:
-            client.sendall(b'{"cmd":"status"}\n')
+            client.sendall(STATUS + b"\n")
             data = client.recv(1 << 20)
             while not data.endswith(b"\n"):
                 data += client.recv(1 << 20)
@@ -15092,68 +15059,36 @@ def connect(path: str) -> Iterator[Callable[[], bytes]]:
         yield ask
 
 
-def cpu_seconds(pid: int) -> float:
-    """Give the CPU time a process has used so far."""
-    if IS_LINUX:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    told = subprocess.check_output(["ps", "-o", "time=", "-p", str(pid)], text=True).strip()
-    seconds = 0.0
-    for part in re.split("[-:]", told):  # of minutes and seconds, on macOS with hundredths
-        seconds = seconds * 60 + float(part)
-    return seconds
-
-
 # What is measured, in the order of the table
 
 
-def bench_starts(table: BenchTable, bench: Bench) -> None:
-    bare = median_cost([bench.measure_bare_start() for _ in range(21)])
-    version = median_cost([bench.measure("--version") for _ in range(21)])
-    table.add_time("orchestra --version", None, version, "", "bare start", bare)
-    table.add_time(
-        "daemon status, none running",
-        None,
-        median_cost([bench.measure("daemon", "status") for _ in range(3)]),
-        "",
-        "bare start",
-        bare,
-    )
+def bench_starts(bench: Bench) -> Iterator[Row]:
+    bare = "bare start", median_cost(bench.measure_bare_start() for _ in range(21))
+    yield timed("orchestra --version", None, median_cost(bench.measure("--version") for _ in range(21)), "", bare)
+    asked = median_cost(bench.measure("daemon", "status") for _ in range(3))
+    yield timed("daemon status, none running", None, asked, "", bare)
     with bench.watched():
         pairs = [(bench.measure_bare_start(), bench.measure("daemon", "status")) for _ in range(31)]
-    bare, status = (median_cost(costs) for costs in zip(*pairs))
-    table.add_time("daemon status, running", bench.count, status, "3.0 ×", "bare start", bare)
+    bare_start, asked = (median_cost(costs) for costs in zip(*pairs))
+    yield timed("daemon status, running", bench.count, asked, "3.0 ×", ("bare start", bare_start))
 
 
-def bench_sync(table: BenchTable, bench: Bench, runs: int) -> None:
-    limits = {100: ("250 ms", "100 ms"), 1000: ("1.5 s", "0.4 s")}.get(bench.count, ("", ""))
-    cold, bare_cold, still, bare_look = [], [], [], []
-    for number in range(runs):
-        if number:
-            bench.forget_syncs()
-        cold.append(bench.measure("sync", "--all"))
-        bare_cold.append(bench.measure_bare_sync("cold"))
-    for _ in range(runs):
-        still.append(bench.measure("sync", "--all"))
-        bare_look.append(bench.measure_bare_sync("look"))
-    limit = f"{limits[0]}, 2.5 ×".lstrip(", ")
-    what = "yaml.load, writing plainly"
-    table.add_time(
-        "sync --all, first", bench.count, median_cost(cold), limit, what, median_cost(bare_cold), "sync --all, first"
-    )
-    what = "reading plainly, no YAML"
-    table.add_time(
-        "sync --all, unchanged",
-        bench.count,
-        median_cost(still),
-        limits[1],
-        what,
-        median_cost(bare_look),
-        "sync --all, unchanged",
-    )
+def bench_sync(bench: Bench, runs: int) -> Iterator[Row]:
+    limits = {100: ("250 ms, 2.5 ×", "100 ms"), 1000: ("1.5 s, 2.5 ×", "0.4 s")}.get(bench.count, ("2.5 ×", ""))
+    for kind, work, limit, yardstick in (
+        ("cold", "sync --all, first", limits[0], "yaml.load, writing plainly"),
+        ("look", "sync --all, unchanged", limits[1], "reading plainly, no YAML"),
+    ):
+        costs = []
+        for number in range(runs):
+            if number and kind == "cold":
+                bench.forget_syncs()
+            costs.append((bench.measure("sync", "--all"), bench.measure_bare_sync(kind)))
+        cost, bare = (median_cost(column) for column in zip(*costs))
+        yield timed(work, bench.count, cost, limit, (yardstick, bare))
 
 
-def bench_save(table: BenchTable, bench: Bench) -> None:
+def bench_save(bench: Bench) -> Iterator[Row]:
     """Measure from a save to the last file written, which is looked at every 0.05 ms: without a pause it costs more."""
     label = bench.labels[0]
     file, written = bench.file(label), bench.written(label)
@@ -15165,17 +15100,14 @@ def bench_save(table: BenchTable, bench: Bench) -> None:
         inode = written.stat().st_ino
         started = time.perf_counter()
         temporary.replace(file)
-        deadline = started + 60
         while written.stat().st_ino == inode:
-            assert time.perf_counter() < deadline, "waited in vain"
+            assert time.perf_counter() < started + 60, "waited in vain"
             time.sleep(0.00005)
         took.append(time.perf_counter() - started)
     limit = {10: "4 ms", 1000: "5 ms"}.get(bench.count, "")
-    bare = Cost(statistics.median(bare_save(bench, label) for _ in range(SAVES_TIMED)), 0)
-    cost = Cost(statistics.median(took), 0)
-    table.add_time(
-        "save to file written", bench.count, cost, limit, "yaml.load, replacing", bare, "save to file written"
-    )
+    bare = Cost(statistics.median(bare_save(bench, label) for _ in range(SAVES_TIMED)))
+    cost = Cost(statistics.median(took))
+    yield timed("save to file written", bench.count, cost, limit, ("yaml.load, replacing", bare))
 
 
 def bare_save(bench: Bench, label: str) -> float:
@@ -15194,10 +15126,10 @@ def bare_save(bench: Bench, label: str) -> float:
     return took
 
 
-def bench_bulk(table: BenchTable, bench: Bench) -> None:
-    """Measure all registry files changed at once; while they are synced, the status is asked for."""
+def bench_bulk(bench: Bench) -> Iterator[Row]:
+    """Measure all registry files changed at once."""
     bench.measure_bare_sync("cold")
-    bare = bench.measure_bare_sync("update")
+    bare = "yaml.load, replacing", bench.measure_bare_sync("update")
     cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
     rounds = bench.log().count("staleness")
     change, is_done = bench.prepare_changes("All at once")
@@ -15207,14 +15139,13 @@ def bench_bulk(table: BenchTable, bench: Bench) -> None:
     cost = Cost(time.perf_counter() - started, cpu_seconds(bench.pid) - cpu)
     wait_until(lambda: bench.log().count("staleness") > rounds, 60)
     limits = ("2 s", "1 MB") if bench.count == 1000 else ("", "")
-    work = "all YAML files changed at once"
-    table.add_time(work, bench.count, cost, limits[0], "yaml.load, replacing", bare, "bulk change")
-    table.add(f"{work}: log", bench.count, format_bytes(bench.log_bytes() - logged), limit=limits[1])
-    with_scan = cpu_seconds(bench.pid) - cpu
-    table.add(f"{work}: CPU with the staleness scan", bench.count, format_seconds(with_scan), limit=limits[0])
+    yield timed(BULK, bench.count, cost, limits[0], bare)
+    yield Row(f"{BULK}: log", bench.count, format_bytes(bench.log_bytes() - logged), limits[1])
+    with_scan = format_seconds(cpu_seconds(bench.pid) - cpu)
+    yield Row(f"{BULK}: CPU with the staleness scan", bench.count, with_scan, limits[0])
 
 
-def bench_burst(table: BenchTable, bench: Bench) -> None:
+def bench_burst(bench: Bench) -> Iterator[Row]:
     """Measure from the last of 20 quick saves to its arrival, at several paces."""
     label, took = bench.labels[-1], []
     for pace in (0.0, 0.005, 0.01, 0.02, 0.03):
@@ -15226,13 +15157,11 @@ def bench_burst(table: BenchTable, bench: Bench) -> None:
         wait_until(lambda note=note: note in bench.written(label).read_text(), 10)  # type: ignore[misc]
         took.append(time.perf_counter() - last)
         time.sleep(WINDOW * 1.2)
-    what = "the window"
-    table.add_time(
-        "last of 20 quick saves, worst of 5", bench.count, Cost(max(took), 0), "550 ms", what, Cost(WINDOW, 0)
-    )
+    window = "the window", Cost(WINDOW)
+    yield timed("last of 20 quick saves, worst of 5", bench.count, Cost(max(took)), "550 ms", window)
 
 
-def bench_requests(table: BenchTable, bench: Bench) -> None:
+def bench_requests(bench: Bench) -> Iterator[Row]:
     with connect(bench.socket) as ask:
         size = len(ask())
         rate = rate_of(ask)
@@ -15245,9 +15174,7 @@ def bench_requests(table: BenchTable, bench: Bench) -> None:
     server.stdout.close()
     limit = "8,000 /s" if bench.count == 10 else ""
     told = f"bare echo of {format_bytes(size)}: {bare:,.0f} /s"
-    table.add(
-        "status on one connection", bench.count, f"{rate:,.0f} /s", limit=limit, yardstick=told, ratio=bare / rate
-    )
+    yield Row("status on one connection", bench.count, f"{rate:,.0f} /s", limit, told, bare / rate)
 
 
 def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
@@ -15259,16 +15186,16 @@ def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
     return count / (time.perf_counter() - started)
 
 
-def bench_status_under_load(table: BenchTable, bench: Bench) -> None:
+def bench_status_under_load(bench: Bench) -> Iterator[Row]:
     with connect(bench.socket) as ask:
         idle = times_of(ask, lambda: True)
         change, is_done = bench.prepare_changes("And again")
         change()
         busy = times_of(ask, is_done)
-    p99, worst = (busy[min(len(busy) - 1, int(len(busy) * part))] for part in (0.99, 1))
-    bare = Cost(statistics.median(idle), 0)
-    table.add_time("status while all is synced, p99", bench.count, Cost(p99, 0), "15 ms", "median when idle", bare)
-    table.add_time("status while all is synced, worst", bench.count, Cost(worst, 0), "", "median when idle", bare)
+    bare = "median when idle", Cost(statistics.median(idle))
+    p99 = Cost(busy[len(busy) * 99 // 100])
+    yield timed("status while all is synced, p99", bench.count, p99, "15 ms", bare)
+    yield timed("status while all is synced, worst", bench.count, Cost(busy[-1]), "", bare)
 
 
 def times_of(ask: Callable[[], bytes], is_done: Callable[[], bool], at_least: int = 200) -> list[float]:
@@ -15281,49 +15208,39 @@ def times_of(ask: Callable[[], bytes], is_done: Callable[[], bool], at_least: in
     return sorted(took)
 
 
-def bench_memory(table: BenchTable, bench: Bench, when: str = "after its start") -> None:
+def bench_memory(bench: Bench, when: str = "after its start") -> Iterator[Row]:
     limit = {10: "25 MB", 1000: "32 MB"}.get(bench.count, "")
-    bare = bare_memory(bench)
-    resident = memory_of(bench.pid)
-    told = f"bare interpreter: {format_bytes(bare)}"
-    table.add(
-        f"daemon memory {when}", bench.count, format_bytes(resident), limit=limit, yardstick=told, ratio=resident / bare
-    )
-
-
-def bare_memory(bench: Bench) -> int:
-    code = "import sys; print(flush=True); sys.stdin.read()"
-    argv = [bench.python, "-I", "-c", code]
+    argv = [bench.python, "-I", "-c", "import sys; print(flush=True); sys.stdin.read()"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
-        resident = memory_of(process.pid)
+        bare = memory_of(process.pid)
         process.communicate()
-    return resident
+    resident = memory_of(bench.pid)
+    told = f"bare interpreter: {format_bytes(bare)}"
+    yield Row(f"daemon memory {when}", bench.count, format_bytes(resident), limit, told, resident / bare)
 
 
 class Idleness:
-    """Count what a daemon does that is left alone: by strace where that works, else by what the kernel counts."""
+    """Count what an idle daemon does: by strace where that works, else by what the kernel counts."""
 
     def __init__(self, bench: Bench, with_strace: bool) -> None:
-        self._pid = bench.pid
-        self._said = bench.folder / "strace"
-        self._cpu = cpu_seconds(self._pid)
-        self._slept = sleeps_of(self._pid)
-        self._tracer: Optional[subprocess.Popen[bytes]] = None
+        self.pid = bench.pid
+        self.output = bench.folder / "strace"
+        self.cpu, self.slept = cpu_seconds(self.pid), sleeps_of(self.pid)
+        self.tracer: Optional[subprocess.Popen[str]] = None
         strace = shutil.which("strace")
         if with_strace and strace:
-            argv = [strace, "-f", "-qq", "-o", str(self._said), "-p", str(self._pid)]
-            self._tracer = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.tracer = bench.launch([strace, "-f", "-qq", "-o", str(self.output), "-p", str(self.pid)])
 
-    def tell(self, seconds: float) -> str:
-        share = f"{(cpu_seconds(self._pid) - self._cpu) / seconds * 100:.2f} % CPU"
-        slept = sleeps_of(self._pid) - self._slept
-        if self._tracer and self._tracer.poll() is None:
-            self._tracer.terminate()
-            self._tracer.wait()
-            # A wait that is still going on when strace lets go has no result.
+    def describe(self, seconds: float) -> str:
+        share = f"{(cpu_seconds(self.pid) - self.cpu) / seconds * 100:.2f} % CPU"
+        slept = sleeps_of(self.pid) - self.slept
+        if self.tracer and self.tracer.poll() is None:
+            self.tracer.terminate()
+            self.tracer.wait()
+            # A wait that is still going on when strace detaches has no result.
             returned = r"(?m)(?:epoll_p?wait|poll|select|futex)\b.*= -?\d+"
-            slept = len(re.findall(returned, self._said.read_text()))
+            slept = len(re.findall(returned, self.output.read_text()))
         elif not IS_LINUX:
             return share
         return f"{slept * 60 / seconds:.1f} wake-ups/min, {share}"
@@ -15336,58 +15253,68 @@ def sleeps_of(pid: int) -> int:
     return sum(int(match[1]) for match in found if match)
 
 
-def bench_idle(table: BenchTable, benches: dict[str, Bench]) -> None:
-    """Leave a daemon of each watcher alone, all for the same while."""
-    counts = {kind: Idleness(bench, with_strace=kind != "polling") for kind, bench in benches.items()}
-    time.sleep(IDLE_SECONDS)
-    for kind, count in counts.items():
-        limit = "0.5 % CPU" if kind == "polling" else "1 wake-up/min"
-        told = "60 looks/min by design" if kind == "polling" else f"over {IDLE_SECONDS:g} s"
-        table.add(f"idle: {kind}", benches[kind].count, count.tell(IDLE_SECONDS), limit=limit, yardstick=told)
-
-
-def measure_all(table: BenchTable, make: Callable[[int], Bench]) -> None:
-    """Fill the table; the order is the table's."""
-    homes = {count: make(count) for count in (10, 100, 1000)}
-    bench_starts(table, homes[10])
-    for bench, runs in zip(homes.values(), (5, 5, 3)):
-        bench_sync(table, bench, runs)
-    for bench in homes.values():
-        with bench.watched():
-            bench_memory(table, bench)
-            if bench.count != 100:
-                bench_save(table, bench)
-                bench_requests(table, bench)
-            bench_bulk(table, bench)
-            if bench.count == 1000:
-                bench_memory(table, bench, "after changing all")
-                bench_status_under_load(table, bench)
-                bench_burst(table, bench)
+def bench_idle(homes: dict[int, Bench]) -> Iterator[Row]:
+    """Leave a daemon of each watcher alone, all for the same time."""
+    benches = {"inotify" if IS_LINUX else "kqueue": homes[100], "polling": homes[1000]}
+    if IS_LINUX and not HAS_KQUEUE:
+        benches["kqueue (stand-in)"] = homes[10]
     with ExitStack() as stack:
-        idle = {"inotify" if IS_LINUX else "kqueue": homes[100], "polling": homes[1000]}
-        if IS_LINUX and not HAS_KQUEUE:
-            idle["kqueue (stand-in)"] = homes[10]
-        for kind, bench in idle.items():
+        for kind, bench in benches.items():
             command = [sys.executable, "-c", DRIVER] if "stand-in" in kind else []
             stack.enter_context(bench.watched(kind.partition(" ")[0], command))
-        bench_idle(table, idle)
+        counts = {kind: Idleness(bench, kind != "polling") for kind, bench in benches.items()}
+        time.sleep(IDLE_SECONDS)
+        for kind, count in counts.items():
+            limit = "0.5 % CPU" if kind == "polling" else "1 wake-up/min"
+            told = "60 looks/min by design" if kind == "polling" else f"over {IDLE_SECONDS:g} s"
+            yield Row(f"idle: {kind}", benches[kind].count, count.describe(IDLE_SECONDS), limit, told)
+
+
+def growths(rows: Sequence[Row]) -> Iterator[Row]:
+    """Fit cost = a * N^b for the works whose growth counts."""
+    for work, limit in GROWTH.items():
+        points = [(row.count, row.cost.cpu or row.cost.wall) for row in rows if row.work == work and row.count]
+        if len(points) > 1:
+            xs, ys = ([math.log(value) for value in column] for column in zip(*points))
+            x, y = statistics.mean(xs), statistics.mean(ys)
+            slope = sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
+            counts = f"{points[0][0]:,} to {points[-1][0]:,}"
+            yield Row(f"growth of {work}", None, f"N^{slope:.2f}", limit, counts)
+
+
+def measure_all(make: Callable[[int], Bench]) -> Iterator[Row]:
+    homes = {count: make(count) for count in (10, 100, 1000)}
+    yield from bench_starts(homes[10])
+    for bench, runs in zip(homes.values(), (5, 5, 3)):
+        yield from bench_sync(bench, runs)
+    for bench in homes.values():
+        with bench.watched():
+            yield from bench_memory(bench)
+            if bench.count != 100:
+                yield from bench_save(bench)
+                yield from bench_requests(bench)
+            yield from bench_bulk(bench)
+            if bench.count == 1000:
+                yield from bench_memory(bench, "after changing all")
+                yield from bench_status_under_load(bench)
+                yield from bench_burst(bench)
+    yield from bench_idle(homes)
     if MOST_CODEBASES > 1000:
-        bench_sync(table, make(MOST_CODEBASES), 1)
-    table.add_slopes(
-        {"save to file written": "0", "sync --all, first": "1", "sync --all, unchanged": "1", "bulk change": "1"}
-    )
+        yield from bench_sync(make(MOST_CODEBASES), 1)
 
 
 @pytest.mark.bench
 def test_print_the_figures(bare_python: str) -> None:
-    table = BenchTable()
+    rows: list[Row] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="orb", dir=BENCH_FOLDER) as folder:
-        print("\n" + describe_machine(bare_python, folder))
+        print("\n" + describe_machine(folder))
         try:
-            measure_all(table, lambda count: Bench(folder, bare_python, count))
+            for row in measure_all(lambda count: Bench(folder, bare_python, count)):
+                rows.append(row)
         finally:
-            print(f"Figures are medians, from a run of {time.monotonic() - started:.0f} s.\n\n{table}")
+            took = f"Figures are medians, from a run of {time.monotonic() - started:.0f} s."
+            print(f"{took}\n\n{format_table([*rows, *growths(rows)])}")
 
 
 def pytest_arguments(argv: Sequence[str]) -> list[str]:
