@@ -112,7 +112,7 @@ import stat
 import time
 from collections import namedtuple
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from types import SimpleNamespace
 
 TYPE_CHECKING = False  # mypy takes it for true
@@ -5275,14 +5275,14 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 # ── 17 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
-# snapshot, so lost, repeated and merged events do no harm. A watch is set before what it
-# watches is read: a change is either read, or announced afterwards.
+# snapshot, so lost, repeated and merged events do no harm. A watch is set before what
+# it watches is read: a change is either read, or announced afterwards.
 #
 # A file caught half-written. Most editors empty a file and then write it, or rename it
 # away and write a new one. First the file is the suspect, then its codebase:
 #
-#   1 A changed file that is empty, or that inotify knows to be open for writing, becomes
-#     a suspect and is not reported yet.
+#   1 A changed file that is empty, or that inotify knows to be open for writing,
+#     becomes a suspect and is not reported yet.
 #   2 A suspect is looked at again at its next event, at once; without an event after
 #     RECHECK_PAUSE, and then whenever it has been a suspect for twice as long.
 #   3 A file that has been a suspect for DEBOUNCE_WINDOW is overdue: it counts as it is.
@@ -5296,8 +5296,8 @@ def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {})
 DEBOUNCE_WINDOW = 0.5  # seconds
 RECHECK_PAUSE = 0.004  # seconds until a suspect is first looked at again
 POLL_INTERVAL = 1.0  # seconds between two looks at everything where not all is watched
-RESCAN_INTERVAL = 60.0  # seconds between two looks at everything otherwise, as a safety net
-EVENTS_A_TURN = 64  # then it is the sockets' turn; the rest keeps the descriptor readable
+RESCAN_INTERVAL = 60.0  # seconds between two looks at everything otherwise
+EVENTS_A_TURN = 64  # then it is the sockets' turn; the rest stays readable
 
 # Backends
 
@@ -5305,7 +5305,7 @@ EVENTS_A_TURN = 64  # then it is the sockets' turn; the rest keeps the descripto
 class PollingBackend:
     """The fallback, which announces nothing: everything is looked at on a timer.
 
-    All backends have its methods. `fileno` is readable while there are events (-1: never).
+    All backends have its methods. `fileno` is readable while there are events, or -1;
     `being_written` are the paths known to be open for writing since their last change.
     """
 
@@ -5318,7 +5318,7 @@ class PollingBackend:
         return -1
 
     def watch(self, path: str, is_file: bool = False) -> bool:
-        """Watch a folder or file and return whether that is a new watch; raises OSError."""
+        """Watch a path and return whether the watch is new; raises OSError."""
         return False
 
     def retain(self, paths: set[str]) -> None:
@@ -5337,8 +5337,8 @@ class InotifyBackend(PollingBackend):
 
     name = "inotify"
 
-    # linux/inotify.h. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE are left out: the daemon's
-    # own reads would wake it.
+    # linux/inotify.h. IN_OPEN, IN_ACCESS and IN_CLOSE_NOWRITE are left out: the
+    # daemon's own reads would wake it.
     IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO = 0x2, 0x4, 0x8, 0x40, 0x80
     IN_CREATE, IN_DELETE, IN_DELETE_SELF, IN_MOVE_SELF = 0x100, 0x200, 0x400, 0x800
     IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR = 0x4000, 0x8000, 0x1000000
@@ -5356,7 +5356,7 @@ class InotifyBackend(PollingBackend):
         self._libc: Any = ctypes.CDLL(None, use_errno=True)
         self._get_errno = ctypes.get_errno
         self._fd = self._check(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify")
-        self._paths: dict[int, set[str]] = {}  # one folder may be reached by several paths
+        self._paths: dict[int, set[str]] = {}  # a folder may have several
 
     def _check(self, result: int, path: str) -> int:
         if result < 0:
@@ -5420,13 +5420,14 @@ class InotifyBackend(PollingBackend):
 class KqueueBackend(PollingBackend):
     """kqueue's EVFILT_VNODE (macOS, BSD): every folder and file takes a descriptor.
 
-    A folder's descriptor tells of entries that come and go. A write in place shows only on
-    the file's, and a truncation there only as ATTRIB (xnu: kpi_vfs.c, kqueue_file_tests.c).
+    A folder's descriptor tells of entries that come and go. A write in place shows only
+    on the file's, and a truncation there only as ATTRIB (xnu: kpi_vfs.c,
+    kqueue_file_tests.c).
     """
 
     name = "kqueue"
     RESERVE = 128  # descriptors not spent on watches
-    O_EVTONLY = 0x8000  # macOS's fcntl.h: does not keep a volume mounted. In os from 3.10
+    O_EVTONLY = 0x8000  # fcntl.h (in os from 3.10): does not keep a volume mounted
 
     def __init__(self, budget: int) -> None:
         import select
@@ -5545,7 +5546,7 @@ class Debouncer:
             self._open_until.pop(key, None)
 
     def next_due(self) -> Optional[float]:
-        """Return when there is something to take, in the clock's seconds; None: never."""
+        """Return when there will be something to take, in the clock's seconds."""
         return min((self._open_until.get(key, 0.0) for key in self._waiting), default=None)
 
 
@@ -5590,7 +5591,7 @@ class Suspects:
         self.discard([thing for thing in taken if thing not in self._again_at])
 
     def next_due(self) -> Optional[float]:
-        """Return when there is something to take, in the clock's seconds; None: never."""
+        """Return when there will be something to take, in the clock's seconds."""
         return min(self._again_at.values(), default=None)
 
 
@@ -5605,7 +5606,7 @@ class Changes(NamedTuple):
 
 
 class SeenFile(NamedTuple):
-    """A file in a snapshot: its stamp decides whether to read it, its digest whether it changed."""
+    """A file in a snapshot; a new stamp has it read, a new digest reported."""
 
     stamp: tuple[int, ...]
     digest: str
@@ -5624,10 +5625,10 @@ def find_first_link(path: str) -> Optional[str]:
 
 
 class Anchors:
-    """The folders, by path, in which some names matter: those that a link's way leads by.
+    """The folders, by path, in which some names matter, as parts of a link's way.
 
-    What a link leads to may go and come back (a git checkout), and links on the way to it
-    may be changed. Watches are set by `watch`.
+    What a link leads to may go and come back (a git checkout), and links on the way to
+    it may be changed. Watches are set by `watch`.
     """
 
     MAX_LINKS = 40  # followed from one name, as Linux does
@@ -5663,7 +5664,7 @@ class Anchors:
             path = os.path.join(os.path.dirname(link), target) + path[len(link) :]
 
     def _add_name(self, path: str) -> None:
-        """Watch the nearest existing ancestor; watch first, then test, so that none is missed."""
+        """Watch the nearest existing ancestor, before testing which it is."""
         while True:
             folder, name = os.path.split(path)
             while not os.path.isdir(folder):
@@ -5676,13 +5677,13 @@ class Anchors:
 
 
 class Watcher:
-    """Keeps a snapshot of the registry's files, and reports how the disk differs from it.
+    """Keeps a snapshot of the registry's files, and reports how the disk differs.
 
     Whatever users and editors do to the tree meanwhile raises nothing; what cannot be
     watched is polled.
     """
 
-    RACY_TIME = 2 * 10**9  # ns: a younger file may change again without a new time stamp
+    RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
 
     def __init__(
         self, home: str, backend: PollingBackend, clock: Clock = time.time, monotonic: Clock = time.monotonic
@@ -5726,7 +5727,7 @@ class Watcher:
             else:
                 self._look_at_paths(paths)
         except OSError:
-            self.must_poll = True  # something went while it was looked at: look again soon
+            self.must_poll = True  # something went meanwhile: look again soon
         self._has_looked = True
         return Changes(frozenset(self._saved), frozenset(self._deleted))
 
@@ -5784,7 +5785,7 @@ class Watcher:
         self._look_at_files(folder, [entry.path for entry in entries])
 
     def _list(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
-        """List a folder, empty where there is none; None after an error that may pass."""
+        """List a folder, empty if there is none; return None if an error may pass."""
         try:
             return list_folder(folder)
         except IoError as error:
@@ -5863,8 +5864,9 @@ LOG_LIMIT = 10 << 20  # bytes of a log file
 class LogFile:
     """A rotating log file, and the standard stream that shows the same lines.
 
-    launchd opens the file itself and passes it as the stream. Then a line is written once,
-    and after a rotation the stream is moved to the new file. Raises IoError when made.
+    launchd opens the file itself and passes it as the stream. Then a line is written
+    once, and after a rotation the stream is moved to the new file. The constructor
+    raises IoError.
     """
 
     KEPT = 5  # older files
@@ -5903,7 +5905,7 @@ class LogFile:
             self._echo(line)
 
     def _echo(self, line: bytes) -> None:
-        """Write to the stream while it takes it at once: its reader may have stopped."""
+        """Write as much as the stream takes at once: its reader may have stopped."""
         import select
 
         with suppress(OSError, ValueError):  # the terminal is gone
@@ -5959,7 +5961,7 @@ class Log:
 
 
 class LogReader:
-    """Reads the end of a log, then what is appended, across rotations; raises IoError."""
+    """Reads a log's end, then what is appended, across rotations; raises IoError."""
 
     STEP = 64 << 10  # bytes
 
@@ -5973,7 +5975,7 @@ class LogReader:
         return None
 
     def tail(self, count: int) -> bytes:
-        """Take the last `count` lines, however long the log is; `read` continues there."""
+        """Take the last `count` lines of a log of any size; `read` continues there."""
         if self._fd is None:
             return b""
         data = b""
@@ -5992,7 +5994,7 @@ class LogReader:
         data = b""
         if self._fd is not None:
             is_current = is_same_file(self._fd, self._path) or not os.path.exists(self._path)
-            data = self._read_rest(self._fd)  # complete if rotated: nothing is added then
+            data = self._read_rest(self._fd)  # nothing is added to a rotated log
             if is_current:
                 return data
             os.close(self._fd)
@@ -6006,33 +6008,23 @@ class LogReader:
 
 # ── 19 Control socket ─────────────────────────────────────────────────────────
 
-# One request a line, one reply a line, both JSON. Cutting and understanding lines needs no socket, so that it
-# can be tested without one; the client below is the only code here that opens one.
+# One request per line, one reply per line, both JSON. Lines are cut and parsed without
+# a socket, and the server takes its listener and selector as arguments, so that both
+# can be tested in memory.
 
 MAX_LINE = 64 << 10  # bytes
 STATUS_TRIES = 5
 STATUS_PAUSE = 0.1  # seconds between two tries
-REPLY_TIMEOUT = 10.0  # seconds; a sync may take as long as it takes
-TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
 MAX_CLIENTS = 128
-NEWCOMER_PLACES = 8  # of those: for a first request, where the others are taken by clients that stay
-IDLE_TIMEOUT = 30.0  # seconds a client may be silent
-MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
-REQUESTS_A_TURN = 32  # of one client, then the others are served
-ACCEPTS_A_TURN = 64
-SILENT_GRACE = 0.25  # seconds a full house waits for a client's first word
+SILENT_GRACE = 0.25  # seconds after which a silent client may be dropped to make room
+TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
 
-
-class Request(NamedTuple):
-    """One understood line: `cmd` is status, sync or stop."""
-
-    cmd: str
-    codebase: Optional[str] = None
+# Lines
 
 
 class LineBuffer:
-    """Cut a stream of bytes into lines, whatever pieces it comes in."""
+    """Cuts a stream of bytes into lines, whatever pieces it comes in."""
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -6045,9 +6037,9 @@ class LineBuffer:
         self._data += data
 
     def next_line(self, at_end: bool = False) -> Optional[bytes]:
-        """Take one line without its end; `at_end` lets an unfinished last one count.
+        """Take one line without its end; `at_end` takes an unfinished last one too.
 
-        Raises ProtocolError for a line that is longer than MAX_LINE.
+        Raises ProtocolError for a line longer than MAX_LINE.
         """
         end = self._data.find(b"\n", self._searched)
         self._searched = len(self._data)
@@ -6063,8 +6055,15 @@ class LineBuffer:
         return line.rstrip(b"\r")
 
 
+class Request(NamedTuple):
+    """A parsed line: `cmd` is status, sync or stop."""
+
+    cmd: str
+    codebase: Optional[str] = None
+
+
 def parse_request(line: bytes) -> Request:
-    """Understand one line; raises ProtocolError, which says whether the connection is beyond use."""
+    """Parse one line; raises ProtocolError, whose `closes` ends the connection."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -6077,17 +6076,16 @@ def parse_request(line: bytes) -> Request:
     if not isinstance(value, dict):
         raise ProtocolError(f"request: expected a JSON object, got {excerpt(text)}")
     cmd, codebase = value.get("cmd"), value.get("codebase")
-    if not isinstance(cmd, str):
-        raise ProtocolError(f"cmd: expected status, sync or stop, got {excerpt(json.dumps(cmd))}")
     if cmd not in ("status", "sync", "stop"):
-        raise ProtocolError(f"cmd: expected status, sync or stop, got unknown command {excerpt(cmd)}")
+        got = f"unknown command {excerpt(cmd)}" if isinstance(cmd, str) else excerpt(json.dumps(cmd))
+        raise ProtocolError(f"cmd: expected status, sync or stop, got {got}")
     if not isinstance(codebase, (str, type(None))):
         raise ProtocolError(f"codebase: expected text, got {excerpt(json.dumps(codebase))}")
     return Request(cmd, codebase)
 
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
-    # ASCII only, so that no lone surrogate of a client's own making can stop a reply.
+    # ASCII only, so that a lone surrogate sent by a client cannot prevent a reply.
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -6099,12 +6097,12 @@ def encode_error(message: str) -> bytes:
     return encode_line({"ok": False, "error": message})
 
 
-# The client
+# Asking the daemon
 
 
-def _not_reached(home: str, error: OSError) -> DaemonError:
+def _explain_refusal(home: str, error: OSError) -> DaemonError:
     path = socket_path(home)
-    # More clients wait than it takes: EAGAIN on Linux. On macOS it is ECONNREFUSED, as if nobody listened.
+    # A full backlog is EAGAIN on Linux; on macOS ECONNREFUSED, as if nobody listened.
     if error.errno == errno.EAGAIN or (error.errno == errno.ECONNREFUSED and is_locked(daemon_lock_path(home))):
         return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "try again")
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
@@ -6125,12 +6123,13 @@ def _read_reply(client: Any) -> Any:
         raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
 
 
-def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = REPLY_TIMEOUT) -> Any:
+def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = 10.0) -> Any:
     """Send one request to the daemon and return the reply's data.
 
-    Raises DaemonNotRunning, ProtocolError for a reply that is an error or none at all. `timeout` is in seconds.
+    `timeout` is in seconds. Raises DaemonNotRunning; DaemonBusy; ProtocolError for an
+    error reply or none at all.
     """
-    import _socket  # what socket is made of: the rest of it would be a tenth of what `daemon status` takes
+    import _socket  # importing socket would take a tenth of what `daemon status` takes
 
     path = socket_path(home)
     with closing(_socket.socket(_socket.AF_UNIX)) as client:
@@ -6138,12 +6137,10 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
         try:
             client.connect(path)
         except OSError as error:
-            raise _not_reached(home, error) from error
+            raise _explain_refusal(home, error) from error
         try:
-            try:
+            with suppress(BrokenPipeError):  # turned away: the reply says why
                 client.sendall(encode_line(request))
-            except BrokenPipeError:
-                pass  # turned away: the reply says why
             reply = _read_reply(client)
         except OSError as error:
             raise ProtocolError(f"{path}: expected a reply, got: {explain_os_error(error)}") from error
@@ -6155,8 +6152,8 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
     return reply.get("data")
 
 
-def _ask(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
-    """Send a request as often as STATUS_TRIES says, as long as the error is one that passes."""
+def _request_patiently(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
+    """Send a request up to STATUS_TRIES times, while the error is one that may pass."""
     for _ in range(STATUS_TRIES - 1):
         try:
             return send_request(home, {"cmd": cmd})
@@ -6166,8 +6163,8 @@ def _ask(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
 
 
 def request_status(home: str) -> Any:
-    """Ask for the daemon's status, several times while it may still be starting."""
-    return _ask(home, "status", DaemonNotRunning, DaemonBusy)
+    """Request the daemon's status, with retries while it may still be starting."""
+    return _request_patiently(home, "status", DaemonNotRunning, DaemonBusy)
 
 
 def request_sync(home: str, codebase: Optional[str] = None) -> Any:
@@ -6176,42 +6173,84 @@ def request_sync(home: str, codebase: Optional[str] = None) -> Any:
 
 
 def request_stop(home: str) -> Any:
-    """Ask the daemon to end, several times while it takes no client: one that is ending takes none."""
-    return _ask(home, "stop", DaemonBusy)
+    """Ask the daemon to stop, with retries while it accepts no clients."""
+    return _request_patiently(home, "stop", DaemonBusy)
 
 
-# The socket server
+# Clients
 
 
 class Client:
-    """One connection: what it sent and is not answered yet, and what it has not read yet."""
+    """One connection: what it sent that is not answered, and what it has not read."""
 
-    def __init__(self, connection: Any, now: float) -> None:
+    # Its `state`
+    NEW = "new"  # its first line has not arrived
+    IDLE = "idle"  # all its lines are answered
+    ANSWERING = "answering"  # there may be lines to answer
+    WAITING = "waiting"  # for the job that its last line started
+    CLOSING = "closing"  # to be closed when it has read its replies
+
+    MAX_UNSENT = 256 << 10  # bytes waiting for a client that does not read
+
+    def __init__(self, connection: Any, clock: Clock) -> None:
         self.connection = connection
+        self.state = self.NEW
+        self.has_ended = False  # it will send no more
+        self.is_guest = False  # came when the places for those that stay were taken
         self.lines = LineBuffer()
         self.unsent = bytearray()
-        self.is_waiting = False  # for a job
-        self.is_ended = False  # it will send no more
-        self.is_closing = False  # it will be told no more
-        self.has_spoken = False
-        self.has_more = False  # lines to answer on its next turn
-        self.is_newcomer = False  # let in beyond the places of those that stay
-        self.came_at = now
-        self.last_active = now
+        self.events = 0  # that the selector waits for
+        self.last_active = self.came_at = clock()
+        self._clock = clock
 
     @property
-    def wants_to_read(self) -> bool:
-        return not (self.is_waiting or self.is_ended or self.is_closing) and len(self.unsent) < MAX_UNSENT
+    def may_answer(self) -> bool:
+        is_held = self.state in (self.WAITING, self.CLOSING)
+        return not is_held and len(self.unsent) < self.MAX_UNSENT
+
+    @property
+    def wanted_events(self) -> int:
+        wants_turn = self.unsent or self.state == self.ANSWERING
+        wants_to_read = self.may_answer and not self.has_ended
+        return (READABLE if wants_to_read else 0) | (WRITABLE if wants_turn else 0)
 
     @property
     def is_finished(self) -> bool:
-        return not self.unsent and not self.is_waiting and (self.is_closing or (self.is_ended and not self.has_more))
+        has_had_all = self.has_ended and self.state in (self.NEW, self.IDLE)
+        return not self.unsent and (self.state == self.CLOSING or has_had_all)
+
+    def receive(self) -> None:
+        try:
+            data = self.connection.recv(MAX_LINE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # the connection was reset
+        if data:
+            self.last_active = self._clock()
+            self.lines.feed(data)
+        else:
+            self.has_ended = True
+
+    def send(self) -> bool:
+        """Send what can be sent now; return False if the connection was reset."""
+        try:
+            while self.unsent:
+                sent = self.connection.send(self.unsent)
+                del self.unsent[:sent]
+                self.last_active = self._clock()
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        return True
 
 
 def peer_uid(connection: Any) -> Optional[int]:
-    """Ask who is at the other end of a Unix socket; None where the system does not say.
+    """Return the user at the other end of a Unix socket; None if that is unknown.
 
-    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at level 0.
+    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at
+    level 0.
     """
     import socket
     import struct
@@ -6224,59 +6263,53 @@ def peer_uid(connection: Any) -> Optional[int]:
             data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             return int(struct.unpack("3i", data)[1])
     except OSError:
-        return -1  # nobody: it has gone
+        return -1  # disconnected
     return None
 
 
-class SocketServer:
-    """Serve clients on the control socket. `handle(request, client)` answers at once or later, with `reply`.
+# The server
 
-    However many clients there are, and whatever they do, `status` and `stop` are answered, if not at the first try:
-    1. Clients may stay, silent for IDLE_TIMEOUT, while there are places for those that do.
-    2. When those are taken, a newcomer gets one of the other places, has one request answered, and is closed; a sync,
-       which may take long, is refused.
-    3. When all places are taken, that of the oldest client goes to the next one if it has had SILENT_GRACE to say
-       something, or to read its last reply, and has not. If there is none, the next one is told to come again.
+
+class SocketServer:
+    """Serves the clients of the control socket, whose requests `handle` answers.
+
+    However many clients there are, and whatever they do, `status` and `stop` are
+    answered, if not at the first try:
+
+    1. Clients may stay, silent for IDLE_TIMEOUT, while there are places to stay.
+    2. When those are taken, a client is let in as a guest: it has one request answered
+       and is closed. A sync, which may take long, is refused.
+    3. When all places are taken, the next client gets that of the oldest one that has
+       been silent, or has left its last reply unread, for SILENT_GRACE. If there is
+       none, the next client is turned away with TOO_MANY_CLIENTS.
     """
+
+    GUEST_PLACES = 8  # of all places
+    IDLE_TIMEOUT = 30.0  # seconds
+    ACCEPTS_A_TURN = 64  # then it is the other sockets' turn
+    REQUESTS_A_TURN = 32  # of one client
 
     def __init__(
         self,
-        listener: Any,
         selector: Any,
         handle: Callable[[Request, Client], None],
         max_clients: int = MAX_CLIENTS,
         clock: Clock = time.monotonic,
     ) -> None:
+        self.clients: set[Client] = set()
         self._listener: Any = None
         self._selector = selector
         self._handle = handle
         self._max_clients = max_clients
-        self._places_to_stay = max_clients - min(NEWCOMER_PLACES, max_clients // 4)
+        self._places_to_stay = max_clients - min(self.GUEST_PLACES, max_clients // 4)
         self._clock = clock
         self._spare: Optional[int] = None
         self._take_spare()
-        self.clients: set[Client] = set()
-        self.listen(listener)
-
-    def reply(self, client: Client, data: bytes) -> None:
-        client.unsent += data
-        client.is_waiting = False
-        self._advance(client)
-
-    def next_expiry(self) -> Optional[float]:
-        """Say when the first silent client is to be dropped, in the clock's seconds."""
-        silent = [client.last_active for client in self.clients if not client.is_waiting]
-        return min(silent) + IDLE_TIMEOUT if silent else None
-
-    def drop_silent(self) -> None:
-        limit = self._clock() - IDLE_TIMEOUT
-        for client in [client for client in self.clients if not client.is_waiting and client.last_active <= limit]:
-            self._close(client)
 
     def listen(self, listener: Any) -> None:
-        """Let clients in by a listening socket, and no longer by an older one."""
-        for _ in range(MAX_CLIENTS // ACCEPTS_A_TURN):
-            self._accept(READABLE)  # who came by the older one has not come in vain
+        """Accept clients from a listening socket, and no longer from an older one."""
+        for _ in range(MAX_CLIENTS // self.ACCEPTS_A_TURN):
+            self._accept(READABLE)  # those that wait at the older one
         self.stop_listening()
         self._listener = listener
         self._selector.register(listener, READABLE, self._accept)
@@ -6288,16 +6321,18 @@ class SocketServer:
             self._listener = None
 
     def close(self) -> None:
-        """Close everything; what clients have not read yet is offered to them once more."""
+        """Close everything, after a last try to send what clients have not read."""
         self.stop_listening()
         for client in list(self.clients):
-            self._send(client)
+            client.send()
             self._close(client)
         if self._spare is not None:
             os.close(self._spare)
 
+    # Letting clients in
+
     def _accept(self, mask: int) -> None:
-        for _ in range(ACCEPTS_A_TURN):  # then the others' turn
+        for _ in range(self.ACCEPTS_A_TURN):
             if self._listener is None:
                 return  # stopped by another client of the same turn
             try:
@@ -6306,7 +6341,7 @@ class SocketServer:
                 return
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    return  # the client has gone again
+                    return  # the client has disconnected
                 self._turn_away_without_descriptor()
                 continue
             connection.setblocking(False)
@@ -6315,27 +6350,39 @@ class SocketServer:
             elif len(self.clients) >= self._max_clients and not self._make_room():
                 self._turn_away(connection)
             else:
-                self._admit(connection)
+                client = Client(connection, self._clock)
+                client.is_guest = len(self.clients) >= self._places_to_stay
+                self.clients.add(client)
+                self._wait_for(client, READABLE)
+
+    def _make_room(self) -> bool:
+        """Close the oldest silent client, unless it is young; return success."""
+        silent = (Client.NEW, Client.CLOSING)
+        silents = [client for client in self.clients if client.state in silent]
+        oldest = min(silents, key=lambda client: client.came_at, default=None)
+        if oldest is None or self._clock() - oldest.came_at < SILENT_GRACE:
+            return False
+        self._close(oldest)
+        return True
 
     @property
-    def _no_place(self) -> str:
+    def _refusal(self) -> str:
         return f"{TOO_MANY_CLIENTS} {self._max_clients}, got one more"
 
     def _turn_away(self, connection: Any) -> None:
-        try:
-            connection.send(encode_error(self._no_place))
-        except OSError:
-            pass  # it has gone already
+        with suppress(OSError):
+            connection.send(encode_error(self._refusal))
         connection.close()
 
     def _turn_away_without_descriptor(self) -> None:
-        # The spare descriptor takes the connection off the queue, which would otherwise wake the loop for ever.
+        # A connection left in the backlog would wake the loop for ever. The spare
+        # descriptor accepts it.
         if self._spare is not None:
             os.close(self._spare)
         try:
             self._turn_away(self._listener.accept()[0])
         except OSError:
-            time.sleep(0.01)  # the worker was quicker; it will give the descriptor back
+            time.sleep(0.01)  # the worker took the descriptor, for a moment
         self._take_spare()
 
     def _take_spare(self) -> None:
@@ -6344,163 +6391,282 @@ class SocketServer:
         except OSError:
             self._spare = None
 
-    def _make_room(self) -> bool:
-        """Give the place of the oldest client that says nothing to one that may have something to say."""
-        idle = [client for client in self.clients if not client.has_spoken or client.is_closing]
-        eldest = min(idle, key=lambda client: client.came_at, default=None)
-        if eldest is None or self._clock() - eldest.came_at < SILENT_GRACE:
-            return False
-        self._close(eldest)
-        return True
+    # Serving them
 
-    def _admit(self, connection: Any) -> None:
-        client = Client(connection, self._clock())
-        client.is_newcomer = len(self.clients) >= self._places_to_stay
-        self.clients.add(client)
-        self._selector.register(connection, READABLE, functools.partial(self._on_ready, client))
+    def reply(self, client: Client, data: bytes) -> None:
+        """Send the reply that a client waits for, and answer its next requests."""
+        client.unsent += data
+        client.state = Client.ANSWERING
+        self._advance(client)
+
+    def next_expiry(self) -> Optional[float]:
+        """Return when `drop_silent` has something to do, in the clock's seconds."""
+        times = [client.last_active for client in self.clients if client.state != Client.WAITING]
+        return min(times) + self.IDLE_TIMEOUT if times else None
+
+    def drop_silent(self) -> None:
+        limit = self._clock() - self.IDLE_TIMEOUT
+        for client in list(self.clients):
+            if client.state != Client.WAITING and client.last_active <= limit:
+                self._close(client)
 
     def _on_ready(self, client: Client, mask: int) -> None:
-        if mask & READABLE and client in self.clients and client.wants_to_read:
-            self._receive(client)
-        if client in self.clients:
-            self._advance(client)
-
-    def _receive(self, client: Client) -> None:
-        try:
-            data = client.connection.recv(MAX_LINE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""  # it has gone without a word
-        if data:
-            client.last_active = self._clock()
-            client.lines.feed(data)
-        else:
-            client.is_ended = True
+        if client not in self.clients:
+            return  # closed in this turn
+        if mask & client.wanted_events & READABLE:
+            client.receive()
+        self._advance(client)
 
     def _advance(self, client: Client) -> None:
         """Answer some requests, send what can be sent, and wait for the next turn."""
-        client.has_more = True
-        for _ in range(REQUESTS_A_TURN):
-            if client.is_waiting or client.is_closing or len(client.unsent) >= MAX_UNSENT:
+        for _ in range(self.REQUESTS_A_TURN):
+            if not client.may_answer or not self._answer_next(client):
                 break
-            client.has_more = self._answer_next(client)
-            if not client.has_more:
-                break
-        self._send(client)
-        if client.is_finished:
+        if not client.send() or client.is_finished:
             self._close(client)
         elif client in self.clients:
-            self._watch(client)
+            self._wait_for(client, client.wanted_events)
 
     def _answer_next(self, client: Client) -> bool:
+        """Answer a client's next line; return False if there is none."""
         try:
-            line = client.lines.next_line(at_end=client.is_ended)
+            line = client.lines.next_line(at_end=client.has_ended)
             if line is None:
+                if client.state == Client.ANSWERING:
+                    client.state = Client.IDLE
                 return False
-            client.has_spoken = True
-            client.is_newcomer &= len(self.clients) > self._places_to_stay
-            client.is_closing = client.is_newcomer
+            client.is_guest &= len(self.clients) > self._places_to_stay
+            client.state = Client.CLOSING if client.is_guest else Client.ANSWERING
             if line.strip():
-                self._handle_line(line, client)
+                request = parse_request(line)
+                if client.is_guest and request.cmd == "sync":
+                    raise ProtocolError(self._refusal)
+                self._handle(request, client)
         except ProtocolError as error:
             client.unsent += encode_error(str(error))
-            client.is_closing |= error.closes
+            if error.closes:
+                client.state = Client.CLOSING
         return True
 
-    def _handle_line(self, line: bytes, client: Client) -> None:
-        request = parse_request(line)
-        if client.is_newcomer and request.cmd == "sync":
-            raise ProtocolError(self._no_place, closes=True)
-        self._handle(request, client)
-
-    def _send(self, client: Client) -> None:
-        try:
-            while client.unsent:
-                sent = client.connection.send(client.unsent)
-                del client.unsent[:sent]
-                client.last_active = self._clock()
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._close(client)
-
-    def _watch(self, client: Client) -> None:
-        wants_turn = client.unsent or (client.has_more and not client.is_waiting)
-        events = (READABLE if client.wants_to_read else 0) | (WRITABLE if wants_turn else 0)
-        is_registered = client.connection in self._selector.get_map()
+    def _wait_for(self, client: Client, events: int) -> None:
+        """Have the selector wait for some events of a client."""
         on_ready = functools.partial(self._on_ready, client)
-        if not events:
-            if is_registered:
-                self._selector.unregister(client.connection)
-        elif not is_registered:
+        if not events and client.events:
+            self._selector.unregister(client.connection)
+        elif events and not client.events:
             self._selector.register(client.connection, events, on_ready)
-        elif self._selector.get_key(client.connection).events != events:
+        elif events != client.events:
             self._selector.modify(client.connection, events, on_ready)
+        client.events = events
 
     def _close(self, client: Client) -> None:
         if client in self.clients:
             self.clients.remove(client)
-            if client.connection in self._selector.get_map():
-                self._selector.unregister(client.connection)
+            self._wait_for(client, 0)
             client.connection.close()
 
 
-def open_listener(home: str) -> Any:
-    """Bind the control socket, which its owner alone can connect to; the daemon's lock is held.
+# The socket's name
 
-    A stale socket is removed. Raises IoError, and ProtocolError for a path that cannot be a socket's.
+
+def describe_lock_holder(home: str) -> str:
+    """Tell which process is the daemon and since when; "" if its lock does not say so.
+
+    A killed daemon leaves its lock file; one that is starting writes it in a moment.
     """
-    import socket
+    for _ in range(STATUS_TRIES):
+        try:
+            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
+            os.kill(pid, 0)
+        except (IoError, ValueError, OSError, OverflowError):
+            time.sleep(STATUS_PAUSE)
+            continue
+        when = time.localtime(started_at)
+        is_today = time.strftime("%x", when) == time.strftime("%x")
+        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
+    return ""
 
-    path = socket_path(home)
-    limit = 103 if sys.platform == "darwin" else 107  # sun_path less its final NUL
-    if len(os.fsencode(path)) > limit:
-        raise ProtocolError(f"{path}: expected a socket path of at most {limit} bytes, got {len(os.fsencode(path))}")
-    kind = read_disk(path).kind
-    if kind not in ("absent", "special"):
-        raise ProtocolError(f"{path}: expected a socket or nothing, got {DISK_NAMES[kind]}: move it away")
-    remove_private(path)
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        with blame(path):
-            listener.bind(path)
-            # Nobody can connect before it listens. A umask would do as well, but for the worker's files too.
-            os.chmod(path, 0o600)
-            listener.listen(MAX_CLIENTS)
-    except BaseException:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
+
+class DaemonSocket:
+    """The name of a home's control socket, and the lock that only one daemon can take.
+
+    Raises DaemonError if another one has it, IoError.
+    """
+
+    def __init__(self, home: str, started_at: int) -> None:
+        self._home = home
+        self._bound: Optional[os.stat_result] = None
+        lock = try_lock(daemon_lock_path(home))
+        if lock is None:
+            hint = f"orchestra daemon status{describe_lock_holder(home)}"
+            raise DaemonError(f"daemon socket already in use: {socket_path(home)}", hint)
+        self._lock = lock
+        with suppress(OSError):  # a full disk
+            write_lock(lock, f"{os.getpid()} {started_at}\n".encode())
+
+    @property
+    def has_lock(self) -> bool:
+        """Whether others would find the lock taken: its file may have been removed."""
+        return is_same_file(self._lock, daemon_lock_path(self._home))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the name still leads to the socket that was bound last."""
+        try:
+            found = os.lstat(socket_path(self._home))
+        except OSError:
+            return False
+        return self._bound is not None and os.path.samestat(found, self._bound)
+
+    def bind(self) -> Any:
+        """Bind a socket to which only its owner can connect; remove a stale one.
+
+        Raises IoError; ProtocolError for a path that cannot be a socket's.
+        """
+        import socket
+
+        path = socket_path(self._home)
+        limit = 103 if sys.platform == "darwin" else 107  # sun_path less its final NUL
+        if len(os.fsencode(path)) > limit:
+            size = len(os.fsencode(path))
+            raise ProtocolError(f"{path}: expected a socket path of at most {limit} bytes, got {size}")
+        kind = read_disk(path).kind
+        if kind not in ("absent", "special"):
+            raise ProtocolError(f"{path}: expected a socket or nothing, got {DISK_NAMES[kind]}: move it away")
+        remove_private(path)
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            with blame(path):
+                listener.bind(path)
+                # Nobody can connect before it listens. An umask would do as well, but
+                # for the worker's files too.
+                os.chmod(path, 0o600)
+                listener.listen(MAX_CLIENTS)
+                self._bound = os.lstat(path)
+        except BaseException:
+            listener.close()
+            raise
+        listener.setblocking(False)
+        return listener
+
+    def unbind(self) -> None:
+        if self.has_lock and self.is_bound:
+            remove_private(socket_path(self._home))
+
+    def close(self) -> None:
+        self.unbind()
+        os.close(self._lock)
 
 
 # ── 20 Worker ─────────────────────────────────────────────────────────────────
 
+# One thread does the syncing, one job after the other, so that a hung network mount or
+# a thousand codebases never keep `status` or `stop` waiting. It shares three things
+# with the loop: the queue of jobs, the queue of outcomes, and a frozen cache that it
+# replaces.
+
 QUEUE_SIZE = 64
-EVERYTHING = ("", "")  # the key that stands for all codebases, as a change of project.yaml means them
-STRAY = ("", "stray")  # the key that stands for files that are no codebase's
-REPLACED_KEPT = 86_400  # seconds that hand-written text which was replaced is a problem
+MAX_LOGGED_ERRORS = 10  # of one job
+EVERYTHING = ("", "")  # the key of all codebases, as project.yaml changes them
+STRAY = ("", "stray")  # the key of files that belong to no codebase
 SyncTarget = SyncScope  # what a job is for; not an agent's target
+
+# What is known
 
 
 class RegistryCache(NamedTuple):
-    """What the daemon knows, frozen: the worker makes a new one, the loop reads the last one."""
+    """What the daemon knows, frozen: the worker makes a new one, the loop reads it."""
 
     registry: Registry
     names: Mapping[Key, str] = {}  # each as short as it is unique
-    failures: Mapping[Key, tuple[Problem, ...]] = {}  # of codebases whose registry file is fine
+    failures: Mapping[Key, tuple[Problem, ...]] = {}  # of readable codebases
     last_sync_at: Optional[int] = None  # Unix time
+
+    @classmethod
+    def load(cls, home: str) -> "RegistryCache":
+        return cls(Registry({}, {}, (), Owners())).renewed(load_registry(home))
+
+    def renewed(
+        self, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
+    ) -> "RegistryCache":
+        """Make the next cache, after the registry was read and codebases synced."""
+        names = self.names
+        if self.registry.codebases.keys() != registry.codebases.keys() or self.registry.broken or registry.broken:
+            names = short_names(registry.keys)
+        failures = {key: problems for key, problems in self.failures.items() if key in registry.codebases}
+        for result in results:
+            failures.pop(result.key, None)
+            if result.errors and result.key in registry.codebases:
+                failures[result.key] = result.errors
+        return RegistryCache(registry, names, failures, now or self.last_sync_at)
 
     @property
     def problems(self) -> list[Problem]:
         return [*self.registry.problems, *(problem for key in sorted(self.failures) for problem in self.failures[key])]
 
 
-class SyncJob(NamedTuple):
-    """Work for the processor. `source` is start, watcher, socket or staleness; bug in a copy that is only for the log.
+# The hand-written text that the daemon's syncs replaced is a problem in `status` for a
+# day, or until its codebase is restored or synced by hand. Each codebase has a file for
+# its notes, so that they outlast the daemon and commands can remove them.
 
-    `changed` are the keys whose files differ; `overdue` those of them that have been suspects for a whole window.
+REPLACED_KEPT = 86_400  # seconds
+
+
+def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
+    """Load a codebase's notes by path; remove them if they are too old, or damaged."""
+    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        value = json.loads(read_disk(replaced_path(home, key)).data)
+        if now - float(value["at"]) < REPLACED_KEPT:
+            return {str(path): str(note) for path, note in value["notes"].items()}
+    with suppress(IoError):
+        forget_replaced(home, [key])
+    return {}
+
+
+def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> None:
+    data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
+    with suppress(IoError):  # the log has it
+        save_private(replaced_path(home, key), data, new_token(), durable=False)
+
+
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Remove the notes of codebases that the user has dealt with; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
+
+
+def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
+    """List what is noted of some codebases, and remove what is too old of any."""
+    problems = []
+    for folder, _, names in os.walk(replaced_root(home)):
+        for name in names:
+            key = (os.path.basename(folder), name[: -len(".json")])
+            notes = load_replaced(home, key, now) if name.endswith(".json") else {}
+            problems += [
+                Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+                for path, note in notes.items()
+                if key in keys
+            ]
+    return sorted(problems)
+
+
+# Jobs
+
+
+class Source:
+    """Where a job comes from."""
+
+    START = "start"
+    WATCHER = "watcher"
+    SOCKET = "socket"
+    STALENESS = "staleness"  # a scan that syncs nothing
+
+
+class SyncJob(NamedTuple):
+    """Work for the worker; `source` is one of Source.
+
+    `changed` are the keys whose files differ; `overdue` the overdue suspects of them.
     """
 
     target: SyncTarget
@@ -6519,200 +6685,142 @@ class SyncSummary(NamedTuple):
     duration_ms: int
     errors: list[str]
 
-    def as_reply(self) -> dict[str, Any]:
-        """Give the summary as the socket has it: `errors` only where there are some."""
-        fields = self._asdict()
-        return fields if self.errors else {name: fields[name] for name in fields if name != "errors"}
-
 
 class JobOutcome(NamedTuple):
-    """What became of a job: a summary, or an error that kept it from being done."""
+    """What became of a job: a summary, or the error that prevented it."""
 
     job: SyncJob
     summary: Optional[SyncSummary] = None
     error: str = ""
     is_bug: bool = False
+    bug: str = ""  # the error of the first try, where that was a bug
     results: Sequence[SyncCodebaseResult] = ()
-    suspects: frozenset[Key] = frozenset()  # perhaps caught half-written: neither synced nor reported
-    statuses: Mapping[str, int] = {}  # of a staleness scan
+    suspects: frozenset[Key] = frozenset()  # neither synced nor reported
+    statuses: Mapping[str, int] = {}  # found by a staleness scan
+
+    def encode(self) -> bytes:
+        """Make a sync's reply: an error if it was prevented or all codebases failed."""
+        summary = self.summary
+        if summary is None:
+            return encode_error(self.error.strip().rpartition("\n")[2] if self.is_bug else self.error)
+        if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
+            return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
+        data = summary._asdict()
+        if not summary.errors:
+            del data["errors"]
+        return encode_reply(data)
 
 
-def renew_cache(
-    cache: RegistryCache, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
-) -> RegistryCache:
-    """Make the cache that follows `cache` when the registry was read again and some codebases synced."""
-    names = cache.names
-    if cache.registry.codebases.keys() != registry.codebases.keys() or cache.registry.broken or registry.broken:
-        names = short_names(registry.keys)
-    failures = {key: problems for key, problems in cache.failures.items() if key in registry.codebases}
-    for result in results:
-        failures.pop(result.key, None)
-        if result.errors and result.key in registry.codebases:
-            failures[result.key] = result.errors
-    return RegistryCache(registry, names, failures, now or cache.last_sync_at)
+class SyncRun:
+    """A run of a job: reads its codebases again, leaves the suspects, syncs the rest.
+
+    `registry` and `suspects` are then what is known. Raises RegistryError, IoError.
+    """
+
+    def __init__(self, home: str, old: Registry, job: SyncJob) -> None:
+        self._home = home
+        self._old = old
+        self._job = job
+        self._is_asked = job.source == Source.SOCKET  # a client waits for the truth
+        self.registry = self._reload()
+        self.suspects = self._find_suspects()
+        self._restore_suspects()
+
+    def sync(self) -> list[SyncCodebaseResult]:
+        results = run_pipeline(self._home, self._scope(), registry=self.registry)
+        half_read = {result.key for result in results if self._may_be_half_read(result)}
+        self.suspects |= half_read
+        return [result for result in results if result.key not in half_read]
+
+    def _reload(self) -> Registry:
+        names = self._job.target.names
+        if names is None or STRAY in self._job.changed:
+            return load_registry(self._home)
+        if not self._is_asked:
+            return reload_codebases(self._home, self._old, self._job.changed)
+        # A client may name what was saved a moment ago, before the watcher's turn.
+        stems = {name.rpartition("/")[2] for name in names}
+        keys = [key for key in scan_registry(self._home)[0] if key[1] in stems or key not in self._old.codebases]
+        return reload_codebases(self._home, self._old, keys)
+
+    def _find_suspects(self) -> frozenset[Key]:
+        """Find the changed codebases whose files are broken or gone and not overdue."""
+        if self._is_asked:
+            return frozenset()
+        suspects = {key for key in self._job.changed if key not in self.registry.codebases}
+        if EVERYTHING not in self._job.overdue:
+            broken, old = self.registry.broken, self._old.broken
+            suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
+        return frozenset(suspects - {STRAY, EVERYTHING} - self._job.overdue)
+
+    def _restore_suspects(self) -> None:
+        """Leave broken suspects as they were, unless another has their folder now."""
+        suspects = self.suspects & self.registry.broken.keys()
+        if not suspects:
+            return
+        codebases, broken = dict(self.registry.codebases), dict(self.registry.broken)
+        owners = dict(self.registry.owners)
+        for root, key in self._old.owners.items():
+            if key in suspects and root not in owners:
+                codebases[key], owners[root] = self._old.codebases[key], key
+                del broken[key]
+        for key in suspects & broken.keys():
+            if key in self._old.broken:
+                broken[key] = self._old.broken[key]
+            elif key not in self._old.codebases:
+                del broken[key]
+        new_owners = Owners(owners, codebases, self.registry.owners)
+        self.registry = self.registry._replace(codebases=codebases, broken=broken, owners=new_owners)
+
+    def _scope(self) -> SyncScope:
+        registry, job = self.registry, self._job
+        if self._is_asked or (job.target.names is None and not self.suspects):
+            return job.target
+        wanted = {*registry.codebases, *registry.broken}
+        if job.target.names is not None:
+            mended = self._old.broken.keys() & registry.codebases.keys()
+            wanted &= {*job.changed, *mended}
+        return SyncScope.codebase(*map(label_for, sorted(wanted - self.suspects)))
+
+    def _may_be_half_read(self, result: SyncCodebaseResult) -> bool:
+        """Tell whether a codebase failed on a file that was saved since it was read."""
+        codebase = self.registry.codebases.get(result.key)
+        if codebase is None or not result.errors or result.files or self._is_asked or result.key in self._job.overdue:
+            return False
+        return not (is_current(self._home, codebase) and os.path.isdir(codebase_root(self._home, codebase)))
 
 
-def load_cache(home: str) -> RegistryCache:
-    return renew_cache(RegistryCache(Registry({}, {}, (), Owners())), load_registry(home))
-
-
-def _reload_for(home: str, old: Registry, job: SyncJob) -> Registry:
-    if job.target.names is None or STRAY in job.changed:
-        return load_registry(home)
-    if job.source == "watcher":
-        return reload_codebases(home, old, job.changed)
-    # A client may name what was saved a moment ago, before the watcher's turn.
-    wanted = {name.rpartition("/")[2] for name in job.target.names}
-    keys = [key for key in scan_registry(home)[0] if key[1] in wanted or key not in old.codebases]
-    return reload_codebases(home, old, keys)
-
-
-def _find_suspects(registry: Registry, old: Registry, job: SyncJob) -> frozenset[Key]:
-    """Find the changed codebases whose files are broken or gone, but for those that are overdue."""
-    if job.source == "socket":
-        return frozenset()  # a client waits for the truth
-    suspects = {key for key in registry.broken if key in job.changed}
-    if EVERYTHING not in job.overdue:
-        suspects |= {key for key, problems in registry.broken.items() if problems != old.broken.get(key)}
-    gone = {key for key in job.changed if key not in registry.codebases and key not in registry.broken}
-    return frozenset(suspects | (gone - {STRAY, EVERYTHING})) - job.overdue
-
-
-def _keep_old(registry: Registry, old: Registry, suspects: frozenset[Key]) -> Registry:
-    """Let broken suspects stay as they were known, unless another codebase has their folder by now."""
-    suspects &= registry.broken.keys()
-    if not suspects:
-        return registry
-    codebases, broken, owners = dict(registry.codebases), dict(registry.broken), dict(registry.owners)
-    for root, key in old.owners.items():
-        if key in suspects and root not in owners:
-            codebases[key], owners[root] = old.codebases[key], key
-            del broken[key]
-    for key in suspects & broken.keys():
-        if key in old.broken:
-            broken[key] = old.broken[key]
-        elif key not in old.codebases:
-            del broken[key]
-    new_owners = Owners(owners, codebases, registry.owners)
-    return registry._replace(codebases=codebases, broken=broken, owners=new_owners)
-
-
-def _may_be_half_read(home: str, registry: Registry, job: SyncJob, result: SyncCodebaseResult) -> bool:
-    """Say whether a codebase may have failed because its file was half-written, or saved after it was read."""
-    codebase = registry.codebases.get(result.key)
-    if codebase is None or not result.errors or result.files or job.source == "socket" or result.key in job.overdue:
-        return False
-    return not (is_current(home, codebase) and os.path.isdir(codebase_root(home, codebase)))
-
-
-def _scope_for(registry: Registry, old: Registry, job: SyncJob, suspects: frozenset[Key]) -> SyncScope:
-    if job.source == "socket" or (job.target.names is None and not suspects):
-        return job.target
-    if job.target.names is None:
-        wanted = set(registry.keys)
-    else:
-        mended = old.broken.keys() & registry.codebases.keys()
-        wanted = {*job.changed, *mended} & {*registry.codebases, *registry.broken}
-    return SyncScope.codebase(*map(label_for, sorted(wanted - suspects)))
-
-
-def summarize(
-    cache: RegistryCache, job: SyncJob, results: Sequence[SyncCodebaseResult], duration_ms: int
-) -> SyncSummary:
+def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
+    """Run a job and return what is known then; raises RegistryError, IoError."""
+    started = time.monotonic()
+    run = SyncRun(home, cache.registry, job)
+    results = run.sync()
+    has_synced = any(not result.errors for result in results)
+    cache = cache.renewed(run.registry, results, int(time.time()) if has_synced else None)
     names = [cache.names[result.key] for result in results]
     if job.target.names is None:
         target = "all"
-    elif job.source == "socket":
+    elif job.source == Source.SOCKET:
         target = job.target.names[0]
     else:
         target = names[0] if len(names) == 1 else f"{len(names)} codebases"
-    return SyncSummary(
+    summary = SyncSummary(
         target,
         job.source,
         names,
         sum(len(result.written) for result in results),
         sum(len(result.unchanged) for result in results),
-        duration_ms,
+        int((time.monotonic() - started) * 1000),
         [str(problem) for result in results for problem in result.errors],
     )
+    return cache, JobOutcome(job, summary, results=results, suspects=run.suspects)
 
 
-def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
-    """Read again what the job is about, sync it, and return what is known then. Raises RegistryError, IoError."""
-    started = time.monotonic()
-    registry = _reload_for(home, cache.registry, job)
-    suspects = _find_suspects(registry, cache.registry, job)
-    registry = _keep_old(registry, cache.registry, suspects)
-    results = run_pipeline(home, _scope_for(registry, cache.registry, job, suspects), registry=registry)
-    doubtful = {result.key for result in results if _may_be_half_read(home, registry, job, result)}
-    results = [result for result in results if result.key not in doubtful]
-    has_synced = any(not result.errors for result in results)
-    cache = renew_cache(cache, registry, results, int(time.time()) if has_synced else None)
-    summary = summarize(cache, job, results, int((time.monotonic() - started) * 1000))
-    return cache, JobOutcome(job, summary, results=results, suspects=suspects | doubtful)
-
-
-class ReplacedText:
-    """The hand-written text that the daemon's syncs have replaced lately, to be told by `status`.
-
-    A file per codebase keeps it over a restart. It is told until it is REPLACED_KEPT old, or its file is gone: whoever
-    restores or syncs a codebase by hand removes that.
-    """
-
-    def __init__(self, home: str, clock: Clock = time.time) -> None:
-        self._home = home
-        self._clock = clock
-        self._notes: dict[Key, dict[str, str]] = {}  # per path: what brings it back
-        self._noted_at: dict[Key, float] = {}
-        for folder in folders_below(replaced_root(home))[1:]:
-            for name in os.listdir(folder):
-                self._load((os.path.basename(folder), name[: -len(".json")]))
-
-    def _load(self, key: Key) -> None:
-        try:
-            value = json.loads(read_disk(replaced_path(self._home, key)).data)
-            self._notes[key] = {str(path): str(note) for path, note in value["notes"].items()}
-            self._noted_at[key] = float(value["at"])
-        except (IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self.forget(key)  # damaged
-
-    def note(self, key: Key, notes: Mapping[str, str]) -> None:
-        is_told = os.path.lexists(replaced_path(self._home, key))  # else somebody has dealt with the earlier ones
-        self._notes[key] = {**(self._notes.get(key, {}) if is_told else {}), **notes}
-        self._noted_at[key] = self._clock()
-        data = json.dumps({"at": self._noted_at[key], "notes": self._notes[key]}).encode()
-        with suppress(IoError):  # the log has it
-            save_private(replaced_path(self._home, key), data, new_token(), durable=False)
-
-    def forget(self, key: Key) -> None:
-        self._notes.pop(key, None)
-        self._noted_at.pop(key, None)
-        with suppress(IoError):
-            remove_private(replaced_path(self._home, key))
-
-    def problems(self, keys: Container[Key]) -> list[Problem]:
-        """List what was replaced in some codebases, and forget what is over."""
-        now = self._clock()
-        for key, at in list(self._noted_at.items()):
-            if now - at >= REPLACED_KEPT or not os.path.lexists(replaced_path(self._home, key)):
-                self.forget(key)
-        return [
-            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-            for key in sorted(self._notes)
-            if key in keys
-            for path, note in self._notes[key].items()
-        ]
-
-
-def forget_replaced(home: str, keys: Iterable[Key]) -> None:
-    """Have the daemon tell no longer what it replaced in codebases that the user has turned to; raises IoError."""
-    if os.path.isdir(replaced_root(home)):
-        for key in keys:
-            remove_private(replaced_path(home, key))
+# The thread
 
 
 def release_memory() -> None:
-    """Give the system what large jobs have freed: glibc alone keeps it, 16 MB after a thousand codebases."""
+    """Return freed memory to the system: glibc keeps 16 MB after 1,000 codebases."""
     import gc
 
     gc.collect()
@@ -6725,7 +6833,7 @@ def release_memory() -> None:
 
 
 class SyncProcessor:
-    """The worker: takes jobs one after the other, and leaves outcomes for the loop."""
+    """The worker: takes one job after the other, and leaves outcomes for the loop."""
 
     def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
         import queue
@@ -6733,11 +6841,12 @@ class SyncProcessor:
         from collections import deque
 
         self.cache = cache
-        self.jobs: queue.Queue[Optional[SyncJob]] = queue.Queue(QUEUE_SIZE)
+        self.jobs: queue.Queue[Optional[SyncJob]] = queue.Queue()
         self.outcomes: deque[JobOutcome] = deque()
         self._home = home
         self._wake = wake
-        # Not waited for at exit: a job that hangs on a dead network mount must not keep the process alive.
+        # Not waited for at exit: a job that hangs on a dead network mount must not keep
+        # the process alive.
         self._thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
 
     def start(self) -> None:
@@ -6748,41 +6857,35 @@ class SyncProcessor:
         return self._thread.is_alive()
 
     def submit(self, job: SyncJob) -> bool:
-        """Queue a job, and say whether there was room."""
-        if self.jobs.full():
-            return False
-        self.jobs.put(job)  # the loop is the only one to put
-        return True
+        """Queue a job if there is room; the watcher, with one at most, always has."""
+        has_room = job.source == Source.WATCHER or self.jobs.qsize() < QUEUE_SIZE
+        if has_room:
+            self.jobs.put(job)
+        return has_room
 
     def finish(self) -> list[SyncJob]:
         """End after the running job, and return those that were still queued."""
-        left: list[SyncJob] = []
         import queue
 
-        with suppress(queue.Empty):  # the worker may have taken the last one
+        left: list[Optional[SyncJob]] = []
+        with suppress(queue.Empty):  # the worker may take the last one
             while True:
-                job = self.jobs.get_nowait()
-                if job is not None:
-                    left.append(job)
+                left.append(self.jobs.get_nowait())
         self.jobs.put(None)
-        return left
+        return [job for job in left if job is not None]
 
     def _work(self) -> None:
-        while True:
-            job = self.jobs.get()
-            if job is not None:
-                outcome = self._do(job)
-                if outcome.is_bug and self._start_afresh():
-                    self.outcomes.append(outcome._replace(job=job._replace(source="bug", respond_to=None)))
-                    outcome = self._do(job)
-                self.outcomes.append(outcome)
+        for job in iter(self.jobs.get, None):
+            outcome = self._try(job)
+            if outcome.is_bug and self._rebuild_cache():
+                outcome = self._try(job)._replace(bug=outcome.error)
+            self.outcomes.append(outcome)
             self._wake()
-            if job is None:
-                return
+        self._wake()
 
-    def _do(self, job: SyncJob) -> JobOutcome:
+    def _try(self, job: SyncJob) -> JobOutcome:
         try:
-            if job.source == "staleness":
+            if job.source == Source.STALENESS:
                 statuses = self._count_statuses()
                 release_memory()
                 return JobOutcome(job, statuses=statuses)
@@ -6795,16 +6898,16 @@ class SyncProcessor:
 
             return JobOutcome(job, error=f"internal error: {traceback.format_exc()}", is_bug=True)
 
-    def _start_afresh(self) -> bool:
-        """Forget what may be at fault, so that no bug in keeping it can cost a save."""
+    def _rebuild_cache(self) -> bool:
+        """Load the cache from disk, so that a bug in renewing it cannot lose a save."""
         try:
-            self.cache = load_cache(self._home)
-        except Exception:  # then the bug is elsewhere, and has been told
+            self.cache = RegistryCache.load(self._home)
+        except Exception:  # then the bug is elsewhere, and is logged
             return False
         return True
 
     def _count_statuses(self) -> dict[str, int]:
-        """Scan for staleness, until something more urgent comes in."""
+        """Count the codebases by status, unless a job comes in."""
         counts: dict[str, int] = {}
         registry = self.cache.registry
         for codebase in registry.codebases.values():
@@ -6817,40 +6920,42 @@ class SyncProcessor:
 
 # ── 21 Daemon ─────────────────────────────────────────────────────────────────
 
-# The loop thread owns the selector: watcher, sockets, signals, timers. One worker thread does the syncing, so
-# that a hung network mount or a thousand codebases never keep `status` or `stop` waiting. Between the two:
-# the queue of jobs, the queue of outcomes with a wake-up byte, and a frozen cache swapped by assignment.
+# From a save to a sync:
 #
-# A codebase whose registry file breaks or goes while it is watched is a suspect, since the file may have been caught
-# half-written: the head of section Watching has the protocol.
-
-# The loop
+#   1 The watcher compares paths that had events with its snapshot (`Watcher.drain`).
+#   2 What changed is noted in the schedule by its codebase (`key_of_change`).
+#   3 What is due becomes the watcher's next job, one at a time (`Schedule`).
+#   4 The worker runs the job, replaces the cache, and wakes the loop (`SyncProcessor`).
+#   5 The loop takes the outcome: suspects and failures go back to the schedule, the
+#     rest to the log and to the client that asked (`Daemon._finish_job`).
+#
+# The loop thread owns the selector, and with it watcher, sockets, signals and timers.
 
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
-STOP_PATIENCE = 15.0  # seconds that a stopping daemon gives the running job; launchd's ExitTimeOut is longer
-MAX_LOGGED_ERRORS = 10  # of one job
+STOP_PATIENCE = 15.0  # seconds a job has to end; launchd's ExitTimeOut is 20
+RETRY_INTERVAL = 10.0  # seconds until a sync whose error may pass is tried again
 MAX_DESCRIPTORS = 10240
-STOPPING = "daemon: expected to sync, but it is stopping"
-RETRY_INTERVAL = 10.0  # seconds until a sync is tried again whose trouble may have passed
+
+# The process
 
 
-def raise_descriptor_limit() -> int:
-    """Raise the soft limit on open files as far as is sensible, and return it. launchd gives 256."""
+def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
+    """Raise the soft limit on open files (launchd's is 256) and return it."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    except (ValueError, OSError):
-        return soft
-    return wanted
+    if soft == resource.RLIM_INFINITY:
+        return most
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return soft
 
 
 def open_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr, lest another file get their numbers."""
+    """Open /dev/null on closed standard streams, so that no file takes their place."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -6858,18 +6963,11 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-def encode_outcome(outcome: JobOutcome) -> bytes:
-    """Write a sync's reply: an error where it could not be done, or all of its codebases failed."""
-    summary = outcome.summary
-    if summary is None:
-        return encode_error(outcome.error.strip().rpartition("\n")[2] if outcome.is_bug else outcome.error)
-    if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
-        return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
-    return encode_reply(summary.as_reply())
+# What to sync, and when
 
 
 def key_of_change(home: str, path: str) -> Key:
-    """Say what a changed registry file means: its codebase, everything, or just another look at the registry."""
+    """Return the codebase whose file changed, EVERYTHING for a project's, or STRAY."""
     folder, name = os.path.split(path)
     root, project = os.path.split(folder)
     if root != projects_root(home) or not name.endswith(".yaml"):
@@ -6880,134 +6978,191 @@ def key_of_change(home: str, path: str) -> Key:
     return key if is_valid_key(key) else STRAY
 
 
-def describe_lock_holder(home: str) -> str:
-    """Say since when which process runs as the daemon, where it has said so: a killed one may have left its own."""
-    for _ in range(STATUS_TRIES):
-        try:
-            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
-            os.kill(pid, 0)
-        except (IoError, ValueError, OSError, OverflowError):
-            time.sleep(STATUS_PAUSE)  # it is starting
-            continue
-        when = time.localtime(started_at)
-        is_today = time.strftime("%x", when) == time.strftime("%x")
-        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
-    return ""
+class Schedule:
+    """What the watcher's next job takes, and when. One of its jobs runs at a time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.suspects = Suspects(DEBOUNCE_WINDOW, clock)
+        self.is_running = False
+        self.retry_at: dict[Key, float] = {}
+        self._debouncer = Debouncer(DEBOUNCE_WINDOW, clock)
+        self._clock = clock
+        self._overdue: set[Key] = set()  # suspects that the next job takes as they are
+        self._failed: set[Key] = set()  # to be tried again at the next rescan
+
+    def note(self, keys: Iterable[Key]) -> None:
+        self._debouncer.note(keys)
+
+    def note_failed(self) -> None:
+        self._debouncer.note(self._failed)
+        self._failed.clear()
+
+    def next_due(self) -> Optional[float]:
+        """Return when `take_job` will have something to do, in the clock's seconds."""
+        times = [*self.retry_at.values(), self.suspects.next_due()]
+        if not self.is_running:
+            times.append(self._debouncer.next_due())
+        return min((at for at in times if at is not None), default=None)
+
+    def take_job(self) -> Optional[SyncJob]:
+        now = self._clock()
+        self._debouncer.note(key for key, at in self.retry_at.items() if at <= now)
+        self.retry_at = {key: at for key, at in self.retry_at.items() if at > now}
+        due, overdue = self.suspects.take_due()
+        self._debouncer.note(due)
+        self._overdue |= overdue
+        changed = frozenset() if self.is_running else frozenset(self._debouncer.take_due())
+        if not changed:
+            return None
+        self.is_running = True
+        target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
+        job = SyncJob(target, Source.WATCHER, None, changed, changed & self._overdue)
+        self._overdue -= changed
+        return job
+
+    def finish(self, outcome: JobOutcome) -> None:
+        """Take the suspects and the failures of a job, whatever its source."""
+        job = outcome.job
+        if job.source == Source.WATCHER:
+            self.is_running = False
+        if outcome.error and job.source in (Source.WATCHER, Source.START):
+            self._failed |= job.changed or {EVERYTHING}
+        suspects = outcome.suspects
+        if suspects and EVERYTHING in job.changed:
+            suspects = suspects & job.changed | {EVERYTHING}  # it may be project.yaml
+        self.suspects.discard(job.changed - suspects)
+        self.suspects.add(suspects)
+        self._debouncer.end_window(suspects)
+        now = self._clock()
+        for result in outcome.results:
+            if not result.retry:
+                self.retry_at.pop(result.key, None)
+            else:
+                self.retry_at.setdefault(result.key, now + RETRY_INTERVAL)
+            if result.has_leftovers or result.errors:
+                self._failed.add(result.key)  # a folder may come back, a lock be free
+
+
+# What is logged
+
+
+class JobLog:
+    """Logs what jobs did, and each problem once while it lasts."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._logged: dict[Key, Sequence[Problem]] = {}
+
+    def write(self, outcome: JobOutcome) -> None:
+        if outcome.bug:
+            self._log.warning("job failed", source="bug", error=outcome.bug)
+        for result in outcome.results:
+            for file in result.files:
+                place = f"{label_for(result.key)}: {file.path}"
+                if file.action in BACKED_UP:
+                    self._log.warning("replaced hand-written text", file=place, note=file.note)
+                elif file.note.startswith(FOREIGN):
+                    self._log.warning("left alone", file=place, note=file.note)
+        summary = outcome.summary
+        if outcome.error:
+            self._log.warning("job failed", source=outcome.job.source, error=outcome.error)
+        elif outcome.statuses:
+            self._log.info("staleness", **outcome.statuses)
+        elif summary and (summary.written or summary.errors or not outcome.suspects):
+            self._log.info(
+                "synced",
+                target=summary.target,
+                source=summary.source,
+                codebases=len(summary.codebases),
+                written=summary.written,
+                unchanged=summary.unchanged,
+                errors=len(summary.errors),
+                ms=summary.duration_ms,
+            )
+            self.write_problems({result.key: result.errors for result in outcome.results})
+
+    def write_problems(self, found: Mapping[Key, Sequence[Problem]]) -> None:
+        """Log the problems that some codebases have now and did not have before."""
+        new: list[Problem] = []
+        for key, problems in found.items():
+            known = self._logged.pop(key, ())
+            new += [problem for problem in problems if problem not in known]
+            if problems:
+                self._logged[key] = problems
+        for problem in new[:MAX_LOGGED_ERRORS]:
+            self._log.warning("problem", error=problem)
+        if len(new) > MAX_LOGGED_ERRORS:
+            self._log.warning("more problems", count=len(new) - MAX_LOGGED_ERRORS)
+
+
+# The loop
 
 
 class Daemon:
-    """The one process that keeps all codebases in step. `run` it, or turn it by hand with `step`."""
+    """The one process that keeps all codebases in sync. `run` it, or turn it by `step`.
+
+    The constructor takes the lock and opens the rest; it raises DaemonError and
+    RegistryError.
+    """
+
+    STOPPING = "daemon: expected to sync, but it is stopping"
 
     def __init__(self, home: str, environ: Mapping[str, str] = os.environ, clock: Clock = time.time) -> None:
-        self.home = home
-        self._watcher_wanted = environ.get("ORCHESTRA_WATCHER", "")
-        self._clock = time.monotonic
-        self._wall_clock = clock
-        self._started_at = int(clock())
-        self._debouncer = Debouncer(DEBOUNCE_WINDOW, self._clock)
-        self._suspects = Suspects(DEBOUNCE_WINDOW, self._clock)
-        self._overdue: set[Key] = set()
-        self._failed: frozenset[Key] = frozenset()  # to be tried again at the next rescan
-        self._to_retry: set[Key] = set()
-        self._retry_at: Optional[float] = None
-        self._told: dict[Key, tuple[Problem, ...]] = {}  # logged when last synced, and not mended since
-        self._watch_job_runs = False
-        self._staleness_at: Optional[float] = None
-        self._is_stopping = False
-        self._stop_by = 0.0
-        self._opened: list[Callable[[], object]] = []  # what `close` undoes, last first
-
-    # Opening and closing
-
-    def open(self) -> None:
-        """Take the lock, then everything else; raises DaemonError, RegistryError."""
         import selectors
         import socket
 
-        open_standard_streams()
-        lock = try_lock(daemon_lock_path(self.home))
-        if lock is None:
-            hint = f"orchestra daemon status{describe_lock_holder(self.home)}"
-            raise DaemonError(f"daemon socket already in use: {socket_path(self.home)}", hint)
-        self._opened.append(functools.partial(os.close, lock))
-        self._lock = lock
-        with suppress(OSError):  # a full disk
-            write_lock(lock, f"{os.getpid()} {self._started_at}\n".encode())
-        limit = raise_descriptor_limit()
-        self._log = Log(self.home)
-        self._opened.append(self._log.close)
-        with blame(projects_root(self.home)):
-            make_private_folder(projects_root(self.home))
-        self._selector = selectors.DefaultSelector()
-        self._opened.append(self._selector.close)
-        self._watcher = Watcher(self.home, open_backend(self._watcher_wanted, limit))
-        self._opened.append(self._watcher.backend.close)
-        self._watcher.look()
-        if self._watcher.backend.fileno() >= 0:
-            self._selector.register(self._watcher.backend, READABLE, self._on_events)
-        self._wake_in, self._wake_out = socket.socketpair()
-        for end in (self._wake_in, self._wake_out):
-            end.setblocking(False)
-            self._opened.append(end.close)
-        self._selector.register(self._wake_out, READABLE, self._on_wake)
-        self._processor = SyncProcessor(self.home, load_cache(self.home), self._wake)
-        self._replaced = ReplacedText(self.home, self._wall_clock)
-        listener = open_listener(self.home)
-        self._socket = os.lstat(socket_path(self.home))
-        self._opened.append(self._remove_socket)
-        max_clients = max(4, min(MAX_CLIENTS, limit - 32))
-        self._server = SocketServer(listener, self._selector, self.handle_request, max_clients)
-        self._opened.append(self._server.close)
-        self._rescan_at = self._clock() + self._watcher.interval
-        self._processor.start()
-        self._processor.submit(SyncJob(SyncTarget.all(), "start"))
-        self._log.info("started", pid=os.getpid(), version=__version__, watcher=self._watcher.backend.name)
+        self.home = home
+        self._clock = time.monotonic
+        self._wall_clock = clock
+        self._started_at = int(clock())
+        self._schedule = Schedule(self._clock)
+        self._staleness_at: Optional[float] = None
+        self._is_stopping = False
+        self._stop_by = 0.0
+        with ExitStack() as opened:
+            open_standard_streams()
+            self._socket = DaemonSocket(home, self._started_at)
+            opened.callback(self._socket.close)
+            limit = raise_descriptor_limit()
+            self._log = Log(home)
+            opened.callback(self._log.close)
+            self._job_log = JobLog(self._log)
+            with blame(projects_root(home)):
+                make_private_folder(projects_root(home))
+            self._selector = opened.enter_context(selectors.DefaultSelector())
+            backend = open_backend(environ.get("ORCHESTRA_WATCHER", ""), limit)
+            opened.callback(backend.close)
+            self._watcher = Watcher(home, backend)
+            self._watcher.look()
+            if backend.fileno() >= 0:
+                self._selector.register(backend, READABLE, self._on_events)
+            self._wake_in, self._wake_out = socket.socketpair()
+            for end in (self._wake_in, self._wake_out):
+                opened.callback(end.close)
+                end.setblocking(False)
+            self._selector.register(self._wake_out, READABLE, self._on_wake)
+            self._processor = SyncProcessor(home, RegistryCache.load(home), self._wake)
+            max_clients = max(4, min(MAX_CLIENTS, limit - 32))
+            self._server = SocketServer(self._selector, self.handle_request, max_clients)
+            opened.callback(self._server.close)
+            self._server.listen(self._socket.bind())
+            self._rescan_at = self._clock() + self._watcher.interval
+            self._processor.start()
+            self._processor.submit(SyncJob(SyncTarget.all(), Source.START))
+            self._log.info("started", pid=os.getpid(), version=__version__, watcher=backend.name)
+            self._opened = opened.pop_all()
 
     def close(self) -> None:
-        for undo in reversed(self._opened):
-            undo()
-        self._opened.clear()
-
-    def _remove_socket(self) -> None:
-        if self._has_lock() and self._has_socket():
-            remove_private(socket_path(self.home))
-
-    def _has_socket(self) -> bool:
-        try:
-            return os.path.samestat(os.lstat(socket_path(self.home)), self._socket)
-        except OSError:
-            return False
-
-    def _has_lock(self) -> bool:
-        """Say whether the lock is still the one others look at: if ~/.orchestra was removed, it is not."""
-        return is_same_file(self._lock, daemon_lock_path(self.home))
-
-    def _check_socket(self) -> None:
-        """Make the socket again if it was removed, or something else put in its place."""
-        path = socket_path(self.home)
-        if self._is_stopping or self._has_socket() or not self._has_lock():
-            return
-        try:
-            listener = open_listener(self.home)
-            self._socket = os.lstat(path)
-        except (DaemonError, OSError) as error:
-            self._log_errors([failed_result(STRAY, [Problem(path, f"expected to make it again, got: {error}")])])
-            return
-        self._server.listen(listener)
-        self._told.pop(STRAY, None)
-        self._log.warning("made the socket again, which was gone", socket=path)
+        self._opened.close()
 
     def run(self) -> int:
-        """Serve until stopped by the socket or by SIGINT or SIGTERM; return the exit status."""
-        try:
-            self.open()
+        """Serve until `stop`, SIGINT or SIGTERM; return the exit status."""
+        with self._opened:
             self._install_signals()
-            sys.setswitchinterval(0.001)  # seconds: the loop must not wait long for the worker's turn to end
+            sys.setswitchinterval(0.001)  # seconds that the loop waits for the worker
             while not self.is_done:
                 self.step()
             self._log.info("stopped", pid=os.getpid())
-        finally:
-            self.close()
         return 0
 
     @property
@@ -7015,7 +7170,8 @@ class Daemon:
         if not self._is_stopping:
             return False
         has_ended = not self._processor.is_alive and not self._processor.outcomes
-        return has_ended or self._clock() >= self._stop_by  # a job cut short leaves every file old or new
+        # A job that is cut short leaves each file old or new.
+        return has_ended or self._clock() >= self._stop_by
 
     def step(self, timeout: Optional[float] = None) -> None:
         """Wait for what comes next, at most `timeout` seconds, and do it."""
@@ -7024,80 +7180,70 @@ class Daemon:
         if not self._is_stopping:
             self._do_due()
 
-    # Waiting
-
     def _time_left(self) -> float:
         if self._is_stopping:
-            return 0.05  # seconds: the worker's last word comes a moment before its end
-        deadlines = [self._rescan_at, self._retry_at, self._staleness_at, self._server.next_expiry()]
-        deadlines += [self._watcher.suspects.next_due(), self._suspects.next_due()]
-        if self._has_room_for_due:
-            deadlines.append(self._debouncer.next_due())
-        known = [deadline for deadline in deadlines if deadline is not None]
-        return max(0.0, min(known) - self._clock())
+            return 0.05  # seconds: the worker ends a moment after its last wake-up
+        deadlines = [
+            self._rescan_at,
+            self._staleness_at,
+            self._watcher.suspects.next_due(),
+            self._schedule.next_due(),
+            self._server.next_expiry(),
+        ]
+        return max(0.0, min(at for at in deadlines if at is not None) - self._clock())
 
     def _do_due(self) -> None:
         now = self._clock()
         if now >= self._rescan_at:
-            if not self._has_lock():
+            if not self._socket.has_lock:
                 self._stop("the lock file was removed")
                 return
             self._check_socket()
             self._note(self._watcher.look())
-            self._debouncer.note(self._failed)
-            self._failed = frozenset()
+            self._schedule.note_failed()
             self._rescan_at = now + self._watcher.interval
-        if self._retry_at is not None and now >= self._retry_at:
-            self._debouncer.note(self._to_retry)
-            self._to_retry.clear()
-            self._retry_at = None
         self._note(self._watcher.recheck())
         self._server.drop_silent()
-        self._note_suspects()
-        if self._has_room_for_due:
-            self._submit_due()
-        if self._staleness_at is not None and now >= self._staleness_at:
-            self._submit(SyncJob(SyncTarget(()), "staleness"))
+        job = self._schedule.take_job()
+        if job is None and self._staleness_at is not None and now >= self._staleness_at:
+            job = SyncJob(SyncTarget(()), Source.STALENESS)
+        if job is not None:
+            self._submit(job)
 
-    @property
-    def _has_room_for_due(self) -> bool:
-        return not self._watch_job_runs and not self._processor.jobs.full()
-
-    def _note_suspects(self) -> None:
-        due, overdue = self._suspects.take_due()
-        self._overdue |= overdue
-        self._debouncer.note(due)
-
-    def _submit_due(self) -> None:
-        changed = frozenset(self._debouncer.take_due())
-        if not changed:
-            return
-        target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
-        self._watch_job_runs = self._submit(SyncJob(target, "watcher", None, changed, changed & self._overdue))
-        self._overdue -= changed
+    def _note(self, changes: Changes) -> None:
+        self._schedule.note(key_of_change(self.home, path) for path in changes.saved | changes.deleted)
 
     def _submit(self, job: SyncJob) -> bool:
-        self._staleness_at = None  # the end of this job sets it again, or that of what keeps it from being queued
+        # The end of this job sets it again, or the end of those that fill the queue.
+        self._staleness_at = None
         return self._processor.submit(job)
 
-    # What wakes the loop
+    # What wakes it
 
     def _on_events(self, mask: int) -> None:
         self._note(self._watcher.drain())
         self._check_socket()
-        if not os.path.exists(projects_root(self.home)) and not self._has_lock():
+        if not os.path.exists(projects_root(self.home)) and not self._socket.has_lock:
             self._stop("the lock file was removed")
         if self._watcher.must_poll:
             self._rescan_at = min(self._rescan_at, self._clock() + self._watcher.interval)
 
-    def _note(self, changes: Changes) -> None:
-        self._debouncer.note(key_of_change(self.home, path) for path in changes.saved | changes.deleted)
+    def _check_socket(self) -> None:
+        """Bind the socket again if it was removed, or something else has its name."""
+        if self._is_stopping or self._socket.is_bound or not self._socket.has_lock:
+            return
+        path = socket_path(self.home)
+        try:
+            self._server.listen(self._socket.bind())
+        except DaemonError as error:
+            self._job_log.write_problems({STRAY: [Problem(path, f"expected to make it again, got: {error}")]})
+        else:
+            self._job_log.write_problems({STRAY: []})
+            self._log.warning("made the socket again, which was gone", socket=path)
 
     def _wake(self) -> None:
-        try:
+        with suppress(OSError):  # it has plenty of reasons to wake already, or is gone
             self._wake_in.send(b"\0")
-        except OSError:
-            pass  # the loop has plenty of reasons to wake already, or is gone
 
     def _on_wake(self, mask: int) -> None:
         import signal
@@ -7109,99 +7255,36 @@ class Daemon:
         if signal.SIGHUP in numbers and not self._is_stopping:
             self._log.info("rescanning everything", reason="SIGHUP")
             self._watcher.look()
-            self._debouncer.note([EVERYTHING])
+            self._schedule.note([EVERYTHING])
         for number in (signal.SIGINT, signal.SIGTERM):
             if number in numbers:
                 self._stop(signal.Signals(number).name)
-        self._finish_jobs()
+        while self._processor.outcomes:
+            self._finish_job(self._processor.outcomes.popleft())
 
     def _install_signals(self) -> None:
         import signal
 
         signal.set_wakeup_fd(self._wake_in.fileno(), warn_on_full_buffer=False)
-        self._opened.append(functools.partial(signal.set_wakeup_fd, -1))
+        self._opened.callback(signal.set_wakeup_fd, -1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: None)
 
-    # Jobs
-
-    def _finish_jobs(self) -> None:
-        while self._processor.outcomes:
-            self._finish_job(self._processor.outcomes.popleft())
-
     def _finish_job(self, outcome: JobOutcome) -> None:
         job = outcome.job
-        if job.source == "watcher":
-            self._watch_job_runs = False
-        if outcome.error and job.source in ("watcher", "start"):
-            self._failed |= job.changed or {EVERYTHING}
-        self._doubt(job, outcome.suspects)
-        self._note_results(outcome)
-        self._log_outcome(outcome)  # before the reply: whoever has that finds the log's line
-        if job.respond_to:
-            job.respond_to(outcome)
-        if job.source not in ("staleness", "bug"):
-            self._staleness_at = self._clock() + STALENESS_DELAY
-
-    def _doubt(self, job: SyncJob, suspects: frozenset[Key]) -> None:
-        if suspects and EVERYTHING in job.changed:
-            suspects = suspects & job.changed | {EVERYTHING}  # what is half-written may be the project's file
-        self._suspects.discard(job.changed - suspects)
-        self._suspects.add(suspects)
-        self._debouncer.end_window(suspects)
-
-    def _note_results(self, outcome: JobOutcome) -> None:
+        self._schedule.finish(outcome)
         for result in outcome.results:
-            (self._to_retry.add if result.retry else self._to_retry.discard)(result.key)
-            if result.has_leftovers or result.errors:
-                self._failed |= {result.key}  # a folder may come back, a lock be free
-            if outcome.job.source == "socket":
-                self._replaced.forget(result.key)
+            if job.source == Source.SOCKET:
+                with suppress(IoError):
+                    forget_replaced(self.home, [result.key])
             notes = {file.path: file.note for file in result.files if file.action in BACKED_UP}
             if notes:
-                self._replaced.note(result.key, notes)
-            for path, note in notes.items():
-                self._log.warning("replaced hand-written text", file=f"{label_for(result.key)}: {path}", note=note)
-            for file in result.files:
-                if file.note.startswith(FOREIGN):
-                    self._log.warning("left alone", file=f"{label_for(result.key)}: {file.path}", note=file.note)
-        if self._to_retry and self._retry_at is None:
-            self._retry_at = self._clock() + RETRY_INTERVAL
-
-    def _log_errors(self, results: Sequence[SyncCodebaseResult]) -> None:
-        """Log the problems that were not there when their codebases were last synced."""
-        new: list[Problem] = []
-        for result in results:
-            told = self._told.pop(result.key, ())
-            new += [problem for problem in result.errors if problem not in told]
-            if result.errors:
-                self._told[result.key] = result.errors
-        for problem in new[:MAX_LOGGED_ERRORS]:
-            self._log.warning("problem", error=problem)
-        if len(new) > MAX_LOGGED_ERRORS:
-            self._log.warning("more problems", count=len(new) - MAX_LOGGED_ERRORS)
-
-    def _log_outcome(self, outcome: JobOutcome) -> None:
-        summary = outcome.summary
-        if outcome.suspects and summary and not summary.written and not summary.errors:
-            return  # told when the suspects are read again
-        if outcome.error:
-            self._log.warning("job failed", source=outcome.job.source, error=outcome.error)
-        elif summary is None:
-            if outcome.statuses:
-                self._log.info("staleness", **outcome.statuses)
-        else:
-            self._log.info(
-                "synced",
-                target=summary.target,
-                source=summary.source,
-                codebases=len(summary.codebases),
-                written=summary.written,
-                unchanged=summary.unchanged,
-                errors=len(summary.errors),
-                ms=summary.duration_ms,
-            )
-            self._log_errors(outcome.results)
+                note_replaced(self.home, result.key, notes, self._wall_clock())
+        self._job_log.write(outcome)  # before the reply, so that the client finds it
+        if job.respond_to:
+            job.respond_to(outcome)
+        if job.source != Source.STALENESS:
+            self._staleness_at = self._clock() + STALENESS_DELAY
 
     # Requests
 
@@ -7215,17 +7298,17 @@ class Daemon:
             self._handle_sync(request, client)
 
     def _handle_sync(self, request: Request, client: Client) -> None:
-        target = SyncTarget.all() if request.codebase is None else SyncTarget.codebase(request.codebase)
-        job = SyncJob(target, "socket", lambda outcome: self._server.reply(client, encode_outcome(outcome)))
         if self._is_stopping:
-            raise ProtocolError(STOPPING)
+            raise ProtocolError(self.STOPPING)
+        target = SyncTarget.all() if request.codebase is None else SyncTarget.codebase(request.codebase)
+        job = SyncJob(target, Source.SOCKET, lambda outcome: self._server.reply(client, outcome.encode()))
         if not self._submit(job):
             raise ProtocolError(f"daemon: expected room for the job, got a queue of {QUEUE_SIZE}: try again")
-        client.is_waiting = True
+        client.state = Client.WAITING
 
     def status(self) -> dict[str, Any]:
         cache = self._processor.cache
-        problems = [*cache.problems, *self._replaced.problems(cache.names)]
+        problems = [*cache.problems, *replaced_problems(self.home, cache.names, self._wall_clock())]
         return {
             "running": True,
             "label": DAEMON_LABEL,
@@ -7251,11 +7334,11 @@ class Daemon:
         self._server.stop_listening()
         for job in self._processor.finish():
             if job.respond_to:
-                job.respond_to(JobOutcome(job, error=STOPPING))
+                job.respond_to(JobOutcome(job, error=self.STOPPING))
 
 
 def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
-    """Run the daemon in the foreground until it is stopped; raises DaemonError, RegistryError."""
+    """Run the daemon until it is stopped; raises DaemonError, RegistryError."""
     return Daemon(home, environ).run()
 
 
