@@ -8355,7 +8355,7 @@ def test_a_stop_does_not_wait_for_ever_for_a_job_that_hangs(live: Home, monkeypa
     daemon.close()
 
 
-BUSY = f"""
+COMPUTES = f"""
 import sys, time
 sys.path[:0] = [{str(HERE)!r}]
 import orchestra
@@ -8376,7 +8376,7 @@ sys.exit(orchestra.main(sys.argv[1:]))
 
 
 def test_a_job_that_computes_without_end_holds_up_neither_status_nor_stop(live: Home, monkeypatch: Any) -> None:
-    monkeypatch.setattr(live, "command", lambda *argv, kind: [sys.executable, "-c", BUSY, *argv])
+    monkeypatch.setattr(live, "command", lambda *argv, kind: [sys.executable, "-c", COMPUTES, *argv])
     daemon = live.start_daemon(stdout=subprocess.PIPE)
     assert daemon.stdout is not None
     interval = next(line for line in daemon.stdout if line.startswith(b"interval "))
