@@ -2019,8 +2019,6 @@ MANAGED_FOLDERS = {  # and the managed files in each
 #   write    as a YAML node
 # A Schema is the Kind of a mapping: the fields of a record are its keys.
 
-STR_TAG, SEQ_TAG, MAP_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
-NULLS = ("", "~", "null", "Null", "NULL")  # YAML 1.2, 10.3.2
 YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
 Pairs = tuple[tuple[str, str], ...]
 
@@ -2052,39 +2050,26 @@ def text_loader() -> Any:
     import operator
 
     yaml = import_yaml()
-    tags = {yaml.ScalarNode: STR_TAG, yaml.SequenceNode: SEQ_TAG, yaml.MappingNode: MAP_TAG}
+    base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+    tags: dict[Any, str] = {
+        yaml.ScalarNode: base.DEFAULT_SCALAR_TAG,
+        yaml.SequenceNode: base.DEFAULT_SEQUENCE_TAG,
+        yaml.MappingNode: base.DEFAULT_MAPPING_TAG,
+    }
 
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
-    # Called at every node for path resolvers, of which there are none: built-in functions do nothing faster.
+    # Called at every node for path resolvers, which we lack: built-in functions do nothing fastest.
     descend, ascend = operator.is_, tuple
-    base = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
 
 
 def is_null(node: YamlNode) -> bool:
-    return node.value in NULLS and not node.style
+    return node.value in ("", "~", "null", "Null", "NULL") and not node.style  # YAML 1.2, 10.3.2
 
 
 # Reading
-
-
-def _has_cycle(root: YamlNode) -> bool:
-    is_done: dict[int, bool] = {}  # by the node's id; False while the nodes below it are visited
-
-    def visit(node: YamlNode) -> bool:
-        if isinstance(node.value, str):
-            return False
-        if id(node) in is_done:
-            return not is_done[id(node)]
-        is_done[id(node)] = False
-        below = itertools.chain.from_iterable(node.value) if node.id == "mapping" else node.value
-        is_cyclic = any(map(visit, below))
-        is_done[id(node)] = True
-        return is_cyclic
-
-    return visit(root)
 
 
 class Document:
@@ -2139,7 +2124,7 @@ class Document:
             return None
         if root is None:
             self.complain("file: expected a mapping, got nothing")
-        elif "*" in text and _has_cycle(root):
+        elif "*" in text and self._has_cycle(root):
             self.complain("yaml: expected aliases that end, got an alias cycle")
             return None
         return root
@@ -2163,6 +2148,22 @@ class Document:
                 raise
             return True
         return False
+
+    def _has_cycle(self, root: YamlNode) -> bool:
+        is_done: dict[int, bool] = {}  # by the node's id; False while the nodes below it are visited
+
+        def visit(node: YamlNode) -> bool:
+            if isinstance(node.value, str):
+                return False
+            if id(node) in is_done:
+                return not is_done[id(node)]
+            is_done[id(node)] = False
+            below = itertools.chain.from_iterable(node.value) if node.id == "mapping" else node.value
+            is_cyclic = any(map(visit, below))
+            is_done[id(node)] = True
+            return is_cyclic
+
+        return visit(root)
 
     def read_text(self, node: YamlNode, key: str) -> Optional[str]:
         """Read a scalar as typed; None where a problem says why."""
@@ -2220,19 +2221,19 @@ class Document:
 def _text_node(text: str) -> YamlNode:
     # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
     yaml = import_yaml()
-    tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, text, (True, False))
-    if not tag.endswith(":timestamp"):
-        tag = STR_TAG
-    style = "|" if "\n" in text else None
-    if text in (*NULLS, "<<") or re.search("[\x85\u2028\u2029]", text):  # would be read as nothing, or as a line end
-        style = '"'
-    return yaml.ScalarNode(tag, text, style=style)
+    resolver = yaml.resolver.Resolver()
+    tag = resolver.resolve(yaml.ScalarNode, text, (True, False))
+    tag = tag if tag.endswith(":timestamp") else resolver.DEFAULT_SCALAR_TAG
+    node = yaml.ScalarNode(tag, text, style="|" if "\n" in text else None)
+    if is_null(node) or text == "<<" or re.search("[\x85\u2028\u2029]", text):  # the last are line ends
+        node.style = '"'
+    return node
 
 
 def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
     yaml = import_yaml()
     pairs = [(_text_node(name), value) for name, value in items.items()]
-    return yaml.MappingNode(MAP_TAG, pairs, flow_style=False)
+    return yaml.MappingNode(yaml.SafeLoader.DEFAULT_MAPPING_TAG, pairs, flow_style=False)
 
 
 def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
@@ -2314,8 +2315,10 @@ class ListOf(Kind):
         return tuple(map(self.item.restore, value))
 
     def write(self, value: Iterable[Any]) -> YamlNode:
+        yaml = import_yaml()
         nodes = [self.item.write(item) for item in value]
-        return import_yaml().SequenceNode(SEQ_TAG, nodes, flow_style=isinstance(self.item, Text))
+        is_inline = isinstance(self.item, Text)
+        return yaml.SequenceNode(yaml.SafeLoader.DEFAULT_SEQUENCE_TAG, nodes, flow_style=is_inline)
 
 
 class TextMap(Kind):
@@ -2467,11 +2470,9 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
 
 # ── 9 Codebases ───────────────────────────────────────────────────────────────
 
+# Records
+
 Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
-Identity = tuple[int, int]  # device and inode, the same under every spelling of a path
-PATIENCE = 2.0  # seconds given to each of the registry's folders, which may be on a dead mount
-MAX_WAITS = 20
-REPOSITORY_ENTRIES = (".git", ".hg", ".svn", ".jj")  # that lie right in a repository
 
 
 class Task(NamedTuple):
@@ -2551,11 +2552,10 @@ PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
 TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
 TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
 TEXTS = ListOf(Text())
-TARGETS = ListOf(OneOf(AGENTS))
 CODEBASE_SCHEMA = Schema(
     Codebase,
     path=Path(),
-    targets=TARGETS,
+    targets=ListOf(OneOf(AGENTS)),
     commands=TextMap(),
     conventions=TEXTS,
     notes=TEXTS,
@@ -2569,10 +2569,16 @@ CODEBASE_SCHEMA = Schema(
         )
     ),
 )
-PROJECT_SCHEMA = Schema(Project, targets=TARGETS, commands=TextMap(), conventions=TEXTS)
+PROJECT_SCHEMA = Schema(
+    Project,
+    targets=ListOf(OneOf(AGENTS)),
+    commands=TextMap(),
+    conventions=TEXTS,
+)
 
 
 def now_rfc3339(clock: Clock = time.time) -> str:
+    """Return the time as records have it: 2026-03-01T00:00:00Z."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
 
 
@@ -2580,7 +2586,7 @@ def now_rfc3339(clock: Clock = time.time) -> str:
 
 
 def is_ignored(name: str) -> bool:
-    """Say whether a name in the registry is an editor's own (backup, swap, lock) or otherwise hidden."""
+    """Return whether a name in the registry is hidden, or an editor's backup, swap or lock file."""
     return name.startswith((".", "#")) or name.endswith("~")
 
 
@@ -2612,30 +2618,26 @@ def label_for(key: Key) -> str:
     return f"{key[0]}/{key[1]}"
 
 
-def short_names(keys: Iterable[Key]) -> dict[Key, str]:
-    """Name codebases as briefly as they stay unique: api, or shop/api where two projects have one."""
-    keys = list(keys)
-    counts: dict[str, int] = {}
-    for _, name in keys:
-        counts[name] = counts.get(name, 0) + 1
-    return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
-
-
 # Whose folder
 
+# A folder belongs to one codebase. It may have several paths (links, bind mounts, a volume that
+# ignores case), so the registry's folders are compared by device and inode; and it may be on a dead
+# mount, so they are looked up in a thread, when the first is asked for.
 
-def absolute_path(path: str) -> str:
-    """Make a path absolute and spell it plainly: no //, not at its beginning either, no . and no final slash."""
-    return "/" + os.path.abspath(path).lstrip("/")
+Identity = tuple[int, int]  # device and inode
+
+
+def absolute_path(home: str, path: str) -> str:
+    """Make a path absolute, links not resolved: no ~, no // (not even in front), no . and no final slash."""
+    return "/" + os.path.abspath(expand_home(home, path)).lstrip("/")
 
 
 def codebase_root(home: str, codebase: Codebase) -> str:
-    """Give the absolute path of a codebase's folder; links in it are not resolved."""
-    return absolute_path(expand_home(home, codebase.path))
+    return absolute_path(home, codebase.path)
 
 
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
-    """Return the device and inode of a folder, None for one that is not there or cannot be reached."""
+    """Return a folder's device and inode; None if it is missing or cannot be reached."""
     try:
         info = os.stat(path, follow_symlinks=follow)
     except (OSError, ValueError):
@@ -2644,7 +2646,7 @@ def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
 
 
 def climb(folder: str) -> Iterator[str]:
-    """Give a folder and those it lies in by its path, the innermost first."""
+    """Iterate over a folder and those above it, innermost first."""
     while True:
         yield folder
         folder, below = os.path.dirname(folder), folder
@@ -2652,21 +2654,18 @@ def climb(folder: str) -> Iterator[str]:
             return
 
 
-def _parents_of(path: str, seen: set[str]) -> Iterator[str]:
-    """Give the folders that a path lies in: the one its spelling names, and those that links really lead to."""
-    parent = os.path.dirname(path)
-    if parent not in seen:
-        yield parent
-        yield real_path(parent)
-    if os.path.islink(path):
-        yield os.path.dirname(real_path(path))
+def is_repository(folder: str) -> bool:
+    return any(os.path.lexists(f"{folder}/{name}") for name in (".git", ".hg", ".svn", ".jj"))
 
 
 class Folders:
-    """Which folders some paths lead to: `spellings` has the paths of each, `inner` one below each folder around them.
+    """The folders of some paths: `spellings` has the paths of each, `inner` one path below each folder around them.
 
-    They are looked at aside, since one on a dead mount may never answer: what does not in time is nobody's.
+    A folder that does not answer in time is nobody's.
     """
+
+    PATIENCE = 2.0  # seconds for each folder
+    WAITS = 20  # in which they are waited for: the clock may leap
 
     def __init__(self, paths: Iterable[str], look: Callable[[str], Optional[Identity]]) -> None:
         import _thread  # importing threading takes a millisecond
@@ -2680,8 +2679,18 @@ class Folders:
         done.acquire()
         _thread.start_new_thread(self._look_at_all, (done,))
         count, waits = 0, 0
-        while waits < MAX_WAITS and not done.acquire(timeout=PATIENCE / MAX_WAITS):  # in parts: a clock may leap
+        while waits < self.WAITS and not done.acquire(timeout=self.PATIENCE / self.WAITS):
             count, waits = self._count, waits + 1 if count == self._count else 0
+
+    @staticmethod
+    def above(path: str, seen: Container[str] = ()) -> Iterator[Iterator[str]]:
+        """Iterate over the folders above a path: by its spelling, and where links really lead."""
+        parent = os.path.dirname(path)
+        if parent not in seen:
+            yield climb(parent)
+            yield climb(real_path(parent))
+        if os.path.islink(path):
+            yield climb(os.path.dirname(real_path(path)))
 
     def _look_at_all(self, done: Any) -> None:
         seen: set[str] = set()
@@ -2691,15 +2700,13 @@ class Folders:
                 self._count += 1
                 if identity:
                     self.spellings.setdefault(identity, []).append(path)
-                    self._look_around(path, seen)
+                    self._look_above(path, seen)
         finally:
             done.release()
 
-    def _look_around(self, path: str, seen: set[str]) -> None:
-        for start in _parents_of(path, seen):
-            for folder in climb(start):
-                if folder in seen:
-                    break
+    def _look_above(self, path: str, seen: set[str]) -> None:
+        for folders in self.above(path, seen):
+            for folder in itertools.takewhile(lambda folder: folder not in seen, folders):
                 seen.add(folder)
                 identity = self._look(folder)
                 if identity:
@@ -2707,16 +2714,15 @@ class Folders:
 
 
 def claim_order(codebases: Mapping[Key, Codebase], key: Key) -> tuple[bool, str, Key]:
-    """Sort the codebases that claim one folder: the one registered first keeps it."""
+    """Return a sort key for codebases that claim one folder: it belongs to the one registered first."""
     created_at = codebases[key].created_at if key in codebases else ""
     return (not created_at, created_at, key)
 
 
 class Owners(dict[str, Key]):
-    """The codebase that has a folder, by the path that its file names.
+    """The codebases by the paths that their files name.
 
-    One folder may have several paths (links, bind mounts, a volume that ignores case): device and inode tell. No
-    folder is looked at before that is asked for, and then all are, once; what concerns a codebase is looked at again.
+    Folders are looked up together, once; what is found for one codebase is checked again.
     """
 
     def __init__(
@@ -2743,13 +2749,13 @@ class Owners(dict[str, Key]):
         return self._folders
 
     def keys_at(self, identity: Optional[Identity], without: Optional[Key] = None) -> list[Key]:
-        """List the codebases that have a folder, the one registered first in front."""
+        """List the codebases that have a folder, the one it belongs to first."""
         paths = self.folders.spellings.get(identity, ()) if identity else ()
         found = {self[path] for path in paths if self[path] != without and self._look(path) == identity}
         return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
 
     def first_at(self, identity: Identity, key: Key, path: str) -> Key:
-        """Find the codebase that keeps a folder to which the `path` of `key` leads."""
+        """Find the codebase that a folder belongs to; the `path` of `key` leads there."""
         known = self.folders.spellings.setdefault(identity, [])
         if path in self and path not in known:
             known.append(path)  # it was made, or mounted, since they were looked at
@@ -2757,34 +2763,28 @@ class Owners(dict[str, Key]):
         return min(key, others[0], key=lambda key: claim_order(self._codebases, key)) if others else key
 
     def key_inside(self, identity: Optional[Identity]) -> Optional[Key]:
-        """Find a codebase whose folder lies somewhere in a folder."""
+        """Find a codebase whose folder is below a folder."""
         path = self.folders.inner.get(identity) if identity else None
-        around = (folder for start in _parents_of(path, set()) for folder in climb(start)) if path else ()
-        return self[path] if path and identity in map(self._look, around) else None
+        above = itertools.chain.from_iterable(Folders.above(path)) if path else ()
+        return self[path] if path and identity in map(self._look, above) else None
 
-
-def is_repository(folder: str) -> bool:
-    return any(os.path.lexists(f"{folder}/{name}") for name in REPOSITORY_ENTRIES)
-
-
-def why_unfit(home: str, folder: str, identity: Identity, owners: Owners) -> str:
-    """Say why a folder cannot be a codebase's, "" where it can; `folder` is free of links."""
-    expected = "expected the folder of one codebase, got"
-    if identity == owners.look_once(home):
-        return f"{expected} the home folder"
-    if identity == owners.look_once("/"):
-        return f"{expected} the root of the file system"
-    own = owners.look_once(orchestra_root(home))
-    if own and (own == identity or own in owners.look_around_once(os.path.dirname(folder))):
-        return f"{expected} a place of Orchestra's own"
-    inner = owners.key_inside(identity)
-    if inner and not is_repository(folder):
-        return f"{expected} one that holds {label_for(inner)} and is no repository itself"
-    return ""
+    def why_unfit(self, home: str, folder: str, identity: Identity) -> str:
+        """Return why a folder cannot be a codebase's, "" where it can; its path is free of links."""
+        if identity == self.look_once(home):
+            return "the home folder cannot be a codebase"
+        if identity == self.look_once("/"):
+            return "the root of the file system cannot be a codebase"
+        own = self.look_once(orchestra_root(home))
+        if own and (own == identity or own in self.look_around_once(os.path.dirname(folder))):
+            return "a folder of Orchestra's own cannot be a codebase"
+        inner = self.key_inside(identity)
+        if inner and not is_repository(folder):
+            return f"it contains {label_for(inner)} and is not a repository itself"
+        return ""
 
 
 def spell_path(home: str, path: str) -> str:
-    """Write a path as ~/... where it leads through the home folder, under whatever spelling: a home may be moved."""
+    """Write a path as ~/... if it leads through the home folder, however that is spelled: a home may be moved."""
     short = shorten_home(home, path)
     identity = identity_of(home) if short == path else None
     for folder in climb(os.path.dirname(path)) if identity else ():
@@ -2799,7 +2799,7 @@ def listed_name(
     list_names: Callable[[str], Sequence[str]] = os.listdir,
     look: Callable[[str, bool], Optional[Identity]] = identity_of,
 ) -> str:
-    """Spell a name as its folder lists it: a volume that ignores case finds it under other spellings too."""
+    """Spell a name as its folder lists it: a volume that ignores case finds it by other spellings too."""
     identity = look(f"{folder}/{name}", False)
     names = sorted(list_names(folder)) if identity else []
     if name in names:
@@ -2845,6 +2845,14 @@ class Registry(NamedTuple):
     @property
     def keys(self) -> list[Key]:
         return sorted([*self.codebases, *self.broken])
+
+    @property
+    def short_names(self) -> dict[Key, str]:
+        """Codebases by as short a name as is unique: api, or shop/api where two projects have one."""
+        counts: dict[str, int] = {}
+        for _, name in self.keys:
+            counts[name] = counts.get(name, 0) + 1
+        return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
 
     @property
     def problems(self) -> list[Problem]:
@@ -2938,7 +2946,7 @@ def inherit(codebase: Codebase, project: Project) -> Codebase:
 
 
 def is_current(home: str, codebase: Codebase) -> bool:
-    """Say whether the files a codebase was read from still hold the same."""
+    """Return whether the files that a codebase was read from are still the same."""
     files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
     found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
     return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
@@ -3181,23 +3189,21 @@ def load_codebase(home: str, project: str, name: str, inherits: bool = False) ->
 # Writing
 
 
-def _registry_label(key: Key, file: str) -> str:
-    return f"{label_for(key)}/{os.path.basename(file)}"
-
-
-def _find_registry_label(path: str) -> str:
-    """Name the backups of a registry file that a killed command has left; unknown/unknown where it is nobody's."""
-    folder, name = os.path.split(path)
-    key = (os.path.basename(folder), os.path.splitext(name)[0])
-    name = name if can_be_kept_as(name) else "leftover.yaml"
-    return _registry_label(key if is_valid_key(key) else ("unknown", "unknown"), name)
-
-
 class RegistryTurn(Turn):
     """A turn at the registry; a file's label is its codebase and its name, as in shop/api/api.yaml."""
 
     def __init__(self, home: str, clock: Clock) -> None:
         super().__init__(home, registry_lock_path(home), backups_root(home), clock)
+
+    def label_of(self, key: Key, file: str) -> str:
+        return f"{label_for(key)}/{os.path.basename(file)}"
+
+    def find_label(self, path: str) -> str:
+        """Return the label of a file by its path, or of unknown/unknown if it is no codebase's."""
+        folder, name = os.path.split(path)
+        key = (os.path.basename(folder), os.path.splitext(name)[0])
+        name = name if can_be_kept_as(name) else "leftover.yaml"
+        return self.label_of(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
     def split_label(self, label: str) -> tuple[Key, str]:
         project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
@@ -3207,7 +3213,7 @@ class RegistryTurn(Turn):
         folders = folders_below(projects_root(self.home))
         if left.swap:
             folders.append(os.path.dirname(left.swap.path))
-        self.clean_up(folders, _find_registry_label, left)
+        self.clean_up(folders, self.find_label, left)
 
     def write(self, file: str, label: str, text: str, expected: Disk) -> None:
         with blame(file):
@@ -3216,24 +3222,33 @@ class RegistryTurn(Turn):
                 replace_file(place, text.encode(), expected, self, mode=0o600, durable=True)
             sync_folder(os.path.dirname(file))
 
-
-def _normalize_codebase(root: YamlNode) -> YamlNode:
-    return CODEBASE_SCHEMA.write(CODEBASE_SCHEMA.read(Document(""), root, project=""))
+    @contextmanager
+    def refusing_changes(self, file: str) -> Iterator[None]:
+        """Raise RegistryError if the file changes inside the `with`, and IoError for an OSError."""
+        with blame(file):
+            try:
+                yield
+            except FileChanged:
+                raise RegistryError(f"{file}: changed while Orchestra was writing it", "try again") from None
 
 
 def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
-    """Save a codebase's file. Keys Orchestra does not know, comments, and all that did not change stay as typed.
+    """Save a codebase's file; comments, unknown keys and all that did not change stay as typed.
 
-    Where that cannot be, the file is written afresh and the old one is kept in the backups. Raises
-    RegistryError for a name that cannot be one and for an old file that cannot be read, FileChanged where it is
-    no longer the one that the codebase was loaded from, IoError.
+    Where that is not possible the file is written anew, and the old one kept in the backups. Raises
+    RegistryError for an invalid name, and for an old file that cannot be read; FileChanged if that
+    is not the one the codebase was loaded from; IoError.
     """
+
+    def normalize(root: YamlNode) -> YamlNode:
+        return CODEBASE_SCHEMA.write(CODEBASE_SCHEMA.read(Document(""), root, project=""))
+
     check_name("project", codebase.project)
     check_name("codebase", codebase.name)
-    key, new = codebase.key, CODEBASE_SCHEMA.write(codebase)
-    file = real_path(codebase_path(home, key))
-    label = _registry_label(key, file)
+    new = CODEBASE_SCHEMA.write(codebase)
+    file = real_path(codebase_path(home, codebase.key))
     with RegistryTurn(home, clock) as turn:
+        label = turn.label_of(codebase.key, file)
         disk = read_disk(file)
         if codebase.digest and codebase.digest != sha256_of(disk.data):
             raise FileChanged(file)
@@ -3243,7 +3258,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
             old = doc.parse()
             if old is None or old.id != "mapping":
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
-            text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, _normalize_codebase)
+            text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, normalize)
             if text is None:
                 turn.back_up(label, disk, "written afresh", DISPLACED)
             elif disk.data.startswith(BOM):
@@ -3251,37 +3266,28 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
         turn.write(file, label, dump_yaml(new) if text is None else text, disk)
 
 
-@contextmanager
-def _expect_stillness(file: str) -> Iterator[None]:
-    with blame(file):
-        try:
-            yield
-        except FileChanged:
-            raise RegistryError(f"{file}: it was saved while Orchestra was writing it", "try again") from None
-
-
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
-    """Write a new registry file, and say whether it was new: one that is there stays as it is."""
+    """Write a registry file unless there is one, and return whether there was none."""
     with RegistryTurn(home, clock) as turn:
         if os.path.lexists(file):
             return False
-        with _expect_stillness(file):
-            turn.write(file, _find_registry_label(file), dump_yaml(root), ABSENT)
+        with turn.refusing_changes(file):
+            turn.write(file, turn.find_label(file), dump_yaml(root), ABSENT)
     return True
 
 
 def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
-    """Take a codebase's file out of the registry, and return where it is kept; raises IoError."""
+    """Move a codebase's file to the backups, and return its new path; raises IoError."""
     file = codebase_path(home, key)
-    label = _registry_label(key, file)
     with RegistryTurn(home, clock) as turn:
+        label = turn.label_of(key, file)
         disk = read_disk(real_path(file))
         if disk.kind != "file":
             raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
         when = turn.back_up(label, disk, "removed from the registry")
-        with _expect_stillness(file):
+        with turn.refusing_changes(file):
             if os.path.islink(file):
-                remove_private(file)  # what it leads to stays: another registry may have it
+                remove_private(file)  # its target stays: another registry may have it
             else:
                 with open_place(file, label) as place:
                     remove_file(place, disk, turn)
@@ -3289,7 +3295,7 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
 
 
 def clear_registry(home: str) -> None:
-    """Clear up after a command that was killed while it changed the registry; raises IoError."""
+    """Clean up after a command that was killed while it changed the registry; raises IoError."""
     with RegistryTurn(home, time.time):
         pass
 
@@ -4665,7 +4671,7 @@ def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key], purge: b
     if owner != codebase.key:
         problem = f"expected a folder of its own, got another path to the folder which {label_for(owner)} has"
         raise SyncError(f"{path}: {problem}", edit)
-    problem = "" if purge else why_unfit(home, root, identity, owners)
+    problem = "" if purge else owners.why_unfit(home, root, identity)
     if problem:
         raise SyncError(f"{path}: {problem}: nothing is written there", edit)
     return root
@@ -6592,7 +6598,7 @@ class RegistryCache(NamedTuple):
         """Make the next cache, after the registry was read and codebases synced."""
         names = self.names
         if self.registry.codebases.keys() != registry.codebases.keys() or self.registry.broken or registry.broken:
-            names = short_names(registry.keys)
+            names = registry.short_names
         failures = {key: problems for key, problems in self.failures.items() if key in registry.codebases}
         for result in results:
             failures.pop(result.key, None)
@@ -7982,7 +7988,7 @@ class Registration:
 
     def _check_folder(self, owners: Owners) -> None:
         identity = identity_of(self.path)
-        problem = identity and why_unfit(self.home, real_path(self.path), identity, owners)
+        problem = identity and owners.why_unfit(self.home, real_path(self.path), identity)
         if problem:
             hint = "name the folder of one codebase, or of a repository that holds several"
             raise RegistryError(f"{self.path}: {problem}", hint)
@@ -8098,7 +8104,7 @@ class Commands:
         if not path:
             raise UsageError("path: expected a folder, got nothing")
         with blame("the current folder"):
-            return absolute_path(expand_home(self.home, path))
+            return absolute_path(self.home, path)
 
     def _register(self, key: Key, path: str, sync: bool = False) -> int:
         registration = Registration(self.home, key, path, self.args.type)

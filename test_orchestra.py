@@ -2098,7 +2098,7 @@ def test_folders_stay_known_until_the_registry_names_others(home: Home) -> None:
 
 
 def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
-    monkeypatch.setattr(orchestra, "PATIENCE", 0.01)
+    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.01)
     answer, answered = threading.Event(), []
 
     def look(path: str) -> orchestra.Identity:
@@ -2112,7 +2112,7 @@ def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
 
 
 def test_folders_that_answer_slowly_are_waited_for(monkeypatch: Any) -> None:
-    monkeypatch.setattr(orchestra, "PATIENCE", 0.2)
+    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.2)
     owners = owners_of(lambda path: (1, time.sleep(0.02) or 2), **{f"c{i}": f"/{i}" for i in range(12)})
     assert len(owners.folders.spellings[1, 2]) == 12
 
@@ -2157,25 +2157,25 @@ def test_a_folder_under_a_second_path_is_the_same_folder(home: Home, monkeypatch
 def test_the_folder_above_is_known_under_a_second_path_too(home: Home) -> None:
     home.make_codebase("shop/api")
     with bound(home.code / "shop", home.code / "other"), bound(Path(home.path), home.code / "home"):
-        for path, found in [("other", "one that holds shop/api"), ("home", "the home folder")]:
+        for path, found in [("other", "it contains shop/api"), ("home", "the home folder")]:
             ran = home.run("init", str(home.code / path), "-p", "shop")
-            assert ran.status == 2 and f"{path}: expected the folder of one codebase, got {found}" in ran.err
+            assert ran.status == 2 and f"{path}: {found}" in ran.err
         (home.code / "home/code").mkdir()
         home.run_fine("init", str(home.code / "home/code"), "-p", "shop")
         assert home.registry().codebases[("shop", "code")].path == "~/code"
 
 
 UNFIT = [
-    ("~/", "the home folder"),
-    ("/", "the root of the file system"),
-    ("~/.orchestra", "a place of Orchestra's own"),
-    ("~/.orchestra/projects/shop", "a place of Orchestra's own"),
-    ("~/link", "the home folder"),
-    ("~/own", "a place of Orchestra's own"),
-    ("{code}", "one that holds shop/api and is no repository itself"),
-    ("{code}/shop/", "one that holds shop/api and is no repository itself"),
-    ("{code}/real", "one that holds shop/api and is no repository itself"),
-    ("{code}/deep", "one that holds shop/api and is no repository itself"),
+    ("~/", "the home folder cannot be a codebase"),
+    ("/", "the root of the file system cannot be a codebase"),
+    ("~/.orchestra", "a folder of Orchestra's own cannot be a codebase"),
+    ("~/.orchestra/projects/shop", "a folder of Orchestra's own cannot be a codebase"),
+    ("~/link", "the home folder cannot be a codebase"),
+    ("~/own", "a folder of Orchestra's own cannot be a codebase"),
+    ("{code}", "it contains shop/api and is not a repository itself"),
+    ("{code}/shop/", "it contains shop/api and is not a repository itself"),
+    ("{code}/real", "it contains shop/api and is not a repository itself"),
+    ("{code}/deep", "it contains shop/api and is not a repository itself"),
 ]
 
 
@@ -2196,10 +2196,10 @@ def test_folders_that_are_no_codebase_are_refused(home: Home, path: str, found: 
     ran = home.run("init", path, "-p", "shop")
     place = os.path.normpath(path.replace("~", home.path))
     assert ran.status == 2
-    assert ran.complaints == [f"orchestra: {place}: expected the folder of one codebase, got {found}"]
+    assert ran.complaints == [f"orchestra: {place}: {found}"]
     home.register("shop/half", path=path)
     ran = home.run("sync", "half", *(["--dry-run"] if path == "/" else []))
-    problem = f"{place}: expected the folder of one codebase, got {found}: nothing is written there"
+    problem = f"{place}: {found}: nothing is written there"
     assert (ran.status, ran.err) == (2, f"orchestra: shop/half: {problem}\n  try: orchestra edit shop/half\n")
     assert home.status_of("shop/half") == "error"
     os.unlink(orchestra.codebase_path(home.path, ("shop", "half")))
@@ -2313,7 +2313,8 @@ def test_a_short_name_is_enough_while_it_is_unique(home: Home, name: str, expect
 
 
 def test_the_short_names_of_codebases_are_those_that_find_them() -> None:
-    assert sorted(orchestra.short_names(KEYS).values()) == ["blog/api", "shop/api", "web"]
+    registry = orchestra.Registry({}, dict.fromkeys(KEYS, ()), (), orchestra.Owners())
+    assert sorted(registry.short_names.values()) == ["blog/api", "shop/api", "web"]
 
 
 def comparable(registry: orchestra.Registry) -> Any:
