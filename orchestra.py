@@ -7393,6 +7393,8 @@ def run_program(
 
 # The program and PyYAML
 
+PYTHON_TIMEOUT = 60.0  # seconds for a Python to show that it works
+PIP_TIMEOUT = 300.0  # seconds
 PYYAML_VERSION = "6.0.3"
 # The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them: for
 # each of Python 3.9 to 3.14 and 3.14t those of macOS x86-64, ARM64; Linux with glibc
@@ -7451,26 +7453,16 @@ def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exis
     return stable if exists(stable) else python
 
 
-class Installer:
+class Installer(NamedTuple):
     """Installs the running script for this user, and PyYAML for its Python.
 
-    All methods raise OrchestraError. `say` is called with what takes long.
+    All methods raise OrchestraError. `say` is called before something slow.
     """
 
-    PROGRAM_TIMEOUT = 60.0  # seconds for a Python to show that it works
-    PIP_TIMEOUT = 300.0  # seconds
-
-    def __init__(
-        self,
-        home: str,
-        environ: Mapping[str, str] = os.environ,
-        say: Callable[[str], None] = lambda text: None,
-        run: Runner = run_program,
-    ) -> None:
-        self.home = home
-        self.environ = environ
-        self.say = say
-        self.run = run
+    home: str
+    environ: Mapping[str, str] = os.environ
+    say: Callable[[str], None] = lambda text: None
+    run: Runner = run_program
 
     def ensure_yaml(self) -> None:
         """Make PyYAML importable: Python's own, or a copy fetched on the first run."""
@@ -7494,7 +7486,7 @@ class Installer:
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
             raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
-        with Lock(pip_lock_path(self.home), timeout=self.PIP_TIMEOUT):
+        with Lock(pip_lock_path(self.home), timeout=PIP_TIMEOUT):
             if os.path.isdir(f"{lib}/yaml"):
                 return  # another first run has just fetched it
             self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
@@ -7523,7 +7515,7 @@ class Installer:
             text = f"PyYAML=={PYYAML_VERSION}{hashes}\n"
             save_private(requirements, text.encode(), new_token(), durable=False)
             # `python -m pip` would run a pip.py in its current folder.
-            return self.run(argv, self.PIP_TIMEOUT, folder=run_dir(self.home))
+            return self.run(argv, PIP_TIMEOUT, folder=run_dir(self.home))
         finally:
             remove_private(requirements)
 
@@ -7546,14 +7538,14 @@ class Installer:
             candidates.insert(0, os.path.join(sys.base_prefix, "bin", version))
         check = "import sys; sys.exit(sys.version_info < (3, 9))"
         for python in map(stable_python_path, candidates):
-            if self.run([python, "-I", "-c", check], self.PROGRAM_TIMEOUT).code == 0:
+            if self.run([python, "-I", "-c", check], PYTHON_TIMEOUT).code == 0:
                 return python
         raise UsageError(f"no Python that works: tried {' and '.join(candidates)}")
 
     def install(self) -> str:
         """Install the running script and what it needs; return the executable's path."""
         python = self.choose_python()
-        if self.run([python, "-I", "-c", "import yaml"], self.PROGRAM_TIMEOUT).code:
+        if self.run([python, "-I", "-c", "import yaml"], PYTHON_TIMEOUT).code:
             self.fetch_yaml(python)
         return self.install_program(python, os.path.abspath(__file__))
 
@@ -7621,18 +7613,17 @@ class Installer:
 # An exit status of launchctl proves little (5 means five things), and `bootout` returns
 # before the service is gone; so `launchctl print` and the daemon itself are asked.
 # Sources: launchd.plist(5), launchctl(1), and the issue trackers of tools that use them.
+# `install_launchd` takes these steps:
 #
-# To install, `install_launchd`:
+#   1 `check_session`: without a desktop session, nothing can be loaded.
+#   2 Save the plist; `unload` the old service and `stop_daemon`, if one was started by
+#     hand. Both wait for its end.
+#   3 Enable the label, since a disabled one is refused, and `load` the plist.
+#   4 `start_daemon`: RunAtLoad starts it. Only if it does not answer, `kickstart -k`: that
+#     kills one that is still starting, and launchd then waits for 10 s.
+#   5 Succeed only if a new daemon of this version answers, and still does a second later.
 #
-#   1 checks that there is a desktop session: without one, nothing can be loaded;
-#   2 saves the plist, unloads the old service, stops a daemon started by hand, and waits
-#     until both have ended;
-#   3 enables the label, since a disabled one is refused, and loads the plist;
-#   4 waits for the daemon, which RunAtLoad starts. Only if it does not answer, it uses
-#     `kickstart -k`, which would kill one that is still starting and delay it by 10 s;
-#   5 succeeds only if a new daemon of this version answers, and still does after a second.
-#
-# If step 2 to 5 fails, the old plist is put back and loaded.
+# If one of steps 2 to 5 fails, the old plist is put back and loaded again.
 
 
 class Launchd:
@@ -7937,7 +7928,7 @@ def format_age(seconds: Optional[int]) -> str:
 # Registering
 
 
-class Registration:
+class Registration(NamedTuple):
     """Add a folder to the registry, or find it there.
 
     1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
@@ -7947,11 +7938,10 @@ class Registration:
       values and create its file.
     """
 
-    def __init__(self, home: str, key: Key, path: str, project_type: Optional[str]) -> None:
-        self.home = home
-        self.key = key
-        self.path = path
-        self.project_type = project_type
+    home: str
+    key: Key
+    path: str
+    project_type: Optional[str]
 
     @property
     def label(self) -> str:
@@ -7961,21 +7951,20 @@ class Registration:
     def file(self) -> str:
         return shorten_home(self.home, codebase_path(self.home, self.key))
 
-    def run(self) -> Registry:
-        """Register, print what was done, and return the new registry.
-
-        Raises OrchestraError.
-        """
+    def run(self) -> tuple[Key, Registry]:
+        """Register, print what was done; return the key and the new registry."""
         self._check_folder(Owners())
         check_name("project", self.key[0])
         check_name("codebase", self.key[1])
         if not os.path.isdir(self.path):
             is_file = os.path.exists(self.path)
-            problem = "that is a file, not a folder" if is_file else "no such folder"
-            raise RegistryError(f"{self.path}: {problem}")
+            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
         clear_registry(self.home)
-        registry = load_registry(self.home)
-        self.key = listed_key(self.home, self.key)
+        listed = self._replace(key=listed_key(self.home, self.key))
+        listed._enter(load_registry(self.home))
+        return listed.key, load_registry(self.home)
+
+    def _enter(self, registry: Registry) -> None:
         self._check_is_free(registry)
         self._check_folder(registry.owners)
         if self.key in registry.codebases:
@@ -7984,7 +7973,6 @@ class Registration:
         else:
             self._create()
             self._note_outer_codebases(registry)
-        return load_registry(self.home)
 
     def _check_folder(self, owners: Owners) -> None:
         identity = identity_of(self.path)
@@ -8080,13 +8068,12 @@ class Registration:
 # The commands
 
 
-class Commands:
+class Commands(NamedTuple):
     """One method per command. It prints results, and returns the exit status."""
 
-    def __init__(self, home: str, args: argparse.Namespace, environ: Mapping[str, str]) -> None:
-        self.home = home
-        self.args: Any = args
-        self.environ = environ
+    home: str
+    args: Any  # an argparse.Namespace
+    environ: Mapping[str, str]
 
     # Registering
 
@@ -8107,9 +8094,7 @@ class Commands:
             return absolute_path(self.home, path)
 
     def _register(self, key: Key, path: str, sync: bool = False) -> int:
-        registration = Registration(self.home, key, path, self.args.type)
-        registry = registration.run()
-        key = registration.key
+        key, registry = Registration(self.home, key, path, self.args.type).run()
         if sync:
             results = self._sync(registry, SyncScope.codebase(label_for(key)))
             self._print_results(results)
