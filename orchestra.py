@@ -56,19 +56,24 @@ Contents
 Each section uses only those above it.
 """
 
-# Down to the call of `narrow_import_path`, only what is built in may be imported. `from __future__` is an import like
-# any other, so annotations are evaluated: one that names a class further down is quoted.
+# Start-up. Until `narrow_import_path` is called, only built-in modules may be imported.
+# `__future__` is not one: annotations are evaluated, and those that name a class further
+# down are quoted.
 import sys
 
 if sys.version_info < (3, 9) or sys.platform == "win32":
-    # Python 3.7 and 3.8 get this far, and no farther.
+    # Python 3.7 and 3.8 can run this file up to here.
     found = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {sys.platform}"
-    sys.stderr.write(f"orchestra: expected Python 3.9 or newer on macOS or Linux, got {found}\n")
+    sys.stderr.write(f"orchestra: needs Python 3.9 or newer on macOS or Linux (found {found})\n")
     sys.exit(2)
 
 
 def narrow_import_path() -> None:
-    """Take the script's folder, the current one and PYTHONPATH's out of sys.path: a json.py there must not run."""
+    """Remove from sys.path what the user may not trust: a json.py there must not run.
+
+    That is the current folder, the script's, and PYTHONPATH's, unless they are Python's
+    own. If Python has already imported a module from there, exit with a message.
+    """
     import posix
 
     def identify(path: str) -> "Optional[tuple[int, int]]":
@@ -78,22 +83,25 @@ def narrow_import_path() -> None:
             return None  # nothing can be imported from there
         return found.st_dev, found.st_ino
 
-    strangers = ["."]
+    untrusted = ["."]
     if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
-        strangers.append(sys.path[0])  # the script's, links to it followed; of python -m and the like the current one
+        untrusted.append(sys.path[0])  # the script's folder; with python -m, the current one
     if not sys.flags.ignore_environment:
-        strangers += posix.environ.get(b"PYTHONPATH", b"").decode("utf-8", "surrogateescape").split(":")
+        variable = posix.environ.get(b"PYTHONPATH", b"")
+        untrusted += variable.decode("utf-8", "surrogateescape").split(":")
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    own = [f"{prefix}/{sys.platlibdir}/{version}" for prefix in (sys.base_prefix, sys.base_exec_prefix)]
-    own += [f"{folder}/lib-dynload" for folder in own]  # Python's own stay, wherever the user stands
-    shut_out = {*map(identify, strangers)} - {*map(identify, own)}
-    sys.path[:] = [path for path in sys.path if identify(path) not in shut_out]
+    prefixes = (sys.base_prefix, sys.base_exec_prefix)
+    own = [f"{prefix}/{sys.platlibdir}/{version}" for prefix in prefixes]
+    own += [f"{folder}/lib-dynload" for folder in own]
+    removed = {*map(identify, untrusted)} - {*map(identify, own)}
+    sys.path[:] = [path for path in sys.path if identify(path) not in removed]
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         folder = file.replace("/__init__.py", ".py").rpartition("/")[0]
         is_pythons = name != "__main__" and any(identify(f"{own[0]}/{name}{end}") for end in ("", ".py"))
-        if is_pythons and folder and identify(folder) in shut_out:  # for sitecustomize, or a .pth file
-            sys.stderr.write(f"orchestra: {file} was loaded in place of Python's own {name}\n  try: unset PYTHONPATH\n")
+        if is_pythons and folder and identify(folder) in removed:  # by sitecustomize or a .pth file
+            problem = f"{file} was loaded in place of Python's own {name}"
+            sys.stderr.write(f"orchestra: {problem}\n  try: unset PYTHONPATH\n")
             sys.exit(2)
 
 
@@ -115,23 +123,24 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import SimpleNamespace
 
-TYPE_CHECKING = False  # mypy takes it for true
+# Importing typing would cost 7 ms of each start, so these stand in for it.
+TYPE_CHECKING = False  # mypy assumes True
 if TYPE_CHECKING:
-    import argparse
     from typing import Any, NamedTuple, Optional, TypeVar
 
     AnyLock = TypeVar("AnyLock", bound="Lock")
 else:
 
     class RecordMaker(type):
-        """Make what typing.NamedTuple makes, without typing's checks and its import: 7 ms of every start."""
+        """Make what typing.NamedTuple makes, without its checks."""
 
         def __new__(cls, name, bases, namespace):
             if not bases:
                 return super().__new__(cls, name, bases, namespace)
             fields = namespace.pop("__annotations__", None)
             if fields is None:
-                fields = namespace.pop("__annotate_func__")(1)  # Python 3.14 evaluates them on demand (PEP 749)
+                # Python 3.14 evaluates annotations on demand (PEP 749).
+                fields = namespace.pop("__annotate_func__")(1)
             defaults = [namespace.pop(field) for field in fields if field in namespace]
             made = namedtuple(name, fields, defaults=defaults)
             for attribute, value in namespace.items():
@@ -142,18 +151,17 @@ else:
         pass
 
     class Optional:
-        """What an annotation needs of typing.Optional: to be evaluated."""
+        """Lets Optional[...] be evaluated in annotations."""
 
         def __class_getitem__(cls, item):
             return object
 
     Any = object
-    argparse = SimpleNamespace(Namespace=object, ArgumentParser=object)  # imported where it is used
 
 __version__ = "0.1.0"
 
-Clock = Callable[[], float]  # gives seconds
-Buffer = Any  # bytes, or a view of some; typing's name for it is newer than Python 3.9
+Clock = Callable[[], float]  # returns seconds
+Buffer = Any  # bytes or a memoryview; collections.abc.Buffer is newer than Python 3.9
 
 
 # ══ I Ground ══════════════════════════════════════════════════════════════════
@@ -8403,7 +8411,7 @@ class Commands(NamedTuple):
 # ── 24 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above, a row in COMMANDS, and its arguments in
-# ARGUMENTS. argparse is imported only where it is used, for it costs 7 ms of a start.
+# ARGUMENTS. argparse is imported only where it is needed: it costs 7 ms of a start.
 
 
 class Command(NamedTuple):
@@ -8442,7 +8450,7 @@ def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, A
     return names, settings
 
 
-def flag(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+def switch(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return argument(*names, action="store_true", **settings)
 
 
@@ -8462,9 +8470,9 @@ ARGUMENTS = {
         argument("-p", "--project", required=True, help="the project it belongs to"),
         TYPE,
         argument("--name", help="default: the folder's name"),
-        flag("--sync", help="write the instruction files at once"),
+        switch("--sync", help="write the instruction files at once"),
     ),
-    "project list": (flag("--json"),),
+    "project list": (switch("--json"),),
     "project add": (
         argument("name", metavar="NAME"),
         argument("-p", "--project", help="default: NAME"),
@@ -8473,37 +8481,37 @@ ARGUMENTS = {
     ),
     "project remove": (
         argument("name", metavar="NAME"),
-        flag("--purge", help="also remove Orchestra's files and blocks from it"),
+        switch("--purge", help="also remove Orchestra's files and blocks from it"),
     ),
     "sync": (
         argument("codebase", metavar="CODEBASE", nargs="?", help="default: the current folder's"),
-        flag("--all", help="every registered codebase"),
-        flag("--dry-run", help="only show what would be written"),
-        flag("--check", help="write nothing; exit 1 if anything would be written"),
-        flag("--json"),
+        switch("--all", help="every registered codebase"),
+        switch("--dry-run", help="only show what would be written"),
+        switch("--check", help="write nothing; exit 1 if anything would be written"),
+        switch("--json"),
     ),
     "status": (
         argument("--project", metavar="P", help="only this project's codebases"),
-        flag("--json"),
-        flag("--check", help="exit 1 if sync would write anything"),
+        switch("--json"),
+        switch("--check", help="exit 1 if sync would write anything"),
     ),
-    "diff": (CODEBASE, flag("--exit-code", help="exit 1 if there is a difference")),
+    "diff": (CODEBASE, switch("--exit-code", help="exit 1 if there is a difference")),
     "restore": (
         CODEBASE,
         argument("path", metavar="PATH", nargs="?", help="a file in the codebase; default: all of the last time"),
-        flag("--list", help="list the backups"),
+        switch("--list", help="list the backups"),
         argument("--at", metavar="TIME", help="a time from --list, or its beginning"),
     ),
     "edit": (CODEBASE,),
     "daemon logs": (
         argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
-        flag("--stderr-only", help="only daemon-err.log: warnings and errors"),
-        flag("-f", "--follow", help="keep printing new lines"),
+        switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
+        switch("-f", "--follow", help="keep printing new lines"),
     ),
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):

@@ -10274,8 +10274,8 @@ def old_python() -> str:
 def test_on_python_3_8_one_clear_line_is_said(machine: Machine, argv: list[str]) -> None:
     done = machine.run_program(old_python(), HERE / "orchestra.py", *argv)
     assert (done.returncode, done.stdout) == (2, "")
-    expected = "orchestra: expected Python 3.9 or newer on macOS or Linux, got Python 3.8 on"
-    assert done.stderr == f"{expected} {sys.platform}\n"
+    expected = "orchestra: needs Python 3.9 or newer on macOS or Linux (found Python 3.8 on"
+    assert done.stderr == f"{expected} {sys.platform})\n"
 
 
 # Tools that read the PEP 723 header
