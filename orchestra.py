@@ -13,10 +13,10 @@
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (15, by way of 5 and 6)
+                                 ▼  backed up, then replaced in one step (16, by way of 5 and 6)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon:  a YAML file is saved ─► hint ─► what changed ─► debounced (17) ─► job (20) ─► Plan, as above
+    The daemon:  a YAML file is saved ─► hint ─► what changed ─► debounced (18) ─► job (21) ─► Plan, as above
 
 Contents
   I Ground
@@ -37,21 +37,22 @@ Contents
   III Sync
     12 Text               what agents read, rendered from a codebase
     13 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    14 Plan               the record of what was written, and what is to be written now
-    15 Sync               carrying a plan out, and bringing replaced text back
-    16 Status and diff    a plan put into a word, and into a diff
+    14 Records            what was last written into a codebase, which proves that it is Orchestra's
+    15 Plan               what is to be written now, and what becomes of what is there
+    16 Sync               carrying a plan out, and bringing replaced text back
+    17 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    17 Watching           notifications are hints; comparing the tree shows what changed
-    18 Logs               the daemon's log files, written and followed
-    19 Control socket     lines of JSON, the client, the server
-    20 Worker             jobs, one at a time, beside the loop
-    21 Daemon             the loop: watcher, socket, signals and timers
+    18 Watching           notifications are hints; comparing the tree shows what changed
+    19 Logs               the daemon's log files, written and followed
+    20 Control socket     lines of JSON, the client, the server
+    21 Worker             jobs, one at a time, beside the loop
+    22 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    22 Installing         PyYAML, the installed program, launchd
-    23 Commands           one function per command; the only code that prints
-    24 Command line       the parser, and main
+    23 Installing         PyYAML, the installed program, launchd
+    24 Commands           one function per command; the only code that prints
+    25 Command line       the parser, and main
 
 Each section uses only those above it.
 """
@@ -1228,6 +1229,8 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 
 class FileChanged(Exception):
     """The file changed after planning. Internal: callers retry, or report it."""
+
+    message = "it kept changing while Orchestra was writing it"
 
 
 class FileBusy(SyncError):
@@ -4149,27 +4152,32 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 14 Plan ───────────────────────────────────────────────────────────────────
+# ── 14 Records ────────────────────────────────────────────────────────────────
 
-KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
-REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
-MAX_EARLIER = 24  # hashes remembered a file
-MAX_SEALS = 120  # remembered a codebase
-MAX_MANAGED_FILE = 8 << 20  # bytes
-MAX_LINK_TEXT = 255  # bytes of a file that may be a link as git writes it
-Render = Callable[[], Mapping[str, bytes]]  # gives what is Orchestra's in each target's file
-FOREIGN = "written by another Orchestra (a colleague's registry?)"
+# A codebase's record holds what Orchestra last wrote into its folder. It is what proves a text to be Orchestra's, so
+# it is saved before the files are; one that is missing or damaged proves nothing, and then more is backed up.
+#
+# Whose record it is:
+#
+# 1. It lies in hashes/ under the codebase's name, and says which folder it is of (`root`).
+# 2. A codebase without one may have had another name. Then a record of this very folder is there whose codebase is
+#    registered no more, an orphan: `find_former`.
+# 3. A sync moves that, and the backups before it, to the new name: `adopt_record`.
+# 4. A record of another folder is that of a codebase that changed folders: `Planner._plan_leaving`.
+
+MAX_EARLIER = 24  # earlier hashes per file
+MAX_SEALS = 120  # per codebase
 
 
 class Record(NamedTuple):
-    """What Orchestra last wrote into a codebase.
+    """What Orchestra last wrote into a codebase's folder.
 
-    `files` holds the hash of what is ours at each path; `earlier` those before it, which are as provably ours
-    (a crash between record and write, or a git checkout, brings them back). `joins` is what was put between
-    the user's text and an appended block, `folders` the folders made for managed files, `source` what `files` were
-    rendered from, `root` the real path of the folder they are in, ~/... below the home folder so that a copy of that is
-    on its own ("" in records of older versions), `seals` those in the banners of all of them: our own text, however old
-    or reformatted, is not another Orchestra's.
+    `files` has the hash of the managed text at each path, `earlier` those before it. They prove as much: a crash
+    between record and write, or git, brings such a text back. `joins` has what joins an appended block to the user's
+    text, `folders` the folders made for managed files. `source` stands for all that `files` were rendered from.
+    `root` is the real path of the folder, as ~/... below the home folder, so that a copy of a home is on its own; ""
+    in records of older versions. `seals` has those of all texts written, however old: one that was reformatted since
+    is not another Orchestra's.
     """
 
     synced_at: str = ""
@@ -4185,88 +4193,26 @@ class Record(NamedTuple):
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
 
 
-class Look(NamedTuple):
-    """What was found at a managed path; `ours` is the hash of what is Orchestra's there."""
-
-    disk: Disk = ABSENT
-    ours: Optional[str] = None
-    place: str = ""  # the path with all links of its folders resolved
-    note: str = ""  # why it is left alone
-    problem: str = ""
-    hint: str = ""  # the way out of the problem
-
-
-class FilePlan(NamedTuple):
-    """What is to happen to one managed file. `after` is None where it is to be gone."""
-
-    path: str
-    action: str
-    before: Disk = ABSENT
-    after: Optional[bytes] = None
-    digest: str = ""  # of what is Orchestra's in `after`
-    join: Optional[str] = None  # set where a block is appended
-    note: str = ""
-    problem: str = ""
-    hint: str = ""  # the way out of the problem
-    changed: bool = False  # the file was saved by somebody else between plan and write
-    retry: bool = False  # the problem will pass by itself
-
-    @property
-    def writes(self) -> bool:
-        return self.action in (CREATE, UPDATE, REPLACE, REMOVE, RELEASE, EVICT)
-
-
-class Plan(NamedTuple):
-    """What a sync of one codebase would do, and the record it would leave.
-
-    `left` are the files in the folder `left_root`, where the codebase was before.
-    """
-
-    root: str
-    files: tuple[FilePlan, ...]
-    old_record: Optional[Record]
-    record: Record
-    left_root: str = ""
-    left: tuple[FilePlan, ...] = ()
-
-    @property
-    def writes(self) -> bool:
-        return any(file.writes for file in (*self.files, *self.left))
-
-    @property
-    def is_done(self) -> bool:
-        return not self.writes and self.record == self.old_record
-
-
-# The one law: Orchestra never destroys what it cannot prove it wrote. Three facts decide the fate of a file:
-# what is ours on the disk, what we know to have written, and what the registry wants. What is ours of a
-# shared file is its block; of an owned file, all of it.
-
-
-def _texts(values: Mapping[str, object]) -> dict[str, str]:
-    return {str(name): str(value) for name, value in values.items()}
-
-
-def _stays_inside(folder: str) -> bool:
-    return bool(folder) and "\0" not in folder and not folder.startswith("/") and ".." not in folder.split("/")
-
-
 def load_record(home: str, key: Key) -> Optional[Record]:
-    """Load what was written last. A record that cannot be understood proves nothing, so it counts as none."""
+    """Load a codebase's record, None for a missing or damaged one; raises IoError."""
     data = read_disk(record_path(home, key)).data
+
+    def is_inside(folder: str) -> bool:
+        return bool(folder) and "\0" not in folder and not folder.startswith("/") and ".." not in folder.split("/")
+
     try:
         values = json.loads(data)
         record = Record(
             str(values["synced_at"]),
-            _texts(values["files"]),
+            {str(path): str(digest) for path, digest in values["files"].items()},
             {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
-            _texts(values["joins"]),
-            [str(folder) for folder in values["folders"] if _stays_inside(folder)],
+            {str(path): str(join) for path, join in values["joins"].items()},
+            [str(folder) for folder in values["folders"] if is_inside(folder)],
             str(values["source"]),
             str(values.get("root", "")),
             [str(seal) for seal in values.get("seals", ())],
         )
-        # What is no text of a file's or of its name was not written by Orchestra.
+        # Half a character was not written by Orchestra.
         os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -4280,7 +4226,7 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
 
 
 def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
-    """List whose records are not among the `registered`, by folder; records that cannot be read are left out."""
+    """List the codebases that have a record but are not registered, by folder."""
     found = []
     for project in _names_in(hashes_root(home)):
         for name in _names_in(f"{hashes_root(home)}/{project}"):
@@ -4294,12 +4240,9 @@ def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
     return {root: key for _, root, key in sorted(found)}
 
 
-def find_former(home: str, key: Key, root: str, owners: Mapping[str, Key]) -> Optional[Key]:
-    """Find the name under which a codebase without a record was synced before, if it was renamed.
-
-    That is a name registered no more, whose record is of this very folder; of several the one synced last.
-    """
-    if not isinstance(owners, Owners):
+def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Optional[Key]:
+    """Find the former name of a codebase without a record; of several the one synced last."""
+    if owners is None:
         return None
     if owners.orphans is None:
         owners.orphans = Owners(_list_orphans(home, {*owners.values()}))
@@ -4311,12 +4254,10 @@ def find_former(home: str, key: Key, root: str, owners: Mapping[str, Key]) -> Op
     return max(found)[1] if found else None
 
 
-def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> None:
-    """Let a codebase that was renamed have its record and its backups; its lock is held. Raises SyncError, IoError."""
-    key = codebase.key
+def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> None:
+    """Give a renamed codebase its record and backups; its lock is held. Raises SyncError, IoError."""
     if os.path.lexists(record_path(home, key)):
         return
-    root = find_root(home, codebase, owners, purge=True)
     former = find_former(home, key, root, owners)
     turn = try_lock(codebase_lock_path(home, former)) if former else None
     if former is None or turn is None:
@@ -4329,68 +4270,12 @@ def adopt_record(home: str, codebase: Codebase, owners: Mapping[str, Key]) -> No
         os.close(turn)
 
 
-def text_before_block(file: FilePlan) -> bytes:
-    """Give the user's text in front of a shared file's block."""
-    block = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
-    return b"" if block is None else file.before.data[: block.start].replace(BOM, b"")
-
-
-def _next_record(root: str, record: Record, files: Sequence[FilePlan]) -> Record:
-    """Make the record that is true before, while and after the planned files are written."""
-    if len(files) == len(record.files) and all(
-        file.action == KEEP and record.files.get(file.path) == file.digest for file in files
-    ):
-        return record
-    new_files = {file.path: file.digest for file in files if file.digest}
-    new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
-    earlier = dict(record.earlier)
-    for path in {**record.files, **new_files}:
-        older = [digest for digest in record.known(path) if digest != new_files.get(path)]
-        earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
-    joins = dict(record.joins)
-    folders = set(record.folders)
-    for file in files:
-        if file.action == KEEP and file.digest and file.path not in record.files and text_before_block(file):
-            # The block came with the repository: another machine appended it, with the usual line in front.
-            joins.setdefault(file.path, "\n")
-        if file.action == CREATE:
-            if file.join is not None:
-                joins[file.path] = file.join
-            elif file.before.kind == "absent":
-                joins.pop(file.path, None)
-            folders.update(above for above in folders_above(file.path) if not os.path.isdir(f"{root}/{above}"))
-    seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
-    seals = list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS]
-    return Record(
-        record.synced_at,
-        new_files,
-        {path: digests for path, digests in sorted(earlier.items()) if digests},
-        joins,
-        sorted(folders),
-        seals=seals,
-    )
-
-
 def accept_empty_folder(home: str, codebase: Codebase) -> None:
-    """Forget what was written to a folder that is empty now, so that a sync takes it for a new one; raises IoError."""
+    """Forget what was written into a folder that is empty now; raises IoError."""
     root = codebase_root(home, codebase)
     with blame(root):
         if not os.listdir(root):
             remove_private(record_path(home, codebase.key))
-
-
-def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evict: bool = False) -> str:
-    """Decide what happens to a file from three hashes: ours on the disk, ours as known, ours as wanted.
-
-    `evict` takes out what is unwanted even where it was edited.
-    """
-    if disk == wanted:
-        return KEEP
-    if disk is None:
-        return CREATE
-    if wanted is None:
-        return REMOVE if disk in known else EVICT if evict else RELEASE
-    return UPDATE if disk in known else REPLACE
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -4399,7 +4284,7 @@ def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
 
 
 def is_own_seal(home: str, seal: str) -> bool:
-    """Say whether a seal is of this home, for whatever codebase: one may have been renamed, or have changed hands."""
+    """Look for a seal in all records: a codebase may have been renamed, or have changed hands."""
     for folder, _, names in os.walk(hashes_root(home)):
         for name in names:
             path = os.path.join(folder, name)
@@ -4410,36 +4295,133 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-def leave_foreign(home: str, file: FilePlan, key: Key) -> FilePlan:
-    """Leave what another registry's Orchestra wrote, so that two people who sync one repository do not fight."""
-    if file.action != REPLACE:
-        return file
-    agent = AGENTS_BY_PATH[file.path]
-    ours = managed_text(agent, file.before.data) or b""
-    if not is_sealed(agent, ours) or is_own_seal(home, seal_in(ours)):
-        return file
-    note = f"{FOREIGN}: left alone; to replace it: orchestra sync {label_for(key)}"
-    return FilePlan(file.path, SKIP, file.before, note=note)
+# ── 15 Plan ───────────────────────────────────────────────────────────────────
+
+# The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of managed text decide the fate of
+# a file: that on the disk, those known from the record, and that of the text wanted by the registry (`decide`):
+#
+#     on the disk   wanted     action                                 what becomes of the old text
+#     as wanted                keep
+#     none          a text     create                                 (there is none)
+#     known         a text     update                                 replaced: Orchestra wrote it
+#     unknown       a text     replace                                backed up, then replaced
+#     known         none       remove                                 removed: Orchestra wrote it
+#     unknown       none       release; when purging a block, evict   left to the user; backed up, then removed
+#
+# A file that cannot be read, or written safely, is skipped, with a problem or a note.
+#
+# How a plan is made (`Planner.plan`), without changing anything:
+#
+# 1. Find the folder. It must be there, fit to be a codebase's, and no other codebase's.
+# 2. Load the record, if need be under the codebase's former name.
+# 3. If the record is of another folder, which is still there: plan its files as for dropped targets. They are known
+#    to the new folder too, into which they may have been copied.
+# 4. Look at the managed files: those wanted, and those that the record has. When purging, at all.
+# 5. Refuse a folder that is empty though it was synced: its disk may not be mounted.
+# 6. Render what is wanted, unless the record has the hashes of that very rendering.
+# 7. Decide each file.
+# 8. Make the record that is true before, while and after the files are written.
+
+MAX_MANAGED_FILE = 8 << 20  # bytes
+FOREIGN = "written by another Orchestra (a colleague's registry?)"
 
 
-def known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
-    """List what Orchestra is known to have written there; records of versions before 0.2 have exact digests."""
-    known = record.known(path)
-    if look.ours is None or not known or look.ours in known:
-        return known
-    ours = managed_text(AGENTS_BY_PATH[path], look.disk.data)
-    return (*known, look.ours) if exact_digest_of(ours or b"") in known else known
+class SyncMode(NamedTuple):
+    """How to sync a codebase."""
+
+    dry_run: bool = False  # only plan
+    purge: bool = False  # nothing is wanted any more
+    take_over: bool = False  # replace the text of another registry's Orchestra like a hand edit
 
 
-def read_link_text(path: str, data: bytes) -> str:
-    """Give the path a file holds that git has written in place of a symbolic link; "" for any other file.
+DEFAULT_MODE = SyncMode()
 
-    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
+
+class Action:
+    """What happens to a managed file, in the words of `sync` and its JSON."""
+
+    KEEP, CREATE, UPDATE, REPLACE = "keep", "create", "update", "replace"
+    REMOVE, RELEASE, EVICT, SKIP = "remove", "release", "evict", "skip"
+    BACKED_UP = (REPLACE, EVICT)
+
+
+class FilePlan(NamedTuple):
+    """What is to happen to one managed file; `after` is None where it is to be gone."""
+
+    path: str
+    action: str
+    before: Disk = ABSENT
+    after: Optional[bytes] = None
+    digest: str = ""  # of the managed text in `after`
+    join: Optional[str] = None  # set where a block is appended
+    note: str = ""
+    problem: Optional[Problem] = None
+    changed: bool = False  # the file was saved between plan and write
+
+    @property
+    def writes(self) -> bool:
+        return self.action not in (Action.KEEP, Action.SKIP)
+
+
+class Plan(NamedTuple):
+    """What a sync of one codebase would do, and the record it would leave.
+
+    `left` is the plan of the folder where the codebase was before.
     """
-    if not 0 < len(data) <= MAX_LINK_TEXT or data != data.strip() or b"\n" in data or b"\0" in data:
-        return ""
-    target = os.path.join(os.path.dirname(path), os.fsdecode(data))
-    return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
+
+    root: str
+    files: tuple[FilePlan, ...]
+    old_record: Optional[Record]
+    record: Record
+    left: "Optional[Plan]" = None
+
+    @property
+    def writes(self) -> bool:
+        return any(file.writes for file in self.files) or (self.left is not None and self.left.writes)
+
+    @property
+    def is_done(self) -> bool:
+        return not self.writes and self.record == self.old_record
+
+    def all_files(self, home: str) -> tuple[FilePlan, ...]:
+        """List the files, those of the folder that was left under their whole paths."""
+        if self.left is None:
+            return self.files
+        place = shorten_home(home, self.left.root)
+        return (*self.files, *(file._replace(path=os.path.join(place, file.path)) for file in self.left.files))
+
+    def problems(self, home: str) -> list[Problem]:
+        """List the problems, each once: a read-only folder fails all its files alike."""
+        paths: dict[tuple[str, str], list[str]] = {}
+        for file in self.all_files(home):
+            if file.problem:
+                paths.setdefault((file.problem.message, file.problem.hint), []).append(file.path)
+        return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
+
+
+def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evict: bool = False) -> str:
+    """Decide what happens to a file from the hashes of three managed texts, by the table above."""
+    if disk == wanted:
+        return Action.KEEP
+    if disk is None:
+        return Action.CREATE
+    if wanted is None:
+        return Action.REMOVE if disk in known else Action.EVICT if evict else Action.RELEASE
+    return Action.UPDATE if disk in known else Action.REPLACE
+
+
+# Looking
+
+
+class Look(NamedTuple):
+    """What was found at a managed path."""
+
+    disk: Disk = ABSENT
+    text: Optional[bytes] = None  # the managed text
+    digest: Optional[str] = None  # its hash
+    place: str = ""  # the path with all links of its folders resolved
+    note: str = ""  # why it is skipped
+    problem: Optional[Problem] = None
 
 
 @functools.cache
@@ -4449,16 +4431,8 @@ def folders_above(path: str) -> tuple[str, ...]:
     return tuple("/".join(parts[:i]) for i in range(1, len(parts)))
 
 
-def _check_link(root: str, link: str) -> None:
-    real = real_path(link)
-    if not real.startswith(root.rstrip("/") + "/"):
-        raise SyncError(f"expected a folder inside the codebase, got a link to {visible(real)}")
-    if not os.path.exists(real):
-        raise SyncError(f"expected a folder, got a link to {visible(real)}, where nothing is")
-
-
 def check_parents(root: str, path: str) -> str:
-    """Give the real place of a managed path; raises SyncError where folders lead out of the codebase or are none."""
+    """Resolve the folders of a managed path; raises SyncError if one leads out of the codebase or is none."""
     has_link = False
     for above in folders_above(path):
         folder = f"{root}/{above}"
@@ -4468,7 +4442,11 @@ def check_parents(root: str, path: str) -> str:
             break
         if stat.S_ISLNK(mode):
             has_link = True
-            _check_link(root, folder)
+            real = real_path(folder)
+            if not real.startswith(root.rstrip("/") + "/"):
+                raise SyncError(f"expected a folder inside the codebase, got a link to {visible(real)}")
+            if not os.path.exists(real):
+                raise SyncError(f"expected a folder, got a broken link to {visible(real)}")
             mode = os.stat(folder).st_mode
         if not stat.S_ISDIR(mode):
             raise SyncError(f"expected {above} to be a folder, got a file: move its text into one")
@@ -4478,87 +4456,11 @@ def check_parents(root: str, path: str) -> str:
     return f"{root}/{path}"
 
 
-def look_at(root: str, path: str) -> Look:
-    """Look at one managed file; what keeps it from being managed becomes part of the look."""
-    disk = ABSENT
-    try:
-        place = check_parents(root, path)
-        disk = read_disk(place, MAX_MANAGED_FILE + 1)
-        if disk.kind == "symlink":
-            return Look(disk, place=place, note=f"left alone: it is a link to {visible(os.readlink(place))}")
-        if disk.kind not in ("file", "absent"):
-            raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
-        if len(disk.data) > MAX_MANAGED_FILE:
-            raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
-        link = read_link_text(place, disk.data)
-        if link:
-            return Look(disk, place=place, note=f"left alone: it is a link to {link}, as git writes one as text")
-        ours = managed_text(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
-        return Look(disk, None if ours is None else digest_of(ours), place)
-    except (OrchestraError, OSError) as error:
-        problem = Problem.from_error(error, path)
-        return Look(disk, problem=problem.message, hint=problem.hint)
-
-
-def _fits(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
-    """Match a pattern of gitignore(5) with a path."""
-    from fnmatch import fnmatchcase
-
-    if pattern.endswith("/") and not is_folder:
-        return False
-    parts = pattern.strip("/").split("/")
-    if "/" not in pattern.rstrip("/"):
-        return fnmatchcase(names[-1], parts[0])
-    return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
-
-
-class Sparse(NamedTuple):
-    """A sparse checkout of git (git-sparse-checkout(1)): its top folder and its patterns, if it is in use."""
-
-    top: str = ""
-    patterns: Sequence[str] = ()
-
-    def leaves_out(self, path: str) -> bool:
-        """Tell whether it leaves out a file: made here, that would replace the team's for git."""
-        if not self.patterns:
-            return False
-        names = os.path.relpath(path, self.top).split("/")
-        # As in gitignore(5): the last pattern that fits the file or, where none does, the nearest folder above it.
-        for count in range(len(names), 0, -1):
-            for pattern in reversed(self.patterns):
-                if _fits(pattern.lstrip("!"), names[:count], count < len(names)):
-                    return pattern.startswith("!")
-        return True
-
-
-def find_sparse(root: str) -> Sparse:
-    """Look for a sparse checkout that a folder is in."""
-    top = root
-    while not os.path.lexists(f"{top}/.git"):
-        if top == os.path.dirname(top):
-            return Sparse()
-        top = os.path.dirname(top)
-    git = f"{top}/.git"
-    try:
-        link = read_disk(git, MAX_MANAGED_FILE).data.decode()  # a worktree's .git is a file
-        if link.startswith("gitdir:"):
-            git = os.path.join(top, link[7:].strip())
-        common = os.path.join(git, read_disk(f"{git}/commondir", MAX_LINK_TEXT).data.decode().strip())
-        files = (f"{common}/config", f"{git}/config.worktree")
-        settings = b"".join(read_disk(file, MAX_MANAGED_FILE).data for file in files)
-        if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
-            return Sparse()
-        text = read_disk(f"{git}/info/sparse-checkout", MAX_MANAGED_FILE).data.decode()
-    except (IoError, ValueError):  # not text, or no path
-        return Sparse()
-    return Sparse(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
-
-
 @contextmanager
 def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
-    """Open the folder of a managed file, so that what is done there cannot be led elsewhere by a link.
+    """Open the folder of a managed file, so that no link can lead elsewhere what is done there.
 
-    Raises SyncError as `check_parents`, FileChanged where a folder was replaced meanwhile, OSError.
+    Raises SyncError as `check_parents`, FileChanged if a folder was replaced meanwhile, OSError.
     """
     below = check_parents(root, path)[len(root.rstrip("/")) + 1 :]
     try:
@@ -4570,134 +4472,126 @@ def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
         raise
 
 
-def plan_file(
-    path: str,
-    look: Look,
-    record: Record,
-    digest: Optional[str],
-    render: Render,
-    purge: bool,
-    sparse: Callable[[], Sparse] = Sparse,
-) -> FilePlan:
-    """Plan one managed file; `digest` is the hash of what is wanted there, None where nothing is."""
-    if look.note or look.problem:
-        return FilePlan(path, SKIP, look.disk, note=look.note, problem=look.problem, hint=look.hint)
-    agent, before = AGENTS_BY_PATH[path], look.disk
-    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
-    action = decide(look.ours, known_digests(record, path, look), digest, evict=purge and not agent.owned)
-    after, join = before.data if before.kind == "file" else None, None
-    if action == CREATE and before.kind == "absent" and sparse().leaves_out(look.place):
-        return FilePlan(path, SKIP, before, note="left alone: it is outside of git's sparse checkout")
-    if action == REPLACE and is_reformatted(managed_text(agent, before.data) or b"", render()[path]):
-        action = KEEP
-    if action in (CREATE, UPDATE, REPLACE):
-        after, join = insert_managed_text(agent, before, render()[path])
-    elif action in (REMOVE, EVICT):
-        after = remove_managed_text(agent, before, record.joins.get(path))
-    notes = describe_text(agent, before, after, join) if after is not None and digest is not None else ()
-    return FilePlan(path, action, before, after, digest or "", join, "; ".join(notes))
+def _read_link_text(path: str, data: bytes) -> str:
+    """Return the path in a file that git wrote in place of a symbolic link, "" for any other file.
 
-
-def _has_owner(owners: Mapping[str, Key], folder: str) -> bool:
-    return bool(owners.keys_at(identity_of(folder))) if isinstance(owners, Owners) else folder in owners
-
-
-def _plan_leaving(
-    home: str, root: str, record: Record, owners: Mapping[str, Key]
-) -> tuple[Record, str, tuple[FilePlan, ...]]:
-    """Plan what becomes of the files in the folder where a codebase was before, as for a dropped target.
-
-    Return what the record says of the new folder, the old folder, and the plans. A folder that was moved, and is
-    there no more, is the same folder; one that is a link, or on the way to which is one now, is not looked at.
+    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
     """
-    old = expand_home(home, record.root)
-    with blame(old):
-        if old in ("", root) or not os.path.isdir(old) or os.path.samefile(old, root):
-            return record, "", ()
-    here = Record(record.synced_at, earlier={path: record.known(path) for path in {**record.files, **record.earlier}})
-    if real_path(old) != expand_home(real_path(home), record.root) or old == home or _has_owner(owners, old):
-        return here, "", ()
-    places = {look_at(root, path).place for path in AGENTS_BY_PATH}
-    looks = {path: look_at(old, path) for path in record.files if path in AGENTS_BY_PATH}
-    files = tuple(
-        plan_file(path, look, record, None, dict, False) for path, look in looks.items() if look.place not in places
-    )
-    return here, old, tuple(file for file in files if file.writes or file.problem)
+    if not 0 < len(data) <= 255 or data != data.strip() or b"\n" in data or b"\0" in data:
+        return ""
+    target = os.path.join(os.path.dirname(path), os.fsdecode(data))
+    return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
 
 
-def _check_not_emptied(home: str, codebase: Codebase, root: str) -> None:
-    """Raise SyncError where nothing is left in a folder that was synced before: perhaps its disk is not mounted."""
-    with blame(root), os.scandir(root) as entries:
-        if next(entries, None) is None:
-            raise SyncError(
-                f"{root}: the folder is empty now, but was synced before: is its disk mounted?",
-                f"if it is meant to be empty: orchestra init {codebase.path} -p {codebase.project}"
-                f" --name {codebase.name} --sync",
-            )
+def look_at(root: str, path: str) -> Look:
+    """Look at one managed file; what keeps it from being managed becomes part of the look."""
+    disk = ABSENT
+    try:
+        place = check_parents(root, path)
+        disk = read_disk(place, MAX_MANAGED_FILE + 1)
+        if disk.kind == "symlink":
+            return Look(disk, place=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}")
+        if disk.kind not in ("file", "absent"):
+            raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
+        if len(disk.data) > MAX_MANAGED_FILE:
+            raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
+        link = _read_link_text(place, disk.data)
+        if link:
+            return Look(disk, place=place, note=f"skipped: git wrote it in place of a symbolic link to {link}")
+        text = managed_text(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
+        return Look(disk, text, None if text is None else digest_of(text), place)
+    except (OrchestraError, OSError) as error:
+        return Look(disk, problem=Problem.from_error(error, path))
 
 
-def _is_as_recorded(looks: Sequence[Look], paths: Sequence[str], record: Record) -> bool:
-    """Say whether all of Orchestra's there is what the record says, which then is right: it may have been damaged."""
-    return all(look.note or look.ours == record.files.get(path, "") for look, path in zip(looks, paths))
+class Sparse(NamedTuple):
+    """A sparse checkout of git (git-sparse-checkout(1)): its top folder and its patterns, if it is in use."""
+
+    top: str = ""
+    patterns: Sequence[str] = ()
+
+    @classmethod
+    def find(cls, root: str) -> "Sparse":
+        """Look for a sparse checkout that a folder is in."""
+        top = root
+        while not os.path.lexists(f"{top}/.git"):
+            if top == os.path.dirname(top):
+                return cls()
+            top = os.path.dirname(top)
+        git = f"{top}/.git"
+
+        def read(path: str) -> bytes:
+            return read_disk(path, MAX_MANAGED_FILE).data
+
+        try:
+            link = read(git).decode()  # a worktree's .git is a file
+            if link.startswith("gitdir:"):
+                git = os.path.join(top, link[7:].strip())
+            common = os.path.join(git, read(f"{git}/commondir").decode().strip())
+            settings = read(f"{common}/config") + read(f"{git}/config.worktree")
+            if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
+                return cls()
+            text = read(f"{git}/info/sparse-checkout").decode()
+        except (IoError, ValueError):  # not text, or no path
+            return cls()
+        return cls(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
+
+    @staticmethod
+    def _matches(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
+        from fnmatch import fnmatchcase
+
+        if pattern.endswith("/") and not is_folder:
+            return False
+        parts = pattern.strip("/").split("/")
+        if "/" not in pattern.rstrip("/"):
+            return fnmatchcase(names[-1], parts[0])
+        return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
+
+    def leaves_out(self, path: str) -> bool:
+        """Tell whether a file is left out: made here, git would take it for a change of the team's."""
+        if not self.patterns:
+            return False
+        names = os.path.relpath(path, self.top).split("/")
+        # As in gitignore(5): the last pattern that fits the file or, where none does, the nearest folder above it.
+        for count in range(len(names), 0, -1):
+            for pattern in reversed(self.patterns):
+                if self._matches(pattern.lstrip("!"), names[:count], count < len(names)):
+                    return pattern.startswith("!")
+        return True
 
 
-def _excuse(look: Look) -> Look:
-    """Let a file in which Orchestra has nothing be as it is."""
-    return look._replace(problem="", hint="", note=f"left alone: {look.problem}") if look.problem else look
+# Planning
 
 
-def _without_twins(looks: Mapping[str, Look]) -> Iterator[tuple[str, Look]]:
-    # Folders of several agents may be links to one: one file is written once.
-    places: dict[str, str] = {}
-    for path, look in looks.items():
-        twin = places.setdefault(look.place, path)
-        is_twin = twin != path and not look.problem
-        yield path, look._replace(note=f"left alone: it is {twin} by another name") if is_twin else look
-
-
-def find_root(home: str, codebase: Codebase, owners: Mapping[str, Key], purge: bool = False) -> str:
+def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, purge: bool = False) -> str:
     """Resolve a codebase's folder, which must be there; raises SyncError, IoError.
 
-    With `owners` as the registry has them it must be one that can be a codebase's, and no other's. An unfit folder
-    may be purged.
+    With the registry's `owners` it must also be fit to be a codebase's, and no other's. An unfit folder may be purged.
     """
     path = codebase_root(home, codebase)
     edit = f"orchestra edit {label_for(codebase.key)}"
-    hint = f"{edit}, or bring the folder back"
     with blame(path):
         try:
             info = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            raise SyncError(f"{path}: expected the codebase's folder, found none", hint) from None
+            raise SyncError(f"{path}: the folder is missing", f"{edit}, or bring the folder back") from None
     if not stat.S_ISDIR(info.st_mode):
-        raise SyncError(f"{path}: expected the codebase's folder, found a file", hint)
+        raise SyncError(f"{path}: that is a file, not a folder", f"{edit}, or bring the folder back")
     root = real_path(path)
-    if not isinstance(owners, Owners):
+    if owners is None:
         return root
     identity = (info.st_dev, info.st_ino)
     owner = owners.first_at(identity, codebase.key, path)
     if owner != codebase.key:
-        problem = f"expected a folder of its own, got another path to the folder which {label_for(owner)} has"
-        raise SyncError(f"{path}: {problem}", edit)
+        raise SyncError(f"{path}: this folder belongs to {label_for(owner)}", edit)
     problem = "" if purge else owners.why_unfit(home, root, identity)
     if problem:
         raise SyncError(f"{path}: {problem}: nothing is written there", edit)
     return root
 
 
-def _check_is_not_above(home: str, codebase: Codebase, root: str, record: Record) -> None:
-    """Refuse a folder that holds the one synced before: an editor may have saved a path that is half-typed."""
-    former = expand_home(home, record.root)
-    if former.startswith(root.rstrip("/") + "/") and os.path.isdir(former) and not is_repository(root):
-        problem = f"expected the codebase's folder, got one that holds its former one, {former}"
-        raise SyncError(
-            f"{root}: {problem}, and is no repository itself: nothing is written there",
-            f"orchestra edit {label_for(codebase.key)}",
-        )
-
-
-def _has_own_text(look: Look) -> bool:
-    data = look.disk.data
+def _has_own_text(data: bytes) -> bool:
+    """Tell whether a shared file has text of the user's."""
     try:
         block = find_block(data)
     except SyncError:
@@ -4705,72 +4599,230 @@ def _has_own_text(look: Look) -> bool:
     return bool(data.strip() if block is None else data[: block.start].strip() or data[block.stop :].strip())
 
 
-def hides_agents_md(root: str, wanted: Sequence[str], looks: Mapping[str, Look]) -> bool:
-    """Say whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
-
-    Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation, October 2026). Where
-    CLAUDE.md has the user's own text, that was so before Orchestra came.
-    """
-    if "CLAUDE.md" not in wanted or _has_own_text(looks["CLAUDE.md"]):
-        return False
-    return _has_own_text(looks.get("AGENTS.md") or look_at(root, "AGENTS.md"))
+def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
+    """List what Orchestra is known to have written there; records of versions before 0.2 are exact."""
+    known = record.known(path)
+    if look.text is None or look.digest is None or not known or look.digest in known:
+        return known
+    return (*known, look.digest) if exact_digest_of(look.text) in known else known
 
 
-def plan_codebase(
-    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, purge: bool = False, take_over: bool = False
-) -> Plan:
-    """Compare a codebase's files with the registry and the record; looks only. Raises SyncError, IoError.
-
-    `owners` are the codebases that have folders, by path. With `purge` nothing is wanted any more. With `take_over`
-    the text of another registry's Orchestra is replaced like a hand edit, otherwise left.
-    """
-    root = find_root(home, codebase, owners, purge)
-    old_record = load_record(home, codebase.key)
-    former = None if old_record else find_former(home, codebase.key, root, owners)
-    if former:
-        old_record = load_record(home, former)
-    if not purge:
-        _check_is_not_above(home, codebase, root, old_record or Record())
-    record, left_root, left = _plan_leaving(home, root, old_record or Record(), owners)
-    wanted = [] if purge else [AGENTS[target].path for target in targets_of(codebase)]
-    unwanted = AGENTS_BY_PATH if purge else (path for path in record.files if path in AGENTS_BY_PATH)
-    looks = {path: look_at(root, path) for path in dict.fromkeys([*wanted, *unwanted])}
-    is_same = record.root in ("", spell_path(home, root))  # another folder may well be empty
-    if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
-        _check_not_emptied(home, codebase, root)
-    if purge:
-        ours = {*record.files, *(AGENTS[target].path for target in targets_of(codebase))}
-        looks = {path: look if path in ours else _excuse(look) for path, look in looks.items()}
-    imports = hides_agents_md(root, wanted, looks)
-    render = functools.cache(lambda: render_files(codebase, imports))
-    sparse = functools.cache(lambda: find_sparse(root))
-    source = f"{program_stamp()} {imports:d} {label_for(codebase.key)} {codebase.digest}"  # all the texts depend on
-    if source == record.source and _is_as_recorded([looks[path] for path in wanted], wanted, record):
-        digests: Mapping[str, str] = record.files  # as rendered then: no need to render again
-    else:
-        digests = {path: digest_of(data) for path, data in render().items()} if wanted else {}
-    files = tuple(
-        plan_file(path, look, record, digests.get(path) if path in wanted else None, render, purge, sparse)
-        for path, look in _without_twins(looks)
-    )
-    if not take_over:
-        files = tuple(leave_foreign(home, file, codebase.key) for file in files)
-    source_done = "" if any(file.problem for file in files) else source
-    new_record = _next_record(root, record, files)._replace(source=source_done, root=spell_path(home, root))
-    return Plan(root, files, old_record, new_record, left_root, left)
+def _plan_unwanted(path: str, look: Look, record: Record, evict: bool = False) -> FilePlan:
+    """Plan a file in which nothing is wanted."""
+    if look.note or look.problem:
+        return FilePlan(path, Action.SKIP, look.disk, note=look.note, problem=look.problem)
+    agent, before = AGENTS_BY_PATH[path], look.disk
+    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
+    action = decide(look.digest, _known_digests(record, path, look), None, evict and not agent.owned)
+    after = before.data if before.kind == "file" else None
+    if action in (Action.REMOVE, Action.EVICT):
+        after = remove_managed_text(agent, before, record.joins.get(path))
+    return FilePlan(path, action, before, after)
 
 
-# ── 15 Sync ───────────────────────────────────────────────────────────────────
+class Planner:
+    """Compares one codebase's files with the registry and the record; changes nothing."""
 
-MAX_TRIES = 5  # at a file that somebody else keeps saving
-YOUNG = 2.0  # seconds: an empty file this young may be in the middle of a save
-YOUNG_PAUSE = 0.2  # seconds
-REPLACE_REASON = "edited by hand, or not written by Orchestra"
-BACKED_UP = (REPLACE, EVICT)
+    def __init__(
+        self, home: str, codebase: Codebase, owners: Optional[Owners] = None, mode: SyncMode = DEFAULT_MODE
+    ) -> None:
+        self._home = home
+        self._codebase = codebase
+        self._owners = owners
+        self._mode = mode
+        self._targets = [AGENTS[target].path for target in targets_of(codebase)]
+        self._has_import = False  # of AGENTS.md by CLAUDE.md
+        self._root = ""
+        self._record = Record()
+
+    @functools.cached_property
+    def _texts(self) -> Mapping[str, bytes]:
+        return render_files(self._codebase, self._has_import)
+
+    @functools.cached_property
+    def _sparse(self) -> Sparse:
+        return Sparse.find(self._root)
+
+    def plan(self) -> Plan:
+        """Make the plan, by the steps at the head of this section; raises SyncError, IoError."""
+        key, is_purge = self._codebase.key, self._mode.purge
+        self._root = find_root(self._home, self._codebase, self._owners, is_purge)
+        old_record = load_record(self._home, key)
+        if old_record is None:
+            former = find_former(self._home, key, self._root, self._owners)
+            old_record = load_record(self._home, former) if former else None
+        self._record = old_record or Record()
+        if not is_purge:
+            self._check_is_not_above()
+        left = self._plan_left()
+        wanted = [] if is_purge else self._targets
+        looks = self._look_at_files(wanted)
+        self._has_import = "CLAUDE.md" in wanted and self._hides_agents_md(looks)
+        source = f"{program_stamp()} {self._has_import:d} {label_for(key)} {self._codebase.digest}"
+        digests = self._digest_wanted(wanted, looks, source)
+        files = tuple(
+            self._plan_wanted(path, look, digests.get(path, ""))
+            if path in wanted
+            else _plan_unwanted(path, look, self._record, evict=is_purge)
+            for path, look in looks.items()
+        )
+        record = self._next_record(files)._replace(
+            source="" if any(file.problem for file in files) else source, root=spell_path(self._home, self._root)
+        )
+        return Plan(self._root, files, old_record, record, left)
+
+    def _check_is_not_above(self) -> None:
+        """Refuse a folder that holds the one synced before: an editor may have saved a path that is half-typed."""
+        root, former = self._root, expand_home(self._home, self._record.root)
+        if former.startswith(root.rstrip("/") + "/") and os.path.isdir(former) and not is_repository(root):
+            raise SyncError(
+                f"{root}: this folder holds the codebase's former one, {former}, and is no repository itself:"
+                " nothing is written there",
+                f"orchestra edit {label_for(self._codebase.key)}",
+            )
+
+    def _plan_left(self) -> Optional[Plan]:
+        """Plan the folder where the codebase was before; to the new one the record then is only of earlier texts.
+
+        A folder that was moved, and is there no more, is the same folder; one that is a link, or on the way to which
+        is one now, is not looked at.
+        """
+        record, old = self._record, expand_home(self._home, self._record.root)
+        with blame(old):
+            if old in ("", self._root) or not os.path.isdir(old) or os.path.samefile(old, self._root):
+                return None
+        earlier = {path: record.known(path) for path in {**record.files, **record.earlier}}
+        self._record = Record(record.synced_at, earlier=earlier)
+        is_taken = self._owners is not None and self._owners.keys_at(identity_of(old))
+        if real_path(old) != expand_home(real_path(self._home), record.root) or old == self._home or is_taken:
+            return None
+        places = {look_at(self._root, path).place for path in AGENTS_BY_PATH}
+        looks = {path: look_at(old, path) for path in record.files if path in AGENTS_BY_PATH}
+        files = [_plan_unwanted(path, look, record) for path, look in looks.items() if look.place not in places]
+        return Plan(old, tuple(file for file in files if file.writes or file.problem), record, record)
+
+    def _look_at_files(self, wanted: Sequence[str]) -> dict[str, Look]:
+        record, is_purge = self._record, self._mode.purge
+        unwanted = AGENTS_BY_PATH if is_purge else [path for path in record.files if path in AGENTS_BY_PATH]
+        looks = {path: look_at(self._root, path) for path in dict.fromkeys([*wanted, *unwanted])}
+        is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
+        if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
+            self._check_not_emptied()
+        places: dict[str, str] = {}
+        for path, look in looks.items():
+            twin = path if look.problem else places.setdefault(look.place, path)
+            if twin != path:  # folders of several agents may be links to one: one file is written once
+                looks[path] = look._replace(note=f"skipped: it is {twin} by another name")
+            elif look.problem and is_purge and path not in {*record.files, *self._targets}:
+                looks[path] = look._replace(problem=None, note=f"skipped: {look.problem.message}")
+        return looks
+
+    def _check_not_emptied(self) -> None:
+        codebase = self._codebase
+        with blame(self._root), os.scandir(self._root) as entries:
+            if next(entries, None) is None:
+                raise SyncError(
+                    f"{self._root}: the folder is empty now, but was synced before: is its disk mounted?",
+                    f"if it is meant to be empty: orchestra init {codebase.path} -p {codebase.project}"
+                    f" --name {codebase.name} --sync",
+                )
+
+    def _hides_agents_md(self, looks: Mapping[str, Look]) -> bool:
+        """Tell whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
+
+        Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation, October 2026). Where
+        CLAUDE.md has the user's own text, that was so before Orchestra came.
+        """
+        if _has_own_text(looks["CLAUDE.md"].disk.data):
+            return False
+        return _has_own_text((looks.get("AGENTS.md") or look_at(self._root, "AGENTS.md")).disk.data)
+
+    def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], source: str) -> Mapping[str, str]:
+        """Hash the texts that are wanted, from the record if they were rendered from the same `source`."""
+        recorded = self._record.files
+        # The record may be damaged, so it counts only if it agrees with the disk.
+        if source == self._record.source and all(
+            looks[path].note or looks[path].digest == recorded.get(path, "") for path in wanted
+        ):
+            return recorded
+        return {path: digest_of(text) for path, text in self._texts.items()} if wanted else {}
+
+    def _plan_wanted(self, path: str, look: Look, digest: str) -> FilePlan:
+        agent, before, text = AGENTS_BY_PATH[path], look.disk, look.text or b""
+        if look.note or look.problem:
+            return FilePlan(path, Action.SKIP, before, note=look.note, problem=look.problem)
+        action = decide(look.digest, _known_digests(self._record, path, look), digest)
+        if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.place):
+            return FilePlan(path, Action.SKIP, before, note="skipped: it is outside git's sparse checkout")
+        if action == Action.REPLACE and is_reformatted(text, self._texts[path]):
+            action = Action.KEEP
+        is_foreign = action == Action.REPLACE and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
+        if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
+            note = f"{FOREIGN}: skipped; to replace it: orchestra sync {label_for(self._codebase.key)}"
+            return FilePlan(path, Action.SKIP, before, note=note)
+        if action == Action.KEEP:
+            after, join = before.data, None
+        else:
+            after, join = insert_managed_text(agent, before, self._texts[path])
+        return FilePlan(path, action, before, after, digest, join, "; ".join(describe_text(agent, before, after, join)))
+
+    def _next_record(self, files: Sequence[FilePlan]) -> Record:
+        """Make the record that is true before, while and after the planned files are written."""
+        record = self._record
+        if len(files) == len(record.files) and all(
+            file.action == Action.KEEP and record.files.get(file.path) == file.digest for file in files
+        ):
+            return record
+        new_files = {file.path: file.digest for file in files if file.digest}
+        new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
+        earlier = dict(record.earlier)
+        for path in {**record.files, **new_files}:
+            older = [digest for digest in record.known(path) if digest != new_files.get(path)]
+            earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
+        joins, folders = dict(record.joins), set(record.folders)
+        for file in files:
+            if file.action == Action.KEEP and file.digest and file.path not in record.files:
+                block = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
+                if block and file.before.data[: block.start].replace(BOM, b""):
+                    # It came with the repository: another machine appended it, with the usual line in front.
+                    joins.setdefault(file.path, "\n")
+            if file.action == Action.CREATE:
+                if file.join is not None:
+                    joins[file.path] = file.join
+                elif file.before.kind == "absent":
+                    joins.pop(file.path, None)
+                folders.update(
+                    above for above in folders_above(file.path) if not os.path.isdir(f"{self._root}/{above}")
+                )
+        seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
+        return Record(
+            record.synced_at,
+            new_files,
+            {path: digests for path, digests in sorted(earlier.items()) if digests},
+            joins,
+            sorted(folders),
+            seals=list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS],
+        )
+
+
+# ── 16 Sync ───────────────────────────────────────────────────────────────────
+
+# A sync takes the codebase's lock, plans, and applies the plan; and again, some times, while a file is saved in
+# between. A plan is applied in this order (`CodebaseTurn.apply`):
+#
+# 1. The folder where the codebase was before. Until nothing of Orchestra's is left there, the record says that folder,
+#    so that the next sync goes on.
+# 2. The record, before the files: so a crash never looks like a hand edit. What is to go is recorded until it is gone.
+# 3. Each file: backed up, if the old text may be a user's, then replaced or removed (section Replacing). One that
+#    fails becomes a problem of the plan; the others go on.
+# 4. The folders that were made for files which are no more.
+# 5. The record again, if 3 or 4 changed it.
+
+MAX_TRIES = 5  # for a file that keeps changing
 
 
 class SyncScope(NamedTuple):
-    """What to sync: codebases by name (api, shop/api), or all of them where `names` is None."""
+    """What to sync: codebases by name (api, shop/api), or all of them if `names` is None."""
 
     names: Optional[tuple[str, ...]]
 
@@ -4790,7 +4842,7 @@ class SyncCodebaseResult(NamedTuple):
     codebase: str
     files: tuple[FilePlan, ...] = ()
     errors: tuple[Problem, ...] = ()
-    has_leftovers: bool = False  # a file stays for a while, until nobody can be writing to it
+    has_leftovers: bool = False  # a file is set aside, as it may still be written to
 
     @property
     def key(self) -> Key:
@@ -4798,8 +4850,8 @@ class SyncCodebaseResult(NamedTuple):
 
     @property
     def retry(self) -> bool:
-        """Tell whether a file that was left alone may be written in a little while."""
-        return any(file.retry for file in self.files)
+        """Whether a file that failed may be written in a little while."""
+        return any(file.problem is not None and file.problem.retry for file in self.files)
 
     @property
     def written(self) -> list[str]:
@@ -4814,11 +4866,10 @@ class SyncCodebaseResult(NamedTuple):
         return [file.path for file in self.files if file.problem]
 
 
-# Apply
-
-
 class CodebaseTurn(Turn):
     """A turn at a codebase's files; their labels are the managed paths."""
+
+    REPLACE_REASON = "edited by hand, or not written by Orchestra"
 
     def __init__(self, home: str, codebase: Codebase, clock: Clock) -> None:
         self.codebase = codebase
@@ -4828,274 +4879,247 @@ class CodebaseTurn(Turn):
     def split_label(self, label: str) -> tuple[Key, str]:
         return self.key, label or "leftover.md"
 
-    def settle(self, left: Leftover) -> None:
-        self.clean_up_below(find_root(self.home, self.codebase, {}), left)
+    # Cleaning up
 
-    def clean_up_below(self, root: str, left: Leftover) -> None:
-        """Clean up in a codebase after a turn that was killed, or had trouble; raises IoError."""
-        self.clean_up(_managed_places(root), functools.partial(_managed_label, root), left)
+    def settle(self, left: Leftover) -> None:
+        self._clean_up_below(find_root(self.home, self.codebase), left)
+
+    def _clean_up_below(self, root: str, left: Leftover) -> None:
+        """Clean up in a folder after a turn that was killed or had trouble; raises IoError."""
+        self.clean_up(self._list_folders(root), functools.partial(self._find_label, root), left)
         sweep_folders([os.path.dirname(record_path(self.home, self.key))], left)
 
-    def release_below(self, root: str) -> bool:
-        """Remove Orchestra's temporary files from a codebase, and tell whether some stay; raises IoError."""
-        return self.release_temporaries(_managed_places(root), functools.partial(_managed_label, root))
+    def _release_below(self, root: str) -> bool:
+        """Remove Orchestra's temporary files from a folder, and tell whether some stay; raises IoError."""
+        return self.release_temporaries(self._list_folders(root), functools.partial(self._find_label, root))
 
+    @staticmethod
+    def _list_folders(root: str) -> list[str]:
+        """List the folders of managed files, but those that lead out of the codebase or cannot be reached."""
+        folders = []
+        for paths in MANAGED_FOLDERS.values():
+            with suppress(SyncError, OSError):  # whoever writes there is told
+                folders.append(os.path.dirname(check_parents(root, paths[0])))
+        return folders
 
-def _managed_places(root: str) -> list[str]:
-    """List the folders of managed files, but those that lead out of the codebase or cannot be reached."""
-    places = []
-    for paths in MANAGED_FOLDERS.values():
-        with suppress(SyncError, OSError):  # whoever writes there is told
-            places.append(os.path.dirname(check_parents(root, paths[0])))
-    return places
+    @staticmethod
+    def _find_label(root: str, path: str) -> str:
+        """Find the managed path that leads to a file, though links lie on the way; its name alone if there is none.
 
+        For a file whose name is not known, it is the managed path in that folder, if there is only one.
+        """
+        folder, name = os.path.split(path)
+        real = real_path(folder)
+        here = [f for f in MANAGED_FOLDERS if real_path(os.path.join(root, f)) == real]
+        if not can_be_kept_as(name):
+            first = here[0] if here else ""
+            paths = MANAGED_FOLDERS[first]
+            return paths[0] if len(paths) == 1 else os.path.join(first, "leftover.md")
+        named = [path for path in AGENTS_BY_PATH if os.path.basename(path) == name]
+        return next((path for path in named if os.path.dirname(path) in here), named[0] if named else name)
 
-def _managed_label(root: str, path: str) -> str:
-    """Find the managed path that leads to a file, though links lie on the way; its name alone if there is none.
+    @staticmethod
+    def _remove_spare_folders(root: str, record: Record) -> Record:
+        """Remove the folders that were made for files which are no more, and forget them."""
 
-    For a file whose name is not known, it is the managed path in that folder, if there is only one.
-    """
-    folder, name = os.path.split(path)
-    real = real_path(folder)
-    here = [f for f in MANAGED_FOLDERS if real_path(os.path.join(root, f)) == real]
-    if not can_be_kept_as(name):
-        first = here[0] if here else ""
-        paths = MANAGED_FOLDERS[first]
-        return paths[0] if len(paths) == 1 else os.path.join(first, "leftover.md")
-    named = [path for path in AGENTS_BY_PATH if os.path.basename(path) == name]
-    return next((path for path in named if os.path.dirname(path) in here), named[0] if named else name)
-
-
-def _remove_if_empty(root: str, folder: str) -> bool:
-    try:
-        with open_managed(root, folder) as place:
-            return remove_empty_folder(place.name, place.folder)
-    except FileNotFoundError:
-        return True
-    except (SyncError, FileChanged, OSError):
-        return False  # it leads elsewhere by now
-
-
-def _remove_spare_folders(root: str, record: Record) -> Record:
-    """Remove the folders that were made for files which are no more, and forget them."""
-    needed = {folder for path in record.files for folder in folders_above(path)}
-    emptied = [f for f in reversed(record.folders) if f not in needed and _remove_if_empty(root, f)]
-    return record._replace(folders=[folder for folder in record.folders if folder not in emptied])
-
-
-def _has_user_text(file: FilePlan) -> bool:
-    agent, data = AGENTS_BY_PATH[file.path], file.before.data
-    return bool(data) and (managed_text(agent, data) or b"").strip() != data.strip()
-
-
-def _write_file(turn: CodebaseTurn, root: str, file: FilePlan) -> FilePlan:
-    if file.action in BACKED_UP:
-        when = turn.back_up(file.path, file.before, REPLACE_REASON)
-        restore = f"the old text: orchestra restore {label_for(turn.key)} {file.path} --at {when}"
-        if file.action == EVICT:  # from a codebase that is registered no more
-            kept = os.path.join(backups_of(turn.home, turn.key), when, file.path)
-            restore = f"the old text: {shorten_home(turn.home, kept)}"
-        file = file._replace(note="; ".join(filter(None, [restore, file.note])))
-    if file.action == RELEASE:
-        return file._replace(note="edited by hand, so it stays and is yours now")
-    with open_managed(root, file.path, make=file.after is not None) as place:
-        if file.after is None:
-            remove_file(place, file.before, turn)
-            return file
-        if file.before.kind == "file" and not file.before.data and file_age(place.path, turn.clock) < YOUNG:
-            time.sleep(YOUNG_PAUSE)  # an editor may have emptied it to write it anew; replace_file looks again
-        replace_file(place, file.after, file.before, turn, durable=_has_user_text(file))
-    return file
-
-
-def _apply_file(turn: CodebaseTurn, root: str, file: FilePlan) -> FilePlan:
-    if not file.writes:
-        return file
-    if not turn.is_clean:  # the lock file tells where a save of the user's may be: another swap would overwrite that
-        return file._replace(action=SKIP, problem="skipped because an earlier file failed", retry=True)
-    try:
-        return _write_file(turn, root, file)
-    except FileChanged:
-        problem = "it kept changing while Orchestra was writing it"
-        failed = file._replace(action=SKIP, problem=problem, hint="sync again", changed=True, retry=True)
-    except (OrchestraError, OSError) as error:
-        _, message, hint, retry = Problem.from_error(error, file.path)
-        failed = file._replace(action=SKIP, problem=message, hint=hint, retry=retry)
-    try:
-        turn.clean_up_below(root, turn.leftover)
-    except IoError:
-        turn.is_clean = False
-    return failed
-
-
-def apply_plan(turn: CodebaseTurn, plan: Plan) -> Plan:
-    """Write a plan's files. The record comes first, so that a crash never looks like a hand edit."""
-    # The folder that was left comes before all, and stays recorded until nothing of Orchestra's is there.
-    left = tuple(_apply_file(turn, plan.left_root, file) for file in plan.left)
-    if any(file.retry for file in left):
-        return plan._replace(files=(), left=left)
-    has_left = not any(file.problem for file in left)
-    if plan.left_root:
-        with suppress(IoError):
-            has_left = not turn.release_below(plan.left_root) and has_left
-    if left and plan.old_record:
-        spare = [f for f in plan.old_record.folders if not f"{plan.root}/".startswith(f"{plan.left_root}/{f}/")]
-        files_there = {file.path: "" for file in left if file.problem}
-        _remove_spare_folders(plan.left_root, plan.old_record._replace(files=files_there, folders=spare))
-    record = plan.record._replace(synced_at=now_rfc3339(turn.clock))
-    if plan.old_record and not has_left:
-        record = record._replace(root=plan.old_record.root)
-    known = plan.old_record.files if plan.old_record and not plan.left_root else {}
-    # What is to go stays recorded until it is gone, or an interrupted sync would forget it.
-    doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
-    first = record._replace(files={**record.files, **doomed})
-    save_record(turn.home, turn.key, first, turn)
-    files = tuple(_apply_file(turn, plan.root, file) for file in plan.files)
-    stuck = {file.path: known[file.path] for file in files if file.path in doomed and file.problem}
-    record = record._replace(files={**record.files, **stuck})
-    record = _remove_spare_folders(plan.root, record)
-    if not any(file.writes for file in files) and (plan.writes or any(file.problem for file in files)):
-        record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
-    if record != first:
-        save_record(turn.home, turn.key, record, turn)
-    return plan._replace(files=files, record=record, left=left)
-
-
-def _sync_until_done(turn: CodebaseTurn, owners: Mapping[str, Key], purge: bool, take_over: bool) -> Plan:
-    """Plan and apply, again while somebody else saves one of the files in between."""
-    home, codebase = turn.home, turn.codebase
-    adopt_record(home, codebase, owners)
-    written: dict[str, FilePlan] = {}
-    left = Plan("", (), None, Record())
-    for tries in range(MAX_TRIES):
-        plan = plan_codebase(home, codebase, owners, purge, take_over)
-        if tries == 0 and not (purge or plan.is_done or is_current(home, codebase)):
-            # Saved, or removed, since it was read: whoever writes last must write the newest.
-            if not os.path.lexists(codebase_path(home, codebase.key)):
-                return plan._replace(files=())
-            codebase = load_codebase(home, *codebase.key, inherits=True)
-            continue
-        if tries == 0 or not plan.is_done:
+        def is_gone(folder: str) -> bool:
             try:
-                turn.release_below(plan.root)
-            except IoError:
-                turn.has_files_aside = True  # the next turn tries again
-        if not plan.is_done:
-            plan = apply_plan(turn, plan)
-        left = plan if plan.left else left
-        plan = plan._replace(files=tuple(written.get(f.path, f) if f.action == KEEP else f for f in plan.files))
-        if not any(file.changed for file in plan.files):
-            break
-        written.update({file.path: file for file in plan.files if file.writes})
-    return plan._replace(left_root=left.left_root, left=left.left)
+                with open_managed(root, folder) as place:
+                    return remove_empty_folder(place.name, place.folder)
+            except FileNotFoundError:
+                return True
+            except (SyncError, FileChanged, OSError):
+                return False  # it leads elsewhere by now
 
+        needed = {folder for path in record.files for folder in folders_above(path)}
+        gone = [folder for folder in reversed(record.folders) if folder not in needed and is_gone(folder)]
+        return record._replace(folders=[folder for folder in record.folders if folder not in gone])
 
-def failed_result(key: Key, problems: Sequence[Problem]) -> SyncCodebaseResult:
-    return SyncCodebaseResult(*key, errors=tuple(problems))
+    # Applying a plan
 
+    def _write_file(self, root: str, file: FilePlan) -> FilePlan:
+        before = file.before
+        if file.action in Action.BACKED_UP:
+            when = self.back_up(file.path, before, self.REPLACE_REASON)
+            note = (
+                f"your version is kept; to get it back: orchestra restore {label_for(self.key)} {file.path} --at {when}"
+            )
+            if file.action == Action.EVICT:  # the codebase is no longer registered
+                kept = os.path.join(backups_of(self.home, self.key), when, file.path)
+                note = f"your version is kept as {shorten_home(self.home, kept)}"
+            file = file._replace(note="; ".join(filter(None, [note, file.note])))
+        if file.action == Action.RELEASE:
+            return file._replace(note="you edited it, so it stays; Orchestra no longer manages it")
+        with open_managed(root, file.path, make=file.after is not None) as place:
+            if file.after is None:
+                remove_file(place, before, self)
+                return file
+            if before.kind == "file" and not before.data and file_age(place.path, self.clock) < 2.0:
+                time.sleep(0.2)  # an editor may have emptied it to write it anew; replace_file looks again
+            managed = managed_text(AGENTS_BY_PATH[file.path], before.data) or b""
+            has_user_text = bool(before.data) and managed.strip() != before.data.strip()
+            replace_file(place, file.after, before, self, durable=has_user_text)
+        return file
 
-def group_problems(home: str, plan: Plan) -> list[Problem]:
-    """Give the problems of a plan's files, each said once: a read-only folder fails them all alike."""
-    paths: dict[tuple[str, str], list[str]] = {}
-    for root, files in (("", plan.files), (plan.left_root, plan.left)):
-        for file in files:
-            if file.problem:
-                place = shorten_home(home, os.path.join(root, file.path))
-                paths.setdefault((file.problem, file.hint), []).append(place)
-    return [Problem(", ".join(found), *problem) for problem, found in paths.items()]
+    def _apply_file(self, root: str, file: FilePlan) -> FilePlan:
+        if not file.writes:
+            return file
+        if not self.is_clean:  # another swap would overwrite the lock file, which tells where a save may be
+            problem = Problem(file.path, "skipped because an earlier file failed", retry=True)
+            return file._replace(action=Action.SKIP, problem=problem)
+        try:
+            return self._write_file(root, file)
+        except FileChanged as error:
+            problem = Problem(file.path, error.message, "sync again", retry=True)
+            failed = file._replace(action=Action.SKIP, problem=problem, changed=True)
+        except (OrchestraError, OSError) as error:
+            failed = file._replace(action=Action.SKIP, problem=Problem.from_error(error, file.path))
+        try:
+            self._clean_up_below(root, self.leftover)
+        except IoError:
+            self.is_clean = False
+        return failed
 
+    def _apply_files(self, plan: Plan) -> Plan:
+        return plan._replace(files=tuple(self._apply_file(plan.root, file) for file in plan.files))
 
-def plan_problems(home: str, key: Key, plan: Plan) -> tuple[Problem, ...]:
-    return tuple(problem.below(label_for(key)) for problem in group_problems(home, plan))
+    def _leave(self, left: Plan, root: str) -> bool:
+        """Clean the folder that was left for `root`; tell whether nothing of Orchestra's stays."""
+        is_gone = not any(file.problem for file in left.files)
+        with suppress(IoError):
+            is_gone = not self._release_below(left.root) and is_gone
+        if left.files:
+            spare = [f for f in left.record.folders if not f"{root}/".startswith(f"{left.root}/{f}/")]
+            there = {file.path: "" for file in left.files if file.problem}
+            self._remove_spare_folders(left.root, left.record._replace(files=there, folders=spare))
+        return is_gone
+
+    def apply(self, plan: Plan) -> Plan:
+        """Apply a plan, by the steps at the head of this section; raises IoError for the record."""
+        old_record = plan.old_record or Record()
+        record, known = plan.record._replace(synced_at=now_rfc3339(self.clock)), old_record.files
+        if plan.left:
+            left, known = self._apply_files(plan.left), {}
+            plan = plan._replace(left=left)
+            if any(file.problem and file.problem.retry for file in left.files):
+                return plan._replace(files=())
+            record = record if self._leave(left, plan.root) else record._replace(root=old_record.root)
+        doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
+        first = record._replace(files={**record.files, **doomed})
+        save_record(self.home, self.key, first, self)
+        done = self._apply_files(plan)
+        stuck = {file.path: known[file.path] for file in done.files if file.path in doomed and file.problem}
+        record = record._replace(files={**record.files, **stuck})
+        record = self._remove_spare_folders(plan.root, record)
+        if not any(file.writes for file in done.files) and (plan.writes or any(file.problem for file in done.files)):
+            record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
+        if record != first:
+            save_record(self.home, self.key, record, self)
+        return done._replace(record=record)
+
+    def sync(self, owners: Optional[Owners], mode: SyncMode) -> Plan:
+        """Plan and apply, again while a file is saved in between; raises OrchestraError, OSError."""
+        home, key, codebase = self.home, self.key, self.codebase
+        adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
+        written: dict[str, FilePlan] = {}
+        left: Optional[Plan] = None
+        for tries in range(MAX_TRIES):
+            plan = Planner(home, codebase, owners, mode).plan()
+            if tries == 0 and not (mode.purge or plan.is_done or is_current(home, codebase)):
+                # Saved, or removed, since it was read: whoever writes last must write the newest.
+                if not os.path.lexists(codebase_path(home, key)):
+                    return plan._replace(files=(), left=None)
+                codebase = load_codebase(home, *key, inherits=True)
+                continue
+            if tries == 0 or not plan.is_done:
+                try:
+                    self._release_below(plan.root)
+                except IoError:
+                    self.has_files_aside = True  # the next turn tries again
+            if not plan.is_done:
+                plan = self.apply(plan)
+            left = plan.left if plan.left and plan.left.files else left
+            files = (written.get(file.path, file) if file.action == Action.KEEP else file for file in plan.files)
+            plan = plan._replace(files=tuple(files))
+            if not any(file.changed for file in plan.files):
+                break
+            written.update({file.path: file for file in plan.files if file.writes})
+        return plan._replace(left=left)
+
+    # Restoring
+
+    def restore(self, root: str, backup: Backup) -> bool:
+        """Put a backup back, and tell whether that changed anything; raises SyncError, IoError, FileChanged."""
+        agent, kept = AGENTS_BY_PATH[backup.path], read_disk(backup.file)
+        if kept.kind != "file":
+            raise SyncError(f"expected a backup, got {DISK_NAMES[kept.kind]} at {backup.file}")
+        before = read_disk(check_parents(root, backup.path))
+        if before.kind not in ("file", "absent"):
+            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
+        try:
+            text = managed_text(agent, kept.data)
+        except SyncError as error:
+            raise SyncError(f"the backup {backup.file}: {error}", error.hint) from None
+        after = kept.data
+        if before.kind == "file":
+            if not agent.owned and text is not None:
+                after, _ = insert_managed_text(agent, before, text.replace(b"\r\n", b"\n"))
+            if after == before.data:
+                return False
+        with blame(os.path.join(root, backup.path)):
+            if before.kind == "file":
+                self.back_up(backup.path, before, "replaced by restore", DISPLACED)
+            with open_managed(root, backup.path, make=True) as place:
+                replace_file(place, after, before, self, mode=kept.mode, durable=True)
+        return True
 
 
 def sync_codebase(
     home: str,
     codebase: Codebase,
-    owners: Mapping[str, Key] = {},
-    dry_run: bool = False,
-    purge: bool = False,
+    owners: Optional[Owners] = None,
+    mode: SyncMode = DEFAULT_MODE,
     clock: Clock = time.time,
-    take_over: bool = False,
 ) -> SyncCodebaseResult:
-    """Bring one codebase's files up to date, or say with `dry_run` what would be done; errors are in the result.
-
-    With `take_over` the text of another registry's Orchestra is replaced, otherwise left.
-    """
-    key = codebase.key
-    has_leftovers = False
+    """Bring one codebase's files up to date; what goes wrong is in the result."""
+    key, label, has_leftovers = codebase.key, label_for(codebase.key), False
     try:
-        if dry_run:
-            plan = plan_codebase(home, codebase, owners, purge, take_over)
+        if mode.dry_run:
+            plan = Planner(home, codebase, owners, mode).plan()
         else:
             with CodebaseTurn(home, codebase, clock) as turn:
-                plan = _sync_until_done(turn, owners, purge, take_over)
+                plan = turn.sync(owners, mode)
             has_leftovers = turn.has_files_aside or os.path.lexists(turn.aside)
     except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
-        return failed_result(key, [Problem.from_error(error).below(label_for(key))])
+        return SyncCodebaseResult(*key, errors=(Problem.from_error(error).below(label),))
     # Without their bytes: a result may be one of thousands.
-    left = (file._replace(path=shorten_home(home, f"{plan.left_root}/{file.path}")) for file in plan.left)
-    files = tuple(file._replace(before=ABSENT, after=None) for file in (*plan.files, *left))
-    return SyncCodebaseResult(*key, files, plan_problems(home, key, plan), has_leftovers)
+    files = tuple(file._replace(before=ABSENT, after=None) for file in plan.all_files(home))
+    problems = tuple(problem.below(label) for problem in plan.problems(home))
+    return SyncCodebaseResult(*key, files, problems, has_leftovers)
 
 
 def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
-    """Clean up after a sync that was killed, as long as it is known what it was about; raises OrchestraError."""
+    """Clean up after a sync that was killed, while its codebase is still registered; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
         with CodebaseTurn(home, codebase, clock):
             pass
 
 
-# Restore
-
-
-def _restored_text(agent: Agent, before: Disk, kept: Disk, file: str) -> bytes:
-    try:
-        ours = managed_text(agent, kept.data)
-    except SyncError as error:
-        raise SyncError(f"the version kept as {file}: {error}", error.hint) from None
-    if before.kind == "file" and not agent.owned and ours is not None:
-        return insert_managed_text(agent, before, ours.replace(b"\r\n", b"\n"))[0]
-    return kept.data
-
-
-@contextmanager
-def _named(place: str) -> Iterator[None]:
-    """Say where it was, in a SyncError that knows only what."""
-    try:
-        yield
-    except SyncError as error:
-        raise SyncError(f"{place}: {error}", error.hint) from None
-
-
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
-    """Put a kept version back, and say whether that changed anything; what it replaces is kept in turn.
+    """Put a backup back, and tell whether that changed anything; what it replaces is backed up in turn.
 
-    Of a shared file only the block is put back, since the text around it is the user's; a version without a block
-    is put back whole. Raises SyncError, IoError.
+    Of a shared file only the block is put back, since the text around it is the user's; a backup without a block is
+    put back whole. Raises SyncError, IoError.
     """
-    agent = AGENTS_BY_PATH[backup.path]
-    root = find_root(home, codebase, {})
-    path = os.path.join(root, backup.path)
-    with CodebaseTurn(home, codebase, clock) as turn, _named(path):
-        kept = read_disk(backup.file)
-        if kept.kind != "file":
-            raise SyncError(f"expected a kept version, got {DISK_NAMES[kept.kind]} at {backup.file}")
-        before = read_disk(check_parents(root, backup.path))
-        if before.kind not in ("file", "absent"):
-            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
-        after = _restored_text(agent, before, kept, backup.file)
-        if before.kind == "file" and after == before.data:
-            return False
-        with blame(path):
-            if before.kind == "file":
-                turn.back_up(backup.path, before, "replaced by restore", DISPLACED)
-            try:
-                with open_managed(root, backup.path, make=True) as place:
-                    replace_file(place, after, before, turn, mode=kept.mode, durable=True)
-            except FileChanged:
-                raise SyncError("it changed while Orchestra was writing it", "restore again") from None
-    return True
+    root = find_root(home, codebase)
+    with CodebaseTurn(home, codebase, clock) as turn:
+        try:
+            return turn.restore(root, backup)
+        except FileChanged as error:
+            problem, hint = error.message, "run the command again"
+        except SyncError as error:
+            problem, hint = str(error), error.hint
+        raise SyncError(f"{os.path.join(root, backup.path)}: {problem}", hint)
 
 
 # The pipeline
@@ -5111,26 +5135,23 @@ def run_pipeline(
 ) -> list[SyncCodebaseResult]:
     """Sync what `scope` names, one codebase after the other; each one's errors are in its result.
 
-    `take_over` is for a user who named the codebases: it replaces what another registry's Orchestra wrote there.
-
-    The command line and the daemon both come through here. Raises RegistryError for a name that is not one
-    codebase's, IoError for a registry that cannot be read.
+    The command line and the daemon both come through here. `take_over` is for a user who named the codebases. Raises
+    RegistryError for a name that is not one codebase's, IoError for a registry that cannot be read.
     """
-    if registry is None:
-        registry = load_registry(home)
+    registry = registry or load_registry(home)
     keys = registry.keys if scope.names is None else [registry.find(name) for name in scope.names]
     results = []
     for done, key in enumerate(keys):
         progress(done, len(keys), key)
         if key in registry.broken:
-            results.append(failed_result(key, registry.broken[key]))
+            results.append(SyncCodebaseResult(*key, errors=tuple(registry.broken[key])))
         else:
-            codebase = registry.codebases[key]
-            results.append(sync_codebase(home, codebase, registry.owners, dry_run, take_over=take_over))
+            mode = SyncMode(dry_run, take_over=take_over)
+            results.append(sync_codebase(home, registry.codebases[key], registry.owners, mode))
     return results
 
 
-# ── 16 Status and diff ────────────────────────────────────────────────────────
+# ── 17 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without the last step: the same plan, put into a word.
 
@@ -5169,24 +5190,22 @@ class Status(NamedTuple):
 def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
     if not file.writes:
         return CURRENT
-    if file.action in (REMOVE, RELEASE, EVICT):
+    if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
         return ORPHAN
-    if record is None or record.files.get(file.path) != file.digest or file.action == UPDATE:
+    if record is None or record.files.get(file.path) != file.digest or file.action == Action.UPDATE:
         return STALE
-    if file.action == CREATE:
+    if file.action == Action.CREATE:
         return MISSING if file.before.kind == "absent" else BLOCK_MISSING
     return MODIFIED
 
 
 def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
     """Give the first status that applies, in the order of the tests below, and what it is about."""
-    problems = group_problems(home, plan)
+    problems = plan.problems(home)
     record = plan.old_record
     by_kind: dict[str, list[str]] = {}
-    for file in plan.files:
+    for file in plan.all_files(home):
         by_kind.setdefault(_kind_of_change(file, record), []).append(file.path)
-    for file in plan.left:
-        by_kind.setdefault(ORPHAN, []).append(shorten_home(home, f"{plan.left_root}/{file.path}"))
     if problems:
         return ERROR, "; ".join(map(str, problems))
     if not plan.writes:
@@ -5232,12 +5251,12 @@ def _last_sync(home: str, key: Key, clock: Clock) -> tuple[Optional[str], Option
 
 
 def check_staleness(
-    home: str, codebase: Codebase, owners: Mapping[str, Key] = {}, clock: Clock = time.time
+    home: str, codebase: Codebase, owners: Optional[Owners] = None, clock: Clock = time.time
 ) -> Staleness:
     """Judge one codebase; what goes wrong is its status `error`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
     try:
-        plan = plan_codebase(home, codebase, owners)
+        plan = Planner(home, codebase, owners).plan()
         record = plan.old_record
         status, detail = judge_plan(home, plan)
     except (OrchestraError, OSError) as error:
@@ -5265,28 +5284,29 @@ def _lines_of(data: bytes) -> list[str]:
     return [line for line in re.split(r"(?<=\n)", data.decode("utf-8", "replace")) if line]
 
 
-def diff_codebase(home: str, codebase: Codebase, owners: Mapping[str, Key] = {}) -> tuple[str, tuple[Problem, ...]]:
+def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> tuple[str, tuple[Problem, ...]]:
     """Write a unified diff of what a sync of this codebase would do, with the problems that keep files out of it.
 
     What does not show on a terminal, or moves its cursor, is spelt out.
     """
     import difflib
 
-    plan = plan_codebase(home, codebase, owners, take_over=True)
+    plan = Planner(home, codebase, owners, SyncMode(take_over=True)).plan()
     parts: list[str] = []
     for file in plan.files:
-        if file.writes and file.action != RELEASE:
+        if file.writes and file.action != Action.RELEASE:
             old, new = _lines_of(file.before.data), _lines_of(file.after or b"")
             source = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
             target = "/dev/null" if file.after is None else f"b/{file.path}"
             for line in difflib.unified_diff(old, new, source, target):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
-    return show_hidden("".join(parts)), plan_problems(home, codebase.key, plan)
+    problems = tuple(problem.below(label_for(codebase.key)) for problem in plan.problems(home))
+    return show_hidden("".join(parts)), problems
 
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 17 Watching ───────────────────────────────────────────────────────────────
+# ── 18 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -5867,7 +5887,7 @@ class Watcher:
             return False
 
 
-# ── 18 Logs ───────────────────────────────────────────────────────────────────
+# ── 19 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -6020,7 +6040,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 19 Control socket ─────────────────────────────────────────────────────────
+# ── 20 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -6572,7 +6592,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 20 Worker ─────────────────────────────────────────────────────────────────
+# ── 21 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -6932,7 +6952,7 @@ class SyncProcessor:
         return counts
 
 
-# ── 21 Daemon ─────────────────────────────────────────────────────────────────
+# ── 22 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7073,7 +7093,7 @@ class JobLog:
         for result in outcome.results:
             for file in result.files:
                 place = f"{label_for(result.key)}: {file.path}"
-                if file.action in BACKED_UP:
+                if file.action in Action.BACKED_UP:
                     self._log.warning("replaced hand-written text", file=place, note=file.note)
                 elif file.note.startswith(FOREIGN):
                     self._log.warning("left alone", file=place, note=file.note)
@@ -7291,7 +7311,7 @@ class Daemon:
             if job.source == Source.SOCKET:
                 with suppress(IoError):
                     forget_replaced(self.home, [result.key])
-            notes = {file.path: file.note for file in result.files if file.action in BACKED_UP}
+            notes = {file.path: file.note for file in result.files if file.action in Action.BACKED_UP}
             if notes:
                 note_replaced(self.home, result.key, notes, self._wall_clock())
         self._job_log.write(outcome)  # before the reply, so that the client finds it
@@ -7358,7 +7378,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 22 Installing ─────────────────────────────────────────────────────────────
+# ── 23 Installing ─────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder. What is installed is tried before
@@ -7834,7 +7854,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 23 Commands ───────────────────────────────────────────────────────────────
+# ── 24 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -7911,7 +7931,7 @@ def print_result(result: SyncCodebaseResult) -> None:
     for file in result.files:
         if file.writes:
             verb = "append" if file.join is not None else file.action
-            print(f"{REMOVE if verb == EVICT else verb:8} {label} {file.path}")
+            print(f"{Action.REMOVE if verb == Action.EVICT else verb:8} {label} {file.path}")
         if file.note:
             say(f"note: {label}: {file.path}: {visible(file.note)}")
 
@@ -8021,8 +8041,7 @@ class Registration(NamedTuple):
                 continue
             print(f"{self.label} type changed to {self.project_type}: {self.file}")
             return
-        problem = "it kept changing while Orchestra was writing it"
-        raise RegistryError(f"{self.file}: {problem}", "run the command again")
+        raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
     def _create(self) -> None:
         project, problems = read_project(self.home, self.key[0])
@@ -8109,7 +8128,7 @@ class Commands(NamedTuple):
             return report_all(results[0].errors)
         if key in registry.codebases:
             codebase = registry.codebases[key]
-            result = sync_codebase(self.home, codebase, registry.owners, dry_run=True)
+            result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True))
             for file in result.files:
                 if file.note.startswith(FOREIGN):
                     say(f"note: {label_for(key)}: {file.path}: {file.note}")
@@ -8139,7 +8158,7 @@ class Commands(NamedTuple):
         key = registry.find(self.args.name)
         if self.args.purge:
             codebase = registry.readable(self.args.name)
-            result = sync_codebase(self.home, codebase, registry.owners, dry_run=True, purge=True)
+            result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True, purge=True))
             if result.errors:
                 message = "\n".join(map(str, result.errors))
                 raise SyncError(message, "fix that, then purge again; nothing was changed")
@@ -8150,7 +8169,7 @@ class Commands(NamedTuple):
         print(f"removed {label_for(key)} from the registry; its file is kept as {kept}")
         if not self.args.purge:
             return OK
-        result = sync_codebase(self.home, codebase, registry.owners, purge=True)
+        result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
         print_result(result)
         if not result.errors:
             remove_private(record_path(self.home, key))
@@ -8408,7 +8427,7 @@ class Commands(NamedTuple):
         return FAILED if errors else OK
 
 
-# ── 24 Command line ───────────────────────────────────────────────────────────
+# ── 25 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above, a row in COMMANDS, and its arguments in
 # ARGUMENTS. argparse is imported only where it is needed: it costs 7 ms of a start.
