@@ -169,14 +169,15 @@ Buffer = Any  # bytes or a memoryview; collections.abc.Buffer is newer than Pyth
 
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
-# What the user can put right is an OrchestraError and ends in one line; anything else is our bug
-# and keeps its traceback.
+# What the user can put right is an OrchestraError, and is reported on one line; anything else is
+# a bug, and keeps its traceback. Where a failure stops one file or codebase and not the command,
+# it becomes a Problem, which says what is wrong wherever it is reported.
 
 
 class OrchestraError(Exception):
-    """Say what is wrong (place, expected, got) and, in `hint`, the way out.
+    """What is wrong (place, expected, got); `hint` is the way out.
 
-    `retry` tells that the same may work in a little while.
+    `retry` means that the same may work in a little while.
     """
 
     retry = False
@@ -187,7 +188,7 @@ class OrchestraError(Exception):
 
 
 class UsageError(OrchestraError):
-    """A command line that cannot be carried out as it stands."""
+    """A command line that cannot be carried out."""
 
 
 class RegistryError(OrchestraError):
@@ -195,83 +196,36 @@ class RegistryError(OrchestraError):
 
 
 class SyncError(OrchestraError):
-    """A managed file or a codebase folder that cannot be brought up to date, or a lock that does not come free."""
+    """A managed file or a codebase's folder that cannot be synced, or a lock that is not released."""
 
 
 class DaemonError(OrchestraError):
-    """Anything the daemon, its socket or its service manager cannot do; as IoError, any file that cannot be used."""
+    """A failure of the daemon, its socket or its service manager; as IoError, of any file."""
 
 
 def explain_os_error(error: OSError) -> str:
-    """Name an OSError in the system's own words, without Python's decoration."""
+    """Return the system's own words, without Python's decoration."""
     return (error.strerror or str(error) or type(error).__name__).lower()
-
-
-def hint_for_os_error(error: OSError) -> str:
-    """Name the way out of the OSErrors that have one.
-
-    macOS answers EPERM to background programs in ~/Documents, ~/Desktop and ~/Downloads
-    (Transparency, Consent and Control), even where the shell may read; and where a file has the flag uchg.
-    """
-    if error.errno == errno.EPERM and sys.platform == "darwin":
-        return (
-            f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
-            " or move the codebase out of Documents, Desktop and Downloads;"
-            " a locked file (ls -lO shows uchg) is unlocked by chflags nouchg FILE"
-        )
-    if error.errno == errno.ENOSPC:
-        return "free some space, then run orchestra sync --all"
-    return ""
 
 
 class IoError(DaemonError):
     """An operating system error, with the path it happened at."""
 
     def __init__(self, path: str, source: OSError) -> None:
-        super().__init__(f"{path}: {explain_os_error(source)}", hint_for_os_error(source))
+        hint = ""
+        if source.errno == errno.ENOSPC:
+            hint = "free some space, then run orchestra sync --all"
+        elif source.errno == errno.EPERM and sys.platform == "darwin":
+            # Given to background programs in ~/Documents, ~/Desktop and ~/Downloads (Transparency,
+            # Consent and Control), even where the shell may read; and for a file with the flag uchg.
+            hint = (
+                f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
+                " or move the codebase out of Documents, Desktop and Downloads;"
+                " a locked file (ls -lO shows uchg) is unlocked by chflags nouchg FILE"
+            )
+        super().__init__(f"{path}: {explain_os_error(source)}", hint)
         self.path = path
         self.source = source
-
-
-class LaunchdError(DaemonError):
-    """Something that launchd cannot do."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(f"launchd error: {message}", hint)
-
-
-class NotifyError(DaemonError):
-    """A source of file notifications that is not to be had."""
-
-
-class ProtocolError(DaemonError):
-    """A request or reply that cannot be understood or met; `closes` if the connection is beyond use."""
-
-    def __init__(self, message: str, hint: str = "", *, closes: bool = False) -> None:
-        super().__init__(message, hint)
-        self.closes = closes
-
-
-class DaemonBusy(ProtocolError):
-    """All of the daemon's places for clients are taken."""
-
-
-class DaemonNotRunning(DaemonError):
-    """Nobody listens at `socket`."""
-
-    def __init__(self, socket: str) -> None:
-        super().__init__("daemon is not running", "orchestra daemon start")
-        self.socket = socket
-
-
-def visible(text: str) -> str:
-    """Spell out what would not show on a line of its own: line ends, escapes, half characters."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def excerpt(text: str) -> str:
-    """Quote the beginning of a text that may be long."""
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 @contextmanager
@@ -283,11 +237,51 @@ def blame(path: str) -> Iterator[None]:
         raise IoError(path, error) from error
 
 
-class Problem(NamedTuple):
-    """One thing wrong, from where it arises to where it is reported.
+class LaunchdError(DaemonError):
+    """A failure of launchd."""
 
-    `where` is a place (file:line), `message` one line, `hint` the way out; `retry` tells
-    that the same may work in a little while.
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"launchd error: {message}", hint)
+
+
+class NotifyError(DaemonError):
+    """The requested watcher is not available here."""
+
+
+class ProtocolError(DaemonError):
+    """A request or reply that is not understood; `closes` if the connection cannot be used any more."""
+
+    def __init__(self, message: str, hint: str = "", *, closes: bool = False) -> None:
+        super().__init__(message, hint)
+        self.closes = closes
+
+
+class DaemonBusy(ProtocolError):
+    """The daemon has as many clients as it takes."""
+
+
+class DaemonNotRunning(DaemonError):
+    """Nothing listens at `socket`."""
+
+    def __init__(self, socket: str) -> None:
+        super().__init__("daemon is not running", "orchestra daemon start")
+        self.socket = socket
+
+
+def visible(text: str) -> str:
+    """Escape what cannot be printed on one line: line ends, control characters, lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def excerpt(text: str) -> str:
+    """Quote a text, or the beginning of a long one."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+class Problem(NamedTuple):
+    """One thing wrong: `where` is a place (file:line), `message` one line, `hint` the way out.
+
+    `retry` means that the same may work in a little while.
     """
 
     where: str
@@ -297,7 +291,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def from_error(cls, error: "OrchestraError | OSError", where: str = "") -> "Problem":
-        """Describe an error; without `where`, an operating system error tells its path."""
+        """Describe an error; an operating system error without `where` names its own path."""
         if isinstance(error, OSError):
             error = IoError(str(error.filename or ""), error)
         if isinstance(error, IoError):
@@ -314,7 +308,17 @@ class Problem(NamedTuple):
 
 # ── 2 Places ──────────────────────────────────────────────────────────────────
 
-# Everything Orchestra keeps lies below the home folder; every function takes `home`.
+# Everything Orchestra keeps is below the home folder, which every function here takes:
+#
+#   ~/.orchestra/                      private (mode 0700)
+#     projects/PROJECT/NAME.yaml       the registry; project.yaml is for all of a project's codebases
+#     hashes/PROJECT/NAME.json         the record of what was last written to a codebase
+#     backups/PROJECT/NAME/TIME/PATH   what was replaced
+#     run/                             lock files, the cache of parsed files
+#     logs/, daemon.sock               the daemon's
+#     lib/, bin/                       the installed program, and its PyYAML
+#   ~/.local/bin/orchestra             the link to it
+#   ~/Library/LaunchAgents/            launchd's property list
 
 DAEMON_LABEL = "dev.orchestra.daemon"
 DAEMON_SOCKET = "daemon.sock"
@@ -359,10 +363,6 @@ def run_dir(home: str) -> str:
     return f"{orchestra_root(home)}/run"
 
 
-def registry_lock_path(home: str) -> str:
-    return f"{run_dir(home)}/registry.lock"
-
-
 def codebase_lock_path(home: str, key: Key) -> str:
     return f"{run_dir(home)}/codebases/{key[0]}/{key[1]}.lock"
 
@@ -400,20 +400,8 @@ def launchd_plist_path(home: str) -> str:
 
 
 def python_lib_dir(home: str) -> str:
-    """The place of Orchestra's own copy of PyYAML, for the Python that runs."""
+    """Return the folder of Orchestra's own PyYAML, for the running Python's version."""
     return f"{orchestra_root(home)}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
-
-
-def parsed_path(home: str) -> str:
-    return f"{run_dir(home)}/parsed.jsonl"
-
-
-def parsed_lock_path(home: str) -> str:
-    return f"{run_dir(home)}/parsed.lock"
-
-
-def pip_lock_path(home: str) -> str:
-    return f"{run_dir(home)}/pip.lock"
 
 
 def installed_script_path(home: str) -> str:
@@ -429,59 +417,144 @@ def link_path(home: str) -> str:
 
 
 def shorten_home(home: str, path: str) -> str:
-    """Write a path below the home folder as ~/..., the way people say it."""
+    """Write a path below the home folder as ~/..."""
     return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
 
 
 def expand_home(home: str, path: str) -> str:
-    """Undo `shorten_home`; only a leading ~/ (or ~ alone) is special."""
+    """Undo `shorten_home`; only a leading ~/, or ~ alone, is special."""
     return home + path[1:] if path == "~" or path.startswith("~/") else path
 
 
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
-# All changes to the user's files, the registry's and Orchestra's own are made here (pip, the socket and the log make
-# theirs). A reader of any file sees its old text or its new one. A managed file is changed through its opened folder,
-# which no link that is put in the way meanwhile can turn into another.
+# Every change on disk is made in sections 3 to 6, but those of pip, the socket and the logs. A reader
+# of any file sees its old text or its new one. A file of the user's is changed through its opened
+# folder (Place), so that no link put in the way meanwhile leads elsewhere.
 
-NO, MAYBE, YES = "no", "maybe", "yes"  # whether somebody writes to a file
-ACL = "system.posix_acl_access"  # acl(5)
-# O_NONBLOCK: opening a FIFO for reading would otherwise wait for its writer.
+# O_NONBLOCK, or opening a FIFO for reading would wait for its writer.
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-MAX_FILE_NAME = 255  # bytes
-UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a rename with flags
-REFUSED_KINDS = {  # what an open(2) that fails so has found
+UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+REFUSED_KINDS = {  # what is there, by the errno of an open(2) that failed
     errno.ENOENT: "absent",
-    errno.ENOTDIR: "absent",  # a parent that is a plain file is reported where parents are checked
+    errno.ENOTDIR: "absent",  # a file in a folder's place is reported where parents are checked
     errno.ELOOP: "symlink",
-    errno.EMLINK: "symlink",  # FreeBSD's word
+    errno.EMLINK: "symlink",  # on FreeBSD
     errno.ENXIO: "special",  # a socket
-    errno.EOPNOTSUPP: "special",  # the same, in the word of POSIX and macOS
+    errno.EOPNOTSUPP: "special",  # a socket, in POSIX and on macOS
 }
+BOM = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
+
+# Reading
 
 
 class Disk(NamedTuple):
-    """What stands at a path: `kind` is absent, file, symlink, folder or special."""
+    """What is at a path: `kind` is absent, file, symlink, folder or special."""
 
     kind: str
     data: bytes = b""
     mode: int = 0
 
+    @property
+    def noun(self) -> str:
+        """Name it, for messages."""
+        nouns = {"absent": "none", "file": "a file", "symlink": "a link", "folder": "a folder"}
+        return nouns.get(self.kind, "a pipe, socket or device")
+
 
 ABSENT = Disk("absent")
-DISK_NAMES = {
-    "absent": "none",
-    "file": "a file",
-    "symlink": "a link",
-    "folder": "a folder",
-    "special": "a pipe, socket or device",
-}
-BOM = b"\xef\xbb\xbf"  # which some editors write at the beginning of a file
+
+
+def read_opened(fd: int, limit: int = -1) -> Disk:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
+    # One byte more than expected: a read that ends at the file's size shows in one call that this was
+    # all. A shorter one may have been cut, as Linux does at 2 GiB.
+    data, step = b"", info.st_size + 1
+    while True:
+        step = step if limit < 0 else min(step, limit - len(data))
+        more = os.read(fd, step) if step else b""
+        data = data + more if data else more
+        if not more or (len(more) < step and len(data) == info.st_size):
+            return Disk("file", data, stat.S_IMODE(info.st_mode))
+        step = 1 << 20
+
+
+def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
+    """Read what is at `path` (in an opened folder); never follow a link or wait for a pipe.
+
+    At most `limit` bytes are read, or all if it is negative. Raises IoError.
+    """
+    try:
+        fd = os.open(path, READING, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in REFUSED_KINDS:
+            raise IoError(path, error) from error
+        return Disk(REFUSED_KINDS[error.errno])
+    try:
+        return read_opened(fd, limit)
+    except OSError as error:
+        raise IoError(path, error) from error
+    finally:
+        os.close(fd)
+
+
+def parse_object(text: "str | bytes") -> dict[str, Any]:
+    """Parse a JSON object; {} where the text is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def sha256_of(data: Buffer) -> str:
+    import hashlib  # here, since asking the daemon for its status needs no OpenSSL
+
+    return hashlib.sha256(data).hexdigest()
+
+
+# Folders and names
+
+
+def names_in(folder: str) -> list[str]:
+    """List a folder; one that cannot be read has no names."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def folders_below(path: str) -> list[str]:
+    """List a folder and all below it; links are not followed."""
+    return [folder for folder, _, _ in os.walk(path)]
+
+
+def real_path(path: str) -> str:
+    """Resolve all links of a path, as far as possible."""
+    try:
+        return os.path.realpath(path)
+    except OSError:  # a link that went while it was followed
+        return path
+
+
+def follow_link(path: str) -> str:
+    """Return where a symbolic link leads; any other path stays as it is."""
+    return real_path(path) if os.path.islink(path) else path
+
+
+def is_same_file(one: "int | str", other: "int | str") -> bool:
+    """Tell whether two paths or open descriptors lead to the same existing file."""
+    try:
+        return os.path.samestat(os.stat(one), os.stat(other))
+    except OSError:
+        return False
 
 
 class Place(NamedTuple):
-    """A file to change: its opened `folder`, its absolute path, and the name (`label`) its backups have."""
+    """A file of the user's to change: its opened `folder`, its path, its `label` in the backups."""
 
     folder: int
     path: str
@@ -500,91 +573,28 @@ class Place(NamedTuple):
     def link(self, name: str, new: str) -> None:
         os.link(name, new, src_dir_fd=self.folder, dst_dir_fd=self.folder, follow_symlinks=False)
 
+    def unlink(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.folder)
+
     def is_same(self, name: str) -> bool:
-        """Tell whether another name of the folder leads to the same file."""
+        """Tell whether another name in the folder leads to the same file."""
         try:
             one, other = (os.stat(n, dir_fd=self.folder, follow_symlinks=False) for n in (self.name, name))
         except OSError:
             return False
         return os.path.samestat(one, other)
 
-
-# Reading
-
-
-def parse_object(text: "str | bytes") -> dict[str, Any]:
-    """Parse a JSON object; {} where the text is none."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _read_all(fd: int, size: int, limit: int) -> bytes:
-    # One byte more than there should be: a read that stops at the size says in one call that this was all. A shorter
-    # one may have been cut, as Linux does at 2 GiB.
-    data, step = b"", size + 1
-    while True:
-        step = step if limit < 0 else min(step, limit - len(data))
-        more = os.read(fd, step) if step else b""
-        data = data + more if data else more
-        if not more or (len(more) < step and len(data) == size):
-            return data
-        step = 1 << 20
-
-
-def read_opened(fd: int, limit: int = -1) -> Disk:
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-    return Disk("file", _read_all(fd, info.st_size, limit), stat.S_IMODE(info.st_mode))
-
-
-def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
-    """Read what stands at `path` (in an opened folder) without following a link or waiting on a pipe.
-
-    At most `limit` bytes are read, all of them where it is negative. Raises IoError.
-    """
-    try:
-        fd = os.open(path, READING, dir_fd=folder)
-    except OSError as error:
-        kind = REFUSED_KINDS.get(error.errno or 0)
-        if kind is None:
-            raise IoError(path, error) from error
-        return Disk(kind)
-    try:
-        return read_opened(fd, limit)
-    except OSError as error:
-        raise IoError(path, error) from error
-    finally:
-        os.close(fd)
-
-
-# Folders and names
-
-
-def real_path(path: str) -> str:
-    """Resolve all links of a path, as far as they can be."""
-    try:
-        return os.path.realpath(path)
-    except OSError:  # a link that went while it was followed
-        return path
-
-
-def folders_below(path: str) -> list[str]:
-    """List a folder and all below it; links are not followed."""
-    return [folder for folder, _, _ in os.walk(path)]
-
-
-def follow_link(path: str) -> str:
-    """Give the path that a link in the last place leads to; any other path stays as it is."""
-    return real_path(path) if os.path.islink(path) else path
+    def age(self, clock: Clock) -> float:
+        """Return the seconds since the file was last written, 0 if it is gone."""
+        try:
+            return clock() - os.stat(self.name, dir_fd=self.folder).st_mtime
+        except OSError:
+            return 0.0
 
 
 @contextmanager
 def open_place(path: str, label: str = "") -> Iterator[Place]:
-    """Open the folder of a file that is to be changed; links in its path are followed. Raises OSError."""
+    """Open the folder of a file to change; links in its path are followed. Raises OSError."""
     folder = os.open(os.path.dirname(path), FOLDER)
     try:
         yield Place(folder, path, label)
@@ -592,27 +602,24 @@ def open_place(path: str, label: str = "") -> Iterator[Place]:
         os.close(folder)
 
 
-def _open_inner(folder: int, name: str, make: bool) -> int:
-    try:
-        return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-    except FileNotFoundError:
-        if not make:
-            raise
-    with suppress(FileExistsError):
-        os.mkdir(name, dir_fd=folder)
-    return os.open(name, FOLDER | os.O_NOFOLLOW, dir_fd=folder)
-
-
 @contextmanager
 def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
-    """Open the folder of a file that lies at `path` below `root`, a real path, and make missing folders if asked to.
+    """Open the folder of the file at `path` below `root`, a real path; `make` makes missing folders.
 
     Links on the way are refused (OSError), so that nothing outside `root` is ever changed.
     """
-    folder = os.open(root, FOLDER | os.O_NOFOLLOW)
+    flags = FOLDER | os.O_NOFOLLOW
+    folder = os.open(root, flags)
     try:
         for name in path.split("/")[:-1]:
-            inner = _open_inner(folder, name, make)
+            try:
+                inner = os.open(name, flags, dir_fd=folder)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=folder)
+                inner = os.open(name, flags, dir_fd=folder)
             os.close(folder)
             folder = inner
         yield Place(folder, f"{root}/{path}", label)
@@ -620,45 +627,8 @@ def open_place_below(root: str, path: str, label: str, make: bool = False) -> It
         os.close(folder)
 
 
-def file_age(path: str, clock: Clock) -> float:
-    """Give the seconds since a file was last written, 0 for one that is gone."""
-    try:
-        return clock() - os.stat(path).st_mtime
-    except OSError:
-        return 0.0
-
-
-def sha256_of(data: Buffer) -> str:
-    import hashlib  # here, since asking the daemon for its status needs no OpenSSL
-
-    return hashlib.sha256(data).hexdigest()
-
-
-@functools.cache
-def program_stamp() -> str:
-    """Tell this program from any other version of it, which may render otherwise."""
-    try:
-        info = os.stat(__file__)
-    except OSError:
-        return __version__
-    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
-
-
-def make_private_folder(path: str, durable: bool = False) -> None:
-    """Create a folder of Orchestra's own, and those above it, readable by nobody else."""
-    if not os.path.isdir(path):
-        make_private_folder(os.path.dirname(path), durable)
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            if not os.path.isdir(path):
-                raise
-        if durable:
-            sync_folder(os.path.dirname(path))
-
-
 def make_folders(path: str) -> None:
-    """Create a folder of the user's and those above it, with the modes the user's umask gives."""
+    """Create a folder of the user's and those above it, with the umask's modes."""
     os.makedirs(path, exist_ok=True)
 
 
@@ -672,11 +642,7 @@ def new_token() -> str:
 def temporary_name(token: str, name: str = "") -> str:
     """Name a temporary file, with the name of the file it belongs to if that leaves room."""
     long = f".orchestra-{token}-{name}.tmp"
-    return long if name and len(os.fsencode(long)) <= MAX_FILE_NAME else f".orchestra-{token}.tmp"
-
-
-def temporary_path(folder: str, token: str) -> str:
-    return os.path.join(folder, temporary_name(token))
+    return long if name and len(os.fsencode(long)) <= 255 else f".orchestra-{token}.tmp"
 
 
 def is_temporary_name(name: str) -> bool:
@@ -684,18 +650,18 @@ def is_temporary_name(name: str) -> bool:
 
 
 def is_named_by(name: str, token: str) -> bool:
-    """Tell whether a temporary file's name begins with a turn's token."""
+    """Tell whether a temporary file's name begins with a token."""
     return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
 
 
 def parse_temporary(name: str) -> tuple[int, str]:
-    """Return the process that made a temporary file, and the name of the file it belongs to; 0 and "" if unknown."""
+    """Return the process that made a temporary file, and the file it belongs to; 0 and "" if unknown."""
     found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
     return (int(found[1]), found[2] or "") if found else (0, "")
 
 
 def is_gone(process: int) -> bool:
-    """Tell whether a process has ended; nobody knows of process 0, which stands for an unknown one."""
+    """Tell whether a process has ended; process 0 stands for an unknown one, which may run."""
     try:
         if process:
             os.kill(process, 0)
@@ -706,20 +672,19 @@ def is_gone(process: int) -> bool:
     return False
 
 
-# Names
-
-
-def is_same_file(one: "int | str", other: "int | str") -> bool:
-    """Tell whether two paths or open descriptors lead to the same existing file."""
+def unlink_quietly(path: str, folder: Optional[int] = None) -> None:
     try:
-        return os.path.samestat(os.stat(one), os.stat(other))
+        os.unlink(path, dir_fd=folder)
     except OSError:
-        return False
+        pass  # never made, or gone
+
+
+# Exchanging names
 
 
 @functools.cache
 def _find_rename() -> Optional[Callable[..., int]]:
-    """Find the rename with flags, renameat2(2) of Linux or renameatx_np(2) of macOS; None where there is neither."""
+    """Find the rename with flags: renameat2(2) of Linux or renameatx_np(2) of macOS."""
     try:
         import ctypes
     except ImportError:  # a Python built without libffi
@@ -740,12 +705,12 @@ def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int])
 
 
 def swap_files(folder: int, one: str, other: str) -> bool:
-    """Exchange two names of a folder in one step, and tell whether the file system can; raises OSError."""
+    """Atomically exchange two names in a folder; False if the file system cannot. Raises OSError."""
     return _rename_by_flag(folder, one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
 
 
 def rename_exclusively(folder: int, name: str, new: str) -> bool:
-    """Rename a file unless the name is taken, and tell whether the file system can; raises OSError."""
+    """Rename a file unless the name is taken; False if the file system cannot. Raises OSError."""
     return _rename_by_flag(folder, name, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
 
 
@@ -753,7 +718,7 @@ def rename_exclusively(folder: int, name: str, new: str) -> bool:
 
 
 def flush(fd: int) -> None:
-    """Wait until a file is on the disk; on macOS in the drive's own memory too, which fsync there leaves out."""
+    """Wait until a file is on the disk; on macOS, also until it has left the drive's own cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     try:
         if full is None:
@@ -763,12 +728,24 @@ def flush(fd: int) -> None:
     except OSError as error:
         if full is None or error.errno not in (*UNSUPPORTED, errno.ENOTTY):
             raise
-        os.fsync(fd)  # a network file system has no drive to ask
+        os.fsync(fd)  # on a network file system, which has no drive to ask
+
+
+def sync_folder(path: str) -> None:
+    """Wait until the names in a folder are on the disk."""
+    fd = os.open(path, FOLDER)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 @contextmanager
 def new_file(path: str, data: bytes, mode: Optional[int], folder: Optional[int] = None) -> Iterator[int]:
-    """Write a new file, for the `with` to finish; until then it is private, unless `mode` is None. Raises OSError."""
+    """Write a new file, which the `with` finishes: private until then, unless `mode` is None.
+
+    Raises OSError.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
     try:
@@ -787,50 +764,43 @@ def finish_file(fd: int, mode: Optional[int], durable: bool) -> None:
         flush(fd)
 
 
-def sync_folder(path: str) -> None:
-    """Make the names in a folder durable, as `flush` does for a file's bytes."""
-    fd = os.open(path, FOLDER)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _copy_attributes(like: int, fd: int) -> None:
-    """Copy the extended attributes, and the access control list or its absence; raises OSError for the list alone."""
+    """Copy the extended attributes, and the access control list or its absence.
+
+    Raises OSError if the list could not be copied.
+    """
     if hasattr(os, "listxattr"):  # Linux
+        acl = "system.posix_acl_access"  # acl(5)
         names = os.listxattr(like)
-        if ACL not in names and ACL in os.listxattr(fd):  # from the folder's default, meant for new files
-            os.removexattr(fd, ACL)
-        for name in sorted(names, key=lambda name: name == ACL):  # that last, since its failure ends this
+        if acl not in names and acl in os.listxattr(fd):  # from the folder's default, meant for new files
+            os.removexattr(fd, acl)
+        for name in sorted(names, key=lambda name: name == acl):  # that last, since its failure ends this
             try:
                 os.setxattr(fd, name, os.getxattr(like, name))
             except OSError:
-                if name == ACL:
+                if name == acl:
                     raise
-                # Some of the system's own may not be set; they open nothing to anybody.
+                # Some of the system's own cannot be set; without them nobody gets access.
     elif sys.platform == "darwin":
         import ctypes
 
-        # Two calls: fcopyfile copies attributes first and ends at the first that cannot be set, before the list.
-        acl, attributes = 0b001, 0b100  # COPYFILE_ACL, COPYFILE_XATTR in copyfile.h
+        # Two calls: fcopyfile copies attributes first, and ends at the first that cannot be set.
         libc = ctypes.CDLL(None, use_errno=True)
-        libc.fcopyfile(like, fd, None, attributes)
-        if libc.fcopyfile(like, fd, None, acl):
+        libc.fcopyfile(like, fd, None, 0b100)  # COPYFILE_XATTR in copyfile.h
+        if libc.fcopyfile(like, fd, None, 0b001):  # COPYFILE_ACL
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
 
 
 def copy_metadata(like: int, fd: int, path: str) -> int:
-    """Give a file the owner, group and extended attributes of the one it is to replace.
+    """Give a file the owner, group and extended attributes of the one that it is to replace.
 
-    Return its mode, without group and other bits if ownership or the access control list could not be copied. Raises
-    OSError for another user's file, whom the new one would lock out.
+    Return the mode, without group and other bits if ownership or the access control list could
+    not be copied. Raises OSError for another user's file, who would be locked out of the new one.
     """
     old, new = os.fstat(like), os.fstat(fd)
     if old.st_uid != new.st_uid and os.geteuid() != 0:
-        reason = f"expected a file of yours, got one of user {old.st_uid}: chown it"
-        raise OSError(errno.EACCES, reason, path)
+        raise OSError(errno.EACCES, f"the file belongs to user {old.st_uid}: chown it", path)
     is_guarded = True
     try:
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -845,62 +815,49 @@ def copy_metadata(like: int, fd: int, path: str) -> int:
     return mode if is_guarded else mode & ~0o077
 
 
-def unlink_quietly(path: str, folder: Optional[int] = None) -> None:
-    try:
-        os.unlink(path, dir_fd=folder)
-    except OSError:
-        pass  # never made, or gone
-
-
 # Who writes
 
 
-def find_writers(fd: int) -> str:
-    """Tell whether a program has an open file open for writing: NO, YES, or MAYBE where the system does not tell.
+def has_writer(fd: int) -> Optional[bool]:
+    """Tell whether a program has an open file open for writing; None if the system does not tell.
 
-    Linux refuses a read lease then (F_SETLEASE in fcntl(2)); it gives none on some file systems, nor for the files
-    of others without CAP_LEASE. A lease that was given is held until `fd` is closed.
+    Linux then refuses a read lease (F_SETLEASE in fcntl(2)). Some file systems have none, and
+    other users' files need CAP_LEASE. A lease that was given is held until `fd` is closed.
     """
     if not sys.platform.startswith("linux"):
-        return MAYBE
+        return None
     import signal
 
     try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # not SIGIO, which would end us if somebody opened it now
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO would end us if a program opened it now
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        return YES if error.errno == errno.EAGAIN else MAYBE
-    return NO
+        return True if error.errno == errno.EAGAIN else None
+    return False
 
 
 def is_lease_whole(fd: int) -> bool:
-    """Tell whether no program has tried to open a file for writing since its lease was taken."""
+    """Tell whether no program has tried to open a file for writing since its lease was given."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
-def _names_in(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _is_open_for_writing(process: str, number: str) -> bool:
-    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
-        flags = file.read().partition("flags:")[2].split()[0]
-    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
-
-
 def find_busy_files() -> frozenset[tuple[int, int]]:
-    """List the files, by device and inode, that programs have open for writing, as far as /proc shows it (proc(5))."""
+    """List the files that programs have open for writing, by device and inode, as /proc shows them.
+
+    It does not show other users' programs. Source: proc(5).
+    """
     found = set()
-    processes = [name for name in _names_in("/proc") if name.isdigit() and name != str(os.getpid())]
-    for process in processes:
-        for number in _names_in(f"/proc/{process}/fd"):
+    for process in names_in("/proc"):
+        if not process.isdigit() or process == str(os.getpid()):
+            continue
+        for number in names_in(f"/proc/{process}/fd"):
             try:
                 info = os.stat(f"/proc/{process}/fd/{number}")
-                if stat.S_ISREG(info.st_mode) and _is_open_for_writing(process, number):
-                    found.add((info.st_dev, info.st_ino))
+                if stat.S_ISREG(info.st_mode):
+                    with open(f"/proc/{process}/fdinfo/{number}", encoding="ascii") as file:
+                        flags = int(file.read().partition("flags:")[2].split()[0], 8)
+                    if flags & os.O_ACCMODE != os.O_RDONLY:
+                        found.add((info.st_dev, info.st_ino))
             except (OSError, ValueError, IndexError):
                 pass  # closed, or ended, meanwhile
     return frozenset(found)
@@ -909,17 +866,29 @@ def find_busy_files() -> frozenset[tuple[int, int]]:
 # Orchestra's own files
 
 
+def make_private_folder(path: str, durable: bool = False) -> None:
+    """Create a folder of Orchestra's own, and those above it, for this user alone; raises OSError."""
+    if not os.path.isdir(path):
+        make_private_folder(os.path.dirname(path), durable)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+        if durable:
+            sync_folder(os.path.dirname(path))
+
+
 def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
-    """Save a file of Orchestra's own in one step; raises IoError."""
+    """Atomically save a file of Orchestra's own; raises IoError."""
     folder = os.path.dirname(path)
-    temporary = temporary_path(folder, token)
+    temporary = f"{folder}/{temporary_name(token)}"
     with blame(path):
         make_private_folder(folder)
         try:
             with new_file(temporary, data, mode) as fd:
                 finish_file(fd, mode, durable)
-            # ext4 has a rename that replaces a file wait until the new bytes are placed; a swap does not.
-            # A swap of absolute paths looks at no folder.
+            # On ext4 a rename that replaces a file waits for the new bytes to be allocated; a swap does not.
             if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
                 os.rename(temporary, path)
             else:
@@ -931,6 +900,19 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
             sync_folder(folder)
 
 
+def move_private(path: str, new: str) -> None:
+    """Move a file or folder of Orchestra's own to a path where nothing is; raises IoError."""
+    with blame(path):
+        make_private_folder(os.path.dirname(new))
+        os.rename(path, new)
+
+
+def remove_private(path: str) -> None:
+    """Remove a file of Orchestra's own, if there is one; raises IoError."""
+    with blame(path), suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def remove_private_folder(path: str) -> None:
     """Remove a folder of Orchestra's own with all that is in it; raises IoError."""
     import shutil
@@ -938,38 +920,6 @@ def remove_private_folder(path: str) -> None:
     with blame(path):
         if os.path.lexists(path):
             shutil.rmtree(path)
-
-
-def replace_private_folder(temporary: str, path: str) -> None:
-    """Put a finished folder in the place of an unfinished one; raises IoError."""
-    remove_private_folder(path)
-    with blame(path):
-        os.rename(temporary, path)
-
-
-def make_link(target: str, link: str) -> None:
-    """Make or renew a symbolic link in one step."""
-    folder = os.path.dirname(link)
-    make_folders(folder)
-    temporary = temporary_path(folder, new_token())
-    os.symlink(target, temporary)
-    os.replace(temporary, link)
-
-
-def remove_private(path: str) -> None:
-    """Remove a file of Orchestra's own, if it is there; raises IoError."""
-    with blame(path):
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-
-
-def move_private(path: str, new: str) -> None:
-    """Move a file or folder of Orchestra's own to a place where nothing is; raises IoError."""
-    with blame(path):
-        make_private_folder(os.path.dirname(new))
-        os.rename(path, new)
 
 
 def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
@@ -981,26 +931,30 @@ def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
     return True
 
 
+def make_link(target: str, link: str) -> None:
+    """Atomically make or renew a symbolic link; raises OSError."""
+    folder = os.path.dirname(link)
+    make_folders(folder)
+    temporary = f"{folder}/{temporary_name(new_token())}"
+    os.symlink(target, temporary)
+    os.replace(temporary, link)
+
+
 # ── 4 Locks ───────────────────────────────────────────────────────────────────
 
-# One writer at a time, across processes (flock(2)); a lock outlives no process. Its file is
-# empty between turns. During one it says what would have to be cleaned up after a kill:
+# One writer at a time, across processes (flock(2)); a lock ends with its process. Its file is empty
+# between turns, and during one tells what to clean up after a kill:
 #
-#   1 Before the first temporary file is made, the token that is in all their names.
-#   2 Before a user's file is replaced or removed, where its old text will be (`Swap`).
-#   3 A turn that ends well empties the file, unless files that were set aside have to be
-#     looked at again.
+#   1 Before the first temporary file is made: the token that is in all their names.
+#   2 Before a user's file is replaced or removed: which, and where its old text will be (Swap).
+#   3 A turn that ends well empties the file, unless some files were set aside beside the user's.
 #   4 A turn that finds something there first settles what the killed one left.
-
-LOCK_TIMEOUT = 30.0  # seconds
-LOCK_PAUSE = 0.01  # seconds
-MAX_LEFTOVER = 64 << 10  # bytes of a lock file
 
 
 class Swap(NamedTuple):
     """A file of the user's, and the temporary file that it changes places with.
 
-    `hashes` are of the texts that Orchestra knows: the expected one and, where there is one, the new one.
+    `hashes` are those of the expected text and, if there is one, of the new text.
     """
 
     path: str
@@ -1016,7 +970,7 @@ class Leftover(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> "Optional[Leftover]":
-        """Read a lock file; None if it is empty, or was cut short before any file had such a name."""
+        """Read a lock file; None if it is empty, or was cut short before any file was made."""
         token, newline, rest = data.partition(b"\n")
         if not newline:
             return None
@@ -1028,23 +982,57 @@ class Leftover(NamedTuple):
         return cls(token.decode("utf-8", "replace"), swap)
 
     def format(self, number: int) -> bytes:
-        """Write what `parse` reads. A number at both ends of a swap tells one that was cut short."""
+        """Write what `parse` reads; a number at both ends of a swap shows that it is whole."""
         swap = self.swap
         parts = [str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""] if swap else []
         return os.fsencode(f"{self.token}\n" + "\0".join(parts))
 
 
+def sweep_folder(folder: str, token: str) -> None:
+    """Remove the temporary files in a folder that a token names; raises IoError."""
+    with blame(folder):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for name in names:
+            path = os.path.join(folder, name)
+            if is_named_by(name, token) and os.path.isfile(path):
+                os.unlink(path)
+
+
+def _open_lock(path: str) -> int:
+    make_private_folder(os.path.dirname(path))
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _take(fd: int, timeout: float) -> bool:
+    """Lock an opened file, or return False if another process keeps it."""
+    deadline = time.monotonic() + timeout
+    is_last = False  # two tries at least, for `is_locked` takes it for an instant
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if is_last:
+                return False
+        is_last = time.monotonic() >= deadline
+        time.sleep(0.01)
+
+
 class Lock:
     """An exclusive lock whose file records what to clean up if its holder is killed.
 
-    `with` waits for it, at most `timeout` seconds, and settles what a killed turn left. Raises SyncError if the lock
-    does not come free, IoError. A turn that ends by an exception leaves its file as a kill does.
+    `with` waits for it, at most `timeout` seconds, and settles what a killed turn left; it
+    raises SyncError if the lock is not released, IoError. A turn that ends by an exception
+    leaves the file as a kill does.
     """
 
-    def __init__(self, path: str, timeout: float = LOCK_TIMEOUT) -> None:
+    def __init__(self, path: str, timeout: float = 30.0) -> None:
         self.leftover = Leftover(new_token())
-        self.aside = f"{path}.aside"  # the folder for files that may still be written to
-        self.has_files_aside = False  # some lie beside the user's files: the next turn looks for them
+        self.aside = f"{path}.aside"  # the folder for files that are set aside
+        self.has_files_aside = False  # some stay beside the user's files: the next turn looks for them
         self.is_clean = True
         self._path = path
         self._timeout = timeout
@@ -1061,7 +1049,7 @@ class Lock:
                         f"{self._path}: another orchestra command has been busy for {self._timeout:g} s",
                         "wait for it to end, or end it",
                     )
-                found = Leftover.parse(os.pread(self._fd, MAX_LEFTOVER, 0))
+                found = Leftover.parse(os.pread(self._fd, 1 << 16, 0))
                 if found:
                     self.settle(found)
                     if not self.has_files_aside:
@@ -1087,21 +1075,21 @@ class Lock:
 
     def settle(self, left: Leftover) -> None:
         """Clean up after a turn that was killed; here, in the folder of the lock file."""
-        sweep_folders([os.path.dirname(self._path)], left)
+        sweep_folder(os.path.dirname(self._path), left.token)
 
     def collect(self) -> None:
-        """Remove the files set aside that nobody writes to any more; here, there are none."""
+        """Remove the files set aside that nothing writes to any more; here, there are none."""
 
     @property
     def token(self) -> str:
-        """The part of temporary files' names that is this turn's; once asked for, the lock file has it."""
+        """What names this turn's temporary files; once asked for, it is in the lock file."""
         if self._is_settled and not self._is_announced:
             self._announce(self.leftover)
         return self.leftover.token
 
     @functools.cached_property
     def busy(self) -> frozenset[tuple[int, int]]:
-        """The files that programs had open for writing when this was first asked."""
+        """The files that programs had open for writing when first asked."""
         return find_busy_files()
 
     def new_temporary(self, name: str) -> str:
@@ -1121,28 +1109,11 @@ class Lock:
         self._is_announced = True
 
 
-def _open_lock(path: str) -> int:
-    make_private_folder(os.path.dirname(path))
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _take(fd: int, timeout: float) -> bool:
-    """Lock an opened file, or return False if another process keeps it."""
-    deadline = time.monotonic() + timeout
-    is_last = False  # two tries at least, for `is_locked` takes it for an instant
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if is_last:
-                return False
-        is_last = time.monotonic() >= deadline
-        time.sleep(LOCK_PAUSE)
-
-
 def try_lock(path: str) -> Optional[int]:
-    """Take a lock for as long as the returned descriptor is open; None if another process has it. Raises IoError."""
+    """Take a lock while the returned descriptor is open; None if another process has it.
+
+    Raises IoError.
+    """
     with blame(path):
         fd = _open_lock(path)
         try:
@@ -1171,23 +1142,9 @@ def is_locked(path: str) -> bool:
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Write into the file of a held lock what others may want to know of its holder; raises OSError."""
+    """Write into the file of a held lock what to tell about its holder; raises OSError."""
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
-
-
-def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
-    """Remove the temporary files that a turn left in some folders."""
-    for folder in folders:
-        with blame(folder):
-            try:
-                names = os.listdir(folder)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            for name in names:
-                path = os.path.join(folder, name)
-                if is_named_by(name, left.token) and os.path.isfile(path):
-                    os.unlink(path)
 
 
 # ── 5 Replacing ───────────────────────────────────────────────────────────────
@@ -1222,8 +1179,6 @@ def sweep_folders(folders: Iterable[str], left: Leftover) -> None:
 # found the file before step 4 and did not go on until after step 5, and one that has it open for
 # reading and later opens that descriptor for writing through /proc/self/fd.
 
-WRITER_PATIENCE = 0.2  # seconds given to a program that has a file open for writing
-WRITER_PAUSE = 0.005  # seconds
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -1245,24 +1200,13 @@ class FileBusy(SyncError):
 # Before the swap
 
 
-def _find_writers_now(fd: int, lock: Lock) -> str:
-    """Tell whether a program has a file open for writing, MAYBE if only /proc says so; return the lease."""
-    writers = find_writers(fd)
-    if writers == NO:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or programs that open it wait until we have written ours
-    elif writers == MAYBE:
-        info = os.fstat(fd)
-        writers = MAYBE if (info.st_dev, info.st_ino) in lock.busy else NO
-    return writers
-
-
 @contextmanager
 def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
-    """Step 1: open a file that no program has open for writing, if it is `expected` by its size and mode.
+    """Step 1: open a file that no program has open for writing, and that looks like `expected`.
 
-    Raises FileBusy, FileChanged for another file or none, OSError.
+    Raises FileBusy, FileChanged for another size, mode or kind, OSError.
     """
-    deadline = time.monotonic() + WRITER_PATIENCE
+    deadline = time.monotonic() + 0.2
     while True:
         try:
             fd = os.open(place.name, READING, dir_fd=place.folder)
@@ -1271,23 +1215,26 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
                 raise FileChanged(place.path) from error
             raise
         try:
-            writers = _find_writers_now(fd, lock)
-            if writers == NO:
-                info = os.fstat(fd)
+            is_busy, info = has_writer(fd), os.fstat(fd)
+            if is_busy is False:
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or who opens it waits until we are done
+            elif is_busy is None and (info.st_dev, info.st_ino) in lock.busy:
+                raise FileBusy
+            if not is_busy:
                 if (info.st_size, info.st_mode) != (len(expected.data), stat.S_IFREG | expected.mode):
                     raise FileChanged(place.path)
                 yield fd
                 return
-            if writers == MAYBE or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise FileBusy
         finally:
             os.close(fd)
-        time.sleep(WRITER_PAUSE)
+        time.sleep(0.005)
 
 
 @contextmanager
 def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
-    """Remove a temporary file if the `with` fails; a folder that is gone is a change, too."""
+    """Remove a temporary file if the `with` fails; raise FileChanged if the folder is gone."""
     try:
         yield
     except BaseException as error:
@@ -1298,8 +1245,8 @@ def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
 
 
 def _place_new_file(place: Place, temporary: str) -> None:
-    """Give a temporary file the name, if it is free; raises FileChanged if not, OSError."""
-    # Not by a plain rename, which would replace what has appeared since the last look.
+    """Give a temporary file its name, or raise FileChanged if that is taken; raises OSError."""
+    # A plain rename would replace what has appeared since the last look.
     try:
         if rename_exclusively(place.folder, temporary, place.name):
             return
@@ -1313,19 +1260,19 @@ def _place_new_file(place: Place, temporary: str) -> None:
             raise FileChanged(place.path) from None
         place.rename(temporary, place.name)  # the instant since the last look stays open
     else:
-        os.unlink(temporary, dir_fd=place.folder)
+        place.unlink(temporary)
 
 
 # After the swap
 
 
 class Displaced:
-    """A file that gives its name up, to be known as `temporary`; the methods are steps 3, 5 and 6."""
+    """A file that loses its name, and is called `temporary` then; the methods are steps 3, 5 and 6."""
 
     def __init__(self, place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> None:
         self.place = place
         self.temporary = temporary
-        self.hashes = hashes  # of the expected text and, where there is one, the new one
+        self.hashes = hashes  # of the expected text and, if there is one, of the new text
         self.lock = lock
 
     def announce(self) -> None:
@@ -1334,34 +1281,37 @@ class Displaced:
         self.lock.announce_swap(Swap(self.place.path, os.path.join(folder, self.temporary), self.hashes))
 
     def release(self, is_known: Callable[[Disk], bool]) -> bool:
-        """Step 5. False if the text is not known, or is being written to; a file that is gone is released."""
+        """Step 5: remove the file, or set it aside; False if its text is not known, or may change.
+
+        Raises OSError.
+        """
         place = self.place
         try:
             fd = os.open(self.temporary, READING, dir_fd=place.folder)
         except FileNotFoundError:
             return True
         except OSError:
-            return False  # a link, or what else was put there in the last instant
+            return False  # a link, or what else was put there at the last instant
         try:
-            writers = find_writers(fd)
+            is_busy = has_writer(fd)
             found = read_opened(fd)
             if found.kind != "file" or not is_known(found):
                 return False
-            if writers == MAYBE:
+            if is_busy is None:
                 self._set_aside()
             elif not is_lease_whole(fd):  # nor is one that was refused
                 return False
             else:
-                os.unlink(self.temporary, dir_fd=place.folder)
+                place.unlink(self.temporary)
             return True
         finally:
             os.close(fd)
 
     def give_back(self) -> None:
-        """Step 6."""
+        """Step 6: give the file its name back, unless a newer save has it; raises OSError, IoError."""
         place, ours = self.place, self.hashes[-1]
         if place.is_same(self.temporary):
-            os.unlink(self.temporary, dir_fd=place.folder)  # its second name
+            place.unlink(self.temporary)  # its second name
             return
         shown = place.read()
         if shown.kind == "absent":
@@ -1375,7 +1325,7 @@ class Displaced:
         self._set_aside()
 
     def _set_aside(self) -> None:
-        """Keep a file that may still be written to; its name tells what `Turn` has to know of it (`parse_aside`)."""
+        """Move the file where the next turn finds it, by a name that `parse_aside` understands."""
         place, digest = self.place, self.hashes[0]
         label = (place.label or place.name).replace("%", "%25").replace("/", "%2F")
         try:
@@ -1394,7 +1344,7 @@ class Displaced:
 
     def settle(self) -> None:
         """Take steps 5 and 6 for a swap that was cut short; raises OSError, IoError."""
-        # An old text that has lost its name in a plain rename gets it back.
+        # If no file has the name, an old text lost it in a plain rename, and gets it back.
         known = self.hashes[1:] if self.place.read(limit=0).kind == "absent" else self.hashes
         if not self.release(lambda disk: sha256_of(disk.data) in known):
             self.give_back()
@@ -1417,40 +1367,11 @@ class Displaced:
 # Replacing and removing
 
 
-def replace_file(
-    place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
-) -> None:
-    """Replace a file atomically, by the steps at the head of this section.
-
-    The old file's mode, owner and attributes are kept; a new file gets `mode`, or the umask's. `durable` waits for
-    the disk, and is for files that hold what exists nowhere else. Raises FileChanged if the file is not `expected`,
-    FileBusy, OSError, IoError.
-    """
-    temporary = lock.new_temporary(place.name)
-    displaced = Displaced(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
-    with _removed_on_error(place, temporary):
-        if expected.kind == "absent":
-            with new_file(temporary, data, mode, place.folder) as fd:
-                finish_file(fd, mode, durable)
-            _place_new_file(place, temporary)
-            return
-        with _open_idle(place, expected, lock) as old, new_file(temporary, data, 0, place.folder) as fd:
-            finish_file(fd, copy_metadata(old, fd, place.path), durable)
-        if durable and place.read() != expected:  # the disk took its time
-            raise FileChanged(place.path)
-        displaced.announce()
-    with displaced.settled_on_error():
-        if swap_files(place.folder, temporary, place.name):
-            displaced.verify(expected)
-        else:
-            _replace_by_rename(displaced, expected)
-
-
 def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
-    """Step 4 where names cannot be exchanged: the old file keeps a second name, or only that, while it is replaced."""
+    """Step 4 where names cannot be exchanged: the old file first gets a second name, or only that."""
     place, new, old = displaced.place, displaced.temporary, displaced.lock.new_temporary(displaced.place.name)
     try:
-        # From here on it is the old file that has a temporary name; the new one is only Orchestra's.
+        # From now on the temporary file that matters is the old one; the new one is only Orchestra's.
         displaced.temporary = old
         displaced.announce()
         has_both = True
@@ -1471,6 +1392,35 @@ def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
         displaced.verify(expected)
     finally:
         unlink_quietly(new, place.folder)
+
+
+def replace_file(
+    place: Place, data: bytes, expected: Disk, lock: Lock, *, mode: Optional[int] = None, durable: bool = False
+) -> None:
+    """Atomically replace a file, by the steps at the head of this section.
+
+    It keeps its mode, owner and attributes; a new file gets `mode`, or the umask's. `durable`
+    waits for the disk, and is for files with text that exists nowhere else. Raises FileChanged
+    if the file is not `expected`, FileBusy, OSError, IoError.
+    """
+    temporary = lock.new_temporary(place.name)
+    displaced = Displaced(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
+    with _removed_on_error(place, temporary):
+        if expected.kind == "absent":
+            with new_file(temporary, data, mode, place.folder) as fd:
+                finish_file(fd, mode, durable)
+            _place_new_file(place, temporary)
+            return
+        with _open_idle(place, expected, lock) as old, new_file(temporary, data, 0, place.folder) as fd:
+            finish_file(fd, copy_metadata(old, fd, place.path), durable)
+        if durable and place.read() != expected:  # the disk took its time
+            raise FileChanged(place.path)
+        displaced.announce()
+    with displaced.settled_on_error():
+        if swap_files(place.folder, temporary, place.name):
+            displaced.verify(expected)
+        else:
+            _replace_by_rename(displaced, expected)
 
 
 def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
@@ -1509,53 +1459,18 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
 
 HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
 DISPLACED = "displaced"  # a quota: what Orchestra kept for safety in operations of its own
-SAVED_MEANWHILE = "saved while Orchestra was writing it"  # why a version was kept
-NEWEST_KEPT = 10  # versions per file and quota
-DAYS_KEPT = 30  # days that keep their last version
-TEMPORARY_LIFETIME = 86400.0  # seconds after which nothing is writing a temporary folder any more
-BACKUP_NOTES = ".orchestra.json"  # in a version's folder: {path: {"why": ..., "number": ..., "quota": ...}}
-MAX_NOTES = 1 << 20  # bytes
-MAX_NUMBER = 1 << 62  # a larger one is damage
-LAST_TIME = 253402214400  # seconds: the last day of 9999
-VERSION_FOLDER = re.compile(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z")
-MARKDOWN_ENDINGS = (".md", ".mdc", ".markdown")
 LIST_MARK = rb"(?:[-*+]|[0-9]{1,9}[.)])"
 LIST_GAP = re.compile(rb"(?m)^([ \t]*" + LIST_MARK + rb")[ \t]+")
 FENCE = rb"(?:(`{3,})[^`\n]*$|(~{3,}))"  # what opens fenced code
-CODE_INDENT = re.compile(rb" {4}| {0,3}\t")
-CODE_FENCE = re.compile(rb"[ \t>0-9.)*+-]*" + FENCE)  # in lists and quotes too
-
-
-class Backup(NamedTuple):
-    """A kept version of a file: `when` is its UTC time, which names its folder, `file` where it is.
-
-    `number` is 0 for a version that an older Orchestra kept.
-    """
-
-    when: str
-    path: str
-    file: str
-    why: str
-    number: int = 0
-    quota: str = HAND_EDIT
-
-
-# Comparing versions
-
-
-def _trim_line(line: bytes, body: bytes) -> bytes:
-    marker = LIST_GAP.match(body)
-    body = marker[1] + b" " + body[marker.end() :] if marker else body
-    return body + (b"\r" if line.endswith(b"\r") else b"")  # a changed line end is a change
 
 
 def significant_text(path: str, data: bytes) -> bytes:
-    """Return a Markdown file's bytes without the white space that formatters change; those of another file unchanged.
+    """Leave out of a Markdown file what formatters change; other files stay as they are.
 
-    That is blank lines, white space at the end of a line, and more than one space after a list marker, but not in
-    code (fenced, or indented by four spaces or a tab): there all of it is the user's.
+    That is blank lines, white space at the end of a line, and more than one space after a list
+    mark, but not in code (fenced, or indented by four spaces or a tab), where all of it counts.
     """
-    if not path.endswith(MARKDOWN_ENDINGS):
+    if not path.endswith((".md", ".mdc", ".markdown")):
         return data
     lines: list[bytes] = []
     blank: list[bytes] = []
@@ -1569,192 +1484,198 @@ def significant_text(path: str, data: bytes) -> bytes:
         elif not body:
             blank.append(line)
         else:
-            was_code, is_code = is_code, bool(CODE_INDENT.match(line))
+            was_code, is_code = is_code, bool(re.match(rb" {4}| {0,3}\t", line))
             lines += blank if was_code and is_code else []
             blank = []
-            lines.append(line if is_code else _trim_line(line, body))
-            opening = CODE_FENCE.match(body)
+            line_end = b"\r" if line.endswith(b"\r") else b""  # a changed one is a change
+            lines.append(line if is_code else LIST_GAP.sub(rb"\1 ", body) + line_end)
+            opening = re.match(rb"[ \t>0-9.)*+-]*" + FENCE, body)  # in lists and quotes too
             fence = opening[1] or opening[2] if opening else b""
     return b"\n".join(lines)
 
 
-def _has_text(backup: Backup, path: str, data: bytes) -> bool:
-    """Compare a version's significant text with that of `data`; one that cannot be read equals nothing."""
-    try:
-        disk = read_disk(backup.file)
-    except IoError:
-        return False
-    return disk.kind == "file" and significant_text(path, disk.data) == significant_text(path, data)
+class Backup(NamedTuple):
+    """A kept version of a file: `when` is its UTC time, which names its folder, `file` where it is.
 
-
-# Listing versions
-
-
-def _files_below(folder: str) -> Iterator[str]:
-    """List all below a folder that is not itself a folder, links to folders included."""
-    for parent, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        yield from (os.path.join(parent, name) for name in (*names, *links))
-
-
-def _is_plain_file(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
-def _read_notes(path: str) -> dict[str, Any]:
-    """Read a version's notes; damaged ones count as none."""
-    try:
-        return parse_object(read_disk(path, MAX_NOTES).data)
-    except IoError:
-        return {}
-
-
-def _parse_note(value: Any) -> tuple[str, int, str]:
-    """Read why a file was kept, its number and quota; older versions of Orchestra only wrote why."""
-    if not isinstance(value, dict):
-        return str(value or ""), 0, HAND_EDIT
-    why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
-    if type(number) is not int or not 0 < number < MAX_NUMBER:
-        number = 0
-    return why, number, DISPLACED if quota == DISPLACED else HAND_EDIT
-
-
-def _versions_in(folder: str, when: str) -> Iterator[Backup]:
-    if os.path.islink(folder):
-        return
-    notes = _read_notes(os.path.join(folder, BACKUP_NOTES))
-    for file in _files_below(folder):
-        path = file[len(folder) + 1 :]
-        if path != BACKUP_NOTES and not is_temporary_name(os.path.basename(path)) and _is_plain_file(file):
-            yield Backup(when, path, file, *_parse_note(notes.get(path)))
-
-
-def list_backups(home: str, key: Key) -> list[Backup]:
-    """List the kept versions of a codebase's files, oldest first; raises IoError.
-
-    Folders that are not named by a time are not Orchestra's: their files are neither listed nor dropped.
+    `number` is 0 if an older Orchestra kept it.
     """
-    folder = backups_of(home, key)
-    with blame(folder):
+
+    when: str
+    path: str
+    file: str
+    why: str
+    number: int = 0
+    quota: str = HAND_EDIT
+
+    def has_text(self, data: bytes) -> bool:
+        """Compare the significant text with that of `data`; a file that cannot be read differs."""
         try:
-            times = [name for name in os.listdir(folder) if VERSION_FOLDER.fullmatch(name)]
-        except FileNotFoundError:
-            return []
-    found = [backup for when in times for backup in _versions_in(os.path.join(folder, when), when)]
-    return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
-
-
-# Writing and dropping versions
+            disk = read_disk(self.file)
+        except IoError:
+            return False
+        return disk.kind == "file" and significant_text(self.path, disk.data) == significant_text(self.path, data)
 
 
 def time_name(now: float, step: int = 0) -> str:
-    """Name a version by a time in seconds, and `step` microseconds; one outside 1970 to 9999 by the nearest inside."""
-    microseconds = int(min(max(now, 0.0), LAST_TIME) * 1e6) + step
+    """Name a version by a time in seconds, plus `step` microseconds, from 1970 to the end of 9999."""
+    microseconds = int(min(max(now, 0.0), 253402214400) * 1e6) + step
     return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
 
 
-def _write_version(folder: str, backup: Backup, disk: Disk) -> None:
-    """Write a version in a temporary folder and make it durable; raises OSError."""
-    file = os.path.join(folder, backup.path)
-    notes = {backup.path: {"why": backup.why, "number": backup.number, "quota": backup.quota}}
-    make_private_folder(os.path.dirname(file))
-    with new_file(file, disk.data, disk.mode) as fd:
-        # The owner may read it whatever the mode, or it could be neither compared nor restored.
-        finish_file(fd, disk.mode | stat.S_IRUSR, durable=True)
-    with new_file(os.path.join(folder, BACKUP_NOTES), json.dumps(notes).encode(), 0o600) as fd:
-        finish_file(fd, 0o600, durable=True)
-    for place in folders_below(folder):
-        sync_folder(place)
-
-
-def _publish_version(temporary: str, folder: str, now: float) -> str:
-    """Rename a finished version to its time, or the next microsecond that is free; raises OSError."""
-    for step in itertools.count():
-        when = time_name(now, step)
-        try:
-            os.rename(temporary, os.path.join(folder, when))
-        except OSError:
-            if not os.path.lexists(os.path.join(folder, when)):
-                raise
-        else:
-            break
-    sync_folder(folder)
-    return when
-
-
 def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
-    """Choose which versions of a file go, from all of them, oldest first; `now` is the present `time_name`.
+    """Choose the versions of a file to drop, from all of them, oldest first; `now` is a `time_name`.
 
-    What stays of each quota: the first, which is the user's original, and the first with a number; the newest ten;
-    the last of each of the newest 30 days that have any; the last of each month. Days in the future, as a wrong clock
-    names them, keep their last version too, but do not count among the 30.
+    Of each quota there stay: the first, which is the user's original, and the first with a
+    number; the newest ten; the last of each of the newest 30 days that have any; the last of each
+    month. Days in the future, by a wrong clock, keep their last, but are not among the 30.
     """
     dropped = []
     for quota in (HAND_EDIT, DISPLACED):
         versions = [backup for backup in kept if backup.quota == quota]
         last_of_day = {backup.when[:8]: backup for backup in versions}
         last_of_month = {backup.when[:6]: backup for backup in versions}
-        # By the number: days that a wrong clock put into the past are new all the same.
-        days = list(dict.fromkeys(b.when[:8] for b in reversed(versions) if b.when[:8] <= now[:8]))[:DAYS_KEPT]
+        # Newest by number: days that a wrong clock put into the past are new all the same.
+        days = list(dict.fromkeys(b.when[:8] for b in reversed(versions) if b.when[:8] <= now[:8]))[:30]
         days += [day for day in last_of_day if day > now[:8]]
         numbered = [backup for backup in versions if backup.number]
-        staying = {*versions[:1], *numbered[:1], *versions[-NEWEST_KEPT:], *last_of_month.values()}
+        staying = {*versions[:1], *numbered[:1], *versions[-10:], *last_of_month.values()}
         staying.update(last_of_day[day] for day in days)
         dropped += [backup for backup in versions if backup not in staying]
     return dropped
 
 
-def _drop_version(backup: Backup, temporary: str) -> None:
-    """Remove a version; its folder too unless there is more in it. Raises OSError, IoError."""
-    folder = backup.file[: -len(backup.path) - 1]
-    if set(_files_below(folder)) - {backup.file, os.path.join(folder, BACKUP_NOTES)}:
-        os.unlink(backup.file)
-    else:
-        os.rename(folder, temporary)
-        remove_private_folder(temporary)
+def remove_unfinished(folder: str, token: str, clock: Clock) -> None:
+    """Remove temporary files and folders that `token` names, or that nothing is writing any more.
 
-
-def _list_unfinished(folder: str, token: str, clock: Clock) -> Iterator[str]:
-    """List the temporary files and folders that `token` names, or that nothing is writing any more."""
+    Raises OSError, IoError.
+    """
     for name in filter(is_temporary_name, os.listdir(folder)):
         path = os.path.join(folder, name)
-        with suppress(OSError):  # it may have got its name meanwhile
-            info = os.lstat(path)
-            age = clock() - max(info.st_mtime, info.st_ctime)
-            if is_named_by(name, token) or is_gone(parse_temporary(name)[0]) or age > TEMPORARY_LIFETIME:
-                yield path
-
-
-def _remove_unfinished(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        remove_private_folder(path)
-    else:
-        remove_private(path)
-
-
-def sweep_backups(root: str, left: Leftover, clock: Clock) -> None:
-    """Remove the unfinished versions below `root` that a turn left, or a process that is gone; raises IoError."""
-    for folder in folders_below(root):
-        with blame(folder), suppress(FileNotFoundError):
-            for path in _list_unfinished(folder, left.token, clock):
-                _remove_unfinished(path)
-
-
-def move_backups(home: str, key: Key, new: Key) -> None:
-    """Give a codebase's backups to another name; those of a time that the other has too stay. Raises IoError."""
-    folder, target = backups_of(home, key), backups_of(home, new)
-    with blame(folder):
         try:
-            times = os.listdir(folder)
-        except FileNotFoundError:
+            info = os.lstat(path)
+        except OSError:
+            continue  # a version that got its name meanwhile
+        is_old = clock() - max(info.st_mtime, info.st_ctime) > 86400  # seconds
+        if is_old or is_named_by(name, token) or is_gone(parse_temporary(name)[0]):
+            if stat.S_ISDIR(info.st_mode):
+                remove_private_folder(path)
+            else:
+                remove_private(path)
+
+
+class Backups:
+    """The kept versions of one codebase's files."""
+
+    NOTES = ".orchestra.json"  # in a version's folder: {path: {"why": ..., "number": ..., "quota": ...}}
+
+    def __init__(self, home: str, key: Key) -> None:
+        self.folder = backups_of(home, key)
+
+    def versions(self) -> list[Backup]:
+        """List all versions, oldest first; raises IoError.
+
+        Folders that are not named by a time are not Orchestra's, and neither listed nor dropped.
+        """
+        with blame(self.folder):
+            try:
+                names = os.listdir(self.folder)
+            except FileNotFoundError:
+                return []
+        times = [name for name in names if re.fullmatch(r"[0-9]{8}T[0-9]{6}\.[0-9]{6}Z", name)]
+        found = [backup for when in times for backup in self._versions_of(when)]
+        return sorted(found, key=lambda backup: (backup.number, backup.when, backup.path))
+
+    def _versions_of(self, when: str) -> Iterator[Backup]:
+        folder = os.path.join(self.folder, when)
+        if os.path.islink(folder):
             return
-        for when in times:
-            if not os.path.lexists(f"{target}/{when}"):
-                move_private(f"{folder}/{when}", f"{target}/{when}")
-        remove_empty_folder(folder)
+        try:
+            notes = parse_object(read_disk(os.path.join(folder, self.NOTES), 1 << 20).data)
+        except IoError:
+            notes = {}
+        for file, is_regular in self._files_below(folder):
+            path = file[len(folder) + 1 :]
+            if is_regular and path != self.NOTES and not is_temporary_name(os.path.basename(path)):
+                yield Backup(when, path, file, *self._parse_note(notes.get(path)))
+
+    @staticmethod
+    def _files_below(folder: str) -> Iterator[tuple[str, bool]]:
+        """List what is not a folder, links to folders included, and whether it is a regular file."""
+        for parent, folders, names in os.walk(folder):
+            for name in (*folders, *names):
+                path = os.path.join(parent, name)
+                try:
+                    mode = os.lstat(path).st_mode
+                except OSError:
+                    mode = 0
+                if not stat.S_ISDIR(mode):
+                    yield path, stat.S_ISREG(mode)
+
+    @staticmethod
+    def _parse_note(value: Any) -> tuple[str, int, str]:
+        """Read why a file was kept, its number and quota; old versions of Orchestra only wrote why."""
+        if not isinstance(value, dict):
+            return str(value or ""), 0, HAND_EDIT
+        why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
+        if type(number) is not int or not 0 < number < 1 << 62:  # a larger one is damage
+            number = 0
+        return why, number, DISPLACED if quota == DISPLACED else HAND_EDIT
+
+    def write(self, temporary: str, backup: Backup, disk: Disk, now: float) -> Backup:
+        """Write a version by way of a temporary folder, and return it with its time; raises OSError."""
+        note = {"why": backup.why, "number": backup.number, "quota": backup.quota}
+        # Its owner may read it whatever the mode, or it could be neither compared nor restored.
+        files = {backup.path: (disk.data, disk.mode | stat.S_IRUSR)}
+        files[self.NOTES] = (json.dumps({backup.path: note}).encode(), 0o600)
+        try:
+            for path, (data, mode) in files.items():
+                file = os.path.join(temporary, path)
+                make_private_folder(os.path.dirname(file))
+                with new_file(file, data, mode) as fd:
+                    finish_file(fd, mode, durable=True)
+            for folder in folders_below(temporary):
+                sync_folder(folder)
+            when = self._publish(temporary, now)
+        except BaseException:
+            with suppress(IoError):
+                remove_private_folder(temporary)
+            raise
+        sync_folder(self.folder)
+        return backup._replace(when=when, file=os.path.join(self.folder, when, backup.path))
+
+    def _publish(self, temporary: str, now: float) -> str:
+        """Rename a finished version to its time, or the next microsecond that is free."""
+        for step in itertools.count():
+            when = time_name(now, step)
+            try:
+                os.rename(temporary, os.path.join(self.folder, when))
+            except OSError:
+                if not os.path.lexists(os.path.join(self.folder, when)):
+                    raise
+            else:
+                break
+        return when
+
+    def drop(self, backup: Backup, temporary: str) -> None:
+        """Remove a version, with its folder unless more is in it; raises OSError, IoError."""
+        folder = os.path.join(self.folder, backup.when)
+        if {file for file, _ in self._files_below(folder)} - {backup.file, os.path.join(folder, self.NOTES)}:
+            os.unlink(backup.file)
+        else:
+            os.rename(folder, temporary)
+            remove_private_folder(temporary)
+
+    def move_to(self, other: "Backups") -> None:
+        """Move all versions but those of a time that the other has too; raises IoError."""
+        with blame(self.folder):
+            try:
+                times = os.listdir(self.folder)
+            except FileNotFoundError:
+                return
+            for when in times:
+                if not os.path.lexists(f"{other.folder}/{when}"):
+                    move_private(f"{self.folder}/{when}", f"{other.folder}/{when}")
+            remove_empty_folder(self.folder)
 
 
 # Turns
@@ -1797,34 +1718,28 @@ class Turn(Lock):
         wrote this. Raises IoError.
         """
         key, path = self.split_label(label)
-        folder, now = backups_of(self.home, key), self.clock()
-        everything = list_backups(self.home, key)
+        backups, now = Backups(self.home, key), self.clock()
+        everything = backups.versions()
         kept = [backup for backup in everything if backup.path == path]
-        temporary = temporary_path(folder, self.token)
-        if not (kept and kept[-1].quota in (quota, HAND_EDIT) and _has_text(kept[-1], path, disk.data)):
+        temporary = os.path.join(backups.folder, temporary_name(self.token))
+        if not (kept and kept[-1].quota in (quota, HAND_EDIT) and kept[-1].has_text(disk.data)):
             number = 1 + max((backup.number for backup in everything), default=0)
             backup = Backup("", path, "", why, number, quota)
-            with blame(folder):
-                make_private_folder(folder, durable=True)
-                for unfinished in _list_unfinished(folder, self.leftover.token, self.clock):
-                    with suppress(IoError):
-                        _remove_unfinished(unfinished)
-                try:
-                    _write_version(temporary, backup, disk)
-                    when = _publish_version(temporary, folder, now)
-                except BaseException:
-                    with suppress(IoError):
-                        remove_private_folder(temporary)
-                    raise
-            kept.append(backup._replace(when=when, file=os.path.join(folder, when, path)))
-        with blame(folder):
+            with blame(backups.folder):
+                make_private_folder(backups.folder, durable=True)
+                with suppress(OSError, IoError):
+                    remove_unfinished(backups.folder, self.leftover.token, self.clock)
+                kept.append(backups.write(temporary, backup, disk, now))
+        with blame(backups.folder):
             for backup in versions_to_drop(kept, time_name(now)):
-                _drop_version(backup, temporary)
+                backups.drop(backup, temporary)
         return kept[-1].when
 
     def clean_up(self, folders: Sequence[str], label_of: Callable[[str], str], left: Leftover) -> None:
         """Clean up in some folders after a turn that was killed, or had trouble; raises IoError."""
-        sweep_backups(self._backups, left, self.clock)  # first, for an earlier clean-up may have ended there
+        for folder in folders_below(self._backups):  # first, for an earlier clean-up may have been killed here
+            with blame(folder), suppress(FileNotFoundError):
+                remove_unfinished(folder, left.token, self.clock)
         if left.swap:
             with blame(os.path.dirname(left.swap.path)):
                 self._settle_swap(left.swap, folders, label_of)
@@ -1914,15 +1829,15 @@ class Turn(Lock):
         except OSError:
             return False  # gone, or a link: not one of Orchestra's
         try:
-            writers, info = find_writers(fd), os.fstat(fd)
+            is_busy, info = has_writer(fd), os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 return False
-            if writers == YES or (writers == MAYBE and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
+            if is_busy or (is_busy is None and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
                 return True
             found = read_opened(fd)
             if sha256_of(found.data) != digest:
-                self.back_up(label, found, SAVED_MEANWHILE, DISPLACED)
-            if writers == NO and not is_lease_whole(fd):
+                self.back_up(label, found, "saved while Orchestra was writing it", DISPLACED)
+            if is_busy is False and not is_lease_whole(fd):
                 return True
             os.unlink(name, dir_fd=folder)
             return False
@@ -2908,7 +2823,7 @@ class RegistryFile(Document):
             self.complain(f"file: cannot be read: {Problem.from_error(error).message}")
             return
         if disk.kind != "file":
-            self.complain(f"file: expected a file, got {DISK_NAMES[disk.kind]}")
+            self.complain(f"file: expected a file, got {disk.noun}")
             return
         self.digest = sha256_of(disk.data)
         self._data = disk.data
@@ -2963,6 +2878,16 @@ def is_current(home: str, codebase: Codebase) -> bool:
     return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
 
 
+@functools.cache
+def program_stamp() -> str:
+    """Return what changes with this program, which may then parse and render otherwise."""
+    try:
+        info = os.stat(__file__)
+    except OSError:
+        return __version__
+    return f"{__version__}-{info.st_size}-{info.st_mtime_ns}"
+
+
 class ParsedFiles:
     """Parsed codebases by the SHA-256 of their files; parsing YAML is the costliest step.
 
@@ -2983,7 +2908,7 @@ class ParsedFiles:
 
     def _load(self) -> bytes:
         try:
-            data = read_disk(parsed_path(self._home)).data
+            data = read_disk(f"{run_dir(self._home)}/parsed.jsonl").data
         except IoError:
             return b""
         lines = memoryview(data)[data.find(b"\n") + 1 :]  # no copy: it may be megabytes
@@ -3018,8 +2943,10 @@ class ParsedFiles:
             return
         lines = b"".join(b"%b %b\n" % (key.encode(), line or self._line(key)) for key, line in self._used.items())
         try:
-            with Lock(parsed_lock_path(self._home), timeout=0) as lock:
-                save_private(parsed_path(self._home), self._head(lines) + lines, lock.token, durable=False)
+            with Lock(f"{run_dir(self._home)}/parsed.lock", timeout=0) as lock:
+                save_private(
+                    f"{run_dir(self._home)}/parsed.jsonl", self._head(lines) + lines, lock.token, durable=False
+                )
         except OrchestraError:
             pass  # somebody else is saving it, or the disk is full: then it is parsed again
 
@@ -3204,7 +3131,7 @@ class RegistryTurn(Turn):
     """A turn at the registry; a file's label is its codebase and its name, as in shop/api/api.yaml."""
 
     def __init__(self, home: str, clock: Clock) -> None:
-        super().__init__(home, registry_lock_path(home), backups_root(home), clock)
+        super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), clock)
 
     def label_of(self, key: Key, file: str) -> str:
         return f"{label_for(key)}/{os.path.basename(file)}"
@@ -3294,7 +3221,7 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
         label = turn.label_of(key, file)
         disk = read_disk(real_path(file))
         if disk.kind != "file":
-            raise RegistryError(f"{file}: expected a file, got {DISK_NAMES[disk.kind]}", "move it away")
+            raise RegistryError(f"{file}: expected a file, got {disk.noun}", "move it away")
         when = turn.back_up(label, disk, "removed from the registry")
         with turn.refusing_changes(file):
             if os.path.islink(file):
@@ -4228,8 +4155,8 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
 def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
     """List the codebases that have a record but are not registered, by folder."""
     found = []
-    for project in _names_in(hashes_root(home)):
-        for name in _names_in(f"{hashes_root(home)}/{project}"):
+    for project in names_in(hashes_root(home)):
+        for name in names_in(f"{hashes_root(home)}/{project}"):
             key = (project, name[: -len(".json")])
             if not name.endswith(".json") or key in registered:
                 continue
@@ -4264,7 +4191,7 @@ def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> No
         return  # never had another name, or is still being synced under that
     try:
         if find_former(home, key, root, owners) == former:
-            move_backups(home, former, key)
+            Backups(home, former).move_to(Backups(home, key))
             move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
     finally:
         os.close(turn)
@@ -4492,7 +4419,7 @@ def look_at(root: str, path: str) -> Look:
         if disk.kind == "symlink":
             return Look(disk, place=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}")
         if disk.kind not in ("file", "absent"):
-            raise SyncError(f"expected a file, got {DISK_NAMES[disk.kind]}")
+            raise SyncError(f"expected a file, got {disk.noun}")
         if len(disk.data) > MAX_MANAGED_FILE:
             raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
         link = _read_link_text(place, disk.data)
@@ -4887,7 +4814,7 @@ class CodebaseTurn(Turn):
     def _clean_up_below(self, root: str, left: Leftover) -> None:
         """Clean up in a folder after a turn that was killed or had trouble; raises IoError."""
         self.clean_up(self._list_folders(root), functools.partial(self._find_label, root), left)
-        sweep_folders([os.path.dirname(record_path(self.home, self.key))], left)
+        sweep_folder(os.path.dirname(record_path(self.home, self.key)), left.token)
 
     def _release_below(self, root: str) -> bool:
         """Remove Orchestra's temporary files from a folder, and tell whether some stay; raises IoError."""
@@ -4954,7 +4881,7 @@ class CodebaseTurn(Turn):
             if file.after is None:
                 remove_file(place, before, self)
                 return file
-            if before.kind == "file" and not before.data and file_age(place.path, self.clock) < 2.0:
+            if before.kind == "file" and not before.data and place.age(self.clock) < 2.0:
                 time.sleep(0.2)  # an editor may have emptied it to write it anew; replace_file looks again
             managed = managed_text(AGENTS_BY_PATH[file.path], before.data) or b""
             has_user_text = bool(before.data) and managed.strip() != before.data.strip()
@@ -5052,10 +4979,10 @@ class CodebaseTurn(Turn):
         """Put a backup back, and tell whether that changed anything; raises SyncError, IoError, FileChanged."""
         agent, kept = AGENTS_BY_PATH[backup.path], read_disk(backup.file)
         if kept.kind != "file":
-            raise SyncError(f"expected a backup, got {DISK_NAMES[kept.kind]} at {backup.file}")
+            raise SyncError(f"expected a backup, got {kept.noun} at {backup.file}")
         before = read_disk(check_parents(root, backup.path))
         if before.kind not in ("file", "absent"):
-            raise SyncError(f"expected a file, got {DISK_NAMES[before.kind]}")
+            raise SyncError(f"expected a file, got {before.noun}")
         try:
             text = managed_text(agent, kept.data)
         except SyncError as error:
@@ -6564,9 +6491,9 @@ class DaemonSocket:
         if len(os.fsencode(path)) > limit:
             size = len(os.fsencode(path))
             raise ProtocolError(f"{path}: expected a socket path of at most {limit} bytes, got {size}")
-        kind = read_disk(path).kind
-        if kind not in ("absent", "special"):
-            raise ProtocolError(f"{path}: expected a socket or nothing, got {DISK_NAMES[kind]}: move it away")
+        disk = read_disk(path)
+        if disk.kind not in ("absent", "special"):
+            raise ProtocolError(f"{path}: expected a socket or nothing, got {disk.noun}: move it away")
         remove_private(path)
         listener = socket.socket(socket.AF_UNIX)
         try:
@@ -7514,7 +7441,7 @@ class Installer(NamedTuple):
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
             raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
-        with Lock(pip_lock_path(self.home), timeout=PIP_TIMEOUT):
+        with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT):
             if os.path.isdir(f"{lib}/yaml"):
                 return  # another first run has just fetched it
             self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
@@ -7523,7 +7450,8 @@ class Installer(NamedTuple):
             try:
                 done = self._run_pip(python, temporary)
                 if done.code == 0 and os.path.isdir(f"{temporary}/yaml"):
-                    replace_private_folder(temporary, lib)
+                    remove_private_folder(lib)
+                    move_private(temporary, lib)
                     return
             finally:
                 remove_private_folder(temporary)
@@ -8273,7 +8201,7 @@ class Commands(NamedTuple):
 
     def cmd_restore(self) -> int:
         codebase = load_registry(self.home).readable(self.args.codebase)
-        backups = list_backups(self.home, codebase.key)
+        backups = Backups(self.home, codebase.key).versions()
         if self.args.list:
             if backups:
                 rows = [(backup.when, backup.path, backup.why) for backup in backups]
@@ -8652,7 +8580,8 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
         return FAILED
     except OSError as error:
         if error.filename:
-            report(f"{error.filename}: {explain_os_error(error)}", hint_for_os_error(error))
+            problem = Problem.from_error(error)
+            report(str(problem), problem.hint)
         else:  # only writes to stdout have no file name
             discard_output(1)
             report(f"stdout: {explain_os_error(error)}", "")

@@ -203,7 +203,7 @@ def run_git(folder: Path, *argv: str) -> None:
 
 def tell_no_writers(monkeypatch: Any) -> None:
     """Hide who writes to a file, as where the system has no leases."""
-    monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+    monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
     monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
 
 
@@ -469,7 +469,7 @@ class Home:
     def backups(self, label: str = "shop/api") -> dict[str, bytes]:
         """Return the newest backup of each file."""
         key = tuple(label.split("/"))
-        return {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(self.path, key)}
+        return {backup.path: Path(backup.file).read_bytes() for backup in orchestra.Backups(self.path, key).versions()}
 
     def leftovers(self) -> list[str]:
         return [path for path in tree(self.folder) if path.endswith(".tmp")]
@@ -859,15 +859,15 @@ def test_an_os_error_is_told_in_one_line_with_its_place() -> None:
 
 
 def test_an_error_that_has_a_way_out_names_it() -> None:
-    assert "free some space" in orchestra.hint_for_os_error(OSError(28, "No space left on device"))
+    assert "free some space" in orchestra.IoError("x", OSError(28, "No space left on device")).hint
 
 
 def test_on_macos_a_refusal_names_the_python_to_allow_and_the_flag_to_clear(monkeypatch: Any) -> None:
     refused = OSError(errno.EPERM, "Operation not permitted")
     monkeypatch.setattr(sys, "platform", "linux")
-    assert orchestra.hint_for_os_error(refused) == ""
+    assert orchestra.IoError("x", refused).hint == ""
     monkeypatch.setattr(sys, "platform", "darwin")
-    hint = orchestra.hint_for_os_error(refused)
+    hint = orchestra.IoError("x", refused).hint
     assert f"Full Disk Access for {sys.executable}" in hint and "uchg" in hint and "chflags nouchg" in hint
 
 
@@ -998,7 +998,7 @@ def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> Non
     put_files(home.code, {".orchestra-dead.tmp": "half", ".orchestra-dead-2.tmp": "half"})
     put_files(home.code, {".orchestra-alive.tmp": "x", "dead.tmp": "x"})
     Path(path).write_text("dead\n[0, null, 0]\nand what a longer one left")
-    orchestra.sweep_folders(["/no/where"], orchestra.Leftover("dead"))
+    orchestra.sweep_folder("/no/where", "dead")
     with orchestra.Lock(path) as lock:
         assert Path(path).read_bytes() == b""
         assert lock.token != "dead" and lock.token in Path(path).read_text()
@@ -1290,7 +1290,7 @@ def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
     os.chown(path, 12345, NOBODY)
     path.chmod(0o664)
     ran = in_child(lambda: home.run("sync", "--all"))
-    assert "expected a file of yours, got one of user 12345: chown it" in ran.err
+    assert "the file belongs to user 12345: chown it" in ran.err
     assert (ran.status, ran.out.splitlines()[0]) == (2, "create   shop/api AGENTS.md")
     info = path.stat()
     assert (path.read_bytes(), info.st_uid, stat.S_IMODE(info.st_mode)) == (b"his", 12345, 0o664)
@@ -1355,7 +1355,7 @@ def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: H
     key = ("shop", "api")
     for text in (b"1", b"2", b"2", b"3", b"1"):
         keep(home, text, path="a/CLAUDE.md")
-    kept = orchestra.list_backups(home.path, key)
+    kept = orchestra.Backups(home.path, key).versions()
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"1", b"2", b"3", b"1"]
     assert {(backup.path, backup.why, backup.when[:15]) for backup in kept} == {
         ("a/CLAUDE.md", "why", "20010909T014640")
@@ -1430,7 +1430,7 @@ def keep(
 
 
 def kept_versions(home: Home) -> list[orchestra.Backup]:
-    return orchestra.list_backups(home.path, ("shop", "api"))
+    return orchestra.Backups(home.path, ("shop", "api")).versions()
 
 
 def kept_texts(home: Home) -> list[bytes]:
@@ -1573,7 +1573,7 @@ def test_versions_of_older_programs_come_first_and_count_as_hand_edits(home: Hom
     folder = backups_folder(home)
     for year in (2030, 2025):
         notes = json.dumps({"CLAUDE.md": f"edited in {year}"})
-        put_files(folder / f"{year}0101T000000.000000Z", {"CLAUDE.md": str(year), orchestra.BACKUP_NOTES: notes})
+        put_files(folder / f"{year}0101T000000.000000Z", {"CLAUDE.md": str(year), orchestra.Backups.NOTES: notes})
     keep(home, b"new")
     assert kept_texts(home) == [b"2025", b"2030", b"new"]
     assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
@@ -1586,9 +1586,9 @@ def test_versions_of_older_programs_come_first_and_count_as_hand_edits(home: Hom
 def test_an_old_folder_with_several_files_is_thinned_file_by_file(home: Home) -> None:
     folder = backups_folder(home)
     for minute in MINUTES[:11]:
-        put_files(folder / minute, {"CLAUDE.md": minute, "AGENTS.md": minute, orchestra.BACKUP_NOTES: "{}"})
+        put_files(folder / minute, {"CLAUDE.md": minute, "AGENTS.md": minute, orchestra.Backups.NOTES: "{}"})
     keep(home, b"new")
-    assert sorted(os.listdir(folder / MINUTES[1])) == [orchestra.BACKUP_NOTES, "AGENTS.md"]
+    assert sorted(os.listdir(folder / MINUTES[1])) == [orchestra.Backups.NOTES, "AGENTS.md"]
     assert len(kept_versions(home)) == 22
 
 
@@ -1603,8 +1603,8 @@ def test_an_old_folder_with_several_files_is_thinned_file_by_file(home: Home) ->
 def test_damaged_notes_hide_no_version_and_stop_nothing(home: Home, damage: Any) -> None:
     keep(home, b"1", 2e9)
     when = keep(home, b"2")
-    (backups_folder(home) / when / orchestra.BACKUP_NOTES).unlink()
-    put_files(backups_folder(home) / when, {orchestra.BACKUP_NOTES: damage})
+    (backups_folder(home) / when / orchestra.Backups.NOTES).unlink()
+    put_files(backups_folder(home) / when, {orchestra.Backups.NOTES: damage})
     assert sorted(kept_texts(home)) == [b"1", b"2"]
     keep(home, b"3")
     assert sorted(kept_texts(home)) == [b"1", b"2", b"3"] and kept_texts(home)[-1] == b"3"
@@ -1662,8 +1662,8 @@ def test_a_version_is_kept_with_one_look_at_the_others(home: Home, monkeypatch: 
     for minute in MINUTES:
         put_files(folder / minute, {"CLAUDE.md": minute})
     looks = []
-    real = orchestra._versions_in
-    monkeypatch.setattr(orchestra, "_versions_in", lambda folder, when: looks.append(when) or real(folder, when))
+    real = orchestra.Backups._versions_of
+    monkeypatch.setattr(orchestra.Backups, "_versions_of", lambda self, when: looks.append(when) or real(self, when))
     keep(home, b"new")
     assert sorted(looks) == MINUTES
     assert sorted(os.listdir(folder)) == ["20010909T014640.000000Z", MINUTES[0], *MINUTES[-9:]]
@@ -1673,7 +1673,7 @@ def test_a_version_that_cannot_be_finished_leaves_nothing(home: Home, monkeypatc
     def fail(*args: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(orchestra, "_publish_version", fail)
+    monkeypatch.setattr(orchestra.Backups, "_publish", fail)
     with pytest.raises(orchestra.IoError, match="no space left on device"):
         keep(home, b"1")
     assert os.listdir(backups_folder(home)) == []
@@ -1686,7 +1686,7 @@ def test_a_version_that_cannot_be_dropped_is_told_once_the_new_one_is_kept(home:
     def fail(*args: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(orchestra, "_drop_version", fail)
+    monkeypatch.setattr(orchestra.Backups, "drop", fail)
     with pytest.raises(orchestra.IoError, match="permission denied"):
         keep(home, b"new")
     assert kept_texts(home)[-1] == b"new"
@@ -1728,7 +1728,7 @@ def test_a_sweep_of_the_backups_removes_what_is_abandoned(home: Home, gone: int)
     alive = f".orchestra-{os.getpid()}-1.tmp"
     for name in (".orchestra-t.tmp", f".orchestra-{gone}-1.tmp", alive):
         put_files(backups_folder(home) / name, {"CLAUDE.md": "half"})
-    orchestra.sweep_backups(orchestra.backups_root(home.path), orchestra.Leftover("t"), time.time)
+    turn_at(home, time.time()).clean_up([], str, orchestra.Leftover("t"))
     assert os.listdir(backups_folder(home)) == [alive]
 
 
@@ -2661,7 +2661,7 @@ def fill_registry(home: Home, count: int) -> None:
 def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatch: Any) -> None:
     fill_registry(home, orchestra.ParsedFiles.FEW + 2)
     fresh = home.registry()
-    assert os.path.exists(orchestra.parsed_path(home.path))
+    assert os.path.exists(f"{orchestra.run_dir(home.path)}/parsed.jsonl")
     parsed: list[str] = []
     real = orchestra.Document.compose
     monkeypatch.setattr(orchestra.Document, "compose", lambda doc, text: parsed.append(doc.place) or real(doc, text))
@@ -2677,7 +2677,7 @@ def test_what_was_parsed_is_remembered_by_its_bytes_alone(home: Home, monkeypatc
 def test_a_damaged_memory_of_what_was_parsed_only_costs_time(home: Home, damage: bytes) -> None:
     fill_registry(home, orchestra.ParsedFiles.FEW + 2)
     fresh = home.registry().codebases
-    path = Path(orchestra.parsed_path(home.path))
+    path = Path(orchestra.run_dir(home.path), "parsed.jsonl")
     lines = path.read_bytes().split(b"\n")
     hashes = [line.partition(b" ")[0] for line in lines[1:-1]]
     for data in (damage, b"\n".join([lines[0], *(digest + b" " + damage for digest in hashes)]) + b"\n"):
@@ -3979,7 +3979,7 @@ def test_a_take_over_that_was_cut_short_is_finished(home: Home, monkeypatch: Any
     assert home.run("sync", "--all").status == 2
     monkeypatch.undo()
     assert home.sync().lines == ["update   shop/api2 CLAUDE.md"]
-    kept = orchestra.list_backups(home.path, ("shop", "api2"))
+    kept = orchestra.Backups(home.path, ("shop", "api2")).versions()
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"older", mine]
 
 
@@ -4659,7 +4659,7 @@ def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
     file.write_text("{name: api, path: /x, notes: [one, two]}\n")
     codebase = orchestra.load_codebase(home.path, "bob's shop", "api")
     orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
-    (backup,) = orchestra.list_backups(home.path, codebase.key)
+    (backup,) = orchestra.Backups(home.path, codebase.key).versions()
     assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
     ran = home.run("restore", "api", "api.yaml")
     assert ran.status == 2
@@ -4674,7 +4674,7 @@ def test_the_version_kept_last_is_restored_though_the_clock_was_set_back(home: H
     times = [2e9, 1e9, 1e9, 2e9, 3e9]
     for number, now in enumerate(times):
         keep(home, b"%d" % number, now)
-    kept = orchestra.list_backups(home.path, key)
+    kept = orchestra.Backups(home.path, key).versions()
     assert [Path(backup.file).read_bytes() for backup in kept] == [b"0", b"1", b"2", b"3", b"4"]
     assert [backup.when for backup in kept] == [
         "20330518T033320.000000Z",
@@ -4764,7 +4764,10 @@ def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_
 @pytest.mark.parametrize("swap", DAMAGED_SWAPS)
 def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
     home.make_codebase("shop/api")
-    for lock in (orchestra.codebase_lock_path(home.path, ("shop", "api")), orchestra.registry_lock_path(home.path)):
+    for lock in (
+        orchestra.codebase_lock_path(home.path, ("shop", "api")),
+        f"{orchestra.run_dir(home.path)}/registry.lock",
+    ):
         Path(lock).parent.mkdir(parents=True, exist_ok=True)
         Path(lock).write_bytes(b"x\n" + swap)
     assert home.sync().err == ""
@@ -4787,7 +4790,7 @@ def test_a_kept_version_that_is_no_file_restores_nothing(home: Home, kind: str) 
     home.sync()
     edit(root / "AGENTS.md", "# api", "# mine")
     home.sync()
-    (backup,) = orchestra.list_backups(home.path, ("shop", "api"))
+    (backup,) = orchestra.Backups(home.path, ("shop", "api")).versions()
     file = Path(backup.file)
     file.unlink()
     if kind == "a pipe":
@@ -11533,7 +11536,7 @@ def crowd_backups(home: Home) -> None:
     home.sync()
     edit(root / "CLAUDE.md", "# api", "# merlin")
     for minute, word in itertools.zip_longest(MINUTES[:12], ["harrier"], fillvalue=""):
-        put_files(backups_folder(home) / minute, {"CLAUDE.md": minute + word, orchestra.BACKUP_NOTES: "{}"})
+        put_files(backups_folder(home) / minute, {"CLAUDE.md": minute + word, orchestra.Backups.NOTES: "{}"})
 
 
 def make_new_folder(home: Home) -> None:
@@ -11594,7 +11597,7 @@ class Stage:
         age_records(home)
         for name in ("home", "code"):
             shutil.copytree(home.folder / name, self.kept / name, symlinks=True)
-        oldest = [kept.when for kept in orchestra.list_backups(home.path, API) if kept.path == "AGENTS.md"]
+        oldest = [kept.when for kept in orchestra.Backups(home.path, API).versions() if kept.path == "AGENTS.md"]
         self.argv = scenario.command.format(root=home.code / "shop/api", oldest=(*oldest, "")[0]).split()
         self.before = Picture.of(home)
         done = self.play()
@@ -13002,7 +13005,7 @@ def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
     scene: Scene, monkeypatch: Any, tells: str
 ) -> None:
     if tells == "by /proc":
-        monkeypatch.setattr(orchestra, "find_writers", lambda fd: orchestra.MAYBE)
+        monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
     before = scene.file.read_bytes()
     writer = hold_open(scene.file)
     ran = scene.home.run("sync", "--all")
@@ -13606,7 +13609,7 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Ho
         (root / CLINE).write_bytes(edits[-1])
         result = orchestra.sync_codebase(home.path, registry.codebases[API], registry.owners, clock=clock)
         assert result.written == [CLINE] and not result.errors
-    when = {backup.file: backup.when for backup in orchestra.list_backups(home.path, API)}
+    when = {backup.file: backup.when for backup in orchestra.Backups(home.path, API).versions()}
     assert sorted(Path(file).read_bytes() for file in when) == edits
     for file, time_kept in when.items():
         home.run_fine("restore", "api", CLINE, "--at", time_kept)
@@ -14039,7 +14042,7 @@ def check_syncs(home: str, codebase: orchestra.Codebase, root: Path) -> None:
     assert first.failed == second.failed and all(str(problem).isprintable() for problem in first.errors)
     orchestra.sync_codebase(home, codebase, mode=orchestra.SyncMode(purge=True))
     left = contents(root)
-    kept = {backup.path: Path(backup.file).read_bytes() for backup in orchestra.list_backups(home, codebase.key)}
+    kept = {backup.path: Path(backup.file).read_bytes() for backup in orchestra.Backups(home, codebase.key).versions()}
     for path, data in before.items():
         has_block = not orchestra.AGENTS_BY_PATH[path].owned and END in data
         if path in first.failed:
@@ -14243,7 +14246,7 @@ def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Home, dose: 
     live.save("shop/api")
     codebase = orchestra.Codebase("shop", "api", str(live.code / "shop/api"), targets=("claude", "cline"))
     record = Path(orchestra.record_path(live.path, codebase.key))
-    notes = Path(orchestra.backups_of(live.path, codebase.key)) / "20260301T000000.000000Z" / orchestra.BACKUP_NOTES
+    notes = Path(orchestra.backups_of(live.path, codebase.key)) / "20260301T000000.000000Z" / orchestra.Backups.NOTES
     mine = {"mine.txt": b"mine"}
     for dice in dose.inputs(15):
         shutil.rmtree(codebase.path)
@@ -14253,7 +14256,7 @@ def test_any_bytes_in_the_record_and_the_backups_stop_nothing(live: Home, dose: 
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(mutate(dice, dice.choice(RECORD_TEXTS), RECORD_TOKENS, RECORD_TEXTS))
         (notes.parent / "CLAUDE.md").write_bytes(b"old")
-        assert any(backup.path == "CLAUDE.md" for backup in orchestra.list_backups(live.path, codebase.key))
+        assert any(backup.path == "CLAUDE.md" for backup in orchestra.Backups(live.path, codebase.key).versions())
         orchestra.load_record(live.path, codebase.key)
         assert orchestra.sync_codebase(live.path, codebase, mode=orchestra.SyncMode(dry_run=True)).errors == ()
         assert orchestra.sync_codebase(live.path, codebase).errors == ()
