@@ -1936,14 +1936,16 @@ MANAGED_FOLDERS = {  # and the managed files in each
 # ── 8 YAML ────────────────────────────────────────────────────────────────────
 
 # A registry file is read from its YAML nodes, not from the values that PyYAML makes of them: a node
-# knows its line, and has the text as typed, so that `no`, `1.10` and `12:30` are text. Only null
-# means nothing.
+# knows its line and has the text as typed, so `no`, `1.10` and `12:30` are text. Only null means
+# nothing.
 #
-# A Kind stands for all that one key may hold, in its three forms:
-#   read     from the YAML node of a registry file; problems are collected by the Document
-#   restore  from the JSON of the cache of parsed files
+# A Kind describes what a key may hold, in its three forms:
+#   read     from a YAML node; the Document collects the problems
+#   restore  from JSON, in which parsed files are cached
 #   write    as a YAML node
 # A Schema is the Kind of a mapping: the fields of a record are its keys.
+#
+# A file is changed by edit_yaml, which leaves alone all that need not change.
 
 YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
 Pairs = tuple[tuple[str, str], ...]
@@ -1972,7 +1974,7 @@ def import_yaml() -> Any:
 
 @functools.cache
 def text_loader() -> Any:
-    """Make the loader that leaves every scalar as typed: libyaml's parser where PyYAML has it."""
+    """Make the loader that leaves every scalar as typed, on libyaml if PyYAML was built with it."""
     import operator
 
     yaml = import_yaml()
@@ -1986,7 +1988,7 @@ def text_loader() -> Any:
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
-    # Called at every node for path resolvers, which we lack: built-in functions do nothing fastest.
+    # Called at every node, for path resolvers: there are none, and builtins do nothing fastest.
     descend, ascend = operator.is_, tuple
     return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
 
@@ -2029,54 +2031,61 @@ class Document:
     def compose(self, text: str) -> Optional[YamlNode]:
         """Parse YAML text to its root node; None where a problem says why."""
         yaml = import_yaml()
+        line = 1
         try:
-            if self._is_too_deep(text):
-                self.complain(f"yaml: expected at most {self.MAX_DEPTH} levels of nesting, got more")
-                return None
+            self._check_depth(text)
             root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
+            if root is None:
+                self.complain("file: expected a mapping, got nothing")
+            elif "*" in text and self._has_cycle(root):
+                raise ValueError("an alias contains itself")
+            return root
         except yaml.reader.ReaderError as error:
             # libyaml counts bytes, PyYAML's own reader characters.
             before = text.encode()[: error.position].decode("utf-8", "ignore") if yaml.__with_libyaml__ else text
-            line = before.count("\n", 0, error.position) + 1
-            self.complain(f"yaml: expected printable text, got the character #x{error.character:04x}", line=line)
-            return None
+            line += before.count("\n", 0, error.position)
+            problem = f"expected printable text, got the character #x{error.character:04x}"
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            line = mark.line + 1 if mark else 1
-            self.complain(f"yaml: expected valid YAML, got: {error.problem or error.context}", line=line)
-            return None
-        except (ValueError, OverflowError) as error:  # PyYAML without libyaml, on escapes beyond Unicode
-            self.complain(f"yaml: expected valid YAML, got: {error}")
-            return None
-        if root is None:
-            self.complain("file: expected a mapping, got nothing")
-        elif "*" in text and self._has_cycle(root):
-            self.complain("yaml: expected aliases that end, got an alias cycle")
-            return None
-        return root
+            line += mark.line if mark else 0
+            problem = self._explain(error.problem or error.context, text[mark.index :][:1] if mark else "")
+        except (ValueError, OverflowError) as error:  # also PyYAML's own parser, on escapes beyond Unicode
+            problem = str(error)
+        self.complain(f"yaml: {problem}", line=line)
+        return None
 
-    def _is_too_deep(self, text: str) -> bool:
+    def _explain(self, problem: str, character: str) -> str:
+        if character == "\t" or "tab character" in problem:
+            return "tabs cannot indent YAML"
+        if "cannot start any token" in problem:
+            return f"put quotes around text that starts with {character}"
+        if "mapping values are not allowed" in problem:
+            return f'{problem}: put quotes around text that contains ": "'
+        return problem
+
+    def _check_depth(self, text: str) -> None:
         # A level of nesting needs a bracket, or half a column (a list may stand right below its key),
         # so most files need no second parse.
         deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
         if 2 * (deepest + 1) + text.count("[") + text.count("{") <= self.MAX_DEPTH:
-            return False
+            return
         yaml = import_yaml()
         depth = 0
         try:
             for event in yaml.parse(text, Loader=text_loader()):
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > self.MAX_DEPTH:
-                    return True
+                    break
+            else:
+                return
         except yaml.MarkedYAMLError as error:
-            # From 0.2.6 on libyaml refuses a depth of 1,000 by itself, ahead of the events it has told.
+            # Since 0.2.6 libyaml has a limit of its own, 1,000; it parses ahead of the events it gives.
             if error.problem != "exceeded maximum nesting depth":
                 raise
-            return True
-        return False
+        raise ValueError(f"expected at most {self.MAX_DEPTH} levels of nesting, got more")
 
     def _has_cycle(self, root: YamlNode) -> bool:
-        is_done: dict[int, bool] = {}  # by the node's id; False while the nodes below it are visited
+        is_done: dict[int, bool] = {}  # by the node's id; False while what is below it is visited
 
         def visit(node: YamlNode) -> bool:
             if isinstance(node.value, str):
@@ -2094,6 +2103,9 @@ class Document:
     def read_text(self, node: YamlNode, key: str) -> Optional[str]:
         """Read a scalar as typed; None where a problem says why."""
         text = node.value
+        if node.id == "mapping" and not node.flow_style and key.endswith("]"):  # - see: here
+            self.complain(f'{key}: needs quotes, because it contains ": "', node)
+            return None
         if not isinstance(text, str) or is_null(node):
             self.reject(node, key, "text")
             return None
@@ -2101,25 +2113,23 @@ class Document:
             self.complain(f"{key}: expected text in Unicode, got half a surrogate pair", node)
             return None
         self._text_size += len(text)
-        if self._text_size > self.MAX_TEXT:
-            if self._text_size - len(text) <= self.MAX_TEXT:
-                self.reject(node, key, f"at most {self.MAX_TEXT} characters of text in all, aliases repeated")
-            return None
-        return sys.intern(text)  # codebases share much text, and the daemon keeps them all
+        if self._text_size <= self.MAX_TEXT:
+            return sys.intern(text)  # codebases share much text, and the daemon keeps them all
+        if self._text_size - len(text) <= self.MAX_TEXT:
+            self.complain(f"{key}: expected at most {self.MAX_TEXT} characters in the file, aliases expanded", node)
+        return None
 
     def read_items(self, node: YamlNode, key: str) -> list[YamlNode]:
         """Read the nodes of a list."""
         if node.id != "sequence":
             self.reject(node, key, "a list")
             return []
-        was_over = self._item_count > self.MAX_ITEMS
         self._item_count += len(node.value)
-        if self._item_count > self.MAX_ITEMS:
-            if not was_over:
-                self.complain(f"{key}: expected at most {self.MAX_ITEMS} items in all lists, aliases repeated")
-            return []
-        items: list[YamlNode] = node.value
-        return items
+        if self._item_count <= self.MAX_ITEMS:
+            return list(node.value)
+        if self._item_count - len(node.value) <= self.MAX_ITEMS:
+            self.complain(f"{key}: expected at most {self.MAX_ITEMS} list items in the file, aliases expanded", node)
+        return []
 
     def read_mapping(self, node: YamlNode, key: str) -> dict[str, YamlNode]:
         """Read the keys of a mapping as text, each once; the values stay nodes."""
@@ -2133,9 +2143,9 @@ class Document:
             if not text or not isinstance(text, str):
                 self.reject(name, key or "key", "text as a key")
             elif text == "<<" and not name.style:
-                self.complain(f"{prefix}<<: expected no merge key, which YAML 1.2 lacks, got one", name)
+                self.complain(f"{prefix}<<: merge keys are not supported, as in YAML 1.2", name)
             elif text in items:
-                self.complain(f"{prefix}{text}: expected once, got it again", name)
+                self.complain(f"{prefix}{text}: duplicate key", name)
             else:
                 items[text] = value
         return items
@@ -2145,7 +2155,7 @@ class Document:
 
 
 def _text_node(text: str) -> YamlNode:
-    # Text that another YAML reader would take for a number or a boolean is quoted; times stay bare.
+    # Text that other YAML readers would take for a number or a boolean is quoted; times stay bare.
     yaml = import_yaml()
     resolver = yaml.resolver.Resolver()
     tag = resolver.resolve(yaml.ScalarNode, text, (True, False))
@@ -2163,13 +2173,13 @@ def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
 
 
 def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
-    # An unknown key's bare `5` must be written bare again, so it gets back the tag that YAML 1.1 gives it.
+    # An unknown key's bare `5` is to be written bare again, so it needs the tag that YAML 1.1 gives it.
     if id(node) not in done:
         yaml = import_yaml()
         if node.id == "scalar":
             bare = (not node.style, bool(node.style))
             tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            text = "null" if is_null(node) else node.value  # an empty one cannot be written bare everywhere
+            text = "null" if is_null(node) else node.value  # an empty scalar cannot stand everywhere
             done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
         elif node.id == "sequence":
             items = [_retag(item, done) for item in node.value]
@@ -2189,7 +2199,7 @@ def dump_yaml(node: YamlNode) -> str:
 
 
 class Kind:
-    """What a key may hold. `key` names it in problems: projects[0].tasks[2].id."""
+    """What a key may hold. In problems it is called by its path: projects[0].tasks[2].id."""
 
     restore: Callable[[Any], Any]
 
@@ -2262,10 +2272,9 @@ class TextMap(Kind):
 
 
 class Schema(Kind):
-    """A mapping whose keys are the fields of a record: text where `kinds` does not say otherwise.
+    """A mapping whose keys are the fields of a record; they hold text unless `kinds` says otherwise.
 
-    A field without a default is required. What has other keys goes into the field `extra`, and is
-    written again with the rest.
+    A field without a default is required. Unknown keys go to the field `extra`, and are written back.
     """
 
     NO_KEYS = ("project", "extra", "digest")  # fields that are not read from the file
@@ -2276,7 +2285,7 @@ class Schema(Kind):
         self.kinds = {**{name: Text() for name in make._fields if name not in self.NO_KEYS}, **kinds}
 
     def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
-        """Read a record; `values` are those of the fields that are no keys."""
+        """Read a record; `values` are those of the fields that are not keys."""
         items = doc.read_mapping(node, key)
         prefix = f"{key}." if key else ""
         for name, kind in self.kinds.items():
@@ -2287,20 +2296,20 @@ class Schema(Kind):
             elif is_required:
                 values[name] = ""
                 if node.id == "mapping":
-                    doc.complain(f"{prefix}{name}: expected a value, got nothing", value or node)
+                    doc.complain(f"{prefix}{name}: required, but missing", value or node)
         return self.make(**values, extra=tuple(items.items()))
 
     def restore(self, value: Any, *first: str) -> Any:
-        """Make a record again from its fields in JSON, but for the `first` and what is unknown."""
+        """Restore a record from a list of its keys' values; its `first` fields are not keys."""
         kinds = self.kinds.values()
         return self.make(*first, *[None if v is None else kind.restore(v) for kind, v in zip(kinds, value)])
 
     def write(self, value: Any) -> YamlNode:
         nodes = {}
         for name, kind in self.kinds.items():
-            field, default = getattr(value, name), self.defaults.get(name)
-            # What a field would be anyway need not be said; but targets: [] is not the default.
-            if field != default and (field or name == "targets"):
+            field, default = getattr(value, name), self.defaults.get(name, "")
+            # An empty list is not written, unless it is not the default: targets: []
+            if field != default and (field or default is None):
                 nodes[name] = kind.write(field)
         return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
 
@@ -2309,7 +2318,7 @@ class Schema(Kind):
 
 
 def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
-    """Hash what a node means: not its style, nor the order of its keys. What aliases repeat is hashed once."""
+    """Hash what a node means, whatever its style and the order of its keys; aliased nodes once."""
     done = {} if done is None else done
     if id(node) not in done:
         if node.id == "scalar":
@@ -2324,11 +2333,11 @@ def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
 
 
 class NotSpliced(Exception):
-    """The difference between two nodes is more than some scalars."""
+    """Two nodes differ in more than scalars."""
 
 
 def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
-    """List where scalars differ: start, end and new text. Raises NotSpliced where more than those do."""
+    """Iterate over the scalars that differ: start, end, new text. Raises NotSpliced if more does."""
     if new is None or old.id != new.id:
         raise NotSpliced
     if digest_node(old) == digest_node(new):
@@ -2353,7 +2362,7 @@ def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int,
 
 
 def _end_of_value(text: str, value: YamlNode) -> int:
-    # A block collection's end mark lies behind the comments that follow it; those are the next key's.
+    # A block collection ends after the comments that follow it, which belong to the next key.
     end = int(value.end_mark.index)
     while True:
         line = text.rfind("\n", 0, end - 1) + 1
@@ -2363,21 +2372,22 @@ def _end_of_value(text: str, value: YamlNode) -> int:
 
 
 def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[YamlNode], YamlNode]) -> Optional[str]:
-    """Change a YAML text where it differs from `new`, and nowhere else; None where that cannot be done.
+    """Change a YAML text where it differs from `new` and nowhere else; None if that is not possible.
 
-    1. Of a top-level key's value the scalars that differ are replaced.
-    2. Where more than scalars differ, the key's whole entry is.
-    3. Keys that the text lacks are added at its end.
-    4. The result is read again, and compared as `normalize` writes it: anchors, flow style, document
-       marks and what is dropped deep inside can defeat a splice.
+    1 If only scalars in a top-level key's value differ, these are replaced; otherwise its whole entry.
+    2 Keys that the text lacks are added at its end. A key that is not in `new` is removed, unless
+      it says nothing: `normalize` leaves it out.
+    3 The result is parsed and compared, both normalized: anchors, flow style, document markers and
+      a key that is dropped deep inside can defeat these edits.
     """
     wanted = {key.value: value for key, value in new.value}
+    said = {key.value for key, _ in normalize(old).value}
     newline = "\r\n" if "\r\n" in text else "\n"
     edits = []
     for key, value in old.value:
         node = wanted.pop(key.value, None)
-        if node is None and (is_null(value) or (key.value != "targets" and not value.value)):
-            continue  # what is empty need not be there, but `targets: []` says something
+        if node is None and key.value not in said:
+            continue
         try:
             edits += [*_scalar_edits(value, node)]
         except NotSpliced:

@@ -1814,8 +1814,8 @@ BAD_FILES = [
     ("NUL", "name: api\npath: /x\0y\n", "2: yaml: expected printable text, got the character #x0000"),
     ("list at top", "- api\n", "1: file: expected a mapping, got a list"),
     ("text at top", "api\n", "1: file: expected a mapping, got 'api'"),
-    ("alias cycle", GOOD + "x: &a [*a]\n", "1: yaml: expected aliases that end, got an alias cycle"),
-    ("deep cycle", GOOD + "x: &a {b: [{c: *a}]}\n", "1: yaml: expected aliases that end, got an alias cycle"),
+    ("alias cycle", GOOD + "x: &a [*a]\n", "1: yaml: an alias contains itself"),
+    ("deep cycle", GOOD + "x: &a {b: [{c: *a}]}\n", "1: yaml: an alias contains itself"),
     ("deep brackets", GOOD + "x: " + "[" * 100_000, "1: yaml: expected at most 100 levels of nesting, got more"),
     (
         "deep lists below their keys",
@@ -1826,21 +1826,24 @@ BAD_FILES = [
     ("deep dashes", GOOD + "x:\n" + "- " * 10_000 + "a\n", "1: yaml: expected at most 100 levels of nesting, got more"),
     ("2 MiB", GOOD + "# " + "x" * (2 << 20), "1: file: expected at most 1048576 bytes, got more"),
     ("invalid UTF-8", b"name: api\npath: /x\xff\n", "2: file: expected UTF-8, got the byte 0xff"),
-    ("open list", GOOD + "targets: [claude\n", r"\d: yaml: expected valid YAML, got: .*"),
-    ("tab", "name: api\n\tpath: /x\n", r"\d: yaml: expected valid YAML, got: .*"),
-    ("unknown anchor", "name: api\npath: *nope\n", r"2: yaml: expected valid YAML, got: .*undefined alias.*"),
-    ("two documents", GOOD + "---\n" + GOOD, r"3: yaml: expected valid YAML, got: .*another document.*"),
-    ("key twice", GOOD + "path: /y\n", "3: path: expected once, got it again"),
+    ("open list", GOOD + "targets: [claude\n", r"\d: yaml: (did not find )?expected .*"),
+    ("tab", "name: api\n\tpath: /x\n", "2: yaml: tabs cannot indent YAML"),
+    ("at sign", GOOD + "notes: [@x]\n", "3: yaml: put quotes around text that starts with @"),
+    ("colon", GOOD + "description: a: b\n", '3: yaml: mapping values .*: put quotes around text that contains ": "'),
+    ("colon in a list", GOOD + "notes:\n- see: here\n", r'4: notes\[0\]: needs quotes, because it contains ": "'),
+    ("unknown anchor", "name: api\npath: *nope\n", r"2: yaml: .*undefined alias.*"),
+    ("two documents", GOOD + "---\n" + GOOD, r"3: yaml: .*another document.*"),
+    ("key twice", GOOD + "path: /y\n", "3: path: duplicate key"),
     (
         "nested key twice",
         task_file("id: 1, title: t, id: 2"),
-        r"7: projects\[0\].tasks\[0\].id: expected once, got it again",
+        r"7: projects\[0\].tasks\[0\].id: duplicate key",
     ),
     ("list as key", GOOD + "? [a]\n: b\n", "3: key: expected text as a key, got a list"),
-    ("merge key", GOOD + "<<: {a: b}\n", "3: <<: expected no merge key, which YAML 1.2 lacks, got one"),
-    ("no name", "path: /x\n", "1: name: expected a value, got nothing"),
-    ("no path", "name: api\n", "1: path: expected a value, got nothing"),
-    ("null path", "name: api\npath: ~\n", "2: path: expected a value, got nothing"),
+    ("merge key", GOOD + "<<: {a: b}\n", "3: <<: merge keys are not supported, as in YAML 1.2"),
+    ("no name", "path: /x\n", "1: name: required, but missing"),
+    ("no path", "name: api\n", "1: path: required, but missing"),
+    ("null path", "name: api\npath: ~\n", "2: path: required, but missing"),
     ("list as name", "name: [api]\npath: /x\n", "1: name: expected text, got a list"),
     ("mapping as path", "name: api\npath: {a: b}\n", "2: path: expected text, got a mapping"),
     ("other name", "name: web\npath: /x\n", "1: name: the file is called api.yaml, but name says 'web'"),
@@ -1860,9 +1863,9 @@ BAD_FILES = [
     ("text as notes", GOOD + "notes: text\n", "3: notes: expected a list, got 'text'"),
     ("mapping as note", GOOD + "notes: [a: b]\n", r"3: notes\[0\]: expected text, got a mapping"),
     ("text as skill", GOOD + "skills: [sql]\n", r"3: skills\[0\]: expected a mapping, got 'sql'"),
-    ("skill without id", GOOD + "skills: [{description: d}]\n", r"3: skills\[0\]\.id: expected a value, got nothing"),
+    ("skill without id", GOOD + "skills: [{description: d}]\n", r"3: skills\[0\]\.id: required, but missing"),
     ("text as projects", GOOD + "projects: text\n", "3: projects: expected a list, got 'text'"),
-    ("task without title", task_file("id: 1"), r"7: projects\[0\]\.tasks\[0\]\.title: expected a value, got nothing"),
+    ("task without title", task_file("id: 1"), r"7: projects\[0\]\.tasks\[0\]\.title: required, but missing"),
     (
         "unknown status",
         task_file("id: 1, title: t, status: later"),
@@ -1918,7 +1921,7 @@ def test_an_alias_bomb_is_refused_quickly(home: Home, task: str) -> None:
 
 def test_text_that_aliases_repeat_is_limited(home: Home, loader: str) -> None:
     _, problems = read(home, f"{GOOD}x: &t {'x' * 10_000}\nnotes: [{'*t,' * 1000}]\n")
-    assert len(problems) == 1 and " characters of text in all, aliases repeated, got " in problems[0]
+    assert len(problems) == 1 and " characters in the file, aliases expanded" in problems[0]
 
 
 def test_an_alias_bomb_is_one_line(home: Home) -> None:
@@ -11050,7 +11053,7 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
     editor.write_text("import sys\nopen(sys.argv[1], 'a').write('tasks: [\\n')\n")
     home.environ["VISUAL"] = f"{sys.executable} {editor}"
     ran = home.run("edit", "api")
-    assert ran.status == 2 and re.match(r"orchestra: ~/.*/api.yaml:\d: yaml: expected valid YAML", ran.err)
+    assert ran.status == 2 and re.match(r"orchestra: ~/.*/api.yaml:\d: yaml: ", ran.err)
     home.environ["VISUAL"] = "/no/such/editor"
     assert 'editor "/no/such/editor" not found' in home.run("edit", "api").err
     home.environ["VISUAL"] = "'unclosed"
