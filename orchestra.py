@@ -4091,16 +4091,18 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
 
 # ── 14 Records ────────────────────────────────────────────────────────────────
 
-# A codebase's record holds what Orchestra last wrote into its folder. It is what proves a text to be Orchestra's, so
-# it is saved before the files are; one that is missing or damaged proves nothing, and then more is backed up.
+# A codebase's record holds what Orchestra last wrote into its folder. It is what proves
+# a text to be Orchestra's, so it is saved before the files are; one that is missing or
+# damaged proves nothing, and then more is backed up.
 #
 # Whose record it is:
 #
-# 1. It lies in hashes/ under the codebase's name, and says which folder it is of (`root`).
-# 2. A codebase without one may have had another name. Then a record of this very folder is there whose codebase is
-#    registered no more, an orphan: `find_former`.
+# 1. It lies in hashes/ under the codebase's name, and says which folder it is of
+#    (`root`).
+# 2. A codebase without one may have had another name. Then a record of this very folder
+#    is there whose codebase is no longer registered, an orphan: `find_former`.
 # 3. A sync moves that, and the backups before it, to the new name: `adopt_record`.
-# 4. A record of another folder is that of a codebase that changed folders: `Planner._plan_leaving`.
+# 4. A record of another folder is that of a codebase that moved (section Plan, step 3).
 
 MAX_EARLIER = 24  # earlier hashes per file
 MAX_SEALS = 120  # per codebase
@@ -4109,22 +4111,20 @@ MAX_SEALS = 120  # per codebase
 class Record(NamedTuple):
     """What Orchestra last wrote into a codebase's folder.
 
-    `files` has the hash of the managed text at each path, `earlier` those before it. They prove as much: a crash
-    between record and write, or git, brings such a text back. `joins` has what joins an appended block to the user's
-    text, `folders` the folders made for managed files. `source` stands for all that `files` were rendered from.
-    `root` is the real path of the folder, as ~/... below the home folder, so that a copy of a home is on its own; ""
-    in records of older versions. `seals` has those of all texts written, however old: one that was reformatted since
-    is not another Orchestra's.
+    The hashes in `earlier` prove as much as those in `files`: a crash between record
+    and write, or git, brings such a text back. `root` is written as ~/... below the
+    home folder, so that a copy of a home is on its own. By `seals`, a text of
+    Orchestra's own that was reformatted long after is not taken for another registry's.
     """
 
     synced_at: str = ""
-    files: Mapping[str, str] = {}
-    earlier: Mapping[str, Sequence[str]] = {}
-    joins: Mapping[str, str] = {}
-    folders: Sequence[str] = ()
-    source: str = ""
-    root: str = ""
-    seals: Sequence[str] = ()
+    files: Mapping[str, str] = {}  # the hash of the managed text at each path
+    earlier: Mapping[str, Sequence[str]] = {}  # those before it, the newest first
+    joins: Mapping[str, str] = {}  # what joins an appended block to the user's text
+    folders: Sequence[str] = ()  # made for managed files
+    source: str = ""  # stands for all that `files` were rendered from
+    root: str = ""  # the folder's real path; "" in records of older versions
+    seals: Sequence[str] = ()  # of all texts written
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
@@ -4157,7 +4157,8 @@ def load_record(home: str, key: Key) -> Optional[Record]:
 
 
 def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
-    # Not durable: after a power cut an older record only makes the next sync back up more than it must.
+    # Not durable: after a power cut an older record only makes the next sync back up
+    # more than it must.
     data = json.dumps(record._asdict(), separators=(",", ":")).encode()
     save_private(record_path(home, key), data, lock.token, durable=False)
 
@@ -4178,7 +4179,7 @@ def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
 
 
 def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Optional[Key]:
-    """Find the former name of a codebase without a record; of several the one synced last."""
+    """Find a codebase's former name; of several, the one synced last."""
     if owners is None:
         return None
     if owners.orphans is None:
@@ -4192,7 +4193,7 @@ def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Opt
 
 
 def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> None:
-    """Give a renamed codebase its record and backups; its lock is held. Raises SyncError, IoError."""
+    """Move record and backups to a new name, its lock held; raises OrchestraError."""
     if os.path.lexists(record_path(home, key)):
         return
     former = find_former(home, key, root, owners)
@@ -4221,7 +4222,7 @@ def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
 
 
 def is_own_seal(home: str, seal: str) -> bool:
-    """Look for a seal in all records: a codebase may have been renamed, or have changed hands."""
+    """Look for a seal in all records, since a codebase may have been renamed."""
     for folder, _, names in os.walk(hashes_root(home)):
         for name in names:
             path = os.path.join(folder, name)
@@ -4234,29 +4235,32 @@ def is_own_seal(home: str, seal: str) -> bool:
 
 # ── 15 Plan ───────────────────────────────────────────────────────────────────
 
-# The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of managed text decide the fate of
-# a file: that on the disk, those known from the record, and that of the text wanted by the registry (`decide`):
+# The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
+# managed text decide what happens to a file (`decide`): of the text on the disk, of
+# those known from the record, and of the text that the registry wants.
 #
-#     on the disk   wanted     action                                 what becomes of the old text
-#     as wanted                keep
-#     none          a text     create                                 (there is none)
-#     known         a text     update                                 replaced: Orchestra wrote it
-#     unknown       a text     replace                                backed up, then replaced
-#     known         none       remove                                 removed: Orchestra wrote it
-#     unknown       none       release; when purging a block, evict   left to the user; backed up, then removed
+#     on the disk  wanted     action    the old text
+#     -----------  ---------  --------  ------------------------------------------------
+#     as wanted               keep      stays
+#     none         a text     create    there is none
+#     known        a text     update    is replaced: Orchestra wrote it
+#     not known    a text     replace   is backed up, then replaced
+#     known        none       remove    is removed: Orchestra wrote it
+#     not known    none       release   stays, and is the user's from now on
+#     not known    none       evict     the same for a block, by purge: backed up, removed
 #
-# A file that cannot be read, or written safely, is skipped, with a problem or a note.
+# A file that cannot safely be read or written is skipped, with a problem or a note.
 #
-# How a plan is made (`Planner.plan`), without changing anything:
+# How a plan is made (`Planner.plan`); all of this only looks:
 #
 # 1. Find the folder. It must be there, fit to be a codebase's, and no other codebase's.
 # 2. Load the record, if need be under the codebase's former name.
-# 3. If the record is of another folder, which is still there: plan its files as for dropped targets. They are known
-#    to the new folder too, into which they may have been copied.
-# 4. Look at the managed files: those wanted, and those that the record has. When purging, at all.
-# 5. Refuse a folder that is empty though it was synced: its disk may not be mounted.
-# 6. Render what is wanted, unless the record has the hashes of that very rendering.
-# 7. Decide each file.
+# 3. If the record is of another folder that is still there, plan that one's files as for
+#    a dropped target. Their texts count as known in the new folder: it may be a copy.
+# 4. Look at the managed files that are wanted or recorded; for a purge, at all.
+# 5. Refuse a folder that was synced and is empty now: its disk may not be mounted.
+# 6. Render what is wanted, unless the record holds the hashes of the same rendering.
+# 7. Decide what happens to each file.
 # 8. Make the record that is true before, while and after the files are written.
 
 MAX_MANAGED_FILE = 8 << 20  # bytes
@@ -4293,7 +4297,7 @@ class FilePlan(NamedTuple):
     join: Optional[str] = None  # set where a block is appended
     note: str = ""
     problem: Optional[Problem] = None
-    changed: bool = False  # the file was saved between plan and write
+    changed: bool = False  # by someone else, between plan and write
 
     @property
     def writes(self) -> bool:
@@ -4328,7 +4332,7 @@ class Plan(NamedTuple):
         return (*self.files, *(file._replace(path=os.path.join(place, file.path)) for file in self.left.files))
 
     def problems(self, home: str) -> list[Problem]:
-        """List the problems, each once: a read-only folder fails all its files alike."""
+        """List the problems, each once: a read-only folder fails all files alike."""
         paths: dict[tuple[str, str], list[str]] = {}
         for file in self.all_files(home):
             if file.problem:
@@ -4337,7 +4341,7 @@ class Plan(NamedTuple):
 
 
 def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evict: bool = False) -> str:
-    """Decide what happens to a file from the hashes of three managed texts, by the table above."""
+    """Decide what happens to a file, by the table above."""
     if disk == wanted:
         return Action.KEEP
     if disk is None:
@@ -4369,7 +4373,7 @@ def folders_above(path: str) -> tuple[str, ...]:
 
 
 def check_parents(root: str, path: str) -> str:
-    """Resolve the folders of a managed path; raises SyncError if one leads out of the codebase or is none."""
+    """Resolve a managed path; raises SyncError if it leads out of the codebase."""
     has_link = False
     for above in folders_above(path):
         folder = f"{root}/{above}"
@@ -4395,9 +4399,10 @@ def check_parents(root: str, path: str) -> str:
 
 @contextmanager
 def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
-    """Open the folder of a managed file, so that no link can lead elsewhere what is done there.
+    """Open a managed file's folder, so that no link put there later is followed.
 
-    Raises SyncError as `check_parents`, FileChanged if a folder was replaced meanwhile, OSError.
+    Raises SyncError as `check_parents`, FileChanged if a folder was replaced meanwhile,
+    OSError.
     """
     below = check_parents(root, path)[len(root.rstrip("/")) + 1 :]
     try:
@@ -4410,9 +4415,10 @@ def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
 
 
 def _read_link_text(path: str, data: bytes) -> str:
-    """Return the path in a file that git wrote in place of a symbolic link, "" for any other file.
+    """Read the target of a symbolic link that git wrote as text, "" for other files.
 
-    Git does so where core.symlinks is false: the link's path without a line end (git-config(1)).
+    Git does so where core.symlinks is false: the link's path without a line end
+    (git-config(1)).
     """
     if not 0 < len(data) <= 255 or data != data.strip() or b"\n" in data or b"\0" in data:
         return ""
@@ -4421,7 +4427,7 @@ def _read_link_text(path: str, data: bytes) -> str:
 
 
 def look_at(root: str, path: str) -> Look:
-    """Look at one managed file; what keeps it from being managed becomes part of the look."""
+    """Look at one managed file; what keeps it from being managed is in the look."""
     disk = ABSENT
     try:
         place = check_parents(root, path)
@@ -4442,7 +4448,7 @@ def look_at(root: str, path: str) -> Look:
 
 
 class Sparse(NamedTuple):
-    """A sparse checkout of git (git-sparse-checkout(1)): its top folder and its patterns, if it is in use."""
+    """The top folder and patterns of a sparse checkout (git-sparse-checkout(1))."""
 
     top: str = ""
     patterns: Sequence[str] = ()
@@ -4485,11 +4491,12 @@ class Sparse(NamedTuple):
         return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
 
     def leaves_out(self, path: str) -> bool:
-        """Tell whether a file is left out: made here, git would take it for a change of the team's."""
+        """Tell whether a file is left out: one made here would hide that in git."""
         if not self.patterns:
             return False
         names = os.path.relpath(path, self.top).split("/")
-        # As in gitignore(5): the last pattern that fits the file or, where none does, the nearest folder above it.
+        # As in gitignore(5): the last pattern that fits the file or, where none does,
+        # the nearest folder above it.
         for count in range(len(names), 0, -1):
             for pattern in reversed(self.patterns):
                 if self._matches(pattern.lstrip("!"), names[:count], count < len(names)):
@@ -4503,7 +4510,8 @@ class Sparse(NamedTuple):
 def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, purge: bool = False) -> str:
     """Resolve a codebase's folder, which must be there; raises SyncError, IoError.
 
-    With the registry's `owners` it must also be fit to be a codebase's, and no other's. An unfit folder may be purged.
+    With the registry's `owners` it must also be fit to be a codebase's, and no other's;
+    an unfit folder may still be purged.
     """
     path = codebase_root(home, codebase)
     edit = f"orchestra edit {label_for(codebase.key)}"
@@ -4537,7 +4545,7 @@ def _has_own_text(data: bytes) -> bool:
 
 
 def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
-    """List what Orchestra is known to have written there; records of versions before 0.2 are exact."""
+    """List the digests known at a path; records before 0.2 have exact ones."""
     known = record.known(path)
     if look.text is None or look.digest is None or not known or look.digest in known:
         return known
@@ -4549,7 +4557,8 @@ def _plan_unwanted(path: str, look: Look, record: Record, evict: bool = False) -
     if look.note or look.problem:
         return FilePlan(path, Action.SKIP, look.disk, note=look.note, problem=look.problem)
     agent, before = AGENTS_BY_PATH[path], look.disk
-    # A block is Orchestra's by its markers; a file that only has the name may be the user's own.
+    # A block is Orchestra's by its markers; a file that only has the name may be the
+    # user's own.
     action = decide(look.digest, _known_digests(record, path, look), None, evict and not agent.owned)
     after = before.data if before.kind == "file" else None
     if action in (Action.REMOVE, Action.EVICT):
@@ -4558,7 +4567,7 @@ def _plan_unwanted(path: str, look: Look, record: Record, evict: bool = False) -
 
 
 class Planner:
-    """Compares one codebase's files with the registry and the record; changes nothing."""
+    """Compares a codebase's files with the registry and the record."""
 
     def __init__(
         self, home: str, codebase: Codebase, owners: Optional[Owners] = None, mode: SyncMode = DEFAULT_MODE
@@ -4581,7 +4590,7 @@ class Planner:
         return Sparse.find(self._root)
 
     def plan(self) -> Plan:
-        """Make the plan, by the steps at the head of this section; raises SyncError, IoError."""
+        """Make the plan, by the steps above; raises SyncError, IoError."""
         key, is_purge = self._codebase.key, self._mode.purge
         self._root = find_root(self._home, self._codebase, self._owners, is_purge)
         old_record = load_record(self._home, key)
@@ -4609,7 +4618,7 @@ class Planner:
         return Plan(self._root, files, old_record, record, left)
 
     def _check_is_not_above(self) -> None:
-        """Refuse a folder that holds the one synced before: an editor may have saved a path that is half-typed."""
+        """Refuse a folder above the one synced before: the path may be half-typed."""
         root, former = self._root, expand_home(self._home, self._record.root)
         if former.startswith(root.rstrip("/") + "/") and os.path.isdir(former) and not is_repository(root):
             raise SyncError(
@@ -4619,10 +4628,10 @@ class Planner:
             )
 
     def _plan_left(self) -> Optional[Plan]:
-        """Plan the folder where the codebase was before; to the new one the record then is only of earlier texts.
+        """Plan the folder where the codebase was before (step 3).
 
-        A folder that was moved, and is there no more, is the same folder; one that is a link, or on the way to which
-        is one now, is not looked at.
+        A folder that was moved, and is gone, is the same folder. One that is a link, or
+        reached through one now, is not looked at.
         """
         record, old = self._record, expand_home(self._home, self._record.root)
         with blame(old):
@@ -4667,15 +4676,16 @@ class Planner:
     def _hides_agents_md(self, looks: Mapping[str, Look]) -> bool:
         """Tell whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
 
-        Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation, October 2026). Where
-        CLAUDE.md has the user's own text, that was so before Orchestra came.
+        Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation,
+        October 2026). Where CLAUDE.md has the user's own text, that was so before
+        Orchestra came.
         """
         if _has_own_text(looks["CLAUDE.md"].disk.data):
             return False
         return _has_own_text((looks.get("AGENTS.md") or look_at(self._root, "AGENTS.md")).disk.data)
 
     def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], source: str) -> Mapping[str, str]:
-        """Hash the texts that are wanted, from the record if they were rendered from the same `source`."""
+        """Return the hashes of the wanted texts (step 6)."""
         recorded = self._record.files
         # The record may be damaged, so it counts only if it agrees with the disk.
         if source == self._record.source and all(
@@ -4704,7 +4714,7 @@ class Planner:
         return FilePlan(path, action, before, after, digest, join, "; ".join(describe_text(agent, before, after, join)))
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
-        """Make the record that is true before, while and after the planned files are written."""
+        """Make the record (step 8)."""
         record = self._record
         if len(files) == len(record.files) and all(
             file.action == Action.KEEP and record.files.get(file.path) == file.digest for file in files
@@ -4721,7 +4731,8 @@ class Planner:
             if file.action == Action.KEEP and file.digest and file.path not in record.files:
                 block = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
                 if block and file.before.data[: block.start].replace(BOM, b""):
-                    # It came with the repository: another machine appended it, with the usual line in front.
+                    # It came with the repository: another machine appended it, with the
+                    # usual line in front.
                     joins.setdefault(file.path, "\n")
             if file.action == Action.CREATE:
                 if file.join is not None:
@@ -4744,14 +4755,17 @@ class Planner:
 
 # ── 16 Sync ───────────────────────────────────────────────────────────────────
 
-# A sync takes the codebase's lock, plans, and applies the plan; and again, some times, while a file is saved in
-# between. A plan is applied in this order (`CodebaseTurn.apply`):
+# A sync takes the codebase's lock, plans, and applies the plan; and again, some times,
+# while a file is saved in between. A plan is applied in this order
+# (`CodebaseTurn.apply`):
 #
-# 1. The folder where the codebase was before. Until nothing of Orchestra's is left there, the record says that folder,
-#    so that the next sync goes on.
-# 2. The record, before the files: so a crash never looks like a hand edit. What is to go is recorded until it is gone.
-# 3. Each file: backed up, if the old text may be a user's, then replaced or removed (section Replacing). One that
-#    fails becomes a problem of the plan; the others go on.
+# 1. The folder where the codebase was before. Until nothing of Orchestra's is left
+#    there, the record says that folder, so that the next sync goes on.
+# 2. The record, before the files: so a crash never looks like a hand edit. What is to
+#    go is recorded until it is gone.
+# 3. Each file: backed up, if the old text may be a user's, then replaced or removed
+#    (section Replacing). One that fails becomes a problem of the plan; the others go
+#    on.
 # 4. The folders that were made for files which are no more.
 # 5. The record again, if 3 or 4 changed it.
 
@@ -4759,7 +4773,7 @@ MAX_TRIES = 5  # for a file that keeps changing
 
 
 class SyncScope(NamedTuple):
-    """What to sync: codebases by name (api, shop/api), or all of them if `names` is None."""
+    """What to sync: codebases by name (api, shop/api), all if `names` is None."""
 
     names: Optional[tuple[str, ...]]
 
@@ -4822,17 +4836,17 @@ class CodebaseTurn(Turn):
         self._clean_up_below(find_root(self.home, self.codebase), left)
 
     def _clean_up_below(self, root: str, left: Leftover) -> None:
-        """Clean up in a folder after a turn that was killed or had trouble; raises IoError."""
+        """Clean up after a turn that was killed or had trouble; raises IoError."""
         self.clean_up(self._list_folders(root), functools.partial(self._find_label, root), left)
         sweep_folder(os.path.dirname(record_path(self.home, self.key)), left.token)
 
     def _release_below(self, root: str) -> bool:
-        """Remove Orchestra's temporary files from a folder, and tell whether some stay; raises IoError."""
+        """Remove temporary files, and tell whether some stay; raises IoError."""
         return self.release_temporaries(self._list_folders(root), functools.partial(self._find_label, root))
 
     @staticmethod
     def _list_folders(root: str) -> list[str]:
-        """List the folders of managed files, but those that lead out of the codebase or cannot be reached."""
+        """List the folders of managed files that can be reached inside the codebase."""
         folders = []
         for paths in MANAGED_FOLDERS.values():
             with suppress(SyncError, OSError):  # whoever writes there is told
@@ -4841,9 +4855,10 @@ class CodebaseTurn(Turn):
 
     @staticmethod
     def _find_label(root: str, path: str) -> str:
-        """Find the managed path that leads to a file, though links lie on the way; its name alone if there is none.
+        """Find the managed path that leads to a file, its name alone if there is none.
 
-        For a file whose name is not known, it is the managed path in that folder, if there is only one.
+        If its name is not known, it is the managed path in that folder, if there is
+        only one.
         """
         folder, name = os.path.split(path)
         real = real_path(folder)
@@ -4857,7 +4872,7 @@ class CodebaseTurn(Turn):
 
     @staticmethod
     def _remove_spare_folders(root: str, record: Record) -> Record:
-        """Remove the folders that were made for files which are no more, and forget them."""
+        """Remove the folders made for files that are gone, and forget them."""
 
         def is_gone(folder: str) -> bool:
             try:
@@ -4921,7 +4936,7 @@ class CodebaseTurn(Turn):
         return plan._replace(files=tuple(self._apply_file(plan.root, file) for file in plan.files))
 
     def _leave(self, left: Plan, root: str) -> bool:
-        """Clean the folder that was left for `root`; tell whether nothing of Orchestra's stays."""
+        """Clean a folder that was left for `root`; tell whether nothing stays."""
         is_gone = not any(file.problem for file in left.files)
         with suppress(IoError):
             is_gone = not self._release_below(left.root) and is_gone
@@ -4932,7 +4947,7 @@ class CodebaseTurn(Turn):
         return is_gone
 
     def apply(self, plan: Plan) -> Plan:
-        """Apply a plan, by the steps at the head of this section; raises IoError for the record."""
+        """Apply a plan, by the steps above; raises IoError if the record fails."""
         old_record = plan.old_record or Record()
         record, known = plan.record._replace(synced_at=now_rfc3339(self.clock)), old_record.files
         if plan.left:
@@ -4955,7 +4970,7 @@ class CodebaseTurn(Turn):
         return done._replace(record=record)
 
     def sync(self, owners: Optional[Owners], mode: SyncMode) -> Plan:
-        """Plan and apply, again while a file is saved in between; raises OrchestraError, OSError."""
+        """Plan and apply, again while a file is saved in between."""
         home, key, codebase = self.home, self.key, self.codebase
         adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
         written: dict[str, FilePlan] = {}
@@ -4963,7 +4978,8 @@ class CodebaseTurn(Turn):
         for tries in range(MAX_TRIES):
             plan = Planner(home, codebase, owners, mode).plan()
             if tries == 0 and not (mode.purge or plan.is_done or is_current(home, codebase)):
-                # Saved, or removed, since it was read: whoever writes last must write the newest.
+                # Saved, or removed, since it was read: whoever writes last must write
+                # the newest.
                 if not os.path.lexists(codebase_path(home, key)):
                     return plan._replace(files=(), left=None)
                 codebase = load_codebase(home, *key, inherits=True)
@@ -4986,7 +5002,7 @@ class CodebaseTurn(Turn):
     # Restoring
 
     def restore(self, root: str, backup: Backup) -> bool:
-        """Put a backup back, and tell whether that changed anything; raises SyncError, IoError, FileChanged."""
+        """Put a backup back, as `restore_file`; also raises FileChanged."""
         agent, kept = AGENTS_BY_PATH[backup.path], read_disk(backup.file)
         if kept.kind != "file":
             raise SyncError(f"expected a backup, got {kept.noun} at {backup.file}")
@@ -5036,17 +5052,18 @@ def sync_codebase(
 
 
 def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
-    """Clean up after a sync that was killed, while its codebase is still registered; raises OrchestraError."""
+    """Clean up after a killed sync, before a codebase goes; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
         with CodebaseTurn(home, codebase, clock):
             pass
 
 
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
-    """Put a backup back, and tell whether that changed anything; what it replaces is backed up in turn.
+    """Put a backup back, and tell whether that changed anything.
 
-    Of a shared file only the block is put back, since the text around it is the user's; a backup without a block is
-    put back whole. Raises SyncError, IoError.
+    What it replaces is backed up in turn. Of a shared file only the block is put back,
+    since the text around it is the user's; a backup without a block is put back whole.
+    Raises SyncError, IoError.
     """
     root = find_root(home, codebase)
     with CodebaseTurn(home, codebase, clock) as turn:
@@ -5070,10 +5087,11 @@ def run_pipeline(
     progress: Callable[[int, int, Key], None] = lambda done, total, key: None,
     take_over: bool = False,
 ) -> list[SyncCodebaseResult]:
-    """Sync what `scope` names, one codebase after the other; each one's errors are in its result.
+    """Sync the codebases of a scope one by one; each one's errors are in its result.
 
-    The command line and the daemon both come through here. `take_over` is for a user who named the codebases. Raises
-    RegistryError for a name that is not one codebase's, IoError for a registry that cannot be read.
+    The command line and the daemon both come through here. `take_over` is for a user
+    who named the codebases. Raises RegistryError for a name that is not one codebase's,
+    IoError for a registry that cannot be read.
     """
     registry = registry or load_registry(home)
     keys = registry.keys if scope.names is None else [registry.find(name) for name in scope.names]
@@ -5090,15 +5108,18 @@ def run_pipeline(
 
 # ── 17 Status and diff ────────────────────────────────────────────────────────
 
-# Status is sync without the last step: the same plan, put into a word.
+# Status is sync without its last step: the same plan, put into a word and its detail.
 
-CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
-MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
-MISSING, BLOCK_MISSING = "missing", "block missing"  # kinds of change, told in the detail
+
+class State:
+    """How a codebase stands, in the words of `status` and its JSON."""
+
+    CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
+    MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
 
 
 class Staleness(NamedTuple):
-    """How far a codebase's files are from what they should be: `status` is one of the constants above."""
+    """How far a codebase's files are from what they should be; `status` is a State."""
 
     project: str
     codebase: str
@@ -5120,55 +5141,43 @@ class Status(NamedTuple):
         return {
             "projects": len({entry.project for entry in self.codebases}),
             "codebases": len(self.codebases),
-            "stale": sum(entry.status not in (CURRENT, ERROR) for entry in self.codebases),
+            "stale": sum(entry.status not in (State.CURRENT, State.ERROR) for entry in self.codebases),
         }
 
 
-def _kind_of_change(file: FilePlan, record: Optional[Record]) -> str:
-    if not file.writes:
-        return CURRENT
+def _name_change(file: FilePlan, record: Record) -> str:
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
-        return ORPHAN
-    if record is None or record.files.get(file.path) != file.digest or file.action == Action.UPDATE:
-        return STALE
+        return State.ORPHAN
+    if record.files.get(file.path) != file.digest or file.action == Action.UPDATE:
+        return "registry changed"
     if file.action == Action.CREATE:
-        return MISSING if file.before.kind == "absent" else BLOCK_MISSING
-    return MODIFIED
-
-
-def _judge_changes(home: str, plan: Plan) -> tuple[str, str]:
-    """Give the first status that applies, in the order of the tests below, and what it is about."""
-    problems = plan.problems(home)
-    record = plan.old_record
-    by_kind: dict[str, list[str]] = {}
-    for file in plan.all_files(home):
-        by_kind.setdefault(_kind_of_change(file, record), []).append(file.path)
-    if problems:
-        return ERROR, "; ".join(map(str, problems))
-    if not plan.writes:
-        return CURRENT, ""
-    if record is None:
-        return NEVER_SYNCED, ""
-    stale = [
-        f"{what}: {', '.join(by_kind[kind])}"
-        for kind, what in ((MISSING, MISSING), (BLOCK_MISSING, BLOCK_MISSING), (STALE, "registry changed"))
-        if kind in by_kind
-    ]
-    if stale:
-        return STALE, "; ".join(stale)
-    status = MODIFIED if MODIFIED in by_kind else ORPHAN
-    return status, ", ".join(by_kind[status])
+        return "missing" if file.before.kind == "absent" else "block missing"
+    return State.MODIFIED
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
-    """Put a plan into a status and its detail, with what a sync would note."""
-    status, detail = _judge_changes(home, plan)
-    notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
-    return status, "; ".join(filter(None, [detail, *notes]))
+    """Return the first state that applies, in the order below, and its detail."""
+    problems = plan.problems(home)
+    if problems:
+        return State.ERROR, "; ".join(map(str, problems))
+    if not plan.writes:
+        return State.CURRENT, ""
+    if plan.old_record is None:
+        return State.NEVER_SYNCED, ""
+    paths: dict[str, list[str]] = {}
+    for file in plan.all_files(home):
+        if file.writes:
+            paths.setdefault(_name_change(file, plan.old_record), []).append(file.path)
+    changes = ("missing", "block missing", "registry changed")
+    stale = [f"{change}: {', '.join(paths[change])}" for change in changes if change in paths]
+    if stale:
+        return State.STALE, "; ".join(stale)
+    state = State.MODIFIED if State.MODIFIED in paths else State.ORPHAN
+    return state, ", ".join(paths[state])
 
 
 def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
-    """Give the age of an RFC 3339 time in whole seconds, None where there is none."""
+    """Return the age of an RFC 3339 time in whole seconds, None if there is none."""
     from datetime import datetime
 
     try:
@@ -5178,27 +5187,26 @@ def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
     return max(0, int(clock() - then))
 
 
-def _last_sync(home: str, key: Key, clock: Clock) -> tuple[Optional[str], Optional[int]]:
-    try:
+def _last_sync_at(home: str, key: Key) -> str:
+    with suppress(OrchestraError):
         record = load_record(home, key)
-    except OrchestraError:
-        record = None
-    synced_at = record.synced_at if record else None
-    return synced_at or None, age_of(synced_at, clock)
+        return record.synced_at if record else ""
+    return ""
 
 
 def check_staleness(
     home: str, codebase: Codebase, owners: Optional[Owners] = None, clock: Clock = time.time
 ) -> Staleness:
-    """Judge one codebase; what goes wrong is its status `error`."""
+    """Judge one codebase; if that fails, its status is `error`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
     try:
         plan = Planner(home, codebase, owners).plan()
-        record = plan.old_record
         status, detail = judge_plan(home, plan)
+        notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
+        detail = "; ".join(filter(None, [detail, *notes]))
+        synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
-        return Staleness(*codebase.key, ERROR, str(error), *_last_sync(home, codebase.key, clock), tasks)
-    synced_at = record.synced_at if record else None
+        status, detail, synced_at = State.ERROR, str(error), _last_sync_at(home, codebase.key)
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
 
@@ -5209,8 +5217,8 @@ def scan_staleness(home: str, registry: Registry, project: Optional[str] = None,
         if project not in (None, key[0]):
             continue
         if key in registry.broken:
-            detail = "; ".join(map(str, registry.broken[key]))
-            entries.append(Staleness(*key, ERROR, detail, *_last_sync(home, key, clock)))
+            detail, synced_at = "; ".join(map(str, registry.broken[key])), _last_sync_at(home, key)
+            entries.append(Staleness(*key, State.ERROR, detail, synced_at or None, age_of(synced_at, clock)))
         else:
             entries.append(check_staleness(home, registry.codebases[key], registry.owners, clock))
     return Status(tuple(entries), registry.stray)
@@ -5222,9 +5230,9 @@ def _lines_of(data: bytes) -> list[str]:
 
 
 def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> tuple[str, tuple[Problem, ...]]:
-    """Write a unified diff of what a sync of this codebase would do, with the problems that keep files out of it.
+    """Write a unified diff of what a sync would do; also return the problems.
 
-    What does not show on a terminal, or moves its cursor, is spelt out.
+    Characters that do not show on a terminal, or move its cursor, are escaped.
     """
     import difflib
 
@@ -5233,9 +5241,9 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
     for file in plan.files:
         if file.writes and file.action != Action.RELEASE:
             old, new = _lines_of(file.before.data), _lines_of(file.after or b"")
-            source = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
-            target = "/dev/null" if file.after is None else f"b/{file.path}"
-            for line in difflib.unified_diff(old, new, source, target):
+            old_name = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
+            new_name = "/dev/null" if file.after is None else f"b/{file.path}"
+            for line in difflib.unified_diff(old, new, old_name, new_name):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     problems = tuple(problem.below(label_for(codebase.key)) for problem in plan.problems(home))
     return show_hidden("".join(parts)), problems
@@ -7801,7 +7809,14 @@ def uninstall_launchd(launchd: Launchd) -> bool:
 
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
-COLORS = {CURRENT: "32", NEVER_SYNCED: "33", STALE: "33", MODIFIED: "35", ORPHAN: "36", ERROR: "31"}
+COLORS = {
+    State.CURRENT: "32",
+    State.NEVER_SYNCED: "33",
+    State.STALE: "33",
+    State.MODIFIED: "35",
+    State.ORPHAN: "36",
+    State.ERROR: "31",
+}
 
 
 # Output
@@ -8196,7 +8211,7 @@ class Commands(NamedTuple):
         else:
             say(NO_CODEBASES)
         failed = report_all(status.stray)
-        if failed or any(entry.status == ERROR for entry in status.codebases):
+        if failed or any(entry.status == State.ERROR for entry in status.codebases):
             return FAILED
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
 

@@ -12469,8 +12469,8 @@ class History(Home):
         for result, entry in zip(results, status.codebases):
             is_current = not result.written and not result.errors
             assert (entry.project, entry.codebase) == result.key
-            assert (entry.status == orchestra.CURRENT) == is_current, (entry, result.written, result.errors)
-            assert (entry.status == orchestra.ERROR) == bool(result.errors), entry
+            assert (entry.status == orchestra.State.CURRENT) == is_current, (entry, result.written, result.errors)
+            assert (entry.status == orchestra.State.ERROR) == bool(result.errors), entry
         assert len(results) == len(status.codebases) == len(self.registered)
         assert self.see() == before, "looking has changed something"
         return {orchestra.label_for(result.key): result for result in results}
