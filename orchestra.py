@@ -4247,7 +4247,7 @@ def is_own_seal(home: str, seal: str) -> bool:
 #     not known    a text     replace   is backed up, then replaced
 #     known        none       remove    is removed: Orchestra wrote it
 #     not known    none       release   stays, and is the user's from now on
-#     not known    none       evict     the same for a block, by purge: backed up, removed
+#     not known    none       evict     (a block, in a purge) is backed up, then removed
 #
 # A file that cannot safely be read or written is skipped, with a problem or a note.
 #
@@ -4255,7 +4255,7 @@ def is_own_seal(home: str, seal: str) -> bool:
 #
 # 1. Find the folder. It must be there, fit to be a codebase's, and no other codebase's.
 # 2. Load the record, if need be under the codebase's former name.
-# 3. If the record is of another folder that is still there, plan that one's files as for
+# 3. If the record is of another folder that is still there, plan the files there as for
 #    a dropped target. Their texts count as known in the new folder: it may be a copy.
 # 4. Look at the managed files that are wanted or recorded; for a purge, at all.
 # 5. Refuse a folder that was synced and is empty now: its disk may not be mounted.
