@@ -1862,11 +1862,11 @@ class Budget(NamedTuple):
 
 
 class Agent(NamedTuple):
-    """An agent and its file, which is Orchestra's (`owned`) or has a marked block of Orchestra's."""
+    """An agent's file, which is Orchestra's (`owned`), or has a marked block of Orchestra's."""
 
     target: str
     path: str
-    traces: tuple[str, ...]  # paths whose presence shows that the agent is in use; "x/" must be a folder
+    traces: tuple[str, ...]  # other paths that show the agent is in use; "x/" must be a folder
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
@@ -1875,28 +1875,14 @@ class Agent(NamedTuple):
 AGENTS = {
     agent.target: agent
     for agent in (
-        Agent(
-            "claude",
-            "CLAUDE.md",
-            traces=("CLAUDE.md", ".claude"),
-            budget=Budget(200, "lines", "Anthropic recommends at most"),
-        ),
-        Agent(
-            "codex",
-            "AGENTS.md",
-            traces=("AGENTS.md", ".codex"),
-            budget=Budget(32 << 10, "bytes", "Codex reads at most"),
-        ),
-        Agent("gemini", "GEMINI.md", traces=("GEMINI.md", ".gemini")),
-        Agent(
-            "copilot",
-            ".github/copilot-instructions.md",
-            traces=(".github/copilot-instructions.md", ".github/instructions"),
-        ),
+        Agent("claude", "CLAUDE.md", (".claude",), budget=Budget(200, "lines", "Anthropic recommends at most")),
+        Agent("codex", "AGENTS.md", (".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
+        Agent("gemini", "GEMINI.md", (".gemini",)),
+        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions",)),
         Agent(
             "cursor",
             ".cursor/rules/orchestra.mdc",
-            traces=(".cursor", ".cursorrules"),
+            (".cursor", ".cursorrules"),
             owned=True,
             header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
             budget=Budget(500, "lines", "Cursor recommends at most"),
@@ -1904,21 +1890,17 @@ AGENTS = {
         Agent(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            traces=(".windsurf", ".windsurfrules", ".devin/rules"),
+            (".windsurf", ".windsurfrules", ".devin/rules"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Windsurf reads at most"),
         ),
-        Agent(
-            "cline",
-            ".clinerules/orchestra.md",
-            traces=(".clinerules/",),  # in old repositories it is a file, which leaves no room for ours
-            owned=True,
-        ),
+        # In old repositories .clinerules is a file, which leaves no room for Orchestra's.
+        Agent("cline", ".clinerules/orchestra.md", (".clinerules/",), owned=True),
         Agent(
             "antigravity",
             ".agents/rules/orchestra.md",
-            traces=(".agents/rules", ".agent/rules"),
+            (".agents/rules", ".agent/rules"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(24000, "bytes", "Antigravity reads at most"),
@@ -2851,23 +2833,26 @@ class RegistryFile(Document):
             self.complain(f"file: expected UTF-8, got the byte 0x{self._data[error.start]:02x}", line=line)
             return None
 
-    def check_name(self, root: YamlNode, found: str, expected: str, why: str) -> None:
-        if found and found != expected:
+    def read(self, schema: Schema, name: str, called: str, **values: str) -> Any:
+        """Read a record, whose name is that of the file or folder; None if the file cannot be parsed."""
+        root = self.parse()
+        if root is None:
+            return None
+        record = schema.read(self, root, digest=self.digest, **values)
+        if record.name not in ("", name):
             key = next(key for key, _ in root.value if key.value == "name")
-            self.complain(f"name: {why}, but name says {found!r}", key)
+            self.complain(f"name: the {called}, but name says {record.name!r}", key)
+        return record
 
 
 def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
     """Read a project's file; a project without one has nothing to inherit."""
     path = project_path(home, project)
     file = RegistryFile(home, path, f"edit {shorten_home(home, path)}")
-    root = file.parse()
-    if root is None:
-        problems = file.problems if os.path.lexists(path) else ()
-        return Project(project, digest=file.digest), tuple(problems)
-    layer: Project = PROJECT_SCHEMA.read(file, root, digest=file.digest)
-    file.check_name(root, layer.name, project, f"the folder is called {project}")
-    return layer, tuple(file.problems)
+    layer: Optional[Project] = file.read(PROJECT_SCHEMA, project, f"folder is called {project}")
+    if layer is None and not os.path.lexists(path):
+        return Project(project), ()
+    return layer or Project(project, digest=file.digest), tuple(file.problems)
 
 
 def inherit(codebase: Codebase, project: Project) -> Codebase:
@@ -2972,10 +2957,7 @@ def read_codebase(
     known = parsed.find(key, file.digest) if parsed else None
     if known:
         return known, ()
-    root = file.parse()
-    if root is not None:
-        codebase: Codebase = CODEBASE_SCHEMA.read(file, root, project=key[0], digest=file.digest)
-        file.check_name(root, codebase.name, key[1], f"the file is called {key[1]}.yaml")
+    codebase: Codebase = file.read(CODEBASE_SCHEMA, key[1], f"file is called {key[1]}.yaml", project=key[0])
     if file.problems:
         return None, tuple(file.problems)
     if parsed:
@@ -3286,28 +3268,20 @@ def tidy(text: str) -> str:
 # TOML, of which Python has a parser since 3.11 only
 
 
-def _toml_value(text: str) -> str:
-    if text.startswith("'"):  # a literal string has no escapes
-        value, quote, _ = text[1:].partition("'")
-        return value if quote else ""
-    found = re.match(r'"(?:[^"\\]|\\.)*"', text)
-    try:  # a basic string's escapes are JSON's, but for one
-        return str(json.loads(found[0])) if found else ""
-    except ValueError:
-        return ""
-
-
 def find_toml_text(text: str, key: str, *tables: str) -> str:
     """Find a one-line string in the first of some TOML tables that has it."""
+    string = r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
     headers = {f"[{table}]" for table in tables}
-    is_inside = False
-    for line in text.split("\n"):
-        if line.startswith("["):
-            is_inside = line.rstrip() in headers
-        elif is_inside and line.startswith(key):
-            name, equals, value = line.partition("=")
-            if equals and name.rstrip() == key:
-                return _toml_value(value.strip())
+    for table in re.split(r"(?m)^(?=\[)", text):
+        header, _, body = table.partition("\n")
+        found = re.search(rf"(?m)^{key}[ \t]*=[ \t]*({string})", body) if header.rstrip() in headers else None
+        if found and found[1][0] == "'":  # a literal string has no escapes
+            return found[1][1:-1]
+        if found:
+            try:  # a basic string's escapes are JSON's, but for one
+                return str(json.loads(found[1]))
+            except ValueError:
+                return ""
     return ""
 
 
@@ -3349,6 +3323,9 @@ class Manifests:
         """Return an object of package.json, {} where it has none of the name."""
         section = self.package.get(name)
         return section if isinstance(section, dict) else {}
+
+    def has(self, path: str) -> bool:
+        return os.path.exists(f"{self.folder}/{path}")
 
     def find(self, *patterns: str) -> str:
         """Find the first name that the first of some patterns fits."""
@@ -3456,7 +3433,7 @@ def detect(folder: str) -> Detected:
         manifests.detect_description(),
         tuple(manifests.detect_commands().items()),
         tuple(Skill(skill.id, tidy(skill.description)) for skill in manifests.detect_skills()),
-        tuple(a.target for a in AGENTS.values() if any(os.path.exists(f"{folder}/{trace}") for trace in a.traces)),
+        tuple(a.target for a in AGENTS.values() if any(map(manifests.has, (a.path, *a.traces)))),
     )
 
 
