@@ -1849,12 +1849,12 @@ class Turn(Lock):
 
 # ── 7 Agents ──────────────────────────────────────────────────────────────────
 
-# One row per agent: a new agent is a new row here, and one in the README's table. The facts are
-# those of the makers' documentation in October 2026.
+# One row per agent: a new agent is a new row here, and one in the README's table. The
+# facts are from the makers' documentation, as of October 2026.
 
 
 class Budget(NamedTuple):
-    """How much of a file an agent reads, or should: `rule` is the sentence that `limit` ends."""
+    """How long an agent's file may be: `rule` is a sentence that ends with `limit`."""
 
     limit: int
     unit: str  # lines, characters or bytes
@@ -1862,11 +1862,15 @@ class Budget(NamedTuple):
 
 
 class Agent(NamedTuple):
-    """An agent's file, which is Orchestra's (`owned`), or has a marked block of Orchestra's."""
+    """An agent's file.
+
+    Either all of it is Orchestra's (`owned`), or a marked block in a file of the
+    user's.
+    """
 
     target: str
     path: str
-    traces: tuple[str, ...]  # other paths that show the agent is in use; "x/" must be a folder
+    traces: tuple[str, ...]  # other paths that show it is in use; "x/" is a folder
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
@@ -1895,7 +1899,7 @@ AGENTS = {
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Windsurf reads at most"),
         ),
-        # In old repositories .clinerules is a file, which leaves no room for Orchestra's.
+        # In old repositories .clinerules is a file: then there is no room for ours.
         Agent("cline", ".clinerules/orchestra.md", (".clinerules/",), owned=True),
         Agent(
             "antigravity",
@@ -1917,9 +1921,9 @@ MANAGED_FOLDERS = {  # and the managed files in each
 
 # ── 8 YAML ────────────────────────────────────────────────────────────────────
 
-# A registry file is read from its YAML nodes, not from the values that PyYAML makes of them: a node
-# knows its line and has the text as typed, so `no`, `1.10` and `12:30` are text. Only null means
-# nothing.
+# A registry file is read from its YAML nodes, not from the values that PyYAML makes of
+# them: a node knows its line and has the text as typed, so `no`, `1.10` and `12:30` are
+# text. Only null means nothing.
 #
 # A Kind describes what a key may hold, in its three forms:
 #   read     from a YAML node; the Document collects the problems
@@ -1934,7 +1938,7 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 def find_yaml() -> Optional[str]:
-    """Find the file that `import yaml` would load, without the 12 ms of importing it."""
+    """Find the file that `import yaml` would load; importing it takes 12 ms."""
     from importlib.util import find_spec
 
     spec = find_spec("yaml")
@@ -1956,7 +1960,7 @@ def import_yaml() -> Any:
 
 @functools.cache
 def text_loader() -> Any:
-    """Make the loader that leaves every scalar as typed, on libyaml if PyYAML was built with it."""
+    """Make the loader that leaves scalars as typed, with libyaml if PyYAML has it."""
     import operator
 
     yaml = import_yaml()
@@ -1970,7 +1974,8 @@ def text_loader() -> Any:
     def resolve(loader: Any, kind: Any, value: Any, implicit: Any) -> str:
         return tags[kind]
 
-    # Called at every node, for path resolvers: there are none, and builtins do nothing fastest.
+    # Called at every node, for path resolvers: there are none, and builtins are
+    # fastest.
     descend, ascend = operator.is_, tuple
     return type("TextLoader", (base,), {"resolve": resolve, "descend_resolver": descend, "ascend_resolver": ascend})
 
@@ -1983,11 +1988,11 @@ def is_null(node: YamlNode) -> bool:
 
 
 class Document:
-    """A YAML file being read: `place` names it in the problems that are collected here."""
+    """A YAML file being read, and its problems, in which it is called `place`."""
 
-    MAX_DEPTH = 100  # levels of nesting; libyaml's composer overflows the C stack at some ten thousand
-    MAX_TEXT = 8 << 20  # characters, counted again wherever an alias repeats them
-    MAX_ITEMS = 20000  # of all lists, counted likewise
+    MAX_DEPTH = 100  # libyaml overflows the C stack at about ten thousand levels
+    MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
+    MAX_ITEMS = 20000  # of all lists together, likewise
 
     def __init__(self, place: str, hint: str = "") -> None:
         self.place = place
@@ -2046,8 +2051,8 @@ class Document:
         return problem
 
     def _check_depth(self, text: str) -> None:
-        # A level of nesting needs a bracket, or half a column (a list may stand right below its key),
-        # so most files need no second parse.
+        # A level of nesting needs a bracket or half a column (a list may be indented
+        # like its key), so most files need no second parse.
         deepest = max((len(line) - len(line.lstrip(" \t-?:")) for line in text.splitlines()), default=0)
         if 2 * (deepest + 1) + text.count("[") + text.count("{") <= self.MAX_DEPTH:
             return
@@ -2061,13 +2066,13 @@ class Document:
             else:
                 return
         except yaml.MarkedYAMLError as error:
-            # Since 0.2.6 libyaml has a limit of its own, 1,000; it parses ahead of the events it gives.
+            # libyaml's own limit (1,000, since 0.2.6), met while it parses ahead.
             if error.problem != "exceeded maximum nesting depth":
                 raise
         raise ValueError(f"expected at most {self.MAX_DEPTH} levels of nesting, got more")
 
     def _has_cycle(self, root: YamlNode) -> bool:
-        is_done: dict[int, bool] = {}  # by the node's id; False while what is below it is visited
+        is_done: dict[int, bool] = {}  # by id; False while the nodes below are visited
 
         def visit(node: YamlNode) -> bool:
             if isinstance(node.value, str):
@@ -2096,7 +2101,7 @@ class Document:
             return None
         self._text_size += len(text)
         if self._text_size <= self.MAX_TEXT:
-            return sys.intern(text)  # codebases share much text, and the daemon keeps them all
+            return sys.intern(text)  # codebases share much of it; the daemon keeps all
         if self._text_size - len(text) <= self.MAX_TEXT:
             self.complain(f"{key}: expected at most {self.MAX_TEXT} characters in the file, aliases expanded", node)
         return None
@@ -2137,13 +2142,15 @@ class Document:
 
 
 def _text_node(text: str) -> YamlNode:
-    # Text that other YAML readers would take for a number or a boolean is quoted; times stay bare.
+    # What other YAML readers would take for a number or boolean is quoted; times stay
+    # bare.
     yaml = import_yaml()
     resolver = yaml.resolver.Resolver()
     tag = resolver.resolve(yaml.ScalarNode, text, (True, False))
     tag = tag if tag.endswith(":timestamp") else resolver.DEFAULT_SCALAR_TAG
     node = yaml.ScalarNode(tag, text, style="|" if "\n" in text else None)
-    if is_null(node) or text == "<<" or re.search("[\x85\u2028\u2029]", text):  # the last are line ends
+    has_line_ends = re.search("[\x85\u2028\u2029]", text)  # that readers may take for spaces
+    if is_null(node) or text == "<<" or has_line_ends:
         node.style = '"'
     return node
 
@@ -2155,13 +2162,13 @@ def _mapping_node(items: Mapping[str, YamlNode]) -> YamlNode:
 
 
 def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
-    # An unknown key's bare `5` is to be written bare again, so it needs the tag that YAML 1.1 gives it.
+    # A bare `5` of an unknown key stays bare only with the tag that YAML 1.1 gives it.
     if id(node) not in done:
         yaml = import_yaml()
         if node.id == "scalar":
             bare = (not node.style, bool(node.style))
             tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            text = "null" if is_null(node) else node.value  # an empty scalar cannot stand everywhere
+            text = "null" if is_null(node) else node.value  # "" is not valid everywhere
             done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
         elif node.id == "sequence":
             items = [_retag(item, done) for item in node.value]
@@ -2181,7 +2188,7 @@ def dump_yaml(node: YamlNode) -> str:
 
 
 class Kind:
-    """What a key may hold. In problems it is called by its path: projects[0].tasks[2].id."""
+    """What a key may hold. Problems call it by its path: projects[0].tasks[2].id."""
 
     restore: Callable[[Any], Any]
 
@@ -2191,6 +2198,8 @@ class Kind:
 
 
 class Text(Kind):
+    """Text as typed."""
+
     restore = staticmethod(sys.intern)
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
@@ -2254,12 +2263,13 @@ class TextMap(Kind):
 
 
 class Schema(Kind):
-    """A mapping whose keys are the fields of a record; they hold text unless `kinds` says otherwise.
+    """A mapping whose keys are a record's fields; they hold text unless `kinds` says more.
 
-    A field without a default is required. Unknown keys go to the field `extra`, and are written back.
+    A field without a default is required. Unknown keys are kept in `extra` and written
+    back.
     """
 
-    NO_KEYS = ("project", "extra", "digest")  # fields that are not read from the file
+    NO_KEYS = ("project", "extra", "digest")  # fields that are not keys
 
     def __init__(self, make: Any, **kinds: Kind) -> None:
         self.make = make
@@ -2282,7 +2292,7 @@ class Schema(Kind):
         return self.make(**values, extra=tuple(items.items()))
 
     def restore(self, value: Any, *first: str) -> Any:
-        """Restore a record from a list of its keys' values; its `first` fields are not keys."""
+        """Restore a record from a list of its keys' values; `first` are fields before."""
         kinds = self.kinds.values()
         return self.make(*first, *[None if v is None else kind.restore(v) for kind, v in zip(kinds, value)])
 
@@ -2300,7 +2310,7 @@ class Schema(Kind):
 
 
 def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
-    """Hash what a node means, whatever its style and the order of its keys; aliased nodes once."""
+    """Hash what a node means, whatever its style and the order of its keys."""
     done = {} if done is None else done
     if id(node) not in done:
         if node.id == "scalar":
@@ -2319,7 +2329,10 @@ class NotSpliced(Exception):
 
 
 def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
-    """Iterate over the scalars that differ: start, end, new text. Raises NotSpliced if more does."""
+    """Iterate over the scalars that differ: start, end, new text.
+
+    Raises NotSpliced if more than scalars differ.
+    """
     if new is None or old.id != new.id:
         raise NotSpliced
     if digest_node(old) == digest_node(new):
@@ -2344,7 +2357,8 @@ def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int,
 
 
 def _end_of_value(text: str, value: YamlNode) -> int:
-    # A block collection ends after the comments that follow it, which belong to the next key.
+    # A block collection ends behind the comments below it, which belong to the next
+    # key.
     end = int(value.end_mark.index)
     while True:
         line = text.rfind("\n", 0, end - 1) + 1
@@ -2354,13 +2368,15 @@ def _end_of_value(text: str, value: YamlNode) -> int:
 
 
 def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[YamlNode], YamlNode]) -> Optional[str]:
-    """Change a YAML text where it differs from `new` and nowhere else; None if that is not possible.
+    """Change a YAML text only where it differs from `new`; None if that cannot be.
 
-    1 If only scalars in a top-level key's value differ, these are replaced; otherwise its whole entry.
-    2 Keys that the text lacks are added at its end. A key that is not in `new` is removed, unless
-      it says nothing: `normalize` leaves it out.
-    3 The result is parsed and compared, both normalized: anchors, flow style, document markers and
-      a key that is dropped deep inside can defeat these edits.
+    1 If the values of a top-level key differ in scalars only, these are replaced; if in
+      more, the key's whole entry is.
+    2 A key that is not in `new` is removed, unless it says nothing: `normalize` drops
+      it.
+    3 Keys that are only in `new` are added at the end.
+    4 The result is parsed and compared: anchors, flow style, document markers or a key
+      that is dropped deep inside can defeat these edits.
     """
     wanted = {key.value: value for key, value in new.value}
     said = {key.value for key, _ in normalize(old).value}
@@ -2390,7 +2406,7 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
 
 # Records
 
-Extra = tuple[tuple[str, YamlNode], ...]  # keys Orchestra does not know, kept for the next save
+Extra = tuple[tuple[str, YamlNode], ...]  # unknown keys, kept for the next save
 
 
 class Task(NamedTuple):
@@ -2427,7 +2443,7 @@ class Component(NamedTuple):
 
 
 class Codebase(NamedTuple):
-    """One registry file. `targets` is None where the file leaves the choice to its project."""
+    """One registry file. `targets` is None if they are the project's choice."""
 
     project: str
     name: str
@@ -2464,7 +2480,7 @@ class Project(NamedTuple):
 
 # Schema
 
-# A key is a field of its record; unless it holds plain text its kind stands here too.
+# A new key is a new field of its record and, unless it holds plain text, its Kind here.
 
 PROJECT_TYPES = ("backend", "frontend", "mobile", "ml")
 TASK_STATUSES = ("pending", "inprogress", "blocked", "done")
@@ -2504,12 +2520,12 @@ def now_rfc3339(clock: Clock = time.time) -> str:
 
 
 def is_ignored(name: str) -> bool:
-    """Return whether a name in the registry is hidden, or an editor's backup, swap or lock file."""
+    """Return whether a name is hidden, or an editor's backup, swap or lock file's."""
     return name.startswith((".", "#")) or name.endswith("~")
 
 
 def check_name(kind: str, name: str) -> None:
-    """Raise RegistryError for a project's or codebase's name that cannot be a file's in the registry."""
+    """Raise RegistryError if a project or codebase cannot be called so."""
     rules = (
         (not 1 <= len(name) <= 100, "names have 1 to 100 characters"),
         (re.search("[\ud800-\udfff]", name), "names must be valid UTF-8"),
@@ -2538,15 +2554,15 @@ def label_for(key: Key) -> str:
 
 # Whose folder
 
-# A folder belongs to one codebase. It may have several paths (links, bind mounts, a volume that
-# ignores case), so the registry's folders are compared by device and inode; and it may be on a dead
-# mount, so they are looked up in a thread, when the first is asked for.
+# A folder belongs to one codebase. It may have several paths (links, bind mounts, a
+# volume that ignores case), so folders are compared by device and inode. It may be on a
+# dead mount, so a thread looks up all of them, once the first is asked for.
 
 Identity = tuple[int, int]  # device and inode
 
 
 def absolute_path(home: str, path: str) -> str:
-    """Make a path absolute, links not resolved: no ~, no // (not even in front), no . and no final slash."""
+    """Make a path absolute, without ~, //, . and final slash, but not free of links."""
     return "/" + os.path.abspath(expand_home(home, path)).lstrip("/")
 
 
@@ -2555,7 +2571,7 @@ def codebase_root(home: str, codebase: Codebase) -> str:
 
 
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
-    """Return a folder's device and inode; None if it is missing or cannot be reached."""
+    """Return a folder's device and inode; None if it cannot be reached."""
     try:
         info = os.stat(path, follow_symlinks=follow)
     except (OSError, ValueError):
@@ -2577,13 +2593,14 @@ def is_repository(folder: str) -> bool:
 
 
 class Folders:
-    """The folders of some paths: `spellings` has the paths of each, `inner` one path below each folder around them.
+    """The folders that some paths lead to.
 
-    A folder that does not answer in time is nobody's.
+    `spellings` has the paths of each, `inner` one of the paths below each folder above
+    them. A folder that does not answer in time is in neither.
     """
 
     PATIENCE = 2.0  # seconds for each folder
-    WAITS = 20  # in which they are waited for: the clock may leap
+    WAITS = 20  # parts of it, since the clock may jump
 
     def __init__(self, paths: Iterable[str], look: Callable[[str], Optional[Identity]]) -> None:
         import _thread  # importing threading takes a millisecond
@@ -2602,7 +2619,7 @@ class Folders:
 
     @staticmethod
     def above(path: str, seen: Container[str] = ()) -> Iterator[Iterator[str]]:
-        """Iterate over the folders above a path: by its spelling, and where links really lead."""
+        """Iterate over the folders above a path as spelled, and as links lead."""
         parent = os.path.dirname(path)
         if parent not in seen:
             yield climb(parent)
@@ -2632,15 +2649,15 @@ class Folders:
 
 
 def claim_order(codebases: Mapping[Key, Codebase], key: Key) -> tuple[bool, str, Key]:
-    """Return a sort key for codebases that claim one folder: it belongs to the one registered first."""
+    """Return a sort key: a folder belongs to the codebase that was registered first."""
     created_at = codebases[key].created_at if key in codebases else ""
     return (not created_at, created_at, key)
 
 
 class Owners(dict[str, Key]):
-    """The codebases by the paths that their files name.
+    """The codebases by the absolute paths of their folders.
 
-    Folders are looked up together, once; what is found for one codebase is checked again.
+    Folders are looked up all at once; what concerns one codebase is checked again.
     """
 
     def __init__(
@@ -2653,11 +2670,11 @@ class Owners(dict[str, Key]):
         super().__init__(owners)
         self.look_once = functools.cache(look)
         self.look_around_once = functools.cache(lambda folder: frozenset(map(look, climb(folder))))
-        self.orphans: Optional[Owners] = None  # of records without a codebase; section Plan fills it in
+        self.orphans: Optional[Owners] = None  # of records whose codebase is gone
         self._look = look
         self._codebases = codebases
         self._folders: Optional[Folders] = old._folders if old is not None else None
-        self._is_fitting = False  # whether they are known to be the folders of these paths
+        self._is_fitting = False  # whether they are those of these paths
 
     @property
     def folders(self) -> Folders:
@@ -2673,10 +2690,10 @@ class Owners(dict[str, Key]):
         return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
 
     def first_at(self, identity: Identity, key: Key, path: str) -> Key:
-        """Find the codebase that a folder belongs to; the `path` of `key` leads there."""
+        """Find the codebase that the folder belongs to where the path of `key` leads."""
         known = self.folders.spellings.setdefault(identity, [])
         if path in self and path not in known:
-            known.append(path)  # it was made, or mounted, since they were looked at
+            known.append(path)  # made or mounted since they were looked up
         others = self.keys_at(identity, key)
         return min(key, others[0], key=lambda key: claim_order(self._codebases, key)) if others else key
 
@@ -2687,7 +2704,7 @@ class Owners(dict[str, Key]):
         return self[path] if path and identity in map(self._look, above) else None
 
     def why_unfit(self, home: str, folder: str, identity: Identity) -> str:
-        """Return why a folder cannot be a codebase's, "" where it can; its path is free of links."""
+        """Return why a folder, by its real path, cannot be a codebase; "" if it can."""
         if identity == self.look_once(home):
             return "the home folder cannot be a codebase"
         if identity == self.look_once("/"):
@@ -2702,7 +2719,10 @@ class Owners(dict[str, Key]):
 
 
 def spell_path(home: str, path: str) -> str:
-    """Write a path as ~/... if it leads through the home folder, however that is spelled: a home may be moved."""
+    """Write a path through the home folder, however that is spelled, as ~/...
+
+    It stays right when the home folder is moved.
+    """
     short = shorten_home(home, path)
     identity = identity_of(home) if short == path else None
     for folder in climb(os.path.dirname(path)) if identity else ():
@@ -2717,7 +2737,7 @@ def listed_name(
     list_names: Callable[[str], Sequence[str]] = os.listdir,
     look: Callable[[str, bool], Optional[Identity]] = identity_of,
 ) -> str:
-    """Spell a name as its folder lists it: a volume that ignores case finds it by other spellings too."""
+    """Spell a name as its folder lists it: some volumes ignore case."""
     identity = look(f"{folder}/{name}", False)
     names = sorted(list_names(folder)) if identity else []
     if name in names:
@@ -2734,16 +2754,18 @@ def listed_key(home: str, key: Key) -> Key:
 
 # ── 10 Registry ───────────────────────────────────────────────────────────────
 
-# A broken file stops its own codebase alone. From files to a Registry:
+# A broken file stops only its own codebase. From files to a Registry:
 #
-#   1 scan_registry lists the codebases' files, and what lies astray, without reading any.
-#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file whose bytes
-#     were parsed before comes from ParsedFiles.
-#   3 read_project does so for what all codebases of a project share, and `inherit` adds it.
-#   4 A folder that several codebases claim belongs to the one that was registered first.
+#   1 scan_registry lists the files of codebases, and stray ones, without reading them.
+#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file
+#     that has been parsed before comes from ParsedFiles.
+#   3 read_project reads what the codebases of a project share, and `inherit` adds it.
+#   4 If several codebases claim one folder, it belongs to the one registered first.
 #
-# load_registry takes all steps for all codebases, reload_codebases the last three for some, and
-# load_codebase the second or the second and third for one.
+# load_registry takes all four steps, reload_codebases the last three for some
+# codebases, and load_codebase the second, or the second and third, for one.
+#
+# Files are written by a RegistryTurn, one at a time.
 
 MAX_REGISTRY_FILE = 1 << 20  # bytes
 
@@ -2753,11 +2775,11 @@ def error_for(problems: Sequence[Problem]) -> RegistryError:
 
 
 class Registry(NamedTuple):
-    """All codebases that could be read, with what they inherit, and the problems of the others."""
+    """All codebases that could be read, with what they inherit, and all problems."""
 
     codebases: Mapping[Key, Codebase]
     broken: Mapping[Key, tuple[Problem, ...]]
-    stray: tuple[Problem, ...]  # of files that are no codebase's
+    stray: tuple[Problem, ...]  # of files that are not a codebase's
     owners: Owners
 
     @property
@@ -2766,7 +2788,7 @@ class Registry(NamedTuple):
 
     @property
     def short_names(self) -> dict[Key, str]:
-        """Codebases by as short a name as is unique: api, or shop/api where two projects have one."""
+        """Names as short as is unique: api, or shop/api if two projects have one."""
         counts: dict[str, int] = {}
         for _, name in self.keys:
             counts[name] = counts.get(name, 0) + 1
@@ -2777,7 +2799,7 @@ class Registry(NamedTuple):
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
     def find(self, name: str) -> Key:
-        """Find the codebase that `name` (api or shop/api) means; raises RegistryError."""
+        """Find a codebase by name, api or shop/api; raises RegistryError."""
         project, slash, codebase = name.rpartition("/")
         if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
             return (project, codebase)
@@ -2792,7 +2814,7 @@ class Registry(NamedTuple):
         raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
 
     def readable(self, name: str) -> Codebase:
-        """Find a codebase by name whose file could be read; raises RegistryError."""
+        """Find a codebase by name; raises RegistryError, also if its file is broken."""
         key = self.find(name)
         if key in self.broken:
             raise error_for(self.broken[key])
@@ -2803,7 +2825,7 @@ class Registry(NamedTuple):
 
 
 class RegistryFile(Document):
-    """One registry file: the digest of its bytes, and its text until that is parsed."""
+    """One file of the registry, on its way to a record."""
 
     def __init__(self, home: str, file: str, hint: str, disk: Optional[Disk] = None) -> None:
         super().__init__(shorten_home(home, file), hint)
@@ -2834,7 +2856,7 @@ class RegistryFile(Document):
             return None
 
     def read(self, schema: Schema, name: str, called: str, **values: str) -> Any:
-        """Read a record, whose name is that of the file or folder; None if the file cannot be parsed."""
+        """Read a record that must have the `name`; None if the file cannot be parsed."""
         root = self.parse()
         if root is None:
             return None
@@ -2856,7 +2878,7 @@ def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]
 
 
 def inherit(codebase: Codebase, project: Project) -> Codebase:
-    """Add what a project gives its codebases: lists in front, the rest where the codebase is silent."""
+    """Add what a codebase inherits: lists in front, other values where it has none."""
     return codebase._replace(
         description=codebase.description or project.description,
         targets=codebase.targets if codebase.targets is not None else project.targets,
@@ -2867,7 +2889,7 @@ def inherit(codebase: Codebase, project: Project) -> Codebase:
 
 
 def is_current(home: str, codebase: Codebase) -> bool:
-    """Return whether the files that a codebase was read from are still the same."""
+    """Return whether the files that a codebase was read from have not changed."""
     files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
     found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
     return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
@@ -2875,7 +2897,7 @@ def is_current(home: str, codebase: Codebase) -> bool:
 
 @functools.cache
 def program_stamp() -> str:
-    """Return what changes with this program, which may then parse and render otherwise."""
+    """Return a text that changes with this program, and with it all that is cached."""
     try:
         info = os.stat(__file__)
     except OSError:
@@ -2884,21 +2906,21 @@ def program_stamp() -> str:
 
 
 class ParsedFiles:
-    """Parsed codebases by the SHA-256 of their files; parsing YAML is the costliest step.
+    """Parsed codebases by the SHA-256 of their files: parsing is the costliest step.
 
-    They are kept in one file, one per line: the hash, and the codebase in JSON. The first line has
-    the version of the program and the hash of the other lines: a damaged file, or another version's,
-    only means parsing again. It is saved when that saves much time.
+    They are kept in one file, one per line: the hash, and the codebase in JSON. The
+    first line has the version of the program and the hash of the other lines: if these
+    differ, the file counts as empty.
     """
 
-    FEW = 20  # new codebases, for which saving it is not worth while
+    FEW = 20  # codebases, which are parsed again rather than saved
 
     def __init__(self, home: str) -> None:
         self._home = home
         self._data = self._load()
         starts = re.finditer(rb"(?m)^([0-9a-f]{64}) ", self._data)
         self._known = {match[1].decode(): match.end() for match in starts}
-        self._used: dict[str, bytes] = {}  # what is new has its line here
+        self._used: dict[str, bytes] = {}  # new ones with their lines
         self._fresh = 0
 
     def _load(self) -> bytes:
@@ -2943,15 +2965,15 @@ class ParsedFiles:
                     f"{run_dir(self._home)}/parsed.jsonl", self._head(lines) + lines, lock.token, durable=False
                 )
         except OrchestraError:
-            pass  # somebody else is saving it, or the disk is full: then it is parsed again
+            pass  # another process is saving it, or the disk is full
 
 
 def read_codebase(
     home: str, key: Key, parsed: "Optional[ParsedFiles]" = None
 ) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
-    """Read one codebase's file, as it stands, without what its project adds.
+    """Read one codebase's file, without what it inherits.
 
-    What `parsed` knows is without the keys that Orchestra does not know: only a save needs them.
+    A codebase from `parsed` lacks unknown keys, which only a save needs.
     """
     file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
     known = parsed.find(key, file.digest) if parsed else None
@@ -2969,7 +2991,7 @@ def read_codebase(
 
 
 def list_folder(folder: str) -> list[os.DirEntry[str]]:
-    """List a folder, in no order; one that is not there has nothing in it. Raises IoError."""
+    """List a folder, in no order; a missing one is empty. Raises IoError."""
     with blame(folder):
         try:
             with os.scandir(folder) as entries:
@@ -2979,12 +3001,12 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
 
 
 def is_registry_file(name: str) -> bool:
-    """Return whether a name in the registry is a YAML file's, .yml and .YAML included."""
+    """Return whether a name is that of a YAML file, .yml and .YAML included."""
     return name[-5:].lower().endswith((".yaml", ".yml")) and not is_ignored(name)
 
 
 class RegistryScan:
-    """The codebases that a registry lists, and a problem for each file that is in the wrong place."""
+    """The keys of a registry's codebases, and the problems of stray files."""
 
     def __init__(self, home: str) -> None:
         self.home = home
@@ -3039,9 +3061,9 @@ class RegistryScan:
 
 
 def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
-    """List the codebases of the registry without reading their files, and what lies astray there.
+    """List the codebases of the registry, and stray files, without reading them.
 
-    Raises IoError for a registry that cannot be listed at all.
+    Raises IoError if the registry cannot be listed at all.
     """
     scan = RegistryScan(home)
     return scan.keys, scan.stray
@@ -3053,9 +3075,9 @@ def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
 def reload_codebases(
     home: str, registry: Registry, keys: Iterable[Key], parsed: Optional[ParsedFiles] = None
 ) -> Registry:
-    """Read some codebases again, and with them those that were broken; a file that is gone drops out.
+    """Read some codebases again, and all broken ones; drop those whose file is gone.
 
-    Costs what it reads, however large the registry.
+    The cost is that of reading these, however large the registry.
     """
     again = {*keys, *registry.broken}
     codebases = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
@@ -3077,7 +3099,7 @@ def reload_codebases(
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
         other = owners.get(root, key)
-        if other != key and is_gone(other):  # it was renamed a moment ago
+        if other != key and is_gone(other):  # renamed a moment ago
             codebases.pop(other, None)
             other = key
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
@@ -3091,7 +3113,7 @@ def reload_codebases(
 
 
 def load_registry(home: str) -> Registry:
-    """Read the whole registry. Raises IoError if it cannot be listed."""
+    """Read the whole registry; raises IoError if it cannot be listed."""
     keys, stray = scan_registry(home)
     parsed = ParsedFiles(home)
     registry = reload_codebases(home, Registry({}, {}, tuple(stray), Owners()), keys, parsed)
@@ -3100,7 +3122,7 @@ def load_registry(home: str) -> Registry:
 
 
 def list_codebases(home: str) -> list[Codebase]:
-    """List every readable codebase with what it inherits, sorted by project and name.
+    """List all readable codebases with what they inherit, by project and name.
 
     For programs that import this one; Orchestra itself uses load_registry.
     """
@@ -3108,7 +3130,7 @@ def list_codebases(home: str) -> list[Codebase]:
 
 
 def load_codebase(home: str, project: str, name: str, inherits: bool = False) -> Codebase:
-    """Load one codebase as its file has it, or with what it inherits; raises RegistryError."""
+    """Load one codebase, with or without what it inherits; raises RegistryError."""
     codebase, problems = read_codebase(home, (project, name))
     layer, more = read_project(home, project) if inherits else (Project(project), ())
     if codebase is None or more:
@@ -3120,7 +3142,7 @@ def load_codebase(home: str, project: str, name: str, inherits: bool = False) ->
 
 
 class RegistryTurn(Turn):
-    """A turn at the registry; a file's label is its codebase and its name, as in shop/api/api.yaml."""
+    """A turn at the registry. A file's label is its codebase and name: shop/api/api.yaml."""
 
     def __init__(self, home: str, clock: Clock) -> None:
         super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), clock)
@@ -3129,7 +3151,7 @@ class RegistryTurn(Turn):
         return f"{label_for(key)}/{os.path.basename(file)}"
 
     def find_label(self, path: str) -> str:
-        """Return the label of a file by its path, or of unknown/unknown if it is no codebase's."""
+        """Find the label of a file by its path; unknown/unknown if it is no codebase's."""
         folder, name = os.path.split(path)
         key = (os.path.basename(folder), os.path.splitext(name)[0])
         name = name if can_be_kept_as(name) else "leftover.yaml"
@@ -3154,7 +3176,7 @@ class RegistryTurn(Turn):
 
     @contextmanager
     def refusing_changes(self, file: str) -> Iterator[None]:
-        """Raise RegistryError if the file changes inside the `with`, and IoError for an OSError."""
+        """Raise RegistryError if the file changes meanwhile, IoError for an OSError."""
         with blame(file):
             try:
                 yield
@@ -3163,11 +3185,11 @@ class RegistryTurn(Turn):
 
 
 def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
-    """Save a codebase's file; comments, unknown keys and all that did not change stay as typed.
+    """Save a codebase's file; comments, unknown keys and what did not change stay.
 
-    Where that is not possible the file is written anew, and the old one kept in the backups. Raises
-    RegistryError for an invalid name, and for an old file that cannot be read; FileChanged if that
-    is not the one the codebase was loaded from; IoError.
+    If that is not possible, the file is written anew and the old one backed up. Raises
+    RegistryError for an invalid name or an old file that cannot be read, FileChanged if
+    that is not the one that the codebase was loaded from, IoError.
     """
 
     def normalize(root: YamlNode) -> YamlNode:
@@ -3197,7 +3219,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
 
 
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
-    """Write a registry file unless there is one, and return whether there was none."""
+    """Write a registry file unless there is one; return whether there was none."""
     with RegistryTurn(home, clock) as turn:
         if os.path.lexists(file):
             return False
@@ -3207,7 +3229,7 @@ def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = ti
 
 
 def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
-    """Move a codebase's file to the backups, and return its new path; raises IoError."""
+    """Move a codebase's file to the backups; return its path there. Raises IoError."""
     file = codebase_path(home, key)
     with RegistryTurn(home, clock) as turn:
         label = turn.label_of(key, file)
@@ -3225,16 +3247,16 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
 
 
 def clear_registry(home: str) -> None:
-    """Clean up after a command that was killed while it changed the registry; raises IoError."""
+    """Clean up after a command that was killed in its turn; raises IoError."""
     with RegistryTurn(home, time.time):
         pass
 
 
 # ── 11 Detection ──────────────────────────────────────────────────────────────
 
-# What `init` finds in a folder is a first draft of its registry file, which then is the user's.
-# Only manifests right in the folder are read; one that cannot be read says nothing. Of each table
-# the first row that fits counts.
+# What `init` finds in a folder is the first draft of a registry file, which then is the
+# user's. Only manifests right in the folder are read, and broken ones ignored. A
+# table's first row that fits counts.
 
 MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
 SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
@@ -3249,7 +3271,7 @@ ML_PACKAGES = (
 
 
 class Detected(NamedTuple):
-    """What a folder tells about itself; `evidence` is the file that decided the type."""
+    """What was found in a folder; `evidence` is what decided the type."""
 
     project_type: str
     evidence: str
@@ -3260,7 +3282,7 @@ class Detected(NamedTuple):
 
 
 def tidy(text: str) -> str:
-    """Make one line of a manifest's text, of characters that any YAML file can hold, and of 300 at most."""
+    """Make one line of text, at most 300 characters, that any YAML file can hold."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     return "".join(c for c in text if c.isprintable())[:300]
 
@@ -3286,8 +3308,8 @@ def find_toml_text(text: str, key: str, *tables: str) -> str:
 
 
 def find_toml_list(text: str, key: str) -> Iterator[str]:
-    """List the strings of a TOML array, in the first place where `key` starts a line."""
-    # A string that is never closed ends with its line: no text is looked at twice.
+    """Iterate over the strings of the first TOML array whose `key` starts a line."""
+    # An unclosed string ends with its line, so no text is searched twice.
     token = re.compile(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]""")
     start = re.search(rf"(?m)^{key}[ \t]*=[ \t]*\[", text)
     for match in token.finditer(text, start.end()) if start else ():
@@ -3301,7 +3323,7 @@ def find_toml_list(text: str, key: str) -> Iterator[str]:
 
 
 class Manifests:
-    """The names right in a folder, and what its manifests say; raises IoError if it cannot be listed."""
+    """The names in a folder, and what its manifests say; raises IoError."""
 
     def __init__(self, folder: str) -> None:
         with blame(folder):
@@ -3320,7 +3342,7 @@ class Manifests:
             return ""
 
     def section(self, name: str) -> dict[str, Any]:
-        """Return an object of package.json, {} where it has none of the name."""
+        """Return an object of package.json; {} if it has none of that name."""
         section = self.package.get(name)
         return section if isinstance(section, dict) else {}
 
@@ -3328,7 +3350,7 @@ class Manifests:
         return os.path.exists(f"{self.folder}/{path}")
 
     def find(self, *patterns: str) -> str:
-        """Find the first name that the first of some patterns fits."""
+        """Find the first name that matches the first pattern to match any."""
         import fnmatch
 
         return next((name for pattern in patterns for name in fnmatch.filter(self.names, pattern)), "")
@@ -3356,7 +3378,8 @@ class Manifests:
 
     def _ml_evidence(self) -> str:
         words = "|".join(map(re.escape, ML_PACKAGES))
-        # A dependency stands at the start of a line or of a quoted string; extras and tools' tables do not count.
+        # A dependency stands at the start of a line or quoted string; extras and tables
+        # of tools do not count.
         wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
         for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
             is_toml = name == "pyproject.toml"
@@ -3426,7 +3449,7 @@ class Manifests:
 
 
 def detect(folder: str) -> Detected:
-    """Detect what a folder holds from its manifests; raises IoError if it cannot be listed."""
+    """Detect what a folder holds; raises IoError if it cannot be listed."""
     manifests = Manifests(folder)
     return Detected(
         *manifests.detect_type(),
