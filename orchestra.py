@@ -7653,10 +7653,9 @@ class Launchd:
         self.check_platform()
         code = self._print(self.domain)
         if code:
-            raise LaunchdError(
-                f"{self.domain}: there is no desktop session (launchctl exit status {code})",
-                "log in at the Mac's screen, and run orchestra daemon install there",
-            )
+            problem = f"there is no desktop session (launchctl exit status {code})"
+            hint = "log in at the Mac's screen, and run orchestra daemon install there"
+            raise LaunchdError(f"{self.domain}: {problem}", hint)
 
     def _tries(self, timeout: float) -> Iterator[None]:
         deadline = self._clock() + timeout
@@ -7851,6 +7850,16 @@ def report_all(problems: Iterable[Problem]) -> int:
     return FAILED if problems else OK
 
 
+def attempt(act: Callable[..., object], *arguments: Any) -> int:
+    """Do one thing of several; report an OrchestraError, and return the exit status."""
+    try:
+        act(*arguments)
+    except OrchestraError as error:
+        report(str(error), error.hint)
+        return FAILED
+    return OK
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -7969,15 +7978,11 @@ class Registration(NamedTuple):
         if self.key in registry.codebases:
             folder = codebase_root(self.home, registry.codebases[self.key])
             if folder != self.path and identity_of(folder) != identity:
-                raise RegistryError(
-                    f"{self.label} already exists, for the folder {folder}",
-                    f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME",
-                )
+                hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
+                raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
         for other in registry.owners.keys_at(identity, self.key):
-            raise RegistryError(
-                f"{self.path}: this folder is already registered as {label_for(other)}",
-                f"orchestra project remove {label_for(other)}",
-            )
+            problem = f"this folder is already registered as {label_for(other)}"
+            raise RegistryError(f"{self.path}: {problem}", f"orchestra project remove {label_for(other)}")
 
     def _update(self) -> None:
         for _ in range(MAX_TRIES):
@@ -8029,8 +8034,7 @@ class Registration(NamedTuple):
         try:
             self.path.encode()
         except UnicodeEncodeError:
-            problem = f"{self.path!r}: expected a path in UTF-8, got other bytes"
-            raise RegistryError(problem, "rename the folder") from None
+            raise RegistryError(f"{self.path!r}: not a path in UTF-8", "rename the folder") from None
         project = Project(self.key[0], created_at=codebase.created_at)
         create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
         file = codebase_path(self.home, self.key)
@@ -8238,20 +8242,15 @@ class Commands(NamedTuple):
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])
-        reason = "to keep a change, put it in the registry file"
-        say(f"note: the next sync replaces it again; {reason}")
+        say("note: the next sync replaces it again; to keep a change, put it in the registry file")
         return OK
 
     def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
         """Choose the latest backups that PATH and --at allow; raise SyncError if none."""
         path, at = self.args.path, self.args.at
-        found = [
-            backup
-            for backup in backups
-            if backup.path in AGENTS_BY_PATH
-            and (path is None or backup.path == os.path.normpath(path))
-            and (at is None or backup.when.startswith(at))
-        ]
+        found = [b for b in backups if b.path in AGENTS_BY_PATH and b.when.startswith(at or "")]
+        if path is not None:
+            found = [backup for backup in found if backup.path == os.path.normpath(path)]
         if found:
             return [backup for backup in found if backup.when == found[-1].when]
         label = label_for(key)
@@ -8275,13 +8274,11 @@ class Commands(NamedTuple):
         key = load_registry(self.home).find(self.args.codebase)
         editor = self.environ.get("VISUAL") or self.environ.get("EDITOR") or "vi"
         try:
-            argv = shlex.split(editor)
-            status = subprocess.call([*argv, codebase_path(self.home, key)])
+            status = subprocess.call([*shlex.split(editor), codebase_path(self.home, key)])
         except FileNotFoundError:
-            raise UsageError(f'editor "{argv[0]}" not found', "set VISUAL or EDITOR") from None
+            raise UsageError(f'editor "{editor}" not found', "set VISUAL or EDITOR") from None
         except (OSError, ValueError) as error:
-            reason = explain_os_error(error) if isinstance(error, OSError) else str(error).lower()
-            raise UsageError(f'editor "{editor}": {reason}', "set VISUAL or EDITOR") from None
+            raise UsageError(f'editor "{editor}": {error}', "set VISUAL or EDITOR") from None
         if status:
             raise UsageError(f"the editor exited with status {status}")
         return report_all(load_registry(self.home).broken.get(key, ()))
@@ -8310,9 +8307,8 @@ class Commands(NamedTuple):
         return OK
 
     def cmd_daemon_logs(self) -> int:
-        paths = [stderr_log_path(self.home)]
-        if not self.args.stderr_only:
-            paths.insert(0, stdout_log_path(self.home))
+        errors = stderr_log_path(self.home)
+        paths = [errors] if self.args.stderr_only else [stdout_log_path(self.home), errors]
         logs = [LogReader(path) for path in paths]
         for path, log in zip(paths, logs):
             if len(paths) > 1:
@@ -8355,29 +8351,14 @@ class Commands(NamedTuple):
         """Do what install.sh --uninstall needs Python for: clean up after killed syncs."""
         if not os.path.isdir(run_dir(self.home)):
             return OK
-        errors: list[OrchestraError] = []
-
-        @contextmanager
-        def collected() -> Iterator[None]:
-            try:
-                yield
-            except OrchestraError as error:
-                errors.append(error)
-                report(str(error), error.hint)
-
         with suppress(OrchestraError):  # not fetched only to be removed; loading reports it
             Installer(self.home, {**self.environ, "ORCHESTRA_NO_FETCH": "1"}, say).ensure_yaml()
-        with collected():
-            clear_registry(self.home)
-        with collected():
-            registry = load_registry(self.home)
-            if registry.problems:  # what syncs of these left is unknown
-                report_all(registry.problems)
-                errors.append(error_for(registry.problems))
-            for codebase in registry.codebases.values():
-                with collected():
-                    clear_up_codebase(self.home, codebase)
-        return FAILED if errors else OK
+        statuses = [attempt(clear_registry, self.home)]
+        registry = load_registry(self.home)
+        statuses.append(report_all(registry.problems))  # what syncs of these left is unknown
+        for codebase in registry.codebases.values():
+            statuses.append(attempt(clear_up_codebase, self.home, codebase))
+        return max(statuses)
 
 
 # ── 25 Command line ───────────────────────────────────────────────────────────
@@ -8533,8 +8514,7 @@ def parse_arguments(argv: Sequence[str]) -> Any:
 def find_home(environ: Mapping[str, str]) -> str:
     home = environ.get("HOME", "")
     if not os.path.isabs(home):
-        problem = f"HOME: expected an absolute path, got {home!r}"
-        raise UsageError(problem, "export HOME=/path/to/your/home")
+        raise UsageError(f"HOME: expected an absolute path, got {home!r}", "export HOME=/path/to/your/home")
     return os.path.normpath(home)
 
 

@@ -4666,7 +4666,7 @@ def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
     assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
     ran = home.run("restore", "api", "api.yaml")
     assert ran.status == 2
-    assert "got a registry file" in ran.err
+    assert "only agents' instruction files are restored" in ran.err
     command = ran.err.partition("try: ")[2].strip()
     subprocess.run(["/bin/sh", "-c", command], check=True)
     assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
@@ -10940,6 +10940,14 @@ def test_a_broken_codebase_can_be_removed_but_not_purged(home: Home) -> None:
     assert home.run("project", "remove", "api", "--purge").status == 2
     assert home.run("project", "remove", "api").status == 0
     assert home.registry().keys == []
+
+
+def test_a_purge_that_cannot_succeed_deregisters_nothing(home: Home) -> None:
+    root = home.make_codebase(files={"CLAUDE.md": orchestra.BLOCK_BEGIN})
+    before = contents(root)
+    ran = home.run("project", "remove", "api", "--purge")
+    assert ran.status == 2 and "try: fix that, then purge again; nothing was changed" in ran.err
+    assert contents(root) == before and home.registry().keys == [("shop", "api")]
 
 
 def test_a_codebase_registered_again_after_a_removal_is_current(home: Home) -> None:
