@@ -169,9 +169,10 @@ Buffer = Any  # bytes or a memoryview; collections.abc.Buffer is newer than Pyth
 
 # ── 1 Errors ──────────────────────────────────────────────────────────────────
 
-# What the user can put right is an OrchestraError, and is reported on one line; anything else is
-# a bug, and keeps its traceback. Where a failure stops one file or codebase and not the command,
-# it becomes a Problem, which says what is wrong wherever it is reported.
+# What the user can put right is an OrchestraError, and is reported on one line;
+# anything else is a bug, and keeps its traceback. A failure that stops one file or
+# codebase, but not the command, becomes a Problem where it arises, and stays one until
+# it is reported.
 
 
 class OrchestraError(Exception):
@@ -196,11 +197,11 @@ class RegistryError(OrchestraError):
 
 
 class SyncError(OrchestraError):
-    """A managed file or a codebase's folder that cannot be synced, or a lock that is not released."""
+    """A file or folder that cannot be synced, or a lock that is not released."""
 
 
 class DaemonError(OrchestraError):
-    """A failure of the daemon, its socket or its service manager; as IoError, of any file."""
+    """A failure of the daemon, its socket or its service; as IoError, of any file."""
 
 
 def explain_os_error(error: OSError) -> str:
@@ -216,8 +217,9 @@ class IoError(DaemonError):
         if source.errno == errno.ENOSPC:
             hint = "free some space, then run orchestra sync --all"
         elif source.errno == errno.EPERM and sys.platform == "darwin":
-            # Given to background programs in ~/Documents, ~/Desktop and ~/Downloads (Transparency,
-            # Consent and Control), even where the shell may read; and for a file with the flag uchg.
+            # Background programs get it in ~/Documents, ~/Desktop and ~/Downloads, even
+            # where the shell may read (Transparency, Consent and Control); and anyone
+            # for a file with the flag uchg.
             hint = (
                 f"System Settings > Privacy & Security > Full Disk Access for {sys.executable},"
                 " or move the codebase out of Documents, Desktop and Downloads;"
@@ -249,7 +251,7 @@ class NotifyError(DaemonError):
 
 
 class ProtocolError(DaemonError):
-    """A request or reply that is not understood; `closes` if the connection cannot be used any more."""
+    """A request or reply that is not understood; `closes` if it ends the connection."""
 
     def __init__(self, message: str, hint: str = "", *, closes: bool = False) -> None:
         super().__init__(message, hint)
@@ -269,7 +271,7 @@ class DaemonNotRunning(DaemonError):
 
 
 def visible(text: str) -> str:
-    """Escape what cannot be printed on one line: line ends, control characters, lone surrogates."""
+    """Escape what one line cannot show: line ends, control characters, surrogates."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -279,7 +281,7 @@ def excerpt(text: str) -> str:
 
 
 class Problem(NamedTuple):
-    """One thing wrong: `where` is a place (file:line), `message` one line, `hint` the way out.
+    """One thing wrong: where (file:line), what, on one line, and the way out.
 
     `retry` means that the same may work in a little while.
     """
@@ -291,7 +293,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def from_error(cls, error: "OrchestraError | OSError", where: str = "") -> "Problem":
-        """Describe an error; an operating system error without `where` names its own path."""
+        """Describe an error; without `where`, that of the system names its own path."""
         if isinstance(error, OSError):
             error = IoError(str(error.filename or ""), error)
         if isinstance(error, IoError):
@@ -311,7 +313,7 @@ class Problem(NamedTuple):
 # Everything Orchestra keeps is below the home folder, which every function here takes:
 #
 #   ~/.orchestra/                      private (mode 0700)
-#     projects/PROJECT/NAME.yaml       the registry; project.yaml is for all of a project's codebases
+#     projects/PROJECT/NAME.yaml       the registry; project.yaml is shared
 #     hashes/PROJECT/NAME.json         the record of what was last written to a codebase
 #     backups/PROJECT/NAME/TIME/PATH   what was replaced
 #     run/                             lock files, the cache of parsed files
@@ -428,9 +430,10 @@ def expand_home(home: str, path: str) -> str:
 
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
-# Every change on disk is made in sections 3 to 6, but those of pip, the socket and the logs. A reader
-# of any file sees its old text or its new one. A file of the user's is changed through its opened
-# folder (Place), so that no link put in the way meanwhile leads elsewhere.
+# Sections 3 to 6 make all changes on disk, but for those of pip, the socket and the
+# logs. A reader of any file sees its old text or its new one. A file of the user's is
+# changed through its opened folder (Place), so that no link put in the way leads
+# elsewhere.
 
 # O_NONBLOCK, or opening a FIFO for reading would wait for its writer.
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -470,8 +473,8 @@ def read_opened(fd: int, limit: int = -1) -> Disk:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):
         return Disk("folder" if stat.S_ISDIR(info.st_mode) else "special")
-    # One byte more than expected: a read that ends at the file's size shows in one call that this was
-    # all. A shorter one may have been cut, as Linux does at 2 GiB.
+    # One byte more than expected: a read that ends at the file's size shows in one call
+    # that this was all. A shorter one may have been cut, as Linux does at 2 GiB.
     data, step = b"", info.st_size + 1
     while True:
         step = step if limit < 0 else min(step, limit - len(data))
@@ -483,7 +486,7 @@ def read_opened(fd: int, limit: int = -1) -> Disk:
 
 
 def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
-    """Read what is at `path` (in an opened folder); never follow a link or wait for a pipe.
+    """Read what is at a path; never follow a link, or wait for a pipe.
 
     At most `limit` bytes are read, or all if it is negative. Raises IoError.
     """
@@ -554,7 +557,7 @@ def is_same_file(one: "int | str", other: "int | str") -> bool:
 
 
 class Place(NamedTuple):
-    """A file of the user's to change: its opened `folder`, its path, its `label` in the backups."""
+    """A file to change: its opened folder, its path, and its label in the backups."""
 
     folder: int
     path: str
@@ -594,7 +597,7 @@ class Place(NamedTuple):
 
 @contextmanager
 def open_place(path: str, label: str = "") -> Iterator[Place]:
-    """Open the folder of a file to change; links in its path are followed. Raises OSError."""
+    """Open the folder of a file; links in its path are followed. Raises OSError."""
     folder = os.open(os.path.dirname(path), FOLDER)
     try:
         yield Place(folder, path, label)
@@ -604,9 +607,10 @@ def open_place(path: str, label: str = "") -> Iterator[Place]:
 
 @contextmanager
 def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
-    """Open the folder of the file at `path` below `root`, a real path; `make` makes missing folders.
+    """Open the folder of the file at `path` below `root`, which is a real path.
 
-    Links on the way are refused (OSError), so that nothing outside `root` is ever changed.
+    `make` makes missing folders. Links on the way are refused (OSError), so that
+    nothing outside `root` is ever changed.
     """
     flags = FOLDER | os.O_NOFOLLOW
     folder = os.open(root, flags)
@@ -640,7 +644,7 @@ def new_token() -> str:
 
 
 def temporary_name(token: str, name: str = "") -> str:
-    """Name a temporary file, with the name of the file it belongs to if that leaves room."""
+    """Name a temporary file, with the file it belongs to if that leaves room."""
     long = f".orchestra-{token}-{name}.tmp"
     return long if name and len(os.fsencode(long)) <= 255 else f".orchestra-{token}.tmp"
 
@@ -655,13 +659,13 @@ def is_named_by(name: str, token: str) -> bool:
 
 
 def parse_temporary(name: str) -> tuple[int, str]:
-    """Return the process that made a temporary file, and the file it belongs to; 0 and "" if unknown."""
+    """Return the process that made a temporary file (or 0), and its file (or "")."""
     found = re.fullmatch(r"(?s)\.orchestra-(\d{1,9})-[0-9a-f]+(?:-\d+(?:-(.+))?)?\.tmp", name)
     return (int(found[1]), found[2] or "") if found else (0, "")
 
 
 def is_gone(process: int) -> bool:
-    """Tell whether a process has ended; process 0 stands for an unknown one, which may run."""
+    """Tell whether a process has ended; process 0, an unknown one, may run."""
     try:
         if process:
             os.kill(process, 0)
@@ -695,8 +699,10 @@ def _find_rename() -> Optional[Callable[..., int]]:
 
 
 def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int]) -> bool:
-    flag, rename = flags.get(sys.platform, 0), _find_rename()
-    code = rename(folder, os.fsencode(one), folder, os.fsencode(other), flag) if flag and rename else errno.ENOSYS
+    flag, rename = flags.get(sys.platform), _find_rename()
+    if not flag or not rename:
+        return False
+    code = rename(folder, os.fsencode(one), folder, os.fsencode(other), flag)
     if code in UNSUPPORTED:
         return False
     if code:
@@ -705,20 +711,22 @@ def _rename_by_flag(folder: int, one: str, other: str, flags: Mapping[str, int])
 
 
 def swap_files(folder: int, one: str, other: str) -> bool:
-    """Atomically exchange two names in a folder; False if the file system cannot. Raises OSError."""
-    return _rename_by_flag(folder, one, other, {"linux": 0x2, "darwin": 0x2})  # RENAME_EXCHANGE, RENAME_SWAP
+    """Exchange two names atomically; False if it is not supported; raises OSError."""
+    flags = {"linux": 0x2, "darwin": 0x2}  # RENAME_EXCHANGE, RENAME_SWAP
+    return _rename_by_flag(folder, one, other, flags)
 
 
 def rename_exclusively(folder: int, name: str, new: str) -> bool:
-    """Rename a file unless the name is taken; False if the file system cannot. Raises OSError."""
-    return _rename_by_flag(folder, name, new, {"linux": 0x1, "darwin": 0x4})  # RENAME_NOREPLACE, RENAME_EXCL
+    """Rename unless the name is taken; False if it is not supported; raises OSError."""
+    flags = {"linux": 0x1, "darwin": 0x4}  # RENAME_NOREPLACE, RENAME_EXCL
+    return _rename_by_flag(folder, name, new, flags)
 
 
 # Writing
 
 
 def flush(fd: int) -> None:
-    """Wait until a file is on the disk; on macOS, also until it has left the drive's own cache."""
+    """Wait until a file is on the disk, and on macOS out of the drive's cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     try:
         if full is None:
@@ -742,9 +750,9 @@ def sync_folder(path: str) -> None:
 
 @contextmanager
 def new_file(path: str, data: bytes, mode: Optional[int], folder: Optional[int] = None) -> Iterator[int]:
-    """Write a new file, which the `with` finishes: private until then, unless `mode` is None.
+    """Write a new file, for the `with` to finish; raises OSError.
 
-    Raises OSError.
+    Until then it is private, unless `mode` is None.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     fd = os.open(path, flags, 0o666 if mode is None else 0o600, dir_fd=folder)
@@ -772,19 +780,19 @@ def _copy_attributes(like: int, fd: int) -> None:
     if hasattr(os, "listxattr"):  # Linux
         acl = "system.posix_acl_access"  # acl(5)
         names = os.listxattr(like)
-        if acl not in names and acl in os.listxattr(fd):  # from the folder's default, meant for new files
+        if acl not in names and acl in os.listxattr(fd):  # from the folder, for new files
             os.removexattr(fd, acl)
-        for name in sorted(names, key=lambda name: name == acl):  # that last, since its failure ends this
+        for name in sorted(names, key=lambda name: name == acl):  # the list last: it may raise
             try:
                 os.setxattr(fd, name, os.getxattr(like, name))
             except OSError:
                 if name == acl:
                     raise
-                # Some of the system's own cannot be set; without them nobody gets access.
+                # Some of the system's own cannot be set; access is no wider without.
     elif sys.platform == "darwin":
         import ctypes
 
-        # Two calls: fcopyfile copies attributes first, and ends at the first that cannot be set.
+        # Two calls, since fcopyfile ends at the first attribute that cannot be set.
         libc = ctypes.CDLL(None, use_errno=True)
         libc.fcopyfile(like, fd, None, 0b100)  # COPYFILE_XATTR in copyfile.h
         if libc.fcopyfile(like, fd, None, 0b001):  # COPYFILE_ACL
@@ -793,10 +801,11 @@ def _copy_attributes(like: int, fd: int) -> None:
 
 
 def copy_metadata(like: int, fd: int, path: str) -> int:
-    """Give a file the owner, group and extended attributes of the one that it is to replace.
+    """Copy owner, group and attributes to the file to replace `like`; return its mode.
 
-    Return the mode, without group and other bits if ownership or the access control list could
-    not be copied. Raises OSError for another user's file, who would be locked out of the new one.
+    The mode is without group and other bits if ownership or the access control list
+    could not be copied. Raises OSError for another user's file: its owner would be
+    locked out.
     """
     old, new = os.fstat(like), os.fstat(fd)
     if old.st_uid != new.st_uid and os.geteuid() != 0:
@@ -819,17 +828,18 @@ def copy_metadata(like: int, fd: int, path: str) -> int:
 
 
 def has_writer(fd: int) -> Optional[bool]:
-    """Tell whether a program has an open file open for writing; None if the system does not tell.
+    """Tell whether a program has a file open for writing; None if that is unknown.
 
-    Linux then refuses a read lease (F_SETLEASE in fcntl(2)). Some file systems have none, and
-    other users' files need CAP_LEASE. A lease that was given is held until `fd` is closed.
+    Linux then refuses a read lease (F_SETLEASE in fcntl(2)). Some file systems have
+    none, and other users' files need CAP_LEASE. A lease is held until `fd` is closed.
     """
     if not sys.platform.startswith("linux"):
         return None
     import signal
 
     try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # SIGIO would end us if a program opened it now
+        # Instead of SIGIO, which would end us if a program opened the file now.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return True if error.errno == errno.EAGAIN else None
@@ -837,14 +847,14 @@ def has_writer(fd: int) -> Optional[bool]:
 
 
 def is_lease_whole(fd: int) -> bool:
-    """Tell whether no program has tried to open a file for writing since its lease was given."""
+    """Tell whether no program has opened a file for writing since `has_writer`."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
 def find_busy_files() -> frozenset[tuple[int, int]]:
-    """List the files that programs have open for writing, by device and inode, as /proc shows them.
+    """List the files that programs have open for writing, by device and inode.
 
-    It does not show other users' programs. Source: proc(5).
+    /proc shows them on Linux, but not those of other users' programs (proc(5)).
     """
     found = set()
     for process in names_in("/proc"):
@@ -867,7 +877,7 @@ def find_busy_files() -> frozenset[tuple[int, int]]:
 
 
 def make_private_folder(path: str, durable: bool = False) -> None:
-    """Create a folder of Orchestra's own, and those above it, for this user alone; raises OSError."""
+    """Create a folder of Orchestra's own, and those above it; raises OSError."""
     if not os.path.isdir(path):
         make_private_folder(os.path.dirname(path), durable)
         try:
@@ -888,7 +898,8 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
         try:
             with new_file(temporary, data, mode) as fd:
                 finish_file(fd, mode, durable)
-            # On ext4 a rename that replaces a file waits for the new bytes to be allocated; a swap does not.
+            # On ext4 a rename that replaces a file waits for its new bytes to be
+            # allocated; a swap does not.
             if durable or not (os.path.exists(path) and swap_files(-1, temporary, path)):
                 os.rename(temporary, path)
             else:
@@ -901,7 +912,7 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
 
 
 def move_private(path: str, new: str) -> None:
-    """Move a file or folder of Orchestra's own to a path where nothing is; raises IoError."""
+    """Move a file or folder of Orchestra's own to a free path; raises IoError."""
     with blame(path):
         make_private_folder(os.path.dirname(new))
         os.rename(path, new)
@@ -942,19 +953,19 @@ def make_link(target: str, link: str) -> None:
 
 # ── 4 Locks ───────────────────────────────────────────────────────────────────
 
-# One writer at a time, across processes (flock(2)); a lock ends with its process. Its file is empty
-# between turns, and during one tells what to clean up after a kill:
+# One writer at a time, across processes (flock(2)); a lock ends with its process.
+# Between turns its file is empty; during one it tells what to clean up after a kill:
 #
-#   1 Before the first temporary file is made: the token that is in all their names.
-#   2 Before a user's file is replaced or removed: which, and where its old text will be (Swap).
-#   3 A turn that ends well empties the file, unless some files were set aside beside the user's.
+#   1 Before the first temporary file is made, the token that is in all their names.
+#   2 Before a user's file is replaced or removed, where its old text will be (Swap).
+#   3 A turn that ends well empties the file, unless files are aside beside the user's.
 #   4 A turn that finds something there first settles what the killed one left.
 
 
 class Swap(NamedTuple):
     """A file of the user's, and the temporary file that it changes places with.
 
-    `hashes` are those of the expected text and, if there is one, of the new text.
+    The hashes are of the expected text and, if there is one, of the new text.
     """
 
     path: str
@@ -963,14 +974,14 @@ class Swap(NamedTuple):
 
 
 class Leftover(NamedTuple):
-    """What a killed turn may have left: temporary files named by `token`, and its last swap."""
+    """What a killed turn may have left: temporary files with a token, and a swap."""
 
     token: str
     swap: Optional[Swap] = None
 
     @classmethod
     def parse(cls, data: bytes) -> "Optional[Leftover]":
-        """Read a lock file; None if it is empty, or was cut short before any file was made."""
+        """Read a lock file; None if it is empty, or ends before any file was made."""
         token, newline, rest = data.partition(b"\n")
         if not newline:
             return None
@@ -982,7 +993,7 @@ class Leftover(NamedTuple):
         return cls(token.decode("utf-8", "replace"), swap)
 
     def format(self, number: int) -> bytes:
-        """Write what `parse` reads; a number at both ends of a swap shows that it is whole."""
+        """Write what `parse` reads; a number around the swap shows that it is whole."""
         swap = self.swap
         parts = [str(number), swap.path, swap.temporary, *swap.hashes, str(number), ""] if swap else []
         return os.fsencode(f"{self.token}\n" + "\0".join(parts))
@@ -1024,15 +1035,15 @@ def _take(fd: int, timeout: float) -> bool:
 class Lock:
     """An exclusive lock whose file records what to clean up if its holder is killed.
 
-    `with` waits for it, at most `timeout` seconds, and settles what a killed turn left; it
-    raises SyncError if the lock is not released, IoError. A turn that ends by an exception
-    leaves the file as a kill does.
+    `with` waits for it, at most `timeout` seconds, and settles what a killed turn left;
+    raises SyncError if the lock is not released, IoError. A turn that ends by an
+    exception leaves the file as a kill does.
     """
 
     def __init__(self, path: str, timeout: float = 30.0) -> None:
         self.leftover = Leftover(new_token())
         self.aside = f"{path}.aside"  # the folder for files that are set aside
-        self.has_files_aside = False  # some stay beside the user's files: the next turn looks for them
+        self.has_files_aside = False  # beside the user's: the next turn looks for them
         self.is_clean = True
         self._path = path
         self._timeout = timeout
@@ -1074,15 +1085,15 @@ class Lock:
             os.close(self._fd)
 
     def settle(self, left: Leftover) -> None:
-        """Clean up after a turn that was killed; here, in the folder of the lock file."""
+        """Clean up after a killed turn; here, in the folder of the lock file."""
         sweep_folder(os.path.dirname(self._path), left.token)
 
     def collect(self) -> None:
-        """Remove the files set aside that nothing writes to any more; here, there are none."""
+        """Remove files set aside that nothing writes to any more; here are none."""
 
     @property
     def token(self) -> str:
-        """What names this turn's temporary files; once asked for, it is in the lock file."""
+        """What names this turn's temporary files; the lock file has it from now on."""
         if self._is_settled and not self._is_announced:
             self._announce(self.leftover)
         return self.leftover.token
@@ -1110,10 +1121,7 @@ class Lock:
 
 
 def try_lock(path: str) -> Optional[int]:
-    """Take a lock while the returned descriptor is open; None if another process has it.
-
-    Raises IoError.
-    """
+    """Take a lock until its descriptor is closed; None if taken; raises IoError."""
     with blame(path):
         fd = _open_lock(path)
         try:
@@ -1142,42 +1150,45 @@ def is_locked(path: str) -> bool:
 
 
 def write_lock(fd: int, data: bytes) -> None:
-    """Write into the file of a held lock what to tell about its holder; raises OSError."""
+    """Write what others may want to know of a lock's holder; raises OSError."""
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
 
 
 # ── 5 Replacing ───────────────────────────────────────────────────────────────
 
-# Replacing a file of the user's. The law: a file that may still be written to is never removed and
-# never left without a name; what cannot be known counts as yes.
+# How a file of the user's is replaced. The law: a file that may still be written to is
+# never removed, and never left without a name; "unknown" counts as "may".
 #
-#   1 `_open_idle`: if a program has the file open for writing, wait a moment, then give up (FileBusy).
-#   2 `new_file`, `finish_file`: write the new text to a temporary file beside it, with the old one's
+#   1 `_open_idle`: if a program has the file open for writing, wait a moment, then give
+#     up (FileBusy).
+#   2 `new_file`: write the new text to a temporary file beside it, with the old one's
 #     owner, mode and attributes.
-#   3 `Displaced.announce`: name both files, with the hashes of their texts, in the lock file. From
-#     here on, if the process is killed, the next turn settles the swap (`Displaced.settle`).
-#   4 `swap_files`: exchange their names, atomically.
-#   5 `Displaced.release`: if the displaced file holds the expected text and nobody writes to it,
-#     remove it. If the system cannot tell who writes, set it aside.
-#   6 `Displaced.give_back`: otherwise, if the name still shows what step 4 put there, exchange the
-#     names back, once; a newer save keeps its name. The file that has no name now is released as in
-#     step 5, or set aside. The caller gets FileChanged.
+#   3 `Displaced.announce`: write to the lock file where the old text will be, and the
+#     hashes of both. After a kill the next turn does the rest (`Displaced.settle`).
+#   4 `swap_files`: exchange the names, atomically.
+#   5 `Displaced.release`: if the displaced file has the expected text and nothing
+#     writes to it, remove it. If it is unknown what writes to it, set it aside.
+#   6 `Displaced.give_back`: otherwise raise FileChanged. If the file still is what step
+#     4 put there, exchange the names back, once; a newer save keeps its name. Release
+#     the file that has no name now, as in step 5, or set it aside.
 #
-# Files are set aside in a folder of the backups or, if those are on another disk, under a temporary
-# name beside the others. Each turn looks at them again (`Turn`, section 6) and removes those that
-# nobody writes to or, where that cannot be told, that have not changed for a minute. A text that is
-# not the expected one is backed up first.
+# Files are set aside in a folder of the backups; if that is on another disk, beside the
+# user's file by a temporary name. Each turn looks at them again (`Turn`, in Backups),
+# and removes those that nothing writes to or, if that is unknown, that have not changed
+# for a minute. A text that is not the expected one is backed up first.
 #
-# Where names cannot be exchanged (`_replace_by_rename`), the old file gets a second name, or only
-# that, before step 4, which then is a plain rename: a file saved by renaming in between is lost
-# (README, What remains). If a kill leaves the name bare, `settle` gives the old file its name back.
-# Removing a file is the same, with a rename to the temporary name as step 4.
+# Where names cannot be exchanged (`_replace_by_rename`), the old file gets a second
+# name, or only that, before step 4, which is a plain rename then. A file that is saved
+# by renaming in between is lost (README, What remains). If a kill leaves no file of the
+# name, `settle` restores the old one. To remove a file is the same, with a rename to
+# the temporary name as step 4.
 #
-# Linux tells who writes by refusing a read lease, and the lease is held until the file is gone, so
-# that a later open for writing breaks it and is seen. Two writers are not seen: one whose open(2)
-# found the file before step 4 and did not go on until after step 5, and one that has it open for
-# reading and later opens that descriptor for writing through /proc/self/fd.
+# Linux refuses a read lease on a file that is open for writing. The lease is held until
+# the file is gone, so that a later open for writing breaks it and is noticed. Two
+# writers are not: one whose open(2) found the file before step 4 and did not return
+# until after step 5, and one that has it open for reading and later opens that
+# descriptor for writing through /proc/self/fd.
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -1202,9 +1213,9 @@ class FileBusy(SyncError):
 
 @contextmanager
 def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
-    """Step 1: open a file that no program has open for writing, and that looks like `expected`.
+    """Step 1: open the file, if it has the expected size and mode.
 
-    Raises FileBusy, FileChanged for another size, mode or kind, OSError.
+    Raises FileBusy, FileChanged, OSError.
     """
     deadline = time.monotonic() + 0.2
     while True:
@@ -1217,7 +1228,7 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
         try:
             is_busy, info = has_writer(fd), os.fstat(fd)
             if is_busy is False:
-                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or who opens it waits until we are done
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)  # or an open waits for us
             elif is_busy is None and (info.st_dev, info.st_ino) in lock.busy:
                 raise FileBusy
             if not is_busy:
@@ -1234,7 +1245,7 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
 
 @contextmanager
 def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
-    """Remove a temporary file if the `with` fails; raise FileChanged if the folder is gone."""
+    """Remove a temporary file if the `with` fails; if a folder is gone, FileChanged."""
     try:
         yield
     except BaseException as error:
@@ -1245,7 +1256,7 @@ def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
 
 
 def _place_new_file(place: Place, temporary: str) -> None:
-    """Give a temporary file its name, or raise FileChanged if that is taken; raises OSError."""
+    """Give a temporary file its name; raises FileChanged if it is taken, OSError."""
     # A plain rename would replace what has appeared since the last look.
     try:
         if rename_exclusively(place.folder, temporary, place.name):
@@ -1267,24 +1278,21 @@ def _place_new_file(place: Place, temporary: str) -> None:
 
 
 class Displaced:
-    """A file that loses its name, and is called `temporary` then; the methods are steps 3, 5 and 6."""
+    """A file that loses its name, to become `temporary`; with the later steps."""
 
     def __init__(self, place: Place, temporary: str, hashes: Sequence[str], lock: Lock) -> None:
         self.place = place
         self.temporary = temporary
-        self.hashes = hashes  # of the expected text and, if there is one, of the new text
+        self.hashes = hashes
         self.lock = lock
 
     def announce(self) -> None:
-        """Step 3. Raises IoError."""
+        """Step 3; raises IoError."""
         folder = os.path.dirname(self.place.path)
         self.lock.announce_swap(Swap(self.place.path, os.path.join(folder, self.temporary), self.hashes))
 
     def release(self, is_known: Callable[[Disk], bool]) -> bool:
-        """Step 5: remove the file, or set it aside; False if its text is not known, or may change.
-
-        Raises OSError.
-        """
+        """Step 5; False if the text is unknown, or is being written; raises OSError."""
         place = self.place
         try:
             fd = os.open(self.temporary, READING, dir_fd=place.folder)
@@ -1308,7 +1316,7 @@ class Displaced:
             os.close(fd)
 
     def give_back(self) -> None:
-        """Step 6: give the file its name back, unless a newer save has it; raises OSError, IoError."""
+        """Step 6, unless a newer save has the name; raises OSError, IoError."""
         place, ours = self.place, self.hashes[-1]
         if place.is_same(self.temporary):
             place.unlink(self.temporary)  # its second name
@@ -1325,7 +1333,7 @@ class Displaced:
         self._set_aside()
 
     def _set_aside(self) -> None:
-        """Move the file where the next turn finds it, by a name that `parse_aside` understands."""
+        """Move the file where the next turn finds it, by a name for `parse_aside`."""
         place, digest = self.place, self.hashes[0]
         label = (place.label or place.name).replace("%", "%25").replace("/", "%2F")
         try:
@@ -1344,14 +1352,14 @@ class Displaced:
 
     def settle(self) -> None:
         """Take steps 5 and 6 for a swap that was cut short; raises OSError, IoError."""
-        # If no file has the name, an old text lost it in a plain rename, and gets it back.
+        # If no file has the name, the old text lost it in a plain rename: restore it.
         known = self.hashes[1:] if self.place.read(limit=0).kind == "absent" else self.hashes
         if not self.release(lambda disk: sha256_of(disk.data) in known):
             self.give_back()
 
     @contextmanager
     def settled_on_error(self) -> Iterator[None]:
-        """Settle at once if the `with` fails or is interrupted; if that fails too, the next turn does it."""
+        """Settle if the `with` fails or is interrupted; or else the next turn does."""
         try:
             yield
         except FileChanged:
@@ -1368,10 +1376,10 @@ class Displaced:
 
 
 def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
-    """Step 4 where names cannot be exchanged: the old file first gets a second name, or only that."""
+    """Steps 3 to 6 where names cannot be exchanged; raises like `replace_file`."""
     place, new, old = displaced.place, displaced.temporary, displaced.lock.new_temporary(displaced.place.name)
     try:
-        # From now on the temporary file that matters is the old one; the new one is only Orchestra's.
+        # The old file is the one to announce; the new one holds nothing of the user's.
         displaced.temporary = old
         displaced.announce()
         has_both = True
@@ -1399,8 +1407,8 @@ def replace_file(
 ) -> None:
     """Atomically replace a file, by the steps at the head of this section.
 
-    It keeps its mode, owner and attributes; a new file gets `mode`, or the umask's. `durable`
-    waits for the disk, and is for files with text that exists nowhere else. Raises FileChanged
+    It keeps its mode, owner and attributes; a new file gets `mode`, or the umask's.
+    `durable` waits for the disk, for text that exists nowhere else. Raises FileChanged
     if the file is not `expected`, FileBusy, OSError, IoError.
     """
     temporary = lock.new_temporary(place.name)
@@ -1424,7 +1432,7 @@ def replace_file(
 
 
 def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
-    """Remove a file that is still as planned; raises FileChanged, FileBusy, OSError, IoError."""
+    """Remove a file, if it is `expected`; raises like `replace_file`."""
     if place.read() != expected:
         raise FileChanged(place.path)
     with _open_idle(place, expected, lock):
@@ -1438,37 +1446,36 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
 
 # ── 6 Backups ─────────────────────────────────────────────────────────────────
 
-# Whatever is replaced or removed without proof that Orchestra wrote it is kept here first, and a
-# kept version never changes: it stays, or thinning drops it whole. A version is a folder named by
-# the UTC time, with the file at its path and the notes beside it: why it was kept, its number, and
-# the quota it belongs to.
+# What is replaced or removed without proof that Orchestra wrote it is kept here first,
+# and a kept version never changes: it stays, or is dropped whole. A version is a folder
+# named by the UTC time, with the file at its path and the notes beside it: why it was
+# kept, its number, and its quota. To keep one (`Turn.back_up`):
 #
-# Keeping a version (`Turn.back_up`):
+#   1 Skip a text equal to the newest version's but for white space that Markdown
+#     ignores.
+#   2 Write file and notes to a temporary folder, and flush them. If a kill ends this,
+#     the next turn removes the folder.
+#   3 Rename the folder to its time; now it is a version. If that name is taken, try the
+#     next microsecond.
+#   4 Drop old versions, by file and quota. Each becomes a temporary folder first.
 #
-#   1 A text equal to the newest version but for white space that Markdown ignores is not kept.
-#   2 File and notes are written and flushed in a temporary folder. A kill until here leaves nothing
-#     else; the next turn removes it.
-#   3 One rename gives that folder its time as its name: the version is there, whole. A name that is
-#     taken is never replaced; the next microsecond is tried.
-#   4 Thinning, per file and quota. A version to be dropped becomes a temporary folder first.
-#
-# Order and time are separate: the number says which version is newer; the time is what the clock
-# said, right or wrong. Versions of older Orchestras have no number, and count as older, in the order
-# of their names. The caller holds a lock that keeps others from backing up the same file; other
-# files' versions may come and go.
+# Order and time are separate: the number says which version is newer, the time what the
+# clock said, right or wrong. Versions of older Orchestras have no number, and come
+# first, in the order of their names. The caller holds a lock, so that no other process
+# keeps a version of the same file; other files' versions may come and go.
 
 HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
-DISPLACED = "displaced"  # a quota: what Orchestra kept for safety in operations of its own
+DISPLACED = "displaced"  # a quota: what Orchestra kept in operations of its own
 LIST_MARK = rb"(?:[-*+]|[0-9]{1,9}[.)])"
 LIST_GAP = re.compile(rb"(?m)^([ \t]*" + LIST_MARK + rb")[ \t]+")
 FENCE = rb"(?:(`{3,})[^`\n]*$|(~{3,}))"  # what opens fenced code
 
 
 def significant_text(path: str, data: bytes) -> bytes:
-    """Leave out of a Markdown file what formatters change; other files stay as they are.
+    """Leave out of a Markdown file what formatters change; other files stay as is.
 
-    That is blank lines, white space at the end of a line, and more than one space after a list
-    mark, but not in code (fenced, or indented by four spaces or a tab), where all of it counts.
+    That is blank lines, white space at the end of a line, and more than one space after
+    a list mark, but nothing in code (fenced, or indented by four spaces or a tab).
     """
     if not path.endswith((".md", ".mdc", ".markdown")):
         return data
@@ -1495,7 +1502,7 @@ def significant_text(path: str, data: bytes) -> bytes:
 
 
 class Backup(NamedTuple):
-    """A kept version of a file: `when` is its UTC time, which names its folder, `file` where it is.
+    """A version of the file at `path`, kept at `when` (UTC; its folder) as `file`.
 
     `number` is 0 if an older Orchestra kept it.
     """
@@ -1508,35 +1515,38 @@ class Backup(NamedTuple):
     quota: str = HAND_EDIT
 
     def has_text(self, data: bytes) -> bool:
-        """Compare the significant text with that of `data`; a file that cannot be read differs."""
+        """Compare the significant text with that of `data`."""
         try:
             disk = read_disk(self.file)
         except IoError:
             return False
-        return disk.kind == "file" and significant_text(self.path, disk.data) == significant_text(self.path, data)
+        mine, other = (significant_text(self.path, text) for text in (disk.data, data))
+        return disk.kind == "file" and mine == other
 
 
 def time_name(now: float, step: int = 0) -> str:
-    """Name a version by a time in seconds, plus `step` microseconds, from 1970 to the end of 9999."""
-    microseconds = int(min(max(now, 0.0), 253402214400) * 1e6) + step
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(microseconds // 10**6)) + f".{microseconds % 10**6:06d}Z"
+    """Name a version by a time in seconds (1970 to 9999) and microseconds."""
+    seconds, micro = divmod(int(min(max(now, 0.0), 253402214400) * 1e6) + step, 10**6)
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) + f".{micro:06d}Z"
 
 
 def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
-    """Choose the versions of a file to drop, from all of them, oldest first; `now` is a `time_name`.
+    """Choose the versions to drop of a file's, oldest first; `now` is a `time_name`.
 
-    Of each quota there stay: the first, which is the user's original, and the first with a
-    number; the newest ten; the last of each of the newest 30 days that have any; the last of each
-    month. Days in the future, by a wrong clock, keep their last, but are not among the 30.
+    Of each quota there stay: the first, which is the user's original, and the first
+    with a number; the newest ten; the last of each of the newest 30 days that have any;
+    the last of each month. Days in the future, by a wrong clock, keep their last
+    version too, but are not among the 30.
     """
     dropped = []
     for quota in (HAND_EDIT, DISPLACED):
         versions = [backup for backup in kept if backup.quota == quota]
         last_of_day = {backup.when[:8]: backup for backup in versions}
         last_of_month = {backup.when[:6]: backup for backup in versions}
-        # Newest by number: days that a wrong clock put into the past are new all the same.
-        days = list(dict.fromkeys(b.when[:8] for b in reversed(versions) if b.when[:8] <= now[:8]))[:30]
-        days += [day for day in last_of_day if day > now[:8]]
+        # The newest days by number: a wrong clock may have put them into the past.
+        newest_days = dict.fromkeys(backup.when[:8] for backup in reversed(versions))
+        days = [day for day in newest_days if day <= now[:8]][:30]
+        days += [day for day in newest_days if day > now[:8]]
         numbered = [backup for backup in versions if backup.number]
         staying = {*versions[:1], *numbered[:1], *versions[-10:], *last_of_month.values()}
         staying.update(last_of_day[day] for day in days)
@@ -1545,7 +1555,7 @@ def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
 
 
 def remove_unfinished(folder: str, token: str, clock: Clock) -> None:
-    """Remove temporary files and folders that `token` names, or that nothing is writing any more.
+    """Remove temporary files and folders that `token` names, or that are abandoned.
 
     Raises OSError, IoError.
     """
@@ -1566,7 +1576,7 @@ def remove_unfinished(folder: str, token: str, clock: Clock) -> None:
 class Backups:
     """The kept versions of one codebase's files."""
 
-    NOTES = ".orchestra.json"  # in a version's folder: {path: {"why": ..., "number": ..., "quota": ...}}
+    NOTES = ".orchestra.json"  # {path: {"why": ..., "number": ..., "quota": ...}}
 
     def __init__(self, home: str, key: Key) -> None:
         self.folder = backups_of(home, key)
@@ -1574,7 +1584,7 @@ class Backups:
     def versions(self) -> list[Backup]:
         """List all versions, oldest first; raises IoError.
 
-        Folders that are not named by a time are not Orchestra's, and neither listed nor dropped.
+        Folders that are not named by a time are not Orchestra's: they are left alone.
         """
         with blame(self.folder):
             try:
@@ -1600,7 +1610,7 @@ class Backups:
 
     @staticmethod
     def _files_below(folder: str) -> Iterator[tuple[str, bool]]:
-        """List what is not a folder, links to folders included, and whether it is a regular file."""
+        """List all but folders, and whether each is a regular file; links are not."""
         for parent, folders, names in os.walk(folder):
             for name in (*folders, *names):
                 path = os.path.join(parent, name)
@@ -1613,7 +1623,7 @@ class Backups:
 
     @staticmethod
     def _parse_note(value: Any) -> tuple[str, int, str]:
-        """Read why a file was kept, its number and quota; old versions of Orchestra only wrote why."""
+        """Read why a file was kept, its number and quota; first versions wrote why."""
         if not isinstance(value, dict):
             return str(value or ""), 0, HAND_EDIT
         why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
@@ -1622,9 +1632,9 @@ class Backups:
         return why, number, DISPLACED if quota == DISPLACED else HAND_EDIT
 
     def write(self, temporary: str, backup: Backup, disk: Disk, now: float) -> Backup:
-        """Write a version by way of a temporary folder, and return it with its time; raises OSError."""
+        """Write a version, and return it with its time; raises OSError."""
         note = {"why": backup.why, "number": backup.number, "quota": backup.quota}
-        # Its owner may read it whatever the mode, or it could be neither compared nor restored.
+        # Always readable for its owner, or it could be neither compared nor restored.
         files = {backup.path: (disk.data, disk.mode | stat.S_IRUSR)}
         files[self.NOTES] = (json.dumps({backup.path: note}).encode(), 0o600)
         try:
@@ -1644,7 +1654,7 @@ class Backups:
         return backup._replace(when=when, file=os.path.join(self.folder, when, backup.path))
 
     def _publish(self, temporary: str, now: float) -> str:
-        """Rename a finished version to its time, or the next microsecond that is free."""
+        """Rename a finished version to its time, or the next free microsecond."""
         for step in itertools.count():
             when = time_name(now, step)
             try:
@@ -1657,16 +1667,17 @@ class Backups:
         return when
 
     def drop(self, backup: Backup, temporary: str) -> None:
-        """Remove a version, with its folder unless more is in it; raises OSError, IoError."""
+        """Remove a version, with its folder if that is all; raises OSError, IoError."""
         folder = os.path.join(self.folder, backup.when)
-        if {file for file, _ in self._files_below(folder)} - {backup.file, os.path.join(folder, self.NOTES)}:
+        files = {file for file, _ in self._files_below(folder)}
+        if files - {backup.file, os.path.join(folder, self.NOTES)}:
             os.unlink(backup.file)
         else:
             os.rename(folder, temporary)
             remove_private_folder(temporary)
 
     def move_to(self, other: "Backups") -> None:
-        """Move all versions but those of a time that the other has too; raises IoError."""
+        """Move all versions but those of a time that `other` has; raises IoError."""
         with blame(self.folder):
             try:
                 times = os.listdir(self.folder)
@@ -1682,23 +1693,25 @@ class Backups:
 
 
 def can_be_kept_as(name: str) -> bool:
-    """Tell whether a name that a temporary file gives is one that a version can have."""
+    """Tell whether a version can have the file name found in a temporary file's."""
     return bool(name) and "/" not in name and not name.startswith((".", "\0"))
 
 
 def parse_aside(name: str) -> Optional[tuple[str, str]]:
-    """Understand the name of a file that was set aside: the hash of the text expected in it, and its label."""
-    found = re.fullmatch(r"(?s)(?:\.orchestra-kept-)?\d+-[0-9a-f]+-([0-9a-f]{64})(?:-(.+?))?(?:\.tmp)?", name)
+    """Read the name of a file set aside: the hash of its expected text, its label."""
+    kept, token, digest = r"(?:\.orchestra-kept-)?", r"\d+-[0-9a-f]+-", r"([0-9a-f]{64})"
+    found = re.fullmatch(f"(?s){kept}{token}{digest}" + r"(?:-(.+?))?(?:\.tmp)?", name)
     return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
 
 
 class Turn(Lock):
-    """A lock on files of the user's, with their backups and the files that were set aside.
+    """A lock on files of the user's that keeps their backups and what was set aside.
 
-    Files are known by a label; `split_label` gives the codebase, and the path that the file has in its backups.
+    A file is known by its label, which `split_label` turns into the codebase and the
+    path that its backups have.
     """
 
-    ASIDE_TIME = 60.0  # seconds without a change after which a file whose writers cannot be told is removed
+    ASIDE_TIME = 60.0  # seconds without a change, if it is unknown what writes to a file
     MAX_ASIDE = 64 << 20  # bytes; a larger file that was set aside stays
 
     def __init__(self, home: str, path: str, backups: str, clock: Clock) -> None:
@@ -1712,10 +1725,10 @@ class Turn(Lock):
         raise NotImplementedError
 
     def back_up(self, label: str, disk: Disk, why: str, quota: str = HAND_EDIT) -> str:
-        """Keep a file's bytes before they are replaced, and return the time they are kept under.
+        """Keep a file's bytes before they are replaced; return the version's time.
 
-        Nothing is kept of a text equal to the newest version's, unless Orchestra's own operations kept that and a user
-        wrote this. Raises IoError.
+        A text equal to the newest version's is not kept again, unless a user wrote it
+        and that is Orchestra's. Raises IoError.
         """
         key, path = self.split_label(label)
         backups, now = Backups(self.home, key), self.clock()
@@ -1736,8 +1749,8 @@ class Turn(Lock):
         return kept[-1].when
 
     def clean_up(self, folders: Sequence[str], label_of: Callable[[str], str], left: Leftover) -> None:
-        """Clean up in some folders after a turn that was killed, or had trouble; raises IoError."""
-        for folder in folders_below(self._backups):  # first, for an earlier clean-up may have been killed here
+        """Clean up after a turn that was killed, or had trouble; raises IoError."""
+        for folder in folders_below(self._backups):  # an earlier clean-up may have been killed here
             with blame(folder), suppress(FileNotFoundError):
                 remove_unfinished(folder, left.token, self.clock)
         if left.swap:
@@ -1746,7 +1759,7 @@ class Turn(Lock):
         self.release_temporaries(folders, label_of, left)
 
     def _settle_swap(self, swap: Swap, folders: Sequence[str], label_of: Callable[[str], str]) -> None:
-        """Settle a killed turn's swap, in the folder it was made in or, if that moved, one of `folders`."""
+        """Settle a swap where it was made or, if that moved, in one of `folders`."""
         there, temporary = os.path.split(swap.temporary)
         if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
             return  # a damaged lock file
@@ -1759,11 +1772,12 @@ class Turn(Lock):
     def release_temporaries(
         self, folders: Iterable[str], label_of: Callable[[str], str], left: Optional[Leftover] = None
     ) -> bool:
-        """Remove Orchestra's temporary files from folders of the user's, and tell whether some stay.
+        """Remove Orchestra's temporary files from folders, and tell whether some stay.
 
-        Those of the turn that `left` tells of go at once, once its swap is settled: no other of them ever had the name
-        of a user's file. Any other is backed up, unless its text is known; it stays while it may be written to, and
-        while the turn that made it may still run. Raises IoError.
+        Those that `left` names go at once: once its swap is settled, none of them has
+        been a file of the user's. Any other is backed up, unless its text is known; it
+        stays while it may be written to, and while the turn that made it may run.
+        Raises IoError.
         """
         stays = False
         for folder in folders:
@@ -1776,7 +1790,7 @@ class Turn(Lock):
         try:
             folder = os.open(path, FOLDER | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return False  # who may not list a folder has written nothing there, or is told so when he does
+            return False  # nothing was written there, or it is reported when it is
         stays = False
         try:
             for name in filter(is_temporary_name, os.listdir(folder)):
@@ -1802,7 +1816,7 @@ class Turn(Lock):
         return stays
 
     def collect(self) -> None:
-        """Remove the files set aside that nobody writes to any more; raises IoError."""
+        """Remove files set aside that nothing writes to any more; raises IoError."""
         with blame(self.aside):
             try:
                 folder = os.open(self.aside, FOLDER)
@@ -1820,9 +1834,10 @@ class Turn(Lock):
         return self.clock() - max(info.st_mtime, info.st_ctime) > self.ASIDE_TIME
 
     def _release(self, folder: int, name: str, label: str, digest: str) -> bool:
-        """Remove a file that was set aside once nobody writes to it, and tell whether it stays.
+        """Remove a file set aside unless it may be written to; tell if it stays.
 
-        If its text is not the one with that hash it is backed up first. Raises OSError, IoError.
+        A text that has not the hash `digest` is backed up first. Raises OSError,
+        IoError.
         """
         try:
             fd = os.open(name, READING, dir_fd=folder)
