@@ -11988,16 +11988,16 @@ def test_a_real_process_killed_at_any_system_call_loses_nothing(stage: Stage) ->
 
 # ── Random histories ──────────────────────────────────────────────────────────
 
-# A user and Orchestra take turns by the dice. What Orchestra did is judged from two pictures of the disk, by a
-# parser of blocks and a listing of backups that are the test's own.
+# A user and Orchestra take turns at random. What Orchestra did is judged from two
+# pictures of the disk, by a parser of blocks and a list of backups that are the test's own.
 
 BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
 IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
 MANAGED = list(IS_SHARED)
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
-USER_WORD = re.compile(rb"\bu\d+x\b")
 SOAK_SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "300"))
+Spot = tuple[str, str]  # a codebase's label, and a path in its folder
 
 
 class Parts(NamedTuple):
@@ -12029,8 +12029,12 @@ def cut_up(data: bytes) -> Optional[Parts]:
     return Parts(data[:start], data[start:end], data[end:])
 
 
+def cut_managed(path: str, data: bytes) -> Optional[Parts]:
+    return cut_up(data) if IS_SHARED[path] else Parts(b"", data)
+
+
 def without_block(parts: Parts) -> set[bytes]:
-    """Give what may be left of a file when its block is taken out: all of the user's, but for a join."""
+    """Return what may be left of a file when its block is taken out: all of the user's, but for a join."""
     tails = {parts.tail, *(parts.tail[len(n) :] for n in NEWLINES if parts.tail.startswith(n))}
     heads = {parts.head}
     for _ in range(2):
@@ -12039,13 +12043,13 @@ def without_block(parts: Parts) -> set[bytes]:
 
 
 def user_words(data: bytes) -> set[bytes]:
-    return set(USER_WORD.findall(data))
+    return set(re.findall(rb"\bu\d+x\b", data))
 
 
-def split_place(where: str) -> tuple[str, str]:
-    """Give the codebase and the path there of what lies in home/code."""
-    parts = where.split("/", 3)
-    return ("/".join(parts[1:3]), parts[3]) if parts[0] == "code" and len(parts) == 4 else ("", where)
+def spot_of(path: str) -> Spot:
+    """Return the codebase and the path there of what lies in the home's code/."""
+    parts = path.split("/", 3)
+    return ("/".join(parts[1:3]), parts[3]) if parts[0] == "code" and len(parts) == 4 else ("", path)
 
 
 def key_of(label: str) -> tuple[str, str]:
@@ -12057,29 +12061,21 @@ def unify(data: bytes) -> bytes:
     return data.replace(b"\r\n", b"\n")
 
 
-class Wrong(AssertionError):
-    """What a history found, with all that replays it."""
-
-
 class History(Home):
-    """A home folder whose user and whose Orchestra are driven by dice."""
+    """A home folder whose user and whose Orchestra act at random."""
 
-    def __init__(self, folder: str, capsys: Any, seed: int) -> None:
+    def __init__(self, folder: str, seed: int) -> None:
         super().__init__(folder)
-        self.capsys = capsys
-        self.seed = seed
-        self.random = random.Random(seed)
-        self.code = Path(self.path, "code")
-        self.copy = self.folder / "copy"
+        self.seed, self.random = seed, random.Random(seed)
+        self.code, self.copy = Path(self.path, "code"), self.folder / "copy"
         self.steps: list[str] = []
-        self.count = itertools.count()
+        self.count = itertools.count(1)
         self.clock = Clock(1.6e9)
-        self.ours: dict[tuple[str, str], set[bytes]] = {}  # what Orchestra wrote at each path
-        self.appended: dict[tuple[str, str], tuple[bytes, Parts]] = {}
+        self.ours: dict[Spot, set[bytes]] = collections.defaultdict(set)  # what Orchestra wrote
+        self.appended: dict[Spot, tuple[bytes, Parts]] = {}  # a user's text, and the file with its first block
         self.spoilt: dict[Path, bytes] = {}
         self.values: dict[str, dict[str, Any]] = {}
         self.killed: set[str] = set()
-        self.known: dict[tuple[str, str], set[bytes]] = {}
         self.registered: set[str] = set()
         self.broken: set[str] = set()
         put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
@@ -12092,7 +12088,7 @@ class History(Home):
     # Words and choices
 
     def word(self, letter: str = "u") -> str:
-        return f"{letter}{next(self.count) + 1}x"
+        return f"{letter}{next(self.count)}x"
 
     def line(self, newline: bytes = b"\n") -> bytes:
         return f"{self.word()} of the user".encode() + newline
@@ -12103,7 +12099,7 @@ class History(Home):
     def is_likely(self, chance: float) -> bool:
         return self.random.random() < chance
 
-    def tell(self, *words: object) -> None:
+    def note(self, *words: object) -> None:
         self.steps.append(" ".join(map(str, words)))
 
     def pick(self) -> tuple[str, str, Path]:
@@ -12126,11 +12122,23 @@ class History(Home):
         if not data:  # else Orchestra waits, as for an editor that has just emptied it
             os.utime(file, (1e9, 1e9))
 
+    def forget(self, label: str, path: str) -> None:
+        self.appended.pop((label, path), None)
+        self.spoilt.pop(self.code / label / path, None)
+
+    def clear(self, label: str, path: str) -> None:
+        self.forget(label, path)
+        file = self.code / label / path
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif os.path.lexists(file):
+            file.unlink()
+
     # The user's steps; one that cannot be made is left out
 
     def edit_inside(self) -> None:
         label, path, file = self.pick()
-        parts = cut_up(file.read_bytes()) if IS_SHARED[path] else Parts(b"", file.read_bytes())
+        parts = cut_managed(path, file.read_bytes())
         if parts is None or parts.block is None:
             return
         lines = parts.block.splitlines(keepends=True)
@@ -12138,16 +12146,15 @@ class History(Home):
         at = self.random.randint(1, max(1, last))
         how = self.choose(("insert", "replace", "drop"))
         newline = b"\r\n" if b"\r\n" in parts.block else b"\n"
-        new = [] if how == "drop" else [self.line(newline)]
-        lines[at : at + (how != "insert" and at < last)] = new
-        self.tell("edit inside", label, path, how)
+        lines[at : at + (how != "insert" and at < last)] = [] if how == "drop" else [self.line(newline)]
+        self.note("edit inside", label, path, how)
         self.write(file, parts.head + b"".join(lines) + parts.tail)
 
     def edit_outside(self) -> None:
         label, path, file = self.pick()
         newline, where = self.choose(NEWLINES), self.choose(("before", "after", "both"))
         data = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
-        parts = cut_up(data) if IS_SHARED[path] else Parts(b"", None)
+        parts = cut_up(data) if IS_SHARED[path] else Parts(b"")
         if parts is None or os.path.lexists(file) != bool(data):
             return
         head = self.line(newline) + parts.head if where != "after" else parts.head
@@ -12157,75 +12164,55 @@ class History(Home):
         if parts.block is not None and tail and not tail.startswith(NEWLINES):
             tail = newline + tail
         bom = BOM if not data and self.is_likely(0.1) else b""
-        self.tell("edit outside", label, path, where, newline)
+        self.note("edit outside", label, path, where, newline)
         self.write(file, bom + head + (parts.block or b"") + tail)
 
-    def edit_bare(self) -> None:
-        """Empty a file, take its block out, or give it other line ends, as git does."""
+    def rewrite(self) -> None:
+        """Empty a file, write it anew, take its block out, or give it other line ends, as git does."""
         label, path, file = self.pick()
+        data = file.read_bytes() if file.exists() else b""
+        parts = cut_up(data) or Parts(data)
+        ways = {
+            "anew": b"# mine\n" + self.line() * self.random.randint(1, 2),
+            "empty": b"",
+            "without block": parts.head + parts.tail,
+            "lf": unify(data),
+            "crlf": unify(data).replace(b"\n", b"\r\n"),
+        }
+        how = "anew" if file.is_symlink() or not data or self.is_likely(0.5) else self.choose(ways)
+        self.note("rewrite", label, path, how)
+        self.forget(label, path)
         if file.is_symlink():
-            return
-        data, how = file.read_bytes(), self.choose(("crlf", "lf", "without block", "empty"))
-        parts = cut_up(data)
-        if how == "crlf":
-            data = unify(data).replace(b"\n", b"\r\n")
-        elif how == "lf":
-            data = unify(data)
-        elif how == "empty":
-            data = b""
-        elif parts is not None:
-            data = parts.head + parts.tail
-        self.tell("rewrite", label, path, how)
-        self.forget(label, path)
-        self.write(file, data)
-
-    def write_own(self) -> None:
-        label, path, file = self.pick()
-        if not os.path.lexists(file) or file.is_file():
-            self.tell("write", label, path, "afresh")
-            self.forget(label, path)
-            file.unlink() if file.is_symlink() else None
-            self.write(file, b"# mine\n" + self.line() * self.random.randint(1, 2))
-
-    def forget(self, label: str, path: str) -> None:
-        self.appended.pop((label, path), None)
-        self.spoilt.pop(self.code / label / path, None)
-
-    def clear(self, label: str, path: str, file: Path) -> None:
-        self.forget(label, path)
-        if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
-        elif os.path.lexists(file):
             file.unlink()
+        self.write(file, ways[how])
 
     def delete(self) -> None:
         label, path, file = self.pick()
         if os.path.lexists(file):
-            self.tell("delete", label, path)
-            self.clear(label, path, file)
+            self.note("delete", label, path)
+            self.clear(label, path)
 
-    def link(self) -> None:
+    def put_link(self) -> None:
         label, path, file = self.pick()
         inside = self.code / label / self.choose(other for other in MANAGED if other != path)
         target = os.path.relpath(self.choose((inside, Path(self.path, "outside/CLAUDE.md"))), file.parent)
-        self.clear(label, path, file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.symlink_to(target)
-        self.tell("link", label, path, "to", target)
+        self.note("link", label, path, "to", target)
+        self.clear(label, path)
+        put_files(file.parent, {file.name: link_to(target)})
 
-    def make_folder_of_it(self) -> None:
+    def put_folder(self) -> None:
         label, path, file = self.pick()
-        self.clear(label, path, file)
+        self.note("folder at", label, path)
+        self.clear(label, path)
         put_files(file, {"mine.md": self.line()})
-        self.tell("folder at", label, path)
 
     def untangle(self) -> None:
         """Take links and folders away from where managed files belong."""
         for label, path in itertools.product(self.values, MANAGED):
             file = self.code / label / path
             if file.is_symlink() or file.is_dir():
-                self.tell("untangle", label, path)
-                self.clear(label, path, file)
+                self.note("untangle", label, path)
+                self.clear(label, path)
 
     def spoil(self) -> None:
         label, path, file = self.pick()
@@ -12242,13 +12229,13 @@ class History(Home):
         }
         how = self.choose(wrong)
         self.spoilt[file] = data
-        self.tell("spoil", label, path, how)
+        self.note("spoil", label, path, how)
         self.write(file, wrong[how])
 
     def mend(self) -> None:
         for file, data in self.spoilt.items():
             if file.is_file():
-                self.tell("mend", file.name)
+                self.note("mend", file.name)
                 self.write(file, data)
         self.spoilt.clear()
 
@@ -12256,7 +12243,7 @@ class History(Home):
         label, path, file = self.pick()
         if file.is_file() and not file.is_symlink():
             mode = self.choose((0o600, 0o640, 0o644, 0o755))
-            self.tell("chmod", label, path, oct(mode))
+            self.note("chmod", label, path, oct(mode))
             file.chmod(mode)
 
     def link_parent(self) -> None:
@@ -12269,16 +12256,14 @@ class History(Home):
         elif folder.is_dir() and not self.leftovers():
             folder.rename(beside)
             folder.symlink_to(os.path.relpath(Path(self.path, "outside/rules"), folder.parent))
-        self.tell("parent is a link:", folder.is_symlink())
+        self.note("parent is a link:", folder.is_symlink())
 
     def move_root(self) -> None:
         root = self.code / self.choose(self.values)
         away = root.with_name(f"{root.name}.away")
-        if away.exists():
-            away.rename(root)
-        else:
-            root.rename(away)
-        self.tell("root", root.name, "away" if away.exists() else "back")
+        old, new = (away, root) if away.exists() else (root, away)
+        old.rename(new)
+        self.note("root is now", new.name)
 
     def enter(self, label: str) -> None:
         """Write a codebase's registry file. `~` lets a copy of the home be one of its own."""
@@ -12286,64 +12271,56 @@ class History(Home):
         self.registered.add(label)
         self.broken.discard(label)
 
-    def change_targets(self) -> None:
-        label = self.choose(self.values)
-        count = self.choose((0, 1, 2, 3, len(ALL_TARGETS)))
-        self.values[label]["targets"] = self.random.sample(ALL_TARGETS, count)
-        self.enter_if_there(label)
-        self.tell("targets", label, self.values[label]["targets"])
-
-    def change_text(self) -> None:
-        label = self.choose(self.values)
-        key = self.choose(("notes", "conventions", "description"))
-        self.values[label][key] = self.word("r") if key == "description" else [self.word("r")]
-        self.enter_if_there(label)
-        self.tell("text", label, key, self.values[label][key])
-
-    def enter_if_there(self, label: str) -> None:
+    def change_registry(self) -> None:
+        label, key = self.choose(self.values), self.choose(("targets", "notes", "conventions", "description"))
+        value: Any = self.word("r") if key == "description" else [self.word("r")]
+        if key == "targets":
+            value = self.random.sample(ALL_TARGETS, self.choose((0, 1, 2, 3, len(ALL_TARGETS))))
+        self.values[label][key] = value
         if label in self.registered:
             self.enter(label)
+        self.note("registry:", label, key, value)
 
     def change_project(self) -> None:
         word = self.word("r")
         self.write_registry("shop/project.yaml", {"name": "shop", "conventions": [word]})
-        self.tell("project.yaml", word)
+        self.note("project.yaml", word)
 
     def break_registry(self) -> None:
         label = self.choose(self.values)
         if label in self.registered:
             self.write_registry(f"{label}.yaml", "name: [\n")
             self.broken.add(label)
-            self.tell("break", label)
+            self.note("break", label)
 
     def mend_registry(self) -> None:
         for label in sorted(self.broken):
-            self.tell("mend", label)
+            self.note("mend", label)
             self.enter(label)
 
-    def add_again(self) -> None:
+    def register_again(self) -> None:
         for label in sorted(self.values.keys() - self.registered):
-            self.tell("add", label)
+            self.note("register", label)
             self.enter(label)
 
     def wind(self) -> None:
         self.clock.now += self.choose((-1e6, -5, 0, 1, 1e6))
-        self.tell("clock", self.clock.now)
+        self.note("clock", self.clock.now)
 
     # Pictures, and what Orchestra may have done between two
 
-    def see(self) -> dict[str, Seen]:
-        """Look at all but what is Orchestra's own."""
-        own = re.compile(r"\.orchestra/(backups|hashes|run)(/|$)")
-        return {path: seen for path, seen in take_picture(self.path).items() if not own.match(path)}
+    def see(self, own: str = "backups|hashes|run") -> dict[str, Seen]:
+        """Look at all but some folders that are Orchestra's own."""
+        pattern = re.compile(rf"\.orchestra/({own})(/|$)")
+        return {path: seen for path, seen in take_picture(self.path).items() if not pattern.match(path)}
 
-    def kept(self) -> dict[tuple[str, str], dict[str, bytes]]:
-        """Give what is in the backups: by codebase and path, by time."""
-        found: dict[tuple[str, str], dict[str, bytes]] = {}
+    def kept(self) -> dict[Spot, dict[str, bytes]]:
+        """Return what is in the backups, by time."""
+        found: dict[Spot, dict[str, bytes]] = collections.defaultdict(dict)
         for path, seen in take_picture(orchestra.backups_root(self.path)).items():
             parts = path.split("/", 3)
             if seen.kind == "file" and len(parts) == 4 and is_kept_version(path):
-                found.setdefault(("/".join(parts[:2]), parts[3]), {})[parts[2]] = seen.data
+                found["/".join(parts[:2]), parts[3]][parts[2]] = seen.data
         return found
 
     @contextmanager
@@ -12352,96 +12329,86 @@ class History(Home):
     ) -> Iterator[dict[str, Seen]]:
         """Judge what is done inside: to managed files of `labels` what may be done to them, to all else nothing."""
         before, kept = self.see(), self.kept()
-        self.known = {place: set(texts) for place, texts in self.ours.items()}
         changed: dict[str, Seen] = {}
         yield changed
         after, kept_now = self.see(), self.kept()
-        for place, versions in kept.items():
-            assert versions.items() <= kept_now[place].items(), f"the backups of {place} have changed"
+        for spot, versions in kept.items():
+            assert versions.items() <= kept_now[spot].items(), f"the backups of {spot} have changed"
         for where in sorted(before.keys() | after.keys()):
             old, new = before.get(where), after.get(where)
-            label, path = split_place(where)
+            label, path = spot = spot_of(where)
             if old == new or where == but:
                 continue
             if label in labels and path in IS_SHARED:
                 changed[where] = old or Seen("absent")
-                versions = kept_now.get((label, path), {})
-                self.judge(label, path, old, new, versions, is_restore)
-                is_ours = old is not None and unify(self.managed_text(path, old.data)) in self.ours_before(label, path)
-                is_more = len(versions) > len(kept.get((label, path), {}))
+                is_ours = self.judge(spot, old, new, kept_now[spot], is_restore)
                 # After a kill amid a swap it may be kept for safety's sake.
                 is_excused = is_restore or (label in self.killed)
+                is_more = len(kept_now[spot]) > len(kept[spot])
                 assert is_excused or not (is_ours and is_more), f"{where}: kept as if edited by hand"
             elif label in labels and path in MANAGED_FOLDERS:
                 assert "folder" in (old or new or Seen("")).kind, where
             else:
                 assert is_temporary(where) and (new is None or not is_whole), f"{where}: {old} became {new}"
 
-    def managed_text(self, path: str, data: bytes) -> bytes:
-        parts = cut_up(data) if IS_SHARED[path] else Parts(b"", data)
-        return (parts.block if parts else None) or b""
-
-    def ours_before(self, label: str, path: str) -> set[bytes]:
-        return self.known.get((label, path), set())
-
     def judge(
-        self, label: str, path: str, old: Optional[Seen], new: Optional[Seen], kept: dict[str, bytes], restored: bool
-    ) -> None:
-        place = (label, path)
+        self, spot: Spot, old: Optional[Seen], new: Optional[Seen], kept: dict[str, bytes], is_restore: bool
+    ) -> bool:
+        """Judge a managed file; return whether Orchestra had written its own part of it."""
         for seen in (old, new):
-            assert seen is None or seen.kind == "file", f"{place}: {old} became {new}"
-        assert old is None or new is None or old.mode == new.mode, f"{place}: the mode has changed"
+            assert seen is None or seen.kind == "file", f"{spot}: {old} became {new}"
+        assert old is None or new is None or old.mode == new.mode, f"{spot}: the mode has changed"
         was, now = old.data if old else b"", new.data if new else b""
         lost = user_words(was) - user_words(now)
-        assert lost <= user_words(b" ".join(kept.values())), f"{place}: {lost} is lost"
-        if restored:
-            assert old is None or was in kept.values(), f"{place}: what was restored over is not kept"
-            return
-        ours_was, ours_now = was, now
-        if IS_SHARED[path]:
-            ours_was, ours_now = self.judge_outside(place, old, new)
-        if old and ours_was and ours_was != ours_now and unify(ours_was) not in self.ours.get(place, set()):
-            assert was in kept.values(), f"{place}: edited by hand, replaced, and not kept"
+        assert lost <= user_words(b" ".join(kept.values())), f"{spot}: {lost} is lost"
+        if is_restore:
+            assert old is None or was in kept.values(), f"{spot}: what was restored over is not kept"
+            return False
+        ours_was, ours_now = self.judge_outside(spot, old, new) if IS_SHARED[spot[1]] else (was, now)
+        is_ours = unify(ours_was) in self.ours[spot]
+        if ours_was and ours_was != ours_now and not is_ours:
+            assert was in kept.values(), f"{spot}: edited by hand, replaced, and not kept"
         if ours_now and ours_now != ours_was:
-            self.ours.setdefault(place, set()).add(unify(ours_now))
+            self.ours[spot].add(unify(ours_now))
+        return is_ours
 
-    def judge_outside(self, place: tuple[str, str], old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
-        """See that the user's text around a block is as it was, and give the block before and after."""
+    def judge_outside(self, spot: Spot, old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
+        """See that the user's text around a block is as it was, and return the block before and after."""
         was, now = old.data if old else b"", new.data if new else b""
         a, b = cut_up(was), cut_up(now)
-        assert a and b, f"{place}: {was!r} became {now!r}"
+        assert a and b, f"{spot}: {was!r} became {now!r}"
         if a.block is None:
-            assert b.block is not None, f"{place}: {was!r} became {now!r}"
+            assert b.block is not None, f"{spot}: {was!r} became {now!r}"
             join = b.head[len(was) :]
-            assert b.head.startswith(was) and join in {b"", *NEWLINES, *(n * 2 for n in NEWLINES)}, f"{place}: {b}"
-            assert b.tail in NEWLINES, f"{place}: {b}"
-            self.appended[place] = (was, b)
-            if old is None:
-                self.appended.pop(place)
+            assert b.head.startswith(was) and join in {b"", *NEWLINES, *(n * 2 for n in NEWLINES)}, f"{spot}: {b}"
+            assert b.tail in NEWLINES, f"{spot}: {b}"
+            self.appended.pop(spot, None)
+            if old is not None:
+                self.appended[spot] = (was, b)
         elif b.block is not None:
-            assert (a.head, a.tail) == (b.head, b.tail), f"{place}: the user's text has changed: {a} became {b}"
+            assert (a.head, a.tail) == (b.head, b.tail), f"{spot}: the user's text has changed: {a} became {b}"
         elif new is None:
-            assert not a.head and a.tail in (b"", *NEWLINES), f"{place}: {a} was removed"
+            assert not a.head and a.tail in (b"", *NEWLINES), f"{spot}: {a} was removed"
         else:
-            assert now in without_block(a), f"{place}: {a} became {now!r}"
-            text, then = self.appended.pop(place, (b"", Parts(b"?")))
+            assert now in without_block(a), f"{spot}: {a} became {now!r}"
+            text, then = self.appended.pop(spot, (b"", Parts(b"?")))
             if (then.head, then.tail) == (a.head, a.tail):
-                assert now == text, f"{place}: {text!r} did not come back, but {now!r}"
+                assert now == text, f"{spot}: {text!r} did not come back, but {now!r}"
         return a.block or b"", b.block or b""
 
-    # Orchestra's steps
+    # Orchestra's steps; a scope is one label, or none for all
 
-    def label_or_all(self) -> Optional[str]:
-        return self.choose((None, *sorted(self.registered)))
+    def choose_scope(self) -> str:
+        return str(self.choose(("", *sorted(self.registered))))
 
-    def labels_of(self, scope: Optional[str]) -> set[str]:
+    def labels_of(self, scope: str) -> set[str]:
         return {scope} if scope else set(self.registered)
 
-    def run_in(self, home: str, *argv: str) -> int:
-        self.capsys.readouterr()
-        return orchestra.main(argv, {"HOME": home})
+    def run_in(self, home: Any, *argv: str) -> Ran:
+        self.environ = {"HOME": str(home)}
+        return self.run(*argv)
 
-    def sync_by(self, way: str, home: str, scope: Optional[str]) -> None:
+    def sync_by(self, way: str, home: str, scope: str) -> None:
         scoped = orchestra.SyncScope.codebase(scope) if scope else orchestra.SyncScope.all()
         if way == "main":
             self.run_in(home, "sync", scope or "--all")
@@ -12456,11 +12423,11 @@ class History(Home):
         else:
             self.run_job(home, scope, scoped)
 
-    def run_job(self, home: str, scope: Optional[str], scoped: orchestra.SyncScope) -> None:
+    def run_job(self, home: str, scope: str, scoped: orchestra.SyncScope) -> None:
         """Sync as the daemon's worker does; what it knows is kept from one job to the next."""
         cache = self.cache if home == self.path else orchestra.RegistryCache.load(home)
         keys = frozenset(map(key_of, self.labels_of(scope)))
-        job = orchestra.SyncJob(scoped, "start" if scope is None else "watcher", changed=keys)
+        job = orchestra.SyncJob(scoped, "watcher" if scope else "start", changed=keys)
         cache, outcome = orchestra.run_job(home, cache, job)
         if outcome.suspects:
             again = job._replace(overdue=outcome.suspects, changed=outcome.suspects)
@@ -12469,7 +12436,7 @@ class History(Home):
             self.cache = cache
 
     def look(self) -> dict[str, orchestra.SyncCodebaseResult]:
-        """See what a sync would write, and that `status` says the same."""
+        """Return what a sync would write, and check that `status` says the same."""
         before = self.see()
         registry = orchestra.load_registry(self.path)
         results = orchestra.run_pipeline(self.path, orchestra.SyncScope.all(), True, registry)
@@ -12484,34 +12451,29 @@ class History(Home):
         return {orchestra.label_for(result.key): result for result in results}
 
     def sync(self, *argv: str) -> Any:
-        scope = self.label_or_all()
+        scope = self.choose_scope()
         ways = ["main", "pipeline", "one by one", "job"]
         way = self.choose(ways)
-        self.tell("sync", scope or "all", "by", way)
-        if scope is None and not self.registered:
+        self.note("sync", scope or "all", "by", way)
+        if not scope and not self.registered:
             return
-        planned = self.look()
-        labels = self.labels_of(scope)
+        planned, labels = self.look(), self.labels_of(scope)
         if way == "job":  # what was known broken is looked at again
             labels |= set(map(orchestra.label_for, self.cache.registry.broken)) & self.registered
-        others = [other for other in ways if other != way] if self.is_likely(0.2) else []
-        others = others if labels == self.labels_of(scope) else []
-        if others:
+        is_compared = labels == self.labels_of(scope) and self.is_likely(0.2)
+        if is_compared:
             shutil.copytree(self.path, self.copy, symlinks=True)
         with self.judged(labels) as changed:
             self.sync_by(way, self.path, scope)
         self.judge_sync(labels, planned, changed)
-        if others:
-            self.compare(self.choose(others), scope)
-        shutil.rmtree(self.copy, ignore_errors=True)
+        if is_compared:  # with another way, in a copy of the home as it was before
+            other = self.choose(other for other in ways if other != way)
+            self.sync_by(other, str(self.copy), scope)
+            mine, its = (without_age(take_picture(top)) for top in (self.code, self.copy / "code"))
+            assert mine == its, f"by {other} it is something else"
+            shutil.rmtree(self.copy)
         if changed and self.is_likely(0.3):
-            self.give_back(self.choose(sorted(changed.items())))
-
-    def compare(self, way: str, scope: Optional[str]) -> None:
-        """See another way of syncing lead to the same files, in a copy of the home as it was before."""
-        self.sync_by(way, str(self.copy), scope)
-        mine, other = (without_age(take_picture(top)) for top in (self.code, self.copy / "code"))
-        assert mine == other, f"by {way} it is something else"
+            self.restore_copy(*self.choose(sorted(changed.items())))
 
     def judge_sync(self, labels: set[str], planned: dict[str, Any], changed: dict[str, Seen]) -> None:
         files = {
@@ -12524,14 +12486,11 @@ class History(Home):
         for label in labels:
             self.judge_result(label)
         self.killed -= {label for label in labels if (self.code / label).exists()} - self.broken
-        before = self.see_all()
+        before = self.see("run")
         orchestra.run_pipeline(self.path, orchestra.SyncScope.codebase(*labels))
-        assert self.see_all() == before, "a second sync has changed something"
+        assert self.see("run") == before, "a second sync has changed something"
         for label, result in self.look().items():
             assert label not in labels or not result.written, result.written
-
-    def see_all(self) -> dict[str, Seen]:
-        return {path: seen for path, seen in take_picture(self.path).items() if "/run/" not in path}
 
     def judge_result(self, label: str) -> None:
         """See that the files that can be are as the registry wants them, and nothing else lies there."""
@@ -12539,69 +12498,68 @@ class History(Home):
         if label in self.broken or not root.exists():
             assert root.exists() or not os.path.lexists(root)
             return
-        assert not [path for path in take_picture(str(root)) if is_temporary(path)]
+        assert not any(map(is_temporary, take_picture(root)))
         for target in self.values[label]["targets"]:
             path = orchestra.AGENTS[target].path
             file = root / path
             if not file.is_file() or file.is_symlink() or file.parent.is_symlink():
                 assert os.path.lexists(file) or file.parent.is_symlink(), f"{file} is missing"
                 continue
-            data = file.read_bytes()
-            parts = cut_up(data) if IS_SHARED[path] else Parts(b"", data)
+            parts = cut_managed(path, file.read_bytes())
             if parts is not None:
-                assert self.values[label]["description"].encode() in (parts.block or b""), f"{file}: {data!r}"
-                self.ours.setdefault((label, path), set()).add(unify(parts.block or b""))
+                assert self.values[label]["description"].encode() in (parts.block or b""), f"{file}: {parts}"
+                self.ours[label, path].add(unify(parts.block or b""))
 
-    def give_back(self, changed: tuple[str, Seen]) -> None:
+    def restore_copy(self, where: str, old: Seen) -> None:
         """Restore, in a copy of the home, what a sync has replaced; then the file says it again."""
-        where, old = changed
-        label, path = split_place(where)
-        now = look_at(os.path.join(self.path, where)).data if os.path.lexists(os.path.join(self.path, where)) else b""
+        label, path = spot_of(where)
+        file = Path(self.path, where)
+        now = file.read_bytes() if os.path.lexists(file) else b""
         lost = user_words(old.data) - user_words(now)
         if not lost or label not in self.registered or label in self.broken:
             return
-        kept = self.kept()[(label, path)]
-        when = next(when for when, data in sorted(kept.items()) if data == old.data)
-        self.tell("give back", label, path)
+        when = next(when for when, data in sorted(self.kept()[label, path].items()) if data == old.data)
+        self.note("restore in a copy", label, path)
         shutil.copytree(self.path, self.copy, symlinks=True)
-        status = self.run_in(str(self.copy), "restore", label, path, "--at", when)
-        given = (self.copy / where).read_bytes()
-        assert status == 0 and lost <= user_words(given), f"{where}: {lost} did not come back"
-        if cut_up(now):
-            assert cut_up(now).head == cut_up(given).head if IS_SHARED[path] else given == old.data
+        ran = self.run_in(self.copy, "restore", label, path, "--at", when)
+        restored = (self.copy / where).read_bytes()
+        assert ran.status == 0 and lost <= user_words(restored), f"{where}: {lost} did not come back"
+        a, b = cut_up(now), cut_up(restored)
+        if a:
+            assert (b and a.head == b.head) if IS_SHARED[path] else restored == old.data
         shutil.rmtree(self.copy)
 
     def restore(self) -> None:
-        found = [(place, when) for place, versions in self.kept().items() for when in versions]
-        found = sorted((p, w) for p, w in found if p[1] in IS_SHARED and p[0] in self.registered - self.broken)
+        found = [(spot, when) for spot, versions in self.kept().items() for when in versions]
+        found = sorted((s, when) for s, when in found if s[1] in IS_SHARED and s[0] in self.registered - self.broken)
         if found:
             (label, path), when = self.choose(found)
-            self.tell("restore", label, path, when)
+            self.note("restore", label, path, when)
             self.forget(label, path)
             with self.judged({label}, is_restore=True):
                 self.run_in(self.path, "restore", label, path, "--at", when)
 
     def crash(self) -> None:
-        scope, calls, is_late = self.label_or_all(), self.random.randint(1, 70), self.is_likely(0.5)
+        scope, fault = self.choose_scope(), Fault(self.random.randint(1, 70), early=self.is_likely(0.5))
         way = self.choose(("pipeline", "one by one"))
-        self.tell("crash at call", calls, "late" if is_late else "early", scope or "all", way)
+        self.note("crash", scope or "all", way, fault)
         with self.judged(self.labels_of(scope), is_whole=False):
-            run_with_fault(lambda: self.sync_by(way, self.path, scope), Fault(calls, early=not is_late))
+            run_with_fault(lambda: self.sync_by(way, self.path, scope), fault)
         self.killed |= self.labels_of(scope)
 
     def remove(self) -> None:
         label = self.choose(self.values)
         if label not in self.registered:
             return
-        file, purge = Path(orchestra.projects_root(self.path), f"{label}.yaml"), self.is_likely(0.6)
-        self.tell("remove", label, "and purge" if purge else "")
+        file, purge = self.file(label), self.is_likely(0.6)
+        self.note("remove", label, "and purge" if purge else "")
         text = file.read_bytes()
-        with self.judged({label} if purge else set(), but=f".orchestra/projects/{label}.yaml"):
-            status = self.run_in(self.path, "project", "remove", label, *["--purge"] * purge)
+        with self.judged({label} if purge else set(), but=os.path.relpath(file, self.path)):
+            ran = self.run_in(self.path, "project", "remove", label, *["--purge"] * purge)
         if file.exists():
-            assert purge and status == 2 and file.read_bytes() == text
+            assert purge and ran.status == 2 and file.read_bytes() == text
             return
-        assert text in self.kept()[(label, f"{label[5:]}.yaml")].values()
+        assert text in self.kept()[label, file.name].values()
         self.registered.discard(label)
         self.broken.discard(label)
         for path in MANAGED if purge else ():
@@ -12614,11 +12572,11 @@ class History(Home):
 
     def one_step(self) -> None:
         users = [
-            *(self.edit_inside, self.edit_outside) * 4,
-            *(self.change_mode, self.spoil, self.link_parent, self.change_text) * 3,
-            *(self.delete, self.untangle, self.mend_registry) * 2,
-            *(self.edit_bare, self.write_own, self.link, self.make_folder_of_it, self.mend, self.move_root),
-            *(self.change_targets, self.change_project, self.break_registry, self.add_again, self.wind),
+            *(self.edit_inside, self.edit_outside, self.change_registry) * 4,
+            *(self.change_mode, self.spoil, self.link_parent) * 3,
+            *(self.delete, self.untangle, self.mend_registry, self.rewrite) * 2,
+            *(self.put_link, self.put_folder, self.mend, self.move_root),
+            *(self.change_project, self.break_registry, self.register_again, self.wind),
         ]
         orchestras = [*(self.sync,) * 6, self.restore, *(self.crash,) * 2, self.remove]
         try:
@@ -12626,7 +12584,7 @@ class History(Home):
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
             if orchestra.__file__ in traceback.format_exc():
                 raise
-            # the dice ask for what is not there
+            # chance asks for what is not there
 
     def tidy_up(self) -> None:
         """End with all in order: everything current, and nothing left of killed runs."""
@@ -12635,17 +12593,16 @@ class History(Home):
         for file in self.code.glob("*/*/.clinerules"):
             if file.is_symlink():
                 file.unlink()
-        self.add_again()
-        self.mend_registry()
-        self.mend()
-        self.untangle()
+        for put_right in (self.register_again, self.mend_registry, self.mend, self.untangle):
+            put_right()
         for label, path in itertools.product(self.values, MANAGED):
             file = self.code / label / path
-            if IS_SHARED[path] and file.is_file() and cut_up(file.read_bytes()) is None:
+            if file.is_file() and cut_managed(path, file.read_bytes()) is None:
                 file.unlink()
-        self.tell("tidy up")
+        self.note("tidy up")
         with self.judged(set(self.values)):
-            assert self.run_in(self.path, "sync", "--all") == orchestra.OK, self.capsys.readouterr().err
+            ran = self.run_in(self.path, "sync", "--all")
+            assert ran.status == orchestra.OK, ran
         assert {result.errors for result in self.look().values()} == {()}
         assert self.leftovers() == []
 
@@ -12655,17 +12612,17 @@ class History(Home):
                 self.one_step()
             self.tidy_up()
         except Exception as error:
-            steps_told = "\n".join(f"  {number}: {step}" for number, step in enumerate(self.steps))
-            raise Wrong(f"History({self.seed}), after\n{steps_told}\n{error}") from error
+            played = "\n".join(f"  {number}: {step}" for number, step in enumerate(self.steps))
+            raise AssertionError(f"History({self.seed}), after\n{played}\n{error}") from error
 
 
-def play_histories(capsys: Any, seeds: Iterable[int], seconds: float, steps: int = 40) -> tuple[int, int]:
+def play_histories(seeds: Iterable[int], seconds: float, steps: int = 40) -> tuple[int, int]:
     """Play histories until time is up; count them and their steps."""
     deadline = time.monotonic() + seconds
     histories = done = 0
     for seed in seeds:
         folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
-        history = History(folder, capsys, seed)
+        history = History(folder, seed)
         history.play(steps)
         shutil.rmtree(folder)
         histories, done = histories + 1, done + len(history.steps)
@@ -12675,14 +12632,14 @@ def play_histories(capsys: Any, seeds: Iterable[int], seconds: float, steps: int
 
 
 @pytest.mark.parametrize("first", [0, 100, 200])
-def test_whatever_user_and_orchestra_do_in_turns_nothing_is_lost(capsys: Any, first: int) -> None:
-    play_histories(capsys, range(first, first + 8), 1.8)
+def test_whatever_user_and_orchestra_do_in_turns_nothing_is_lost(first: int) -> None:
+    play_histories(range(first, first + 8), 1.8)
 
 
 @pytest.mark.soak
 def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
     first = int(os.environ.get("ORCHESTRA_SEED", "0")) or random.randrange(1 << 40)
-    histories, steps = play_histories(capsys, itertools.count(first), SOAK_SECONDS, 60)
+    histories, steps = play_histories(itertools.count(first), SOAK_SECONDS, 60)
     with capsys.disabled():
         print(f"\n{histories} histories from seed {first} on, {steps} steps")
 
