@@ -12057,8 +12057,9 @@ def key_of(label: str) -> tuple[str, str]:
     return project, name
 
 
-def unify(data: bytes) -> bytes:
-    return data.replace(b"\r\n", b"\n")
+def with_one_space(data: bytes) -> bytes:
+    """Make white space one: a difference in it alone is no edit."""
+    return b" ".join(data.split())
 
 
 class History(Home):
@@ -12176,8 +12177,8 @@ class History(Home):
             "anew": b"# mine\n" + self.line() * self.random.randint(1, 2),
             "empty": b"",
             "without block": parts.head + parts.tail,
-            "lf": unify(data),
-            "crlf": unify(data).replace(b"\n", b"\r\n"),
+            "lf": data.replace(b"\r\n", b"\n"),
+            "crlf": data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"),
         }
         how = "anew" if file.is_symlink() or not data or self.is_likely(0.5) else self.choose(ways)
         self.note("rewrite", label, path, how)
@@ -12365,11 +12366,11 @@ class History(Home):
             assert old is None or was in kept.values(), f"{spot}: what was restored over is not kept"
             return False
         ours_was, ours_now = self.judge_outside(spot, old, new) if IS_SHARED[spot[1]] else (was, now)
-        is_ours = unify(ours_was) in self.ours[spot]
+        is_ours = with_one_space(ours_was) in self.ours[spot]
         if ours_was and ours_was != ours_now and not is_ours:
             assert was in kept.values(), f"{spot}: edited by hand, replaced, and not kept"
         if ours_now and ours_now != ours_was:
-            self.ours[spot].add(unify(ours_now))
+            self.ours[spot].add(with_one_space(ours_now))
         return is_ours
 
     def judge_outside(self, spot: Spot, old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
@@ -12508,7 +12509,7 @@ class History(Home):
             parts = cut_managed(path, file.read_bytes())
             if parts is not None:
                 assert self.values[label]["description"].encode() in (parts.block or b""), f"{file}: {parts}"
-                self.ours[label, path].add(unify(parts.block or b""))
+                self.ours[label, path].add(with_one_space(parts.block or b""))
 
     def restore_copy(self, where: str, old: Seen) -> None:
         """Restore, in a copy of the home, what a sync has replaced; then the file says it again."""
@@ -13331,7 +13332,7 @@ class Saver:
         parts = cut_up(data) or Parts(data)
         block = parts.block or b""
         if block:
-            self.blocks.add(unify(re.sub(rb"u\d+x\n", b"", block)))
+            self.blocks.add(with_one_space(re.sub(rb"u\d+x\n", b"", block)))
             if self.inside:
                 block = block.replace(BEGIN, BEGIN + b"\n" + self.inside, 1)
         return re.sub(rb"u\d+x", self.outside, parts.head) + block + parts.tail
