@@ -2253,8 +2253,8 @@ class ListOf(Kind):
         nodes = doc.read_items(node, key)
         return tuple([self.item.read(doc, item, f"{key}[{i}]") for i, item in enumerate(nodes)])
 
-    def restore(self, value: Any) -> tuple[Any, ...]:
-        return tuple(map(self.item.restore, value))
+    def restore(self, value: Any) -> Optional[tuple[Any, ...]]:
+        return None if value is None else tuple(map(self.item.restore, value))
 
     def write(self, value: Iterable[Any]) -> YamlNode:
         yaml = import_yaml()
@@ -2290,6 +2290,8 @@ class Schema(Kind):
         self.make = make
         self.defaults: dict[str, Any] = make._field_defaults
         self.kinds = {**{name: Text() for name in make._fields if name not in self.NO_KEYS}, **kinds}
+        self.restores = [kind.restore for kind in self.kinds.values()]
+        self.is_all_text = all(isinstance(kind, Text) for kind in self.kinds.values())
 
     def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
         """Read a record; `values` are those of the fields that are not keys."""
@@ -2308,8 +2310,9 @@ class Schema(Kind):
 
     def restore(self, value: Any, *first: str) -> Any:
         """Restore a record from a list of its keys' values; `first` are fields before."""
-        kinds = self.kinds.values()
-        return self.make(*first, *[None if v is None else kind.restore(v) for kind, v in zip(kinds, value)])
+        if self.is_all_text:  # as tasks are: faster
+            return self.make(*map(sys.intern, value[: len(self.kinds)]))
+        return self.make(*first, *[restore(v) for restore, v in zip(self.restores, value)])
 
     def write(self, value: Any) -> YamlNode:
         nodes = {}
