@@ -1056,10 +1056,8 @@ class Lock:
             self._fd = _open_lock(self._path)
             try:
                 if not _take(self._fd, self._timeout):
-                    raise SyncError(
-                        f"{self._path}: another orchestra command has been busy for {self._timeout:g} s",
-                        "wait for it to end, or end it",
-                    )
+                    problem = f"another orchestra command has been busy for {self._timeout:g} s"
+                    raise SyncError(problem, "wait for it to end, or end it")
                 found = Leftover.parse(os.pread(self._fd, 1 << 16, 0))
                 if found:
                     self.settle(found)
