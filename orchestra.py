@@ -6023,7 +6023,6 @@ class LineBuffer:
 
     def __init__(self) -> None:
         self._data = bytearray()
-        self._searched = 0
 
     def __len__(self) -> int:
         return len(self._data)
@@ -6036,17 +6035,15 @@ class LineBuffer:
 
         Raises ProtocolError for a line longer than MAX_LINE.
         """
-        end = self._data.find(b"\n", self._searched)
-        self._searched = len(self._data)
-        if end < 0 and at_end and self._data:
-            end = len(self._data)
-        if end > MAX_LINE or (end < 0 and len(self._data) > MAX_LINE):
-            raise ProtocolError(f"request: expected a line of at most {MAX_LINE} bytes, got a longer one", closes=True)
-        if end < 0:
+        end = self._data.find(b"\n")
+        size = end if end >= 0 else len(self._data)
+        if size > MAX_LINE:
+            message = f"request: expected a line of at most {MAX_LINE} bytes, got a longer one"
+            raise ProtocolError(message, closes=True)
+        if end < 0 and not (size and at_end):
             return None
-        line = bytes(self._data[:end])
-        del self._data[: end + 1]
-        self._searched = 0
+        line = bytes(self._data[:size])
+        del self._data[: size + 1]
         return line.rstrip(b"\r")
 
 
@@ -6445,13 +6442,13 @@ class SocketServer:
 
     def _wait_for(self, client: Client, events: int) -> None:
         """Have the selector wait for some events of a client."""
-        on_ready = functools.partial(self._on_ready, client)
-        if not events and client.events:
+        if events == client.events:
+            return
+        if client.events:
             self._selector.unregister(client.connection)
-        elif events and not client.events:
+        if events:
+            on_ready = functools.partial(self._on_ready, client)
             self._selector.register(client.connection, events, on_ready)
-        elif events != client.events:
-            self._selector.modify(client.connection, events, on_ready)
         client.events = events
 
     def _close(self, client: Client) -> None:
@@ -6470,15 +6467,14 @@ def describe_lock_holder(home: str) -> str:
     A killed daemon leaves its lock file; one that is starting writes it in a moment.
     """
     for _ in range(STATUS_TRIES):
-        try:
+        with suppress(IoError, ValueError, OverflowError):
             pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
-            os.kill(pid, 0)
-        except (IoError, ValueError, OSError, OverflowError):
-            time.sleep(STATUS_PAUSE)
-            continue
-        when = time.localtime(started_at)
-        is_today = time.strftime("%x", when) == time.strftime("%x")
-        return f" (running since {time.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M', when)}, pid {pid})"
+            if not is_gone(pid):
+                when = time.localtime(started_at)
+                is_today = time.strftime("%x", when) == time.strftime("%x")
+                since = time.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M", when)
+                return f" (running since {since}, pid {pid})"
+        time.sleep(STATUS_PAUSE)
     return ""
 
 
@@ -6609,8 +6605,8 @@ REPLACED_KEPT = 86_400  # seconds
 
 def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
     """Load a codebase's notes by path; remove them if they are too old, or damaged."""
-    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        value = json.loads(read_disk(replaced_path(home, key)).data)
+    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError):
+        value = parse_object(read_disk(replaced_path(home, key)).data)
         if now - float(value["at"]) < REPLACED_KEPT:
             return {str(path): str(note) for path, note in value["notes"].items()}
     with suppress(IoError):

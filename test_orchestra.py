@@ -7093,10 +7093,6 @@ class Switchboard:
         assert thing not in self.keys and events
         self.keys[thing] = selectors.SelectorKey(thing, 0, events, data)
 
-    def modify(self, thing: Any, events: int, data: Any) -> None:
-        self.unregister(thing)
-        self.register(thing, events, data)
-
     def unregister(self, thing: Any) -> None:
         del self.keys[thing]
 
@@ -7155,14 +7151,14 @@ class Exchange:
         return channels
 
 
-FINE = {"ok": True, "data": "status"}
+ANSWERED = {"ok": True, "data": "status"}
 
 
 def test_another_user_is_not_admitted() -> None:
     exchange = Exchange()
     channel = exchange.connect(Channel(STATUS + b"\n", uid=os.getuid() + 1))
     assert channel.is_closed and channel.got == b"" and channel.incoming
-    assert exchange.ask()[1] == FINE
+    assert exchange.ask()[1] == ANSWERED
 
 
 def test_one_client_too_many_is_told_so_and_closed() -> None:
@@ -7172,7 +7168,7 @@ def test_one_client_too_many_is_told_so_and_closed() -> None:
     late, reply = exchange.ask()
     assert reply == {"ok": False, "error": f"{orchestra.TOO_MANY_CLIENTS} 3, got one more"} and late.is_closed
     exchange.clock.now += orchestra.SILENT_GRACE
-    assert exchange.ask()[1] == FINE
+    assert exchange.ask()[1] == ANSWERED
     assert sum(channel.is_closed for channel in first) == 1
     assert len(exchange.server.clients) == 3
 
@@ -7199,7 +7195,7 @@ def test_when_all_places_to_stay_are_taken_a_guest_has_one_request_answered() ->
     exchange.board.run()
     late.incoming += STATUS + b"\n"
     exchange.board.run()
-    assert late.replies == [FINE] and not late.is_closed  # there is a place to stay now
+    assert late.replies == [ANSWERED] and not late.is_closed  # there is a place to stay now
 
 
 @pytest.mark.parametrize("sent", [b"", b"{", STATUS + b"\n"], ids=["say nothing", "never end a line", "never read"])
@@ -7283,6 +7279,11 @@ def test_a_client_that_asks_without_end_lets_others_speak() -> None:
 # As a process: the socket
 
 
+def wait_for(live: Home, note: str, *labels: str) -> None:
+    """Wait until the files of some codebases have a note."""
+    wait_until(lambda: all(live.has(note, label) for label in labels or ("shop/api",)))
+
+
 def seconds_for(act: Callable[[], Any]) -> float:
     started = time.monotonic()
     act()
@@ -7291,7 +7292,7 @@ def seconds_for(act: Callable[[], Any]) -> float:
 
 def test_conversations_are_as_agreed_byte_for_byte(served: Home) -> None:
     served.save()
-    wait_until(lambda: served.has("first"))
+    wait_for(served, "first")
     data = json.dumps(served.status(), separators=(",", ":")).encode()
     said = b'{"ok":true,"data":' + data + b"}\n"
     # Between two questions a staleness scan may have been queued, or done.
@@ -7384,7 +7385,7 @@ def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Home) 
     for number in range(20):
         waits.append(seconds_for(lambda: wait_until(served.answers)))
         served.save(note=f"save {number}")
-    wait_until(lambda: served.has("save 19"))
+    wait_for(served, "save 19")
     print(f"status among 200 silent: worst {max(waits) * 1000:.1f} ms")
     assert sorted(waits)[10] < 0.25
     assert memory_of(served.daemons[0].pid) - before < 50 << 20
@@ -7437,7 +7438,7 @@ def test_with_few_descriptors_it_lives_and_serves(live: Home, kind: str, monkeyp
         live.save("shop/api", f"save {number}")
         wait_until(lambda: live.answers())
         time.sleep(0.1)
-    wait_until(lambda: live.has("save 4"))
+    wait_for(live, "save 4")
     for client in clients:
         client.close()
     wait_until(live.answers)
@@ -7756,7 +7757,7 @@ def test_running_out_of_descriptors_turns_callers_away() -> None:
     exchange = Exchange()
     exchange.connect(OSError(errno.EMFILE, "no descriptor"), Channel(STATUS + b"\n"))
     assert exchange.server.clients == set()
-    assert exchange.ask()[1] == FINE
+    assert exchange.ask()[1] == ANSWERED
 
 
 def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
@@ -7931,12 +7932,12 @@ def test_every_watcher_drives_the_daemon(live: Home, kind: str) -> None:
     live.save("shop/api")
     daemon = live.start_daemon(kind)
     assert live.status()["watcher"] == kind
-    wait_until(lambda: live.has("first"))
+    wait_for(live, "first")
     for note, save in [("second", replace), ("third", save_in_place), ("fourth", save_after_truncating)]:
         save(live.file(), live.text(note=note))
-        wait_until(lambda note=note: live.has(note))  # type: ignore[misc]
+        wait_for(live, note)
     live.save("new/app", "at once")
-    wait_until(lambda: live.has("at once", "new/app"))
+    wait_for(live, "at once", "new/app")
     (live.code / "web").mkdir()
     assert live.run_script("project", "add", "web", "-p", "team", "--path", str(live.code / "web")).status == 0
     wait_until(lambda: (live.code / "web" / "CLAUDE.md").exists())
@@ -7951,7 +7952,7 @@ def test_every_watcher_drives_the_daemon(live: Home, kind: str) -> None:
 
 def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Home) -> None:
     served.save("new/app", "at once")
-    wait_until(lambda: served.has("at once", "new/app"))
+    wait_for(served, "at once", "new/app")
     (served.projects / "new").rename(served.projects / "newer")
     wait_until(lambda: os.path.exists(orchestra.record_path(served.path, ("newer", "app"))))
     assert served.complaints() == []
@@ -7963,7 +7964,7 @@ def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Hom
         served.save(note=f"save {number}")
         time.sleep(0.02)
     windows = int((time.monotonic() - started) / orchestra.DEBOUNCE_WINDOW)
-    wait_until(lambda: served.has("save 19"))
+    wait_for(served, "save 19")
     time.sleep(2 * orchestra.DEBOUNCE_WINDOW)  # for syncs too many
     assert served.synced("watcher") <= 3 + windows
 
@@ -7976,7 +7977,7 @@ def test_the_second_of_two_saves_arrives(served: Home, save: Callable[[Path, str
         save(file, served.text(note=f"first of {pause}"))
         time.sleep(pause)
         save(file, served.text(note=f"second of {pause}"))
-        wait_until(lambda pause=pause: served.has(f"second of {pause}"))  # type: ignore[misc]
+        wait_for(served, f"second of {pause}")
 
 
 def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None:
@@ -7991,7 +7992,7 @@ def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None
             time.sleep(0.3)
         assert served.has("one")
         assert served.status()["running"]
-    wait_until(lambda: served.has("four"))
+    wait_for(served, "four")
     wait_until(lambda: served.synced("watcher") == 3)
 
 
@@ -8006,70 +8007,38 @@ def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Home) -> N
         waits.append(seconds_for(live.status))
     print(f"status while 300 sync: {len(waits)} asked, worst {max(waits) * 1000:.1f} ms")
     assert max(waits) < 0.25
-    wait_until(lambda: live.has("second", labels[0]) and live.has("second", labels[-1]))
+    wait_for(live, "second", labels[0], labels[-1])
     assert all(live.read(label) for label in labels)
     live.stop(daemon)
     assert live.errors() == ""
 
 
-def test_a_file_caught_half_written_is_never_reported(served: Home) -> None:
-    file = served.save(note="one")
-    wait_until(lambda: served.has("one"))
-    for number in range(3):
-        time.sleep((1.2, 0.5, 1.2)[number] * orchestra.DEBOUNCE_WINDOW)
-        text = served.text(note=f"whole {number}")
-        started = time.monotonic()
-        with open(file, "w") as out:
-            out.write("notes: [")
-            out.flush()
-            while time.monotonic() < started + 0.1:
-                assert served.status()["problems"] == []
-                time.sleep(0.01)
-            out.seek(0)
-            out.write(text)
-        if time.monotonic() - started > 0.4:
-            pytest.skip("this machine is too busy to be broken for 100 ms only")
-        wait_until(lambda number=number: served.has(f"whole {number}"))  # type: ignore[misc]
-    time.sleep(1.2 * orchestra.DEBOUNCE_WINDOW)
-    assert served.status()["problems"] == []
-    assert served.errors() == ""
-
-
-def test_a_file_that_stays_broken_is_a_problem_until_it_is_mended(served: Home) -> None:
-    served.save("shop/api", "one")
-    served.save("shop/web", "one")
-    wait_until(lambda: served.has("one") and served.has("one", "shop/web"))
-    save_in_place(served.file(), served.text(note="bad") + "targets: [\n")
-    wait_until(lambda: served.status()["problems"])
-    (problem,) = served.status()["problems"]
-    assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
-    assert "daemon-err" not in problem["message"]
-    wait_until(lambda: "shop/api.yaml" in served.errors())  # logged a moment after the cache is swapped
-    assert served.status()["codebases"] == ["api", "web"]
-    served.save("shop/web", "two")
-    wait_until(lambda: served.has("two", "shop/web"))
-    assert served.has("one") and served.status()["problems"] == [problem]
-    save_in_place(served.file(), served.text(note="mended"))
-    wait_until(lambda: served.has("mended"))
-    wait_until(lambda: served.status()["problems"] == [])
-
-
-def test_a_file_broken_from_the_start_is_a_problem_and_others_go_on(live: Home) -> None:
+def test_a_broken_file_is_a_problem_until_it_is_mended_and_others_go_on(live: Home) -> None:
     live.save("shop/web")
-    live.save("shop/api").write_text("name: api\npath: [")
+    live.save("shop/api").write_text("name: api\npath: [")  # broken from the start
     daemon = live.start_daemon()
-    wait_until(lambda: live.has("first", "shop/web"))
-    (problem,) = live.status()["problems"]
-    assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
-    live.save("shop/api", "mended")
-    wait_until(lambda: live.has("mended"))
-    wait_until(lambda: live.status()["problems"] == [])
+    wait_for(live, "first", "shop/web")
+    for note in ("one", "two"):
+        wait_until(lambda: live.status()["problems"])
+        (problem,) = live.status()["problems"]
+        assert problem["where"].startswith("~/.orchestra/projects/shop/api.yaml:")
+        assert "daemon-err" not in problem["message"]
+        wait_until(lambda: live.errors().count("shop/api.yaml"))  # logged a moment later
+        live.save("shop/web", note)
+        wait_for(live, note, "shop/web")
+        assert live.status()["problems"] == [problem] and live.status()["codebases"] == ["api", "web"]
+        save_in_place(live.file(), live.text(note=note))
+        wait_for(live, note)
+        wait_until(lambda: live.status()["problems"] == [])
+        if note == "one":
+            save_in_place(live.file(), live.text(note="bad") + "targets: [\n")
+    assert len(live.errors().splitlines()) == 2
     live.stop(daemon)
 
 
 def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Home) -> None:
     served.save()
-    wait_until(lambda: served.has("first"))
+    wait_for(served, "first")
     root = served.code / "shop" / "api"
     shutil.rmtree(root)
     text = served.text(note="second")
@@ -8118,11 +8087,11 @@ def test_a_project_file_that_changes_or_goes_syncs_all(served: Home) -> None:
     labels = ("shop/api", "shop/web")
     for label in labels:
         served.save(label)
-    wait_until(lambda: all(served.has("first", label) for label in labels))
+    wait_for(served, "first", *labels)
     project = served.file("shop/project")
     for note in ("of the shop", "of the new shop"):
         project.write_text(f"name: shop\nconventions:\n- {note}\n")
-        wait_until(lambda: all(served.has(note, label) for label in labels))  # noqa: B023
+        wait_for(served, note, *labels)
     project.unlink()
     wait_until(lambda: not any(served.has(note, label) for label in labels))
     assert served.has("first")
@@ -8133,11 +8102,11 @@ def test_a_project_file_that_changes_or_goes_syncs_all(served: Home) -> None:
 
 def test_sighup_looks_at_everything_again(served: Home) -> None:
     served.save()
-    wait_until(lambda: served.has("first"))
+    wait_for(served, "first")
     put_files(served.code / "shop/api", {"README.md": ""})
     (served.code / "shop" / "api" / "CLAUDE.md").unlink()
     served.daemons[-1].send_signal(signal.SIGHUP)
-    wait_until(lambda: served.has("first"))
+    wait_for(served, "first")
     assert "rescanning everything reason=SIGHUP" in served.log()
 
 
@@ -8329,7 +8298,7 @@ def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Home) -> 
     for number in range(20):
         waits.append(seconds_for(served.status))
         served.save("shop/web", f"save {number}")
-    wait_until(lambda: served.has("save 19", "shop/web"))
+    wait_for(served, "save 19", "shop/web")
     print(f"status beside a pipe: worst {max(waits) * 1000:.1f} ms")
     assert max(waits) < 0.25
     wait_until(lambda: served.status()["problems"])
@@ -8342,7 +8311,7 @@ def test_an_idle_daemon_sleeps(live: Home, kind: str, monkeypatch: Any) -> None:
     require(kind, monkeypatch)
     live.save()
     daemon = live.start_daemon(kind)
-    wait_until(lambda: live.has("first"))
+    wait_for(live, "first")
     with live.connection(b'{"cmd":') as half, live.connection() as ended:
         ended.shutdown(socket.SHUT_RD)
         half.shutdown(socket.SHUT_WR)
@@ -8486,7 +8455,7 @@ def test_a_link_that_comes_and_goes_stops_nothing(served: Home) -> None:
         file.unlink()
         file.write_text(served.text("shop/one"))
     served.save("shop/one", "last")
-    wait_until(lambda: served.has("last", "shop/one"))
+    wait_for(served, "last", "shop/one")
 
 
 def test_a_client_that_connects_in_the_turn_of_a_stop_does_no_harm(live: Home) -> None:
