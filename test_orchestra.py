@@ -6304,13 +6304,19 @@ def test_a_backend_is_opened_by_name_or_the_best(wanted: str, name: Optional[str
 
 @pytest.mark.skipif(not IS_LINUX, reason="inotify is Linux's")
 def test_a_backend_asked_for_that_is_not_available_is_an_error() -> None:
+    with without_descriptors(), pytest.raises(orchestra.NotifyError):
+        orchestra.open_backend("inotify", 4096)
+
+
+@contextmanager
+def without_descriptors() -> Iterator[None]:
+    """Let this process open no more files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
     try:
-        with pytest.raises(orchestra.OrchestraError):
-            orchestra.open_backend("inotify", 4096)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -7276,6 +7282,30 @@ def test_a_client_that_asks_without_end_lets_others_speak() -> None:
     assert len(greedy.replies) == 1000
 
 
+def test_running_out_of_descriptors_turns_callers_away() -> None:
+    exchange = Exchange()
+    exchange.connect(OSError(errno.EMFILE, "no descriptor"), Channel(STATUS + b"\n"))
+    assert exchange.server.clients == set()
+    assert exchange.ask()[1] == ANSWERED
+
+
+def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
+    taken: list[int] = []
+
+    class Taker(Channel):
+        """The worker opens a file just when the spare descriptor is free."""
+
+        def close(self) -> None:
+            super().close()
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    exchange = Exchange()
+    with without_descriptors():
+        exchange.connect(OSError(errno.EMFILE, "no descriptor"), Taker())
+    for fd in taken:
+        os.close(fd)
+
+
 # As a process: the socket
 
 
@@ -7753,36 +7783,6 @@ def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: 
     assert len(live.errors().splitlines()) == 1 and live.has("first")
 
 
-def test_running_out_of_descriptors_turns_callers_away() -> None:
-    exchange = Exchange()
-    exchange.connect(OSError(errno.EMFILE, "no descriptor"), Channel(STATUS + b"\n"))
-    assert exchange.server.clients == set()
-    assert exchange.ask()[1] == ANSWERED
-
-
-def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
-    taken: list[int] = []
-
-    class Taker(Channel):
-        """The worker opens a file just when the spare descriptor is free."""
-
-        def close(self) -> None:
-            super().close()
-            taken.append(os.open(os.devnull, os.O_RDONLY))
-
-    exchange = Exchange()
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
-    try:
-        exchange.connect(OSError(errno.EMFILE, "no descriptor"), Taker())
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for fd in taken:
-            os.close(fd)
-
-
 def turn_for_reply(daemon: orchestra.Daemon, client: socket.socket) -> Any:
     turn_until(daemon, lambda: select.select([client], [], [], 0)[0])
     return json.loads(read_line(client))
@@ -7861,10 +7861,8 @@ def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Home, turned: orc
 
 
 def test_a_full_queue_does_not_make_the_loop_spin(live: Home, turned: orchestra.Daemon) -> None:
-    turn_until(turned, lambda: live.synced("start"))
     live.save()
-    turn_until(turned, lambda: live.has("first"))
-    turn_until(turned, lambda: live.synced("watcher"))
+    turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
     with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
         job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket")
         assert turned._processor.submit(job)
@@ -8255,7 +8253,7 @@ def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Home) -
     assert stat.S_IMODE(os.stat(os.path.dirname(served.socket)).st_mode) & 0o077 in (0, 0o055)
 
 
-UNFIT = {  # for a daemon: what stands at a path below the home folder, a part of the refusal
+UNFIT_HOMES = {  # for a daemon: what stands at a path below the home folder, a part of the refusal
     "a file for a socket": (".orchestra/daemon.sock", "precious", "expected a socket or nothing, got a "),
     "a folder for a socket": (".orchestra/daemon.sock", None, "expected a socket or nothing, got a "),
     "a link for a socket": (".orchestra/daemon.sock", link_to("elsewhere"), "expected a socket or nothing, got a "),
@@ -8263,7 +8261,7 @@ UNFIT = {  # for a daemon: what stands at a path below the home folder, a part o
 }
 
 
-@pytest.mark.parametrize(("name", "content", "refusal"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize(("name", "content", "refusal"), UNFIT_HOMES.values(), ids=UNFIT_HOMES)
 def test_a_daemon_that_finds_a_home_unfit_says_so_in_one_line(
     home: Home, name: str, content: Any, refusal: str
 ) -> None:
