@@ -5593,13 +5593,6 @@ class Suspects:
 # The watcher
 
 
-class Changes(NamedTuple):
-    """What differs between two snapshots, as paths."""
-
-    saved: frozenset[str]
-    deleted: frozenset[str]
-
-
 class SeenFile(NamedTuple):
     """A file in a snapshot; a new stamp has it read, a new digest reported."""
 
@@ -5693,29 +5686,28 @@ class Watcher:
         self._anchors = Anchors(self._watch)
         self._overdue: set[str] = set()  # suspects that count as they are
         self._has_looked = False
-        self._saved: set[str] = set()
-        self._deleted: set[str] = set()
+        self._changed: set[str] = set()
 
     @property
     def interval(self) -> float:
         """Seconds until everything should be looked at again."""
         return POLL_INTERVAL if self.must_poll else RESCAN_INTERVAL
 
-    def drain(self) -> Changes:
+    def drain(self) -> set[str]:
         """Look where the backend has events."""
         return self.look(self.backend.drain())
 
-    def recheck(self) -> Changes:
+    def recheck(self) -> set[str]:
         """Look again at the suspects whose time has come."""
         due, self._overdue = self.suspects.take_due()
-        changes = self.look(due)
+        changed = self.look(due)
         self._overdue = set()
         self.suspects.settle(due)
-        return changes
+        return changed
 
-    def look(self, paths: Optional[set[str]] = None) -> Changes:
-        """Compare some paths with the disk, or everything."""
-        self._saved, self._deleted = set(), set()
+    def look(self, paths: Optional[set[str]] = None) -> set[str]:
+        """Compare some paths with the disk, or all; return which files changed."""
+        self._changed = set()
         try:
             if paths is None or any(map(self._is_structural, paths)):
                 self._look_at_all()
@@ -5724,7 +5716,7 @@ class Watcher:
         except OSError:
             self.must_poll = True  # something went meanwhile: look again soon
         self._has_looked = True
-        return Changes(frozenset(self._saved), frozenset(self._deleted))
+        return self._changed
 
     def _is_structural(self, path: str) -> bool:
         if self._anchors.concern(path):
@@ -5750,17 +5742,11 @@ class Watcher:
         entries = self._list(self._root)
         if entries is None:
             return
-        self._folders, loose = set(), []
-        for entry in entries:
-            if is_ignored(entry.name):
-                continue
-            if entry.is_symlink():
-                self._anchors.add(entry.path)
-            if os.path.isdir(entry.path):
-                self._folders.add(entry.path)
-            elif is_registry_file(entry.name):
-                loose.append(entry.path)
-        self._look_at_files(self._root, loose)
+        entries = [entry for entry in entries if not is_ignored(entry.name)]
+        self._follow_links(entries)
+        self._folders = {entry.path for entry in entries if os.path.isdir(entry.path)}
+        others = [entry for entry in entries if entry.path not in self._folders]
+        self._look_at_files(self._root, [e.path for e in others if is_registry_file(e.name)])
         for folder in self._snapshot.keys() - self._folders - {self._root}:
             self._look_at_files(folder, ())
         for folder in self._folders:
@@ -5774,10 +5760,13 @@ class Watcher:
             return
         known = self._snapshot.get(folder, {})
         entries = [entry for entry in entries if entry.path in known or is_registry_file(entry.name)]
+        self._follow_links(entries)
+        self._look_at_files(folder, [entry.path for entry in entries])
+
+    def _follow_links(self, entries: list[os.DirEntry[str]]) -> None:
         for entry in entries:
             if entry.is_symlink():
                 self._anchors.add(entry.path)
-        self._look_at_files(folder, [entry.path for entry in entries])
 
     def _list(self, folder: str) -> Optional[list[os.DirEntry[str]]]:
         """List a folder, empty if there is none; return None if an error may pass."""
@@ -5815,8 +5804,7 @@ class Watcher:
         age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
         known[path] = SeenFile(stamp, self._digest(path), age < self.RACY_TIME)
         if seen is None or seen.digest != known[path].digest:
-            self._saved.add(path)
-            self._deleted.discard(path)
+            self._changed.add(path)
 
     def _may_be_half_written(self, path: str, size: int, seen: Optional[SeenFile]) -> bool:
         if path in self._overdue or not self._has_looked:
@@ -5834,8 +5822,7 @@ class Watcher:
     def _forget(self, known: dict[str, SeenFile], path: str) -> None:
         self.suspects.discard([path])
         if known.pop(path, None):
-            self._deleted.add(path)
-            self._saved.discard(path)
+            self._changed.add(path)
 
     def _watch(self, path: str, is_file: bool = False) -> bool:
         try:
@@ -6577,9 +6564,7 @@ class RegistryCache(NamedTuple):
     def load(cls, home: str) -> "RegistryCache":
         return cls(Registry({}, {}, (), Owners())).renewed(load_registry(home))
 
-    def renewed(
-        self, registry: Registry, results: Sequence[SyncCodebaseResult] = (), now: Optional[int] = None
-    ) -> "RegistryCache":
+    def renewed(self, registry: Registry, results: Sequence[SyncCodebaseResult] = ()) -> "RegistryCache":
         """Make the next cache, after the registry was read and codebases synced."""
         names = self.names
         if self.registry.codebases.keys() != registry.codebases.keys() or self.registry.broken or registry.broken:
@@ -6589,7 +6574,8 @@ class RegistryCache(NamedTuple):
             failures.pop(result.key, None)
             if result.errors and result.key in registry.codebases:
                 failures[result.key] = result.errors
-        return RegistryCache(registry, names, failures, now or self.last_sync_at)
+        has_synced = any(not result.errors for result in results)
+        return RegistryCache(registry, names, failures, int(time.time()) if has_synced else self.last_sync_at)
 
     @property
     def problems(self) -> list[Problem]:
@@ -6786,8 +6772,7 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
     started = time.monotonic()
     run = SyncRun(home, cache.registry, job)
     results = run.sync()
-    has_synced = any(not result.errors for result in results)
-    cache = cache.renewed(run.registry, results, int(time.time()) if has_synced else None)
+    cache = cache.renewed(run.registry, results)
     names = [cache.names[result.key] for result in results]
     if job.target.names is None:
         target = "all"
@@ -6927,8 +6912,6 @@ STOP_PATIENCE = 15.0  # seconds a job has to end; launchd's ExitTimeOut is 20
 RETRY_INTERVAL = 10.0  # seconds until a sync whose error may pass is tried again
 MAX_DESCRIPTORS = 10240
 
-# The process
-
 
 def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
     """Raise the soft limit on open files (launchd's is 256) and return it."""
@@ -6943,15 +6926,6 @@ def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             return wanted
     return soft
-
-
-def open_standard_streams() -> None:
-    """Open /dev/null on closed standard streams, so that no file takes their place."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 # What to sync, and when
@@ -7111,7 +7085,6 @@ class Daemon:
         self._is_stopping = False
         self._stop_by = 0.0
         with ExitStack() as opened:
-            open_standard_streams()
             self._socket = DaemonSocket(home, self._started_at)
             opened.callback(self._socket.close)
             limit = raise_descriptor_limit()
@@ -7201,8 +7174,8 @@ class Daemon:
         if job is not None:
             self._submit(job)
 
-    def _note(self, changes: Changes) -> None:
-        self._schedule.note(key_of_change(self.home, path) for path in changes.saved | changes.deleted)
+    def _note(self, changed: set[str]) -> None:
+        self._schedule.note(key_of_change(self.home, path) for path in changed)
 
     def _submit(self, job: SyncJob) -> bool:
         # The end of this job sets it again, or the end of those that fill the queue.
@@ -8565,8 +8538,15 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
 
 
 def prepare_output() -> None:
-    """Let text of any characters be printed, and to closed streams too."""
-    open_standard_streams()
+    """Let any text be printed, even to closed streams.
+
+    They are opened on /dev/null, so that no other file gets descriptors 0 to 2.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
