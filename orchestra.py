@@ -16,7 +16,7 @@
                                  ▼  backed up, then replaced in one step (16, by way of 5 and 6)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon:  a YAML file is saved ─► hint ─► what changed ─► debounced (18) ─► job (21) ─► Plan, as above
+    The daemon:  a YAML file is saved ─► event ─► what changed ─► debounced (18) ─► job (21) ─► Plan, as above
 
 Contents
   I Ground
@@ -43,7 +43,7 @@ Contents
     17 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    18 Watching           notifications are hints; comparing the tree shows what changed
+    18 Watching           events say where to look; comparing the tree shows what changed
     19 Logs               the daemon's log files, written and followed
     20 Control socket     lines of JSON, the client, the server
     21 Worker             jobs, one at a time, beside the loop
