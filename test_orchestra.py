@@ -7055,6 +7055,7 @@ class Channel:
         return struct.pack("3i", 1, self.uid, 1)
 
     def recv(self, size: int) -> bytes:
+        assert not self.is_closed
         if not self.incoming and not self.is_ended:
             raise BlockingIOError
         data = bytes(self.incoming[:size])
@@ -7226,8 +7227,7 @@ def test_the_oldest_of_those_that_say_nothing_gives_way_though_it_sends_bytes() 
     exchange.clock.now += 0.8 * orchestra.SILENT_GRACE
     young = exchange.connect(Channel())
     exchange.clock.now += 0.2 * orchestra.SILENT_GRACE
-    trickling.incoming += b"{"
-    exchange.board.run()
+    trickling.incoming += b"{"  # in the turn in which its place goes to another
     assert exchange.ask(b'{"cmd":"stop"}')[1]["ok"]
     assert trickling.is_closed and not young.is_closed
 
@@ -7245,6 +7245,20 @@ def test_silent_clients_are_dropped_in_time() -> None:
     exchange.server.drop_silent()
     assert silent.is_closed and not spoken.is_closed
     assert exchange.server.next_expiry() == 1050
+
+
+def test_a_client_that_waits_for_a_job_is_not_dropped() -> None:
+    def wait(request: orchestra.Request, client: orchestra.Client) -> None:
+        client.state = client.WAITING
+
+    exchange = Exchange(wait)
+    channel, _ = exchange.ask()
+    exchange.clock.now += 1000
+    exchange.server.drop_silent()
+    assert exchange.server.next_expiry() is None
+    (client,) = exchange.server.clients
+    exchange.server.reply(client, b'"done"\n')
+    assert channel.replies == ["done"] and not channel.is_closed
 
 
 def test_a_client_that_never_reads_costs_little() -> None:
