@@ -7247,6 +7247,16 @@ def test_silent_clients_are_dropped_in_time() -> None:
     assert exchange.server.next_expiry() == 1050
 
 
+def test_a_client_that_has_ended_and_does_not_read_does_not_make_the_server_spin() -> None:
+    exchange = Exchange()
+    deaf = Channel(STATUS + b"\n")
+    deaf.room, deaf.is_ended = 0, True
+    exchange.connect(deaf)
+    deaf.room = 1 << 30
+    exchange.board.run()
+    assert deaf.replies == [ANSWERED] and deaf.is_closed
+
+
 def test_a_client_that_waits_for_a_job_is_not_dropped() -> None:
     def wait(request: orchestra.Request, client: orchestra.Client) -> None:
         client.state = client.WAITING
@@ -7277,7 +7287,6 @@ def test_a_client_that_never_reads_costs_little() -> None:
     assert len(client.lines) <= 2 * orchestra.MAX_LINE
     assert len(exchange.connect(Channel(STATUS + b"\n")).replies) == 1
     deaf.is_ended = True
-    exchange.board.run()  # does not spin
     deaf.room = 1 << 30
     exchange.board.run()
     assert len(deaf.replies) == 30000 and deaf.is_closed
