@@ -3796,19 +3796,17 @@ def _line_at(data: bytes, place: int) -> int:
     return 1 + data.count(b"\n", 0, place)
 
 
-def _find_exact_markers(data: bytes) -> Iterator[Marker]:
-    # A plain search first: the expression alone would try every line.
-    stub, marker = (
-        b"<!-- orchestra:",
-        re.compile(rb"(?m)^(?:\xef\xbb\xbf)*(<!-- orchestra:(begin|end) -->)[ \t]*\r?$"),
-    )
-    at = data.find(stub)
-    while at >= 0:
-        found = marker.match(data, data.rfind(b"\n", 0, at) + 1)
-        if found and found.start(1) == at:
-            yield Marker(*found.span(1), found[2].decode())
-        next_line = data.find(b"\n", at)
-        at = data.find(stub, next_line) if next_line >= 0 else -1
+def _list_markers(data: bytes) -> list[Marker]:
+    """List the markers, and what looks like one, wherever they stand (step 1)."""
+    comment = rb"(<!--[ \t]*(?i:orchestra):[ \t]*((?i:begin|end))[ \t]*-->)[ \t]*\r?(?![^\n])"
+    markers = []
+    for found in re.finditer(comment, data):
+        before = data[data.rfind(b"\n", 0, found.start()) + 1 : found.start()]
+        blank = re.fullmatch(rb"(?:\xef\xbb\xbf)*([ \t]*)", before)
+        if blank:
+            is_exact = not blank[1] and found[1] in (BLOCK_BEGIN.encode(), BLOCK_END.encode())
+            markers.append(Marker(*found.span(1), found[2].decode() if is_exact else ""))
+    return markers
 
 
 def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
@@ -3876,20 +3874,13 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
 
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
 def find_markers(data: bytes) -> tuple[Marker, ...]:
-    """Find the markers that count, and the lines that look like one."""
-    words = data.count(b"orchestra:") + data.count(b"Orchestra:") + data.count(b"ORCHESTRA:")
-    if not words:
-        return ()
-    markers = list(_find_exact_markers(data))
-    if words == len(markers) == 2 and [marker.kind for marker in markers] == ["begin", "end"]:
+    """Find the markers that count, and what looks like one (steps 1 to 4)."""
+    markers = _list_markers(data) if b"rchestra:" in data or b"RCHESTRA:" in data else []
+    if [marker.kind for marker in markers] == ["begin", "end"]:
         around = data[: markers[0].start], data[markers[1].end :]
         if not any(fence in part for part in around for fence in (b"```", b"~~~")):
             return tuple(markers)  # as most files have them
-    if words > len(markers):
-        exact = {marker.start for marker in markers}
-        like = rb"(?mi)^(?:\xef\xbb\xbf)*[ \t]*(<!--[ \t]*orchestra:[ \t]*(?:begin|end)[ \t]*-->)[ \t]*\r?$"
-        markers += [Marker(*found.span(1), "") for found in re.finditer(like, data) if found.start(1) not in exact]
-    return _read_lines(data, sorted(markers))[0] if markers else ()
+    return _read_lines(data, markers)[0] if markers else ()
 
 
 def find_block(data: bytes) -> Optional[slice]:
