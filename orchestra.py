@@ -676,13 +676,6 @@ def is_gone(process: int) -> bool:
     return False
 
 
-def unlink_quietly(path: str, folder: Optional[int] = None) -> None:
-    try:
-        os.unlink(path, dir_fd=folder)
-    except OSError:
-        pass  # never made, or gone
-
-
 # Exchanging names
 
 
@@ -905,7 +898,8 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
             else:
                 os.unlink(temporary)
         except BaseException:
-            unlink_quietly(temporary)
+            with suppress(OSError):  # it may never have been made
+                os.unlink(temporary)
             raise
         if durable:
             sync_folder(folder)
@@ -1012,24 +1006,27 @@ def sweep_folder(folder: str, token: str) -> None:
                 os.unlink(path)
 
 
-def _open_lock(path: str) -> int:
-    make_private_folder(os.path.dirname(path))
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-
-def _take(fd: int, timeout: float) -> bool:
-    """Lock an opened file, or return False if another process keeps it."""
+def try_lock(path: str, timeout: float = 0.0) -> Optional[int]:
+    """Take a lock until its descriptor is closed; None if it is taken; raises IoError."""
     deadline = time.monotonic() + timeout
-    is_last = False  # two tries at least, for `is_locked` takes it for an instant
-    while True:
+    is_last = False  # two tries at least: `is_locked` takes it for an instant
+    with blame(path):
+        make_private_folder(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if is_last:
-                return False
-        is_last = time.monotonic() >= deadline
-        time.sleep(0.01)
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return fd
+                if is_last:
+                    break
+                is_last = time.monotonic() >= deadline
+                time.sleep(0.01)
+        except BaseException:  # a file system without locks
+            os.close(fd)
+            raise
+    os.close(fd)
+    return None
 
 
 class Lock:
@@ -1052,12 +1049,13 @@ class Lock:
         self._count = 0
 
     def __enter__(self: "AnyLock") -> "AnyLock":
+        fd = try_lock(self._path, self._timeout)
+        if fd is None:
+            problem = f"another orchestra command has been busy for {self._timeout:g} s"
+            raise SyncError(problem, "wait for it to end, or end it")
+        self._fd = fd
         with blame(self._path):
-            self._fd = _open_lock(self._path)
             try:
-                if not _take(self._fd, self._timeout):
-                    problem = f"another orchestra command has been busy for {self._timeout:g} s"
-                    raise SyncError(problem, "wait for it to end, or end it")
                 found = Leftover.parse(os.pread(self._fd, 1 << 16, 0))
                 if found:
                     self.settle(found)
@@ -1116,20 +1114,6 @@ class Lock:
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], written)
         self._is_announced = True
-
-
-def try_lock(path: str) -> Optional[int]:
-    """Take a lock until its descriptor is closed; None if taken; raises IoError."""
-    with blame(path):
-        fd = _open_lock(path)
-        try:
-            if _take(fd, 0):
-                return fd
-        except OSError:  # a file system without locks
-            os.close(fd)
-            raise
-    os.close(fd)
-    return None
 
 
 def is_locked(path: str) -> bool:
@@ -1247,7 +1231,8 @@ def _removed_on_error(place: Place, temporary: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        unlink_quietly(temporary, place.folder)
+        with suppress(OSError):  # it may never have been made
+            place.unlink(temporary)
         if isinstance(error, FileNotFoundError):
             raise FileChanged(place.path) from error
         raise
@@ -1397,7 +1382,8 @@ def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
             _place_new_file(place, new)
         displaced.verify(expected)
     finally:
-        unlink_quietly(new, place.folder)
+        with suppress(OSError):
+            place.unlink(new)
 
 
 def replace_file(

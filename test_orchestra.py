@@ -1017,6 +1017,13 @@ def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> Non
     assert sorted(os.listdir(home.code)) == [".orchestra-alive.tmp", "dead.tmp", "lock"]
 
 
+def test_a_turn_that_could_not_clean_up_leaves_its_lock_file_as_a_kill_does(home: Home) -> None:
+    with orchestra.Lock(str(home.code / "lock")) as lock:
+        lock.announce_swap(orchestra.Swap("/code/x", "/code/.orchestra-1.tmp", ["ab"]))
+        lock.is_clean = False
+    assert orchestra.Leftover.parse((home.code / "lock").read_bytes()) == lock.leftover
+
+
 def settling(path: str, settle: Callable[[orchestra.Leftover], Any]) -> orchestra.Lock:
     lock = orchestra.Lock(path)
     lock.settle = settle  # type: ignore[method-assign]
@@ -5139,8 +5146,8 @@ def test_a_codebase_removed_while_a_sync_waits_is_not_written_again_nor_an_error
 def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
     for name in ("api", "web"):
         home.make_codebase(f"shop/{name}")
-    take = orchestra._take
-    monkeypatch.setattr(orchestra, "_take", lambda fd, timeout: take(fd, 0.05))
+    take = orchestra.try_lock
+    monkeypatch.setattr(orchestra, "try_lock", lambda path, timeout: take(path, 0.05))
     with orchestra.Lock(orchestra.codebase_lock_path(home.path, ("shop", "api"))):
         ran = home.run("sync", "--all")
     assert ran.status == 2 and "another orchestra command has been busy for 30 s" in ran.complaints[0]
