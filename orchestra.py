@@ -119,7 +119,7 @@ import os
 import re
 import stat
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import SimpleNamespace
@@ -2006,12 +2006,8 @@ class Document:
         self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
 
     def reject(self, node: YamlNode, key: str, expected: str) -> None:
-        if is_null(node):
-            found = "nothing"
-        elif isinstance(node.value, str):
-            found = excerpt(node.value)
-        else:
-            found = "a mapping" if node.id == "mapping" else "a list"
+        found = {"mapping": "a mapping", "sequence": "a list"}.get(node.id)
+        found = found or ("nothing" if is_null(node) else excerpt(node.value))
         self.complain(f"{key}: expected {expected}, got {found}", node)
 
     def compose(self, text: str) -> Optional[YamlNode]:
@@ -2505,12 +2501,7 @@ CODEBASE_SCHEMA = Schema(
         )
     ),
 )
-PROJECT_SCHEMA = Schema(
-    Project,
-    targets=ListOf(OneOf(AGENTS)),
-    commands=TextMap(),
-    conventions=TEXTS,
-)
+PROJECT_SCHEMA = Schema(Project, targets=ListOf(OneOf(AGENTS)), commands=TextMap(), conventions=TEXTS)
 
 
 def now_rfc3339(clock: Clock = time.time) -> str:
@@ -2758,7 +2749,7 @@ def listed_key(home: str, key: Key) -> Key:
 
 # A broken file stops only its own codebase. From files to a Registry:
 #
-#   1 scan_registry lists the files of codebases, and stray ones, without reading them.
+#   1 RegistryScan lists the files of codebases, and stray ones, without reading them.
 #   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file
 #     that has been parsed before comes from ParsedFiles.
 #   3 read_project reads what the codebases of a project share, and `inherit` adds it.
@@ -2791,9 +2782,7 @@ class Registry(NamedTuple):
     @property
     def short_names(self) -> dict[Key, str]:
         """Names as short as is unique: api, or shop/api if two projects have one."""
-        counts: dict[str, int] = {}
-        for _, name in self.keys:
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(name for _, name in self.keys)
         return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
 
     @property
@@ -3008,7 +2997,10 @@ def is_registry_file(name: str) -> bool:
 
 
 class RegistryScan:
-    """The keys of a registry's codebases, and the problems of stray files."""
+    """The keys of a registry's codebases, and the problems of stray files.
+
+    Codebases are not read. Raises IoError if the registry cannot be listed at all.
+    """
 
     def __init__(self, home: str) -> None:
         self.home = home
@@ -3062,15 +3054,6 @@ class RegistryScan:
                     self._reject(entry, "ignored: YAML files belong right in the project's folder")
 
 
-def scan_registry(home: str) -> tuple[list[Key], list[Problem]]:
-    """List the codebases of the registry, and stray files, without reading them.
-
-    Raises IoError if the registry cannot be listed at all.
-    """
-    scan = RegistryScan(home)
-    return scan.keys, scan.stray
-
-
 # Loading
 
 
@@ -3116,9 +3099,9 @@ def reload_codebases(
 
 def load_registry(home: str) -> Registry:
     """Read the whole registry; raises IoError if it cannot be listed."""
-    keys, stray = scan_registry(home)
-    parsed = ParsedFiles(home)
-    registry = reload_codebases(home, Registry({}, {}, tuple(stray), Owners()), keys, parsed)
+    scan, parsed = RegistryScan(home), ParsedFiles(home)
+    empty = Registry({}, {}, tuple(scan.stray), Owners())
+    registry = reload_codebases(home, empty, scan.keys, parsed)
     parsed.save_if_worth_it()
     return registry
 
@@ -6694,7 +6677,7 @@ class SyncRun:
             return reload_codebases(self._home, self._old, self._job.changed)
         # A client may name what was saved a moment ago, before the watcher's turn.
         stems = {name.rpartition("/")[2] for name in names}
-        keys = [key for key in scan_registry(self._home)[0] if key[1] in stems or key not in self._old.codebases]
+        keys = [key for key in RegistryScan(self._home).keys if key[1] in stems or key not in self._old.codebases]
         return reload_codebases(self._home, self._old, keys)
 
     def _find_suspects(self) -> frozenset[Key]:

@@ -2591,9 +2591,9 @@ def test_a_damaged_cache_of_parsed_files_only_costs_time(home: Home, damage: byt
 
 def test_a_registry_file_that_disappears_while_it_is_listed_is_no_problem(home: Home, monkeypatch: Any) -> None:
     file = home.register()
-    scanned = orchestra.scan_registry(home.path)
+    scanned = orchestra.RegistryScan(home.path)
     shutil.rmtree(file.parent)
-    monkeypatch.setattr(orchestra, "scan_registry", lambda home: scanned)
+    monkeypatch.setattr(orchestra, "RegistryScan", lambda home: scanned)
     assert (home.registry().keys, home.problems()) == ([], [])
 
 
