@@ -11818,7 +11818,7 @@ class History(Home):
         super().__init__(folder)
         self.seed, self.random = seed, random.Random(seed)
         self.code, self.copy = Path(self.path, "code"), self.folder / "copy"
-        self.steps: list[str] = []
+        self.steps = [""]  # the choices of each
         self.count = itertools.count(1)
         self.clock = Clock(1.6e9)
         self.ours: dict[Spot, set[bytes]] = collections.defaultdict(set)  # what Orchestra wrote
@@ -11828,6 +11828,7 @@ class History(Home):
         self.killed: set[str] = set()
         self.registered: set[str] = set()
         self.broken: set[str] = set()
+        self.purged: set[str] = set()
         put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
         for label in ("shop/api", "shop/web"):
             self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r")}
@@ -11837,20 +11838,19 @@ class History(Home):
 
     # Words and choices
 
+    def choose(self, choices: Iterable[Any]) -> Any:
+        choice = self.random.choice(list(choices))
+        self.steps[-1] += f" {getattr(choice, '__name__', choice)!s:.50}"
+        return choice
+
+    def is_likely(self, chance: float) -> bool:
+        return self.random.random() < chance
+
     def word(self, letter: str = "u") -> str:
         return f"{letter}{next(self.count)}x"
 
     def line(self, newline: bytes = b"\n") -> bytes:
         return f"{self.word()} of the user".encode() + newline
-
-    def choose(self, choices: Iterable[Any]) -> Any:
-        return self.random.choice(list(choices))
-
-    def is_likely(self, chance: float) -> bool:
-        return self.random.random() < chance
-
-    def note(self, *words: object) -> None:
-        self.steps.append(" ".join(map(str, words)))
 
     def pick(self) -> tuple[str, str, Path]:
         """Choose a managed file of a codebase."""
@@ -11887,7 +11887,7 @@ class History(Home):
     # The user's steps; one that cannot be made is left out
 
     def edit_inside(self) -> None:
-        label, path, file = self.pick()
+        _, path, file = self.pick()
         parts = cut_managed(path, file.read_bytes())
         if parts is None or parts.block is None:
             return
@@ -11897,11 +11897,10 @@ class History(Home):
         how = self.choose(("insert", "replace", "drop"))
         newline = b"\r\n" if b"\r\n" in parts.block else b"\n"
         lines[at : at + (how != "insert" and at < last)] = [] if how == "drop" else [self.line(newline)]
-        self.note("edit inside", label, path, how)
         self.write(file, parts.head + b"".join(lines) + parts.tail)
 
     def edit_outside(self) -> None:
-        label, path, file = self.pick()
+        _, path, file = self.pick()
         newline, where = self.choose(NEWLINES), self.choose(("before", "after", "both"))
         data = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
         parts = cut_up(data) if IS_SHARED[path] else Parts(b"")
@@ -11914,7 +11913,6 @@ class History(Home):
         if parts.block is not None and tail and not tail.startswith(NEWLINES):
             tail = newline + tail
         bom = BOM if not data and self.is_likely(0.1) else b""
-        self.note("edit outside", label, path, where, newline)
         self.write(file, bom + head + (parts.block or b"") + tail)
 
     def rewrite(self) -> None:
@@ -11930,7 +11928,6 @@ class History(Home):
             "crlf": data.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n"),
         }
         how = "anew" if file.is_symlink() or not data or self.is_likely(0.5) else self.choose(ways)
-        self.note("rewrite", label, path, how)
         self.forget(label, path)
         if file.is_symlink():
             file.unlink()
@@ -11939,20 +11936,17 @@ class History(Home):
     def delete(self) -> None:
         label, path, file = self.pick()
         if os.path.lexists(file):
-            self.note("delete", label, path)
             self.clear(label, path)
 
     def put_link(self) -> None:
         label, path, file = self.pick()
         inside = self.code / label / self.choose(other for other in MANAGED if other != path)
         target = os.path.relpath(self.choose((inside, Path(self.path, "outside/CLAUDE.md"))), file.parent)
-        self.note("link", label, path, "to", target)
         self.clear(label, path)
         put_files(file.parent, {file.name: link_to(target)})
 
     def put_folder(self) -> None:
         label, path, file = self.pick()
-        self.note("folder at", label, path)
         self.clear(label, path)
         put_files(file, {"mine.md": self.line()})
 
@@ -11961,11 +11955,10 @@ class History(Home):
         for label, path in itertools.product(self.values, MANAGED):
             file = self.code / label / path
             if file.is_symlink() or file.is_dir():
-                self.note("untangle", label, path)
                 self.clear(label, path)
 
     def spoil(self) -> None:
-        label, path, file = self.pick()
+        _, path, file = self.pick()
         if not IS_SHARED[path] or file.is_symlink() or file in self.spoilt:
             return
         data = file.read_bytes()
@@ -11979,22 +11972,18 @@ class History(Home):
         }
         how = self.choose(wrong)
         self.spoilt[file] = data
-        self.note("spoil", label, path, how)
         self.write(file, wrong[how])
 
     def mend(self) -> None:
         for file, data in self.spoilt.items():
             if file.is_file():
-                self.note("mend", file.name)
                 self.write(file, data)
         self.spoilt.clear()
 
     def change_mode(self) -> None:
-        label, path, file = self.pick()
+        file = self.pick()[2]
         if file.is_file() and not file.is_symlink():
-            mode = self.choose((0o600, 0o640, 0o644, 0o755))
-            self.note("chmod", label, path, oct(mode))
-            file.chmod(mode)
+            file.chmod(self.choose((0o600, 0o640, 0o644, 0o755)))
 
     def link_parent(self) -> None:
         """Lead the folder of an owned file out of the codebase, or back."""
@@ -12006,14 +11995,12 @@ class History(Home):
         elif folder.is_dir() and not self.leftovers():
             folder.rename(beside)
             folder.symlink_to(os.path.relpath(Path(self.path, "outside/rules"), folder.parent))
-        self.note("parent is a link:", folder.is_symlink())
 
     def move_root(self) -> None:
         root = self.code / self.choose(self.values)
         away = root.with_name(f"{root.name}.away")
         old, new = (away, root) if away.exists() else (root, away)
         old.rename(new)
-        self.note("root is now", new.name)
 
     def enter(self, label: str) -> None:
         """Write a codebase's registry file. `~` lets a copy of the home be one of its own."""
@@ -12029,33 +12016,27 @@ class History(Home):
         self.values[label][key] = value
         if label in self.registered:
             self.enter(label)
-        self.note("registry:", label, key, value)
 
     def change_project(self) -> None:
         word = self.word("r")
         self.write_registry("shop/project.yaml", {"name": "shop", "conventions": [word]})
-        self.note("project.yaml", word)
 
     def break_registry(self) -> None:
         label = self.choose(self.values)
         if label in self.registered:
             self.write_registry(f"{label}.yaml", "name: [\n")
             self.broken.add(label)
-            self.note("break", label)
 
     def mend_registry(self) -> None:
         for label in sorted(self.broken):
-            self.note("mend", label)
             self.enter(label)
 
     def register_again(self) -> None:
         for label in sorted(self.values.keys() - self.registered):
-            self.note("register", label)
             self.enter(label)
 
     def wind(self) -> None:
         self.clock.now += self.choose((-1e6, -5, 0, 1, 1e6))
-        self.note("clock", self.clock.now)
 
     # Pictures, and what Orchestra may have done between two
 
@@ -12111,13 +12092,14 @@ class History(Home):
         was, now = old.data if old else b"", new.data if new else b""
         lost = user_words(was) - user_words(now)
         assert lost <= user_words(b" ".join(kept.values())), f"{spot}: {lost} is lost"
+        is_kept = old is None or with_one_space(was) in map(with_one_space, kept.values())
         if is_restore:
-            assert old is None or was in kept.values(), f"{spot}: what was restored over is not kept"
+            assert is_kept, f"{spot}: what was restored over is not kept"
             return False
         ours_was, ours_now = self.judge_outside(spot, old, new) if IS_SHARED[spot[1]] else (was, now)
         is_ours = with_one_space(ours_was) in self.ours[spot]
         if ours_was and ours_was != ours_now and not is_ours:
-            assert was in kept.values(), f"{spot}: edited by hand, replaced, and not kept"
+            assert is_kept, f"{spot}: edited by hand, replaced, and not kept"
         if ours_now and ours_now != ours_was:
             self.ours[spot].add(with_one_space(ours_now))
         return is_ours
@@ -12204,7 +12186,6 @@ class History(Home):
         scope = self.choose_scope()
         ways = ["main", "pipeline", "one by one", "job"]
         way = self.choose(ways)
-        self.note("sync", scope or "all", "by", way)
         if not scope and not self.registered:
             return
         planned, labels = self.look(), self.labels_of(scope)
@@ -12269,7 +12250,6 @@ class History(Home):
         if not lost or label not in self.registered or label in self.broken:
             return
         when = next(when for when, data in sorted(self.kept()[label, path].items()) if data == old.data)
-        self.note("restore in a copy", label, path)
         shutil.copytree(self.path, self.copy, symlinks=True)
         ran = self.run_in(self.copy, "restore", label, path, "--at", when)
         restored = (self.copy / where).read_bytes()
@@ -12280,19 +12260,23 @@ class History(Home):
         shutil.rmtree(self.copy)
 
     def restore(self) -> None:
-        found = [(spot, when) for spot, versions in self.kept().items() for when in versions]
-        found = sorted((s, when) for s, when in found if s[1] in IS_SHARED and s[0] in self.registered - self.broken)
+        found = sorted(
+            (spot, when)
+            for spot, versions in self.kept().items()
+            if spot[1] in IS_SHARED and spot[0] in self.registered - self.broken
+            for when, data in versions.items()
+            # What was written before a purge counts as a colleague's.
+            if spot[0] not in self.purged or b"Written by Orchestra" not in data
+        )
         if found:
             (label, path), when = self.choose(found)
-            self.note("restore", label, path, when)
             self.forget(label, path)
             with self.judged({label}, is_restore=True):
                 self.run_in(self.path, "restore", label, path, "--at", when)
 
     def crash(self) -> None:
-        scope, fault = self.choose_scope(), Fault(self.random.randint(1, 70), early=self.is_likely(0.5))
+        scope, fault = self.choose_scope(), Fault(self.choose(range(1, 71)), early=self.choose((False, True)))
         way = self.choose(("pipeline", "one by one"))
-        self.note("crash", scope or "all", way, fault)
         with self.judged(self.labels_of(scope), is_whole=False):
             run_with_fault(lambda: self.sync_by(way, self.path, scope), fault)
         self.killed |= self.labels_of(scope)
@@ -12301,19 +12285,20 @@ class History(Home):
         label = self.choose(self.values)
         if label not in self.registered:
             return
-        file, purge = self.file(label), self.is_likely(0.6)
-        self.note("remove", label, "and purge" if purge else "")
+        file, purge = self.file(label), self.choose(((), ("--purge",), ("--purge",)))
         text = file.read_bytes()
         with self.judged({label} if purge else set(), but=os.path.relpath(file, self.path)):
-            ran = self.run_in(self.path, "project", "remove", label, *["--purge"] * purge)
+            ran = self.run_in(self.path, "project", "remove", label, *purge)
         if file.exists():
             assert purge and ran.status == 2 and file.read_bytes() == text
             return
         assert text in self.kept()[label, file.name].values()
         self.registered.discard(label)
         self.broken.discard(label)
+        self.purged |= {label} if purge else set()
         for path in MANAGED if purge else ():
-            self.ours.pop((label, path), None)  # what was written is forgotten
+            self.forget(label, path)
+            self.ours.pop((label, path), None)
             where = self.code / label / path
             parts = cut_up(where.read_bytes()) if where.is_file() and IS_SHARED[path] else None
             assert where.is_symlink() or parts is None or parts.block is None, f"{where}: not purged"
@@ -12329,6 +12314,7 @@ class History(Home):
             *(self.change_project, self.break_registry, self.register_again, self.wind),
         ]
         orchestras = [*(self.sync,) * 6, self.restore, *(self.crash,) * 2, self.remove]
+        self.steps.append("")
         try:
             self.choose(users if self.is_likely(0.6) else orchestras)()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
@@ -12349,7 +12335,6 @@ class History(Home):
             file = self.code / label / path
             if file.is_file() and cut_managed(path, file.read_bytes()) is None:
                 file.unlink()
-        self.note("tidy up")
         with self.judged(set(self.values)):
             ran = self.run_in(self.path, "sync", "--all")
             assert ran.status == orchestra.OK, ran
@@ -12360,6 +12345,7 @@ class History(Home):
         try:
             for _ in range(steps):
                 self.one_step()
+            self.steps.append("tidy up")
             self.tidy_up()
         except Exception as error:
             played = "\n".join(f"  {number}: {step}" for number, step in enumerate(self.steps))
@@ -12401,6 +12387,7 @@ def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
 
 needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who has a file open for writing")
 Change = Callable[[bytes], bytes]
+Save = Callable[[Path, Change], None]
 
 
 def save_renaming(file: Path, change: Change) -> None:
@@ -12477,10 +12464,9 @@ class Scene:
 
     def words(self) -> set[bytes]:
         """Return the user's words that he can find again: in the file, and in what is kept of it."""
-        kept = Path(orchestra.backups_of(self.home.path, API)).glob("*/CLAUDE.md")
+        now = self.file.read_bytes() if self.file.is_file() else b""
         # Where writers cannot be told, it is aside for a minute.
-        aside = Path(orchestra.backups_of(self.home.path, API), ".aside").glob("*")
-        return user_words(b" ".join(file.read_bytes() for file in (self.file, *kept, *aside) if file.is_file()))
+        return user_words(now) | kept_words(self.home) | kept_words(self.home, name=".aside/*")
 
     def check_synced(self) -> None:
         """Check that the file is as the registry has it, once synced again, and that nothing else lies about."""
@@ -12697,19 +12683,10 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
     assert Path(orchestra.codebase_lock_path(home.path, API)).read_bytes() == b""
 
 
-HOLD = """
-import sys
-with open(sys.argv[1], "ab", buffering=0) as file:
-    print("open", flush=True)
-    sys.stdin.readline()
-    file.write(b"u1x\\n")
-"""
-
-
 def hold_open(file: Path, stdin: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     """Have another process hold a file open until a line comes, and then write to it."""
-    argv = [sys.executable, "-c", HOLD, str(file)]
-    process = subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, text=True)
+    script = 'exec 3>> "$0"; echo open; read line; echo u1x >&3'
+    process = subprocess.Popen(["sh", "-c", script, str(file)], stdin=stdin, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "open\n"
     return process
 
@@ -13048,19 +13025,13 @@ WAYS_IN_PLACE = [save_over, save_patching, save_slowly, append]
 WAYS_OF_EDITING = [save_renaming, save_anew, *(WAYS_IN_PLACE if IS_LINUX else [])]
 
 
-class KeptWords:
-    """The user's words in the backups; each file is read once."""
-
-    def __init__(self, folder: str, name: str) -> None:
-        self.pattern = Path(folder), f"**/{name}"
-        self.read: set[Path] = set()
-        self.words: set[bytes] = set()
-
-    def __call__(self) -> set[bytes]:
-        for file in set(self.pattern[0].glob(self.pattern[1])) - self.read:
-            self.words |= user_words(file.read_bytes())
-            self.read.add(file)
-        return self.words
+def kept_words(home: Home, label: str = "shop/api", name: str = "CLAUDE.md") -> set[bytes]:
+    """Return the user's words in the backups of a file, and in what is set aside for a minute."""
+    words = set()
+    for file in Path(orchestra.backups_root(home.path), label).glob(f"**/{name}"):
+        with contextlib.suppress(FileNotFoundError):  # thinned out meanwhile
+            words |= user_words(file.read_bytes())
+    return words
 
 
 class Saver:
@@ -13070,42 +13041,43 @@ class Saver:
     The user waits for that before the next save, since what he overwrites himself is his own loss.
     """
 
-    def __init__(self, file: Path, kept: KeptWords, save: Callable[[Path, Change], None], pause: float = 0.004) -> None:
-        self.file, self.kept, self.save, self.pause = file, kept, save, pause
+    def __init__(self, file: Path, kept: Callable[[], set[bytes]], save: Save) -> None:
+        self.file, self.kept, self.save = file, kept, save
         self.random = random.Random(1)
         self.number = 0
         self.lost: list[str] = []
         self.blocks: set[bytes] = set()
 
+    def next_word(self) -> bytes:
+        self.number += 2
+        return b"u%07dx" % self.number
+
     def change(self, data: bytes) -> bytes:
         parts = cut_up(data) or Parts(data)
         block = parts.block or b""
+        self.outside = self.next_word()
+        self.inside = b"u%07dx" % (self.number + 1) if block and self.number % 8 == 0 else b""
         if block:
             self.blocks.add(with_one_space(re.sub(rb"u\d+x\n", b"", block)))
-            if self.inside:
-                block = block.replace(BEGIN, BEGIN + b"\n" + self.inside, 1)
+            block = block.replace(BEGIN, BEGIN + b"\n" + self.inside, 1) if self.inside else block
         return re.sub(rb"u\d+x", self.outside, parts.head) + block + parts.tail
-
-    def save_once(self) -> None:
-        self.number += 2
-        self.outside = b"u%07dx" % self.number
-        self.inside = b"u%07dx" % (self.number + 1) if self.number % 8 == 0 else b""
-        self.save(self.file, self.change)
-        self.rest()
 
     def rest(self) -> None:
         """Pause shortly, now and then so long that a sync finds the file at rest."""
-        time.sleep(self.random.random() * self.pause * (40 if self.random.random() < 0.1 else 1))
+        time.sleep(self.random.random() * 0.004 * (40 if self.random.random() < 0.1 else 1))
 
     def is_safe(self) -> bool:
         data = self.file.read_bytes() if self.file.exists() else b""
         parts = cut_up(data)
-        is_outside = bool(parts) and self.outside in parts.head
-        return is_outside and (not self.inside or self.inside in data or self.inside in self.kept())
+        is_outside = parts and self.outside in parts.head
+        if self.file.suffix == ".yaml":
+            is_outside = is_outside or self.outside in self.kept()
+        return bool(is_outside) and (not self.inside or self.inside in data or self.inside in self.kept())
 
     def run(self, is_over: Callable[[], bool]) -> tuple[int, int, list[str]]:
         while not is_over():
-            self.save_once()
+            self.save(self.file, self.change)
+            self.rest()
             try:
                 wait_until(self.is_safe, 3)
             except AssertionError:
@@ -13120,13 +13092,9 @@ class Appender(Saver):
 
     def run(self, is_over: Callable[[], bool]) -> tuple[int, int, list[str]]:
         while not is_over():
-            self.number += 2
-            append(self.file, add(b"u%07dx" % self.number))
+            append(self.file, add(self.next_word()))
             self.rest()
         return self.number // 2, 2, []
-
-
-WRITER_IN_THE_WAY = (BUSY, "it kept changing while Orchestra was writing it")
 
 
 def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
@@ -13149,7 +13117,8 @@ def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] 
         ran = finish(command)
         assert "Traceback" not in ran.err
         # Exit 2 tells of a writer that did not let go, and of nothing else.
-        told = [line for line in ran.complaints if not line.endswith(WRITER_IN_THE_WAY)]
+        way_out = (BUSY, "it kept changing while Orchestra was writing it")
+        told = [line for line in ran.complaints if not line.endswith(way_out)]
         assert told == [] and ran.status == (2 if ran.complaints else 0), ran
     return number
 
@@ -13163,12 +13132,13 @@ def settle(live: Home, labels: list[str]) -> None:
     assert ran.status == 0, ran
     assert all(live.has("the last", label) for label in labels)
     assert live.run_script("status", "--check").status == 0
-    left = [path for top in (live.code, live.path) for path in take_picture(str(top)) if is_temporary(path)]
-    assert left == []
+    assert not any(map(is_temporary, take_picture(live.folder)))
 
 
-def kept_of(live: Home, label: str, name: str = "CLAUDE.md") -> KeptWords:
-    return KeptWords(orchestra.backups_of(live.path, key_of(label)), name)
+def tell_soak(capsys: Any, seconds: float, text: str) -> None:
+    if seconds > 1.5:
+        with capsys.disabled():
+            print(f"\n{text}")
 
 
 @pytest.mark.parametrize(
@@ -13184,8 +13154,8 @@ def test_what_editors_save_during_syncs_is_not_lost(served: Home, capsys: Any, w
         label = f"shop/c{number}"
         served.save(label)
         file = served.code / label / "CLAUDE.md"
-        replace(file, "mine: u0000000x\n\n")
-        savers[label] = (Appender if way is append else Saver)(file, kept_of(served, label), way)
+        put_files(file.parent, {"CLAUDE.md": "mine: u0000000x\n\n", "code.py": ""})
+        savers[label] = (Appender if way is append else Saver)(file, lambda at=label: kept_words(served, at), way)
     assert served.run_script("sync", "--all").status == 0
     children = {label: Child(saver.run) for label, saver in savers.items()}
     try:
@@ -13203,12 +13173,6 @@ def test_what_editors_save_during_syncs_is_not_lost(served: Home, capsys: Any, w
         assert saves > 5, name
         counted = f"{saves} saves, {blocks} versions met, {changes} changes, {len(words - in_file)} only in the backups"
         tell_soak(capsys, seconds, f"{name}: {counted}")
-
-
-def tell_soak(capsys: Any, seconds: float, text: str) -> None:
-    if seconds > 1.5:
-        with capsys.disabled():
-            print(f"\n{text}")
 
 
 # Several syncs at once, and a codebase that goes meanwhile
@@ -13231,7 +13195,7 @@ def test_daemon_and_commands_at_once_leave_whole_files(served: Home, capsys: Any
 
     changes = stir(served, labels, seconds, look)
     settle(served, labels)
-    assert [kept_of(served, label)() for label in labels] == [set()] * 5
+    assert [kept_words(served, label) for label in labels] == [set()] * 5
     tell_soak(capsys, seconds, f"{changes} changes, {next(looks)} looks")
 
 
@@ -13265,25 +13229,14 @@ def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Ho
 # The registry's own files
 
 
-class RegistrySaver(Saver):
-    """A user who saves a registry file in a loop."""
-
-    def change(self, data: bytes) -> bytes:
-        return re.sub(rb"u\d+x", self.outside, data)
-
-    def is_safe(self) -> bool:
-        data = self.file.read_bytes() if self.file.exists() else b""
-        return self.outside in data or self.outside in self.kept()
-
-
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
 @pytest.mark.parametrize("save", [save_renaming, save_over, save_slowly], ids=name_of)
 def test_what_an_editor_saves_of_a_registry_file_during_init_is_not_lost(
-    live: Home, capsys: Any, save: Callable[[Path, Change], None], seconds: float
+    live: Home, capsys: Any, save: Save, seconds: float
 ) -> None:
     file = live.save(note="mine u0000000x  # u0000000x")
     root, environ = str(live.code / "shop/api"), {"HOME": live.path}
-    child = Child(RegistrySaver(file, kept_of(live, "shop/api", "api.yaml"), save).run)
+    child = Child(Saver(file, lambda: kept_words(live, name="api.yaml"), save).run)
     deadline, rounds = time.monotonic() + seconds, 0
     try:
         while rounds < 5 or time.monotonic() < deadline:
