@@ -759,6 +759,7 @@ def new_file(path: str, data: bytes, mode: Optional[int], folder: Optional[int] 
 
 
 def finish_file(fd: int, mode: Optional[int], durable: bool) -> None:
+    """Set a new file's mode; if `durable`, wait for the disk."""
     if mode is not None:
         os.fchmod(fd, mode)
     if durable:
@@ -1007,7 +1008,7 @@ def sweep_folder(folder: str, token: str) -> None:
 
 
 def try_lock(path: str, timeout: float = 0.0) -> Optional[int]:
-    """Take a lock until its descriptor is closed; None if it is taken; raises IoError."""
+    """Take a lock until its descriptor is closed; None if taken; raises IoError."""
     deadline = time.monotonic() + timeout
     is_last = False  # two tries at least: `is_locked` takes it for an instant
     with blame(path):
