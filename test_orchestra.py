@@ -8744,7 +8744,7 @@ def test_a_home_that_xml_cannot_hold_is_a_launchd_error(home: str) -> None:
         orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
 
 
-# A launchd to test with
+# launchd
 
 
 class Answerer:
@@ -8765,20 +8765,30 @@ class Answerer:
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
 
+    def reply(self) -> bytes:
+        return orchestra.encode_reply({"running": True, "pid": self.pid, "version": self.version})
+
     def serve(self) -> None:
         while True:
             with self.listener.accept()[0] as client:
                 line = client.recv(4096)
                 if line == b"end":
                     return
-                client.sendall(orchestra.encode_reply({"running": True, "pid": self.pid, "version": self.version}))
+                client.sendall(self.reply())
 
     def stop(self) -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(self.path)
             client.sendall(b"end")
             self.thread.join()
-        self.listener.close()  # and leaves a stale socket
+        self.listener.close()  # which leaves a stale socket
+
+
+class Busy(Answerer):
+    """A daemon that all its places for clients are taken of."""
+
+    def reply(self) -> bytes:
+        return orchestra.encode_error(orchestra.TOO_MANY_CLIENTS)
 
 
 class Service:
@@ -8800,57 +8810,73 @@ class Service:
 
 
 GUI = f"gui/{os.getuid()}"
+BINARY = "/opt/orchestra"
+PLIST = "HOME/Library/LaunchAgents/dev.orchestra.daemon.plist"
+UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orchestra.daemon"]
+LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
+STAY = orchestra.Launchd.STAY_TIME
 
 
 class FakeLaunchctl:
-    """A launchd that keeps state; `codes` are exit codes to answer a subcommand with before it does its work."""
+    """A launchd that keeps state, and its clock."""
 
-    def __init__(
-        self,
-        home: str,
-        teardown: float = 0.0,
-        start: Any = None,
-        runs_at_load: bool = True,
-        has_session: bool = True,
-        **codes: Sequence[int],
-    ) -> None:
+    def __init__(self, home: str) -> None:
         self.home = home
-        self.teardown = teardown  # seconds that a service is still known after bootout
-        self.runs_at_load = runs_at_load
-        self.has_session = has_session
-        self.start_service = start or (lambda plist: Answerer(orchestra.socket_path(home)))
-        self.codes = {name: list(left) for name, left in codes.items()}
+        self.plist = Path(orchestra.launchd_plist_path(home))
+        self.codes: dict[str, Iterator[int]] = {}  # exit statuses that a subcommand gives first
+        self.start_service: Callable[[dict[str, Any]], Any] = lambda plist: Answerer(orchestra.socket_path(home))
+        self.teardown = 0.0  # seconds that a service is still known after bootout
+        self.runs_at_load = self.has_session = True
+        self.disabled = False
+        self.claims = 0  # what bootstrap answers when it has loaded the service
         self.loaded: Optional[dict[str, Any]] = None
         self.loaded_bytes = b""
         self.gone_at: Optional[float] = None
-        self.disabled = False
         self.running: Any = None
         self.now = 0.0
+        self.events: dict[float, Callable[[FakeLaunchctl], object]] = {}  # what happens at a time
         self.calls: list[str] = []
         self.times: list[float] = []
+
+    def given(self, codes: dict[str, Sequence[int]] = {}, events: Any = {}, **state: Any) -> FakeLaunchctl:
+        vars(self).update(state, codes={verb: iter(left) for verb, left in codes.items()}, events=dict(events))
+        return self
 
     def launchd(self, **options: Any) -> orchestra.Launchd:
         options = {"run": self.run, "clock": lambda: self.now, "sleep": self.sleep, **options}
         return orchestra.Launchd(self.home, **{"platform": "darwin", **options})
 
+    def install(self, binary: str = BINARY, **options: Any) -> bytes:
+        """Install, and return the plist's bytes."""
+        orchestra.install_launchd(self.launchd(**options), binary)
+        return self.plist.read_bytes()
+
+    def refusal(self, binary: str = BINARY) -> orchestra.LaunchdError:
+        with pytest.raises(orchestra.LaunchdError) as caught:
+            self.install(binary)
+        return caught.value
+
+    def uninstall(self, **options: Any) -> bool:
+        return orchestra.uninstall_launchd(self.launchd(**options))
+
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+        for when in [when for when in self.events if when <= self.now]:
+            self.events.pop(when)(self)
 
     def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
-        assert argv[0] == "/bin/launchctl"
-        assert timeout > 0
-        words = [word.replace(GUI, "GUI").replace(self.home, "HOME") for word in argv[1:]]
-        self.calls.append(" ".join(words))
+        assert argv[0] == "/bin/launchctl" and timeout > 0
+        self.calls.append(" ".join(argv[1:]).replace(GUI, "GUI").replace(self.home, "HOME"))
         self.times.append(self.now)
         if self.gone_at is not None and self.now >= self.gone_at:
             self.loaded = self.gone_at = None
-        left = self.codes.get(argv[1], [])
-        code = left.pop(0) if left else getattr(self, argv[1])(*argv[2:])
+        code = next(self.codes.get(argv[1], iter(())), None)
+        code = getattr(self, argv[1])(*argv[2:]) if code is None else code
         return orchestra.Completed(code, f"{argv[1]} said {code}")
 
-    def verbs(self) -> list[str]:
-        """Give what was asked for, without the looking."""
-        return [call.split()[0] for call in self.calls if not call.startswith("print")]
+    def verbs(self) -> str:
+        """Return what was asked for, without the looking."""
+        return " ".join(call.split()[0] for call in self.calls if not call.startswith("print"))
 
     def bootout(self, service: str) -> int:
         assert service == f"{GUI}/dev.orchestra.daemon"
@@ -8873,7 +8899,9 @@ class FakeLaunchctl:
             return 5  # what 119 and 125 are for
         self.loaded_bytes = Path(plist).read_bytes()
         self.loaded = plistlib.loads(self.loaded_bytes)
-        return self.start() if self.runs_at_load else 0
+        if self.runs_at_load:
+            self.start()
+        return self.claims
 
     def kickstart(self, flag: str, service: str) -> int:
         assert flag == "-k"
@@ -8885,7 +8913,7 @@ class FakeLaunchctl:
         return 0
 
     def start(self) -> int:
-        self.running = self.start_service(self.loaded)
+        self.running = self.start_service(self.loaded or {})
         return 0
 
     def stop(self) -> None:
@@ -8895,110 +8923,151 @@ class FakeLaunchctl:
 
 
 @pytest.fixture
-def launchctl(machine: Machine) -> Any:
-    """Make a stand-in for launchd, whose services end with the test."""
-    made = []
-
-    def make(**options: Any) -> FakeLaunchctl:
-        made.append(FakeLaunchctl(machine.path, **options))
-        return made[-1]
-
-    yield make
-    for fake in made:
-        fake.stop()
+def launchctl(machine: Machine) -> Iterator[FakeLaunchctl]:
+    fake = FakeLaunchctl(machine.path)
+    yield fake
+    fake.stop()
 
 
-BINARY = "/opt/orchestra"
-
-
-def install_with(machine: Machine, fake: FakeLaunchctl, binary: str = BINARY, **options: Any) -> bytes:
-    """Install, and give the plist's bytes."""
-    orchestra.install_launchd(fake.launchd(**options), binary)
-    return plist_of(machine).read_bytes()
-
-
-def plist_of(machine: Machine) -> Path:
-    return Path(orchestra.launchd_plist_path(machine.path))
-
-
-def no_daemon(plist: Any) -> None:
+def start_nothing(plist: Any) -> None:
     """Start a daemon that ends at once."""
 
 
-PLIST = "HOME/Library/LaunchAgents/dev.orchestra.daemon.plist"
-UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orchestra.daemon"]
-LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
+def test_install_loads_the_plist_and_leaves_alone_what_it_started(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    data = launchctl.install()
+    assert launchctl.calls == [*UNLOADING, *LOADING] and launchctl.now == STAY
+    assert data == launchctl.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(machine.path))
+    assert os.path.isdir(orchestra.run_dir(machine.path)) and os.path.isdir(orchestra.logs_dir(machine.path))
 
 
-def test_install_loads_the_plist_and_leaves_alone_what_it_started(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    data = install_with(machine, fake)
-    assert fake.calls == [*UNLOADING, *LOADING]
-    assert fake.now == orchestra.Launchd.STAY_TIME
-    assert data == fake.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(machine.path))
-    assert os.path.isdir(orchestra.run_dir(machine.path))
-    assert os.path.isdir(orchestra.logs_dir(machine.path))
+NEVER = {"start_service": start_nothing}
+INSTALLS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "loading did not start it": ({"runs_at_load": False}, "bootout enable bootstrap kickstart", 10),
+    "it starts slowly": ({"runs_at_load": False, "events": {9: FakeLaunchctl.start}}, "bootout enable bootstrap", 9),
+    "the label was disabled": ({"disabled": True}, "bootout enable bootstrap", 0),  # else bootstrap answers 5
+    "it answers 5 though it has loaded it": ({"claims": 5}, "bootout enable bootstrap", 0),
+    **{
+        f"launchd is busy: {codes}": (
+            {"codes": {"bootstrap": codes}},
+            "bootout enable bootstrap" + " bootstrap" * len(codes),
+            len(codes) / 2,
+        )
+        for codes in ([5], [37], [36], [5, 37, 5], [5] * 20)
+    },
+}
 
 
-def test_a_daemon_that_loading_did_not_start_is_kickstarted(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(runs_at_load=False)
-    install_with(machine, fake)
-    assert fake.calls == [*UNLOADING, *LOADING, "kickstart -k GUI/dev.orchestra.daemon"]
-    assert fake.times == [0, 0, 0, 0, 0, orchestra.Launchd.START_TIMEOUT]
-    assert fake.now == orchestra.Launchd.START_TIMEOUT + orchestra.Launchd.STAY_TIME
+@pytest.mark.parametrize(("state", "verbs", "seconds"), INSTALLS.values(), ids=INSTALLS)
+def test_install_waits_no_longer_and_kills_no_more_than_it_must(
+    machine: Machine, launchctl: FakeLaunchctl, state: dict[str, Any], verbs: str, seconds: float
+) -> None:
+    launchctl.given(**state).install()
+    assert (launchctl.verbs(), launchctl.now) == (verbs, seconds + STAY)
+    assert machine.answers()
 
 
-def test_a_daemon_that_starts_slowly_is_not_killed_for_it(machine: Machine, launchctl: Any) -> None:
-    started = []
-    fake = launchctl(start=no_daemon)
+FAILURES: dict[str, tuple[dict[str, Any], str, str, float]] = {
+    "launchd stays busy": ({"codes": {"bootstrap": [5] * 1000}}, "launchctl bootstrap: .*: exit status 5: ", "", 31),
+    "launchd refuses": (
+        {"codes": {"bootstrap": [78]}},
+        "exit status 78: bootstrap said 78$",
+        "bootout enable bootstrap bootout",
+        0,
+    ),
+    "launchctl hangs at loading": ({"codes": {"bootstrap": [124]}}, "bootstrap said 124$", "", 0),
+    "it never answers": (
+        NEVER,
+        "the new daemon does not answer on .*sock$",
+        "bootout enable bootstrap kickstart bootout",
+        41,
+    ),
+    "it ends at once": ({"events": {0.9: FakeLaunchctl.stop}}, "the new daemon did not keep running$", "", 2),
+    "another takes its place": (
+        {"events": {0.9: FakeLaunchctl.start}},
+        r"the new daemon did not keep running; another one does, pid \d+$",
+        "",
+        2,
+    ),
+}
 
-    def sleep(seconds: float) -> None:
-        fake.sleep(seconds)
-        if fake.now >= 9 and not started:
-            started.append(Answerer(orchestra.socket_path(machine.path)))
 
-    install_with(machine, fake, sleep=sleep)
-    started[0].stop()
-    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
-    assert fake.now == 9 + orchestra.Launchd.STAY_TIME
+@pytest.mark.parametrize(("state", "message", "verbs", "at_most"), FAILURES.values(), ids=FAILURES)
+def test_a_failed_first_install_leaves_no_plist(
+    launchctl: FakeLaunchctl, state: dict[str, Any], message: str, verbs: str, at_most: float
+) -> None:
+    error = launchctl.given(**state).refusal()
+    assert re.search(f"^launchd error: .*{message}", str(error))
+    assert ("daemon logs" in error.hint) == ("the new daemon" in message)
+    assert verbs in ("", launchctl.verbs()) and launchctl.verbs().endswith(" bootout")
+    assert launchctl.now <= at_most and list(launchctl.plist.parent.iterdir()) == []
 
 
-def test_a_disabled_label_is_enabled_before_it_is_loaded(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    fake.disabled = True  # bootstrap would answer 5 for ever
-    install_with(machine, fake)
-    assert fake.calls == [*UNLOADING, *LOADING]
-    assert fake.now == orchestra.Launchd.STAY_TIME
+@pytest.mark.parametrize("teardown", [0, 3])
+@pytest.mark.parametrize("new", [None, {"pid": 0}, {"version": "0.0.1"}], ids=["silent", "old pid", "old version"])
+def test_a_failed_upgrade_has_the_old_service_running_again(
+    machine: Machine, launchctl: FakeLaunchctl, new: Optional[dict[str, Any]], teardown: float
+) -> None:
+    old, alive, pid = launchctl.install(), launchctl.start_service, launchctl.running.pid
+
+    def start(plist: Any) -> Any:
+        is_old = plist["ProgramArguments"][0] == BINARY
+        running = alive(plist) if is_old or new is not None else None
+        if new and not is_old:
+            vars(running).update({"pid": pid} if "pid" in new else new)
+        return running
+
+    launchctl.calls.clear()
+    error = launchctl.given(start_service=start, teardown=teardown).refusal("/opt/new")
+    other = "" if new is None else r"; another one does, pid \d+"
+    assert re.search(f"the new daemon does not answer on .*sock{other}$", str(error)) and "daemon logs" in error.hint
+    assert launchctl.verbs() == "bootout enable bootstrap kickstart bootout bootstrap"
+    assert launchctl.plist.read_bytes() == launchctl.loaded_bytes == old
+    assert launchctl.gone_at is None and machine.answers()
+
+
+def test_a_service_that_cannot_be_unloaded_stops_the_install(launchctl: FakeLaunchctl) -> None:
+    old = launchctl.given(teardown=1000.0).install()
+    assert "still loaded after 30 s" in str(launchctl.refusal("/opt/new"))
+    assert launchctl.plist.read_bytes() == old
 
 
 @pytest.mark.parametrize("code", [112, 113, 125])
 def test_without_a_desktop_session_nothing_is_changed_and_the_message_says_so(
-    machine: Machine, launchctl: Any, code: int
+    machine: Machine, launchctl: FakeLaunchctl, code: int
 ) -> None:
-    fake = launchctl(has_session=False, print=[code])
     before = machine.listing()
-    with pytest.raises(
-        orchestra.LaunchdError,
-        match=rf"^launchd error: {GUI}: there is no desktop session \(launchctl exit status {code}\)$",
-    ) as caught:
-        install_with(machine, fake)
-    assert "log in" in caught.value.hint
-    assert fake.calls == ["print GUI"]
-    assert fake.now == 0
-    assert machine.listing() == before
+    error = launchctl.given({"print": [code]}, has_session=False).refusal()
+    assert str(error) == f"launchd error: {GUI}: there is no desktop session (launchctl exit status {code})"
+    assert "log in" in error.hint
+    assert (launchctl.calls, launchctl.now, machine.listing()) == (["print GUI"], 0, before)
 
 
-def test_install_waits_while_the_old_service_is_torn_down(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(teardown=18.0)  # launchd kills it after 20
-    install_with(machine, fake)
-    fake.calls.clear(), fake.times.clear()
-    fake.now = 0
-    install_with(machine, fake)
+@pytest.mark.parametrize("code", [orchestra.TIMED_OUT, orchestra.NOT_STARTED])
+@pytest.mark.parametrize("call", [0, 1])  # of print
+def test_a_launchctl_that_does_not_answer_is_an_error_and_the_old_plist_is_back(
+    launchctl: FakeLaunchctl, code: int, call: int
+) -> None:
+    old = orchestra.generate_plist("/old/orchestra", "/old/logs")
+    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
+    error = launchctl.given({"print": [*[0] * call, code]}).refusal()
+    assert str(error) == f"launchd error: launchctl print: print said {code}"
+    assert launchctl.plist.read_bytes() == old
+
+
+@pytest.mark.skipif(os.path.exists("/bin/launchctl"), reason="launchctl is here")
+def test_a_launchctl_that_is_not_there_is_an_error(machine: Machine) -> None:
+    with pytest.raises(orchestra.LaunchdError, match="launchctl print: no such file"):
+        orchestra.install_launchd(orchestra.Launchd(machine.path, "darwin"), BINARY)
+    assert machine.listing() == {}
+
+
+def test_install_waits_while_the_old_service_is_torn_down(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    launchctl.given(teardown=18.0).install()  # launchd kills it after 20
+    launchctl.given(teardown=18.0, calls=[], times=[], now=0).install()
     looks = ["print GUI/dev.orchestra.daemon"] * 36
-    assert fake.calls == [*UNLOADING, *looks, *LOADING]
-    assert fake.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
-    assert fake.now == 18 + orchestra.Launchd.STAY_TIME
-    assert machine.answers()
+    assert launchctl.calls == [*UNLOADING, *looks, *LOADING]
+    assert launchctl.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
+    assert launchctl.now == 18 + STAY and machine.answers()
 
 
 def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
@@ -9006,293 +9075,155 @@ def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
     assert min(waits) > plistlib.loads(orchestra.generate_plist("/b", "/l"))["ExitTimeOut"] > orchestra.STOP_PATIENCE
 
 
-@pytest.mark.parametrize("what", ["pid", "version"])
-def test_install_fails_where_another_daemon_answers_than_the_new_one(
-    machine: Machine, launchctl: Any, what: str
-) -> None:
-    fake = launchctl()
-    old, alive, pid = install_with(machine, fake), fake.start_service, fake.running.pid
-
-    def start(plist: Any) -> Answerer:
-        running: Answerer = alive(plist)
-        if plist["ProgramArguments"][0] != BINARY:
-            running.pid, running.version = (pid, running.version) if what == "pid" else (running.pid, "0.0.1")
-        return running
-
-    fake.start_service = start
-    fake.calls.clear()
-    with pytest.raises(
-        orchestra.LaunchdError, match=r"the new daemon does not answer on .*; another one does, pid \d+$"
-    ):
-        install_with(machine, fake, "/opt/new")
-    assert fake.verbs() == ["bootout", "enable", "bootstrap", "kickstart", "bootout", "bootstrap"]
-    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
-
-
-@pytest.mark.parametrize("is_replaced", [False, True])
-def test_install_fails_where_the_new_daemon_does_not_last(machine: Machine, launchctl: Any, is_replaced: bool) -> None:
-    fake = launchctl()
-
-    def sleep(seconds: float) -> None:
-        fake.sleep(seconds)
-        if seconds == orchestra.Launchd.STAY_TIME:
-            fake.start() if is_replaced else fake.stop()
-
-    other = r"; another one does, pid \d+" if is_replaced else ""
-    with pytest.raises(orchestra.LaunchdError, match=f"the new daemon did not keep running{other}$") as caught:
-        install_with(machine, fake, sleep=sleep)
-    assert "daemon logs" in caught.value.hint
-    assert not plist_of(machine).exists()
-
-
-def test_install_mends_the_plist_of_a_home_that_was_renamed(machine: Machine, launchctl: Any) -> None:
-    plist_of(machine).parent.mkdir(parents=True)
-    plist_of(machine).write_bytes(orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs"))
+def test_install_mends_the_plist_of_a_home_that_was_renamed(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    old = orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs")
+    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
     binary = orchestra.binary_path(machine.path)
-    assert install_with(machine, launchctl(), binary) == orchestra.generate_plist(
-        binary, orchestra.logs_dir(machine.path)
-    )
+    assert launchctl.install(binary) == orchestra.generate_plist(binary, orchestra.logs_dir(machine.path))
 
 
-@pytest.mark.parametrize("codes", [[5], [37], [36], [5, 37, 5], [5] * 20])
-def test_install_tries_again_while_launchd_is_busy(machine: Machine, launchctl: Any, codes: list[int]) -> None:
-    fake = launchctl(bootstrap=codes)
-    install_with(machine, fake)
-    assert fake.verbs() == ["bootout", "enable", *["bootstrap"] * (len(codes) + 1)]
-    assert fake.now == len(codes) * 0.5 + orchestra.Launchd.STAY_TIME
+def test_reinstalling_the_same_bytes_restarts_the_service(launchctl: FakeLaunchctl) -> None:
+    first, running = launchctl.install(), launchctl.running
+    assert launchctl.given(calls=[]).install() == first
+    assert launchctl.verbs() == "bootout enable bootstrap" and launchctl.running is not running
 
 
-def test_install_gives_up_when_launchd_stays_busy(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(bootstrap=[5] * 1000)
-    with pytest.raises(orchestra.LaunchdError, match=r"^launchd error: launchctl bootstrap: .*: exit status 5: "):
-        install_with(machine, fake)
-    assert fake.now <= orchestra.Launchd.SETTLE_TIMEOUT + 1
-    assert not plist_of(machine).exists()
-
-
-def test_exit_code_5_is_fine_when_the_service_is_loaded_all_the_same(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    inner = fake.bootstrap
-
-    def bootstrap(domain: str, plist: str) -> int:
-        inner(domain, plist)
-        return 5
-
-    fake.bootstrap = bootstrap
-    install_with(machine, fake)
-    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
-    assert machine.answers()
-
-
-def test_an_unknown_exit_code_is_not_tried_again(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(bootstrap=[78])
-    with pytest.raises(orchestra.LaunchdError, match="exit status 78: bootstrap said 78"):
-        install_with(machine, fake)
-    assert fake.verbs() == ["bootout", "enable", "bootstrap", "bootout"]
-
-
-def test_a_service_that_cannot_be_unloaded_stops_the_install(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(teardown=1000.0)
-    old = install_with(machine, fake)
-    with pytest.raises(orchestra.LaunchdError, match="still loaded after 30 s"):
-        install_with(machine, fake, "/opt/new")
-    assert plist_of(machine).read_bytes() == old
-
-
-def test_reinstalling_the_same_bytes_restarts_the_service(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    first = install_with(machine, fake)
-    running = fake.running
-    fake.calls.clear()
-    assert install_with(machine, fake) == first
-    assert fake.verbs() == ["bootout", "enable", "bootstrap"]
-    assert fake.running is not running
-
-
-def test_an_install_whose_daemon_never_answers_restores_the_old_plist(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    old = install_with(machine, fake)
-    alive = fake.start_service
-    fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
-    with pytest.raises(orchestra.LaunchdError, match="the new daemon does not answer") as caught:
-        install_with(machine, fake, "/opt/broken")
-    assert "daemon logs" in caught.value.hint
-    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
-    assert machine.answers()
-
-
-def test_a_failed_first_install_leaves_no_plist(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(start=no_daemon)
-    with pytest.raises(orchestra.LaunchdError, match="the new daemon does not answer"):
-        install_with(machine, fake)
-    assert not plist_of(machine).exists()
-    assert fake.verbs()[-1] == "bootout"
-    assert list(plist_of(machine).parent.iterdir()) == []
-
-
-def test_a_failed_install_has_the_old_service_running_again(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(teardown=3.0)
-    old = install_with(machine, fake)
-    alive = fake.start_service
-    fake.start_service = lambda plist: alive(plist) if plist["ProgramArguments"][0] == BINARY else no_daemon(plist)
-    with pytest.raises(orchestra.LaunchdError, match="the new daemon does not answer"):
-        install_with(machine, fake, "/opt/broken")
-    assert plist_of(machine).read_bytes() == fake.loaded_bytes == old
-    assert fake.gone_at is None
-    assert machine.answers()
-
-
-def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(machine: Machine, launchctl: Any) -> None:
+def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
     (machine.home / "Library").write_text("not a folder")
-    fake = launchctl()
     with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
-        install_with(machine, fake)
-    assert fake.calls == ["print GUI"]
+        launchctl.install()
+    assert launchctl.calls == ["print GUI"]
 
 
-def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl(teardown=3.0)
-    install_with(machine, fake)
-    fake.now = 0
-    assert orchestra.uninstall_launchd(fake.launchd()) is True
-    assert fake.now == 3.0
-    assert fake.loaded is None
-    assert not plist_of(machine).exists()
-    assert not os.path.lexists(orchestra.socket_path(machine.path))
+@pytest.mark.parametrize("plist", ["", "deleted"])
+def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(
+    machine: Machine, launchctl: FakeLaunchctl, plist: str
+) -> None:
+    launchctl.given(teardown=3.0).install()
+    if plist:
+        launchctl.plist.unlink()
+    assert launchctl.given(teardown=3.0, now=0).uninstall() is True
+    assert (launchctl.now, launchctl.loaded) == (3.0, None)
+    assert not launchctl.plist.exists() and not os.path.lexists(orchestra.socket_path(machine.path))
 
 
-def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
+def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: FakeLaunchctl) -> None:
     before = machine.listing()
-    assert orchestra.uninstall_launchd(fake.launchd()) is False
-    assert fake.verbs() == []
-    assert machine.listing() == before
+    assert launchctl.uninstall() is False
+    assert (launchctl.verbs(), machine.listing()) == ("", before)
 
 
-def test_uninstall_unloads_a_service_whose_plist_was_deleted(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    install_with(machine, fake)
-    plist_of(machine).unlink()
-    assert orchestra.uninstall_launchd(fake.launchd()) is True
-    assert fake.loaded is None
+def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    busy = Busy(orchestra.socket_path(machine.path))
+    launchctl.uninstall()
+    assert os.path.lexists(busy.path)
+    busy.stop()
 
 
-def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, launchctl: Any) -> None:
-    path = orchestra.socket_path(machine.path)
-    os.mkdir(os.path.dirname(path))
-    is_over = threading.Event()
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen(8)
-        listener.settimeout(0.02)
-
-        def refuse() -> None:
-            while not is_over.is_set():
-                try:
-                    client, _ = listener.accept()
-                except socket.timeout:
-                    continue
-                with client:
-                    client.sendall(orchestra.encode_error(orchestra.TOO_MANY_CLIENTS))
-
-        thread = threading.Thread(target=refuse)
-        thread.start()
-        try:
-            orchestra.uninstall_launchd(launchctl().launchd())
-        finally:
-            is_over.set()
-            thread.join()
-    assert os.path.lexists(path)
-
-
-def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(machine: Machine, launchctl: Any) -> None:
+def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
     path = orchestra.socket_path(machine.path)
     lock = orchestra.try_lock(orchestra.daemon_lock_path(machine.path))
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-    orchestra.uninstall_launchd(launchctl().launchd())
+    make_socket(Path(path))
+    launchctl.uninstall()
     assert os.path.lexists(path)
     os.close(lock)
-    orchestra.uninstall_launchd(launchctl().launchd())
+    launchctl.uninstall()
     assert not os.path.lexists(path)
 
 
-# launchctl as a program
+class Ending(Answerer):
+    """A daemon that was told to stop: it answers no more, but has its lock for a while."""
 
-LAUNCHCTL_PROGRAM = """\
-#!/bin/sh
-# A line of the file named like a subcommand is what it does next: an exit code, or hang.
-cd "$(dirname "$0")" || exit 99
-echo "$1" >>calls
-if [ -s "$1" ]; then
-    next=$(head -n 1 "$1")
-    tail -n +2 "$1" >rest
-    mv rest "$1"
-    [ "$next" != hang ] || exec sleep 60
-    exit "$next"
-fi
-case $1 in
-    bootout) [ -e loaded ] || exit 3; rm loaded ;;
-    print) [ "$2" = "gui/$(id -u)" ] || [ -e loaded ] || exit 113 ;;
-    bootstrap) [ ! -e loaded ] || exit 5; cp "$3" loaded ;;
-    kickstart) [ -e loaded ] || exit 113 ;;
-esac
-"""
+    def __init__(self, home: str) -> None:
+        self.lock = orchestra.try_lock(orchestra.daemon_lock_path(home))
+        self.has_lock = True
+        super().__init__(orchestra.socket_path(home))
+
+    def serve(self) -> None:
+        line = b""
+        while b"stop" not in line:
+            with self.listener.accept()[0] as client:
+                line = client.recv(4096)
+                client.sendall(b'{"ok":true,"data":{}}\n')
+        self.listener.close()
+
+    def end(self, _: Any) -> None:
+        os.close(self.lock)
+        self.has_lock = False
 
 
-def launchctl_program(machine: Machine, timeout: float = 20.0, **nexts: str) -> orchestra.Runner:
-    """Make the program, and a runner that starts it where /bin/launchctl is asked for."""
-    folder = machine.folder / "launchctl"
-    folder.mkdir(exist_ok=True)
-    program = folder / "launchctl"
-    program.write_text(LAUNCHCTL_PROGRAM)
-    program.chmod(0o755)
-    for name, text in nexts.items():
-        (folder / name).write_text("".join(f"{word}\n" for word in text.split()))
-    return lambda argv, _: orchestra.run_program([{"/bin/launchctl": str(program)}[argv[0]], *argv[1:]], timeout)
+def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
+    ending = Ending(machine.path)
+    had_lock = []
+
+    def start(plist: Any) -> Answerer:
+        had_lock.append(ending.has_lock)
+        return Answerer(orchestra.socket_path(machine.path))
+
+    launchctl.given(start_service=start, events={3.5: ending.end}).install()
+    assert had_lock == [False]
 
 
-def calls_of(machine: Machine) -> list[str]:
-    return [line for line in (machine.folder / "launchctl/calls").read_text().split() if line != "print"]
+# Real daemons need real time.
+REAL: dict[str, Any] = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
 
 
-def test_install_holds_with_a_real_program_for_launchctl(machine: Machine) -> None:
-    run = launchctl_program(machine, bootstrap="5 37")
-    (machine.folder / "launchctl/loaded").touch()
-    started: list[Answerer] = []
-    naps: list[float] = []
-
-    def run_and_answer(argv: Sequence[str], timeout: float) -> orchestra.Completed:
-        if argv[1] == "enable":
-            started.append(Answerer(orchestra.socket_path(machine.path)))
-        return run(argv, timeout)
-
-    launchd = orchestra.Launchd(machine.path, "darwin", run_and_answer, sleep=naps.append)
-    orchestra.install_launchd(launchd, BINARY)
-    started[0].stop()
-    assert calls_of(machine) == ["bootout", "enable", "bootstrap", "bootstrap", "bootstrap"]
-    assert (machine.folder / "launchctl/loaded").read_bytes() == plist_of(machine).read_bytes()
-    assert naps == [0.5, 0.5, orchestra.Launchd.STAY_TIME]
-    assert orchestra.uninstall_launchd(launchd) is True
-    assert not (machine.folder / "launchctl/loaded").exists()
+def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    machine.give_yaml()
+    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    launchctl.given(start_service=lambda plist: Service(machine.path, plist))
+    with machine.daemon(binary) as by_hand:
+        launchctl.install(binary, **REAL)
+        assert by_hand.wait(20) == 0 and machine.answers()
+        assert orchestra.send_request(machine.path, {"cmd": "status"})["label"] == "dev.orchestra.daemon"
+        register(machine)
+        orchestra.request_sync(machine.path)
+        assert (machine.code / "CLAUDE.md").exists()
+        assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
+    assert launchctl.uninstall(**REAL) is True
+    assert not machine.answers() and not os.path.lexists(orchestra.socket_path(machine.path))
 
 
-@pytest.mark.parametrize("hangs", ["print", "bootstrap"])
-def test_a_launchctl_that_hangs_is_an_error_and_the_old_plist_is_back(machine: Machine, hangs: str) -> None:
-    plist_of(machine).parent.mkdir(parents=True)
-    plist_of(machine).write_bytes(b"the old one")
-    run = launchctl_program(machine, 0.3, **{hangs: "hang"})
-    with pytest.raises(orchestra.LaunchdError, match=r"no answer within 0\.3 s"):
-        orchestra.install_launchd(orchestra.Launchd(machine.path, "darwin", run), BINARY)
-    assert plist_of(machine).read_bytes() == b"the old one"
+def test_install_upgrades_a_running_service(machine: Machine) -> None:
+    machine.move("Ann & Zoë")
+    machine.give_yaml()
+    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    fake = FakeLaunchctl(machine.path).given(start_service=lambda plist: Service(machine.path, plist))
+    try:
+        first = fake.install(binary, **REAL)
+        assert fake.install(binary, **REAL) == first and machine.answers()
+    finally:
+        fake.stop()
 
 
-def test_a_launchctl_that_cannot_be_started_is_an_error(machine: Machine) -> None:
-    run = lambda argv, timeout: orchestra.run_program(["/nowhere/launchctl"], timeout)  # noqa: E731
-    launchd = orchestra.Launchd(machine.path, "darwin", run)
-    with pytest.raises(orchestra.LaunchdError, match="no such file"):
-        orchestra.install_launchd(launchd, BINARY)
-    assert not plist_of(machine).exists()
+def register(machine: Machine) -> None:
+    text = f"name: api\npath: {machine.code}\ntargets: [claude]\n"
+    put_files(Path(orchestra.projects_root(machine.path)), {"shop/api.yaml": text})
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
+    machine: Machine, launchctl: FakeLaunchctl, capsys: Any, command: str
+) -> None:
+    before = machine.listing()
+    assert orchestra.main(["daemon", command], {"HOME": machine.path}) == 2
+    out, err = capsys.readouterr()
+    first, way_out = err.splitlines()
+    assert (out, first) == ("", "orchestra: launchd error: launchd management is only supported on macOS")
+    assert "systemd" in way_out
+    with pytest.raises(orchestra.LaunchdError):
+        getattr(launchctl, command)(platform="linux")
+    assert (launchctl.calls, machine.listing()) == ([], before)
+
+
+# Other programs
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -9310,117 +9241,6 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
     absolute = ":".join(folder for folder in os.environ["PATH"].split(":") if folder.startswith("/"))
     assert done == (0, f"/\n{machine.tools}:{absolute}\nnone kept")
     assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
-
-
-# The real daemon, run as launchd runs it
-
-
-def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: Any) -> None:
-    machine.give_yaml()
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(HERE / "orchestra.py"))
-    fake = launchctl(start=lambda plist: Service(machine.path, plist))
-    with machine.daemon(binary) as by_hand:
-        # Real time: the daemons are real.
-        install_with(machine, fake, binary, clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
-        assert by_hand.wait(20) == 0
-        assert machine.answers()
-        status = orchestra.send_request(machine.path, {"cmd": "status"})
-        assert status["label"] == "dev.orchestra.daemon"
-        register(machine)
-        orchestra.request_sync(machine.path)
-        assert (machine.code / "CLAUDE.md").exists()
-        assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
-    launchd = fake.launchd(clock=time.monotonic, sleep=lambda _: time.sleep(0.02))
-    assert orchestra.uninstall_launchd(launchd) is True
-    assert not machine.answers()
-    assert not os.path.lexists(orchestra.socket_path(machine.path))
-
-
-class Ending(Answerer):
-    """A daemon that was told to stop: it answers no more, but has its lock for a while."""
-
-    def __init__(self, home: str) -> None:
-        self.lock = orchestra.try_lock(orchestra.daemon_lock_path(home))
-        super().__init__(orchestra.socket_path(home))
-
-    def serve(self) -> None:
-        line = b""
-        while b"stop" not in line:
-            with self.listener.accept()[0] as client:
-                line = client.recv(4096)
-                client.sendall(b'{"ok":true,"data":{}}\n')
-        self.listener.close()
-
-    def end(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-
-def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(machine: Machine, launchctl: Any) -> None:
-    ending = Ending(machine.path)
-    seen = []
-
-    def start(plist: Any) -> Answerer:
-        seen.append(ending.lock)
-        return Answerer(orchestra.socket_path(machine.path))
-
-    fake = launchctl(start=start)
-
-    def sleep(seconds: float) -> None:
-        fake.sleep(seconds)
-        if fake.now > 3:
-            ending.end()
-
-    install_with(machine, fake, sleep=sleep)
-    assert seen == [None]
-
-
-def test_install_upgrades_a_running_service(machine: Machine, launchctl: Any) -> None:
-    machine.move("Ann & Zoë")
-    machine.give_yaml()
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(HERE / "orchestra.py"))
-    fake = FakeLaunchctl(machine.path, start=lambda plist: Service(machine.path, plist))
-    options = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
-    try:
-        first = install_with(machine, fake, binary, **options)
-        assert install_with(machine, fake, binary, **options) == first
-        assert machine.answers()
-    finally:
-        fake.stop()
-
-
-def register(machine: Machine) -> None:
-    file = Path(orchestra.codebase_path(machine.path, ("shop", "api")))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"name: api\npath: {machine.code}\ntargets: [claude]\n")
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
-@pytest.mark.parametrize("command", ["install", "uninstall"])
-def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
-    machine: Machine, capsys: Any, command: str
-) -> None:
-    before = machine.listing()
-    assert orchestra.main(["daemon", command], {"HOME": machine.path}) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.splitlines()
-    assert lines[0] == "orchestra: launchd error: launchd management is only supported on macOS"
-    assert "systemd" in lines[1]
-    assert machine.listing() == before
-
-
-def test_the_platform_is_checked_before_anything_is_done(machine: Machine, launchctl: Any) -> None:
-    fake = launchctl()
-    for act in (
-        lambda: orchestra.install_launchd(fake.launchd(platform="linux"), BINARY),
-        lambda: orchestra.uninstall_launchd(fake.launchd(platform="linux")),
-    ):
-        with pytest.raises(orchestra.LaunchdError):
-            act()
-    assert fake.calls == []
-    assert machine.listing() == {}
 
 
 # The installed program
