@@ -8554,6 +8554,7 @@ PYTHON_XY = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 # A virtual environment's Python is not what is installed: the one below it is.
 BASE_PYTHON = os.path.join(sys.base_prefix, "bin", PYTHON_XY) if sys.prefix != sys.base_prefix else sys.executable
 SHORT_PATH = "/usr/bin:/bin:/usr/sbin:/sbin"  # launchd's
+VERSION_LINE = f"orchestra {orchestra.__version__}\n"
 SHELLS = {"sh": ["sh"], "dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
 
 
@@ -8580,6 +8581,31 @@ class Machine(Home):
         return subprocess.run(
             list(map(str, argv)), env=environ, check=False, capture_output=True, text=True, timeout=120, **options
         )
+
+    def run_well(self, *argv: object, **options: Any) -> str:
+        """Run a program that has nothing to complain of; return its output."""
+        done = self.run_program(*argv, **options)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    def install_well(self, *argv: str, shell: str = "sh", **options: Any) -> str:
+        done = self.install(shell, *argv, **options)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout
+
+    def install_program(self, folder: str = "") -> str:
+        """Install the program for a Python of that folder; return the executable's path."""
+        python = self.folder / folder / "python" if folder else Path(BASE_PYTHON)
+        if folder:
+            put_files(python.parent, {"python": link_to(BASE_PYTHON)})
+        return orchestra.Installer(self.path).install_program(str(python), str(SCRIPT))
+
+    @property
+    def link(self) -> Path:
+        return Path(orchestra.link_path(self.path))
+
+    def make_link(self, target: object) -> None:
+        put_files(self.link.parent, {self.link.name: link_to(str(target))})
 
     def install(self, shell: str = "sh", *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run install.sh: as a file, or, where `url` is given, from a pipe."""
@@ -9176,7 +9202,7 @@ REAL: dict[str, Any] = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0
 
 def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: FakeLaunchctl) -> None:
     machine.give_yaml()
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    binary = machine.install_program()
     launchctl.given(start_service=lambda plist: Service(machine.path, plist))
     with machine.daemon(binary) as by_hand:
         launchctl.install(binary, **REAL)
@@ -9193,7 +9219,7 @@ def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, laun
 def test_install_upgrades_a_running_service(machine: Machine) -> None:
     machine.move("Ann & Zoë")
     machine.give_yaml()
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    binary = machine.install_program()
     fake = FakeLaunchctl(machine.path).given(start_service=lambda plist: Service(machine.path, plist))
     try:
         first = fake.install(binary, **REAL)
@@ -9267,25 +9293,23 @@ def test_homebrews_python_is_named_by_the_link_that_survives_an_upgrade(python: 
 def test_the_installed_python_is_not_a_virtual_environments(machine: Machine, bare_python: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import orchestra"
     code += "\nprint(orchestra.Installer('/').choose_python())"
-    done = machine.run_program(bare_python, "-I", "-c", code)
-    assert not done.stdout.startswith(os.path.dirname(bare_python)), done
-    version = machine.run_program(
-        done.stdout.strip(), "-c", "import sys; print(sys.version_info[:2], sys.prefix == sys.base_prefix)"
-    )
-    assert version.stdout == f"{sys.version_info[:2]} True\n"
+    chosen = machine.run_well(bare_python, "-I", "-c", code).strip()
+    assert not chosen.startswith(os.path.dirname(bare_python))
+    code = "import sys; print(sys.version_info[:2], sys.prefix == sys.base_prefix)"
+    assert machine.run_well(chosen, "-c", code) == f"{sys.version_info[:2]} True\n"
 
 
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment, for two candidates")
 def test_a_python_that_does_not_run_is_not_chosen() -> None:
+    statuses = {orchestra.stable_python_path(BASE_PYTHON): 1, orchestra.stable_python_path(sys.executable): 0}
     tried = []
 
     def run(argv: Sequence[str], timeout: float) -> orchestra.Completed:
         tried.append(argv[0])
-        return orchestra.Completed(1 if len(tried) == 1 else 0, "")
+        return orchestra.Completed(statuses[argv[0]], "")
 
-    if sys.prefix == sys.base_prefix:
-        pytest.skip("there is one candidate outside a virtual environment")
-    assert orchestra.Installer("/", run=run).choose_python() == orchestra.stable_python_path(sys.executable)
-    assert tried == [orchestra.stable_python_path(BASE_PYTHON), orchestra.stable_python_path(sys.executable)]
+    assert orchestra.Installer("/", run=run).choose_python() == tried[-1]
+    assert tried == list(statuses)
 
 
 def test_without_any_python_that_runs_the_message_says_so() -> None:
@@ -9294,104 +9318,73 @@ def test_without_any_python_that_runs_the_message_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["plain", "with space", "a'quote", "a' b", "'", "ends' '", "Zoë", '$HOME `x` "q"', "long" * 40]
+    "folder", ["plain", "with space", "a'quote", "a' b", "'", "ends' '", "Zoë", '$HOME `x` "q"', "long" * 40, "a \\x"]
 )
 def test_the_launcher_runs_with_a_python_wherever_it_lies(machine: Machine, folder: str) -> None:
-    python = machine.folder / folder / "python"
-    python.parent.mkdir()
-    python.symlink_to(BASE_PYTHON)
-    binary = orchestra.Installer(machine.path).install_program(str(python), str(HERE / "orchestra.py"))
+    binary = machine.install_program(folder)
     for _ in range(2):
-        done = machine.run_program(binary, "--version", environ={"PATH": SHORT_PATH})
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"orchestra {orchestra.__version__}\n", "")
+        assert machine.run_well(binary, "--version", environ={"PATH": SHORT_PATH}) == VERSION_LINE
     assert machine.run_program(binary, "sync", "a 'b", "--nope").returncode == 2
 
 
-def test_the_launcher_runs_with_a_python_whose_path_has_a_backslash(machine: Machine) -> None:
-    python = machine.folder / "a \\x" / "python"
-    python.parent.mkdir()
-    python.symlink_to(BASE_PYTHON)
-    binary = orchestra.Installer(machine.path).install_program(str(python), str(HERE / "orchestra.py"))
-    assert machine.run_program(binary, "--version").stdout == f"orchestra {orchestra.__version__}\n"
-
-
 def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment(machine: Machine) -> None:
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(HERE / "orchestra.py"))
+    binary = machine.install_program()
     assert binary == f"{machine.path}/.orchestra/bin/orchestra"
     assert stat.S_IMODE(os.stat(binary).st_mode) == 0o700
     first, *rest = Path(binary).read_text().splitlines()
-    assert first == f"#!{BASE_PYTHON} -I"
-    assert len(rest) == 2
+    assert first == f"#!{BASE_PYTHON} -I" and len(rest) == 2
     trap = machine.folder / "trap"
-    trap.mkdir()
-    (trap / "json.py").write_text("1 / 0")
-    (trap / "orchestra.py").write_text("1 / 0")
-    done = machine.run_program(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=str(trap))
-    assert done.stdout == f"orchestra {orchestra.__version__}\n", done
+    put_files(trap, {"json.py": "1 / 0", "orchestra.py": "1 / 0"})
+    assert machine.run_well(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=trap) == VERSION_LINE
     assert list(Path(orchestra.installed_script_path(machine.path)).parent.glob("__pycache__/orchestra.*.pyc"))
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space"])  # of Python: the launcher's two forms
 def test_the_installed_program_works_after_the_home_was_renamed(machine: Machine, folder: str) -> None:
     machine.give_yaml()
-    python = machine.folder / folder / "python"
-    python.parent.mkdir()
-    python.symlink_to(BASE_PYTHON)
-    assert machine.run_program(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
-    orchestra.Installer(machine.path).install_program(str(python), str(HERE / "orchestra.py"))
+    machine.run_well(BASE_PYTHON, SCRIPT, "self-install")
+    machine.install_program(folder)
     machine.move("Ann's new home")
     assert_works(machine)
     for path in (orchestra.binary_path(machine.path), orchestra.link_path(machine.path)):
-        assert (
-            machine.run_program(path, "--version", cwd=os.path.dirname(path)).stdout
-            == f"orchestra {orchestra.__version__}\n"
-        )
+        assert machine.run_well(path, "--version", cwd=os.path.dirname(path)) == VERSION_LINE
 
 
 def test_a_link_left_dangling_by_a_renamed_home_is_renewed_and_uninstalled(machine: Machine) -> None:
+    machine.make_link("/old/.orchestra/bin/orchestra")
+    machine.install_well("--uninstall")
+    assert not os.path.lexists(machine.link)
+    machine.make_link("/old/.orchestra/bin/orchestra")
     machine.give_yaml()
-    link = Path(orchestra.link_path(machine.path))
-    link.parent.mkdir(parents=True)
-    link.symlink_to("/old/.orchestra/bin/orchestra")
-    assert machine.install("sh", "--uninstall").returncode == 0
-    assert not os.path.lexists(link)
-    link.symlink_to("/old/.orchestra/bin/orchestra")
-    machine.give_yaml()
-    done = machine.install()
-    assert (done.returncode, done.stderr) == (0, ""), done
+    machine.install_well()
     assert_works(machine)
 
 
 def test_a_link_to_somebody_elses_launcher_is_left_alone(machine: Machine) -> None:
-    other = put_files(machine.folder, {"other/.orchestra/bin/orchestra": "theirs"})
-    link = Path(orchestra.link_path(machine.path))
-    link.parent.mkdir(parents=True)
-    link.symlink_to(machine.folder / "other/.orchestra/bin/orchestra")
-    del other
+    put_files(machine.folder, {"other/.orchestra/bin/orchestra": "theirs"})
+    machine.make_link(machine.folder / "other/.orchestra/bin/orchestra")
     with pytest.raises(orchestra.UsageError, match="exists, and is not Orchestra's link"):
         orchestra.Installer(machine.path).check_link()
-    assert machine.install("sh", "--uninstall").returncode == 0
-    assert os.path.lexists(link)
+    machine.install_well("--uninstall")
+    assert os.path.lexists(machine.link)
 
 
 def test_the_link_is_absolute_where_its_folder_lies_elsewhere(machine: Machine) -> None:
-    assert orchestra.Installer(machine.path).link_target() == "../../.orchestra/bin/orchestra"
-    (machine.folder / "dotfiles/bin").mkdir(parents=True)
+    installer = orchestra.Installer(machine.path)
+    assert installer.link_target() == "../../.orchestra/bin/orchestra"
+    put_files(machine.folder, {"dotfiles/bin": None})
     (machine.home / ".local").symlink_to(machine.folder / "dotfiles")
-    assert orchestra.Installer(machine.path).link_target() == orchestra.binary_path(machine.path)
+    assert installer.link_target() == orchestra.binary_path(machine.path)
 
 
 @pytest.mark.parametrize("home", ["h", "Ann & Zoë's home"])
 def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(machine: Machine, home: str) -> None:
     machine.move(home)
     machine.give_yaml()
-    copy = machine.folder / "downloaded (1).txt"
-    copy.write_bytes(ORCHESTRA_PY)
+    copy, link = machine.folder / "downloaded (1).txt", machine.folder / "o"
+    put_files(machine.folder, {copy.name: ORCHESTRA_PY, link.name: link_to(str(copy))})
     copy.chmod(0o444)
-    link = machine.folder / "o"
-    link.symlink_to(copy)
-    done = machine.run_program(BASE_PYTHON, link, "self-install")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "installed ~/.local/bin/orchestra\n", "")
+    assert machine.run_well(BASE_PYTHON, link, "self-install") == "installed ~/.local/bin/orchestra\n"
     copy.unlink()
     link.unlink()
     assert Path(orchestra.installed_script_path(machine.path)).read_bytes() == ORCHESTRA_PY
@@ -9408,13 +9401,13 @@ def assert_works(machine: Machine) -> None:
 
 def test_installing_again_upgrades_in_place_even_from_the_installed_copy(machine: Machine) -> None:
     machine.give_yaml()
-    assert machine.run_program(BASE_PYTHON, HERE / "orchestra.py", "self-install").returncode == 0
     newer = machine.folder / "newer.py"
     newer.write_bytes(new_version())
-    assert machine.run_program(BASE_PYTHON, newer, "self-install").returncode == 0
-    assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
-    assert machine.orchestra("self-install").returncode == 0
-    assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
+    for script in (SCRIPT, newer):
+        machine.run_well(BASE_PYTHON, script, "self-install")
+    for _ in range(2):
+        assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
+        assert machine.orchestra("self-install").returncode == 0
     assert [path for path in machine.listing() if path.endswith(".tmp")] == []
 
 
@@ -9431,11 +9424,9 @@ def test_a_script_that_is_no_file_cannot_be_installed(machine: Machine) -> None:
 
 def test_the_script_alone_in_an_empty_folder_under_another_name_works(machine: Machine) -> None:
     script = machine.folder / "alone" / "tool"
-    script.parent.mkdir()
-    script.write_bytes(ORCHESTRA_PY)
+    put_files(script.parent, {"tool": ORCHESTRA_PY})
     for argv in (["init", ".", "-p", "demo"], ["sync", "code"], ["status", "--check"], ["project", "list"]):
-        done = machine.run_program(sys.executable, script, *argv, cwd=machine.code)
-        assert (done.returncode, done.stderr) == (0, ""), done
+        machine.run_well(sys.executable, script, *argv, cwd=machine.code)
     assert (machine.code / "CLAUDE.md").exists()
     assert list(script.parent.iterdir()) == [script]
 
@@ -9452,15 +9443,20 @@ def traps(machine: Machine) -> Any:
     for path in (STDLIB, *filter(os.path.isdir, [f"{STDLIB}/lib-dynload"])):
         names |= {re.split(r"\W", name)[0] for name in os.listdir(path)}
     ran = machine.folder / "ran"
+    files = {f"{name}.py": name for name in names if name}
+    files["yaml/__init__.py"] = "yaml"
     folder = machine.folder / "traps"
-    put_files(folder, {f"{name}.py": f"open({str(ran)!r}, 'a').write('{name} ')" for name in names if name})
-    put_files(folder, {"yaml/__init__.py": f"open({str(ran)!r}, 'a').write('yaml ')"})
+    put_files(folder, {file: f"open({str(ran)!r}, 'a').write('{name} ')" for file, name in files.items()})
     yield folder, lambda: ran.read_text() if ran.exists() else ""
 
 
-# From PYTHONPATH Python itself imports some before the program's first line.
-LOADED_BY_PYTHON = "import sys; print(*sys.modules)"
-# By a program that has the current folder on its import path.
+def disarm(folder: Path, names: Iterable[str]) -> None:
+    """Remove the traps for modules that Python itself imports from PYTHONPATH before the script's first line."""
+    for name in names:
+        (folder / f"{name.partition('.')[0]}.py").unlink(missing_ok=True)
+
+
+# As a program does that has the current folder on its import path.
 RUN_AS_SCRIPT = """
 import sys
 sys.path.insert(0, "")
@@ -9474,41 +9470,33 @@ with open(sys.argv[1], "rb") as script:
 )
 def test_started_as_a_script_it_runs_no_code_of_other_folders(machine: Machine, traps: Any, where: str) -> None:
     folder, ran = traps
-    script, cwd, environ = HERE / "orchestra.py", machine.code, {}
-    if "script" in where or "link" in where:
-        script = folder / "orchestra.py"
-        script.write_bytes(ORCHESTRA_PY)
-    if where == "link":
-        (machine.folder / "o").symlink_to(script)
-        script = machine.folder / "o"
-    if "PYTHONPATH" in where:
-        for name in {
-            name.partition(".")[0]
-            for name in machine.run_program(sys.executable, "-c", LOADED_BY_PYTHON).stdout.split()
-        }:
-            (folder / f"{name}.py").unlink(missing_ok=True)
+    python, script, cwd, environ = [sys.executable], SCRIPT, machine.code, {}
+    if where == "current":
+        python, cwd = [sys.executable, "-I", "-c", RUN_AS_SCRIPT], folder
+    elif "PYTHONPATH" in where:
+        disarm(folder, machine.run_well(sys.executable, "-c", "import sys; print(*sys.modules)").split())
         environ = {"PYTHONPATH": {"P": str(folder), "r": f"x:{folder.name}", "e": "/nowhere:"}[where[0]]}
         cwd = {"r": machine.folder, "e": folder}.get(where[0], cwd)
-    if where == "current":
-        cwd = folder
+    else:
+        script = folder / "orchestra.py"
+        script.write_bytes(ORCHESTRA_PY)
+        if where == "link":
+            script = machine.folder / "o"
+            script.symlink_to(folder / "orchestra.py")
     for argv in (["init", machine.code, "-p", "demo", "--sync"], ["status", "--check", "--json"]):
-        python = [sys.executable, *(["-I", "-c", RUN_AS_SCRIPT] if where == "current" else [])]
-        done = machine.run_program(*python, script, *argv, cwd=cwd, environ=environ)
-        assert (ran(), done.returncode, done.stderr) == ("", 0, ""), done
+        machine.run_well(*python, script, *argv, cwd=cwd, environ=environ)
+        assert ran() == ""
     assert (machine.code / "CLAUDE.md").exists()
 
 
 @pytest.mark.parametrize("name", ["colorsys.py", "wsgiref/__init__.py", ""])
 def test_a_module_that_python_itself_took_from_pythonpath_is_told_in_one_line(machine: Machine, name: str) -> None:
     word = name.partition("/")[0].partition(".")[0]
-    put_files(
-        machine.folder / "x", {"sitecustomize.py": f"import {word}" if name else "", **({name: ""} if name else {})}
-    )
-    done = machine.run_program(
-        sys.executable, SCRIPT, "project", "list", environ={"PYTHONPATH": str(machine.folder / "x")}
-    )
+    folder = machine.folder / "x"
+    put_files(folder, {"sitecustomize.py": f"import {word}", name: ""} if name else {"sitecustomize.py": ""})
+    done = machine.run_program(sys.executable, SCRIPT, "project", "list", environ={"PYTHONPATH": str(folder)})
     if name:
-        told = f"orchestra: {machine.folder}/x/{name} was loaded in place of Python's own {word}"
+        told = f"orchestra: {folder}/{name} was loaded in place of Python's own {word}"
         assert (done.returncode, done.stderr.splitlines()) == (2, [told, "  try: unset PYTHONPATH"])
     else:
         assert done.returncode == 0, done
@@ -9517,26 +9505,22 @@ def test_a_module_that_python_itself_took_from_pythonpath_is_told_in_one_line(ma
 def test_python_m_pip_runs_no_code_of_the_current_folder(machine: Machine, traps: Any, bare_python: str) -> None:
     folder, ran = traps
     for environ in ({}, {"PYTHONPATH": str(folder)}):
-        for name in ("sitecustomize", "usercustomize", *sys.modules) if environ else ():
-            (folder / f"{name}.py").unlink(missing_ok=True)
-        argv = [bare_python, HERE / "orchestra.py", "init", ".", "-p", "demo"]
-        done = machine.run_program(*argv, cwd=folder, environ={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": None, **environ})
+        disarm(folder, ("sitecustomize", "usercustomize", *sys.modules) if environ else ())
+        no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": None, **environ}
+        done = machine.run_program(bare_python, SCRIPT, "init", ".", "-p", "demo", cwd=folder, environ=no_index)
         assert (ran(), done.returncode) == ("", 2), done
         assert "no wheel of PyYAML 6.0.3" in done.stderr
 
 
-def test_pythons_own_folders_are_trusted_even_as_the_current_one(machine: Machine) -> None:
-    for folder in (STDLIB, f"{STDLIB}/lib-dynload"):
-        if not os.path.exists(folder):
-            continue
-        done = machine.run_program(sys.executable, HERE / "orchestra.py", "status", "--json", cwd=folder)
-        assert (done.returncode, done.stderr) == (0, ""), done
+@pytest.mark.parametrize("folder", filter(os.path.exists, [STDLIB, f"{STDLIB}/lib-dynload"]))
+def test_pythons_own_folders_are_trusted_even_as_the_current_one(machine: Machine, folder: str) -> None:
+    machine.run_well(sys.executable, SCRIPT, "status", "--json", cwd=folder)
 
 
 def test_imported_it_leaves_the_import_path_alone(machine: Machine) -> None:
     code = f"import sys; sys.path.insert(1, {str(HERE)!r}); before = sys.path[:]"
     code += "\nimport orchestra; print(sys.path == before)"
-    assert machine.run_program(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}).stdout == "True\n"
+    assert machine.run_well(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}) == "True\n"
 
 
 # Whose home it is
@@ -9565,51 +9549,59 @@ def test_root_keeps_out_of_another_users_home(machine: Machine, what: str) -> No
 
 def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(machine: Machine) -> None:
     (machine.home / ".orchestra").mkdir()
-    orchestra.check_owner(machine.path, 12345)  # whom the system lets write there, for this process may
-    orchestra.check_owner(f"{machine.path}/none", 12345)
+    for home in (machine.path, f"{machine.path}/none"):
+        orchestra.check_owner(home, 12345)  # whom the system lets write there, for this process may
+    assert orchestra.user_name(4_000_000_000) == "4000000000"
     for path, name, way_out in (
         (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{machine.path}/.orchestra'"),
         (machine.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
     ):
         path.chmod(0o555)
         if ME:
-            with pytest.raises(
-                orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: "
-            ) as caught:
+            with pytest.raises(orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: ") as error:
                 orchestra.check_owner(machine.path, 12345)
-            assert caught.value.hint == way_out
+            assert error.value.hint == way_out
         path.chmod(0o700)
-    assert orchestra.user_name(4_000_000_000) == "4000000000"
 
 
 @pytest.mark.skipif(ME != 0, reason="needs root")
 def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
     os.chown(machine.home, NOBODY, NOBODY)
     for argv in (["status"], ["init", machine.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
-        done = machine.run_program(sys.executable, HERE / "orchestra.py", *argv)
-        assert done.returncode == 2 and re.match(
-            r"orchestra: HOME belongs to user .*, and this is root", done.stderr
-        ), done
-        assert len(done.stderr.splitlines()) == 2
-    for argv in (["--version"], ["--help"]):
-        assert machine.run_program(sys.executable, HERE / "orchestra.py", *argv).returncode == 0
+        done = machine.run_program(sys.executable, SCRIPT, *argv)
+        assert done.returncode == 2
+        assert re.match(r"orchestra: HOME belongs to user .*, and this is root.*\n.*\n\Z", done.stderr), done
+    for word in ("--version", "--help"):
+        machine.run_well(sys.executable, SCRIPT, word)
     for argv in ([], ["--uninstall"]):
         assert_refused(machine.install("sh", *argv), "belongs to another user")
     assert machine.listing() == {}
 
 
+AS_NOBODY: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+
+
+def python_for_nobody() -> str:
+    """Find a Python that another user may run."""
+    for python in (BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"):
+        try:
+            argv = [python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]
+            if subprocess.call(argv, user=NOBODY) == 0:
+                return python
+        except OSError:
+            pass
+    pytest.skip("no Python here that another user may run")
+
+
 @pytest.mark.skipif(ME != 0, reason="needs root")
 def test_a_user_who_cannot_write_to_another_users_home_is_told_so(machine: Machine) -> None:
-    python = next((path for path in ("/usr/bin/python3", BASE_PYTHON) if is_for_nobody(path)), "")
-    if not python:
-        pytest.skip("no Python here that another user may run")
+    python = python_for_nobody()
     machine.folder.chmod(0o755)
-    (machine.home / ".orchestra").mkdir()
-    shutil.copy(HERE / "orchestra.py", machine.folder)
-    argv = [python, machine.folder / "orchestra.py", "daemon", "logs"]
+    put_files(machine.folder, {"orchestra.py": ORCHESTRA_PY})
+    put_files(machine.home, {".orchestra": None})
     for owner, way_out in ((0, "run it as root, or set HOME"), (NOBODY, "sudo chown -R ")):
         os.chown(machine.home, owner, -1)
-        done = machine.run_program(*argv, user=NOBODY, group=NOBODY, extra_groups=[])
+        done = machine.run_program(python, machine.folder / "orchestra.py", "daemon", "logs", **AS_NOBODY)
         assert done.returncode == 2 and way_out in done.stderr, done
         assert "belongs to user root, and this is " in done.stderr
 
@@ -9651,7 +9643,7 @@ def wheel_or_source(machine: Machine, name: str) -> dict[str, Optional[str]]:
 def test_another_pyyaml_than_the_published_one_is_refused_in_a_line(
     machine: Machine, bare_python: str, name: str, got: str
 ) -> None:
-    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ=wheel_or_source(machine, name))
+    done = machine.run_program(bare_python, SCRIPT, "status", environ=wheel_or_source(machine, name))
     assert done.returncode == 2 and not (machine.folder / "ran").exists()
     first, complaint, way_out = done.stderr.splitlines()
     assert first == f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}"
@@ -9667,12 +9659,12 @@ def test_an_index_of_ones_own_may_serve_the_published_file(machine: Machine, bar
     download = [bare_python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "PyYAML==6.0.3"]
     assert machine.run_program(*download).returncode == 0
     environ = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
-    assert machine.run_program(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ).returncode == 0
+    assert machine.run_program(bare_python, SCRIPT, "status", "--json", environ=environ).returncode == 0
 
 
 def test_a_bare_python_fetches_pyyaml_once_and_says_so(machine: Machine, bare_python: str) -> None:
     need_pypi()
-    argv = [bare_python, HERE / "orchestra.py", "init", machine.code, "-p", "demo", "--sync"]
+    argv = [bare_python, SCRIPT, "init", machine.code, "-p", "demo", "--sync"]
     first = machine.run_program(*argv)
     assert (first.returncode, first.stderr) == (0, f"orchestra: fetching PyYAML into ~/.orchestra/lib/{PYTHON_XY}\n")
     assert (machine.code / "CLAUDE.md").exists()
@@ -9683,7 +9675,7 @@ def test_a_bare_python_fetches_pyyaml_once_and_says_so(machine: Machine, bare_py
 
 def test_two_first_runs_at_once_do_not_harm_each_other(machine: Machine, bare_python: str) -> None:
     need_pypi()
-    argv = [bare_python, str(HERE / "orchestra.py"), "status", "--json"]
+    argv = [bare_python, str(SCRIPT), "status", "--json"]
     options: dict[str, Any] = {
         "env": machine.variables(),
         "stdout": subprocess.PIPE,
@@ -9705,7 +9697,7 @@ def test_two_first_runs_at_once_do_not_harm_each_other(machine: Machine, bare_py
 )
 def test_the_systems_own_python_fetches_pyyaml(machine: Machine) -> None:
     need_pypi()
-    done = machine.run_program("/usr/bin/python3", HERE / "orchestra.py", "status", "--json")
+    done = machine.run_program("/usr/bin/python3", SCRIPT, "status", "--json")
     assert done.returncode == 0, done
     assert len(done.stderr.splitlines()) == 1
 
@@ -9716,7 +9708,7 @@ def left_of_pyyaml(machine: Machine) -> list[str]:
 
 
 def test_pyyaml_is_not_fetched_where_that_is_forbidden(machine: Machine, bare_python: str) -> None:
-    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ={"ORCHESTRA_NO_FETCH": "1"})
+    done = machine.run_program(bare_python, SCRIPT, "status", environ={"ORCHESTRA_NO_FETCH": "1"})
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert re.match(r"orchestra: PyYAML is missing from .*, and ORCHESTRA_NO_FETCH is set$", lines[0])
@@ -9739,7 +9731,7 @@ def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
     lib = Path(orchestra.python_lib_dir(machine.path))
     put_files(lib, {other: ""})
     found = re.escape(found.format(lib=lib, other=other))
-    script, environ = HERE / "orchestra.py", {"ORCHESTRA_NO_FETCH": "1"}
+    script, environ = SCRIPT, {"ORCHESTRA_NO_FETCH": "1"}
     done = machine.run_program(bare_python, script, "init", machine.code, "-p", "demo", environ=environ)
     assert (done.returncode, done.stdout) == (2, "")
     said = rf"orchestra: PyYAML: {found}\n  try: .*{way_out}.*\n\Z"
@@ -9749,7 +9741,7 @@ def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
 def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(machine: Machine, bare_python: str) -> None:
     machine.give_yaml()
     environ = {"ORCHESTRA_NO_FETCH": "1"}
-    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", "--json", environ=environ)
+    done = machine.run_program(bare_python, SCRIPT, "status", "--json", environ=environ)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -9817,7 +9809,7 @@ def test_pip_hears_the_users_own_settings_and_failing_leaves_nothing(
 ) -> None:
     need_pypi()
     nothing_else = {"PIP_FIND_LINKS": None, "PIP_EXTRA_INDEX_URL": None, "PIP_CONFIG_FILE": os.devnull}
-    done = machine.run_program(bare_python, HERE / "orchestra.py", "status", environ={**nothing_else, **environ})
+    done = machine.run_program(bare_python, SCRIPT, "status", environ={**nothing_else, **environ})
     assert (done.returncode, done.stdout) == (2, "")
     assert "could not fetch PyYAML" in done.stderr
     assert "Traceback" not in done.stderr
@@ -9829,7 +9821,7 @@ def test_pip_hears_the_users_own_settings_and_failing_leaves_nothing(
     [["--help"], ["--version"], ["daemon", "status"], ["daemon", "stop"], ["daemon", "logs"], ["sync", "--help"]],
 )
 def test_what_reads_no_registry_needs_no_pyyaml(machine: Machine, bare_python: str, argv: list[str]) -> None:
-    done = machine.run_program(bare_python, HERE / "orchestra.py", *argv, environ={"ORCHESTRA_NO_FETCH": "1"})
+    done = machine.run_program(bare_python, SCRIPT, *argv, environ={"ORCHESTRA_NO_FETCH": "1"})
     assert (done.returncode, done.stderr) == (0, "")
     assert machine.listing() == {}
 
@@ -9846,7 +9838,7 @@ def old_python() -> str:
 
 @pytest.mark.parametrize("argv", [["--version"], ["sync", "--all"], []])
 def test_on_python_3_8_one_clear_line_is_said(machine: Machine, argv: list[str]) -> None:
-    done = machine.run_program(old_python(), HERE / "orchestra.py", *argv)
+    done = machine.run_program(old_python(), SCRIPT, *argv)
     assert (done.returncode, done.stdout) == (2, "")
     expected = "orchestra: needs Python 3.9 or newer on macOS or Linux (found Python 3.8 on"
     assert done.stderr == f"{expected} {sys.platform})\n"
@@ -9861,7 +9853,7 @@ def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[
     if not program:
         pytest.skip(f"no {tool[0]} here")
     need_pypi()
-    shutil.copy(HERE / "orchestra.py", machine.folder)
+    shutil.copy(SCRIPT, machine.folder)
     for argv in (["--version"], ["status", "--json"]):
         done = machine.run_program(program, *tool[1:], "./orchestra.py", *argv, cwd=machine.folder)
         assert done.returncode == 0, done
@@ -10155,42 +10147,25 @@ def test_install_sh_downloads_with_wget_where_there_is_no_curl(machine: Machine,
 
 @pytest.mark.parametrize("what", ["home", "local"])
 def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(machine: Machine, what: str) -> None:
-    machine.give_yaml()
-    (machine.home / ".local").mkdir()
-    options: dict[str, Any] = {}
-    python = BASE_PYTHON
-    if os.geteuid() == 0:
-        options = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    python = python_for_nobody() if ME == 0 else BASE_PYTHON
+    put_files(machine.folder, {"install.sh": INSTALLER.read_bytes(), "orchestra.py": ORCHESTRA_PY})
+    if what == "local":
+        machine.give_yaml()
+    put_files(machine.home, {".local": None})
+    if ME == 0:
         for path in (machine.folder, machine.home, *machine.home.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
-        candidates = [BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"]
-        python = next((path for path in candidates if is_for_nobody(path)), "")
-        if not python:
-            pytest.skip("no Python here that another user may run")
-    shutil.copy(INSTALLER, machine.folder)
-    shutil.copy(HERE / "orchestra.py", machine.folder)
-    if what == "home":
-        shutil.rmtree(machine.home / ".orchestra")
     blocked = machine.home if what == "home" else machine.home / ".local"
     before = machine.listing()
     blocked.chmod(0o555)
     environ = {"ORCHESTRA_PYTHON": python, "PATH": f"{machine.tools}:{SHORT_PATH}"}
-    done = machine.run_program("/bin/sh", machine.folder / "install.sh", environ=environ, **options)
+    as_whom = AS_NOBODY if ME == 0 else {}
+    done = machine.run_program("/bin/sh", machine.folder / "install.sh", environ=environ, **as_whom)
     blocked.chmod(0o755)
-    assert done.returncode == 2, done
-    assert done.stdout == ""
+    assert (done.returncode, done.stdout) == (2, ""), done
     assert re.search(r"could not |not a folder that you can write to$", done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     assert machine.listing() == before
-
-
-def is_for_nobody(python: str) -> bool:
-    try:
-        return (
-            subprocess.call([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"], user=NOBODY) == 0
-        )
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
@@ -10278,10 +10253,10 @@ def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it
 def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(
     machine: Machine, bare_python: str
 ) -> None:
-    assert machine.run_program(bare_python, HERE / "orchestra.py", "self-uninstall").returncode == 0
+    assert machine.run_program(bare_python, SCRIPT, "self-uninstall").returncode == 0
     assert machine.listing() == {}
     os.makedirs(orchestra.run_dir(machine.path))
-    done = machine.run_program(bare_python, HERE / "orchestra.py", "self-uninstall")
+    done = machine.run_program(bare_python, SCRIPT, "self-uninstall")
     assert (done.returncode, done.stderr) == (0, "")
     assert left_of_pyyaml(machine) == []
 
@@ -10307,7 +10282,7 @@ def test_uninstalling_works_when_the_python_is_gone(machine: Machine) -> None:
     machine.give_yaml()
     python = machine.folder / "gone"
     python.symlink_to(BASE_PYTHON)
-    orchestra.Installer(machine.path).install_program(str(python), str(HERE / "orchestra.py"))
+    orchestra.Installer(machine.path).install_program(str(python), str(SCRIPT))
     python.unlink()
     done = machine.install("sh", "--uninstall")
     assert done.returncode == 0, done
@@ -14173,7 +14148,7 @@ HEAVY = {
 
 def load_without_site(machine: Machine, *argv: str) -> set[str]:
     """Run one command of the installed program, and give the modules it has loaded at its end."""
-    orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    machine.install_program()
     lib = os.path.dirname(orchestra.installed_script_path(machine.path))
     done = machine.run_program(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
     assert done.returncode == 0, done
@@ -14191,13 +14166,13 @@ def test_asking_the_daemon_loads_nothing_heavy(machine: Machine, argv: list[str]
         assert heavy_ones(load_without_site(machine, *argv)) == []
         return
     machine.give_yaml()
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    binary = machine.install_program()
     with machine.daemon(binary):
         assert heavy_ones(load_without_site(machine, *argv)) == []
 
 
 def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machine) -> None:
-    binary = orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(SCRIPT))
+    binary = machine.install_program()
     lib = Path(orchestra.installed_script_path(machine.path)).parent
     assert machine.run_program(binary, "--version").returncode == 0
     (cached,) = lib.glob("__pycache__/orchestra.*.pyc")
