@@ -6095,10 +6095,9 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
 def _request_patiently(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
     """Send a request up to STATUS_TRIES times, while the error is one that may pass."""
     for _ in range(STATUS_TRIES - 1):
-        try:
+        with suppress(*passing):
             return send_request(home, {"cmd": cmd})
-        except passing:
-            time.sleep(STATUS_PAUSE)
+        time.sleep(STATUS_PAUSE)
     return send_request(home, {"cmd": cmd})
 
 
@@ -6241,6 +6240,7 @@ class SocketServer:
         self._selector = selector
         self._handle = handle
         self._max_clients = max_clients
+        self._refusal = f"{TOO_MANY_CLIENTS} {max_clients}, got one more"
         self._places_to_stay = max_clients - min(self.GUEST_PLACES, max_clients // 4)
         self._clock = clock
         self._spare: Optional[int] = None
@@ -6305,10 +6305,6 @@ class SocketServer:
         self._close(oldest)
         return True
 
-    @property
-    def _refusal(self) -> str:
-        return f"{TOO_MANY_CLIENTS} {self._max_clients}, got one more"
-
     def _turn_away(self, connection: Any) -> None:
         with suppress(OSError):
             connection.send(encode_error(self._refusal))
@@ -6326,10 +6322,9 @@ class SocketServer:
         self._take_spare()
 
     def _take_spare(self) -> None:
-        try:
+        self._spare = None
+        with suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._spare = None
 
     # Serving them
 
@@ -6879,14 +6874,12 @@ def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return most
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft < wanted:
+    if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
-    return soft
+            soft = wanted
+    return most if soft == resource.RLIM_INFINITY else soft
 
 
 # What to sync, and when

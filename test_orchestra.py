@@ -5391,7 +5391,7 @@ class Kevent(NamedTuple):
 
 
 class Knote:
-    """One watched descriptor: what it led to, and what is to be told of it."""
+    """One watched descriptor: what it led to, and what to report of it."""
 
     def __init__(self, ident: int, fflags: int) -> None:
         info = os.fstat(ident)
@@ -5413,7 +5413,7 @@ class Knote:
         return (info.st_dev, info.st_ino) == self.inode
 
     def note_link_count(self) -> int:
-        """Say what a changed number of names means: a folder that is gone has none."""
+        """Return what a changed number of names means: a removed folder has none."""
         links, self.links = self.links, os.fstat(self.ident).st_nlink
         return DELETE | LINK if self.links < links else LINK if self.links > links else 0
 
@@ -6471,12 +6471,6 @@ def test_keys_are_debounced_independently() -> None:
 # ── 19 Logs ───────────────────────────────────────────────────────────────────
 
 
-def log_files(live: Home) -> list[Path]:
-    """List daemon.log and its older versions, oldest first."""
-    path = Path(orchestra.stdout_log_path(live.path))
-    return [*sorted(path.parent.glob("daemon.log.*"), key=lambda p: -int(p.suffix[1:])), path]
-
-
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
     live.save("shop/api").write_text("name: api\npath: [")
     said = live.folder / "out"
@@ -6493,13 +6487,7 @@ def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
     assert stat.S_IMODE(os.stat(orchestra.stdout_log_path(live.path)).st_mode) == 0o600
 
 
-@pytest.mark.parametrize(
-    "is_one",
-    [
-        pytest.param(False, id="each into its own"),
-        pytest.param(True, id="both into daemon.log"),
-    ],
-)
+@pytest.mark.parametrize("is_one", [False, True], ids=["each into its own", "both into daemon.log"])
 def test_streams_that_are_the_log_files_are_not_doubled(live: Home, is_one: bool) -> None:
     live.save("shop/api").write_text("name: api\npath: [")
     os.mkdir(orchestra.logs_dir(live.path))
@@ -6535,14 +6523,15 @@ def test_rotation_loses_and_doubles_nothing(live: Home, is_stream: bool, count: 
         subprocess.run(
             [sys.executable, "-c", WRITE_LOG, str(HERE), live.path, str(count)], check=True, stdout=out, stderr=err
         )
-    files = log_files(live)
+    names = [*(f"daemon.log.{number}" for number in (5, 4, 3, 2, 1)), "daemon.log"]
+    files = [file for name in names if (file := Path(orchestra.logs_dir(live.path), name)).exists()]
     numbers = [int(line.rpartition("number=")[2]) for file in files for line in file.read_text().splitlines()]
     assert numbers == list(range(count - len(numbers), count))
     assert all(file.stat().st_size <= 4000 for file in files)
     if count == 300:
         assert len(numbers) == count
     else:
-        assert [file.name for file in files] == [*(f"daemon.log.{n}" for n in (5, 4, 3, 2, 1)), "daemon.log"]
+        assert len(files) == len(names)
     if not is_stream:
         told = [int(line.rpartition("=")[2]) for line in Path(out_path).read_text().splitlines()]
         assert told == list(range(count))
@@ -6591,22 +6580,17 @@ def test_daemon_logs_without_logs_is_no_error(live: Home) -> None:
         (b"a\nb\n", 2, b"a\nb\n"),
         (b"a\n", 0, b""),
         (b"\n\n\n", 2, b"\n\n"),
+        (b"one\ntwo\rstill two\n", 1, b"two\rstill two\n"),
         (b"x" * 200_000 + b"\nlast\n", 1, b"last\n"),
         (b"x" * 200_000 + b"\nlast\n", 2, b"x" * 200_000 + b"\nlast\n"),
         (b"line\n" * 100_000, 50_000, b"line\n" * 50_000),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_the_last_lines_are_read(live: Home, data: bytes, count: int, tail: bytes) -> None:
     file = live.code / "log"
     file.write_bytes(data)
     assert orchestra.LogReader(str(file)).tail(count) == tail
-
-
-def test_a_carriage_return_ends_no_line_of_a_log(live: Home) -> None:
-    file = live.code / "log"
-    file.write_bytes(b"one\ntwo\rstill two\n")
-    assert orchestra.LogReader(str(file)).tail(2) == b"one\ntwo\rstill two\n"
 
 
 def test_the_last_lines_of_a_huge_file_come_at_once(live: Home) -> None:
@@ -6837,13 +6821,14 @@ def test_the_client_understands_replies(live: Home, reply: bytes, error: str) ->
     assert requests == [STATUS + b"\n"]
 
 
-def test_the_client_asks_again_while_the_daemon_is_busy(live: Home) -> None:
+@pytest.mark.parametrize("request_", [orchestra.request_status, orchestra.request_stop])
+def test_the_client_asks_again_while_the_daemon_is_busy(live: Home, request_: Callable[[str], Any]) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
     with answering(live, [busy, busy, b'{"ok":true,"data":7}\n']) as requests:
-        assert orchestra.request_status(live.path) == 7
+        assert request_(live.path) == 7
     assert len(requests) == 3
     with answering(live, [busy] * 5), pytest.raises(orchestra.DaemonBusy):
-        orchestra.request_status(live.path)
+        request_(live.path)
 
 
 def test_the_client_gives_up_on_a_silent_daemon(live: Home) -> None:
@@ -6900,7 +6885,7 @@ def test_a_backlog_that_is_full_means_busy(live: Home) -> None:
             orchestra.send_request(live.path, {"cmd": "status"})
 
 
-def test_a_refused_connection_means_busy_while_somebody_holds_the_daemons_lock(live: Home) -> None:
+def test_a_refused_connection_means_busy_while_the_daemons_lock_is_held(live: Home) -> None:
     """macOS refuses where more clients wait than the daemon takes; Linux does where it does not listen, as here."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(live.socket)
@@ -6924,23 +6909,6 @@ def test_without_a_daemon_the_client_says_so(live: Home, stale: str) -> None:
         shutil.rmtree(Path(live.socket).parent)
     with pytest.raises(orchestra.DaemonNotRunning, match="daemon is not running"):
         orchestra.request_stop(live.path)
-
-
-def test_a_full_house_is_asked_again_to_stop(monkeypatch: Any) -> None:
-    replies = [orchestra.DaemonBusy("full"), orchestra.DaemonBusy("full"), {"stopping": True}]
-
-    def reply(home: str, request: Any) -> Any:
-        given = replies.pop(0)
-        if isinstance(given, Exception):
-            raise given
-        return given
-
-    monkeypatch.setattr(orchestra, "send_request", reply)
-    monkeypatch.setattr(orchestra, "STATUS_PAUSE", 0)
-    assert orchestra.request_stop("/home") == {"stopping": True}
-    replies[:] = [orchestra.DaemonNotRunning("/home")]
-    with pytest.raises(orchestra.DaemonNotRunning):
-        orchestra.request_stop("/home")
 
 
 class Channel:
@@ -7073,7 +7041,7 @@ def test_another_user_is_not_admitted() -> None:
     assert exchange.ask()[1] == ANSWERED
 
 
-def test_one_client_too_many_is_told_so_and_closed() -> None:
+def test_one_client_too_many_is_turned_away() -> None:
     exchange = Exchange(max_clients=3)
     first = [Channel() for _ in range(3)]
     exchange.connect(*first)
@@ -7323,36 +7291,6 @@ def test_a_line_beyond_use_gets_an_error_and_the_end(served: Home) -> None:
         assert json.loads(read_line(client))["ok"] is True
 
 
-def test_hundreds_of_silent_clients_and_a_deaf_one_hold_nobody_up(served: Home) -> None:
-    before = memory_of(served.daemons[0].pid)
-    deaf = socket.socket(socket.AF_UNIX)
-    deaf.connect(served.socket)
-    deaf.setblocking(False)
-    asked = 0
-    deadline = time.monotonic() + 1
-    while time.monotonic() < deadline:
-        try:
-            asked += deaf.send((STATUS + b"\n") * 1000)
-        except BlockingIOError:
-            time.sleep(0.01)
-    assert asked > 1000
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(200)]
-    for client in silent:
-        client.connect(served.socket)  # without a timeout, which would make a full backlog an error
-    time.sleep(orchestra.SILENT_GRACE)
-    waits = []
-    for number in range(20):
-        waits.append(seconds_for(lambda: wait_until(served.answers)))
-        served.save(note=f"save {number}")
-    wait_for(served, "save 19")
-    print(f"status among 200 silent: worst {max(waits) * 1000:.1f} ms")
-    assert sorted(waits)[10] < 0.25
-    assert memory_of(served.daemons[0].pid) - before < 50 << 20
-    for client in (*silent, deaf):
-        client.close()
-    wait_until(served.answers)
-
-
 @pytest.mark.parametrize("asks", [b"", STATUS + b"\n", b'{"cmd":"sync"}\n'], ids=["silent", "talkative", "syncing"])
 def test_a_crowd_cannot_shut_out_status_and_stop(live: Home, asks: bytes) -> None:
     live.save()
@@ -7481,7 +7419,7 @@ def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
     assert live.has("two") and live.read("shop/web") == ""
 
 
-def test_a_queue_that_the_worker_empties_meanwhile_ends_well(home: Home) -> None:
+def test_a_queue_that_the_worker_empties_meanwhile_can_be_finished(home: Home) -> None:
     processor = orchestra.SyncProcessor(home.path, orchestra.RegistryCache.load(home.path), lambda: None)
     processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
     empty = processor.jobs.empty
@@ -7735,9 +7673,7 @@ def test_a_socket_that_is_removed_is_made_again(live: Home, kind: str) -> None:
     assert not os.path.lexists(live.socket)
 
 
-def test_a_socket_whose_name_is_taken_is_a_problem_told_once_until_it_is_free(
-    live: Home, turned: orchestra.Daemon
-) -> None:
+def test_a_socket_whose_name_is_taken_is_reported_once_until_it_is_free(live: Home, turned: orchestra.Daemon) -> None:
     os.unlink(live.socket)
     Path(live.socket).write_text("precious")
     turn_until(turned, lambda: "expected a socket or nothing, got a file" in live.errors())
@@ -7828,6 +7764,7 @@ def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Da
         ("shop/api.yml", orchestra.STRAY),
         ("shop/API.YAML", orchestra.STRAY),
         ("shop/a.b.yaml", ("shop", "a.b")),
+        (f"shop/{'x' * 101}.yaml", orchestra.STRAY),  # as at the start
     ],
 )
 def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key) -> None:
@@ -7868,21 +7805,12 @@ def test_every_watcher_drives_the_daemon(live: Home, kind: str) -> None:
     (live.code / "web").mkdir()
     assert live.run_script("project", "add", "web", "-p", "team", "--path", str(live.code / "web")).status == 0
     wait_until(lambda: (live.code / "web" / "CLAUDE.md").exists())
-    time.sleep(1.2 * orchestra.DEBOUNCE_WINDOW)
     (live.projects / "new").rename(live.projects / "newer")
     wait_until(lambda: os.path.exists(orchestra.record_path(live.path, ("newer", "app"))))
     shutil.rmtree(live.projects / "team")
     wait_until(lambda: live.status()["codebases"] == ["api", "app"])
     live.stop(daemon)
     assert live.complaints() == []
-
-
-def test_a_folder_renamed_soon_after_a_save_is_no_problem(served: Home) -> None:
-    served.save("new/app", "at once")
-    wait_for(served, "at once", "new/app")
-    (served.projects / "new").rename(served.projects / "newer")
-    wait_until(lambda: os.path.exists(orchestra.record_path(served.path, ("newer", "app"))))
-    assert served.complaints() == []
 
 
 def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Home) -> None:
@@ -8038,7 +7966,7 @@ def test_sighup_looks_at_everything_again(served: Home) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_well(live: Home, number: signal.Signals) -> None:
+def test_a_signal_stops_the_daemon(live: Home, number: signal.Signals) -> None:
     daemon = live.start_daemon()
     live.wait_for_start_job()
     daemon.send_signal(number)
@@ -8191,9 +8119,7 @@ UNFIT_HOMES = {  # for a daemon: what stands at a path below the home folder, a 
 
 
 @pytest.mark.parametrize(("name", "content", "refusal"), UNFIT_HOMES.values(), ids=UNFIT_HOMES)
-def test_a_daemon_that_finds_a_home_unfit_says_so_in_one_line(
-    home: Home, name: str, content: Any, refusal: str
-) -> None:
+def test_a_daemon_refuses_an_unfit_home_in_one_line(home: Home, name: str, content: Any, refusal: str) -> None:
     put_files(Path(home.path), {name: content})
     before = tree(Path(home.path))
     ran = home.run_script("daemon", "start")
@@ -8312,7 +8238,7 @@ def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Home, edited: Ed
     ],
     ids=range(10),
 )
-def test_a_replaced_hand_edit_is_a_problem_for_a_day_or_until_its_codebase_is_seen_to(
+def test_a_replaced_hand_edit_is_a_problem_for_a_day_or_until_the_user_deals_with_it(
     live: Home, edited: Edited, act: Callable[[Edited], Any], stays: bool
 ) -> None:
     act(edited)
@@ -8321,7 +8247,7 @@ def test_a_replaced_hand_edit_is_a_problem_for_a_day_or_until_its_codebase_is_se
     assert os.path.exists(orchestra.replaced_path(live.path, ("shop", "api"))) == stays
 
 
-def test_of_a_codebase_that_is_registered_no_more_nothing_is_told(live: Home, edited: Edited) -> None:
+def test_nothing_is_reported_of_a_codebase_that_is_no_longer_registered(live: Home, edited: Edited) -> None:
     edited.run("project", "remove", "api")
     turn_until(edited.daemon, lambda: edited.daemon.status()["codebases"] == [])
     assert edited.daemon.status()["problems"] == []
@@ -8337,7 +8263,7 @@ def test_a_note_of_replaced_text_that_is_damaged_is_forgotten(live: Home, edited
     assert len(edited.daemon.status()["problems"]) == 1
 
 
-def test_a_sync_whose_trouble_may_pass_is_tried_again_and_told_once(
+def test_a_sync_whose_error_may_pass_is_tried_again_and_logged_once(
     live: Home, turned: orchestra.Daemon, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(orchestra, "RETRY_INTERVAL", 0.02)
@@ -8407,7 +8333,7 @@ def test_a_reader_of_stdout_that_has_stopped_does_not_stop_the_daemon(live: Home
     daemon.stdout.close()
 
 
-def test_a_bug_in_the_staleness_scan_is_told_once(live: Home, turned: orchestra.Daemon, monkeypatch: Any) -> None:
+def test_a_bug_in_the_staleness_scan_is_logged_once(live: Home, turned: orchestra.Daemon, monkeypatch: Any) -> None:
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
 
@@ -8448,11 +8374,6 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
     assert first.wait(30) == 0
     assert live.served_by() == second.pid
     live.stop(second)
-
-
-def test_names_that_a_fresh_start_refuses_are_refused_while_it_runs(live: Home) -> None:
-    path = live.projects / "shop" / f"{'x' * 101}.yaml"
-    assert orchestra.key_of_change(live.path, str(path)) == orchestra.STRAY
 
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
