@@ -6056,31 +6056,26 @@ def test_a_git_checkout_of_many_files_is_noticed(live: Home, kind: str, is_linke
     repository = live.code / "team" if is_linked else live.projects
     repository.mkdir(exist_ok=True)
     run_git(repository, "init", "-q")
-    shops = repository / "shop"
-    shops.mkdir()
-    for number in range(30):
-        (shops / f"c{number}.yaml").write_text(f"one {number}")
-    run_git(repository, "add", ".")
-    run_git(repository, "commit", "-qm", "one")
-    run_git(repository, "checkout", "-qb", "two")
-    for number in range(20):
-        (shops / f"c{number}.yaml").write_text(f"two {number}, and longer")
-    (shops / "c29.yaml").unlink()
-    run_git(repository, "commit", "-qam", "two")
-    run_git(repository, "checkout", "-qb", "none")
-    run_git(repository, "rm", "-q", "-r", "shop")
-    run_git(repository, "commit", "-qm", "none")
+    whole = {f"shop/c{number}.yaml": f"one {number}" for number in range(30)}
+    changed = {f"shop/c{number}.yaml": f"two {number}, and longer" for number in range(20)}
+    for branch, files, gone in (("one", whole, ()), ("two", changed, ["shop/c29.yaml"]), ("none", {}, ["shop"])):
+        run_git(repository, "checkout", "-qb", branch)
+        put_files(repository, files)
+        if gone:
+            run_git(repository, "rm", "-qr", *gone)
+        run_git(repository, "add", ".")
+        run_git(repository, "commit", "-qm", branch)
     run_git(repository, "checkout", "-q", "one")
     if is_linked:
-        (live.projects / "shop").symlink_to(shops)
+        (live.projects / "shop").symlink_to(repository / "shop")
     lookout = Lookout(live, kind)
     assert len(lookout.files()) == 30
     run_git(repository, "checkout", "-q", "two")
-    lookout.expect([f"shop/c{number}" for number in range(20)], ["shop/c29"])
+    lookout.expect(changed, ["shop/c29.yaml"])
     run_git(repository, "checkout", "-q", "none")
-    lookout.expect(deleted=[f"shop/c{number}" for number in range(29)])
+    lookout.expect(deleted=whole.keys() - {"shop/c29.yaml"})
     run_git(repository, "checkout", "-q", "one")
-    lookout.expect([f"shop/c{number}" for number in range(30)])
+    lookout.expect(whole)
 
 
 def test_many_files_at_once_are_noticed(live: Home, kind: str) -> None:
@@ -6898,15 +6893,12 @@ def test_a_refused_connection_means_busy_while_the_daemons_lock_is_held(live: Ho
             orchestra.request_stop(live.path)
 
 
-@pytest.mark.parametrize("stale", ["nothing", "socket", "file", "no folder"])
-def test_without_a_daemon_the_client_says_so(live: Home, stale: str) -> None:
-    if stale == "socket":
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(live.socket)
-    elif stale == "file":
-        Path(live.socket).write_text("")
-    elif stale == "no folder":
-        shutil.rmtree(Path(live.socket).parent)
+@pytest.mark.parametrize("stale", [{}, {"daemon.sock": make_socket}, {"daemon.sock": ""}, None], ids=str)
+def test_without_a_daemon_the_client_says_so(live: Home, stale: Optional[dict[str, Any]]) -> None:
+    root = Path(live.socket).parent
+    if stale is None:
+        shutil.rmtree(root)
+    put_files(root, stale or {})
     with pytest.raises(orchestra.DaemonNotRunning, match="daemon is not running"):
         orchestra.request_stop(live.path)
 
