@@ -7764,6 +7764,23 @@ def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key
     assert orchestra.key_of_change("/home/x", file) == key
 
 
+def test_a_codebase_that_was_overdue_may_be_a_suspect_again() -> None:
+    clock, key = Clock(), ("shop", "api")
+    schedule = orchestra.Schedule(clock)
+    for _ in range(2):
+        schedule.note([key])
+        job = schedule.take_job()
+        assert job is not None and (job.changed, job.overdue) == ({key}, set())
+        assert schedule.take_job() is None  # while one runs
+        schedule.finish(orchestra.JobOutcome(job, suspects=frozenset([key])))
+        clock.now += orchestra.DEBOUNCE_WINDOW
+        job = schedule.take_job()
+        assert job is not None and (job.changed, job.overdue) == ({key}, {key})
+        schedule.finish(orchestra.JobOutcome(job))
+        assert schedule.next_due() is None
+        clock.now += orchestra.DEBOUNCE_WINDOW
+
+
 # As a process: from a save to the file
 
 
