@@ -6625,8 +6625,7 @@ class JobOutcome(NamedTuple):
     job: SyncJob
     summary: Optional[SyncSummary] = None
     error: str = ""
-    is_bug: bool = False
-    bug: str = ""  # the error of the first try, where that was a bug
+    bug: str = ""  # the traceback of the first try, if that was a bug
     results: Sequence[SyncCodebaseResult] = ()
     suspects: frozenset[Key] = frozenset()  # neither synced nor reported
     statuses: Mapping[str, int] = {}  # found by a staleness scan
@@ -6635,7 +6634,7 @@ class JobOutcome(NamedTuple):
         """Make a sync's reply: an error if it was prevented or all codebases failed."""
         summary = self.summary
         if summary is None:
-            return encode_error(self.error.strip().rpartition("\n")[2] if self.is_bug else self.error)
+            return encode_error(self.error)
         if summary.errors and len(summary.errors) >= len(summary.codebases) and not summary.written + summary.unchanged:
             return encode_error("; ".join(summary.errors[:MAX_LOGGED_ERRORS]))
         data = summary._asdict()
@@ -6809,8 +6808,8 @@ class SyncProcessor:
     def _work(self) -> None:
         for job in iter(self.jobs.get, None):
             outcome = self._try(job)
-            if outcome.is_bug and self._rebuild_cache():
-                outcome = self._try(job)._replace(bug=outcome.error)
+            if outcome.bug and self._rebuild_cache():
+                outcome = self._try(job)._replace(bug=outcome.bug)
             self.outcomes.append(outcome)
             self._wake()
         self._wake()
@@ -6828,7 +6827,8 @@ class SyncProcessor:
         except Exception:  # our bug: it belongs in the log, and the daemon goes on
             import traceback
 
-            return JobOutcome(job, error=f"internal error: {traceback.format_exc()}", is_bug=True)
+            trace = traceback.format_exc()
+            return JobOutcome(job, error=trace.strip().rpartition("\n")[2], bug=f"internal error: {trace}")
 
     def _rebuild_cache(self) -> bool:
         """Load the cache from disk, so that a bug in renewing it cannot lose a save."""
