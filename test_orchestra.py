@@ -8187,17 +8187,15 @@ def test_an_idle_daemon_sleeps(live: Home, kind: str, monkeypatch: Any) -> None:
 # Hand edits that it replaces, and what may work in a while
 
 
-class Edited:
+class Edited(NamedTuple):
     """A daemon turned by hand that has just replaced a hand edit, and a clock for it."""
 
-    def __init__(self, live: Home, home: Home, daemon: orchestra.Daemon, clock: Clock) -> None:
-        self.live = live
-        self.home = home
-        self.daemon = daemon
-        self.clock = clock
+    live: Home
+    daemon: orchestra.Daemon
+    clock: Clock
 
     def run(self, *argv: str) -> None:
-        assert orchestra.main(argv, {"HOME": self.live.path}) in (0, 1)
+        assert self.live.run(*argv).status in (0, 1)
 
     def sync_by_socket(self) -> None:
         with self.live.connection(b'{"cmd":"sync","codebase":"api"}\n') as client:
@@ -8208,7 +8206,7 @@ class Edited:
 
 
 @pytest.fixture
-def edited(live: Home, home: Home) -> Iterator[Edited]:
+def edited(live: Home) -> Iterator[Edited]:
     live.save()
     clock = Clock(1_800_000_000)
     with turned_by_hand(live, clock=clock) as daemon:
@@ -8217,7 +8215,7 @@ def edited(live: Home, home: Home) -> Iterator[Edited]:
         claude.write_text(claude.read_text().replace("- first", "- by hand"))
         live.save(note="second")
         turn_until(daemon, lambda: live.synced("watcher"))
-        yield Edited(live, home, daemon, clock)
+        yield Edited(live, daemon, clock)
 
 
 def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Home, edited: Edited) -> None:
