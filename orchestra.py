@@ -5226,6 +5226,54 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
     return show_hidden("".join(parts)), problems
 
 
+# Replaced text
+
+# Where the daemon replaced hand-written text, `daemon status` reports it for a day, or
+# until the codebase is restored or synced by hand. The notes are kept in a file per
+# codebase, so that they outlast the daemon and commands can remove them.
+
+REPLACED_KEPT = 86_400  # seconds
+
+
+def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
+    """Load a codebase's notes by path; remove them if they are too old, or damaged."""
+    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError):
+        value = parse_object(read_disk(replaced_path(home, key)).data)
+        if now - float(value["at"]) < REPLACED_KEPT:
+            return {str(path): str(note) for path, note in value["notes"].items()}
+    with suppress(IoError):
+        forget_replaced(home, [key])
+    return {}
+
+
+def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> None:
+    data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
+    with suppress(IoError):  # the log has it
+        save_private(replaced_path(home, key), data, new_token(), durable=False)
+
+
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Remove the notes of codebases that the user has dealt with; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
+
+
+def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
+    """List what is noted of some codebases, and remove what is too old of any."""
+    problems = []
+    for folder, _, names in os.walk(replaced_root(home)):
+        for name in names:
+            key = (os.path.basename(folder), name[: -len(".json")])
+            notes = load_replaced(home, key, now) if name.endswith(".json") else {}
+            problems += [
+                Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+                for path, note in notes.items()
+                if key in keys
+            ]
+    return sorted(problems)
+
+
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
 # ── 18 Watching ───────────────────────────────────────────────────────────────
@@ -5253,16 +5301,16 @@ DEBOUNCE_WINDOW = 0.5  # seconds
 RECHECK_PAUSE = 0.004  # seconds until a suspect is first looked at again
 POLL_INTERVAL = 1.0  # seconds between two looks at everything where not all is watched
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything otherwise
-EVENTS_A_TURN = 64  # then it is the sockets' turn; the rest stays readable
+EVENTS_PER_STEP = 64  # then it is the sockets' turn; the rest stays readable
 
 # Backends
 
 
-class PollingBackend:
-    """The fallback, which announces nothing: everything is looked at on a timer.
+class Backend:
+    """What announces changes. This one announces nothing: everything is polled.
 
-    All backends have its methods. `fileno` is readable while there are events, or -1;
-    `being_written` are the paths known to be open for writing since their last change.
+    `fileno` is readable while there are events, or -1; `being_written` are the paths
+    known to be open for writing since their last change.
     """
 
     name = "polling"
@@ -5288,7 +5336,7 @@ class PollingBackend:
         pass
 
 
-class InotifyBackend(PollingBackend):
+class InotifyBackend(Backend):
     """Linux's inotify(7), through ctypes. Watching a folder covers the files in it."""
 
     name = "inotify"
@@ -5341,7 +5389,7 @@ class InotifyBackend(PollingBackend):
 
     def drain(self) -> Optional[set[str]]:
         try:
-            data = os.read(self._fd, EVENTS_A_TURN * self.EVENT)
+            data = os.read(self._fd, EVENTS_PER_STEP * self.EVENT)
         except BlockingIOError:
             return set()
         changed: set[str] = set()
@@ -5373,7 +5421,7 @@ class InotifyBackend(PollingBackend):
         os.close(self._fd)
 
 
-class KqueueBackend(PollingBackend):
+class KqueueBackend(Backend):
     """kqueue's EVFILT_VNODE (macOS, BSD): every folder and file takes a descriptor.
 
     A folder's descriptor tells of entries that come and go. A write in place shows only
@@ -5437,7 +5485,7 @@ class KqueueBackend(PollingBackend):
             self._forget(path)
 
     def drain(self) -> Optional[set[str]]:
-        events = self._queue.control(None, EVENTS_A_TURN, 0)
+        events = self._queue.control(None, EVENTS_PER_STEP, 0)
         return {self._path_of[event.ident] for event in events if event.ident in self._path_of}
 
     def close(self) -> None:
@@ -5445,7 +5493,7 @@ class KqueueBackend(PollingBackend):
         self._queue.close()
 
 
-def open_backend(wanted: str, descriptors: int) -> PollingBackend:
+def open_backend(wanted: str, descriptors: int) -> Backend:
     """Open the backend named `wanted`, or the best one where that is empty.
 
     `descriptors` is the process's limit on open files. Raises NotifyError if the wanted
@@ -5453,7 +5501,7 @@ def open_backend(wanted: str, descriptors: int) -> PollingBackend:
     """
     import select
 
-    available: dict[str, Callable[[], PollingBackend]] = {"polling": PollingBackend}
+    available: dict[str, Callable[[], Backend]] = {"polling": Backend}
     if sys.platform.startswith("linux"):
         available = {"inotify": InotifyBackend, **available}
     if hasattr(select, "kqueue"):
@@ -5466,7 +5514,7 @@ def open_backend(wanted: str, descriptors: int) -> PollingBackend:
     except OSError as error:
         if wanted:
             raise NotifyError(f"cannot watch files with {name}: {explain_os_error(error)}") from error
-        return PollingBackend()
+        return Backend()
 
 
 # Timers
@@ -5542,7 +5590,7 @@ class Suspects:
             del self._again_at[thing]
         return due, {thing for thing in due if self._since[thing] + self._window <= now}
 
-    def settle(self, taken: Iterable[Any]) -> None:
+    def discard_unrenewed(self, taken: Iterable[Any]) -> None:
         """Discard those taken that have not been added again."""
         self.discard([thing for thing in taken if thing not in self._again_at])
 
@@ -5635,7 +5683,7 @@ class Watcher:
     RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
 
     def __init__(
-        self, home: str, backend: PollingBackend, clock: Clock = time.time, monotonic: Clock = time.monotonic
+        self, home: str, backend: Backend, clock: Clock = time.time, monotonic: Clock = time.monotonic
     ) -> None:
         self.backend = backend
         self.must_poll = backend.fileno() < 0
@@ -5663,7 +5711,7 @@ class Watcher:
         due, self._overdue = self.suspects.take_due()
         changed = self.look(due)
         self._overdue = set()
-        self.suspects.settle(due)
+        self.suspects.discard_unrenewed(due)
         return changed
 
     def look(self, paths: Optional[set[str]] = None) -> set[str]:
@@ -5958,7 +6006,7 @@ class LogReader:
 MAX_LINE = 64 << 10  # bytes
 STATUS_TRIES = 5
 STATUS_PAUSE = 0.1  # seconds between two tries
-MAX_CLIENTS = 128
+MAX_CLIENTS = 128  # fewer where few descriptors are allowed (`Daemon`)
 SILENT_GRACE = 0.25  # seconds after which a silent client may be dropped to make room
 TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
 READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
@@ -6135,12 +6183,17 @@ class Client:
         self.connection = connection
         self.state = self.NEW
         self.has_ended = False  # it will send no more
-        self.is_guest = False  # came when the places for those that stay were taken
+        self.is_guest = False  # accepted when all places to stay were taken
         self.lines = LineBuffer()
         self.unsent = bytearray()
         self.events = 0  # that the selector waits for
-        self.last_active = self.came_at = clock()
+        self.last_active = self.silent_since = clock()
         self._clock = clock
+
+    def end(self) -> None:
+        """Answer no more, and close the connection when its replies are read."""
+        self.state = self.CLOSING
+        self.silent_since = self._clock()
 
     @property
     def may_answer(self) -> bool:
@@ -6215,18 +6268,18 @@ class SocketServer:
     However many clients there are, and whatever they do, `status` and `stop` are
     answered, if not at the first try:
 
-    1. Clients may stay, silent for IDLE_TIMEOUT, while there are places to stay.
-    2. When those are taken, a client is let in as a guest: it has one request answered
+    1 Clients may stay, silent for IDLE_TIMEOUT, while there are places to stay.
+    2 When those are taken, a client is let in as a guest: it has one request answered
        and is closed. A sync, which may take long, is refused.
-    3. When all places are taken, the next client gets that of the oldest one that has
+    3 When all places are taken, the next client gets that of the oldest one that has
        been silent, or has left its last reply unread, for SILENT_GRACE. If there is
        none, the next client is turned away with TOO_MANY_CLIENTS.
     """
 
     GUEST_PLACES = 8  # of all places
     IDLE_TIMEOUT = 30.0  # seconds
-    ACCEPTS_A_TURN = 64  # then it is the other sockets' turn
-    REQUESTS_A_TURN = 32  # of one client
+    ACCEPTS_PER_STEP = 64  # then it is the other sockets' turn
+    REQUESTS_PER_STEP = 32  # of one client
 
     def __init__(
         self,
@@ -6248,7 +6301,7 @@ class SocketServer:
 
     def listen(self, listener: Any) -> None:
         """Accept clients from a listening socket, and no longer from an older one."""
-        for _ in range(MAX_CLIENTS // self.ACCEPTS_A_TURN):
+        for _ in range(MAX_CLIENTS // self.ACCEPTS_PER_STEP):
             self._accept(READABLE)  # those that wait at the older one
         self.stop_listening()
         self._listener = listener
@@ -6272,9 +6325,9 @@ class SocketServer:
     # Letting clients in
 
     def _accept(self, mask: int) -> None:
-        for _ in range(self.ACCEPTS_A_TURN):
+        for _ in range(self.ACCEPTS_PER_STEP):
             if self._listener is None:
-                return  # stopped by another client of the same turn
+                return  # stopped by another client in this step
             try:
                 connection, _address = self._listener.accept()
             except BlockingIOError:
@@ -6299,8 +6352,8 @@ class SocketServer:
         """Close the oldest silent client, unless it is young; return success."""
         silent = (Client.NEW, Client.CLOSING)
         silents = [client for client in self.clients if client.state in silent]
-        oldest = min(silents, key=lambda client: client.came_at, default=None)
-        if oldest is None or self._clock() - oldest.came_at < SILENT_GRACE:
+        oldest = min(silents, key=lambda client: client.silent_since, default=None)
+        if oldest is None or self._clock() - oldest.silent_since < SILENT_GRACE:
             return False
         self._close(oldest)
         return True
@@ -6347,14 +6400,14 @@ class SocketServer:
 
     def _on_ready(self, client: Client, mask: int) -> None:
         if client not in self.clients:
-            return  # closed in this turn
+            return  # closed in this step
         if mask & client.wanted_events & READABLE:
             client.receive()
         self._advance(client)
 
     def _advance(self, client: Client) -> None:
         """Answer some requests, send what can be sent, and wait for the next turn."""
-        for _ in range(self.REQUESTS_A_TURN):
+        for _ in range(self.REQUESTS_PER_STEP):
             if not client.may_answer or not self._answer_next(client):
                 break
         if not client.send() or client.is_finished:
@@ -6371,7 +6424,9 @@ class SocketServer:
                     client.state = Client.IDLE
                 return False
             client.is_guest &= len(self.clients) > self._places_to_stay
-            client.state = Client.CLOSING if client.is_guest else Client.ANSWERING
+            client.state = Client.ANSWERING
+            if client.is_guest:
+                client.end()
             if line.strip():
                 request = parse_request(line)
                 if client.is_guest and request.cmd == "sync":
@@ -6380,7 +6435,7 @@ class SocketServer:
         except ProtocolError as error:
             client.unsent += encode_error(str(error))
             if error.closes:
-                client.state = Client.CLOSING
+                client.end()
         return True
 
     def _wait_for(self, client: Client, events: int) -> None:
@@ -6501,9 +6556,9 @@ class DaemonSocket:
 
 QUEUE_SIZE = 64
 MAX_LOGGED_ERRORS = 10  # of one job
-EVERYTHING = ("", "")  # the key of all codebases, as project.yaml changes them
-STRAY = ("", "stray")  # the key of files that belong to no codebase
-SyncTarget = SyncScope  # what a job is for; not an agent's target
+EVERYTHING = ("", "")  # stands for all codebases: a project.yaml changed
+STRAY = ("", "stray")  # stands for files that belong to no codebase
+SyncTarget = SyncScope  # of a job; no agent's target
 
 # What is known
 
@@ -6536,52 +6591,6 @@ class RegistryCache(NamedTuple):
     @property
     def problems(self) -> list[Problem]:
         return [*self.registry.problems, *(problem for key in sorted(self.failures) for problem in self.failures[key])]
-
-
-# The hand-written text that the daemon's syncs replaced is a problem in `status` for a
-# day, or until its codebase is restored or synced by hand. Each codebase has a file for
-# its notes, so that they outlast the daemon and commands can remove them.
-
-REPLACED_KEPT = 86_400  # seconds
-
-
-def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
-    """Load a codebase's notes by path; remove them if they are too old, or damaged."""
-    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError):
-        value = parse_object(read_disk(replaced_path(home, key)).data)
-        if now - float(value["at"]) < REPLACED_KEPT:
-            return {str(path): str(note) for path, note in value["notes"].items()}
-    with suppress(IoError):
-        forget_replaced(home, [key])
-    return {}
-
-
-def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> None:
-    data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
-    with suppress(IoError):  # the log has it
-        save_private(replaced_path(home, key), data, new_token(), durable=False)
-
-
-def forget_replaced(home: str, keys: Iterable[Key]) -> None:
-    """Remove the notes of codebases that the user has dealt with; raises IoError."""
-    if os.path.isdir(replaced_root(home)):
-        for key in keys:
-            remove_private(replaced_path(home, key))
-
-
-def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
-    """List what is noted of some codebases, and remove what is too old of any."""
-    problems = []
-    for folder, _, names in os.walk(replaced_root(home)):
-        for name in names:
-            key = (os.path.basename(folder), name[: -len(".json")])
-            notes = load_replaced(home, key, now) if name.endswith(".json") else {}
-            problems += [
-                Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-                for path, note in notes.items()
-                if key in keys
-            ]
-    return sorted(problems)
 
 
 # Jobs
@@ -6629,6 +6638,7 @@ class JobOutcome(NamedTuple):
     results: Sequence[SyncCodebaseResult] = ()
     suspects: frozenset[Key] = frozenset()  # neither synced nor reported
     statuses: Mapping[str, int] = {}  # found by a staleness scan
+    stray: Sequence[Problem] = ()  # of files that belong to no codebase
 
     def encode(self) -> bytes:
         """Make a sync's reply: an error if it was prevented or all codebases failed."""
@@ -6656,7 +6666,7 @@ class SyncRun:
         self._is_asked = job.source == Source.SOCKET  # a client waits for the truth
         self.registry = self._reload()
         self.suspects = self._find_suspects()
-        self._restore_suspects()
+        self._keep_suspects()
 
     def sync(self) -> list[SyncCodebaseResult]:
         results = run_pipeline(self._home, self._scope(), registry=self.registry)
@@ -6685,7 +6695,7 @@ class SyncRun:
             suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
         return frozenset(suspects - {STRAY, EVERYTHING} - self._job.overdue)
 
-    def _restore_suspects(self) -> None:
+    def _keep_suspects(self) -> None:
         """Leave broken suspects as they were, unless another has their folder now."""
         suspects = self.suspects & self.registry.broken.keys()
         if not suspects:
@@ -6715,7 +6725,7 @@ class SyncRun:
         return SyncScope.codebase(*map(label_for, sorted(wanted - self.suspects)))
 
     def _may_be_half_read(self, result: SyncCodebaseResult) -> bool:
-        """Tell whether a codebase failed on a file that was saved since it was read."""
+        """Return whether a codebase failed on a file saved since it was read."""
         codebase = self.registry.codebases.get(result.key)
         if codebase is None or not result.errors or result.files or self._is_asked or result.key in self._job.overdue:
             return False
@@ -6744,7 +6754,7 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
         int((time.monotonic() - started) * 1000),
         [str(problem) for result in results for problem in result.errors],
     )
-    return cache, JobOutcome(job, summary, results=results, suspects=run.suspects)
+    return cache, JobOutcome(job, summary, results=results, suspects=run.suspects, stray=run.registry.stray)
 
 
 # The thread
@@ -6763,7 +6773,7 @@ def release_memory() -> None:
             trim(0)
 
 
-class SyncProcessor:
+class Worker:
     """The worker: takes one job after the other, and leaves outcomes for the loop."""
 
     def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
@@ -6798,12 +6808,12 @@ class SyncProcessor:
         """End after the running job, and return those that were still queued."""
         import queue
 
-        left: list[Optional[SyncJob]] = []
+        queued: list[Optional[SyncJob]] = []
         with suppress(queue.Empty):  # the worker may take the last one
             while True:
-                left.append(self.jobs.get_nowait())
+                queued.append(self.jobs.get_nowait())
         self.jobs.put(None)
-        return [job for job in left if job is not None]
+        return [job for job in queued if job is not None]
 
     def _work(self) -> None:
         for job in iter(self.jobs.get, None):
@@ -6854,19 +6864,24 @@ class SyncProcessor:
 
 # From a save to a sync:
 #
-#   1 The watcher compares paths that had events with its snapshot (`Watcher.drain`).
-#   2 What changed is noted in the schedule by its codebase (`key_of_change`).
-#   3 What is due becomes the watcher's next job, one at a time (`Schedule`).
-#   4 The worker runs the job, replaces the cache, and wakes the loop (`SyncProcessor`).
-#   5 The loop takes the outcome: suspects and failures go back to the schedule, the
-#     rest to the log and to the client that asked (`Daemon._finish_job`).
+#   1 Compare the paths that had events with the snapshot (`_on_events`,
+#     `Watcher.drain`; suspects: `Watcher.recheck`).
+#   2 Note in the schedule the codebases that changed (`_note`, `key_of_change`).
+#   3 Make the watcher's next job of what is due (`Schedule.take_job`, `_submit`).
+#   4 In the worker, run the job, replace the cache and wake the loop (`Worker._work`,
+#     `run_job`).
+#   5 Take its outcome: suspects and failures go back to the schedule, the rest to the
+#     log and to the client that asked (`_finish_job`).
 #
-# The loop thread owns the selector, and with it watcher, sockets, signals and timers.
+# To stop: `_stop` closes the listener and refuses the queued jobs; the running one has
+# STOP_PATIENCE to end (`is_done`). The loop thread owns the selector, and with it
+# watcher, sockets, signals and timers.
 
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
 STOP_PATIENCE = 15.0  # seconds a job has to end; launchd's ExitTimeOut is 20
 RETRY_INTERVAL = 10.0  # seconds until a sync whose error may pass is tried again
 MAX_DESCRIPTORS = 10240
+SOCKET = ("", "socket")  # stands for the control socket, in the log of problems
 
 
 def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
@@ -6907,14 +6922,19 @@ class Schedule:
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, clock)
         self._clock = clock
         self._overdue: set[Key] = set()  # suspects that the next job takes as they are
-        self._failed: set[Key] = set()  # to be tried again at the next rescan
+        self._failed: set[Key] = set()  # to be tried again at a rescan
+        self._try_failed_at = 0.0
 
     def note(self, keys: Iterable[Key]) -> None:
         self._debouncer.note(keys)
 
     def note_failed(self) -> None:
-        self._debouncer.note(self._failed)
-        self._failed.clear()
+        """Note what failed, at a rescan, but not at each where those are frequent."""
+        now = self._clock()
+        if self._failed and now >= self._try_failed_at:
+            self._debouncer.note(self._failed)
+            self._failed.clear()
+            self._try_failed_at = now + RESCAN_INTERVAL / 2
 
     def next_due(self) -> Optional[float]:
         """Return when `take_job` will have something to do, in the clock's seconds."""
@@ -6998,7 +7018,7 @@ class JobLog:
                 errors=len(summary.errors),
                 ms=summary.duration_ms,
             )
-            self.write_problems({result.key: result.errors for result in outcome.results})
+            self.write_problems({STRAY: outcome.stray, **{r.key: r.errors for r in outcome.results}})
 
     def write_problems(self, found: Mapping[Key, Sequence[Problem]]) -> None:
         """Log the problems that some codebases have now and did not have before."""
@@ -7059,14 +7079,14 @@ class Daemon:
                 opened.callback(end.close)
                 end.setblocking(False)
             self._selector.register(self._wake_out, READABLE, self._on_wake)
-            self._processor = SyncProcessor(home, RegistryCache.load(home), self._wake)
+            self._worker = Worker(home, RegistryCache.load(home), self._wake)
             max_clients = max(4, min(MAX_CLIENTS, limit - 32))
             self._server = SocketServer(self._selector, self.handle_request, max_clients)
             opened.callback(self._server.close)
             self._server.listen(self._socket.bind())
             self._rescan_at = self._clock() + self._watcher.interval
-            self._processor.start()
-            self._processor.submit(SyncJob(SyncTarget.all(), Source.START))
+            self._worker.start()
+            self._worker.submit(SyncJob(SyncTarget.all(), Source.START))
             self._log.info("started", pid=os.getpid(), version=__version__, watcher=backend.name)
             self._opened = opened.pop_all()
 
@@ -7087,7 +7107,7 @@ class Daemon:
     def is_done(self) -> bool:
         if not self._is_stopping:
             return False
-        has_ended = not self._processor.is_alive and not self._processor.outcomes
+        has_ended = not self._worker.is_alive and not self._worker.outcomes
         # A job that is cut short leaves each file old or new.
         return has_ended or self._clock() >= self._stop_by
 
@@ -7134,7 +7154,7 @@ class Daemon:
     def _submit(self, job: SyncJob) -> bool:
         # The end of this job sets it again, or the end of those that fill the queue.
         self._staleness_at = None
-        return self._processor.submit(job)
+        return self._worker.submit(job)
 
     # What wakes it
 
@@ -7154,9 +7174,9 @@ class Daemon:
         try:
             self._server.listen(self._socket.bind())
         except DaemonError as error:
-            self._job_log.write_problems({STRAY: [Problem(path, f"expected to make it again, got: {error}")]})
+            self._job_log.write_problems({SOCKET: [Problem(path, f"expected to make it again, got: {error}")]})
         else:
-            self._job_log.write_problems({STRAY: []})
+            self._job_log.write_problems({SOCKET: []})
             self._log.warning("made the socket again, which was gone", socket=path)
 
     def _wake(self) -> None:
@@ -7177,8 +7197,8 @@ class Daemon:
         for number in (signal.SIGINT, signal.SIGTERM):
             if number in numbers:
                 self._stop(signal.Signals(number).name)
-        while self._processor.outcomes:
-            self._finish_job(self._processor.outcomes.popleft())
+        while self._worker.outcomes:
+            self._finish_job(self._worker.outcomes.popleft())
 
     def _install_signals(self) -> None:
         import signal
@@ -7225,7 +7245,7 @@ class Daemon:
         client.state = Client.WAITING
 
     def status(self) -> dict[str, Any]:
-        cache = self._processor.cache
+        cache = self._worker.cache
         problems = [*cache.problems, *replaced_problems(self.home, cache.names, self._wall_clock())]
         return {
             "running": True,
@@ -7239,7 +7259,7 @@ class Daemon:
             "pid": os.getpid(),
             "watcher": self._watcher.backend.name,
             "last_sync_at_unix": cache.last_sync_at,
-            "queue_depth": self._processor.jobs.qsize(),
+            "queue_depth": self._worker.jobs.qsize(),
             "problems": [{"where": p.where, "message": p.message} for p in problems],
         }
 
@@ -7250,7 +7270,7 @@ class Daemon:
         self._stop_by = self._clock() + STOP_PATIENCE
         self._log.info("stopping", reason=reason)
         self._server.stop_listening()
-        for job in self._processor.finish():
+        for job in self._worker.finish():
             if job.respond_to:
                 job.respond_to(JobOutcome(job, error=self.STOPPING))
 

@@ -5641,7 +5641,7 @@ class Lookout:
         return {self.name(path): digest for path, digest in snapshot_of(self.watcher).items()}
 
     def is_true_to_disk(self) -> bool:
-        fresh = orchestra.Watcher(self.live.path, orchestra.PollingBackend())
+        fresh = orchestra.Watcher(self.live.path, orchestra.Backend())
         fresh.look()
         return bool(snapshot_of(fresh) == snapshot_of(self.watcher))
 
@@ -5666,7 +5666,7 @@ def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked
     others = [f"p{number}/api" for number in range(20)]
     for label in ("shop/api", *others):
         live.save(label)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
     watcher.look()
     list_folder = orchestra.list_folder
 
@@ -5689,7 +5689,7 @@ def test_many_saves_at_once_are_taken_in_turns_that_leave_the_sockets_theirs(
     live: Home, kind: str, monkeypatch: Any
 ) -> None:
     require(kind, monkeypatch)
-    labels = live.save_many(3 * orchestra.EVENTS_A_TURN)
+    labels = live.save_many(3 * orchestra.EVENTS_PER_STEP)
     lookout = Lookout(live, kind)
     for label in labels:
         live.file(label).write_text(live.text(label, note="again"))
@@ -5697,7 +5697,7 @@ def test_many_saves_at_once_are_taken_in_turns_that_leave_the_sockets_theirs(
     while len(lookout.saved) < len(labels):
         known = len(lookout.saved)
         assert lookout.turn(20)
-        assert len(lookout.saved) <= known + orchestra.EVENTS_A_TURN
+        assert len(lookout.saved) <= known + orchestra.EVENTS_PER_STEP
         turns += 1
     assert turns >= 3
 
@@ -6067,7 +6067,7 @@ def test_an_edit_of_the_same_size_and_time_is_noticed(live: Home, kind: str) -> 
 def save_with_known_stamp(live: Home, file: Path, age: float) -> orchestra.Watcher:
     """Save a file with a stamp that the watcher knows, as where a file system's clock ticks slowly."""
     changed = max(file.stat().st_mtime, file.stat().st_ctime)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend(), clock=lambda: changed + age)
+    watcher = orchestra.Watcher(live.path, orchestra.Backend(), clock=lambda: changed + age)
     watcher.look()
     save_in_place(file, live.text(note="two"))
     info = file.stat()
@@ -6188,7 +6188,7 @@ def without_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-class Meddler(orchestra.PollingBackend):
+class Meddler(orchestra.Backend):
     """A backend on whose first watch of a folder something happens just before it is set."""
 
     def __init__(self, folder: Path, act: Callable[[], None]) -> None:
@@ -6219,7 +6219,7 @@ def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Ho
 
 def test_an_event_of_a_projects_folder_is_a_look_at_that_alone(live: Home, monkeypatch: Any) -> None:
     live.save_many(30)
-    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
     watcher.look()
     looked: list[str] = []
     real = orchestra.list_folder
@@ -6391,9 +6391,9 @@ def test_a_suspect_is_looked_at_again_after_pauses_that_double() -> None:
             if overdue:
                 break
             suspects.add(taken)
-            suspects.settle(taken)
+            suspects.discard_unrenewed(taken)
         assert overdue == {"api"} and looks == [4, 8, 16, 32, 64, 128, 256, 500]
-        suspects.settle(taken)
+        suspects.discard_unrenewed(taken)
         assert set(suspects) == set()
 
 
@@ -6404,7 +6404,7 @@ def test_an_event_has_a_suspect_looked_at_soon_but_not_for_longer() -> None:
     clock.now = 0.1
     suspects.add(["api"])
     assert suspects.take_due() == ({"web"}, set())
-    suspects.settle(["web"])
+    suspects.discard_unrenewed(["web"])
     suspects.discard(["api"])
     assert (set(suspects), suspects.next_due()) == (set(), None)
     suspects.add(["web"])
@@ -7067,6 +7067,18 @@ def test_the_oldest_of_those_that_say_nothing_gives_way_though_it_sends_bytes() 
     assert trickling.is_closed and not young.is_closed
 
 
+def test_a_client_has_a_while_to_read_its_last_reply_however_old_it_is() -> None:
+    exchange = Exchange(max_clients=2)
+    first, second = exchange.fill(2)
+    exchange.clock.now += 10
+    second.room = 0
+    second.incoming += b"\xff\n"
+    exchange.board.run()
+    assert not exchange.ask()[1]["ok"] and not second.is_closed
+    exchange.clock.now += orchestra.SILENT_GRACE
+    assert exchange.ask()[1] == ANSWERED and second.is_closed and not first.is_closed
+
+
 def test_silent_clients_are_dropped_in_time() -> None:
     exchange = Exchange()
     silent = exchange.connect(Channel())
@@ -7133,7 +7145,7 @@ def test_a_client_that_asks_without_end_lets_others_speak() -> None:
     greedy, modest = exchange.board.calling
     for _ in range(3):
         exchange.board.turn()
-    assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.SocketServer.REQUESTS_A_TURN
+    assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.SocketServer.REQUESTS_PER_STEP
     exchange.board.run()
     assert len(greedy.replies) == 1000
 
@@ -7379,7 +7391,7 @@ def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
 
 
 def test_a_queue_that_the_worker_empties_meanwhile_can_be_finished(home: Home) -> None:
-    processor = orchestra.SyncProcessor(home.path, orchestra.RegistryCache.load(home.path), lambda: None)
+    processor = orchestra.Worker(home.path, orchestra.RegistryCache.load(home.path), lambda: None)
     processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
     empty = processor.jobs.empty
     processor.jobs.empty = lambda: empty() or processor.jobs.get() is None  # type: ignore[method-assign]
@@ -7428,7 +7440,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Home, monkeypatch
 
 def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     live.save()
-    processor = orchestra.SyncProcessor(live.path, orchestra.RegistryCache.load(live.path), lambda: None)
+    processor = orchestra.Worker(live.path, orchestra.RegistryCache.load(live.path), lambda: None)
     run_job, calls = orchestra.run_job, []
 
     def fail_once(*arguments: Any) -> Any:
@@ -7453,9 +7465,9 @@ def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
 def turned_by_hand(live: Home, kind: str = "", clock: Callable[[], float] = time.time) -> Iterator[orchestra.Daemon]:
     daemon = orchestra.Daemon(live.path, {"ORCHESTRA_WATCHER": kind}, clock)
     yield daemon
-    for _ in daemon._processor.finish():
+    for _ in daemon._worker.finish():
         pass
-    wait_until(lambda: not daemon._processor.is_alive)
+    wait_until(lambda: not daemon._worker.is_alive)
     daemon.close()
 
 
@@ -7596,6 +7608,14 @@ def test_what_stays_broken_is_reported_once_when_its_window_closes(
     assert live.log() == looks and set(turned._schedule.suspects) == set()
 
 
+def test_a_file_with_a_wrong_name_is_logged_once(live: Home, turned: orchestra.Daemon) -> None:
+    put_files(live.projects, {"shop/api.yml": "name: api\n"})
+    turn_until(turned, lambda: "shop/api.yml" in live.errors())
+    live.save("shop/web")
+    turn_until(turned, lambda: live.has("first", "shop/web") and live.synced("watcher") >= 2)
+    assert len(live.errors().splitlines()) == 1
+
+
 def test_a_file_that_stays_empty_is_reported_when_its_windows_have_closed(live: Home, turned: orchestra.Daemon) -> None:
     live.save()
     turn_until(turned, lambda: live.has("first") and " staleness " in live.log())
@@ -7675,10 +7695,10 @@ def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Home, turned: orc
     turn_until(turned, lambda: live.synced("start"))
     replies: list[orchestra.JobOutcome] = []
     job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket", replies.append)
-    assert turned._processor.submit(job)
-    wait_until(lambda: turned._processor.outcomes)
+    assert turned._worker.submit(job)
+    wait_until(lambda: turned._worker.outcomes)
     turned._stop("test")
-    wait_until(lambda: not turned._processor.is_alive)
+    wait_until(lambda: not turned._worker.is_alive)
     while not turned.is_done:
         turned.step()
     assert len(replies) == 1
@@ -7689,9 +7709,9 @@ def test_a_full_queue_does_not_make_the_loop_spin(live: Home, turned: orchestra.
     turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
     with orchestra.Lock(orchestra.codebase_lock_path(live.path, ("shop", "api"))):
         job = orchestra.SyncJob(orchestra.SyncTarget.all(), "socket")
-        assert turned._processor.submit(job)
-        wait_until(lambda: not turned._processor.jobs.qsize())
-        while turned._processor.submit(job):
+        assert turned._worker.submit(job)
+        wait_until(lambda: not turned._worker.jobs.qsize())
+        while turned._worker.submit(job):
             pass
         live.save(note="second")
         turn(turned, orchestra.STALENESS_DELAY + 0.2)
@@ -7711,7 +7731,7 @@ def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Da
         assert 1 <= len(refused) <= 3
         assert "expected room for the job, got a queue of 64" in refused[0].replies[0]["error"]
         assert turned.status()["queue_depth"] >= 60
-        turned._processor.finish()
+        turned._worker.finish()
 
 
 @pytest.mark.parametrize(
@@ -7729,6 +7749,22 @@ def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Da
 def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key) -> None:
     file = os.path.join(orchestra.projects_root("/home/x"), path)
     assert orchestra.key_of_change("/home/x", file) == key
+
+
+def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second() -> None:
+    clock, key = Clock(), ("shop", "api")
+    schedule = orchestra.Schedule(clock)
+    failed = orchestra.SyncCodebaseResult(*key, errors=(orchestra.Problem("api", "the folder is missing"),))
+    schedule.note([key])
+    tries = []
+    for _ in range(61):  # as when polling
+        schedule.note_failed()
+        job = schedule.take_job()
+        if job is not None:
+            tries.append(clock.now - 1000)
+            schedule.finish(orchestra.JobOutcome(job, results=[failed]))
+        clock.now += 1
+    assert tries == [0, 1, 31]
 
 
 def test_a_codebase_that_was_overdue_may_be_a_suspect_again() -> None:
@@ -7957,13 +7993,13 @@ def test_a_stop_does_not_wait_for_ever_for_a_job_that_hangs(live: Home, monkeypa
     go_on = threading.Event()
     monkeypatch.setattr(orchestra, "run_job", lambda *args: go_on.wait(60) and None)
     daemon = orchestra.Daemon(live.path, {})
-    turn_until(daemon, lambda: daemon._processor.jobs.empty())
+    turn_until(daemon, lambda: daemon._worker.jobs.empty())
     daemon._stop("SIGTERM")
     assert not daemon.is_done
     turn_until(daemon, lambda: daemon.is_done)
-    assert daemon._processor.is_alive
+    assert daemon._worker.is_alive
     go_on.set()
-    wait_until(lambda: not daemon._processor.is_alive)
+    wait_until(lambda: not daemon._worker.is_alive)
     daemon.close()
 
 
@@ -8265,7 +8301,7 @@ def test_a_sync_whose_error_may_pass_is_tried_again_and_logged_once(
 
 def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
     file = live.save("shop/one")
-    watcher = orchestra.Watcher(live.path, orchestra.PollingBackend())
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
     monkeypatch.setattr(orchestra, "find_first_link", lambda path: str(file))
     watcher._anchors.add(str(file))
     assert watcher.look() == {str(file)}
@@ -8335,7 +8371,7 @@ def test_the_staleness_scan_waits_for_the_end_of_a_long_job(
         live.save(note="second")
         turn_until(turned, lambda: turned._schedule.is_running)
         turn(turned, 0.3)
-        assert turned._processor.jobs.empty()
+        assert turned._worker.jobs.empty()
     turn_until(turned, lambda: live.has("second") and live.log().count(" staleness ") == 2)
 
 
