@@ -122,7 +122,7 @@ HAS_KQUEUE = hasattr(select, "kqueue")
 ALL_TARGETS = list(orchestra.AGENTS)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell script's background job ignores it, and so would the programs that are interrupted here.
+    # A shell script's background job ignores it, and its children would too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -139,7 +139,7 @@ DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
 
 
 def put_files(root: Path, files: dict[str, Any]) -> None:
-    """Write files: each value is text, bytes, None for a folder, or a function that makes the file."""
+    """Write each file's text or bytes; None makes a folder, a function makes the file."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def edit(file: Path, old: str, new: str) -> bytes:
 
 
 def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Return the inode, time and bytes of every file below a folder; of a link, its target."""
+    """Return each file's inode, time and bytes, or a link's target."""
     found = {}
     for parent, _, files in os.walk(root):
         for name in files:
@@ -219,7 +219,7 @@ def block(text: str = "x") -> bytes:
 
 
 def seal(data: bytes) -> bytes:
-    """Put the seal of a changed text into its banner, as if Orchestra had written it."""
+    """Seal a changed text, as if Orchestra had written it."""
     head, banner, text = re.split(rb"(<!-- Written by Orchestra .*-->)", data)
     right = orchestra.seal_of(text.rpartition(END)[0] or text).encode()
     return head + re.sub(rb"\((.*)\)", b"(%b)" % right, banner) + text
@@ -360,7 +360,7 @@ def read_line(client: socket.socket) -> bytes:
 
 
 class Home:
-    """A home folder, its registry, the codebases beside it, and the processes started in it."""
+    """A home folder, its registry, the codebases beside it, and its processes."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(os.path.realpath(folder))
@@ -490,19 +490,19 @@ class Home:
     # Commands as processes
 
     def variables(self, **more: Optional[str]) -> dict[str, str]:
-        """Return a process's environment: this home, no settings of the caller's, and `more`; None removes one."""
+        """Return a process's environment, without the caller's settings; None removes one."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("ORCHESTRA_", "PYTHON"))}
         found = {**kept, "HOME": self.path, **more}
         return {name: value for name, value in found.items() if value is not None}
 
     def command(self, *argv: str, kind: str = "") -> list[str]:
-        """Return the command line of the script; where kqueue is a stand-in, of one that has it."""
+        """Return the script's command line, with a stand-in for kqueue if need be."""
         if kind == "kqueue" and not HAS_KQUEUE:
             return [sys.executable, "-c", DRIVER, *argv]
         return [sys.executable, str(SCRIPT), *argv]
 
     def launch(self, command: Sequence[str], environ: dict[str, Optional[str]] = {}, **options: Any) -> Any:
-        """Start a process, which ends with the test at the latest."""
+        """Start a process that ends with the test at the latest."""
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
         options = {"stdin": subprocess.DEVNULL, **pipes, "text": True, **options}
         process = subprocess.Popen(command, env=self.variables(**environ), **options)
@@ -557,7 +557,7 @@ class Home:
         return Path(orchestra.stderr_log_path(self.path)).read_text()
 
     def complaints(self) -> list[str]:
-        """Return the daemon's warnings but for those about hand edits, which are no trouble."""
+        """Return the daemon's warnings, except those about replaced hand edits."""
         return [line for line in self.errors().splitlines() if "replaced hand-written text" not in line]
 
     def synced(self, source: str = "") -> int:
@@ -567,7 +567,7 @@ class Home:
         wait_until(lambda: self.synced("start") == 1)
 
     def stop(self, daemon: subprocess.Popen[Any]) -> None:
-        """Stop a daemon that should have nothing to complain of and leave nothing behind."""
+        """Stop a daemon, which should complain of nothing and leave nothing."""
         orchestra.request_stop(self.path)
         self.expect_end(daemon)
 
@@ -607,7 +607,7 @@ def live(home: Home) -> Home:
 
 @pytest.fixture
 def served(live: Home) -> Iterator[Home]:
-    """A home with a daemon in it, which must end well after the test."""
+    """A home with a daemon, which must end well after the test."""
     daemon = live.start_daemon()
     live.wait_for_start_job()
     yield live
@@ -639,7 +639,7 @@ def section_of(node: Any) -> str:
 
 
 def without_annotations(node: ast.AST) -> list[ast.AST]:
-    """List a node and all below it but annotations, which are never evaluated."""
+    """List a node and all below it, except annotations, which are never evaluated."""
     nodes = [node]
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns"):
@@ -12872,9 +12872,9 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Ho
 
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
 
-# No bytes, however odd, make more than a problem. Each test tries some inputs whose seeds
-# never change; marked soak, it tries new ones for ORCHESTRA_SOAK seconds. ORCHESTRA_SEED=N
-# begins with the input N, which a failure names.
+# No bytes, however odd, make more than a problem. Each test tries some inputs whose
+# seeds never change; marked soak, it tries new ones for ORCHESTRA_SOAK seconds.
+# ORCHESTRA_SEED=N begins with the input N, which a failure names.
 
 MOST_BYTES = 64 << 10  # of an input
 MOST_SECONDS = 2.0  # of the processor, for one input
@@ -12890,7 +12890,7 @@ class Dose:
         self.tried = 0
 
     def inputs(self, count: int) -> Iterator[random.Random]:
-        """Yield the dice for each input: `count` times, or as long as a soak lasts."""
+        """Yield a random generator per input: `count`, or as many as a soak has time for."""
         deadline = time.monotonic() + float(os.environ.get("ORCHESTRA_SOAK") or 300)
         first = int(os.environ.get("ORCHESTRA_SEED") or (time.time_ns() // 1000 if self.is_soak else 0))
         for self.seed in itertools.count(first):
@@ -13070,7 +13070,7 @@ def odd_registry_text(dice: random.Random) -> bytes:
 
 
 def meaning_of(value: Any) -> Any:
-    """Give what a codebase says: without where it was read from, and unknown keys whatever they look like."""
+    """Return what a codebase says, whatever its file looks like."""
     if isinstance(value, yaml.Node):
         return orchestra.digest_node(value)
     if hasattr(value, "_asdict"):
@@ -13082,7 +13082,7 @@ def meaning_of(value: Any) -> Any:
 
 
 def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> None:
-    """See that what agents are told cannot get out of its block."""
+    """Check that no text for agents gets out of its block."""
     files = orchestra.render_files(codebase, has_import)
     assert files == orchestra.render_files(codebase, has_import)
     for path, data in files.items():
@@ -13144,7 +13144,7 @@ def test_any_bytes_in_the_registry_make_a_codebase_or_problems(live: Home, loade
 
 
 def check_registry(home: str, dice: random.Random) -> bool:
-    """See a registry with some odd files be read, and say whether api could be."""
+    """Read a registry with some odd files; return whether api could be read."""
     started = time.process_time()
     registry = orchestra.load_registry(home)
     assert ("blog", "fine") in registry.codebases
@@ -13204,6 +13204,12 @@ def file_of(data: bytes) -> orchestra.Disk:
     return orchestra.Disk("file", data, 0o644)
 
 
+def split_at_block(data: bytes) -> tuple[bytes, bytes]:
+    block = orchestra.find_block(data)
+    assert block
+    return data[: block.start], data[block.stop :]
+
+
 def test_any_bytes_around_a_block_survive(dose: Dose) -> None:
     appended = 0
     for dice in dose.inputs(1500):
@@ -13222,22 +13228,14 @@ def test_any_bytes_around_a_block_survive(dose: Dose) -> None:
             assert after.startswith(data) and join is not None
             assert orchestra.remove_managed_text(agent, file_of(after), join) == data
         else:
-            check_text_around(agent, data, after)
+            assert split_at_block(after) == split_at_block(data)
         check_text_left(dice, agent, after)
     assert appended > dose.tried / 5
 
 
-def check_text_around(agent: orchestra.Agent, old: bytes, new: bytes) -> None:
-    one, other = orchestra.find_block(old), orchestra.find_block(new)
-    assert one and other
-    assert (new[: other.start], new[other.stop :]) == (old[: one.start], old[one.stop :])
-
-
 def check_text_left(dice: random.Random, agent: orchestra.Agent, data: bytes) -> None:
-    """See that without its block a file has all that stood around it, but for line ends at the seam."""
-    span = orchestra.find_block(data)
-    assert span
-    head, tail = data[: span.start], data[span.stop :]
+    """Check that removing the block leaves the rest, but for line ends at the seam."""
+    head, tail = split_at_block(data)
     join = dice.choice((None, "", "\n", "\n\n", "\r\n", "\r\n\r\n"))
     left = orchestra.remove_managed_text(agent, file_of(data), join) or b""
     assert left.startswith(head.rstrip(b"\r\n")) and left.endswith(tail.lstrip(b"\r\n"))
@@ -13269,7 +13267,7 @@ def test_any_bytes_in_the_managed_files_survive_syncs_and_a_purge(live: Home, do
 
 
 def check_syncs(home: str, codebase: orchestra.Codebase, root: Path) -> None:
-    """Sync twice and purge; what was no block of a file, or was kept in no backup, is as it was."""
+    """Sync twice and purge: what is in no block and no backup is as it was."""
     before = contents(root)
     first = orchestra.sync_codebase(home, codebase)
     synced = contents(root)
@@ -13326,7 +13324,7 @@ def pieces_of(dice: random.Random, data: bytes) -> Iterator[bytes]:
 
 
 def lines_of(pieces: Iterable[bytes]) -> list[bytes]:
-    """Cut a stream into lines as the server does; the last item is an error where the stream was given up."""
+    """Cut a stream into lines as the server does; an error that ends it comes last."""
     lines = orchestra.LineBuffer()
     found: list[bytes] = []
     try:
@@ -13391,7 +13389,7 @@ def babble(dice: random.Random, client: socket.socket, data: bytes) -> None:
 
 
 def check_replies(client: socket.socket) -> None:
-    """See that all a client is told are replies, line by line."""
+    """Check that a client receives nothing but replies, line by line."""
     client.settimeout(0.05)
     data = b""
     try:
@@ -13524,7 +13522,7 @@ class Figures(NamedTuple):
 
 
 class Turmoil:
-    """Does to a daemon at random all that users, editors, agents and other programs do."""
+    """Does to a daemon, at random, all that users, editors and programs do."""
 
     HANDS = "hands"  # the one project whose managed files are edited by hand
     MIX = (*["edits"] * 50, *["hands"] * 20, *["clients"] * 20, *["syncs"] * 5, *["signals"] * 3, *["logs"] * 2)
@@ -13690,7 +13688,7 @@ class Turmoil:
     def connect(self, data: bytes = b"") -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         self.clients.append(client)
-        client.connect(self.live.socket)  # without a timeout, which would make a full backlog an error
+        client.connect(self.live.socket)  # no timeout: a full backlog would be an error
         client.settimeout(2)
         client.sendall(data)
         if len(self.clients) > 20:
@@ -13739,7 +13737,7 @@ class Turmoil:
         self.complaints = orchestra.LogReader(orchestra.stderr_log_path(self.live.path))
 
     def read_complaints(self) -> None:
-        """Follow what the daemon complains of, which must never be a bug of its own."""
+        """Check that nothing has complained of a bug."""
         text = self.complaints.read() + (self.live.folder / "programs-said").read_bytes() + self.live.said().encode()
         assert b"Traceback" not in text and b"internal error" not in text, text[text.find(b"Traceback") - 500 :][:5000]
 
@@ -13776,7 +13774,7 @@ class Turmoil:
         return Figures(int(time.monotonic() - started), memory_of(pid) >> 10, *seen[-1], wait, count, dict(self.counts))
 
     def fresh_cache(self) -> orchestra.RegistryCache:
-        """Look at the registry and the codebases as a fresh process does, and change nothing."""
+        """Look at everything as a fresh process does, and change nothing."""
         cache = orchestra.RegistryCache.load(self.live.path)
         results = orchestra.run_pipeline(self.live.path, orchestra.SyncScope.all(), True, cache.registry)
         self.behind = [label for result in results if result.written and (label := orchestra.label_for(result.key))]
@@ -13803,11 +13801,11 @@ class Turmoil:
         return [*lacking, *too_much, *names, *self.behind]
 
     def expect_picture(self, all_of_them: bool) -> None:
-        """Wait for the daemon to be right, for less time than to the next look at everything."""
+        """Wait until the daemon is right, less long than to its next full rescan."""
         wait_until(lambda: not self.differences(all_of_them), 15, lambda: self.differences(all_of_them))
 
     def mend(self) -> None:
-        """Take out of the registry what cannot be read, and out of the codebases what cannot be synced."""
+        """Remove what cannot be read or synced."""
         for problem in self.live.status()["problems"]:
             if problem["where"].startswith("~"):
                 file = problem["where"].rpartition(":")[0].replace("~", self.live.path, 1)
@@ -13843,7 +13841,7 @@ def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Home) -> Non
         turmoil.expect_picture(all_of_them=True)
     checked = live.run_script("sync", "--all", "--check")
     assert (checked.status, checked.complaints) == (0, []), checked
-    live.run_script("sync", "--all")  # by hand, which ends the problems of replaced hand edits
+    live.run_script("sync", "--all")  # which ends the problems of replaced hand edits
     assert live.status()["problems"] == []
     turmoil.read_complaints()
     size = len(figures) // 4
@@ -13862,7 +13860,7 @@ def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Home) -> Non
 
 # ── Start-up ──────────────────────────────────────────────────────────────────
 
-# What the installed form loads. Without `site`, whose .pth files bring in other people's modules.
+# What the installed program loads, without `site` and the .pth files it reads.
 LOADED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -13872,7 +13870,7 @@ sys.stdout.flush()
 print(*sys.modules, file=sys.stderr)
 sys.exit(status)
 """
-# Each costs a start more than a millisecond, or belongs to work that these commands do not do.
+# Each costs a start more than 1 ms, or belongs to work that these commands do not do.
 HEAVY = {
     *("asyncio", "concurrent", "ctypes", "dataclasses", "datetime", "difflib", "email", "html", "http", "inspect"),
     *("importlib.metadata", "logging", "multiprocessing", "pathlib", "pickle", "plistlib", "queue", "random"),
@@ -13882,7 +13880,7 @@ HEAVY = {
 
 
 def load_without_site(machine: Machine, *argv: str) -> set[str]:
-    """Run one command of the installed program, and give the modules it has loaded at its end."""
+    """Return the modules that a command of the installed program has loaded at its end."""
     machine.install_program()
     lib = os.path.dirname(orchestra.installed_script_path(machine.path))
     done = machine.run_program(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
@@ -13921,9 +13919,9 @@ def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machi
 
 # ── Benchmarks ────────────────────────────────────────────────────────────────
 
-# Machines differ, and this one may be busy: each figure stands beside a yardstick of the
-# same minute, the least that any program doing that work would take. Nothing here asserts
-# how long something takes.
+# Machines differ, and this one may be busy: each figure stands beside a yardstick of
+# the same minute, the least that any program doing that work would take. Nothing here
+# asserts how long something takes.
 
 IDLE_SECONDS = float(os.environ.get("ORCHESTRA_IDLE", "60"))
 MOST_CODEBASES = int(os.environ.get("ORCHESTRA_MOST", "10000"))
@@ -13968,7 +13966,7 @@ BENCH_TASK = """\
     created_at: 2026-03-01T00:00:00Z
     updated_at: 2026-03-02T00:00:00Z
 """
-# The least a program can do in place of `sync --all`: read what is read and write what is written.
+# The least that can stand in for `sync --all`: the same reading and writing.
 BARE_SYNC = """
 import glob, os, sys
 kind, registry, source, target = sys.argv[1:5]
@@ -14010,7 +14008,7 @@ while client.recv(1 << 16):
 
 
 class Cost(NamedTuple):
-    """What a process took, in seconds; `cpu` is its own work, which a busy machine changes less."""
+    """What work took, in seconds; a busy machine changes `cpu` less than `wall`."""
 
     wall: float
     cpu: float = 0
@@ -14083,7 +14081,7 @@ def file_system(folder: str) -> str:
     mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(len(top), device, kind) for device, top, kind in mounts if folder.startswith(top.rstrip("/") + "/")]
     _, device, kind = max(above)
-    # Without a journal, ext4 is slow to reuse inodes that were freed within the last minute.
+    # Without a journal, ext4 is slow to reuse inodes freed within the last minute.
     has_journal = any(Path("/proc/fs/jbd2").glob(f"{os.path.basename(os.path.realpath(device))}-*"))
     return kind if kind != "ext4" or has_journal else "ext4 without a journal"
 
@@ -14102,7 +14100,7 @@ def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
 
 
 class Bench(Machine):
-    """A home with so many codebases, and Orchestra installed in it with a Python that has no .pth files."""
+    """A machine with so many codebases, whose Python has no .pth files."""
 
     def __init__(self, folder: str, python: str, count: int) -> None:
         os.mkdir(f"{folder}/n{count}")
@@ -14140,7 +14138,7 @@ class Bench(Machine):
         self.make_codebases()
 
     def put_away(self, folder: Path) -> None:
-        # Not deleted: for a minute ext4 looks at each inode that was freed before it gives a new file one.
+        # Not deleted: ext4 is slow to reuse inodes freed within the last minute.
         folder.rename(self.folder / f"away{next(self.away)}")
 
     def measure(self, *argv: str) -> Cost:
@@ -14150,7 +14148,7 @@ class Bench(Machine):
         return measure_process([self.python, "-I", "-c", "pass"], self.variables())
 
     def measure_bare_sync(self, kind: str) -> Cost:
-        """Measure a plain script that does what a sync must at least do: cold, update, or look."""
+        """Measure the least that can stand in for a sync: cold, update or look."""
         copy = self.folder / "copy"
         if kind == "cold" and copy.exists():
             self.put_away(copy)
@@ -14174,7 +14172,7 @@ class Bench(Machine):
         return sum(log.stat().st_size for log in Path(orchestra.logs_dir(self.path)).iterdir())
 
     def prepare_changes(self, note: str) -> tuple[Callable[[], None], Callable[[], bool]]:
-        """Return a function that changes every registry file, and one that tests whether all was written since."""
+        """Return functions that change every registry file, and test if all was written."""
         files = [(self.file(label).with_name(f".{label.split('/')[1]}.new"), self.file(label)) for label in self.labels]
         for label, (temporary, _) in zip(self.labels, files):
             temporary.write_text(self.text(label, note))
@@ -14242,7 +14240,7 @@ def bench_sync(bench: Bench, runs: int) -> Iterator[Row]:
 
 
 def bench_save(bench: Bench) -> Iterator[Row]:
-    """Measure from a save to the last file written, which is looked at every 0.05 ms: without a pause it costs more."""
+    """Measure from a save to the last file written, polled every 0.05 ms."""
     label = bench.labels[0]
     file, written = bench.file(label), bench.written(label)
     temporary = file.with_name(".save")
@@ -14264,7 +14262,7 @@ def bench_save(bench: Bench) -> Iterator[Row]:
 
 
 def bare_save(bench: Bench, label: str) -> float:
-    """Measure what a save must at least cost: one file parsed, and the managed ones replaced."""
+    """Measure the least that a save costs: parsing one file, replacing the managed ones."""
     paths = [bench.code / label / agent.path for agent in orchestra.AGENTS.values()]
     datas = [path.read_bytes() for path in paths]
     started = time.perf_counter()
@@ -14374,7 +14372,7 @@ def bench_memory(bench: Bench, when: str = "after its start") -> Iterator[Row]:
 
 
 def work_of(pid: int) -> tuple[int, float]:
-    """Return how often a process's threads have gone to sleep (0 where the system does not tell), and its CPU time."""
+    """Return how often a process has gone to sleep (0 if unknown), and its CPU time."""
     tasks = Path(f"/proc/{pid}/task").glob("*/status")
     found = [re.search(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", task.read_text()) for task in tasks]
     return sum(int(match[1]) for match in found if match), cpu_seconds(pid)
