@@ -201,7 +201,7 @@ def run_git(folder: Path, *argv: str) -> None:
     subprocess.run(["git", *identity, *argv], cwd=folder, check=True, capture_output=True, env=environ)
 
 
-def tell_no_writers(monkeypatch: Any) -> None:
+def hide_writers(monkeypatch: Any) -> None:
     """Hide who writes to a file, as where the system has no leases."""
     monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
     monkeypatch.setattr(orchestra, "find_busy_files", frozenset)
@@ -4162,7 +4162,7 @@ def test_a_file_set_aside_in_the_folder_that_was_left_is_released_there(home: Ho
     home.sync()
     kept = root / f".orchestra-kept-{DEAD}-aa-{'0' * 64}-CLAUDE.md.tmp"
     kept.write_text("u1x\n")
-    tell_no_writers(monkeypatch)
+    hide_writers(monkeypatch)
     put_files(home.code / "other", {"code.py": ""})
     home.register("shop/api", path=str(home.code / "other"), targets=["claude"])
     assert sync_later(home, 0).has_leftovers and kept.exists()
@@ -10853,7 +10853,7 @@ def is_temporary(path: str) -> bool:
 
 
 def is_kept_version(path: str) -> bool:
-    """Tell a file in the backups from what was set aside for a minute, as on a Mac."""
+    """Tell a backup from a file set aside for a minute, as on a Mac."""
     return not any(part.startswith((".orchestra", ".aside")) for part in path.split("/"))
 
 
@@ -11052,10 +11052,10 @@ class Stage:
                 assert files == wanted, (label, ran)
 
     def is_harmless(self, name: str, path: str) -> bool:
-        """Tell whether an operation may fail unreported, since what was asked for is done all the same.
+        """Return whether an operation may fail unreported, since the command does its work all the same.
 
-        Where link() fails, rename() takes its place. A folder that is to be made may be there. What could not be read
-        at the first look is looked at again. An empty folder, and a temporary file whose text is in its place, stay.
+        Where link() fails, rename() takes its place. A folder to create may exist. What could not be read at first is
+        read again. An empty folder, and a temporary file whose text is in its place, stay.
         """
         is_there = self.before.files.get(os.path.relpath(path, self.home.folder), Seen("")).kind == "folder"
         is_spare = (name in ("unlink", "remove") and is_temporary(path)) or "/.aside" in path
@@ -11072,7 +11072,7 @@ class Stage:
         self.check_finished(has_rubbish)
 
     def check_nothing_lost(self) -> None:
-        """Check that every file is old or new, every word of the user's is there, and no edit is seen that was none."""
+        """Check that every file is old or new, that no word of the user's is lost, and that no false edit is seen."""
         now = Picture.of(self.home)
         old, new, found = (picture.files for picture in (self.before, self.after, now))
         for path in {*old, *new, *found}:
@@ -11087,7 +11087,7 @@ class Stage:
     def check_finished(self, has_rubbish: bool) -> None:
         """Check that the disk is as if nothing had happened.
 
-        `has_rubbish` allows empty folders and, where writers cannot be told, what stays for a minute.
+        `has_rubbish` allows empty folders and, where writers are unknown, what stays for a minute.
         """
         now = Picture.of(self.home)
         tidy = without_rubbish if has_rubbish else dict
@@ -11105,11 +11105,11 @@ class Stage:
             fd = orchestra.try_lock(str(path))
             assert fd is not None
             os.close(fd)
-            # The registry's may name a turn that was killed when all was done; only the next one to write looks there.
+            # The registry's may name a turn that was killed after its work; only the next writer reads it.
             assert path.parent.name == "run" or path.read_bytes() == b""
 
     def sync(self, dry_run: bool = False) -> list[str]:
-        """Sync all, and check that there are neither errors nor edits by hand that were none."""
+        """Sync all, and check that there are neither errors nor false hand edits."""
         results = orchestra.run_pipeline(self.home.path, orchestra.SyncScope.all(), dry_run)
         for result in results:
             assert result.errors == ()
@@ -11199,12 +11199,12 @@ ERRORS = ("ENOSPC", "EACCES", "EROFS", "EIO", "EMFILE")
 
 
 def failures(error: str, sticky: bool, first: int = 1, step: int = 1) -> Iterator[Fault]:
-    """Have one operation fail after the other, each in a run of its own."""
+    """Let one operation after the other fail, each in its own run."""
     return (Fault(number, getattr(errno, error), sticky) for number in itertools.count(first, step))
 
 
 @pytest.mark.parametrize("stage", ["sync", "restore", "registry", "registry afresh"], indirect=True)
-def test_an_operation_that_fails_once_is_told_and_the_next_run_finishes(stage: Stage) -> None:
+def test_an_operation_that_fails_once_is_reported_and_the_next_run_finishes(stage: Stage) -> None:
     # The longest row in part; the soak takes all.
     assert stage.play_all(failures("ENOSPC", False, step=3 if stage.argv[0] == "sync" else 1)) > 2
 
@@ -11213,12 +11213,12 @@ def test_an_operation_that_fails_once_is_told_and_the_next_run_finishes(stage: S
 @pytest.mark.parametrize("sticky", [False, True])
 @pytest.mark.parametrize("step", [30, pytest.param(1, marks=pytest.mark.soak)])
 @every_scenario
-def test_every_kind_of_failure_is_told(stage: Stage, error: str, sticky: bool, step: int) -> None:
+def test_every_kind_of_failure_is_reported(stage: Stage, error: str, sticky: bool, step: int) -> None:
     first = 1 + ERRORS.index(error) % step  # a sample begins elsewhere for each kind
     assert stage.play_all(failures(error, sticky, first, step)) > 0
 
 
-def check_told_and_mended(stage: Stage, outcome: Outcome, reason: str) -> None:
+def check_report_and_disk(stage: Stage, outcome: Outcome, reason: str) -> None:
     assert outcome.ran.status == 2
     assert reason in outcome.ran.err
     stage.check_report(outcome)
@@ -11226,13 +11226,13 @@ def check_told_and_mended(stage: Stage, outcome: Outcome, reason: str) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 300, 700])
-def test_a_limit_to_the_size_of_files_is_told(stage: Stage, size: int) -> None:
-    check_told_and_mended(stage, stage.play(file_size=size), "file too large")
+def test_a_limit_to_the_size_of_files_is_reported(stage: Stage, size: int) -> None:
+    check_report_and_disk(stage, stage.play(file_size=size), "file too large")
 
 
 @contextmanager
 def mounted(folder: Path, kept: Path) -> Iterator[None]:
-    """Have a folder on a small file system of its own, with what is in another one."""
+    """Mount a small file system at a folder, with a copy of another folder."""
     shutil.rmtree(folder)
     folder.mkdir()
     mount = shutil.which("mount") or "false"
@@ -11247,7 +11247,7 @@ def mounted(folder: Path, kept: Path) -> Iterator[None]:
 
 @pytest.mark.skipif(not IS_LINUX, reason="needs tmpfs")
 @pytest.mark.parametrize("place", ["code/shop/api", "home/.orchestra"])
-def test_a_full_disk_is_told_and_the_next_run_finishes(stage: Stage, place: str) -> None:
+def test_a_full_disk_is_reported_and_the_next_run_finishes(stage: Stage, place: str) -> None:
     folder = stage.home.folder / place
     stage.set()
     with mounted(folder, stage.kept / place):
@@ -11256,10 +11256,10 @@ def test_a_full_disk_is_told_and_the_next_run_finishes(stage: Stage, place: str)
                 pass
         outcome = stage.run()
         (folder / "filler").unlink()
-        check_told_and_mended(stage, outcome, "no space left on device")
+        check_report_and_disk(stage, outcome, "no space left on device")
 
 
-def test_a_folder_that_may_not_be_written_is_told_and_the_next_run_finishes(home: Home) -> None:
+def test_a_folder_that_may_not_be_written_is_reported_and_the_next_run_finishes(home: Home) -> None:
     stage = Stage(home, SCENARIOS["sync"])
     stage.set()
     root = home.code / "shop/api"
@@ -11268,7 +11268,7 @@ def test_a_folder_that_may_not_be_written_is_told_and_the_next_run_finishes(home
     ran = home.run_as_nobody(*stage.argv)
     root.chmod(mode)
     assert [line for line in ran.complaints if "CLAUDE.md" in line and "permission denied" in line]
-    check_told_and_mended(stage, Outcome(ran), "permission denied")
+    check_report_and_disk(stage, Outcome(ran), "permission denied")
 
 
 # The real process
@@ -11291,7 +11291,7 @@ SYSTEM_CALLS = """
 def run_traced(stage: Stage, *options: str, status: int = 0) -> list[tuple[str, str]]:
     """Run the real program from the beginning under strace; return what it did to the disk.
 
-    That is of each call what strace needs to know of it, and its name in the rig.
+    Of each call, what strace needs to inject a fault there, and its name in the rig.
     """
     strace = shutil.which("strace")
     if strace is None or subprocess.call([strace, "-o", os.devnull, "true"], stderr=subprocess.DEVNULL):
@@ -11379,7 +11379,7 @@ def cut_managed(path: str, data: bytes) -> Optional[Parts]:
 
 
 def without_block(parts: Parts) -> set[bytes]:
-    """Return what may be left of a file when its block is taken out: all of the user's, but for a join."""
+    """Return what may remain of a file without its block: all of the user's text, but for the blank lines between."""
     tails = {parts.tail, *(parts.tail[len(n) :] for n in NEWLINES if parts.tail.startswith(n))}
     heads = {parts.head}
     for _ in range(2):
@@ -11480,7 +11480,7 @@ class History(Home):
         elif os.path.lexists(file):
             file.unlink()
 
-    # The user's steps; one that cannot be made is left out
+    # The user's steps; an impossible one is skipped
 
     def edit_inside(self) -> None:
         _, path, file = self.pick()
@@ -11529,22 +11529,16 @@ class History(Home):
             file.unlink()
         self.write(file, ways[how])
 
-    def delete(self) -> None:
-        label, path, file = self.pick()
-        if os.path.lexists(file):
-            self.clear(label, path)
-
-    def put_link(self) -> None:
+    def displace(self) -> None:
+        """Delete a file, or put a link or a folder in its place."""
         label, path, file = self.pick()
         inside = self.code / label / self.choose(other for other in MANAGED if other != path)
-        target = os.path.relpath(self.choose((inside, Path(self.path, "outside/CLAUDE.md"))), file.parent)
+        target = self.choose(("nothing", "nothing", "a folder", inside, Path(self.path, "outside/CLAUDE.md")))
         self.clear(label, path)
-        put_files(file.parent, {file.name: link_to(target)})
-
-    def put_folder(self) -> None:
-        label, path, file = self.pick()
-        self.clear(label, path)
-        put_files(file, {"mine.md": self.line()})
+        if target == "a folder":
+            put_files(file, {"mine.md": self.line()})
+        elif target != "nothing":
+            put_files(file.parent, {file.name: link_to(os.path.relpath(target, file.parent))})
 
     def untangle(self) -> None:
         """Take links and folders away from where managed files belong."""
@@ -11624,11 +11618,8 @@ class History(Home):
             self.broken.add(label)
 
     def mend_registry(self) -> None:
-        for label in sorted(self.broken):
-            self.enter(label)
-
-    def register_again(self) -> None:
-        for label in sorted(self.values.keys() - self.registered):
+        """Register again what is broken or removed."""
+        for label in sorted(self.broken | (self.values.keys() - self.registered)):
             self.enter(label)
 
     def wind(self) -> None:
@@ -11701,7 +11692,7 @@ class History(Home):
         return is_ours
 
     def judge_outside(self, spot: Spot, old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
-        """See that the user's text around a block is as it was, and return the block before and after."""
+        """Check that the user's text around a block is unchanged; return the block before and after."""
         was, now = old.data if old else b"", new.data if new else b""
         a, b = cut_up(was), cut_up(now)
         assert a and b, f"{spot}: {was!r} became {now!r}"
@@ -11820,7 +11811,7 @@ class History(Home):
             assert label not in labels or not result.written, result.written
 
     def judge_result(self, label: str) -> None:
-        """See that the files that can be are as the registry wants them, and nothing else lies there."""
+        """Check that each file that can be is as the registry wants it, and that no temporary file is left."""
         root = self.code / label
         if label in self.broken or not root.exists():
             assert root.exists() or not os.path.lexists(root)
@@ -11838,7 +11829,7 @@ class History(Home):
                 self.ours[label, path].add(with_one_space(parts.block or b""))
 
     def restore_copy(self, where: str, old: Seen) -> None:
-        """Restore, in a copy of the home, what a sync has replaced; then the file says it again."""
+        """Check that what a sync replaced can be restored, in a copy of the home."""
         label, path = spot_of(where)
         file = Path(self.path, where)
         now = file.read_bytes() if os.path.lexists(file) else b""
@@ -11903,11 +11894,10 @@ class History(Home):
 
     def one_step(self) -> None:
         users = [
-            *(self.edit_inside, self.edit_outside, self.change_registry) * 4,
+            *(self.edit_inside, self.edit_outside, self.change_registry, self.displace) * 4,
             *(self.change_mode, self.spoil, self.link_parent) * 3,
-            *(self.delete, self.untangle, self.mend_registry, self.rewrite) * 2,
-            *(self.put_link, self.put_folder, self.mend, self.move_root),
-            *(self.change_project, self.break_registry, self.register_again, self.wind),
+            *(self.untangle, self.mend_registry, self.rewrite) * 2,
+            *(self.mend, self.move_root, self.change_project, self.break_registry, self.wind),
         ]
         orchestras = [*(self.sync,) * 6, self.restore, *(self.crash,) * 2, self.remove]
         self.steps.append("")
@@ -11916,16 +11906,16 @@ class History(Home):
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError):
             if orchestra.__file__ in traceback.format_exc():
                 raise
-            # chance asks for what is not there
+            # an impossible step
 
     def tidy_up(self) -> None:
-        """End with all in order: everything current, and nothing left of killed runs."""
+        """Put everything right, and check that one sync makes all current and leaves nothing of killed runs."""
         for away in self.code.glob("*/*.away"):
             away.rename(away.with_suffix(""))
         for file in self.code.glob("*/*/.clinerules"):
             if file.is_symlink():
                 file.unlink()
-        for put_right in (self.register_again, self.mend_registry, self.mend, self.untangle):
+        for put_right in (self.mend_registry, self.mend, self.untangle):
             put_right()
         for label, path in itertools.product(self.values, MANAGED):
             file = self.code / label / path
@@ -11978,10 +11968,10 @@ def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
 
 # ── Races ─────────────────────────────────────────────────────────────────────
 
-# The worst instants, met on purpose: between the last look at a file and its replacing,
-# and right after it. Then the same by chance: editors, commands and the daemon in loops.
+# First the worst instants on purpose: between the last check of a file and its replacing,
+# and right after that. Then by chance: editors, commands and the daemon in loops.
 
-needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who has a file open for writing")
+needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux knows who has a file open for writing")
 Change = Callable[[bytes], bytes]
 Save = Callable[[Path, Change], None]
 
@@ -12059,9 +12049,9 @@ class Scene:
         return parts.head + parts.tail
 
     def words(self) -> set[bytes]:
-        """Return the user's words that he can find again: in the file, and in what is kept of it."""
+        """Return the user's words that are in the file or in what is kept of it."""
         now = self.file.read_bytes() if self.file.is_file() else b""
-        # Where writers cannot be told, it is aside for a minute.
+        # Where writers are unknown, the old file is set aside for a minute.
         return user_words(now) | kept_words(self.home) | kept_words(self.home, name=".aside/*")
 
     def check_synced(self) -> None:
@@ -12207,12 +12197,12 @@ def test_a_reader_does_not_keep_a_file_from_being_replaced(scene: Scene) -> None
     scene.check_synced()
 
 
-# Writers that cannot be told, names that cannot be exchanged
+# Unknown writers, and file systems that cannot exchange names
 
 
 @pytest.fixture(params=["exchange", "link", "rename"])
 def way_to_replace(request: Any, monkeypatch: Any) -> str:
-    """Take from the file system what it may lack: exchanging names, and hard links too."""
+    """Play a file system that cannot exchange names, or has no hard links either."""
     if request.param != "exchange":
         monkeypatch.setattr(orchestra, "swap_files", lambda *names: False)
     if request.param == "rename":
@@ -12226,10 +12216,10 @@ def everything_below(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("change", ["update", "drop", "drop all of it"])
-def test_what_is_written_to_a_file_whose_writers_cannot_be_told_is_kept(
+def test_what_is_written_to_a_file_of_unknown_writers_is_kept(
     home: Home, monkeypatch: Any, way_to_replace: str, change: str
 ) -> None:
-    tell_no_writers(monkeypatch)
+    hide_writers(monkeypatch)
     scene = Scene(home, "" if change == "drop all of it" else "mine\n")
     if change != "update":
         home.register("shop/api", targets=[])
@@ -12246,10 +12236,10 @@ def test_what_is_written_to_a_file_whose_writers_cannot_be_told_is_kept(
     assert home.leftovers() == []
 
 
-def test_a_file_whose_writers_cannot_be_told_goes_after_a_minute_without_a_change(
+def test_a_file_of_unknown_writers_goes_after_a_minute_without_a_change(
     scene: Scene, monkeypatch: Any, way_to_replace: str
 ) -> None:
-    tell_no_writers(monkeypatch)
+    hide_writers(monkeypatch)
     scene.home.sync()
     aside = Path(orchestra.backups_of(scene.home.path, API), ".aside")
     assert sync_later(scene.home, orchestra.Turn.ASIDE_TIME - 30).has_leftovers and os.listdir(aside) != []
@@ -12266,7 +12256,7 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
         pytest.skip("both are on one file system")
     scene = Scene(home)
     Path(orchestra.backups_root(home.path)).symlink_to(quick_home.path)
-    tell_no_writers(monkeypatch)
+    hide_writers(monkeypatch)
     with open(scene.file, "ab", buffering=0) as opened:
         result = sync_later(home, 0)
         assert (result.errors, result.has_leftovers) == ((), True)
@@ -12280,7 +12270,7 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
 
 
 def hold_open(file: Path, stdin: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Have another process hold a file open until a line comes, and then write to it."""
+    """Start a process that holds a file open until it reads a line, and then writes to the file."""
     script = 'exec 3>> "$0"; echo open; read line; echo u1x >&3'
     process = subprocess.Popen(["sh", "-c", script, str(file)], stdin=stdin, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "open\n"
@@ -12291,11 +12281,11 @@ BUSY = "another program has it open for writing"
 
 
 @needs_leases
-@pytest.mark.parametrize("tells", ["by leases", "by /proc"])
+@pytest.mark.parametrize("source", ["by leases", "by /proc"])
 def test_a_file_that_another_program_writes_to_is_left_alone_and_synced_later(
-    scene: Scene, monkeypatch: Any, tells: str
+    scene: Scene, monkeypatch: Any, source: str
 ) -> None:
-    if tells == "by /proc":
+    if source == "by /proc":
         monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
     before = scene.file.read_bytes()
     writer = hold_open(scene.file)
@@ -12349,13 +12339,13 @@ def test_a_block_that_could_not_be_taken_out_is_taken_out_later(scene: Scene) ->
 
 
 @needs_leases
-def test_a_file_that_is_opened_for_writing_while_it_is_let_go_stays(home: Home) -> None:
+def test_a_file_that_is_opened_for_writing_while_it_is_released_stays(home: Home) -> None:
     put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
     temporary = home.code / ".orchestra-1-aa-1-x.tmp"
     turn = turn_at(home, time.time())
 
     def open_it(*args: Any) -> bool:
-        with pytest.raises(BlockingIOError):  # without waiting: the lease keeps it waiting otherwise
+        with pytest.raises(BlockingIOError):  # without O_NONBLOCK the lease would make it wait
             os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
         return True
 
@@ -12376,13 +12366,13 @@ def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home)
         assert (turn._release(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [b"half"])
 
 
-@pytest.mark.parametrize("tells", ["by leases", "not at all"])
+@pytest.mark.parametrize("source", ["by leases", "not at all"])
 def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
-    scene: Scene, monkeypatch: Any, tells: str, way_to_replace: str
+    scene: Scene, monkeypatch: Any, source: str, way_to_replace: str
 ) -> None:
     home = scene.home
-    if tells == "not at all":
-        tell_no_writers(monkeypatch)
+    if source == "not at all":
+        hide_writers(monkeypatch)
     elif not IS_LINUX:
         pytest.skip("only Linux has read leases")
 
@@ -12408,7 +12398,7 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
         home.run("sync", "--all")
         counts = zip((b"opened", b"held"), [writer.stop() for writer in writers])
         lost = {b"%b%d" % (name, number) for name, count in counts for number in range(count)} - written()
-        # Where names cannot be exchanged: what is saved by opening anew in the instant of a plain rename.
+        # A plain rename loses what is saved in the same instant by opening the file again.
         assert not lost or (way_to_replace != "exchange" and not any(word.startswith(b"held") for word in lost))
         found = written()
         sync_later(home)
@@ -12480,7 +12470,7 @@ def test_a_writer_whose_file_was_displaced_by_a_killed_sync_gets_it_back(scene: 
     scene.check_synced()
 
 
-# What a killed turn left where no turn looks for it
+# What a killed turn left behind, recorded nowhere
 
 
 def leave_temporary(folder: Path, end: str = "-1-CLAUDE.md", text: Any = "u1x\n", process: int = DEAD) -> Path:
@@ -12492,7 +12482,7 @@ def leave_temporary(folder: Path, end: str = "-1-CLAUDE.md", text: Any = "u1x\n"
 @pytest.mark.parametrize("is_linked", [False, True])
 @pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT, CURSOR, ".agents/rules/orchestra.md"])
 @pytest.mark.parametrize("has_name", [False, True])
-def test_a_save_in_a_temporary_file_that_nobody_tells_of_is_backed_up(
+def test_a_save_in_a_temporary_file_in_no_record_is_backed_up(
     home: Home, path: str, is_linked: bool, has_name: bool
 ) -> None:
     files: dict[str, Any] = {"gh": None, ".github": link_to("gh")} if is_linked else {".github": None}
@@ -12620,7 +12610,7 @@ class Saver:
     """A user who saves whole files: each save has a word of its own outside the block, some have one inside it.
 
     Nothing is lost while the word outside is in the file, and the one inside in the file or in the backups.
-    The user waits for that before the next save, since what he overwrites himself is his own loss.
+    The user waits for that before the next save, which overwrites the words.
     """
 
     def __init__(self, file: Path, kept: Callable[[], set[bytes]], save: Save) -> None:
@@ -12645,7 +12635,7 @@ class Saver:
         return re.sub(rb"u\d+x", self.outside, parts.head) + block + parts.tail
 
     def rest(self) -> None:
-        """Pause shortly, now and then so long that a sync finds the file at rest."""
+        """Pause briefly, now and then long enough for a sync to find the file at rest."""
         time.sleep(self.random.random() * 0.004 * (40 if self.random.random() < 0.1 else 1))
 
     def is_safe(self) -> bool:
@@ -12670,7 +12660,7 @@ class Saver:
 
 
 class Appender(Saver):
-    """A user, or his `>>`, who appends lines; each of them is in the file or in the backups in the end."""
+    """A user who appends lines; each is in the file or in the backups in the end."""
 
     def run(self, is_over: Callable[[], bool]) -> tuple[int, int, list[str]]:
         while not is_over():
@@ -12680,12 +12670,12 @@ class Appender(Saver):
 
 
 def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
-    """Change the registry all the time, with daemon and command line syncing at once; count the changes."""
+    """Keep changing the registry while daemon and commands sync; return the number of changes."""
     deadline, dice = time.monotonic() + seconds, random.Random(2)
     seen: dict[str, set[str]] = {label: set() for label in labels}
     commands: list[Any] = []
     number = 0
-    # Until all have met: what nobody wrote into proves nothing.
+    # Until each was written three times: less proves nothing.
     while time.monotonic() < deadline or (min(map(len, seen.values())) < 3 and time.monotonic() < deadline + 20):
         number += 1
         label = labels[number % len(labels)]
@@ -12698,15 +12688,15 @@ def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] 
     for command in commands:
         ran = finish(command)
         assert "Traceback" not in ran.err
-        # Exit 2 tells of a writer that did not let go, and of nothing else.
+        # Only a writer that keeps the file open may make a sync fail.
         way_out = (BUSY, "it kept changing while Orchestra was writing it")
-        told = [line for line in ran.complaints if not line.endswith(way_out)]
-        assert told == [] and ran.status == (2 if ran.complaints else 0), ran
+        others = [line for line in ran.complaints if not line.endswith(way_out)]
+        assert others == [] and ran.status == (2 if ran.complaints else 0), ran
     return number
 
 
 def settle(live: Home, labels: list[str]) -> None:
-    """Let the last change arrive, and see all be well."""
+    """Wait for the last change, and check that everything is current."""
     for label in labels:
         live.save(label, note="the last")
     wait_until(lambda: live.status()["queue_depth"] == 0)
@@ -12717,7 +12707,7 @@ def settle(live: Home, labels: list[str]) -> None:
     assert not any(map(is_temporary, take_picture(live.folder)))
 
 
-def tell_soak(capsys: Any, seconds: float, text: str) -> None:
+def print_soak(capsys: Any, seconds: float, text: str) -> None:
     if seconds > 1.5:
         with capsys.disabled():
             print(f"\n{text}")
@@ -12754,10 +12744,10 @@ def test_what_editors_save_during_syncs_is_not_lost(served: Home, capsys: Any, w
         assert words <= in_file | (saver.kept() if appends else set()), f"{name}: {words - in_file}"
         assert saves > 5, name
         counted = f"{saves} saves, {blocks} versions met, {changes} changes, {len(words - in_file)} only in the backups"
-        tell_soak(capsys, seconds, f"{name}: {counted}")
+        print_soak(capsys, seconds, f"{name}: {counted}")
 
 
-# Several syncs at once, and a codebase that goes meanwhile
+# Several syncs at once, and a removal during syncs
 
 
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
@@ -12778,7 +12768,7 @@ def test_daemon_and_commands_at_once_leave_whole_files(served: Home, capsys: Any
     changes = stir(served, labels, seconds, look)
     settle(served, labels)
     assert [kept_words(served, label) for label in labels] == [set()] * 5
-    tell_soak(capsys, seconds, f"{changes} changes, {next(looks)} looks")
+    print_soak(capsys, seconds, f"{changes} changes, {next(looks)} looks")
 
 
 @pytest.mark.parametrize("seconds", RACE_SECONDS)
@@ -12830,7 +12820,7 @@ def test_what_an_editor_saves_of_a_registry_file_during_init_is_not_lost(
     assert lost == [], f"{len(lost)} of {saves} saves are lost"
     assert b"u%07dx" % (saves * 2) in file.read_bytes(), "the last save is not in the file"
     assert "Traceback" not in capsys.readouterr().err
-    tell_soak(capsys, seconds, f"{name_of(save)}: {saves} saves, {rounds} of init")
+    print_soak(capsys, seconds, f"{name_of(save)}: {saves} saves, {rounds} of init")
 
 
 @pytest.mark.parametrize("function", ["load_codebase", "edit_yaml", "the replacing"])
