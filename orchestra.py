@@ -6,53 +6,54 @@
 """Keep every AI coding agent's instruction file in step with one registry of your codebases.
 
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
-        │  read and checked (8 to 10)
+        │  read and checked (9 to 11)
         ▼
-    Codebase ── rendered (12) ──► the text each agent should see
-                                 │  compared with the disk and with what was written last (13, 14)
+    Codebase ── rendered (13) ──► the text each agent should see
+                                 │  compared with the disk and with what was written last (14, 15)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (16, by way of 5 and 6)
+                                 ▼  backed up, then replaced in one step (17, by way of 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon:  a YAML file is saved ─► event ─► what changed ─► debounced (18) ─► job (21) ─► Plan, as above
+    The daemon:  a YAML file is saved ─► event ─► what changed ─► debounced (19) ─► job (22) ─► Plan, as above
 
 Contents
   I Ground
      1 Errors             what the user can put right: one family of exceptions, one kind of problem
      2 Places             every path below the home folder
      3 Files              reading, naming and writing files; who else has them open
-     4 Locks              one writer at a time, and what it left behind if it was killed
+     4 Locks              one process at a time, and a note of what it is doing
      5 Replacing          replacing a user's file in six steps, none of which loses a save
      6 Backups            what was replaced is kept, and thinned out
+     7 Turns              a lock on a user's files, and what a killed holder left
 
   II Registry
-     7 Agents             one row per agent: its file, and how to write it
-     8 YAML               from nodes to values, problem by problem
-     9 Codebases          their records, names and schema; editing in place; whose folder is whose
-    10 Registry           scanning, loading, caching, creating and retiring registry files
-    11 Detection          what kind of codebase a folder holds
+     8 Agents             one row per agent: its file, and how to write it
+     9 YAML               from nodes to values, problem by problem
+    10 Codebases          their records, names and schema; editing in place; whose folder is whose
+    11 Registry           scanning, loading, caching, creating and retiring registry files
+    12 Detection          what kind of codebase a folder holds
 
   III Sync
-    12 Text               what agents read, rendered from a codebase
-    13 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    14 Records            what was last written into a codebase, which proves that it is Orchestra's
-    15 Plan               what is to be written now, and what becomes of what is there
-    16 Sync               carrying a plan out, and bringing replaced text back
-    17 Status and diff    a plan put into a word, and into a diff
+    13 Text               what agents read, rendered from a codebase
+    14 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    15 Records            what was last written into a codebase, which proves that it is Orchestra's
+    16 Plan               what is to be written now, and what becomes of what is there
+    17 Sync               carrying a plan out, and bringing replaced text back
+    18 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    18 Watching           events say where to look; comparing the tree shows what changed
-    19 Logs               the daemon's log files, written and followed
-    20 Control socket     lines of JSON, the client, the server
-    21 Worker             jobs, one at a time, beside the loop
-    22 Daemon             the loop: watcher, socket, signals and timers
+    19 Watching           events say where to look; comparing the tree shows what changed
+    20 Logs               the daemon's log files, written and followed
+    21 Control socket     lines of JSON, the client, the server
+    22 Worker             jobs, one at a time, beside the loop
+    23 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    23 Installing         PyYAML, the installed program, launchd
-    24 Commands           one function per command; the only code that prints
-    25 Command line       the parser, and main
+    24 Installing         PyYAML, the installed program, launchd
+    25 Commands           one function per command; the only code that prints
+    26 Command line       the parser, and main
 
 Each section uses only those above it.
 """
@@ -201,7 +202,7 @@ class SyncError(OrchestraError):
 
 
 class DaemonError(OrchestraError):
-    """A failure of the daemon, its socket or its service; as IoError, of any file."""
+    """A failure of the daemon, its socket or its service; or, as IoError, of a file."""
 
 
 def explain_os_error(error: OSError) -> str:
@@ -293,7 +294,7 @@ class Problem(NamedTuple):
 
     @classmethod
     def from_error(cls, error: "OrchestraError | OSError", where: str = "") -> "Problem":
-        """Describe an error; without `where`, that of the system names its own path."""
+        """Describe an error; without `where`, an OSError's own path is the place."""
         if isinstance(error, OSError):
             error = IoError(str(error.filename or ""), error)
         if isinstance(error, IoError):
@@ -430,10 +431,9 @@ def expand_home(home: str, path: str) -> str:
 
 # ── 3 Files ───────────────────────────────────────────────────────────────────
 
-# Sections 3 to 6 make all changes on disk, but for those of pip, the socket and the
-# logs. A reader of any file sees its old text or its new one. A file of the user's is
-# changed through its opened folder (Place), so that no link put in the way leads
-# elsewhere.
+# Only sections 3 to 7 change files on disk, except for pip, the socket and the logs.
+# Readers see the old text or the new, never a mixture. A file of the user's is changed
+# through its opened folder (Place), so that no link put in the way leads elsewhere.
 
 # O_NONBLOCK, or opening a FIFO for reading would wait for its writer.
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -549,7 +549,7 @@ def follow_link(path: str) -> str:
 
 
 def is_same_file(one: "int | str", other: "int | str") -> bool:
-    """Tell whether two paths or open descriptors lead to the same existing file."""
+    """Return whether two paths or open descriptors lead to the same existing file."""
     try:
         return os.path.samestat(os.stat(one), os.stat(other))
     except OSError:
@@ -557,11 +557,11 @@ def is_same_file(one: "int | str", other: "int | str") -> bool:
 
 
 class Place(NamedTuple):
-    """A file to change: its opened folder, its path, and its label in the backups."""
+    """A file to change: its opened folder, its path, and its name in the backups."""
 
     folder: int
     path: str
-    label: str = ""
+    backup_name: str = ""
 
     @property
     def name(self) -> str:
@@ -580,7 +580,7 @@ class Place(NamedTuple):
         os.unlink(name, dir_fd=self.folder)
 
     def is_same(self, name: str) -> bool:
-        """Tell whether another name in the folder leads to the same file."""
+        """Return whether another name in the folder leads to the same file."""
         try:
             one, other = (os.stat(n, dir_fd=self.folder, follow_symlinks=False) for n in (self.name, name))
         except OSError:
@@ -596,17 +596,17 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def open_place(path: str, label: str = "") -> Iterator[Place]:
+def open_place(path: str, backup_name: str = "") -> Iterator[Place]:
     """Open the folder of a file; links in its path are followed. Raises OSError."""
     folder = os.open(os.path.dirname(path), FOLDER)
     try:
-        yield Place(folder, path, label)
+        yield Place(folder, path, backup_name)
     finally:
         os.close(folder)
 
 
 @contextmanager
-def open_place_below(root: str, path: str, label: str, make: bool = False) -> Iterator[Place]:
+def open_place_below(root: str, path: str, backup_name: str, make: bool = False) -> Iterator[Place]:
     """Open the folder of the file at `path` below `root`, which is a real path.
 
     `make` makes missing folders. Links on the way are refused (OSError), so that
@@ -626,7 +626,7 @@ def open_place_below(root: str, path: str, label: str, make: bool = False) -> It
                 inner = os.open(name, flags, dir_fd=folder)
             os.close(folder)
             folder = inner
-        yield Place(folder, f"{root}/{path}", label)
+        yield Place(folder, f"{root}/{path}", backup_name)
     finally:
         os.close(folder)
 
@@ -654,7 +654,7 @@ def is_temporary_name(name: str) -> bool:
 
 
 def is_named_by(name: str, token: str) -> bool:
-    """Tell whether a temporary file's name begins with a token."""
+    """Return whether a temporary file's name begins with a token."""
     return name.startswith((f".orchestra-{token}-", f".orchestra-{token}."))
 
 
@@ -664,8 +664,8 @@ def parse_temporary(name: str) -> tuple[int, str]:
     return (int(found[1]), found[2] or "") if found else (0, "")
 
 
-def is_gone(process: int) -> bool:
-    """Tell whether a process has ended; process 0, an unknown one, may run."""
+def has_exited(process: int) -> bool:
+    """Return whether a process has ended; process 0, an unknown one, may run."""
     try:
         if process:
             os.kill(process, 0)
@@ -732,7 +732,7 @@ def flush(fd: int) -> None:
         os.fsync(fd)  # on a network file system, which has no drive to ask
 
 
-def sync_folder(path: str) -> None:
+def flush_folder(path: str) -> None:
     """Wait until the names in a folder are on the disk."""
     fd = os.open(path, FOLDER)
     try:
@@ -822,7 +822,7 @@ def copy_metadata(like: int, fd: int, path: str) -> int:
 
 
 def has_writer(fd: int) -> Optional[bool]:
-    """Tell whether a program has a file open for writing; None if that is unknown.
+    """Return whether a program has a file open for writing; None if that is unknown.
 
     Linux then refuses a read lease (F_SETLEASE in fcntl(2)). Some file systems have
     none, and other users' files need CAP_LEASE. A lease is held until `fd` is closed.
@@ -841,7 +841,7 @@ def has_writer(fd: int) -> Optional[bool]:
 
 
 def is_lease_whole(fd: int) -> bool:
-    """Tell whether no program has opened a file for writing since `has_writer`."""
+    """Return whether no program has opened a file for writing since `has_writer`."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
 
 
@@ -880,7 +880,7 @@ def make_private_folder(path: str, durable: bool = False) -> None:
             if not os.path.isdir(path):
                 raise
         if durable:
-            sync_folder(os.path.dirname(path))
+            flush_folder(os.path.dirname(path))
 
 
 def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durable: bool = True) -> None:
@@ -903,7 +903,7 @@ def save_private(path: str, data: bytes, token: str, *, mode: int = 0o600, durab
                 os.unlink(temporary)
             raise
         if durable:
-            sync_folder(folder)
+            flush_folder(folder)
 
 
 def move_private(path: str, new: str) -> None:
@@ -929,7 +929,7 @@ def remove_private_folder(path: str) -> None:
 
 
 def remove_empty_folder(path: str, folder: Optional[int] = None) -> bool:
-    """Remove a folder if nothing is in it, and tell whether it is gone."""
+    """Remove a folder if nothing is in it, and return whether it is gone."""
     try:
         os.rmdir(path, dir_fd=folder)
     except OSError as error:
@@ -948,13 +948,18 @@ def make_link(target: str, link: str) -> None:
 
 # ── 4 Locks ───────────────────────────────────────────────────────────────────
 
-# One writer at a time, across processes (flock(2)); a lock ends with its process.
-# Between turns its file is empty; during one it tells what to clean up after a kill:
+# One writer at a time, across processes (flock(2)). A turn is the time a process holds
+# a lock; it ends with the process. Between turns the lock's file is empty; during one
+# it tells what to clean up after a kill:
 #
-#   1 Before the first temporary file is made, the token that is in all their names.
-#   2 Before a user's file is replaced or removed, where its old text will be (Swap).
-#   3 A turn that ends well empties the file, unless files are aside beside the user's.
-#   4 A turn that finds something there first settles what the killed one left.
+#   1 Before the first temporary file is made, write the token that is in their names.
+#   2 Before a user's file is replaced or removed, write where its old text will be
+#     (Swap).
+#   3 At the end, empty the file, unless some files are set aside beside the user's.
+#   4 At the beginning, if something is there, settle what a killed turn left.
+#
+# What needs no turn makes temporary files by a token of its own (`new_token`): what a
+# kill leaves of them is small, and Orchestra's own.
 
 
 class Swap(NamedTuple):
@@ -1010,7 +1015,7 @@ def sweep_folder(folder: str, token: str) -> None:
 def try_lock(path: str, timeout: float = 0.0) -> Optional[int]:
     """Take a lock until its descriptor is closed; None if taken; raises IoError."""
     deadline = time.monotonic() + timeout
-    is_last = False  # two tries at least: `is_locked` takes it for an instant
+    is_last = False  # try at least twice: `is_locked` holds the lock for an instant
     with blame(path):
         make_private_folder(os.path.dirname(path))
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -1081,9 +1086,9 @@ class Lock:
         finally:
             os.close(self._fd)
 
-    def settle(self, left: Leftover) -> None:
+    def settle(self, leftover: Leftover) -> None:
         """Clean up after a killed turn; here, in the folder of the lock file."""
-        sweep_folder(os.path.dirname(self._path), left.token)
+        sweep_folder(os.path.dirname(self._path), leftover.token)
 
     def collect(self) -> None:
         """Remove files set aside that nothing writes to any more; here are none."""
@@ -1118,7 +1123,7 @@ class Lock:
 
 
 def is_locked(path: str) -> bool:
-    """Tell whether a process holds a lock; nothing is made or changed."""
+    """Return whether a process holds a lock; nothing is made or changed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -1150,27 +1155,27 @@ def write_lock(fd: int, data: bytes) -> None:
 #   3 `Displaced.announce`: write to the lock file where the old text will be, and the
 #     hashes of both. After a kill the next turn does the rest (`Displaced.settle`).
 #   4 `swap_files`: exchange the names, atomically.
-#   5 `Displaced.release`: if the displaced file has the expected text and nothing
-#     writes to it, remove it. If it is unknown what writes to it, set it aside.
+#   5 `Displaced.remove`: if the displaced file has the expected text and nothing
+#     writes to it, remove it. If that cannot be determined, set it aside.
 #   6 `Displaced.give_back`: otherwise raise FileChanged. If the file still is what step
-#     4 put there, exchange the names back, once; a newer save keeps its name. Release
-#     the file that has no name now, as in step 5, or set it aside.
+#     4 put there, exchange the names back, once; a newer save keeps its name. Remove
+#       the file that has no name now, as in step 5, or set it aside.
 #
 # Files are set aside in a folder of the backups; if that is on another disk, beside the
 # user's file by a temporary name. Each turn looks at them again (`Turn`, in Backups),
 # and removes those that nothing writes to or, if that is unknown, that have not changed
 # for a minute. A text that is not the expected one is backed up first.
 #
-# Where names cannot be exchanged (`_replace_by_rename`), the old file gets a second
-# name, or only that, before step 4, which is a plain rename then. A file that is saved
-# by renaming in between is lost (README, What remains). If a kill leaves no file of the
-# name, `settle` restores the old one. To remove a file is the same, with a rename to
-# the temporary name as step 4.
+# Where names cannot be exchanged (`_replace_by_rename`), the old file is first linked
+# to the temporary name (renamed to it where there are no links), and step 4 is a plain
+# rename. A file that is saved by renaming in between is lost (README, What remains). If
+# a kill leaves no file of the name, `settle` restores the old one. To remove a file is
+# the same, with a rename to the temporary name as step 4.
 #
 # Linux refuses a read lease on a file that is open for writing. The lease is held until
-# the file is gone, so that a later open for writing breaks it and is noticed. Two
-# writers are not: one whose open(2) found the file before step 4 and did not return
-# until after step 5, and one that has it open for reading and later opens that
+# the file is gone, so that a later open for writing breaks it and is noticed. Two kinds
+# of writer go unnoticed: one whose open(2) found the file before step 4 and did not
+# return until after step 5, and one that has it open for reading and later opens that
 # descriptor for writing through /proc/self/fd.
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -1275,8 +1280,8 @@ class Displaced:
         folder = os.path.dirname(self.place.path)
         self.lock.announce_swap(Swap(self.place.path, os.path.join(folder, self.temporary), self.hashes))
 
-    def release(self, is_known: Callable[[Disk], bool]) -> bool:
-        """Step 5; False if the text is unknown, or is being written; raises OSError."""
+    def remove(self, is_known: Callable[[Disk], bool]) -> bool:
+        """Step 5. Return whether the file is gone, or set aside; raises OSError."""
         place = self.place
         try:
             fd = os.open(self.temporary, READING, dir_fd=place.folder)
@@ -1312,17 +1317,17 @@ class Displaced:
                 return
         elif shown.kind == "file" and sha256_of(shown.data) == ours:
             is_swapped = swap_files(place.folder, self.temporary, place.name)
-            if is_swapped and self.release(lambda disk: sha256_of(disk.data) == ours):
+            if is_swapped and self.remove(lambda disk: sha256_of(disk.data) == ours):
                 return
         self._set_aside()
 
     def _set_aside(self) -> None:
         """Move the file where the next turn finds it, by a name for `parse_aside`."""
         place, digest = self.place, self.hashes[0]
-        label = (place.label or place.name).replace("%", "%25").replace("/", "%2F")
+        name = (place.backup_name or place.name).replace("%", "%25").replace("/", "%2F")
         try:
             make_private_folder(self.lock.aside)
-            aside = os.path.join(self.lock.aside, f"{new_token()}-{digest}-{label}")
+            aside = os.path.join(self.lock.aside, f"{new_token()}-{digest}-{name}")
             os.rename(self.temporary, aside, src_dir_fd=place.folder)
         except OSError:  # another disk; or a name too long
             place.rename(self.temporary, temporary_name(f"kept-{new_token()}-{digest}", place.name))
@@ -1330,7 +1335,7 @@ class Displaced:
 
     def verify(self, expected: Disk) -> None:
         """Steps 5 and 6: raise FileChanged if what was displaced is not `expected`."""
-        if not self.release(lambda disk: disk == expected):
+        if not self.remove(lambda disk: disk == expected):
             self.give_back()
             raise FileChanged(self.place.path)
 
@@ -1338,7 +1343,7 @@ class Displaced:
         """Take steps 5 and 6 for a swap that was cut short; raises OSError, IoError."""
         # If no file has the name, the old text lost it in a plain rename: restore it.
         known = self.hashes[1:] if self.place.read(limit=0).kind == "absent" else self.hashes
-        if not self.release(lambda disk: sha256_of(disk.data) in known):
+        if not self.remove(lambda disk: sha256_of(disk.data) in known):
             self.give_back()
 
     @contextmanager
@@ -1434,7 +1439,7 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
 # What is replaced or removed without proof that Orchestra wrote it is kept here first,
 # and a kept version never changes: it stays, or is dropped whole. A version is a folder
 # named by the UTC time, with the file at its path and the notes beside it: why it was
-# kept, its number, and its quota. To keep one (`Turn.back_up`):
+# kept, its number, and its origin. To keep one (`Turn.back_up`):
 #
 #   1 Skip a text equal to the newest version's but for white space that Markdown
 #     ignores.
@@ -1442,15 +1447,30 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
 #     the next turn removes the folder.
 #   3 Rename the folder to its time; now it is a version. If that name is taken, try the
 #     next microsecond.
-#   4 Drop old versions, by file and quota. Each becomes a temporary folder first.
+#   4 Drop old versions, by file and origin. Each becomes a temporary folder first.
 #
 # Order and time are separate: the number says which version is newer, the time what the
 # clock said, right or wrong. Versions of older Orchestras have no number, and come
 # first, in the order of their names. The caller holds a lock, so that no other process
 # keeps a version of the same file; other files' versions may come and go.
 
-HAND_EDIT = "hand edit"  # a quota: what users wrote; versions without one belong here
-DISPLACED = "displaced"  # a quota: what Orchestra kept in operations of its own
+HAND_EDIT = "hand edit"  # an origin: a user wrote the text
+DISPLACED = "displaced"  # an origin: Orchestra kept it in an operation of its own
+
+
+class Reason:
+    """Why a version was kept; versions of each origin are thinned separately."""
+
+    EDITED = "edited by hand, or not written by Orchestra"
+    RETIRED = "removed from the registry"
+    SAVED = "saved while Orchestra was writing it"
+    REWRITTEN = "written afresh"
+    RESTORED = "replaced by restore"
+    ORIGINS = {EDITED: HAND_EDIT, RETIRED: HAND_EDIT, SAVED: DISPLACED, REWRITTEN: DISPLACED, RESTORED: DISPLACED}
+
+
+# Markdown
+
 LIST_MARK = rb"(?:[-*+]|[0-9]{1,9}[.)])"
 LIST_GAP = re.compile(rb"(?m)^([ \t]*" + LIST_MARK + rb")[ \t]+")
 FENCE = rb"(?:(`{3,})[^`\n]*$|(~{3,}))"  # what opens fenced code
@@ -1486,6 +1506,9 @@ def significant_text(path: str, data: bytes) -> bytes:
     return b"\n".join(lines)
 
 
+# Versions
+
+
 class Backup(NamedTuple):
     """A version of the file at `path`, kept at `when` (UTC; its folder) as `file`.
 
@@ -1497,7 +1520,7 @@ class Backup(NamedTuple):
     file: str
     why: str
     number: int = 0
-    quota: str = HAND_EDIT
+    origin: str = HAND_EDIT
 
     def has_text(self, data: bytes) -> bool:
         """Compare the significant text with that of `data`."""
@@ -1518,14 +1541,14 @@ def time_name(now: float, step: int = 0) -> str:
 def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
     """Choose the versions to drop of a file's, oldest first; `now` is a `time_name`.
 
-    Of each quota there stay: the first, which is the user's original, and the first
+    Of each origin there stay: the first, which is the user's original, and the first
     with a number; the newest ten; the last of each of the newest 30 days that have any;
     the last of each month. Days in the future, by a wrong clock, keep their last
     version too, but are not among the 30.
     """
     dropped = []
-    for quota in (HAND_EDIT, DISPLACED):
-        versions = [backup for backup in kept if backup.quota == quota]
+    for origin in (HAND_EDIT, DISPLACED):
+        versions = [backup for backup in kept if backup.origin == origin]
         last_of_day = {backup.when[:8]: backup for backup in versions}
         last_of_month = {backup.when[:6]: backup for backup in versions}
         # The newest days by number: a wrong clock may have put them into the past.
@@ -1551,7 +1574,7 @@ def remove_unfinished(folder: str, token: str, clock: Clock) -> None:
         except OSError:
             continue  # a version that got its name meanwhile
         is_old = clock() - max(info.st_mtime, info.st_ctime) > 86400  # seconds
-        if is_old or is_named_by(name, token) or is_gone(parse_temporary(name)[0]):
+        if is_old or is_named_by(name, token) or has_exited(parse_temporary(name)[0]):
             if stat.S_ISDIR(info.st_mode):
                 remove_private_folder(path)
             else:
@@ -1608,17 +1631,17 @@ class Backups:
 
     @staticmethod
     def _parse_note(value: Any) -> tuple[str, int, str]:
-        """Read why a file was kept, its number and quota; first versions wrote why."""
+        """Read why a file was kept, its number and origin; first versions wrote why."""
         if not isinstance(value, dict):
             return str(value or ""), 0, HAND_EDIT
-        why, number, quota = str(value.get("why", "")), value.get("number"), value.get("quota")
+        why, number, origin = str(value.get("why", "")), value.get("number"), value.get("quota")
         if type(number) is not int or not 0 < number < 1 << 62:  # a larger one is damage
             number = 0
-        return why, number, DISPLACED if quota == DISPLACED else HAND_EDIT
+        return why, number, DISPLACED if origin == DISPLACED else HAND_EDIT
 
     def write(self, temporary: str, backup: Backup, disk: Disk, now: float) -> Backup:
         """Write a version, and return it with its time; raises OSError."""
-        note = {"why": backup.why, "number": backup.number, "quota": backup.quota}
+        note = {"why": backup.why, "number": backup.number, "quota": backup.origin}
         # Always readable for its owner, or it could be neither compared nor restored.
         files = {backup.path: (disk.data, disk.mode | stat.S_IRUSR)}
         files[self.NOTES] = (json.dumps({backup.path: note}).encode(), 0o600)
@@ -1629,13 +1652,13 @@ class Backups:
                 with new_file(file, data, mode) as fd:
                     finish_file(fd, mode, durable=True)
             for folder in folders_below(temporary):
-                sync_folder(folder)
+                flush_folder(folder)
             when = self._publish(temporary, now)
         except BaseException:
             with suppress(IoError):
                 remove_private_folder(temporary)
             raise
-        sync_folder(self.folder)
+        flush_folder(self.folder)
         return backup._replace(when=when, file=os.path.join(self.folder, when, backup.path))
 
     def _publish(self, temporary: str, now: float) -> str:
@@ -1674,16 +1697,25 @@ class Backups:
             remove_empty_folder(self.folder)
 
 
-# Turns
+# ── 7 Turns ───────────────────────────────────────────────────────────────────
+
+# A turn at a user's files, the registry's or a codebase's: a lock, with their backups,
+# and with what earlier turns left.
+#
+#   1 Enter (`Lock.__enter__`). If the lock file names a turn that was killed, clean up:
+#     remove unfinished backups, settle the swap, remove the temporary files.
+#   2 Look at the files that were set aside (`collect`).
+#   3 Back up what is to be replaced (`back_up`), and replace it (section 5).
+#   4 Leave: look at the files set aside again, and empty the lock file.
 
 
 def can_be_kept_as(name: str) -> bool:
-    """Tell whether a version can have the file name found in a temporary file's."""
+    """Return whether a version can have the file name found in a temporary file's."""
     return bool(name) and "/" not in name and not name.startswith((".", "\0"))
 
 
 def parse_aside(name: str) -> Optional[tuple[str, str]]:
-    """Read the name of a file set aside: the hash of its expected text, its label."""
+    """Read the name of a file set aside: its expected text's hash, its backup name."""
     kept, token, digest = r"(?:\.orchestra-kept-)?", r"\d+-[0-9a-f]+-", r"([0-9a-f]{64})"
     found = re.fullmatch(f"(?s){kept}{token}{digest}" + r"(?:-(.+?))?(?:\.tmp)?", name)
     return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
@@ -1692,8 +1724,8 @@ def parse_aside(name: str) -> Optional[tuple[str, str]]:
 class Turn(Lock):
     """A lock on files of the user's that keeps their backups and what was set aside.
 
-    A file is known by its label, which `split_label` turns into the codebase and the
-    path that its backups have.
+    A file's backup name tells whose backups it has, and by which path in them
+    (`split_name`).
     """
 
     ASIDE_TIME = 60.0  # seconds without a change, if it is unknown what writes to a file
@@ -1706,23 +1738,24 @@ class Turn(Lock):
         self.aside = f"{backups}/.aside"
         self._backups = backups
 
-    def split_label(self, label: str) -> tuple[Key, str]:
+    def split_name(self, backup_name: str) -> tuple[Key, str]:
         raise NotImplementedError
 
-    def back_up(self, label: str, disk: Disk, why: str, quota: str = HAND_EDIT) -> str:
+    def back_up(self, backup_name: str, disk: Disk, why: str) -> str:
         """Keep a file's bytes before they are replaced; return the version's time.
 
         A text equal to the newest version's is not kept again, unless a user wrote it
         and that is Orchestra's. Raises IoError.
         """
-        key, path = self.split_label(label)
+        key, path = self.split_name(backup_name)
+        origin = Reason.ORIGINS[why]
         backups, now = Backups(self.home, key), self.clock()
         everything = backups.versions()
         kept = [backup for backup in everything if backup.path == path]
         temporary = os.path.join(backups.folder, temporary_name(self.token))
-        if not (kept and kept[-1].quota in (quota, HAND_EDIT) and kept[-1].has_text(disk.data)):
+        if not (kept and kept[-1].origin in (origin, HAND_EDIT) and kept[-1].has_text(disk.data)):
             number = 1 + max((backup.number for backup in everything), default=0)
-            backup = Backup("", path, "", why, number, quota)
+            backup = Backup("", path, "", why, number, origin)
             with blame(backups.folder):
                 make_private_folder(backups.folder, durable=True)
                 with suppress(OSError, IoError):
@@ -1733,17 +1766,17 @@ class Turn(Lock):
                 backups.drop(backup, temporary)
         return kept[-1].when
 
-    def clean_up(self, folders: Sequence[str], label_of: Callable[[str], str], left: Leftover) -> None:
+    def clean_up(self, folders: Sequence[str], name_of: Callable[[str], str], leftover: Leftover) -> None:
         """Clean up after a turn that was killed, or had trouble; raises IoError."""
         for folder in folders_below(self._backups):  # an earlier clean-up may have been killed here
             with blame(folder), suppress(FileNotFoundError):
-                remove_unfinished(folder, left.token, self.clock)
-        if left.swap:
-            with blame(os.path.dirname(left.swap.path)):
-                self._settle_swap(left.swap, folders, label_of)
-        self.release_temporaries(folders, label_of, left)
+                remove_unfinished(folder, leftover.token, self.clock)
+        if leftover.swap:
+            with blame(os.path.dirname(leftover.swap.path)):
+                self._settle_swap(leftover.swap, folders, name_of)
+        self.remove_temporaries(folders, name_of, leftover)
 
-    def _settle_swap(self, swap: Swap, folders: Sequence[str], label_of: Callable[[str], str]) -> None:
+    def _settle_swap(self, swap: Swap, folders: Sequence[str], name_of: Callable[[str], str]) -> None:
         """Settle a swap where it was made or, if that moved, in one of `folders`."""
         there, temporary = os.path.split(swap.temporary)
         if not is_temporary_name(temporary) or os.path.dirname(swap.path) != there:
@@ -1751,32 +1784,32 @@ class Turn(Lock):
         for folder in dict.fromkeys([there, *folders]):
             if os.path.lexists(os.path.join(folder, temporary)):
                 path = os.path.join(folder, os.path.basename(swap.path))
-                with open_place(path, label_of(path)) as place:
+                with open_place(path, name_of(path)) as place:
                     Displaced(place, temporary, swap.hashes, self).settle()
 
-    def release_temporaries(
-        self, folders: Iterable[str], label_of: Callable[[str], str], left: Optional[Leftover] = None
+    def remove_temporaries(
+        self, folders: Iterable[str], name_of: Callable[[str], str], leftover: Optional[Leftover] = None
     ) -> bool:
-        """Remove Orchestra's temporary files from folders, and tell whether some stay.
+        """Remove Orchestra's temporary files from folders; return whether all are gone.
 
-        Those that `left` names go at once: once its swap is settled, none of them has
-        been a file of the user's. Any other is backed up, unless its text is known; it
-        stays while it may be written to, and while the turn that made it may run.
+        Those that `leftover` names go at once: once its swap is settled, none of them
+        has been a file of the user's. Any other is backed up, unless its text is known;
+        it stays while it may be written to, and while the turn that made it may run.
         Raises IoError.
         """
-        stays = False
+        are_gone = True
         for folder in folders:
             with blame(folder):
-                stays |= self._release_in(folder, label_of, left)
-        self.has_files_aside |= stays
-        return stays
+                are_gone &= self._remove_temporaries_in(folder, name_of, leftover)
+        self.has_files_aside |= not are_gone
+        return are_gone
 
-    def _release_in(self, path: str, label_of: Callable[[str], str], left: Optional[Leftover]) -> bool:
+    def _remove_temporaries_in(self, path: str, name_of: Callable[[str], str], leftover: Optional[Leftover]) -> bool:
         try:
             folder = os.open(path, FOLDER | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return False  # nothing was written there, or it is reported when it is
-        stays = False
+            return True  # nothing was written there, or it is reported when it is
+        are_gone = True
         try:
             for name in filter(is_temporary_name, os.listdir(folder)):
                 try:
@@ -1785,20 +1818,21 @@ class Turn(Lock):
                     continue
                 aside = parse_aside(name)
                 process, owner = parse_temporary(name)
-                if left and is_named_by(name, left.token):
+                if leftover and is_named_by(name, leftover.token):
                     if stat.S_ISREG(info.st_mode):
                         os.unlink(name, dir_fd=folder)
                 elif aside:
                     digest, owner = aside
-                    stays |= self._release(folder, name, label_of(f"{path}/{owner}"), digest)
-                elif not is_gone(process) and not self._is_quiet(info):
-                    stays = True
-                else:
+                    are_gone &= self._remove_aside(folder, name, name_of(f"{path}/{owner}"), digest)
+                elif has_exited(process) or self._is_quiet(info):
                     shown = read_disk(owner, folder=folder) if owner else ABSENT
-                    stays |= self._release(folder, name, label_of(f"{path}/{owner}"), sha256_of(shown.data))
+                    digest = sha256_of(shown.data)
+                    are_gone &= self._remove_aside(folder, name, name_of(f"{path}/{owner}"), digest)
+                else:
+                    are_gone = False
         finally:
             os.close(folder)
-        return stays
+        return are_gone
 
     def collect(self) -> None:
         """Remove files set aside that nothing writes to any more; raises IoError."""
@@ -1809,8 +1843,8 @@ class Turn(Lock):
                 return
             try:
                 for name in os.listdir(folder):
-                    digest, label = parse_aside(name) or ("", name)
-                    self._release(folder, name, label, digest)
+                    digest, backup_name = parse_aside(name) or ("", name)
+                    self._remove_aside(folder, name, backup_name, digest)
             finally:
                 os.close(folder)
             remove_empty_folder(self.aside)
@@ -1818,36 +1852,36 @@ class Turn(Lock):
     def _is_quiet(self, info: os.stat_result) -> bool:
         return self.clock() - max(info.st_mtime, info.st_ctime) > self.ASIDE_TIME
 
-    def _release(self, folder: int, name: str, label: str, digest: str) -> bool:
-        """Remove a file set aside unless it may be written to; tell if it stays.
+    def _remove_aside(self, folder: int, name: str, backup_name: str, digest: str) -> bool:
+        """Remove a file set aside if nothing writes to it; return whether it is gone.
 
-        A text that has not the hash `digest` is backed up first. Raises OSError,
+        A text that does not have the hash `digest` is backed up first. Raises OSError,
         IoError.
         """
         try:
             fd = os.open(name, READING, dir_fd=folder)
         except OSError:
-            return False  # gone, or a link: not one of Orchestra's
+            return True  # or a link: not one of Orchestra's
         try:
             is_busy, info = has_writer(fd), os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
-                return False
-            if is_busy or (is_busy is None and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
                 return True
+            if is_busy or (is_busy is None and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
+                return False
             found = read_opened(fd)
             if sha256_of(found.data) != digest:
-                self.back_up(label, found, "saved while Orchestra was writing it", DISPLACED)
+                self.back_up(backup_name, found, Reason.SAVED)
             if is_busy is False and not is_lease_whole(fd):
-                return True
+                return False
             os.unlink(name, dir_fd=folder)
-            return False
+            return True
         finally:
             os.close(fd)
 
 
 # ══ II Registry ═══════════════════════════════════════════════════════════════
 
-# ── 7 Agents ──────────────────────────────────────────────────────────────────
+# ── 8 Agents ──────────────────────────────────────────────────────────────────
 
 # One row per agent: a new agent is a new row here, and one in the README's table. The
 # facts are from the makers' documentation, as of October 2026.
@@ -1919,7 +1953,7 @@ MANAGED_FOLDERS = {  # and the managed files in each
 }
 
 
-# ── 8 YAML ────────────────────────────────────────────────────────────────────
+# ── 9 YAML ────────────────────────────────────────────────────────────────────
 
 # A registry file is read from its YAML nodes, not from the values that PyYAML makes of
 # them: a node knows its line and has the text as typed, so `no`, `1.10` and `12:30` are
@@ -2401,7 +2435,7 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
     return text if is_done else None
 
 
-# ── 9 Codebases ───────────────────────────────────────────────────────────────
+# ── 10 Codebases ──────────────────────────────────────────────────────────────
 
 # Records
 
@@ -2746,7 +2780,7 @@ def listed_key(home: str, key: Key) -> Key:
     return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
-# ── 10 Registry ───────────────────────────────────────────────────────────────
+# ── 11 Registry ───────────────────────────────────────────────────────────────
 
 # A broken file stops only its own codebase. From files to a Registry:
 #
@@ -3071,13 +3105,13 @@ def reload_codebases(
     owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
     projects = {project: read_project(home, project) for project in {key[0] for key in again}}
 
-    def is_gone(key: Key) -> bool:
+    def has_exited(key: Key) -> bool:
         return not os.path.lexists(codebase_path(home, key))
 
     for key in sorted(again):
         codebase, problems = read_codebase(home, key, parsed)
         project, project_problems = projects[key[0]]
-        if codebase is None and is_gone(key):
+        if codebase is None and has_exited(key):
             continue
         if codebase is None or project_problems:
             broken[key] = problems + project_problems
@@ -3085,7 +3119,7 @@ def reload_codebases(
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
         other = owners.get(root, key)
-        if other != key and is_gone(other):  # renamed a moment ago
+        if other != key and has_exited(other):  # renamed a moment ago
             codebases.pop(other, None)
             other = key
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
@@ -3133,32 +3167,32 @@ class RegistryTurn(Turn):
     def __init__(self, home: str, clock: Clock) -> None:
         super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), clock)
 
-    def label_of(self, key: Key, file: str) -> str:
+    def name_of(self, key: Key, file: str) -> str:
         return f"{label_for(key)}/{os.path.basename(file)}"
 
-    def find_label(self, path: str) -> str:
+    def find_name(self, path: str) -> str:
         """Find the label of a file by its path; unknown/unknown if it is no codebase's."""
         folder, name = os.path.split(path)
         key = (os.path.basename(folder), os.path.splitext(name)[0])
         name = name if can_be_kept_as(name) else "leftover.yaml"
-        return self.label_of(key if is_valid_key(key) else ("unknown", "unknown"), name)
+        return self.name_of(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
-    def split_label(self, label: str) -> tuple[Key, str]:
-        project, codebase, name = [*label.split("/", 2), "unknown", "unknown"][:3]
+    def split_name(self, backup_name: str) -> tuple[Key, str]:
+        project, codebase, name = [*backup_name.split("/", 2), "unknown", "unknown"][:3]
         return (project, codebase), name
 
-    def settle(self, left: Leftover) -> None:
+    def settle(self, leftover: Leftover) -> None:
         folders = folders_below(projects_root(self.home))
-        if left.swap:
-            folders.append(os.path.dirname(left.swap.path))
-        self.clean_up(folders, self.find_label, left)
+        if leftover.swap:
+            folders.append(os.path.dirname(leftover.swap.path))
+        self.clean_up(folders, self.find_name, leftover)
 
-    def write(self, file: str, label: str, text: str, expected: Disk) -> None:
+    def write(self, file: str, backup_name: str, text: str, expected: Disk) -> None:
         with blame(file):
             make_private_folder(os.path.dirname(file))
-            with open_place(file, label) as place:
+            with open_place(file, backup_name) as place:
                 replace_file(place, text.encode(), expected, self, mode=0o600, durable=True)
-            sync_folder(os.path.dirname(file))
+            flush_folder(os.path.dirname(file))
 
     @contextmanager
     def refusing_changes(self, file: str) -> Iterator[None]:
@@ -3186,7 +3220,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     new = CODEBASE_SCHEMA.write(codebase)
     file = real_path(codebase_path(home, codebase.key))
     with RegistryTurn(home, clock) as turn:
-        label = turn.label_of(codebase.key, file)
+        name = turn.name_of(codebase.key, file)
         disk = read_disk(file)
         if codebase.digest and codebase.digest != sha256_of(disk.data):
             raise FileChanged(file)
@@ -3198,10 +3232,10 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
                 raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
             text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, normalize)
             if text is None:
-                turn.back_up(label, disk, "written afresh", DISPLACED)
+                turn.back_up(name, disk, Reason.REWRITTEN)
             elif disk.data.startswith(BOM):
                 text = "\ufeff" + text
-        turn.write(file, label, dump_yaml(new) if text is None else text, disk)
+        turn.write(file, name, dump_yaml(new) if text is None else text, disk)
 
 
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
@@ -3210,7 +3244,7 @@ def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = ti
         if os.path.lexists(file):
             return False
         with turn.refusing_changes(file):
-            turn.write(file, turn.find_label(file), dump_yaml(root), ABSENT)
+            turn.write(file, turn.find_name(file), dump_yaml(root), ABSENT)
     return True
 
 
@@ -3218,16 +3252,16 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
     """Move a codebase's file to the backups; return its path there. Raises IoError."""
     file = codebase_path(home, key)
     with RegistryTurn(home, clock) as turn:
-        label = turn.label_of(key, file)
+        name = turn.name_of(key, file)
         disk = read_disk(real_path(file))
         if disk.kind != "file":
             raise RegistryError(f"{file}: expected a file, got {disk.noun}", "move it away")
-        when = turn.back_up(label, disk, "removed from the registry")
+        when = turn.back_up(name, disk, Reason.RETIRED)
         with turn.refusing_changes(file):
             if os.path.islink(file):
                 remove_private(file)  # its target stays: another registry may have it
             else:
-                with open_place(file, label) as place:
+                with open_place(file, name) as place:
                     remove_file(place, disk, turn)
     return os.path.join(backups_of(home, key), when, os.path.basename(file))
 
@@ -3238,7 +3272,7 @@ def clear_registry(home: str) -> None:
         pass
 
 
-# ── 11 Detection ──────────────────────────────────────────────────────────────
+# ── 12 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. Only manifests right in the folder are read, and broken ones ignored. A
@@ -3448,7 +3482,7 @@ def detect(folder: str) -> Detected:
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 12 Text ───────────────────────────────────────────────────────────────────
+# ── 13 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. `render_files` makes it, from text that the
@@ -3727,7 +3761,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 13 Blocks ─────────────────────────────────────────────────────────────────
+# ── 14 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -4066,7 +4100,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 14 Records ────────────────────────────────────────────────────────────────
+# ── 15 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -4210,7 +4244,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 15 Plan ───────────────────────────────────────────────────────────────────
+# ── 16 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -4730,7 +4764,7 @@ class Planner:
         )
 
 
-# ── 16 Sync ───────────────────────────────────────────────────────────────────
+# ── 17 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and again, some times,
 # while a file is saved in between. A plan is applied in this order
@@ -4795,31 +4829,29 @@ class SyncCodebaseResult(NamedTuple):
 
 
 class CodebaseTurn(Turn):
-    """A turn at a codebase's files; their labels are the managed paths."""
-
-    REPLACE_REASON = "edited by hand, or not written by Orchestra"
+    """A turn at a codebase's files; their backup names are the managed paths."""
 
     def __init__(self, home: str, codebase: Codebase, clock: Clock) -> None:
         self.codebase = codebase
         self.key = codebase.key
         super().__init__(home, codebase_lock_path(home, self.key), backups_of(home, self.key), clock)
 
-    def split_label(self, label: str) -> tuple[Key, str]:
-        return self.key, label or "leftover.md"
+    def split_name(self, backup_name: str) -> tuple[Key, str]:
+        return self.key, backup_name or "leftover.md"
 
     # Cleaning up
 
-    def settle(self, left: Leftover) -> None:
-        self._clean_up_below(find_root(self.home, self.codebase), left)
+    def settle(self, leftover: Leftover) -> None:
+        self._clean_up_below(find_root(self.home, self.codebase), leftover)
 
-    def _clean_up_below(self, root: str, left: Leftover) -> None:
+    def _clean_up_below(self, root: str, leftover: Leftover) -> None:
         """Clean up after a turn that was killed or had trouble; raises IoError."""
-        self.clean_up(self._list_folders(root), functools.partial(self._find_label, root), left)
-        sweep_folder(os.path.dirname(record_path(self.home, self.key)), left.token)
+        self.clean_up(self._list_folders(root), functools.partial(self._find_name, root), leftover)
+        sweep_folder(os.path.dirname(record_path(self.home, self.key)), leftover.token)
 
-    def _release_below(self, root: str) -> bool:
-        """Remove temporary files, and tell whether some stay; raises IoError."""
-        return self.release_temporaries(self._list_folders(root), functools.partial(self._find_label, root))
+    def _remove_temporaries(self, root: str) -> bool:
+        """Remove temporary files; return whether all are gone; raises IoError."""
+        return self.remove_temporaries(self._list_folders(root), functools.partial(self._find_name, root))
 
     @staticmethod
     def _list_folders(root: str) -> list[str]:
@@ -4831,7 +4863,7 @@ class CodebaseTurn(Turn):
         return folders
 
     @staticmethod
-    def _find_label(root: str, path: str) -> str:
+    def _find_name(root: str, path: str) -> str:
         """Find the managed path that leads to a file, its name alone if there is none.
 
         If its name is not known, it is the managed path in that folder, if there is
@@ -4851,7 +4883,7 @@ class CodebaseTurn(Turn):
     def _remove_spare_folders(root: str, record: Record) -> Record:
         """Remove the folders made for files that are gone, and forget them."""
 
-        def is_gone(folder: str) -> bool:
+        def has_exited(folder: str) -> bool:
             try:
                 with open_managed(root, folder) as place:
                     return remove_empty_folder(place.name, place.folder)
@@ -4861,7 +4893,7 @@ class CodebaseTurn(Turn):
                 return False  # it leads elsewhere by now
 
         needed = {folder for path in record.files for folder in folders_above(path)}
-        gone = [folder for folder in reversed(record.folders) if folder not in needed and is_gone(folder)]
+        gone = [folder for folder in reversed(record.folders) if folder not in needed and has_exited(folder)]
         return record._replace(folders=[folder for folder in record.folders if folder not in gone])
 
     # Applying a plan
@@ -4869,7 +4901,7 @@ class CodebaseTurn(Turn):
     def _write_file(self, root: str, file: FilePlan) -> FilePlan:
         before = file.before
         if file.action in Action.BACKED_UP:
-            when = self.back_up(file.path, before, self.REPLACE_REASON)
+            when = self.back_up(file.path, before, Reason.EDITED)
             note = (
                 f"your version is kept; to get it back: orchestra restore {label_for(self.key)} {file.path} --at {when}"
             )
@@ -4916,7 +4948,7 @@ class CodebaseTurn(Turn):
         """Clean a folder that was left for `root`; tell whether nothing stays."""
         is_gone = not any(file.problem for file in left.files)
         with suppress(IoError):
-            is_gone = not self._release_below(left.root) and is_gone
+            is_gone = self._remove_temporaries(left.root) and is_gone
         if left.files:
             spare = [f for f in left.record.folders if not f"{root}/".startswith(f"{left.root}/{f}/")]
             there = {file.path: "" for file in left.files if file.problem}
@@ -4963,7 +4995,7 @@ class CodebaseTurn(Turn):
                 continue
             if tries == 0 or not plan.is_done:
                 try:
-                    self._release_below(plan.root)
+                    self._remove_temporaries(plan.root)
                 except IoError:
                     self.has_files_aside = True  # the next turn tries again
             if not plan.is_done:
@@ -4998,7 +5030,7 @@ class CodebaseTurn(Turn):
                 return False
         with blame(os.path.join(root, backup.path)):
             if before.kind == "file":
-                self.back_up(backup.path, before, "replaced by restore", DISPLACED)
+                self.back_up(backup.path, before, Reason.RESTORED)
             with open_managed(root, backup.path, make=True) as place:
                 replace_file(place, after, before, self, mode=kept.mode, durable=True)
         return True
@@ -5083,7 +5115,7 @@ def run_pipeline(
     return results
 
 
-# ── 17 Status and diff ────────────────────────────────────────────────────────
+# ── 18 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -5276,7 +5308,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 18 Watching ───────────────────────────────────────────────────────────────
+# ── 19 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -5844,7 +5876,7 @@ class Watcher:
             return False
 
 
-# ── 19 Logs ───────────────────────────────────────────────────────────────────
+# ── 20 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -5997,7 +6029,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 20 Control socket ─────────────────────────────────────────────────────────
+# ── 21 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -6467,7 +6499,7 @@ def describe_lock_holder(home: str) -> str:
     for _ in range(STATUS_TRIES):
         with suppress(IoError, ValueError, OverflowError):
             pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
-            if not is_gone(pid):
+            if not has_exited(pid):
                 when = time.localtime(started_at)
                 is_today = time.strftime("%x", when) == time.strftime("%x")
                 since = time.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M", when)
@@ -6547,7 +6579,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 21 Worker ─────────────────────────────────────────────────────────────────
+# ── 22 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -6860,7 +6892,7 @@ class Worker:
         return counts
 
 
-# ── 22 Daemon ─────────────────────────────────────────────────────────────────
+# ── 23 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7282,7 +7314,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 23 Installing ─────────────────────────────────────────────────────────────
+# ── 24 Installing ─────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder. What is installed is tried before
@@ -7758,7 +7790,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 24 Commands ───────────────────────────────────────────────────────────────
+# ── 25 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8320,7 +8352,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 25 Command line ───────────────────────────────────────────────────────────
+# ── 26 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above, a row in COMMANDS, and its arguments in
 # ARGUMENTS. argparse is imported only where it is needed: it costs 7 ms of a start.

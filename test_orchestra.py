@@ -14,7 +14,7 @@ Contents
   The shape of the file    what keeps orchestra.py readable: its map, its layers, where
                            effects live, limits on lengths and names
 
-  Sections 1 to 25 of orchestra.py follow, in its order and under its banners. A test
+  Sections 1 to 26 of orchestra.py follow, in its order and under its banners. A test
   stands under the section whose code it checks; a new case is a row of its table.
 
   Every step interrupted   each change of the disk, killed after every operation and
@@ -734,7 +734,7 @@ CHANGES_ON_DISK = (
     *("rename", "renames", "replace", "link", "symlink", "unlink", "remove", "mkdir", "makedirs", "rmdir"),
     *("removedirs", "truncate", "ftruncate", "fsync", "chown", "utime", "mkfifo", "pwrite"),
 )
-CHANGE_FILES = {"Files", "Locks", "Replacing", "Backups", "Logs"}
+CHANGE_FILES = {"Files", "Locks", "Replacing", "Backups", "Turns", "Logs"}
 
 
 def test_files_are_changed_in_few_sections() -> None:
@@ -1319,7 +1319,7 @@ def test_each_version_is_backed_up_once_even_when_the_clock_stands_still(home: H
         keep(home, text, path="a/CLAUDE.md")
     assert kept_texts(home) == [b"1", b"2", b"3", b"1"]
     kept = {(backup.path, backup.why, backup.when[:15]) for backup in kept_versions(home)}
-    assert kept == {("a/CLAUDE.md", "why", "20010909T014640")}
+    assert kept == {("a/CLAUDE.md", orchestra.Reason.EDITED, "20010909T014640")}
     assert home.leftovers() == []
 
 
@@ -1331,10 +1331,10 @@ FUTURE = [f"2099{month:02d}{day:02d}T120000.000000Z" for month in (1, 2) for day
 PAST = [f"19700101T0000{second:02d}.000000Z" for second in range(40)]
 
 
-def versions(times: Iterable[str], quota: str = HAND_EDIT, first: int = 1) -> list[orchestra.Backup]:
+def versions(times: Iterable[str], origin: str = HAND_EDIT, first: int = 1) -> list[orchestra.Backup]:
     """Make versions of one file, of these times in this order; `first` is the number of the first, 0 for none."""
     numbers = itertools.count(first) if first else itertools.repeat(0)
-    return [orchestra.Backup(when, "CLAUDE.md", when, "why", number, quota) for when, number in zip(times, numbers)]
+    return [orchestra.Backup(when, "CLAUDE.md", when, "why", number, origin) for when, number in zip(times, numbers)]
 
 
 @pytest.mark.parametrize(
@@ -1353,7 +1353,7 @@ def versions(times: Iterable[str], quota: str = HAND_EDIT, first: int = 1) -> li
         (versions([FUTURE[0], *DAYS, MINUTES[0]]), DAYS[:2]),
         (versions([*DAYS, *PAST]), [*DAYS[1:2], *PAST[:30]]),
         (versions([DAYS[0], *PAST, *DAYS[1:]]), PAST[:-1]),
-        # The first with a number stays beside the first without; each quota is thinned by itself.
+        # The first with a number stays beside the first without; each origin is thinned by itself.
         ([*versions(MINUTES[:20], first=0), *versions(MINUTES[20:40])], [*MINUTES[1:20], *MINUTES[21:30]]),
         ([*versions(DAYS), *versions(MINUTES, DISPLACED, 100)], MINUTES[1:50]),
     ],
@@ -1374,10 +1374,11 @@ def turn_at(home: Home, now: float) -> orchestra.Turn:
 
 
 def keep(
-    home: Home, text: bytes, now: float = 1e9, path: str = "CLAUDE.md", quota: str = HAND_EDIT, mode: int = 0o640
+    home: Home, text: bytes, now: float = 1e9, path: str = "CLAUDE.md", origin: str = HAND_EDIT, mode: int = 0o640
 ) -> str:
     """Back up one version of a file."""
-    return turn_at(home, now).back_up(path, orchestra.Disk("file", text, mode), "why", quota)
+    why = orchestra.Reason.EDITED if origin == HAND_EDIT else orchestra.Reason.RESTORED
+    return turn_at(home, now).back_up(path, orchestra.Disk("file", text, mode), why)
 
 
 def kept_versions(home: Home) -> list[orchestra.Backup]:
@@ -1400,7 +1401,7 @@ def test_thinned_backups_leave_no_empty_folders(home: Home) -> None:
     kept = kept_versions(home)
     assert [Path(b.file).read_text() for b in kept if b.path == "GEMINI.md"] == [str(i) for i in range(1, 15, 2)]
     assert [Path(b.file).read_text() for b in kept if b.path == "a/CLAUDE.md"] == ["0", *map(str, range(5, 15))]
-    assert {backup.why for backup in kept} == {"why"}
+    assert {backup.why for backup in kept} == {orchestra.Reason.EDITED}
     assert len(os.listdir(backups_folder(home))) == len({backup.when for backup in kept})
 
 
@@ -1409,14 +1410,14 @@ def test_snapshots_of_orchestras_own_push_out_no_hand_edit(home: Home) -> None:
     for i, text in enumerate(edits):
         keep(home, text, 1e9 + i)
     for i in range(40):
-        keep(home, b"snapshot %d" % i, 1e9 + 100 + i, quota=DISPLACED)
+        keep(home, b"snapshot %d" % i, 1e9 + 100 + i, origin=DISPLACED)
     assert kept_texts(home) == [*edits, b"snapshot 0", *(b"snapshot %d" % i for i in range(30, 40))]
 
 
 def test_a_hand_edit_equal_to_a_snapshot_is_kept_as_a_hand_edit_too(home: Home) -> None:
-    for quota in (DISPLACED, DISPLACED, HAND_EDIT, HAND_EDIT, DISPLACED):
-        keep(home, b"x", quota=quota)
-    assert [backup.quota for backup in kept_versions(home)] == [DISPLACED, HAND_EDIT]
+    for origin in (DISPLACED, DISPLACED, HAND_EDIT, HAND_EDIT, DISPLACED):
+        keep(home, b"x", origin=origin)
+    assert [backup.origin for backup in kept_versions(home)] == [DISPLACED, HAND_EDIT]
 
 
 NOISY = b"""# Title
@@ -1532,8 +1533,12 @@ def test_versions_of_older_programs_come_first_and_count_as_hand_edits(home: Hom
         put_files(folder / f"{year}0101T000000.000000Z", {"CLAUDE.md": str(year), orchestra.Backups.NOTES: notes})
     keep(home, b"new")
     assert kept_texts(home) == [b"2025", b"2030", b"new"]
-    assert [backup.why for backup in kept_versions(home)] == ["edited in 2025", "edited in 2030", "why"]
-    assert {backup.quota for backup in kept_versions(home)} == {HAND_EDIT}
+    assert [backup.why for backup in kept_versions(home)] == [
+        "edited in 2025",
+        "edited in 2030",
+        orchestra.Reason.EDITED,
+    ]
+    assert {backup.origin for backup in kept_versions(home)} == {HAND_EDIT}
 
 
 def test_an_old_folder_with_several_files_is_thinned_file_by_file(home: Home) -> None:
@@ -1561,7 +1566,7 @@ def test_damaged_notes_hide_no_version_and_stop_nothing(home: Home, damage: Any)
     assert sorted(kept_texts(home)) == [b"1", b"2"]
     keep(home, b"3")
     assert sorted(kept_texts(home)) == [b"1", b"2", b"3"] and kept_texts(home)[-1] == b"3"
-    assert {(backup.quota, backup.number >= 0) for backup in kept_versions(home)} == {(HAND_EDIT, True)}
+    assert {(backup.origin, backup.number >= 0) for backup in kept_versions(home)} == {(HAND_EDIT, True)}
 
 
 def test_what_is_not_orchestras_in_the_backups_is_neither_listed_nor_touched(home: Home) -> None:
@@ -1601,7 +1606,11 @@ def test_a_version_that_cannot_be_read_stops_nothing(home: Home, monkeypatch: An
 def test_a_file_of_any_name_is_kept_readable_for_its_owner(home: Home, path: str, mode: int, kept_mode: int) -> None:
     keep(home, b"1", path=path, mode=mode)
     (kept,) = kept_versions(home)
-    assert (kept.path, kept.why, orchestra.read_disk(kept.file)) == (path, "why", ("file", b"1", kept_mode))
+    assert (kept.path, kept.why, orchestra.read_disk(kept.file)) == (
+        path,
+        orchestra.Reason.EDITED,
+        ("file", b"1", kept_mode),
+    )
 
 
 def test_a_version_is_kept_with_one_look_at_the_others(home: Home, monkeypatch: Any) -> None:
@@ -1639,6 +1648,9 @@ def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(home: Home, mon
     assert kept_texts(home) == [b"1"]
 
 
+# ── 7 Turns ───────────────────────────────────────────────────────────────────
+
+
 @pytest.fixture
 def gone() -> int:
     """Return the number of a process that has ended."""
@@ -1669,7 +1681,7 @@ def test_an_abandoned_temporary_folder_is_removed_at_once_or_after_a_day(
 
 # ══ II Registry ═══════════════════════════════════════════════════════════════
 
-# ── 7 Agents ──────────────────────────────────────────────────────────────────
+# ── 8 Agents ──────────────────────────────────────────────────────────────────
 
 
 def frontmatter_of(data: bytes) -> Any:
@@ -1695,7 +1707,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 8 YAML ────────────────────────────────────────────────────────────────────
+# ── 9 YAML ────────────────────────────────────────────────────────────────────
 
 GOOD = "name: api\npath: /code/api\n"
 FROM_RUST = """\
@@ -1975,7 +1987,7 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     assert without_digest(orchestra.load_codebase(home.path, *API)) == codebase
 
 
-# ── 9 Codebases ───────────────────────────────────────────────────────────────
+# ── 10 Codebases ──────────────────────────────────────────────────────────────
 
 
 def test_a_file_of_the_rust_original_loads(home: Home, loader: str) -> None:
@@ -2304,7 +2316,7 @@ def test_the_short_names_of_codebases_are_those_that_find_them() -> None:
     assert sorted(registry.short_names.values()) == ["blog/api", "shop/api", "web"]
 
 
-# ── 10 Registry ───────────────────────────────────────────────────────────────
+# ── 11 Registry ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -2570,7 +2582,7 @@ def test_a_registry_file_that_disappears_while_it_is_listed_is_no_problem(home: 
     assert (home.registry().keys, home.problems()) == ([], [])
 
 
-# ── 11 Detection ──────────────────────────────────────────────────────────────
+# ── 12 Detection ──────────────────────────────────────────────────────────────
 
 
 def package(**sections: Any) -> dict[str, str]:
@@ -2706,7 +2718,7 @@ def test_description_and_stack_come_from_the_manifests(
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 12 Text ───────────────────────────────────────────────────────────────────
+# ── 13 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3033,7 +3045,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
         assert err.splitlines() == (expected if told else [])
 
 
-# ── 13 Blocks ─────────────────────────────────────────────────────────────────
+# ── 14 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3694,7 +3706,7 @@ def test_a_block_right_behind_a_bom_is_found(home: Home) -> None:
     assert home.sync().lines == []
 
 
-# ── 14 Records ────────────────────────────────────────────────────────────────
+# ── 15 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -3921,7 +3933,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 15 Plan ───────────────────────────────────────────────────────────────────
+# ── 16 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4377,7 +4389,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 16 Sync ───────────────────────────────────────────────────────────────────
+# ── 17 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -4460,8 +4472,8 @@ def test_restore_keeps_what_it_replaces(home: Home) -> None:
     for expected in (first, second):
         home.run_fine("restore", "api", CLINE)
         assert file.read_bytes() == expected
-    assert [(backup.why, backup.quota) for backup in kept_versions(home)] == [
-        (orchestra.CodebaseTurn.REPLACE_REASON, HAND_EDIT),
+    assert [(backup.why, backup.origin) for backup in kept_versions(home)] == [
+        (orchestra.Reason.EDITED, HAND_EDIT),
         ("replaced by restore", DISPLACED),
         ("replaced by restore", DISPLACED),
     ]
@@ -4508,7 +4520,7 @@ def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
     codebase = orchestra.load_codebase(home.path, "bob's shop", "api")
     orchestra.save_codebase(home.path, codebase._replace(conventions=("a: b\n\x85",)))
     (backup,) = orchestra.Backups(home.path, codebase.key).versions()
-    assert (backup.path, backup.quota) == ("api.yaml", DISPLACED)
+    assert (backup.path, backup.origin) == ("api.yaml", DISPLACED)
     ran = home.run("restore", "api", "api.yaml")
     assert ran.status == 2
     assert "only agents' instruction files are restored" in ran.err
@@ -5129,7 +5141,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 17 Status and diff ────────────────────────────────────────────────────────
+# ── 18 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -5340,7 +5352,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 18 Watching ───────────────────────────────────────────────────────────────
+# ── 19 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in that follows the table in macos.md, over inotify.
 
@@ -6430,7 +6442,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 19 Logs ───────────────────────────────────────────────────────────────────
+# ── 20 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -6627,7 +6639,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 20 Control socket ─────────────────────────────────────────────────────────
+# ── 21 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -7335,7 +7347,7 @@ def test_another_user_gets_nothing(served: Home, is_open: bool) -> None:
     assert served.answers()
 
 
-# ── 21 Worker ─────────────────────────────────────────────────────────────────
+# ── 22 Worker ─────────────────────────────────────────────────────────────────
 
 
 def test_a_path_that_may_be_cut_short_is_no_problem_at_first(live: Home) -> None:
@@ -7456,7 +7468,7 @@ def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     assert live.has("first")
 
 
-# ── 22 Daemon ─────────────────────────────────────────────────────────────────
+# ── 23 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -8388,7 +8400,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 23 Installing ─────────────────────────────────────────────────────────────
+# ── 24 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -10156,7 +10168,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-# ── 24 Commands ───────────────────────────────────────────────────────────────
+# ── 25 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10477,7 +10489,7 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 25 Command line ───────────────────────────────────────────────────────────
+# ── 26 Command line ───────────────────────────────────────────────────────────
 
 
 def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
@@ -12351,8 +12363,8 @@ def test_a_file_that_is_opened_for_writing_while_it_is_released_stays(home: Home
 
     turn.back_up = open_it  # type: ignore[assignment]
     with orchestra.open_place(str(home.code / "x")) as place:
-        assert not orchestra.Displaced(place, temporary.name, ["00"], turn).release(open_it)
-        assert turn._release(place.folder, temporary.name, "x", "00")
+        assert not orchestra.Displaced(place, temporary.name, ["00"], turn).remove(open_it)
+        assert not turn._remove_aside(place.folder, temporary.name, "x", "00")
     assert temporary.read_text() == "old"
 
 
@@ -12362,8 +12374,8 @@ def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home)
     turn = turn_at(home, time.time())
     with orchestra.open_place(str(home.code / "x")) as place:
         with open(home.code / "x", "ab"):
-            assert (turn._release(place.folder, "x", "x", "00"), kept_texts(home)) == (True, [])
-        assert (turn._release(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [b"half"])
+            assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [])
+        assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (True, [b"half"])
 
 
 @pytest.mark.parametrize("source", ["by leases", "not at all"])
