@@ -52,8 +52,9 @@ Contents
 
   V Program
     24 Installing         PyYAML, the installed program, launchd
-    25 Commands           one function per command; the only code that prints
-    26 Command line       the parser, and main
+    25 Registering        a folder becomes a codebase
+    26 Commands           one method per command; the only code that prints
+    27 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -71,10 +72,10 @@ if sys.version_info < (3, 9) or sys.platform == "win32":
 
 
 def narrow_import_path() -> None:
-    """Remove from sys.path what the user may not trust: a json.py there must not run.
+    """Remove untrusted folders from sys.path, so that a json.py in one is never imported.
 
-    That is the current folder, the script's, and PYTHONPATH's, unless they are Python's
-    own. If Python has already imported a module from there, exit with a message.
+    They are the current folder, the script's, and PYTHONPATH's, unless they are Python's
+    own. If Python has already imported a module from one, exit with a message.
     """
     import posix
 
@@ -7317,8 +7318,8 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 # ── 24 Installing ─────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
-# that tests replace, and never in the current folder. What is installed is tried before
-# it takes the place of what works.
+# that tests replace, and never in the current folder. A new copy is tested before it
+# replaces a working one.
 
 
 class Completed(NamedTuple):
@@ -7450,14 +7451,14 @@ class Installer(NamedTuple):
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
             raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
-        with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT):
+        with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT) as lock:
             if os.path.isdir(f"{lib}/yaml"):
                 return  # another first run has just fetched it
             self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
             temporary = f"{lib}.new"
             remove_private_folder(temporary)  # a killed fetch left it
             try:
-                done = self._run_pip(python, temporary)
+                done = self._run_pip(python, temporary, lock.token)
                 if done.code == 0 and os.path.isdir(f"{temporary}/yaml"):
                     remove_private_folder(lib)
                     move_private(temporary, lib)
@@ -7468,7 +7469,7 @@ class Installer(NamedTuple):
             hint = "your system's package of it: on Debian, sudo apt install python3-yaml"
         raise OrchestraError(f"could not fetch PyYAML: {self._explain_pip(done)}", hint)
 
-    def _run_pip(self, python: str, target: str) -> Completed:
+    def _run_pip(self, python: str, target: str, token: str) -> Completed:
         """Run pip, which `--target` allows on externally managed Pythons too (PEP 668)."""
         requirements = f"{run_dir(self.home)}/pyyaml.txt"
         hashes = "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split())
@@ -7478,7 +7479,7 @@ class Installer(NamedTuple):
         argv += ["--require-hashes", "--only-binary", ":all:", "--requirement", requirements]
         try:
             text = f"PyYAML=={PYYAML_VERSION}{hashes}\n"
-            save_private(requirements, text.encode(), new_token(), durable=False)
+            save_private(requirements, text.encode(), token, durable=False)
             # `python -m pip` would run a pip.py in its current folder.
             return self.run(argv, PIP_TIMEOUT, folder=run_dir(self.home))
         finally:
@@ -7790,7 +7791,139 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 25 Commands ───────────────────────────────────────────────────────────────
+# ── 25 Registering ────────────────────────────────────────────────────────────
+
+# A folder is registered under one name, and a name has one folder:
+#
+#   1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
+#   2 Clean up after a killed command, and load the registry.
+#   3 Refuse a name that another folder has, and a folder that another name has.
+#   4 If it is registered, change its type if asked to; otherwise create its file.
+
+
+class Registration(NamedTuple):
+    """A folder to register under a name; where `project_type` is None, it is detected."""
+
+    home: str
+    key: Key
+    path: str
+    project_type: Optional[str]
+
+    @property
+    def label(self) -> str:
+        return label_for(self.key)
+
+    @property
+    def file(self) -> str:
+        return shorten_home(self.home, codebase_path(self.home, self.key))
+
+    def run(self) -> tuple[Key, list[str], list[str]]:
+        """Return the key as the registry has it, what was done, and notes, by line.
+
+        Raises OrchestraError.
+        """
+        self._check_folder(Owners())
+        check_name("project", self.key[0])
+        check_name("codebase", self.key[1])
+        if not os.path.isdir(self.path):
+            is_file = os.path.exists(self.path)
+            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
+        clear_registry(self.home)
+        registry = load_registry(self.home)
+        listed = self._replace(key=listed_key(self.home, self.key))
+        listed._check_is_free(registry)
+        listed._check_folder(registry.owners)
+        if listed.key in registry.codebases:
+            done = listed._update()
+            accept_empty_folder(self.home, registry.codebases[listed.key])
+            return listed.key, done, []
+        return listed.key, listed._create(), listed._find_outer_codebases(registry)
+
+    def _check_folder(self, owners: Owners) -> None:
+        identity = identity_of(self.path)
+        problem = identity and owners.why_unfit(self.home, real_path(self.path), identity)
+        if problem:
+            hint = "name the folder of one codebase, or of a repository that holds several"
+            raise RegistryError(f"{self.path}: {problem}", hint)
+
+    def _check_is_free(self, registry: Registry) -> None:
+        if self.key in registry.broken:
+            raise error_for(registry.broken[self.key])
+        identity = identity_of(self.path)
+        if self.key in registry.codebases:
+            folder = codebase_root(self.home, registry.codebases[self.key])
+            if folder != self.path and identity_of(folder) != identity:
+                hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
+                raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
+        for other in registry.owners.keys_at(identity, self.key):
+            problem = f"this folder is already registered as {label_for(other)}"
+            raise RegistryError(f"{self.path}: {problem}", f"orchestra project remove {label_for(other)}")
+
+    def _update(self) -> list[str]:
+        for _ in range(MAX_TRIES):
+            codebase = load_codebase(self.home, *self.key)
+            if self.project_type in (None, *(c.project_type for c in codebase.projects)):
+                return [f"{self.label} is already registered: {self.file}"]
+            first, *rest = codebase.projects or (Component(self.key[1], ""),)
+            first = first._replace(project_type=self.project_type or "")
+            changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
+            try:
+                save_codebase(self.home, changed)
+            except FileChanged:
+                continue
+            return [f"{self.label} type changed to {self.project_type}: {self.file}"]
+        raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
+
+    def _create(self) -> list[str]:
+        project, problems = read_project(self.home, self.key[0])
+        if problems:
+            raise error_for(problems)
+        found = detect(self.path)
+        targets, source = found.targets, "already used in this folder"
+        inherits = not targets and project.targets is not None
+        if inherits:
+            targets, source = project.targets or (), "from project.yaml"
+        elif not targets:
+            targets, source = DEFAULT_TARGETS, "default"
+        now = now_rfc3339()
+        codebase = Codebase(
+            *self.key,
+            spell_path(self.home, self.path),
+            found.description,
+            targets=None if inherits else targets,
+            commands=found.commands,
+            skills=found.skills,
+            projects=(Component(self.key[1], self.project_type or found.project_type),),
+            created_at=now,
+            updated_at=now,
+        )
+        self._save(codebase)
+        evidence = "from --type" if self.project_type else visible(found.evidence)
+        return [
+            f"registered {self.label}: {codebase.projects[0].project_type} ({evidence})",
+            f"  targets: {', '.join(targets) or 'none'} ({source})",
+            f"  edit:    {self.file}",
+        ]
+
+    def _save(self, codebase: Codebase) -> None:
+        try:
+            self.path.encode()
+        except UnicodeEncodeError:
+            raise RegistryError(f"{self.path!r}: not a path in UTF-8", "rename the folder") from None
+        project = Project(self.key[0], created_at=codebase.created_at)
+        create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
+        file = codebase_path(self.home, self.key)
+        if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
+            raise RegistryError(f"another command registered {self.label} just now")
+
+    def _find_outer_codebases(self, registry: Registry) -> list[str]:
+        folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]
+        keys = [key for folder in folders for key in registry.owners.keys_at(identity_of(folder))]
+        reason = "its folder contains this one and is not a repository"
+        return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
+
+
+# ── 26 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -7906,140 +8039,6 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# Registering
-
-
-class Registration(NamedTuple):
-    """Add a folder to the registry, or find it there.
-
-    1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
-    2 Clean up after a killed command, and load the registry.
-    3 Refuse a name that another folder has, and a folder that another name has.
-    4 If the codebase is registered, change its type if asked to; otherwise detect its
-      values and create its file.
-    """
-
-    home: str
-    key: Key
-    path: str
-    project_type: Optional[str]
-
-    @property
-    def label(self) -> str:
-        return label_for(self.key)
-
-    @property
-    def file(self) -> str:
-        return shorten_home(self.home, codebase_path(self.home, self.key))
-
-    def run(self) -> tuple[Key, Registry]:
-        """Register, print what was done; return the key and the new registry."""
-        self._check_folder(Owners())
-        check_name("project", self.key[0])
-        check_name("codebase", self.key[1])
-        if not os.path.isdir(self.path):
-            is_file = os.path.exists(self.path)
-            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
-        clear_registry(self.home)
-        listed = self._replace(key=listed_key(self.home, self.key))
-        listed._enter(load_registry(self.home))
-        return listed.key, load_registry(self.home)
-
-    def _enter(self, registry: Registry) -> None:
-        self._check_is_free(registry)
-        self._check_folder(registry.owners)
-        if self.key in registry.codebases:
-            self._update()
-            accept_empty_folder(self.home, registry.codebases[self.key])
-        else:
-            self._create()
-            self._note_outer_codebases(registry)
-
-    def _check_folder(self, owners: Owners) -> None:
-        identity = identity_of(self.path)
-        problem = identity and owners.why_unfit(self.home, real_path(self.path), identity)
-        if problem:
-            hint = "name the folder of one codebase, or of a repository that holds several"
-            raise RegistryError(f"{self.path}: {problem}", hint)
-
-    def _check_is_free(self, registry: Registry) -> None:
-        if self.key in registry.broken:
-            raise error_for(registry.broken[self.key])
-        identity = identity_of(self.path)
-        if self.key in registry.codebases:
-            folder = codebase_root(self.home, registry.codebases[self.key])
-            if folder != self.path and identity_of(folder) != identity:
-                hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
-                raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
-        for other in registry.owners.keys_at(identity, self.key):
-            problem = f"this folder is already registered as {label_for(other)}"
-            raise RegistryError(f"{self.path}: {problem}", f"orchestra project remove {label_for(other)}")
-
-    def _update(self) -> None:
-        for _ in range(MAX_TRIES):
-            codebase = load_codebase(self.home, *self.key)
-            if self.project_type in (None, *(c.project_type for c in codebase.projects)):
-                print(f"{self.label} is already registered: {self.file}")
-                return
-            first, *rest = codebase.projects or (Component(self.key[1], ""),)
-            first = first._replace(project_type=self.project_type or "")
-            changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
-            try:
-                save_codebase(self.home, changed)
-            except FileChanged:
-                continue
-            print(f"{self.label} type changed to {self.project_type}: {self.file}")
-            return
-        raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
-
-    def _create(self) -> None:
-        project, problems = read_project(self.home, self.key[0])
-        if problems:
-            raise error_for(problems)
-        found = detect(self.path)
-        targets, source = found.targets, "already used in this folder"
-        inherits = not targets and project.targets is not None
-        if inherits:
-            targets, source = project.targets or (), "from project.yaml"
-        elif not targets:
-            targets, source = DEFAULT_TARGETS, "default"
-        now = now_rfc3339()
-        codebase = Codebase(
-            *self.key,
-            spell_path(self.home, self.path),
-            found.description,
-            targets=None if inherits else targets,
-            commands=found.commands,
-            skills=found.skills,
-            projects=(Component(self.key[1], self.project_type or found.project_type),),
-            created_at=now,
-            updated_at=now,
-        )
-        self._save(codebase)
-        evidence = "from --type" if self.project_type else visible(found.evidence)
-        print(f"registered {self.label}: {codebase.projects[0].project_type} ({evidence})")
-        print(f"  targets: {', '.join(targets) or 'none'} ({source})")
-        print(f"  edit:    {self.file}")
-
-    def _save(self, codebase: Codebase) -> None:
-        try:
-            self.path.encode()
-        except UnicodeEncodeError:
-            raise RegistryError(f"{self.path!r}: not a path in UTF-8", "rename the folder") from None
-        project = Project(self.key[0], created_at=codebase.created_at)
-        create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
-        file = codebase_path(self.home, self.key)
-        if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
-            raise RegistryError(f"another command registered {self.label} just now")
-
-    def _note_outer_codebases(self, registry: Registry) -> None:
-        for folder in climb(os.path.dirname(self.path)):
-            if not is_repository(folder):
-                for key in registry.owners.keys_at(identity_of(folder)):
-                    reason = "its folder contains this one and is not a repository"
-                    say(f"note: {label_for(key)} is no longer synced: {reason}")
-
-
 # The commands
 
 
@@ -8069,7 +8068,12 @@ class Commands(NamedTuple):
             return absolute_path(self.home, path)
 
     def _register(self, key: Key, path: str, sync: bool = False) -> int:
-        key, registry = Registration(self.home, key, path, self.args.type).run()
+        key, done, notes = Registration(self.home, key, path, self.args.type).run()
+        for line in done:
+            print(line)
+        for note in notes:
+            say(f"note: {note}")
+        registry = load_registry(self.home)
         if sync:
             results = self._sync(registry, SyncScope.codebase(label_for(key)))
             self._print_results(results)
@@ -8352,41 +8356,15 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 26 Command line ───────────────────────────────────────────────────────────
+# ── 27 Command line ───────────────────────────────────────────────────────────
 
-# A new command is a method `cmd_...` above, a row in COMMANDS, and its arguments in
-# ARGUMENTS. argparse is imported only where it is needed: it costs 7 ms of a start.
-
-
-class Command(NamedTuple):
-    """A row of the help. One without `run` has subcommands, one without `purpose` is hidden."""
-
-    purpose: str
-    run: Optional[Callable[[Commands], int]] = None
-    needs_yaml: bool = True
+# A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
+# only where it is needed: it costs 7 ms of a start.
 
 
-COMMANDS = {
-    "init": Command("register a folder", Commands.cmd_init),
-    "project": Command("list, add or remove codebases"),
-    "project list": Command("list the registered codebases", Commands.cmd_project_list),
-    "project add": Command("register a folder under a name", Commands.cmd_project_add),
-    "project remove": Command("deregister a codebase", Commands.cmd_project_remove),
-    "sync": Command("write the instruction files that are out of date", Commands.cmd_sync),
-    "status": Command("show what is out of date", Commands.cmd_status),
-    "diff": Command("show what sync would write", Commands.cmd_diff),
-    "restore": Command("restore a file that a sync replaced", Commands.cmd_restore),
-    "edit": Command("edit a codebase's registry file, and check it", Commands.cmd_edit),
-    "daemon": Command("sync automatically in the background"),
-    "daemon start": Command("run the daemon in the foreground", Commands.cmd_daemon_start),
-    "daemon stop": Command("stop the daemon", Commands.cmd_daemon_stop, False),
-    "daemon status": Command("print the daemon's state as JSON", Commands.cmd_daemon_status, False),
-    "daemon install": Command("start the daemon at login", Commands.cmd_daemon_install, False),
-    "daemon uninstall": Command("no longer start it at login", Commands.cmd_daemon_uninstall, False),
-    "daemon logs": Command("print the end of the logs", Commands.cmd_daemon_logs, False),
-    "self-install": Command("", Commands.cmd_self_install, False),  # both for install.sh
-    "self-uninstall": Command("", Commands.cmd_self_uninstall, False),
-}
+def command(purpose: str, run: Any = None, *arguments: Any, needs_yaml: bool = True) -> SimpleNamespace:
+    """Make a row of COMMANDS. Without `run`, it has subcommands; without a purpose, it is hidden."""
+    return SimpleNamespace(purpose=purpose, run=run, arguments=arguments, needs_yaml=needs_yaml)
 
 
 def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -8406,52 +8384,83 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected in the folder")
 CODEBASE = argument("codebase", metavar="CODEBASE")
-ARGUMENTS = {
-    "init": (
+TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected in the folder")
+JSON = switch("--json")
+COMMANDS = {
+    "init": command(
+        "register a folder",
+        Commands.cmd_init,
         argument("path", metavar="PATH"),
         argument("-p", "--project", required=True, help="the project it belongs to"),
         TYPE,
         argument("--name", help="default: the folder's name"),
         switch("--sync", help="write the instruction files at once"),
     ),
-    "project list": (switch("--json"),),
-    "project add": (
+    "project": command("list, add or remove codebases"),
+    "project list": command("list the registered codebases", Commands.cmd_project_list, JSON),
+    "project add": command(
+        "register a folder under a name",
+        Commands.cmd_project_add,
         argument("name", metavar="NAME"),
         argument("-p", "--project", help="default: NAME"),
         TYPE,
         argument("--path", metavar="DIR", help="default: the folder NAME"),
     ),
-    "project remove": (
+    "project remove": command(
+        "deregister a codebase",
+        Commands.cmd_project_remove,
         argument("name", metavar="NAME"),
         switch("--purge", help="also remove Orchestra's files and blocks from it"),
     ),
-    "sync": (
+    "sync": command(
+        "write the instruction files that are out of date",
+        Commands.cmd_sync,
         argument("codebase", metavar="CODEBASE", nargs="?", help="default: the current folder's"),
         switch("--all", help="every registered codebase"),
         switch("--dry-run", help="only show what would be written"),
         switch("--check", help="write nothing; exit 1 if anything would be written"),
-        switch("--json"),
+        JSON,
     ),
-    "status": (
+    "status": command(
+        "show what is out of date",
+        Commands.cmd_status,
         argument("--project", metavar="P", help="only this project's codebases"),
-        switch("--json"),
+        JSON,
         switch("--check", help="exit 1 if sync would write anything"),
     ),
-    "diff": (CODEBASE, switch("--exit-code", help="exit 1 if there is a difference")),
-    "restore": (
+    "diff": command(
+        "show what sync would write",
+        Commands.cmd_diff,
+        CODEBASE,
+        switch("--exit-code", help="exit 1 if there is a difference"),
+    ),
+    "restore": command(
+        "restore a file that a sync replaced",
+        Commands.cmd_restore,
         CODEBASE,
         argument("path", metavar="PATH", nargs="?", help="a file in the codebase; default: all of the last time"),
         switch("--list", help="list the backups"),
         argument("--at", metavar="TIME", help="a time from --list, or its beginning"),
     ),
-    "edit": (CODEBASE,),
-    "daemon logs": (
+    "edit": command("edit a codebase's registry file, and check it", Commands.cmd_edit, CODEBASE),
+    "daemon": command("sync automatically in the background"),
+    "daemon start": command("run the daemon in the foreground", Commands.cmd_daemon_start),
+    "daemon stop": command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
+    "daemon status": command("print its state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
+    "daemon install": command("start the daemon at login", Commands.cmd_daemon_install, needs_yaml=False),
+    "daemon uninstall": command("no longer start it at login", Commands.cmd_daemon_uninstall, needs_yaml=False),
+    "daemon logs": command(
+        "print the end of the logs",
+        Commands.cmd_daemon_logs,
         argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
         switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
         switch("-f", "--follow", help="keep printing new lines"),
+        needs_yaml=False,
     ),
+    # These two are for install.sh.
+    "self-install": command("", Commands.cmd_self_install, needs_yaml=False),
+    "self-uninstall": command("", Commands.cmd_self_uninstall, needs_yaml=False),
 }
 
 
@@ -8475,14 +8484,14 @@ def build_parser() -> Any:
     parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
     subcommands: Any = {"title": "commands", "metavar": "COMMAND", "required": True}
     groups: dict[str, Any] = {"": parser.add_subparsers(**subcommands)}
-    for words, command in COMMANDS.items():
+    for words, row in COMMANDS.items():
         group, _, name = words.rpartition(" ")
-        shown = {"help": command.purpose} if command.purpose else {}
-        added = groups[group].add_parser(name, description=command.purpose, **shown)
-        for names, settings in ARGUMENTS.get(words, ()):
+        shown = {"help": row.purpose} if row.purpose else {}
+        added = groups[group].add_parser(name, description=row.purpose, **shown)
+        for names, settings in row.arguments:
             added.add_argument(*names, **settings)
-        if command.run:
-            added.set_defaults(command=command)
+        if row.run:
+            added.set_defaults(command=row)
         else:
             groups[words] = added.add_subparsers(**subcommands)
     return parser
@@ -8491,7 +8500,7 @@ def build_parser() -> Any:
 def parse_arguments(argv: Sequence[str]) -> Any:
     """Parse a command line; `command` of the result is its row in COMMANDS.
 
-    `daemon status`, which scripts poll, does without argparse: half of its time.
+    `daemon status`, which scripts poll, skips argparse, which would take half of its time.
     """
     if list(argv) == ["daemon", "status"]:
         return SimpleNamespace(command=COMMANDS["daemon status"])
@@ -8525,10 +8534,10 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
     that this user cannot change.
     """
     uid = os.geteuid() if uid is None else uid
-    place = home
-    while uid == 0 and not os.path.exists(place):
-        place = os.path.dirname(place)  # root can create the rest of it
-    for path, name in ((place, "HOME"), (orchestra_root(home), "~/.orchestra")):
+    folder = home
+    while uid == 0 and not os.path.exists(folder):
+        folder = os.path.dirname(folder)  # root can create the rest of it
+    for path, name in ((folder, "HOME"), (orchestra_root(home), "~/.orchestra")):
         try:
             owner = os.stat(path).st_uid
         except OSError:
@@ -8536,7 +8545,7 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
         if owner == uid or (uid and os.access(path, os.W_OK | os.X_OK)):
             continue
         names = f"user {user_name(owner)}, and this is {user_name(uid)}"
-        if uid and path != place:
+        if uid and path != folder:
             hint = f"sudo chown -R {user_name(uid)} '{path}'"
         else:
             hint = f"run it as {user_name(owner)}, or set HOME"

@@ -10168,7 +10168,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
-# ── 25 Commands ───────────────────────────────────────────────────────────────
+# ── 25 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10299,6 +10299,9 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
         },
     ]
     assert home.run("project", "add", "nowhere").status == 2
+
+
+# ── 26 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_project_list_as_a_table(home: Home) -> None:
@@ -10489,7 +10492,7 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 26 Command line ───────────────────────────────────────────────────────────
+# ── 27 Command line ───────────────────────────────────────────────────────────
 
 
 def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
