@@ -60,8 +60,8 @@ Each section uses only those above it.
 """
 
 # Start-up. Until `narrow_import_path` is called, only built-in modules may be imported.
-# `__future__` is not one: annotations are evaluated, and those that name a class further
-# down are quoted.
+# `__future__` is not one: annotations are evaluated, and those that name a class from
+# further down are quoted.
 import sys
 
 if sys.version_info < (3, 9) or sys.platform == "win32":
@@ -72,7 +72,7 @@ if sys.version_info < (3, 9) or sys.platform == "win32":
 
 
 def narrow_import_path() -> None:
-    """Remove untrusted folders from sys.path, so that a json.py in one is never imported.
+    """Remove untrusted folders from sys.path: a json.py in one must not be imported.
 
     They are the current folder, the script's, and PYTHONPATH's, unless they are Python's
     own. If Python has already imported a module from one, exit with a message.
@@ -7361,8 +7361,8 @@ def run_program(
 PYTHON_TIMEOUT = 60.0  # seconds for a Python to show that it works
 PIP_TIMEOUT = 300.0  # seconds
 PYYAML_VERSION = "6.0.3"
-# The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them: for
-# each of Python 3.9 to 3.14 and 3.14t those of macOS x86-64, ARM64; Linux with glibc
+# The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them:
+# for each of Python 3.9 to 3.14 and 3.14t those of macOS x86-64, ARM64; Linux with glibc
 # ARM64, x86-64; with musl ARM64, x86-64. The source is left out: building it would run
 # what pip fetches without a check, setuptools and Cython.
 PYYAML_HASHES = """
@@ -7470,7 +7470,7 @@ class Installer(NamedTuple):
         raise OrchestraError(f"could not fetch PyYAML: {self._explain_pip(done)}", hint)
 
     def _run_pip(self, python: str, target: str, token: str) -> Completed:
-        """Run pip, which `--target` allows on externally managed Pythons too (PEP 668)."""
+        """Run pip; `--target` is allowed on externally managed Pythons too (PEP 668)."""
         requirements = f"{run_dir(self.home)}/pyyaml.txt"
         hashes = "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split())
         # pip refuses --target together with these two settings.
@@ -7509,7 +7509,7 @@ class Installer(NamedTuple):
         raise UsageError(f"no Python that works: tried {' and '.join(candidates)}")
 
     def install(self) -> str:
-        """Install the running script and what it needs; return the executable's path."""
+        """Install the running script and PyYAML; return the executable's path."""
         python = self.choose_python()
         if self.run([python, "-I", "-c", "import yaml"], PYTHON_TIMEOUT).code:
             self.fetch_yaml(python)
@@ -7525,16 +7525,16 @@ class Installer(NamedTuple):
             raise UsageError(f"{script}: the running script is not a file", "save it to a file first")
         installed, binary = installed_script_path(self.home), binary_path(self.home)
         save_private(installed, disk.data, new_token())
-        # Python matches bytecode to its source by size and time, in whole seconds: after
-        # a quick upgrade of the same size it would run the old one.
+        # Python matches bytecode to its source by size and time, in whole seconds: it
+        # would run the old one after a quick upgrade of the same size.
         remove_private_folder(f"{os.path.dirname(installed)}/__pycache__")
         save_private(binary, os.fsencode(self._launcher(python)), new_token(), mode=0o700)
         return binary
 
     def _launcher(self, python: str) -> str:
-        """Write a program that runs the installed script, isolated from the environment.
+        """Write a program that runs the installed script, whatever the environment says.
 
-        It finds the script from its own place, through links, so that the home folder
+        It finds the script from its own path, through links, so that the home folder
         may be renamed.
         """
         lib = os.path.relpath(os.path.dirname(installed_script_path(self.home)), binary_path(self.home))
@@ -7550,7 +7550,7 @@ class Installer(NamedTuple):
         return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {program} "$0" "$@"\n'
 
     def check_link(self) -> None:
-        """Raise UsageError if ~/.local/bin/orchestra is another program's, or cannot be made."""
+        """Raise UsageError if the link cannot be made, or is another program's."""
         link = link_path(self.home)
         if os.path.lexists(link) and not self._is_own(link):
             raise UsageError(f"{link} exists, and is not Orchestra's link", "move it away")
@@ -7561,13 +7561,13 @@ class Installer(NamedTuple):
             raise UsageError(f"{folder} is not a folder that you can write to")
 
     def _is_own(self, link: str) -> bool:
-        """Return whether a link leads to the launcher, or did before home was renamed."""
+        """Return whether a link leads to the launcher, or did before a home's renaming."""
         if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
             return False
         return not os.path.exists(link) or real_path(link) == real_path(binary_path(self.home))
 
     def link_target(self) -> str:
-        """Choose where ~/.local/bin/orchestra points: a relative path survives a renamed home."""
+        """Return the link's target: relative if possible, for a home to be renamed."""
         folder = os.path.dirname(link_path(self.home))
         is_in_place = real_path(folder) == real_path(self.home) + folder[len(self.home) :]
         binary = binary_path(self.home)
@@ -7578,16 +7578,16 @@ class Installer(NamedTuple):
 
 # An exit status of launchctl proves little (5 means five things), and `bootout` returns
 # before the service is gone; so `launchctl print` and the daemon itself are asked.
-# Sources: launchd.plist(5), launchctl(1), and the issue trackers of tools that use them.
+# Sources: launchd.plist(5), launchctl(1), and issues of tools that use them.
 # `install_launchd` takes these steps:
 #
 #   1 `check_session`: without a desktop session, nothing can be loaded.
 #   2 Save the plist; `unload` the old service and `stop_daemon`, if one was started by
 #     hand. Both wait for its end.
 #   3 Enable the label, since a disabled one is refused, and `load` the plist.
-#   4 `start_daemon`: RunAtLoad starts it. Only if it does not answer, `kickstart -k`: that
-#     kills one that is still starting, and launchd then waits for 10 s.
-#   5 Succeed only if a new daemon of this version answers, and still does a second later.
+#   4 `start_daemon`: RunAtLoad starts it. Only if it does not answer, `kickstart -k`:
+#     that kills one that is still starting, and launchd then waits for 10 s.
+#   5 Succeed only if a new daemon of this version answers, and still does after a second.
 #
 # If one of steps 2 to 5 fails, the old plist is put back and loaded again.
 
@@ -7675,7 +7675,7 @@ class Launchd:
         raise LaunchdError(f"launchctl bootstrap: {self.plist}: exit status {code}: {output}")
 
     def daemon_pid(self, version: str = "") -> Optional[int]:
-        """Return the pid of the daemon that answers, if any; of this version, if given."""
+        """Return the pid of the daemon that answers, if any, and has this version."""
         try:
             status = send_request(self.home, {"cmd": "status"})
         except DaemonError:
@@ -7715,7 +7715,10 @@ class Launchd:
 
 
 def generate_plist(binary_path: str, log_dir: str) -> bytes:
-    """Write the service's launchd.plist(5); raise LaunchdError for paths XML cannot hold."""
+    """Write the service's launchd.plist(5).
+
+    Raises LaunchdError for paths that XML cannot hold.
+    """
     import plistlib
     from xml.parsers.expat import ExpatError
 
@@ -7802,7 +7805,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
 
 
 class Registration(NamedTuple):
-    """A folder to register under a name; where `project_type` is None, it is detected."""
+    """A folder to register under a name. A `project_type` of None is detected."""
 
     home: str
     key: Key
@@ -8241,7 +8244,7 @@ class Commands(NamedTuple):
         return OK
 
     def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
-        """Choose the latest backups that PATH and --at allow; raise SyncError if none."""
+        """Choose the latest backups that PATH and --at allow; raises SyncError."""
         path, at = self.args.path, self.args.at
         found = [b for b in backups if b.path in AGENTS_BY_PATH and b.when.startswith(at or "")]
         if path is not None:
@@ -8343,7 +8346,7 @@ class Commands(NamedTuple):
         return OK
 
     def cmd_self_uninstall(self) -> int:
-        """Do what install.sh --uninstall needs Python for: clean up after killed syncs."""
+        """Do what install.sh --uninstall needs Python for: clean up after syncs."""
         if not os.path.isdir(run_dir(self.home)):
             return OK
         with suppress(OrchestraError):  # not fetched only to be removed; loading reports it
@@ -8363,7 +8366,7 @@ class Commands(NamedTuple):
 
 
 def command(purpose: str, run: Any = None, *arguments: Any, needs_yaml: bool = True) -> SimpleNamespace:
-    """Make a row of COMMANDS. Without `run`, it has subcommands; without a purpose, it is hidden."""
+    """Make a row of COMMANDS: without `run` a group, without a purpose hidden."""
     return SimpleNamespace(purpose=purpose, run=run, arguments=arguments, needs_yaml=needs_yaml)
 
 
@@ -8500,7 +8503,7 @@ def build_parser() -> Any:
 def parse_arguments(argv: Sequence[str]) -> Any:
     """Parse a command line; `command` of the result is its row in COMMANDS.
 
-    `daemon status`, which scripts poll, skips argparse, which would take half of its time.
+    `daemon status`, which scripts poll, skips argparse: it would take half of the time.
     """
     if list(argv) == ["daemon", "status"]:
         return SimpleNamespace(command=COMMANDS["daemon status"])
