@@ -7889,21 +7889,14 @@ class Registration(NamedTuple):
         elif not targets:
             targets, source = DEFAULT_TARGETS, "default"
         now = now_rfc3339()
-        codebase = Codebase(
-            *self.key,
-            spell_path(self.home, self.path),
-            found.description,
-            targets=None if inherits else targets,
-            commands=found.commands,
-            skills=found.skills,
-            projects=(Component(self.key[1], self.project_type or found.project_type),),
-            created_at=now,
-            updated_at=now,
-        )
-        self._save(codebase)
+        component = Component(self.key[1], self.project_type or found.project_type)
+        codebase = Codebase(*self.key, spell_path(self.home, self.path), found.description)
+        codebase = codebase._replace(targets=None if inherits else targets, projects=(component,))
+        codebase = codebase._replace(commands=found.commands, skills=found.skills)
+        self._save(codebase._replace(created_at=now, updated_at=now))
         evidence = "from --type" if self.project_type else visible(found.evidence)
         return [
-            f"registered {self.label}: {codebase.projects[0].project_type} ({evidence})",
+            f"registered {self.label}: {component.project_type} ({evidence})",
             f"  targets: {', '.join(targets) or 'none'} ({source})",
             f"  edit:    {self.file}",
         ]
@@ -8007,10 +8000,8 @@ def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -
     rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = []
-        for cell, width in zip(row, widths):
-            padded = cell.ljust(width)
-            cells.append(paint(padded, colors[cell]) if cell in colors else padded)
+        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = [paint(text, colors[cell]) if cell in colors else text for cell, text in zip(row, padded)]
         print("  ".join(cells).rstrip())
 
 
@@ -8140,21 +8131,18 @@ class Commands(NamedTuple):
         if args.codebase is not None and args.all:
             raise UsageError("give either CODEBASE or --all, not both")
         registry = load_registry(self.home)
-        if args.all:
-            scope = SyncScope.all()
-        elif args.codebase is not None:
-            scope = SyncScope.codebase(args.codebase)
-        else:
-            scope = SyncScope.codebase(label_for(self._find_current(registry)))
+        name = args.codebase
+        if name is None and not args.all:
+            name = label_for(self._find_current(registry))
+        scope = SyncScope.all() if args.all else SyncScope.codebase(name)
         dry_run = args.dry_run or args.check
         results = self._sync(registry, scope, dry_run)
         if args.json:
             print_json([self._describe(result) for result in results])
         else:
             self._print_results(results, dry_run)
-        problems = [*registry.stray] if args.all else []
-        for result in results:
-            problems += result.errors
+        errors = [error for result in results for error in result.errors]
+        problems = [*registry.stray, *errors] if args.all else errors
         is_outdated = args.check and any(result.written for result in results)
         return report_all(problems) or (OUT_OF_DATE if is_outdated else OK)
 
@@ -8328,10 +8316,8 @@ class Commands(NamedTuple):
         return OK
 
     def cmd_daemon_uninstall(self) -> int:
-        if uninstall_launchd(Launchd(self.home)):
-            print(f"uninstalled {DAEMON_LABEL}")
-        else:
-            print(f"{DAEMON_LABEL} was not installed")
+        was_installed = uninstall_launchd(Launchd(self.home))
+        print(f"uninstalled {DAEMON_LABEL}" if was_installed else f"{DAEMON_LABEL} was not installed")
         return OK
 
     def cmd_self_install(self) -> int:
