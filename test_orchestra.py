@@ -176,23 +176,47 @@ def edit(file: Path, old: str, new: str) -> bytes:
     return file.read_bytes()
 
 
-def tree(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Return each file's inode, time and bytes, or a link's target."""
-    found = {}
-    for parent, _, files in os.walk(root):
-        for name in files:
-            path = os.path.join(parent, name)
-            info = os.lstat(path)
-            if stat.S_ISREG(info.st_mode):
-                data = Path(path).read_bytes()
-            else:
-                data = os.readlink(path).encode() if os.path.islink(path) else b""
-            found[os.path.relpath(path, root)] = (info.st_ino, info.st_mtime_ns, data)
-    return found
+class Seen(NamedTuple):
+    """What stands at a path; a folder's inode and time change with what is in it."""
+
+    kind: str
+    mode: int = 0
+    data: bytes = b""  # of a link, where it leads
+    inode: int = 0
+    mtime: int = 0
+
+
+def look_at(path: str) -> Seen:
+    info = os.lstat(path)
+    mode, age = stat.S_IMODE(info.st_mode), (info.st_ino, info.st_mtime_ns)
+    if stat.S_ISDIR(info.st_mode):
+        return Seen("folder", mode)
+    if stat.S_ISLNK(info.st_mode):
+        return Seen("link", mode, os.readlink(path).encode(), *age)
+    return (
+        Seen("file", mode, Path(path).read_bytes(), *age)
+        if stat.S_ISREG(info.st_mode)
+        else Seen("special", mode, b"", *age)
+    )
+
+
+def take_picture(top: Any) -> dict[str, Seen]:
+    """Return all that stands below a folder, by its path from there."""
+    paths = [os.path.join(at, name) for at, folders, files in os.walk(top) for name in (*folders, *files)]
+    return {os.path.relpath(path, top): look_at(path) for path in paths}
+
+
+def without_age(picture: dict[str, Seen]) -> dict[str, Seen]:
+    """Leave out what differs from run to run."""
+    return {path: seen._replace(inode=0, mtime=0) for path, seen in picture.items()}
+
+
+def tree(root: Path) -> dict[str, Seen]:
+    return {path: seen for path, seen in take_picture(root).items() if seen.kind != "folder"}
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {path: data for path, (_, _, data) in tree(root).items()}
+    return {path: seen.data for path, seen in tree(root).items()}
 
 
 def run_git(folder: Path, *argv: str) -> None:
@@ -8497,15 +8521,8 @@ class Machine(Home):
         target = Path(orchestra.python_lib_dir(self.path), "yaml")
         shutil.copytree(Path(yaml.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
 
-    def listing(self) -> dict[str, tuple[str, bytes]]:
-        """Return the mode and bytes of all below the home, folders too; of a link, its target."""
-        found = {}
-        for path in sorted(self.home.rglob("*")):
-            mode = path.lstat().st_mode
-            data = path.read_bytes() if stat.S_ISREG(mode) else b""
-            data = os.readlink(path).encode() if stat.S_ISLNK(mode) else data
-            found[str(path.relative_to(self.home))] = (stat.filemode(mode), data)
-        return found
+    def listing(self) -> dict[str, Seen]:
+        return without_age(take_picture(self.home))
 
     @contextmanager
     def daemon(self, *command: object, kind: str = "") -> Iterator[subprocess.Popen[bytes]]:
@@ -10191,7 +10208,7 @@ def test_init_again_changes_nothing(home: Home) -> None:
     home.run_fine("init", str(home.code), "-p", "shop")
     before = tree(home.folder)
     assert "is already registered" in home.run_fine("init", f"{home.code}/../code/", "-p", "shop").out
-    assert {path: data for path, (_, _, data) in before.items()} == contents(home.folder)
+    assert {path: seen.data for path, seen in before.items()} == contents(home.folder)
 
 
 def test_init_with_another_type_changes_the_type_alone(home: Home) -> None:
@@ -10830,37 +10847,6 @@ def run_with_fault(work: Callable[[], Any], fault: Fault = NO_FAULT) -> Outcome:
 
 
 # What stands on the disk
-
-
-class Seen(NamedTuple):
-    """What stands at a path; neither inode nor time of a folder, which change with what is in it."""
-
-    kind: str
-    mode: int = 0
-    data: bytes = b""  # of a link, where it leads
-    inode: int = 0
-    mtime: int = 0
-
-
-def look_at(path: str) -> Seen:
-    info = os.lstat(path)
-    mode, age = stat.S_IMODE(info.st_mode), (info.st_ino, info.st_mtime_ns)
-    if stat.S_ISDIR(info.st_mode):
-        return Seen("folder", mode)
-    if stat.S_ISLNK(info.st_mode):
-        return Seen("link", mode, os.readlink(path).encode(), *age)
-    return Seen("file", mode, Path(path).read_bytes(), *age) if stat.S_ISREG(info.st_mode) else Seen("special")
-
-
-def take_picture(top: Any) -> dict[str, Seen]:
-    """Return all that stands below a folder, by its path from there."""
-    paths = [os.path.join(at, name) for at, folders, files in os.walk(top) for name in (*folders, *files)]
-    return {os.path.relpath(path, top): look_at(path) for path in paths}
-
-
-def without_age(picture: dict[str, Seen]) -> dict[str, Seen]:
-    """Leave out what differs from run to run."""
-    return {path: seen._replace(inode=0, mtime=0) for path, seen in picture.items()}
 
 
 def is_temporary(path: str) -> bool:
