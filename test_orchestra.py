@@ -1960,6 +1960,12 @@ def test_a_key_that_says_nothing_stays_where_others_change(home: Home, loader: s
     assert save_changed(home, text, created_at="y") == text.replace("x\n", "y\n")
 
 
+def test_an_entry_that_differs_in_more_than_scalars_is_replaced_whole(home: Home, loader: str) -> None:
+    text = f"{GOOD}skills:\n- {{id: a, description: x}}  # one\n- {{id: b}}\n# end\n"
+    saved = save_changed(home, text, skills=(orchestra.Skill("a", "y"), orchestra.Skill("b", "z")))
+    assert saved == f"{GOOD}skills:\n- id: a\n  description: y\n- id: b\n  description: z\n# end\n"
+
+
 def test_unknown_keys_survive_inside_what_changed(home: Home, loader: str) -> None:
     file = home.write_registry("shop/api.yaml", FROM_RUST)
     codebase = orchestra.load_codebase(home.path, *API)
