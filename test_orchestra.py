@@ -1962,8 +1962,13 @@ def test_a_key_that_says_nothing_stays_where_others_change(home: Home, loader: s
 
 def test_an_entry_that_differs_in_more_than_scalars_is_replaced_whole(home: Home, loader: str) -> None:
     text = f"{GOOD}skills:\n- {{id: a, description: x}}  # one\n- {{id: b}}\n# end\n"
-    saved = save_changed(home, text, skills=(orchestra.Skill("a", "y"), orchestra.Skill("b", "z")))
-    assert saved == f"{GOOD}skills:\n- id: a\n  description: y\n- id: b\n  description: z\n# end\n"
+    saved = save_changed(home, text, skills=(orchestra.Skill("a", "longer"), orchestra.Skill("b", "z")))
+    assert saved == f"{GOOD}skills:\n- id: a\n  description: longer\n- id: b\n  description: z\n# end\n"
+
+
+def test_text_of_several_lines_is_written_as_a_block(home: Home, loader: str) -> None:
+    saved = save_changed(home, f"{GOOD}description: old\n", description="a\nb")
+    assert saved == f"{GOOD}description: |-\n  a\n  b\n"
 
 
 def test_unknown_keys_survive_inside_what_changed(home: Home, loader: str) -> None:
@@ -2526,6 +2531,15 @@ def test_reading_only_what_changed_gives_what_reading_all_gives(home: Home, chan
     assert after == home.registry()
 
 
+def test_a_codebase_whose_file_was_just_renamed_keeps_its_folder(home: Home) -> None:
+    home.register("shop/api", created_at="2026-01-01T00:00:00Z")
+    before = home.registry()
+    home.register("shop/web", path=str(home.code / "shop/api"), created_at="2026-01-02T00:00:00Z")
+    home.file("shop/api").unlink()
+    after = orchestra.reload_codebases(home.path, before, [WEB])
+    assert (after.keys, list(after.codebases)) == ([WEB], [WEB])
+
+
 @pytest.mark.parametrize("text", ["{", "- a\n", b"\xff", ""])
 def test_a_save_does_not_replace_a_file_that_cannot_be_read(home: Home, text: Any) -> None:
     file = home.write_registry("shop/api.yaml", text)
@@ -2590,6 +2604,8 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
     home.write_registry("shop/c3.yaml", f"name: c3\npath: {home.code}/shop/c3\nnotes: [changed]\n")
     assert home.registry().codebases[("shop", "c3")].notes == ("changed",)
     assert parsed == ["~/.orchestra/projects/shop/c3.yaml"]
+    shutil.copy(home.file("shop/c4"), home.file("shop/other"))  # whose bytes are known
+    assert ("shop", "other") in home.registry().broken
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"[]", b'"', b"{}", b"\xff", b'["shop","c1",5]'])
@@ -2597,9 +2613,10 @@ def test_a_damaged_cache_of_parsed_files_only_costs_time(home: Home, damage: byt
     fill_registry(home, orchestra.ParsedFiles.FEW + 2)
     fresh = known_codebases(home)
     path = Path(orchestra.run_dir(home.path), "parsed.jsonl")
-    lines = path.read_bytes().split(b"\n")
-    hashes = [line.partition(b" ")[0] for line in lines[1:-1]]
-    for data in (damage, b"\n".join([lines[0], *(digest + b" " + damage for digest in hashes)]) + b"\n"):
+    whole = path.read_bytes()
+    head, *lines = whole.splitlines()
+    damaged_lines = b"".join(line.partition(b" ")[0] + b" " + damage + b"\n" for line in lines)
+    for data in (damage, head + b"\n" + damaged_lines, whole.replace(b"number 1", b"number 2")):
         path.write_bytes(data)
         assert known_codebases(home) == fresh
 
