@@ -431,6 +431,11 @@ class Home:
         self.register(label, **values)
         return root
 
+    def make_synced(self, label: str = "shop/api", files: dict[str, Any] = {}, **values: Any) -> Path:
+        root = self.make_codebase(label, files, **values)
+        self.sync()
+        return root
+
     def text(self, label: str = "shop/api", note: str = "first") -> str:
         root = self.code / label
         root.mkdir(parents=True, exist_ok=True)
@@ -2244,8 +2249,7 @@ def test_folders_that_cannot_be_a_codebase_are_refused(home: Home, path: str, fo
 
 @pytest.mark.parametrize("entry", [".git", ".hg", ".svn", ".jj", ""])
 def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home: Home, entry: str) -> None:
-    root = home.make_codebase("shop/all", {entry: "gitdir: /elsewhere\n"} if entry else {})
-    home.sync()
+    root = home.make_synced("shop/all", {entry: "gitdir: /elsewhere\n"} if entry else {})
     (root / "api").mkdir()
     ran = home.run_fine("init", str(root / "api"), "-p", "shop", "--sync")
     note = "note: shop/all is no longer synced: its folder contains this one and is not a repository\n"
@@ -2257,8 +2261,7 @@ def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home:
 
 
 def test_a_path_that_was_cut_short_to_the_folder_above_gets_no_files(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
+    root = home.make_synced()
     home.register(path=str(root.parent))
     ran = home.run("sync", "--all")
     problem = "this folder holds the codebase's former one"
@@ -3470,8 +3473,7 @@ def rich_values() -> dict[str, Any]:
 def test_a_formatter_leaves_nothing_to_sync(home: Home, command: str, values: Any, original: Optional[str]) -> None:
     if not shutil.which(command.split(maxsplit=1)[0]):
         pytest.skip(f"needs {command.split(maxsplit=1)[0]} on PATH")
-    root = home.make_codebase("shop/api", {"AGENTS.md": original} if original else {}, targets=["codex"], **values)
-    home.sync()
+    root = home.make_synced("shop/api", {"AGENTS.md": original} if original else {}, targets=["codex"], **values)
     synced = (root / "AGENTS.md").read_bytes()
     subprocess.run([*command.split(), "AGENTS.md"], cwd=root, check=True, capture_output=True)
     formatted = contents(root)
@@ -3492,8 +3494,7 @@ def test_a_formatter_leaves_nothing_to_sync(home: Home, command: str, values: An
 )
 @pytest.mark.parametrize("path", ["CLAUDE.md", CLINE])
 def test_a_reformatted_text_is_current_until_the_registry_changes(home: Home, change: Any, path: str) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "cline"], notes=["x"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "cline"], notes=["x"])
     changed = change((root / path).read_bytes())
     (root / path).write_bytes(changed)
     assert (home.status_of(), home.sync().lines) == ("current", [])
@@ -3735,8 +3736,7 @@ def test_bytes_outside_the_block_survive_any_number_of_syncs(home: Home, origina
 @originals
 @pytest.mark.parametrize("how", ["purge", "drop"])
 def test_taking_the_block_out_restores_the_original_bytes(home: Home, original: bytes, how: str) -> None:
-    root = home.make_codebase("shop/api", {"AGENTS.md": original})
-    home.sync()
+    root = home.make_synced("shop/api", {"AGENTS.md": original})
     home.register("shop/api", description="another version")
     home.sync()
     if how == "purge":
@@ -3748,8 +3748,7 @@ def test_taking_the_block_out_restores_the_original_bytes(home: Home, original: 
 
 
 def test_a_block_right_behind_a_bom_is_found(home: Home) -> None:
-    home.make_codebase("shop/api", {"AGENTS.md": ONLY_BOM}, targets=["codex"])
-    home.sync()
+    home.make_synced("shop/api", {"AGENTS.md": ONLY_BOM}, targets=["codex"])
     assert home.sync().lines == []
 
 
@@ -3768,8 +3767,7 @@ def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -
 
 
 def test_a_wrong_hash_in_the_record_heals(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["codex"])
     record = Path(orchestra.record_path(home.path, ("shop", "api")))
     values = json.loads(record.read_text())
     record.write_text(json.dumps({**values, "files": {"AGENTS.md": "0" * 64}}))
@@ -3784,8 +3782,7 @@ def test_a_wrong_hash_in_the_record_heals(home: Home) -> None:
 
 @pytest.mark.parametrize("values", [{"folders": ["\ud800"]}, {"joins": {"AGENTS.md": "\ud800"}}])
 def test_a_record_that_orchestra_cannot_have_written_counts_as_none(home: Home, values: dict[str, Any]) -> None:
-    home.make_codebase("shop/api", {"AGENTS.md": "mine"}, targets=["codex"])
-    home.sync()
+    home.make_synced("shop/api", {"AGENTS.md": "mine"}, targets=["codex"])
     record = Path(orchestra.record_path(home.path, ("shop", "api")))
     record.write_text(json.dumps({**json.loads(record.read_text()), **values}))
     assert home.sync().err == ""
@@ -3807,8 +3804,7 @@ def test_an_older_text_brought_back_by_git_is_updated_without_a_backup(home: Hom
 
 
 def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude"])
     first = (root / "CLAUDE.md").read_bytes()
     for number in range(orchestra.MAX_EARLIER + 1):
         home.register("shop/api", targets=["claude"], description=f"version {number}")
@@ -3819,8 +3815,7 @@ def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
 
 
 def test_the_record_names_what_was_written_and_when(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cline"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["cline"])
     record = json.loads(Path(orchestra.record_path(home.path, ("shop", "api"))).read_text())
     digest = orchestra.digest_of((root / CLINE).read_bytes())
     assert record["files"] == {".clinerules/orchestra.md": digest}
@@ -3846,8 +3841,7 @@ def rename_codebase(home: Home, old: str, new: str) -> None:
 )
 def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: str, new: str, label: str) -> None:
     home.write_registry("shop/project.yaml", "name: shop\n")
-    root = home.make_codebase(targets=["claude", "cline", "gemini"])
-    home.sync()
+    root = home.make_synced(targets=["claude", "cline", "gemini"])
     mine = edit(root / CLINE, "api", "mine")
     home.sync()
     kept = home.backups()
@@ -3867,8 +3861,7 @@ def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: st
 
 @pytest.mark.parametrize("moves", [0, 1, 2])
 def test_an_adoption_that_was_cut_short_is_finished(home: Home, monkeypatch: Any, moves: int) -> None:
-    root = home.make_codebase(targets=["claude"])
-    home.sync()
+    root = home.make_synced(targets=["claude"])
     put_files(Path(orchestra.backups_of(home.path, API)), {"20260101T000000.000000Z/CLAUDE.md": "older"})
     mine = edit(root / "CLAUDE.md", "api", "mine")
     home.sync()
@@ -4088,8 +4081,7 @@ def test_an_odd_git_file_is_no_sparse_checkout(home: Home, git: Any) -> None:
 
 @pytest.mark.parametrize("targets", [["claude", "codex"], ALL_TARGETS])
 def test_a_folder_that_was_synced_and_is_empty_now_is_not_written_to(home: Home, targets: list[str]) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=targets)
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=targets)
     shutil.rmtree(root)
     root.mkdir()
     ran = home.run("sync", "--all")
@@ -4102,8 +4094,7 @@ def test_a_folder_that_was_synced_and_is_empty_now_is_not_written_to(home: Home,
 
 
 def test_another_folder_may_be_empty_and_an_emptied_one_that_has_other_files_is_written_to(home: Home) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["claude"])
     (root / "CLAUDE.md").unlink()
     assert home.sync().lines == ["create   shop/api CLAUDE.md"]
     (home.code / "other").mkdir()
@@ -4163,8 +4154,7 @@ def test_codebases_that_change_places_are_given_each_others_text(home: Home) -> 
 
 
 def test_another_folder_may_be_empty_when_the_old_one_is_gone(home: Home) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["claude"])
     shutil.rmtree(root)
     (home.code / "new").mkdir()
     home.register("shop/api", path=str(home.code / "new"), targets=["claude"])
@@ -4194,8 +4184,7 @@ def test_nothing_is_taken_out_of_a_folder_that_the_old_path_leads_to_by_a_link(h
 
 @pytest.mark.parametrize("inner", [".cursor/rules", "packages/web"])
 def test_a_path_may_move_into_the_old_folder_and_out_of_it(home: Home, inner: str) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude", "cursor"])
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["claude", "cursor"])
     (root / inner).mkdir(parents=True, exist_ok=True)
     home.register("shop/api", path=str(root / inner), targets=["claude"])
     home.sync()
@@ -4208,8 +4197,7 @@ def test_a_path_may_move_into_the_old_folder_and_out_of_it(home: Home, inner: st
 
 
 def test_a_file_that_the_old_folder_and_the_new_one_share_stays(home: Home) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["cursor"])
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["cursor"])
     put_files(home.code / "shop", {".git/config": "", ".cursor": link_to("api/.cursor")})
     home.register("shop/api", path=str(home.code / "shop"), targets=["cursor"])
     home.sync()
@@ -4217,8 +4205,7 @@ def test_a_file_that_the_old_folder_and_the_new_one_share_stays(home: Home) -> N
 
 
 def test_a_file_set_aside_in_the_folder_that_was_left_is_released_there(home: Home, monkeypatch: Any) -> None:
-    root = home.make_codebase("shop/api", {"code.py": ""}, targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["claude"])
     kept = root / f".orchestra-kept-{DEAD}-aa-{'0' * 64}-CLAUDE.md.tmp"
     kept.write_text("u1x\n")
     hide_writers(monkeypatch)
@@ -4284,8 +4271,7 @@ def test_a_codebase_reached_through_a_link_is_fine(home: Home) -> None:
 
 
 def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
-    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
-    home.sync()
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
     home.register("shop/api", targets=["claude"])
     assert home.staleness()["status"] == "orphan"
     assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
@@ -4297,8 +4283,7 @@ def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
 
 
 def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cursor", "codex"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["cursor", "codex"])
     edited = [edit(root / path, "# api", "# mine") for path in (".cursor/rules/orchestra.mdc", "AGENTS.md")]
     home.register("shop/api", targets=[])
     assert home.status_of() == "orphan"
@@ -4321,15 +4306,13 @@ def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
     ],
 )
 def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: Any, targets: Any, imports: bool) -> None:
-    root = home.make_codebase("shop/api", files, targets=targets)
-    home.sync()
+    root = home.make_synced("shop/api", files, targets=targets)
     assert (b"\n@AGENTS.md\n" in (root / "CLAUDE.md").read_bytes()) == imports
     assert home.sync().lines == []
 
 
 def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
+    root = home.make_synced()
     agents = root / "AGENTS.md"
     generated = agents.read_bytes()
     agents.write_bytes(b"mine\n" + generated)
@@ -4385,8 +4368,7 @@ def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, pat
 
 
 def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex", "cursor"], notes=["one"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["codex", "cursor"], notes=["one"])
     other = other_home(home, targets=["codex", "cursor"], notes=["two"])
     edits = {
         "AGENTS.md": edit(root / "AGENTS.md", "- one", "- mine"),
@@ -4397,16 +4379,14 @@ def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
 
 
 def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     os.unlink(orchestra.codebase_path(home.path, ("shop", "api")))
     home.register("shop/web", path=str(root), targets=["codex"], notes=["two"])
     assert home.sync().lines == ["update   shop/web AGENTS.md"]
 
 
 def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     other = Home(tempfile.mkdtemp(dir=home.folder))
     ran = other.run_fine("init", str(root), "-p", "shop")
     assert (
@@ -4415,8 +4395,7 @@ def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
 
 
 def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["codex"], notes=["one"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     other = Home(tempfile.mkdtemp(dir=home.folder))
     ran = other.run_fine("init", str(root), "-p", "shop", "--sync")
     assert "replace  shop/api AGENTS.md" in ran.out and "orchestra restore shop/api AGENTS.md" in ran.err
@@ -4441,8 +4420,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
     mine = {".cursor/rules/mine.mdc": b"mine", "src/a.py": b"x", ".github/workflows/ci.yml": b"y"}
-    root = home.make_codebase("shop/api", mine, targets=ALL_TARGETS)
-    home.sync()
+    root = home.make_synced("shop/api", mine, targets=ALL_TARGETS)
     assert len(contents(root)) == len(mine) + 8
     ran = home.run_fine("project", "remove", "api", "--purge")
     assert len([line for line in ran.lines if line.startswith("remove ")]) == 8
@@ -4452,8 +4430,7 @@ def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home
 
 
 def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_place(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "cline"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "cline"])
     edit(root / "CLAUDE.md", "# api", "# my api")
     edit(root / CLINE, "# api", "# my api")
     home.run_fine("project", "remove", "api", "--purge")
@@ -4462,8 +4439,7 @@ def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_
 
 
 def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
+    root = home.make_synced()
     file = root / "CLAUDE.md"
     file.write_bytes(b"my own\n" + file.read_bytes() + b"and this\n")
     edited = file.read_bytes()
@@ -4476,8 +4452,7 @@ def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
 def test_an_edit_of_managed_text_is_backed_up_first_and_can_be_restored(
     home: Home, target: str, path: str, registry_changes: bool
 ) -> None:
-    root = home.make_codebase("shop/api", targets=[target])
-    home.sync()
+    root = home.make_synced("shop/api", targets=[target])
     synced = (root / path).read_bytes()
     edited = edit(root / path, "# api", "# my api")
     if registry_changes:
@@ -4497,8 +4472,7 @@ def test_an_edit_of_managed_text_is_backed_up_first_and_can_be_restored(
 
 def replace_edit(home: Home, path: str) -> bytes:
     """Sync a codebase, edit a file, and sync again; return the edited bytes."""
-    root = home.make_codebase("shop/api", targets=[orchestra.AGENTS_BY_PATH[path].target])
-    home.sync()
+    root = home.make_synced("shop/api", targets=[orchestra.AGENTS_BY_PATH[path].target])
     edited = edit(root / path, "# api", "# my api")
     home.sync()
     return edited
@@ -4527,8 +4501,7 @@ def test_restore_keeps_what_it_replaces(home: Home) -> None:
 
 
 def test_restore_lists_and_chooses(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "codex"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "codex"])
     assert home.run_fine("restore", "api", "--list").out == ""
     assert home.run("restore", "api").complaints == ["orchestra: shop/api: nothing to restore: no backups yet"]
     edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
@@ -4706,16 +4679,14 @@ def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
 
 
 def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "codex"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "codex"])
     (root / "CLAUDE.md").write_text("all mine\n")
     (root / "AGENTS.md").unlink()
     assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
 
 
 def test_a_second_sync_writes_nothing(home: Home) -> None:
-    home.make_codebase("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS, notes=["a"])
-    home.sync()
+    home.make_synced("shop/api", {"CLAUDE.md": "mine"}, targets=ALL_TARGETS, notes=["a"])
     before = tree(home.folder)
     assert home.sync().out == "0 written, 8 unchanged in 1 codebase\n"
     assert tree(home.folder) == before
@@ -4741,8 +4712,7 @@ def test_a_new_file_has_the_mode_of_the_umask(home: Home) -> None:
 
 
 def test_line_ends_that_git_turned_into_crlf_are_no_hand_edit(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "cursor"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "cursor"])
     for path in ("CLAUDE.md", ".cursor/rules/orchestra.mdc"):
         (root / path).write_bytes((root / path).read_bytes().replace(b"\n", b"\r\n"))
     assert home.sync().lines == []
@@ -4784,8 +4754,7 @@ def test_a_read_only_folder_is_one_problem_for_all_its_files(home: Home) -> None
 
 
 def test_a_synced_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude"])
     (root / "CLAUDE.md").unlink()
     root.chmod(0o311)
     ran = home.run_as_nobody("sync", "--all")
@@ -4863,8 +4832,7 @@ def test_a_file_that_cannot_be_managed_is_one_problem_and_stays(
 
 
 def test_what_could_not_be_written_is_still_recorded(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "gemini"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude", "gemini"])
     (root / "GEMINI.md").rename(home.code / "aside")
     (root / "GEMINI.md").mkdir()
     assert home.run("sync", "--all").status == 2
@@ -4959,8 +4927,7 @@ def test_after_a_clean_up_that_failed_nothing_else_is_swapped(home: Home, monkey
     ],
 )
 def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str) -> None:
-    home.make_codebase("shop/api", targets=ALL_TARGETS)
-    home.sync()
+    home.make_synced("shop/api", targets=ALL_TARGETS)
     put_files(home.folder / place, {".orchestra-1-dead.tmp": "half"})
     Path(orchestra.codebase_lock_path(home.path, ("shop", "api"))).write_text("1-dead\n")
     assert home.sync().lines == []
@@ -4988,8 +4955,7 @@ def test_a_save_between_plan_and_write_is_not_lost(home: Home, before: Optional[
 
 
 def test_what_was_edited_between_plan_and_write_is_backed_up(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cline"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["cline"])
     home.register("shop/api", targets=["cline"], description="new")
     file = root / CLINE
     with instants(root, [lambda: file.write_bytes(b"saved meanwhile\n")]):
@@ -5080,8 +5046,7 @@ def test_no_folder_is_made_through_a_link_that_appears_between_plan_and_write(ho
 
 
 def test_no_folder_outside_the_codebase_is_removed(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cursor"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["cursor"])
     shutil.rmtree(root / ".cursor")
     (home.code / "outside/rules").mkdir(parents=True)
     (root / ".cursor").symlink_to(home.code / "outside")
@@ -5368,8 +5333,7 @@ def test_an_age_is_in_whole_seconds_or_none(when: Optional[str], age: Optional[i
     ],
 )
 def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Callable[[Home], None]) -> None:
-    home.make_codebase()
-    home.sync()
+    home.make_synced()
     at = home.staleness()["last_sync_at"]
     breaks(home)
     entry = home.staleness()
@@ -10356,8 +10320,7 @@ def test_project_list_as_a_table(home: Home) -> None:
 
 
 def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
+    root = home.make_synced()
     before, file = contents(root), home.register().read_bytes()
     ran = home.run_fine("project", "remove", "api")
     assert contents(root) == before and home.registry().keys == []
@@ -10382,8 +10345,7 @@ def test_a_purge_that_cannot_succeed_deregisters_nothing(home: Home) -> None:
 
 
 def test_a_codebase_registered_again_after_a_removal_is_current(home: Home) -> None:
-    root = home.make_codebase()
-    home.sync()
+    root = home.make_synced()
     home.run_fine("project", "remove", "api")
     home.run_fine("init", str(root), "-p", "shop", "--sync")
     assert home.status_of() == "current" and home.backups().keys() == {"api.yaml"}
@@ -10920,8 +10882,7 @@ def edit_everything(home: Home) -> None:
     root = home.make_codebase("shop/api", {"AGENTS.md": "osprey\n", COPILOT: "kite\n"}, targets=ALL_TARGETS)
     home.write_registry("shop/project.yaml", {"name": "shop"})
     home.make_codebase("shop/aaa", {"CLAUDE.md": "finch\n"}, targets=["claude"])
-    home.make_codebase("shop/web", {"CLAUDE.md": "wren\n"}, targets=["claude"])
-    home.sync()
+    home.make_synced("shop/web", {"CLAUDE.md": "wren\n"}, targets=["claude"])
     (root / "CLAUDE.md").write_text("kestrel\n")
     (root / "CLAUDE.md").chmod(0o640)
     (root / "AGENTS.md").write_bytes((root / "AGENTS.md").read_bytes().replace(END, b"merlin\n" + END))
@@ -10943,8 +10904,7 @@ def sync_everything(home: Home) -> None:
 
 def crowd_backups(home: Home) -> None:
     """Leave an edit to be kept, which pushes two kept versions out."""
-    root = home.make_codebase("shop/api", targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["claude"])
     edit(root / "CLAUDE.md", "# api", "# merlin")
     for minute, word in itertools.zip_longest(MINUTES[:12], ["harrier"], fillvalue=""):
         put_files(backups_folder(home) / minute, {"CLAUDE.md": minute + word, orchestra.Backups.NOTES: "{}"})
@@ -11198,8 +11158,7 @@ def test_a_kill_in_the_middle_of_any_write_loses_nothing(stage: Stage) -> None:
 
 
 def test_a_version_is_durable_before_its_file_is_replaced(quick_home: Home) -> None:
-    root = quick_home.make_codebase("shop/api", targets=["claude"])
-    quick_home.sync()
+    root = quick_home.make_synced("shop/api", targets=["claude"])
     edit(root / "CLAUDE.md", "# api", "# merlin")
     done = run_with_fault(lambda: quick_home.sync()).done
     backups = orchestra.backups_root(quick_home.path)
@@ -12568,8 +12527,7 @@ def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
 @needs_leases
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_temporary_file_goes_though_there_is_nothing_else_to_do(home: Home, is_known: bool) -> None:
-    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
-    home.sync()
+    root = home.make_synced("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
     leave_temporary(root, text=(root / "CLAUDE.md").read_bytes() if is_known else "u1x\n")
     assert home.sync().lines == []
     assert (home.backups(), home.leftovers()) == ({} if is_known else {"CLAUDE.md": b"u1x\n"}, [])
@@ -12867,8 +12825,7 @@ def test_a_save_of_a_registry_file_while_init_changes_it_is_not_lost(home: Home,
 
 
 def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_given_back(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["cline"])
-    home.sync()
+    root = home.make_synced("shop/api", targets=["cline"])
     registry, clock, edits = home.registry(), Clock(2e9), []
     for jump in (0, 0, -1e9, 0, 5e8, -1e-6, 1e9, -1.5e9):
         clock.now += jump
