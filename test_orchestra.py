@@ -7774,18 +7774,21 @@ def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key
     assert orchestra.key_of_change("/home/x", file) == key
 
 
-def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second() -> None:
-    clock, key = Clock(), ("shop", "api")
+FAILED = orchestra.SyncCodebaseResult("shop", "api", errors=(orchestra.Problem("api", "the folder is missing"),))
+
+
+@pytest.mark.parametrize("failure", [{"results": [FAILED]}, {"error": "the registry cannot be read"}], ids=str)
+def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: dict[str, Any]) -> None:
+    clock = Clock()
     schedule = orchestra.Schedule(clock)
-    failed = orchestra.SyncCodebaseResult(*key, errors=(orchestra.Problem("api", "the folder is missing"),))
-    schedule.note([key])
+    schedule.note([FAILED.key])
     tries = []
     for _ in range(61):  # as when polling
         schedule.note_failed()
         job = schedule.take_job()
         if job is not None:
             tries.append(clock.now - 1000)
-            schedule.finish(orchestra.JobOutcome(job, results=[failed]))
+            schedule.finish(orchestra.JobOutcome(job, **failure))
         clock.now += 1
     assert tries == [0, 1, 31]
 
