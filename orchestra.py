@@ -5294,16 +5294,17 @@ def forget_replaced(home: str, keys: Iterable[Key]) -> None:
 
 def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
     """List what is noted of some codebases, and remove what is too old of any."""
+    root = replaced_root(home)
+    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
     problems = []
-    for folder, _, names in os.walk(replaced_root(home)):
-        for name in names:
-            key = (os.path.basename(folder), name[: -len(".json")])
-            notes = load_replaced(home, key, now) if name.endswith(".json") else {}
-            problems += [
-                Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-                for path, note in notes.items()
-                if key in keys
-            ]
+    for project, name in files:
+        key = (project, name[: -len(".json")])
+        notes = load_replaced(home, key, now) if name.endswith(".json") else {}
+        problems += [
+            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+            for path, note in notes.items()
+            if key in keys
+        ]
     return sorted(problems)
 
 
