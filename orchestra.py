@@ -6236,9 +6236,9 @@ class Client:
 
     @property
     def wanted_events(self) -> int:
-        wants_turn = self.unsent or self.state == self.ANSWERING
+        wants_step = self.unsent or self.state == self.ANSWERING
         wants_to_read = self.may_answer and not self.has_ended
-        return (READABLE if wants_to_read else 0) | (WRITABLE if wants_turn else 0)
+        return (READABLE if wants_to_read else 0) | (WRITABLE if wants_step else 0)
 
     @property
     def is_finished(self) -> bool:
@@ -6808,7 +6808,7 @@ def release_memory() -> None:
 
 
 class Worker:
-    """The worker: takes one job after the other, and leaves outcomes for the loop."""
+    """Runs one job after the other in a thread, and leaves outcomes for the loop."""
 
     def __init__(self, home: str, cache: RegistryCache, wake: Callable[[], None]) -> None:
         import queue
