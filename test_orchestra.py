@@ -9,25 +9,25 @@ is made beside this file. `bench` prints a table of measurements instead
 idle watch); `soak` runs the tests that take minutes (ORCHESTRA_SOAK seconds each).
 
 Contents
-  Helpers                  a home folder with its registry, codebases and daemon; waiting
-                           with a deadline; reading and writing trees of files
-  The shape of the file    what keeps orchestra.py readable: its map, its layers, where
-                           effects live, limits on lengths and names
+  Helpers                  Home: a home folder with its registry, codebases and daemon.
+                           Files and pictures of the disk; wait_until, the one wait.
+  The shape of the file    What keeps orchestra.py readable: its map, its layers, where
+                           effects live, limits on lengths and names.
 
-  Sections 1 to 26 of orchestra.py follow, in its order and under its banners. A test
-  stands under the section whose code it checks; a new case is a row of its table.
+  The sections of orchestra.py follow, in its order and under its banners. A test stands
+  under the section whose code it checks; a new case is a row of its table.
 
-  Every step interrupted   each change of the disk, killed after every operation and
+  Every step interrupted   Each change of the disk, killed after every operation and
                            failing at every one. A new command is a row of SCENARIOS.
-  Random histories         a user and Orchestra take turns at random; pictures of the
+  Random histories         A user and Orchestra take turns at random; pictures of the
                            disk tell what was lost. A new act is a method of History.
-  Races                    a save at the worst instant, and editors that save in a loop.
+  Races                    A save at the worst instant, and editors that save in a loop.
                            A new instant is a test; a new way to save a row of WHOLE_SAVES.
-  Fuzzing                  odd bytes for everything that reads: at most a problem, in
+  Fuzzing                  Odd bytes for everything that reads: at most a problem, in
                            bounded time and memory. A new reader is a test with `dose`.
-  Start-up                 the modules that a command may load. A module that costs
+  Start-up                 The modules that a command may load. A module that costs
                            time is a word in HEAVY.
-  Benchmarks               figures, each beside a yardstick of the same minute. A new
+  Benchmarks               Figures, each beside a yardstick of the same minute. A new
                            one is a bench_ function that measure_all calls.
 """
 
