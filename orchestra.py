@@ -1909,12 +1909,19 @@ class Agent(NamedTuple):
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
+    hides: str = ""  # a file that the agent reads only where its own is missing
 
 
 AGENTS = {
     agent.target: agent
     for agent in (
-        Agent("claude", "CLAUDE.md", (".claude",), budget=Budget(200, "lines", "Anthropic recommends at most")),
+        Agent(
+            "claude",
+            "CLAUDE.md",
+            (".claude",),
+            budget=Budget(200, "lines", "Anthropic recommends at most"),
+            hides="AGENTS.md",
+        ),
         Agent("codex", "AGENTS.md", (".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
         Agent("gemini", "GEMINI.md", (".gemini",)),
         Agent("copilot", ".github/copilot-instructions.md", (".github/instructions",)),
@@ -3486,22 +3493,19 @@ def detect(folder: str) -> Detected:
 # ── 13 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
-# the disk. So a second sync writes nothing. `render_files` makes it, from text that the
-# functions below have made harmless: `one_line`, `many_lines`, `paragraphs`,
-# `code_span` and `code_block`, each for one place in the Markdown.
+# the disk. So a second sync writes nothing. Text from the registry is made harmless by
+# `one_line`, `many_lines`, `paragraphs`, `code_span` and `code_block`, each for one
+# place in the Markdown that `render_body` makes.
 #
-# An agent imports the file that a bare @word names (Claude, Gemini), so each gets
-# backticks of its own. Those that the text has itself protect a word only where every
-# reader pairs them alike: on one line, all of them, with nothing around that could take
-# one for itself (an HTML tag, a link's title, an escape, a table's cell). Where that is
-# in doubt they become apostrophes.
+# An agent imports the file that a bare @word names (Claude, Gemini), so each bare @word
+# is put in backticks. Backticks already in the text count only if every reader pairs
+# them the same way: on one line, all of them, with nothing near that could consume one
+# (an HTML tag, a link's title, an escape, a table's cell). In doubt they become
+# apostrophes.
 #
 # All of it is linear in the text's length: no pattern has two unbounded repeats that
 # could share characters, and no failed scan is started again one character on.
 
-BLOCK_BEGIN = "<!-- orchestra:begin -->"
-BLOCK_END = "<!-- orchestra:end -->"
-BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
 LINE_PREFIX = " \t>*+-0123456789.)"  # in front of what begins a block in a line
 
 # Text from the registry made harmless
@@ -3687,35 +3691,6 @@ def targets_of(codebase: Codebase) -> tuple[str, ...]:
     return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
 
 
-def seal_of(text: bytes) -> str:
-    """Hash a text to the 8 hex digits in its banner, which prove who wrote it.
-
-    White space does not count: formatters change it.
-    """
-    return sha256_of(b" ".join(text.split()))[:8]
-
-
-def render_files(codebase: Codebase, import_agents_md: bool = False) -> dict[str, bytes]:
-    """Render each target's managed text: an owned file, or the block of a shared one.
-
-    `import_agents_md` adds the line that lets Claude see a hand-written AGENTS.md,
-    which a CLAUDE.md beside it would otherwise hide.
-    """
-
-    def seal(text: str) -> str:
-        return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
-
-    body = render_body(codebase)
-    title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
-    sealed, files = seal(body), {}
-    for agent in (AGENTS[target] for target in targets_of(codebase)):
-        has_import = agent.target == "claude" and import_agents_md
-        text = seal(f"{body}\n@AGENTS.md\n") if has_import else sealed
-        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
-        files[agent.path] = whole.encode("utf-8", "replace")
-    return files
-
-
 # What a user should know of a text
 
 
@@ -3766,24 +3741,25 @@ def describe_excess(agent: Agent, data: bytes) -> str:
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
-# every byte of it stays.
+# every byte of it stays. How the block is found:
 #
-# How the block is found:
-#
-# 1. A marker has its line to itself, written as it is written here. A line that only
-#    looks like one (indented, other spaces, other case) is an error outside a fence:
-#    taken for text, it would get the file a second block.
-# 2. A code fence hides the markers in it, as an example in the user's text has them. It
-#    opens and closes as in CommonMark 0.31: three or more backticks or tildes behind at
-#    most three spaces, closed by as many or more, or by the end of the list item it is
-#    in.
-# 3. A fence that stays open hides no marker.
-# 4. Between a begin marker with Orchestra's banner and the end marker that is next,
-#    nothing is read: what is written there can neither close a fence above the block
-#    nor hide its end. So an appended block is always found.
-# 5. Anything but one begin marker and then one end marker, or none, is an error:
-#    nothing is written.
+#   1 A marker has its line to itself, written as it is written here. A line that only
+#     looks like one (indented, other spaces, other case) is an error outside a fence:
+#     taken for text, it would get the file a second block.
+#   2 A code fence hides the markers in it, as an example in the user's text has them.
+#     It opens and closes as in CommonMark 0.31: three or more backticks or tildes
+#     behind at most three spaces, closed by as many or more, or by the end of the list
+#     item it is in.
+#   3 A fence that stays open hides no marker.
+#   4 Between a begin marker with Orchestra's banner and the end marker that is next,
+#     nothing is read: what is written there can neither close a fence above the block
+#     nor hide its end. So an appended block is always found.
+#   5 Anything but one begin marker and then one end marker, or none, is an error:
+#     nothing is written.
 
+BLOCK_BEGIN = "<!-- orchestra:begin -->"
+BLOCK_END = "<!-- orchestra:end -->"
+BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
 BANNER_LINE = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
 
 # Markers
@@ -3880,7 +3856,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
 def find_markers(data: bytes) -> tuple[Marker, ...]:
     """Find the markers that count, and what looks like one (steps 1 to 4)."""
-    markers = _list_markers(data) if b"rchestra:" in data or b"RCHESTRA:" in data else []
+    markers = _list_markers(data) if b"<!--" in data else []
     if [marker.kind for marker in markers] == ["begin", "end"]:
         around = data[: markers[0].start], data[markers[1].end :]
         if not any(fence in part for part in around for fence in (b"```", b"~~~")):
@@ -3945,11 +3921,10 @@ def check_merge(data: bytes, start: int, end: int) -> None:
 # Formatters and git change what Orchestra wrote, and that is no edit. Each of these is
 # looser than the one before:
 #
-# 1. `exact_digest_of` ignores CRLF. Records of versions before 0.2 hold these.
-# 2. `digest_of` ignores white space as well. Records hold these, so it can never
-#    change.
-# 3. `is_reformatted` ignores all that formatters rewrite. It is applied only to a file
-#    and the very text that is wanted there, so it may be that loose.
+#   1 `exact_digest_of` ignores CRLF. Records of earlier versions hold these.
+#   2 `digest_of` ignores white space as well. Records hold these: it can never change.
+#   3 `is_reformatted` ignores all that formatters rewrite. It compares a file only with
+#     the very text that is wanted there, so it may be that loose.
 #
 # That of the backups (`significant_text`) is for the user's text, where white space in
 # code matters.
@@ -3993,9 +3968,20 @@ def _loosen(line: bytes) -> bytes:
 
 
 def is_reformatted(one: bytes, other: bytes) -> bool:
-    """Tell whether two texts differ only in what Markdown formatters rewrite."""
+    """Return whether two texts differ only in what Markdown formatters rewrite."""
     first, second = (b"".join(map(_loosen, text.split(b"\n"))) for text in (one, other))
     return first == second
+
+
+# Seals
+
+
+def seal_of(text: bytes) -> str:
+    """Hash a text to the 8 hex digits in its banner, which prove who wrote it.
+
+    White space does not count: formatters change it.
+    """
+    return sha256_of(b" ".join(text.split()))[:8]
 
 
 def seal_in(text: bytes) -> str:
@@ -4005,7 +3991,7 @@ def seal_in(text: bytes) -> str:
 
 
 def is_sealed(agent: Agent, text: bytes) -> bool:
-    """Tell whether a managed text is as some Orchestra wrote it: its seal fits."""
+    """Return whether a managed text is as some Orchestra wrote it: its seal fits."""
     banner = re.search(BANNER_LINE, text)
     if banner is None:
         return False
@@ -4020,7 +4006,26 @@ def is_sealed(agent: Agent, text: bytes) -> bool:
     return has_header and seal_of(body) == banner[1].decode()
 
 
-# Reading, inserting and removing managed text
+# Rendering, reading, inserting and removing managed text
+
+
+def render_files(codebase: Codebase, importing: Container[str] = ()) -> dict[str, bytes]:
+    """Render each target's managed text: an owned file, or the block of a shared one.
+
+    Those at `importing` get a line that imports the user's file which they hide.
+    """
+
+    def seal(text: str) -> str:
+        return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
+
+    body = render_body(codebase)
+    title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
+    sealed, files = seal(body), {}
+    for agent in (AGENTS[target] for target in targets_of(codebase)):
+        text = seal(f"{body}\n@{agent.hides}\n") if agent.path in importing else sealed
+        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
+        files[agent.path] = whole.encode("utf-8", "replace")
+    return files
 
 
 def managed_text(agent: Agent, data: bytes) -> Optional[bytes]:
@@ -4105,16 +4110,14 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
-# damaged proves nothing, and then more is backed up.
+# damaged proves nothing, and then more is backed up. Whose record it is:
 #
-# Whose record it is:
-#
-# 1. It lies in hashes/ under the codebase's name, and says which folder it is of
-#    (`root`).
-# 2. A codebase without one may have had another name. Then a record of this very folder
-#    is there whose codebase is no longer registered, an orphan: `find_former`.
-# 3. A sync moves that, and the backups before it, to the new name: `adopt_record`.
-# 4. A record of another folder is that of a codebase that moved (section Plan, step 3).
+#   1 It lies in hashes/ under the codebase's name, and says of which folder it is
+#     (`root`). A record of another folder means that the codebase has moved (section
+#     Plan, step 3).
+#   2 A codebase without one may have had another name. Then there is a record of this
+#     very folder whose codebase is no longer registered, an orphan (`find_former`).
+#   3 A sync moves that, and the backups before it, to the new name (`adopt_record`).
 
 MAX_EARLIER = 24  # earlier hashes per file
 MAX_SEALS = 120  # per codebase
@@ -4265,15 +4268,16 @@ def is_own_seal(home: str, seal: str) -> bool:
 #
 # How a plan is made (`Planner.plan`); all of this only looks:
 #
-# 1. Find the folder. It must be there, fit to be a codebase's, and no other codebase's.
-# 2. Load the record, if need be under the codebase's former name.
-# 3. If the record is of another folder that is still there, plan the files there as for
-#    a dropped target. Their texts count as known in the new folder: it may be a copy.
-# 4. Look at the managed files that are wanted or recorded; for a purge, at all.
-# 5. Refuse a folder that was synced and is empty now: its disk may not be mounted.
-# 6. Render what is wanted, unless the record holds the hashes of the same rendering.
-# 7. Decide what happens to each file.
-# 8. Make the record that is true before, while and after the files are written.
+#   1 Find the folder. It must be there, fit to be a codebase's, and no other's.
+#   2 Load the record, if need be under the codebase's former name.
+#   3 If the record is of another folder that is still there, plan the files there as
+#     for a dropped target. Their texts count as known in the new folder, which may be
+#     a copy.
+#   4 Look at the managed files that are wanted or recorded; for a purge, at every one.
+#   5 Refuse a folder that was synced and is empty now: its disk may not be mounted.
+#   6 Render what is wanted, unless the record holds the hashes of the same rendering.
+#   7 Decide what happens to each file.
+#   8 Make the record that is true before, during and after the writing of the files.
 
 MAX_MANAGED_FILE = 8 << 20  # bytes
 FOREIGN = "written by another Orchestra (a colleague's registry?)"
@@ -4310,6 +4314,7 @@ class FilePlan(NamedTuple):
     note: str = ""
     problem: Optional[Problem] = None
     changed: bool = False  # by someone else, between plan and write
+    is_foreign: bool = False  # another registry's text, so it is skipped
 
     @property
     def writes(self) -> bool:
@@ -4319,29 +4324,29 @@ class FilePlan(NamedTuple):
 class Plan(NamedTuple):
     """What a sync of one codebase would do, and the record it would leave.
 
-    `left` is the plan of the folder where the codebase was before.
+    `former` is the plan of the folder where the codebase was before.
     """
 
     root: str
     files: tuple[FilePlan, ...]
     old_record: Optional[Record]
     record: Record
-    left: "Optional[Plan]" = None
+    former: "Optional[Plan]" = None
 
     @property
     def writes(self) -> bool:
-        return any(file.writes for file in self.files) or (self.left is not None and self.left.writes)
+        return any(file.writes for file in self.files) or (self.former is not None and self.former.writes)
 
     @property
     def is_done(self) -> bool:
         return not self.writes and self.record == self.old_record
 
     def all_files(self, home: str) -> tuple[FilePlan, ...]:
-        """List the files, those of the folder that was left under their whole paths."""
-        if self.left is None:
+        """List the files, those in the former folder under their whole paths."""
+        if self.former is None:
             return self.files
-        place = shorten_home(home, self.left.root)
-        return (*self.files, *(file._replace(path=os.path.join(place, file.path)) for file in self.left.files))
+        folder = shorten_home(home, self.former.root)
+        return (*self.files, *(file._replace(path=os.path.join(folder, file.path)) for file in self.former.files))
 
     def problems(self, home: str) -> list[Problem]:
         """List the problems, each once: a read-only folder fails all files alike."""
@@ -4372,7 +4377,7 @@ class Look(NamedTuple):
     disk: Disk = ABSENT
     text: Optional[bytes] = None  # the managed text
     digest: Optional[str] = None  # its hash
-    place: str = ""  # the path with all links of its folders resolved
+    resolved: str = ""  # the path, with all links in its folders followed
     note: str = ""  # why it is skipped
     problem: Optional[Problem] = None
 
@@ -4445,14 +4450,14 @@ def look_at(root: str, path: str) -> Look:
         place = check_parents(root, path)
         disk = read_disk(place, MAX_MANAGED_FILE + 1)
         if disk.kind == "symlink":
-            return Look(disk, place=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}")
+            return Look(disk, resolved=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}")
         if disk.kind not in ("file", "absent"):
             raise SyncError(f"expected a file, got {disk.noun}")
         if len(disk.data) > MAX_MANAGED_FILE:
             raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
         link = _read_link_text(place, disk.data)
         if link:
-            return Look(disk, place=place, note=f"skipped: git wrote it in place of a symbolic link to {link}")
+            return Look(disk, resolved=place, note=f"skipped: git wrote it in place of a symbolic link to {link}")
         text = managed_text(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
         return Look(disk, text, None if text is None else digest_of(text), place)
     except (OrchestraError, OSError) as error:
@@ -4503,7 +4508,7 @@ class Sparse(NamedTuple):
         return len(parts) == len(names) and all(map(fnmatchcase, names, parts))
 
     def leaves_out(self, path: str) -> bool:
-        """Tell whether a file is left out: one made here would hide that in git."""
+        """Return whether a file is left out: one made here would hide that in git."""
         if not self.patterns:
             return False
         names = os.path.relpath(path, self.top).split("/")
@@ -4548,7 +4553,7 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
 
 
 def _has_own_text(data: bytes) -> bool:
-    """Tell whether a shared file has text of the user's."""
+    """Return whether a shared file has text of the user's."""
     try:
         block = find_block(data)
     except SyncError:
@@ -4557,7 +4562,7 @@ def _has_own_text(data: bytes) -> bool:
 
 
 def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
-    """List the digests known at a path; records before 0.2 have exact ones."""
+    """List the digests known at a path; records of earlier versions have exact ones."""
     known = record.known(path)
     if look.text is None or look.digest is None or not known or look.digest in known:
         return known
@@ -4565,7 +4570,7 @@ def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
 
 
 def _plan_unwanted(path: str, look: Look, record: Record, evict: bool = False) -> FilePlan:
-    """Plan a file in which nothing is wanted."""
+    """Plan a file that is skipped, or in which nothing is wanted."""
     if look.note or look.problem:
         return FilePlan(path, Action.SKIP, look.disk, note=look.note, problem=look.problem)
     agent, before = AGENTS_BY_PATH[path], look.disk
@@ -4589,13 +4594,13 @@ class Planner:
         self._owners = owners
         self._mode = mode
         self._targets = [AGENTS[target].path for target in targets_of(codebase)]
-        self._has_import = False  # of AGENTS.md by CLAUDE.md
+        self._importing: list[str] = []  # files that import the one they hide
         self._root = ""
         self._record = Record()
 
     @functools.cached_property
     def _texts(self) -> Mapping[str, bytes]:
-        return render_files(self._codebase, self._has_import)
+        return render_files(self._codebase, self._importing)
 
     @functools.cached_property
     def _sparse(self) -> Sparse:
@@ -4607,27 +4612,27 @@ class Planner:
         self._root = find_root(self._home, self._codebase, self._owners, is_purge)
         old_record = load_record(self._home, key)
         if old_record is None:
-            former = find_former(self._home, key, self._root, self._owners)
-            old_record = load_record(self._home, former) if former else None
+            old_key = find_former(self._home, key, self._root, self._owners)
+            old_record = load_record(self._home, old_key) if old_key else None
         self._record = old_record or Record()
         if not is_purge:
             self._check_is_not_above()
-        left = self._plan_left()
+        former = self._plan_former()
         wanted = [] if is_purge else self._targets
         looks = self._look_at_files(wanted)
-        self._has_import = "CLAUDE.md" in wanted and self._hides_agents_md(looks)
-        source = f"{program_stamp()} {self._has_import:d} {label_for(key)} {self._codebase.digest}"
+        self._importing = self._find_importing(wanted, looks)
+        source = f"{program_stamp()} {len(self._importing)} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(wanted, looks, source)
         files = tuple(
             self._plan_wanted(path, look, digests.get(path, ""))
-            if path in wanted
+            if path in wanted and not (look.note or look.problem)
             else _plan_unwanted(path, look, self._record, evict=is_purge)
             for path, look in looks.items()
         )
         record = self._next_record(files)._replace(
             source="" if any(file.problem for file in files) else source, root=spell_path(self._home, self._root)
         )
-        return Plan(self._root, files, old_record, record, left)
+        return Plan(self._root, files, old_record, record, former)
 
     def _check_is_not_above(self) -> None:
         """Refuse a folder above the one synced before: the path may be half-typed."""
@@ -4639,7 +4644,7 @@ class Planner:
                 f"orchestra edit {label_for(self._codebase.key)}",
             )
 
-    def _plan_left(self) -> Optional[Plan]:
+    def _plan_former(self) -> Optional[Plan]:
         """Plan the folder where the codebase was before (step 3).
 
         A folder that was moved, and is gone, is the same folder. One that is a link, or
@@ -4654,9 +4659,9 @@ class Planner:
         is_taken = self._owners is not None and self._owners.keys_at(identity_of(old))
         if real_path(old) != expand_home(real_path(self._home), record.root) or old == self._home or is_taken:
             return None
-        places = {look_at(self._root, path).place for path in AGENTS_BY_PATH}
+        places = {look_at(self._root, path).resolved for path in AGENTS_BY_PATH}
         looks = {path: look_at(old, path) for path in record.files if path in AGENTS_BY_PATH}
-        files = [_plan_unwanted(path, look, record) for path, look in looks.items() if look.place not in places]
+        files = [_plan_unwanted(path, look, record) for path, look in looks.items() if look.resolved not in places]
         return Plan(old, tuple(file for file in files if file.writes or file.problem), record, record)
 
     def _look_at_files(self, wanted: Sequence[str]) -> dict[str, Look]:
@@ -4666,9 +4671,9 @@ class Planner:
         is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
         if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
             self._check_not_emptied()
-        places: dict[str, str] = {}
+        first: dict[str, str] = {}
         for path, look in looks.items():
-            twin = path if look.problem else places.setdefault(look.place, path)
+            twin = path if look.problem else first.setdefault(look.resolved, path)
             if twin != path:  # folders of several agents may be links to one: one file is written once
                 looks[path] = look._replace(note=f"skipped: it is {twin} by another name")
             elif look.problem and is_purge and path not in {*record.files, *self._targets}:
@@ -4685,16 +4690,18 @@ class Planner:
                     f" --name {codebase.name} --sync",
                 )
 
-    def _hides_agents_md(self, looks: Mapping[str, Look]) -> bool:
-        """Tell whether Orchestra's CLAUDE.md hides a hand-written AGENTS.md.
+    def _find_importing(self, wanted: Sequence[str], looks: Mapping[str, Look]) -> list[str]:
+        """Find the files that would hide a hand-written one from their agent.
 
-        Claude Code reads AGENTS.md only where there is no CLAUDE.md (its documentation,
-        October 2026). Where CLAUDE.md has the user's own text, that was so before
-        Orchestra came.
+        If a file has the user's own text, that was so before Orchestra came.
         """
-        if _has_own_text(looks["CLAUDE.md"].disk.data):
-            return False
-        return _has_own_text((looks.get("AGENTS.md") or look_at(self._root, "AGENTS.md")).disk.data)
+        found = []
+        for path in wanted:
+            hidden = AGENTS_BY_PATH[path].hides
+            if hidden and not _has_own_text(looks[path].disk.data):
+                look = looks.get(hidden) or look_at(self._root, hidden)
+                found += [path] if _has_own_text(look.disk.data) else []
+        return found
 
     def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], source: str) -> Mapping[str, str]:
         """Return the hashes of the wanted texts (step 6)."""
@@ -4708,17 +4715,15 @@ class Planner:
 
     def _plan_wanted(self, path: str, look: Look, digest: str) -> FilePlan:
         agent, before, text = AGENTS_BY_PATH[path], look.disk, look.text or b""
-        if look.note or look.problem:
-            return FilePlan(path, Action.SKIP, before, note=look.note, problem=look.problem)
         action = decide(look.digest, _known_digests(self._record, path, look), digest)
-        if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.place):
+        if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.resolved):
             return FilePlan(path, Action.SKIP, before, note="skipped: it is outside git's sparse checkout")
         if action == Action.REPLACE and is_reformatted(text, self._texts[path]):
             action = Action.KEEP
         is_foreign = action == Action.REPLACE and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
             note = f"{FOREIGN}: skipped; to replace it: orchestra sync {label_for(self._codebase.key)}"
-            return FilePlan(path, Action.SKIP, before, note=note)
+            return FilePlan(path, Action.SKIP, before, note=note, is_foreign=True)
         if action == Action.KEEP:
             after, join = before.data, None
         else:
@@ -4767,19 +4772,21 @@ class Planner:
 
 # ── 17 Sync ───────────────────────────────────────────────────────────────────
 
-# A sync takes the codebase's lock, plans, and applies the plan; and again, some times,
-# while a file is saved in between. A plan is applied in this order
-# (`CodebaseTurn.apply`):
+# A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
+# MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
+# adopting the record of a renamed codebase, and removes temporary files that others
+# left. A plan is applied in steps:
 #
-# 1. The folder where the codebase was before. Until nothing of Orchestra's is left
-#    there, the record says that folder, so that the next sync goes on.
-# 2. The record, before the files: so a crash never looks like a hand edit. What is to
-#    go is recorded until it is gone.
-# 3. Each file: backed up, if the old text may be a user's, then replaced or removed
-#    (section Replacing). One that fails becomes a problem of the plan; the others go
-#    on.
-# 4. The folders that were made for files which are no more.
-# 5. The record again, if 3 or 4 changed it.
+#   1 Clean the folder where the codebase was before. The record goes on naming that
+#     folder until nothing of Orchestra's is left there. If a file there is busy,
+#     nothing else is done this time.
+#   2 Save the record, before the files: so a crash never looks like a hand edit. A file
+#     to be removed stays recorded until it is gone.
+#   3 Back up each old text that may be a user's, and replace or remove the file
+#     (section Replacing). One that fails becomes a problem of the plan; the others go
+#     on.
+#   4 Remove folders made for files that are gone.
+#   5 Save the record again, if steps 3 and 4 changed it.
 
 MAX_TRIES = 5  # for a file that keeps changing
 
@@ -4818,7 +4825,7 @@ class SyncCodebaseResult(NamedTuple):
 
     @property
     def written(self) -> list[str]:
-        return [file.path for file in self.files if file.writes]
+        return [file.path for file in self.files if file.writes and file.action != Action.RELEASE]
 
     @property
     def unchanged(self) -> list[str]:
@@ -4945,27 +4952,27 @@ class CodebaseTurn(Turn):
     def _apply_files(self, plan: Plan) -> Plan:
         return plan._replace(files=tuple(self._apply_file(plan.root, file) for file in plan.files))
 
-    def _leave(self, left: Plan, root: str) -> bool:
-        """Clean a folder that was left for `root`; tell whether nothing stays."""
-        is_gone = not any(file.problem for file in left.files)
+    def _leave(self, former: Plan, root: str) -> bool:
+        """Clean a folder that was left for `root`; return whether all is gone."""
+        is_gone = not any(file.problem for file in former.files)
         with suppress(IoError):
-            is_gone = self._remove_temporaries(left.root) and is_gone
-        if left.files:
-            spare = [f for f in left.record.folders if not f"{root}/".startswith(f"{left.root}/{f}/")]
-            there = {file.path: "" for file in left.files if file.problem}
-            self._remove_spare_folders(left.root, left.record._replace(files=there, folders=spare))
+            is_gone = self._remove_temporaries(former.root) and is_gone
+        if former.files:
+            spare = [f for f in former.record.folders if not f"{root}/".startswith(f"{former.root}/{f}/")]
+            there = {file.path: "" for file in former.files if file.problem}
+            self._remove_spare_folders(former.root, former.record._replace(files=there, folders=spare))
         return is_gone
 
     def apply(self, plan: Plan) -> Plan:
         """Apply a plan, by the steps above; raises IoError if the record fails."""
         old_record = plan.old_record or Record()
         record, known = plan.record._replace(synced_at=now_rfc3339(self.clock)), old_record.files
-        if plan.left:
-            left, known = self._apply_files(plan.left), {}
-            plan = plan._replace(left=left)
-            if any(file.problem and file.problem.retry for file in left.files):
+        if plan.former:
+            former, known = self._apply_files(plan.former), {}
+            plan = plan._replace(former=former)
+            if any(file.problem and file.problem.retry for file in former.files):
                 return plan._replace(files=())
-            record = record if self._leave(left, plan.root) else record._replace(root=old_record.root)
+            record = record if self._leave(former, plan.root) else record._replace(root=old_record.root)
         doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
         first = record._replace(files={**record.files, **doomed})
         save_record(self.home, self.key, first, self)
@@ -4984,14 +4991,14 @@ class CodebaseTurn(Turn):
         home, key, codebase = self.home, self.key, self.codebase
         adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
         written: dict[str, FilePlan] = {}
-        left: Optional[Plan] = None
+        former: Optional[Plan] = None
         for tries in range(MAX_TRIES):
             plan = Planner(home, codebase, owners, mode).plan()
             if tries == 0 and not (mode.purge or plan.is_done or is_current(home, codebase)):
                 # Saved, or removed, since it was read: whoever writes last must write
                 # the newest.
                 if not os.path.lexists(codebase_path(home, key)):
-                    return plan._replace(files=(), left=None)
+                    return plan._replace(files=(), former=None)
                 codebase = load_codebase(home, *key, inherits=True)
                 continue
             if tries == 0 or not plan.is_done:
@@ -5001,13 +5008,13 @@ class CodebaseTurn(Turn):
                     self.has_files_aside = True  # the next turn tries again
             if not plan.is_done:
                 plan = self.apply(plan)
-            left = plan.left if plan.left and plan.left.files else left
+            former = plan.former if plan.former and plan.former.files else former
             files = (written.get(file.path, file) if file.action == Action.KEEP else file for file in plan.files)
             plan = plan._replace(files=tuple(files))
             if not any(file.changed for file in plan.files):
                 break
             written.update({file.path: file for file in plan.files if file.writes})
-        return plan._replace(left=left)
+        return plan._replace(former=former)
 
     # Restoring
 
@@ -5061,7 +5068,7 @@ def sync_codebase(
     return SyncCodebaseResult(*key, files, problems, has_leftovers)
 
 
-def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
+def clean_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
     """Clean up after a killed sync, before a codebase goes; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
         with CodebaseTurn(home, codebase, clock):
@@ -5069,7 +5076,7 @@ def clear_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -
 
 
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
-    """Put a backup back, and tell whether that changed anything.
+    """Put a backup back, and return whether that changed anything.
 
     What it replaces is backed up in turn. Of a shared file only the block is put back,
     since the text around it is the user's; a backup without a block is put back whole.
@@ -5157,12 +5164,12 @@ class Status(NamedTuple):
 
 def _name_change(file: FilePlan, record: Record) -> str:
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
-        return State.ORPHAN
+        return "no longer wanted"
     if record.files.get(file.path) != file.digest or file.action == Action.UPDATE:
         return "registry changed"
     if file.action == Action.CREATE:
         return "missing" if file.before.kind == "absent" else "block missing"
-    return State.MODIFIED
+    return "edited by hand"
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
@@ -5174,16 +5181,22 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
         return State.CURRENT, ""
     if plan.old_record is None:
         return State.NEVER_SYNCED, ""
-    paths: dict[str, list[str]] = {}
+    states = {
+        "missing": State.STALE,
+        "block missing": State.STALE,
+        "registry changed": State.STALE,
+        "edited by hand": State.MODIFIED,
+        "no longer wanted": State.ORPHAN,
+    }
+    paths: dict[str, list[str]] = {change: [] for change in states}
     for file in plan.all_files(home):
         if file.writes:
-            paths.setdefault(_name_change(file, plan.old_record), []).append(file.path)
-    changes = ("missing", "block missing", "registry changed")
-    stale = [f"{change}: {', '.join(paths[change])}" for change in changes if change in paths]
-    if stale:
-        return State.STALE, "; ".join(stale)
-    state = State.MODIFIED if State.MODIFIED in paths else State.ORPHAN
-    return state, ", ".join(paths[state])
+            paths[_name_change(file, plan.old_record)].append(file.path)
+    found = [change for change in states if paths[change]]
+    state = states[found[0]]
+    if state != State.STALE and len(found) == 1:
+        return state, ", ".join(paths[found[0]])
+    return state, "; ".join(f"{change}: {', '.join(paths[change])}" for change in found)
 
 
 def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
@@ -5248,7 +5261,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
 
     plan = Planner(home, codebase, owners, SyncMode(take_over=True)).plan()
     parts: list[str] = []
-    for file in plan.files:
+    for file in plan.all_files(home):
         if file.writes and file.action != Action.RELEASE:
             old, new = _lines_of(file.before.data), _lines_of(file.after or b"")
             old_name = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
@@ -7034,7 +7047,7 @@ class JobLog:
                 place = f"{label_for(result.key)}: {file.path}"
                 if file.action in Action.BACKED_UP:
                     self._log.warning("replaced hand-written text", file=place, note=file.note)
-                elif file.note.startswith(FOREIGN):
+                elif file.is_foreign:
                     self._log.warning("left alone", file=place, note=file.note)
         summary = outcome.summary
         if outcome.error:
@@ -8077,7 +8090,7 @@ class Commands(NamedTuple):
             codebase = registry.codebases[key]
             result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True))
             for file in result.files:
-                if file.note.startswith(FOREIGN):
+                if file.is_foreign:
                     say(f"note: {label_for(key)}: {file.path}: {file.note}")
         return OK
 
@@ -8110,7 +8123,7 @@ class Commands(NamedTuple):
                 message = "\n".join(map(str, result.errors))
                 raise SyncError(message, "fix that, then purge again; nothing was changed")
         if key in registry.codebases:
-            clear_up_codebase(self.home, registry.codebases[key])
+            clean_up_codebase(self.home, registry.codebases[key])
         # It is deregistered first, so that no sync writes again what is purged.
         kept = shorten_home(self.home, retire_codebase(self.home, key))
         print(f"removed {label_for(key)} from the registry; its file is kept as {kept}")
@@ -8144,7 +8157,7 @@ class Commands(NamedTuple):
             self._print_results(results, dry_run)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
-        is_outdated = args.check and any(result.written for result in results)
+        is_outdated = args.check and any(file.writes for result in results for file in result.files)
         return report_all(problems) or (OUT_OF_DATE if is_outdated else OK)
 
     def _find_current(self, registry: Registry) -> Key:
@@ -8342,7 +8355,7 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         statuses.append(report_all(registry.problems))  # what syncs of these left is unknown
         for codebase in registry.codebases.values():
-            statuses.append(attempt(clear_up_codebase, self.home, codebase))
+            statuses.append(attempt(clean_up_codebase, self.home, codebase))
         return max(statuses)
 
 

@@ -3610,6 +3610,7 @@ def test_an_example_in_a_fence_stays_and_the_block_goes_behind_it(home: Home) ->
             "\t<!-- orchestra:begin -->",
             "<!--orchestra:begin-->",
             "<!-- ORCHESTRA:BEGIN -->",
+            "<!-- oRchestra:begin -->",
         ),
         *("<!--  orchestra:begin -->", "<!-- orchestra: begin -->", "<!-- Orchestra:begin --> "),
     ],
@@ -4119,7 +4120,7 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
     if kind == "of another codebase now":
         home.register("shop/web", path=str(root), targets=["claude", "codex", "cline"])
     status, detail = home.status_of(), home.staleness()["detail"]
-    check = home.run("sync", "--check", "api")
+    check, diff = home.run("sync", "--check", "api"), home.run_fine("diff", "api").out
     ran = home.run_fine("sync", "api")
     left = sorted(contents(root)) if root.exists() else []
     if kind in ("moved", "copied"):
@@ -4129,6 +4130,7 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
         assert left == sorted([*files, *["CLAUDE.md"] * (kind == "left and edited")])
         assert (root / "AGENTS.md").read_text() == "mine\n"
         assert f"remove   shop/api {root}/{CLINE}" in ran.out and check.status == 1
+        assert f"--- a/{root}/{CLINE}" in diff
         assert not (root / ".clinerules").exists()
         if kind == "copied":
             assert (status, f"{root}/CLAUDE.md" in detail) == ("orphan", True)
@@ -4683,6 +4685,16 @@ def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
     (root / "CLAUDE.md").write_text("all mine\n")
     (root / "AGENTS.md").unlink()
     assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
+
+
+def test_status_names_every_change_whatever_the_state(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex", "cline"])
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# my api")
+    (root / "AGENTS.md").unlink()
+    home.register("shop/api", targets=["claude", "codex"])
+    detail = f"missing: AGENTS.md; edited by hand: CLAUDE.md; no longer wanted: {CLINE}"
+    assert (home.status_of(), home.staleness()["detail"]) == ("stale", detail)
 
 
 def test_a_second_sync_writes_nothing(home: Home) -> None:
@@ -5256,7 +5268,8 @@ def test_a_dry_run_lists_exactly_what_sync_then_writes(home: Home, status: str) 
     files = tree(home.code)
     real = home.run("sync", "--all")
     assert dry.lines == check.lines == real.lines
-    assert [path for result in json_dry for path in result["written"]] == [line.split()[2] for line in real.lines]
+    written = [line.split()[2] for line in real.lines if not line.startswith("release")]
+    assert [path for result in json_dry for path in result["written"]] == written
     assert dry.status == real.status == (2 if status == "error" else 0)
     assert check.status == (2 if status == "error" else 1 if real.lines else 0)
     released = {f"shop/api/{line.split()[2]}" for line in real.lines if line.startswith("release")}
@@ -10105,7 +10118,7 @@ def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it
         if codebase.name == "b":
             raise orchestra.SyncError("it is in use", "wait")
 
-    monkeypatch.setattr(orchestra, "clear_up_codebase", clear_up)
+    monkeypatch.setattr(orchestra, "clean_up_codebase", clear_up)
     ran = home.run("self-uninstall")
     assert (ran.status, ran.err) == (2, "orchestra: it is in use\n  try: wait\n")
     assert cleared == ["a", "b", "c"]
@@ -11747,7 +11760,7 @@ class History(Home):
         results = orchestra.run_pipeline(self.path, orchestra.SyncScope.all(), True, registry)
         status = orchestra.scan_staleness(self.path, registry, clock=self.clock)
         for result, entry in zip(results, status.codebases):
-            is_current = not result.written and not result.errors
+            is_current = not any(file.writes for file in result.files) and not result.errors
             assert (entry.project, entry.codebase) == result.key
             assert (entry.status == orchestra.State.CURRENT) == is_current, (entry, result.written, result.errors)
             assert (entry.status == orchestra.State.ERROR) == bool(result.errors), entry
@@ -13057,8 +13070,9 @@ def meaning_of(value: Any) -> Any:
 
 def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> None:
     """Check that no text for agents gets out of its block."""
-    files = orchestra.render_files(codebase, has_import)
-    assert files == orchestra.render_files(codebase, has_import)
+    importing = ["CLAUDE.md"] if has_import else []
+    files = orchestra.render_files(codebase, importing)
+    assert files == orchestra.render_files(codebase, importing)
     for path, data in files.items():
         agent = orchestra.AGENTS_BY_PATH[path]
         if agent.owned:
