@@ -420,6 +420,10 @@ def link_path(home: str) -> str:
     return os.path.join(home, ".local", "bin", "orchestra")
 
 
+def label_for(key: Key) -> str:
+    return f"{key[0]}/{key[1]}"
+
+
 def shorten_home(home: str, path: str) -> str:
     """Write a path below the home folder as ~/..."""
     return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
@@ -518,6 +522,25 @@ def sha256_of(data: Buffer) -> str:
     import hashlib  # here, since asking the daemon for its status needs no OpenSSL
 
     return hashlib.sha256(data).hexdigest()
+
+
+# Times
+
+
+def now_rfc3339(clock: Clock = time.time) -> str:
+    """Return the time as records have it: 2026-03-01T00:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
+
+
+def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
+    """Return the age of an RFC 3339 time in whole seconds, None if there is none."""
+    from datetime import datetime
+
+    try:
+        then = datetime.fromisoformat((when or "").replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return None
+    return max(0, int(clock() - then))
 
 
 # Folders and names
@@ -2547,11 +2570,6 @@ CODEBASE_SCHEMA = Schema(
 PROJECT_SCHEMA = Schema(Project, targets=ListOf(OneOf(AGENTS)), commands=TextMap(), conventions=TEXTS)
 
 
-def now_rfc3339(clock: Clock = time.time) -> str:
-    """Return the time as records have it: 2026-03-01T00:00:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
-
-
 # Names
 
 
@@ -2582,10 +2600,6 @@ def is_valid_key(key: Key) -> bool:
     except RegistryError:
         return False
     return True
-
-
-def label_for(key: Key) -> str:
-    return f"{key[0]}/{key[1]}"
 
 
 # Whose folder
@@ -5197,17 +5211,6 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
     if state != State.STALE and len(found) == 1:
         return state, ", ".join(paths[found[0]])
     return state, "; ".join(f"{change}: {', '.join(paths[change])}" for change in found)
-
-
-def age_of(when: Optional[str], clock: Clock) -> Optional[int]:
-    """Return the age of an RFC 3339 time in whole seconds, None if there is none."""
-    from datetime import datetime
-
-    try:
-        then = datetime.fromisoformat((when or "").replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return None
-    return max(0, int(clock() - then))
 
 
 def _last_sync_at(home: str, key: Key) -> str:

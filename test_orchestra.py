@@ -1148,6 +1148,21 @@ def test_a_file_that_is_not_as_planned_is_not_touched(
     with pytest.raises(orchestra.FileChanged):
         old.remove(expected)
     assert tree(home.code) == before
+    assert swaps or not os.path.exists(old.lock.aside)
+
+
+def test_a_private_file_is_private_while_it_is_written(old: OldFile, monkeypatch: Any) -> None:
+    modes, finish = [], orchestra.finish_file
+
+    def note_and_finish(fd: int, *args: Any) -> None:
+        modes.append(stat.S_IMODE(os.fstat(fd).st_mode))
+        finish(fd, *args)
+
+    monkeypatch.setattr(orchestra, "finish_file", note_and_finish)
+    old.path.chmod(0o600)
+    old.replace()
+    orchestra.save_private(str(old.path.with_name("y")), b"", "t")
+    assert modes == [0o600, 0o600]
 
 
 @pytest.mark.parametrize(
@@ -1326,6 +1341,20 @@ def test_a_folders_default_access_list_opens_no_old_file(home: Home, old: OldFil
     assert (old.look().data, os.listxattr(old.path), old.path.stat().st_mode) == (b"new", names, mode)
     if has_list:
         assert os.getxattr(old.path, "system.posix_acl_access") == access_list(4321)
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="only Linux has /proc")
+def test_where_leases_do_not_tell_who_writes_proc_does(old: OldFile, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
+    argv = ["sh", "-c", 'exec 3>>"$0"; echo; cat', str(old.path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout and writer.stdin and writer.stdout.readline()
+        with pytest.raises(orchestra.FileBusy):
+            old.replace()
+        writer.stdin.close()
+    del old.lock.busy
+    old.replace()
+    assert contents(old.path.parent) == {"x": b"new"}
 
 
 @pytest.mark.skipif(not IS_LINUX, reason="only Linux tells who writes")
