@@ -5284,6 +5284,13 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
 REPLACED_KEPT = 86_400  # seconds
 
 
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Remove the notes of codebases that the user has dealt with; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
+
+
 def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
     """Load a codebase's notes by path; remove them if they are too old, or damaged."""
     with suppress(IoError, ValueError, KeyError, TypeError, AttributeError):
@@ -5299,13 +5306,6 @@ def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> 
     data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
     with suppress(IoError):  # the log has it
         save_private(replaced_path(home, key), data, new_token(), durable=False)
-
-
-def forget_replaced(home: str, keys: Iterable[Key]) -> None:
-    """Remove the notes of codebases that the user has dealt with; raises IoError."""
-    if os.path.isdir(replaced_root(home)):
-        for key in keys:
-            remove_private(replaced_path(home, key))
 
 
 def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
