@@ -2270,7 +2270,9 @@ class Text(Kind):
         return _text_node(value)
 
 
-class Path(Text):
+class AbsolutePath(Text):
+    """An absolute path, or one below the home folder: ~/..."""
+
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
         path = doc.read_text(node, key)
         if path is not None and (not path.startswith(("/", "~/")) or "\0" in path):
@@ -2279,6 +2281,8 @@ class Path(Text):
 
 
 class OneOf(Text):
+    """One of some words; `aliases` are read as another."""
+
     def __init__(self, options: Collection[str], aliases: Mapping[str, str] = {}) -> None:
         self.options = options
         self.aliases = aliases
@@ -2292,6 +2296,8 @@ class OneOf(Text):
 
 
 class ListOf(Kind):
+    """A list whose items are all of one Kind."""
+
     def __init__(self, item: Kind) -> None:
         self.item = item
 
@@ -2324,7 +2330,7 @@ class TextMap(Kind):
 
 
 class Schema(Kind):
-    """A mapping whose keys are a record's fields; they hold text unless `kinds` says more.
+    """A mapping whose keys are a record's fields, of text unless `kinds` says more.
 
     A field without a default is required. Unknown keys are kept in `extra` and written
     back.
@@ -2336,7 +2342,6 @@ class Schema(Kind):
         self.make = make
         self.defaults: dict[str, Any] = make._field_defaults
         self.kinds = {**{name: Text() for name in make._fields if name not in self.NO_KEYS}, **kinds}
-        self.restores = [kind.restore for kind in self.kinds.values()]
         self.is_all_text = all(isinstance(kind, Text) for kind in self.kinds.values())
 
     def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
@@ -2355,10 +2360,10 @@ class Schema(Kind):
         return self.make(**values, extra=tuple(items.items()))
 
     def restore(self, value: Any, *first: str) -> Any:
-        """Restore a record from a list of its keys' values; `first` are fields before."""
+        """Restore a record from its keys' values, behind its `first` fields."""
         if self.is_all_text:  # as tasks are: faster
             return self.make(*map(sys.intern, value[: len(self.kinds)]))
-        return self.make(*first, *[restore(v) for restore, v in zip(self.restores, value)])
+        return self.make(*first, *[kind.restore(v) for kind, v in zip(self.kinds.values(), value)])
 
     def write(self, value: Any) -> YamlNode:
         nodes = {}
@@ -2468,6 +2473,9 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
 
 # ── 10 Codebases ──────────────────────────────────────────────────────────────
 
+# A codebase is known by its key, (project, name), and owns one folder. Its record says
+# what its registry file says, and never changes: a file that changed is read again.
+
 # Records
 
 Extra = tuple[tuple[str, YamlNode], ...]  # unknown keys, kept for the next save
@@ -2552,7 +2560,7 @@ TASK_STATUS_ALIASES = {"in_progress": "inprogress", "in-progress": "inprogress"}
 TEXTS = ListOf(Text())
 CODEBASE_SCHEMA = Schema(
     Codebase,
-    path=Path(),
+    path=AbsolutePath(),
     targets=ListOf(OneOf(AGENTS)),
     commands=TextMap(),
     conventions=TEXTS,
@@ -2664,6 +2672,7 @@ class Folders:
         done.acquire()
         _thread.start_new_thread(self._look_at_all, (done,))
         count, waits = 0, 0
+        # Give up only if nothing was looked up for as long as PATIENCE.
         while waits < self.WAITS and not done.acquire(timeout=self.PATIENCE / self.WAITS):
             count, waits = self._count, waits + 1 if count == self._count else 0
 
@@ -2739,8 +2748,8 @@ class Owners(dict[str, Key]):
         found = {self[path] for path in paths if self[path] != without and self._look(path) == identity}
         return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
 
-    def first_at(self, identity: Identity, key: Key, path: str) -> Key:
-        """Find the codebase that the folder belongs to where the path of `key` leads."""
+    def owner_at(self, identity: Identity, key: Key, path: str) -> Key:
+        """Find the owner of a folder to which the path of `key` leads."""
         known = self.folders.spellings.setdefault(identity, [])
         if path in self and path not in known:
             known.append(path)  # made or mounted since they were looked up
@@ -2904,7 +2913,7 @@ class RegistryFile(Document):
             return None
 
     def read(self, schema: Schema, name: str, called: str, **values: str) -> Any:
-        """Read a record that must have the `name`; None if the file cannot be parsed."""
+        """Read a record, to be called `name`; None if the file cannot be parsed."""
         root = self.parse()
         if root is None:
             return None
@@ -3127,13 +3136,13 @@ def reload_codebases(
     owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
     projects = {project: read_project(home, project) for project in {key[0] for key in again}}
 
-    def has_exited(key: Key) -> bool:
+    def is_missing(key: Key) -> bool:
         return not os.path.lexists(codebase_path(home, key))
 
     for key in sorted(again):
         codebase, problems = read_codebase(home, key, parsed)
         project, project_problems = projects[key[0]]
-        if codebase is None and has_exited(key):
+        if codebase is None and is_missing(key):
             continue
         if codebase is None or project_problems:
             broken[key] = problems + project_problems
@@ -3141,7 +3150,7 @@ def reload_codebases(
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
         other = owners.get(root, key)
-        if other != key and has_exited(other):  # renamed a moment ago
+        if other != key and is_missing(other):  # renamed a moment ago
             codebases.pop(other, None)
             other = key
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
@@ -3184,7 +3193,7 @@ def load_codebase(home: str, project: str, name: str, inherits: bool = False) ->
 
 
 class RegistryTurn(Turn):
-    """A turn at the registry. A file's label is its codebase and name: shop/api/api.yaml."""
+    """A turn at the registry. A file's backup name begins with its codebase's."""
 
     def __init__(self, home: str, clock: Clock) -> None:
         super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), clock)
@@ -3193,7 +3202,7 @@ class RegistryTurn(Turn):
         return f"{label_for(key)}/{os.path.basename(file)}"
 
     def find_name(self, path: str) -> str:
-        """Find the label of a file by its path; unknown/unknown if it is no codebase's."""
+        """Find a file's backup name by its path; in unknown/unknown if it is stray."""
         folder, name = os.path.split(path)
         key = (os.path.basename(folder), os.path.splitext(name)[0])
         name = name if can_be_kept_as(name) else "leftover.yaml"
@@ -4557,7 +4566,7 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
     if owners is None:
         return root
     identity = (info.st_dev, info.st_ino)
-    owner = owners.first_at(identity, codebase.key, path)
+    owner = owners.owner_at(identity, codebase.key, path)
     if owner != codebase.key:
         raise SyncError(f"{path}: this folder belongs to {label_for(owner)}", edit)
     problem = "" if purge else owners.why_unfit(home, root, identity)

@@ -2126,9 +2126,9 @@ def owners_of(look: Callable[[str], Any], **paths: str) -> orchestra.Owners:
 def test_of_two_paths_with_one_device_and_inode_the_codebase_registered_first_has_the_folder() -> None:
     folders = {"/code/api": (1, 2), "/Code/API": (1, 2), "/code/ops": (2, 2), "/mnt/api": (1, 2)}
     owners = owners_of(folders.get, web="/Code/API", api="/code/api", ops="/code/ops", mnt="/mnt/api", gone="/gone")
-    assert [owners.first_at((1, 2), ("shop", name), "/new") for name in ("web", "api", "mnt", "new")] == [WEB] * 4
+    assert [owners.owner_at((1, 2), ("shop", name), "/new") for name in ("web", "api", "mnt", "new")] == [WEB] * 4
     assert owners.keys_at((1, 2)) == [WEB, API, ("shop", "mnt")] and owners.keys_at((1, 2), WEB)[0] == API
-    assert owners.first_at((2, 2), ("shop", "ops"), "/code/ops") == ("shop", "ops") and owners.keys_at((9, 9)) == []
+    assert owners.owner_at((2, 2), ("shop", "ops"), "/code/ops") == ("shop", "ops") and owners.keys_at((9, 9)) == []
     assert owners.keys_at(None) == []  # as the missing folder is, which is no other's
 
 
@@ -2137,15 +2137,15 @@ def test_a_folder_that_was_replaced_after_it_was_looked_at_is_nobody_elses() -> 
     owners = owners_of(folders.get, api="/a", web="/b", c="/around/c")
     assert owners.keys_at((1, 2), WEB) == [API] and owners.key_inside((1, 9)) == ("shop", "c")
     folders.update({"/a": (1, 5), "/b": (1, 2), "/around": (1, 6)})
-    assert owners.first_at((1, 2), WEB, "/b") == WEB and owners.key_inside((1, 9)) is None
+    assert owners.owner_at((1, 2), WEB, "/b") == WEB and owners.key_inside((1, 9)) is None
 
 
 def test_a_folder_that_was_mounted_after_the_others_were_looked_at_is_known_from_its_first_sync() -> None:
     folders = {"/b": (1, 2)}
     owners = owners_of(folders.get, api="/a", web="/b")
-    assert owners.first_at((1, 2), WEB, "/b") == WEB
+    assert owners.owner_at((1, 2), WEB, "/b") == WEB
     folders["/a"] = (1, 2)
-    assert owners.first_at((1, 2), API, "/a") == API == owners.first_at((1, 2), WEB, "/b")
+    assert owners.owner_at((1, 2), API, "/a") == API == owners.owner_at((1, 2), WEB, "/b")
 
 
 def test_reading_the_registry_looks_at_no_folder_and_a_sync_at_each_but_once(home: Home) -> None:
