@@ -4160,7 +4160,7 @@ class Record(NamedTuple):
     earlier: Mapping[str, Sequence[str]] = {}  # those before it, the newest first
     joins: Mapping[str, str] = {}  # what joins an appended block to the user's text
     folders: Sequence[str] = ()  # made for managed files
-    source: str = ""  # stands for all that `files` were rendered from
+    inputs: str = ""  # stands for all that `files` were rendered from; "source" on disk
     root: str = ""  # the folder's real path; "" in records of older versions
     seals: Sequence[str] = ()  # of all texts written
 
@@ -4197,7 +4197,9 @@ def load_record(home: str, key: Key) -> Optional[Record]:
 def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
     # Not durable: after a power cut an older record only makes the next sync back up
     # more than it must.
-    data = json.dumps(record._asdict(), separators=(",", ":")).encode()
+    values = record._asdict()
+    values["source"] = values.pop("inputs")
+    data = json.dumps(values, separators=(",", ":")).encode()
     save_private(record_path(home, key), data, lock.token, durable=False)
 
 
@@ -4644,8 +4646,8 @@ class Planner:
         wanted = [] if is_purge else self._targets
         looks = self._look_at_files(wanted)
         self._importing = self._find_importing(wanted, looks)
-        source = f"{program_stamp()} {len(self._importing)} {label_for(key)} {self._codebase.digest}"
-        digests = self._digest_wanted(wanted, looks, source)
+        inputs = f"{program_stamp()} {len(self._importing)} {label_for(key)} {self._codebase.digest}"
+        digests = self._digest_wanted(wanted, looks, inputs)
         files = tuple(
             self._plan_wanted(path, look, digests.get(path, ""))
             if path in wanted and not (look.note or look.problem)
@@ -4653,7 +4655,7 @@ class Planner:
             for path, look in looks.items()
         )
         record = self._next_record(files)._replace(
-            source="" if any(file.problem for file in files) else source, root=spell_path(self._home, self._root)
+            inputs="" if any(file.problem for file in files) else inputs, root=spell_path(self._home, self._root)
         )
         return Plan(self._root, files, old_record, record, former)
 
@@ -4726,11 +4728,11 @@ class Planner:
                 found += [path] if _has_own_text(look.disk.data) else []
         return found
 
-    def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], source: str) -> Mapping[str, str]:
+    def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], inputs: str) -> Mapping[str, str]:
         """Return the hashes of the wanted texts (step 6)."""
         recorded = self._record.files
         # The record may be damaged, so it counts only if it agrees with the disk.
-        if source == self._record.source and all(
+        if inputs == self._record.inputs and all(
             looks[path].note or looks[path].digest == recorded.get(path, "") for path in wanted
         ):
             return recorded
