@@ -1068,15 +1068,15 @@ class Lock:
     """
 
     def __init__(self, path: str, timeout: float = 30.0) -> None:
-        self.leftover = Leftover(new_token())
+        self.leftover = Leftover(new_token())  # what a kill would leave now
         self.aside = f"{path}.aside"  # the folder for files that are set aside
         self.has_files_aside = False  # beside the user's: the next turn looks for them
-        self.is_clean = True
+        self.is_clean = True  # if not, the file is left as by a kill
         self._path = path
         self._timeout = timeout
-        self._is_settled = False  # the file is this turn's, not that of one before
-        self._is_announced = False
-        self._count = 0
+        self._is_settled = False  # the file has nothing of a turn before
+        self._is_announced = False  # the file has the token
+        self._count = 0  # of temporary files
 
     def __enter__(self: "AnyLock") -> "AnyLock":
         fd = try_lock(self._path, self._timeout)
