@@ -9477,7 +9477,7 @@ def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
     for word in ("--version", "--help"):
         machine.run_well(sys.executable, SCRIPT, word)
     for argv in ([], ["--uninstall"]):
-        assert_refused(machine.install("sh", *argv), "belongs to another user")
+        expect_refusal(machine, "belongs to another user", *argv)
     assert machine.listing() == {}
 
 
@@ -9768,14 +9768,14 @@ def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[
 every_shell = pytest.mark.parametrize("shell", [name for name in SHELLS if name != "sh"])
 
 
-def assert_refused(done: Any, *words: str) -> None:
-    """Show that install.sh said in one line why not."""
-    assert done.returncode == 2, done
-    assert done.stdout == ""
+def expect_refusal(machine: Machine, reason: str, *argv: str, shell: str = "sh", **options: Any) -> None:
+    """Check that install.sh says in its last line why not, and changes nothing."""
+    before = machine.listing()
+    done = machine.install(shell, *argv, **options)
+    assert (done.returncode, done.stdout) == (2, ""), done
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("install.sh: "), done
-    for word in words:
-        assert word in last
+    assert last.startswith("install.sh: ") and reason in last, done
+    assert machine.listing() == before
 
 
 @every_shell
@@ -9830,37 +9830,23 @@ def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, serv
     assert (machine.code / "CLAUDE.md").exists()
 
 
-def cut_points(count: int) -> list[int]:
-    """Give places all over the script, and all those of its last line and the one above it."""
+@pytest.mark.parametrize("is_upgrade", [False, True])
+def test_a_download_that_is_not_whole_changes_nothing(machine: Machine, server: Any, is_upgrade: bool) -> None:
+    url, folder = server
+    if is_upgrade:
+        machine.give_yaml()
+        assert machine.install(url=url).returncode == 0
     size = len(ORCHESTRA_PY)
-    return sorted(
-        {0, 1, 20, *(size * number // count for number in range(1, count)), size - 1, size - 2, size - 53, size - 54}
-    )
-
-
-def test_a_download_cut_short_changes_nothing(machine: Machine, server: Any) -> None:
-    url, folder = server
-    before = machine.listing()
-    for end in cut_points(8):
-        (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
-        done = machine.install(url=url)
-        assert_refused(done, "orchestra.py is incomplete")
-        assert machine.listing() == before, end
-
-
-def test_a_download_cut_short_leaves_an_earlier_install_as_it_was(machine: Machine, server: Any) -> None:
-    url, folder = server
-    machine.give_yaml()
-    assert machine.install(url=url).returncode == 0
-    before = machine.listing()
-    for end in (len(ORCHESTRA_PY) - 1, len(ORCHESTRA_PY) // 2):
-        (folder / "orchestra.py").write_bytes(ORCHESTRA_PY[:end])
-        assert_refused(machine.install(url=url), "orchestra.py is incomplete")
-        assert machine.listing() == before
+    # All over the script, and in its last line and the one above it.
+    ends = {0, 1, 20, *(size * number // 8 for number in range(1, 8)), size - 1, size - 2, size - 53, size - 54}
+    cuts = [ORCHESTRA_PY[:end] for end in ((size - 1, size // 2) if is_upgrade else sorted(ends))]
+    for data in (*cuts, b"<!DOCTYPE html>\n<title>Sign in to the network</title>\n"):
+        (folder / "orchestra.py").write_bytes(data)
+        expect_refusal(machine, "orchestra.py is incomplete, or something else", url=url)
 
 
 def check_of_cuts(machine: Machine, ends: Sequence[int]) -> list[int]:
-    """Call install.sh's own check on the script cut at many places; give the cuts that it lets pass."""
+    """Return the ends at which the script may be cut and still pass install.sh's own check."""
     functions = INSTALLER.read_text().rsplit('{ main "$@"; }', 1)[0]
     check = f"{functions}\ncd {shlex.quote(str(machine.folder))}\nORCHESTRA_SHA256=\nwhile read -r end; do\n"
     check += 'head -c "$end" whole >cut\n(check_script cut) 2>/dev/null && echo "$end"\ndone\nexit 0\n'
@@ -9874,19 +9860,14 @@ def check_of_cuts(machine: Machine, ends: Sequence[int]) -> list[int]:
     return [int(end) for end in done.stdout.split()]
 
 
-def test_no_cut_of_the_scripts_last_200_bytes_passes_the_check(machine: Machine) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(len(ORCHESTRA_PY), marks=pytest.mark.soak)])
+def test_no_cut_of_the_scripts_last_bytes_passes_the_check(machine: Machine, count: int) -> None:
     size = len(ORCHESTRA_PY)
-    assert check_of_cuts(machine, range(size - 200, size + 1)) == [size]
-
-
-@pytest.mark.soak
-def test_no_cut_of_the_script_at_all_passes_the_check(machine: Machine) -> None:
-    size = len(ORCHESTRA_PY)
-    assert check_of_cuts(machine, range(size + 1)) == [size]
+    assert check_of_cuts(machine, range(size - count, size + 1)) == [size]
 
 
 def runs_something(machine: Machine, shell: str, text: bytes) -> bool:
-    """Say whether a (part of) install.sh from a pipe does anything: looking for a Python is the first."""
+    """Return whether a part of install.sh does anything; first it looks for a Python."""
     mark = machine.folder / "ran"
     python = machine.folder / "tools/python"
     if not python.exists():
@@ -9901,38 +9882,23 @@ def runs_something(machine: Machine, shell: str, text: bytes) -> bool:
     return mark.exists()
 
 
+@pytest.mark.parametrize("step", [211, pytest.param(1, marks=pytest.mark.soak)])
 @every_shell
-def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str) -> None:
+def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str, step: int) -> None:
     text = INSTALLER.read_bytes()
     last = 200 if shell == "dash" else 40
     # Without only the final line end it is whole.
-    for end in (*range(0, len(text) - last, 211), *range(len(text) - last, len(text) - 1)):
+    for end in (*range(0, len(text) - last, step), *range(len(text) - last, len(text) - 1)):
         assert not runs_something(machine, shell, text[:end]), end
     assert (machine.listing(), list(machine.code.iterdir())) == ({}, [])
     assert runs_something(machine, shell, text)
 
 
-@pytest.mark.soak
-@every_shell
-def test_install_sh_cut_short_anywhere_runs_nothing(machine: Machine, shell: str) -> None:
-    text = INSTALLER.read_bytes()
-    for end in range(len(text) - 1):
-        assert not runs_something(machine, shell, text[:end]), end
-    assert (machine.listing(), list(machine.code.iterdir())) == ({}, [])
-
-
 def test_install_sh_refuses_a_script_of_another_checksum(machine: Machine, server: Any) -> None:
-    for sums in ("0" * 64, hashlib.sha256(ORCHESTRA_PY).hexdigest()[:-1], "sha256"):
-        done = machine.install(url=server[0], environ={"ORCHESTRA_SHA256": sums})
-        assert_refused(done, f"expected SHA-256 {sums}, got {hashlib.sha256(ORCHESTRA_PY).hexdigest()}")
-        assert machine.listing() == {}
-
-
-def test_install_sh_refuses_a_page_instead_of_the_script(machine: Machine, server: Any) -> None:
-    url, folder = server
-    (folder / "orchestra.py").write_text("<!DOCTYPE html>\n<title>Sign in to the network</title>\n")
-    assert_refused(machine.install(url=url), "orchestra.py is incomplete, or something else")
-    assert machine.listing() == {}
+    right = hashlib.sha256(ORCHESTRA_PY).hexdigest()
+    for sums in ("0" * 64, right[:-1], "sha256"):
+        environ = {"ORCHESTRA_SHA256": sums}
+        expect_refusal(machine, f"expected SHA-256 {sums}, got {right}", url=server[0], environ=environ)
 
 
 def test_install_sh_refuses_a_script_that_does_not_start(machine: Machine, server: Any) -> None:
@@ -9947,19 +9913,18 @@ def test_install_sh_refuses_a_script_that_does_not_start(machine: Machine, serve
 def test_install_sh_says_so_when_the_script_is_not_there(machine: Machine, server: Any) -> None:
     url, folder = server
     (folder / "orchestra.py").unlink()
-    assert_refused(machine.install(url=url), f"could not download {url}/orchestra.py")
-    assert_refused(machine.install(url="http://127.0.0.1:9"), "http://127.0.0.1:9/orchestra.py")
-    assert_refused(machine.install(url=""), "set ORCHESTRA_URL to the address of the folder")
-    assert machine.listing() == {}
+    for address, reason in (
+        (url, f"could not download {url}/orchestra.py"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9/orchestra.py"),
+        ("", "set ORCHESTRA_URL to the address of the folder"),
+    ):
+        expect_refusal(machine, reason, url=address)
 
 
 def test_install_sh_without_python_says_which_it_wants(machine: Machine) -> None:
-    path = machine.only_tools()
-    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
-    assert_refused(
-        done, "needs Python 3.9 or newer (found none). Debian: sudo apt install python3; macOS: brew install python"
-    )
-    assert machine.listing() == {}
+    environ = {"PATH": machine.only_tools(), "ORCHESTRA_PYTHON": None}
+    help_text = "Debian: sudo apt install python3; macOS: brew install python"
+    expect_refusal(machine, f"needs Python 3.9 or newer (found none). {help_text}", environ=environ)
 
 
 @pytest.mark.parametrize("kind", ["real", "stand-in"])
@@ -9969,9 +9934,8 @@ def test_install_sh_with_only_python_3_8_says_which_it_wants(machine: Machine, k
         (machine.folder / "only/python3").symlink_to(old_python())
     else:
         machine.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
-    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
-    assert_refused(done, "needs Python 3.9 or newer (found Python 3.8.")
-    assert machine.listing() == {}
+    environ = {"PATH": path, "ORCHESTRA_PYTHON": None}
+    expect_refusal(machine, "needs Python 3.9 or newer (found Python 3.8.", environ=environ)
 
 
 def test_install_sh_takes_a_newer_python_beside_an_old_python3(machine: Machine) -> None:
@@ -9988,8 +9952,7 @@ def test_install_sh_takes_a_newer_python_beside_an_old_python3(machine: Machine)
 
 def test_install_sh_does_not_take_another_python_than_the_one_asked_for(machine: Machine) -> None:
     machine.give_yaml()
-    done = machine.install(environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
-    assert_refused(done, "/nowhere/python3")
+    expect_refusal(machine, "/nowhere/python3", environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
 
 
 def test_install_sh_runs_no_program_of_the_current_folder(machine: Machine) -> None:
@@ -10024,7 +9987,7 @@ def test_install_sh_never_starts_apples_placeholder(
     text = INSTALLER.read_text().replace("/usr/bin/python3 ]", f"{stub} ]")
     environ = {"PATH": path, "ORCHESTRA_PYTHON": "python3" if how == "named" else None}
     done = machine.run_program("/bin/sh", "-s", input=text, environ=environ)
-    assert_refused(done, "Python 3.9 or newer")
+    assert (done.returncode, done.stdout) == (2, "") and "Python 3.9 or newer" in done.stderr.splitlines()[-1]
     assert ran.exists() == is_run
     if not is_run and how != "named":
         assert "(found Apple's placeholder: xcode-select --install)" in done.stderr
@@ -10164,21 +10127,19 @@ def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(
     assert left_of_pyyaml(machine) == []
 
 
-def test_what_finder_leaves_does_not_keep_folders(machine: Machine) -> None:
-    put_files(machine.home / ".orchestra", {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"})
+@pytest.mark.parametrize("files", [{}, {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"}])
+def test_uninstalling_what_is_not_there_is_fine(machine: Machine, files: dict[str, Any]) -> None:
+    put_files(machine.home / ".orchestra", files)
     done = machine.install("sh", "--uninstall")
     assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
     assert machine.listing() == {}
+
+
+def test_what_finder_leaves_does_not_keep_folders(machine: Machine) -> None:
     put_files(machine.home / ".orchestra", {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
     done = machine.install("sh", "--uninstall")
     assert done.stdout == f"kept: {machine.path}/.orchestra/projects (the registry)\nuninstalled\n"
     assert (machine.home / ".orchestra/projects/a/b.yaml").exists()
-
-
-def test_uninstalling_what_is_not_there_is_fine(machine: Machine) -> None:
-    done = machine.install("sh", "--uninstall")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
-    assert machine.listing() == {}
 
 
 def test_uninstalling_works_when_the_python_is_gone(machine: Machine) -> None:
@@ -10195,10 +10156,10 @@ def test_uninstalling_works_when_the_python_is_gone(machine: Machine) -> None:
 @every_shell
 def test_install_sh_refuses_what_it_does_not_know(machine: Machine, shell: str) -> None:
     for word in ("--help-me", "uninstall", "-x"):
-        assert_refused(machine.install(shell, word), f"{word}: unknown argument; the only one is --uninstall")
-    assert_refused(machine.install(shell, environ={"HOME": None}), "HOME: expected an absolute path, got ''")
-    assert_refused(machine.install(shell, environ={"HOME": "here"}), "HOME: expected an absolute path, got 'here'")
-    assert machine.listing() == {}
+        expect_refusal(machine, f"{word}: unknown argument; the only one is --uninstall", word, shell=shell)
+    for home in (None, "here"):
+        reason = f"HOME: expected an absolute path, got '{home or ''}'"
+        expect_refusal(machine, reason, shell=shell, environ={"HOME": home})
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
