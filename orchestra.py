@@ -30,10 +30,10 @@ Contents
 
   II Registry
      8 Agents             one row per agent: its file, and how to write it
-     9 YAML               from nodes to values, problem by problem
-    10 Codebases          their records, names and schema; editing in place; whose folder is whose
-    11 Registry           scanning, loading, caching, creating and retiring registry files
-    12 Detection          what kind of codebase a folder holds
+     9 YAML               reading nodes by a schema, and editing a file in place
+    10 Codebases          their records, schema and names; whose folder is whose
+    11 Registry           listing, reading, caching and writing its files
+    12 Detection          what a folder holds: the first draft of its registry file
 
   III Sync
     13 Text               what agents read, rendered from a codebase
