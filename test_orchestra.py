@@ -54,7 +54,7 @@ import random
 import re
 import resource
 import select
-import selectors  # before a stand-in for kqueue can mislead it
+import selectors  # noqa: F401 before a stand-in for kqueue can mislead it
 import shlex
 import shutil
 import signal
@@ -6851,46 +6851,37 @@ def test_the_client_asks_again_while_the_daemon_is_busy(live: Home, request_: Ca
 
 
 def test_the_client_gives_up_on_a_silent_daemon(live: Home) -> None:
-    with answering(live, [b""], is_silent=True), pytest.raises(orchestra.ProtocolError, match="timed out"):
+    with answering(live, [None]), pytest.raises(orchestra.ProtocolError, match="timed out"):
         orchestra.send_request(live.path, {"cmd": "status"}, timeout=0.05)
 
 
 @contextmanager
-def answering(
-    live: Home, replies: list[bytes], is_silent: bool = False, asks_nothing: bool = False
-) -> Iterator[list[bytes]]:
-    """Answer at the control socket with what is given, one connection after the other."""
+def answering(live: Home, replies: Sequence[Optional[bytes]], reads: bool = True) -> Iterator[list[bytes]]:
+    """Answer at the control socket, one connection after the other; None is silence."""
     requests: list[bytes] = []
-    done = threading.Event()
 
     def answer() -> None:
         for reply in replies:
-            connection = listener.accept()[0]
-            requests.append(b"" if asks_nothing else read_line(connection))
-            if is_silent:
-                done.wait(20)
-            try:
-                connection.sendall(reply)
-            except OSError:
-                pass  # the client would not wait
-            connection.close()
+            connection = opened.enter_context(listener.accept()[0])
+            requests.append(read_line(connection) if reads else b"")
+            if reply is not None:
+                with contextlib.suppress(OSError):  # the client would not wait
+                    connection.sendall(reply)
+                connection.close()
 
-    with socket.socket(socket.AF_UNIX) as listener:
+    with ExitStack() as opened, socket.socket(socket.AF_UNIX) as listener:
+        opened.callback(os.unlink, live.socket)
         listener.bind(live.socket)
         listener.listen()
         thread = threading.Thread(target=answer)
         thread.start()
-        try:
-            yield requests
-        finally:
-            done.set()
-            thread.join(20)
-    os.unlink(live.socket)
+        opened.callback(thread.join, 20)
+        yield requests
 
 
 def test_a_client_that_is_turned_away_while_it_sends_hears_why(live: Home) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
-    with answering(live, [busy], asks_nothing=True), pytest.raises(orchestra.DaemonBusy):
+    with answering(live, [busy], reads=False), pytest.raises(orchestra.DaemonBusy):
         orchestra.send_request(live.path, {"cmd": "x" * 5_000_000})
 
 
@@ -6970,12 +6961,21 @@ class Channel:
         return [json.loads(line) for line in self.got.splitlines()]
 
 
-class Switchboard:
-    """A listener and a selector in memory: `turn` calls who is ready, once."""
+class Exchange:
+    """A server with its listener and selector in memory; clients are channels.
 
-    def __init__(self) -> None:
+    It answers every request with its `cmd`, or as `handle` does.
+    """
+
+    def __init__(self, handle: Any = None, **options: Any) -> None:
         self.calling: list[Any] = []
-        self.keys: dict[Any, selectors.SelectorKey] = {}
+        self.watched: dict[Any, tuple[int, Any]] = {}
+        self.clock = Clock()
+        self.server = orchestra.SocketServer(self, handle or self.answer, clock=self.clock, **options)
+        self.server.listen(self)
+
+    def answer(self, request: orchestra.Request, client: orchestra.Client) -> None:
+        client.unsent += orchestra.encode_reply(request.cmd)
 
     def accept(self) -> tuple[Any, str]:
         if not self.calling:
@@ -6986,28 +6986,26 @@ class Switchboard:
         return caller, ""
 
     def register(self, thing: Any, events: int, data: Any) -> None:
-        assert thing not in self.keys and events
-        self.keys[thing] = selectors.SelectorKey(thing, 0, events, data)
+        assert thing not in self.watched and events
+        self.watched[thing] = (events, data)
 
     def unregister(self, thing: Any) -> None:
-        del self.keys[thing]
+        del self.watched[thing]
 
     def close(self) -> None:
         self.calling.clear()
 
     def turn(self) -> bool:
-        """Call everyone who is ready, and say whether anyone was."""
+        """Call everyone who is ready, and return whether anyone was."""
         ready = []
-        for thing, key in self.keys.items():
-            if thing is self:
-                mask = orchestra.READABLE if self.calling else 0
-            else:
-                mask = orchestra.READABLE if thing.incoming or thing.is_ended else 0
-                mask |= orchestra.WRITABLE if thing.room else 0
-            if mask & key.events:
-                ready.append((key, mask & key.events))
-        for key, mask in ready:
-            key.data(mask)
+        for thing, (events, act) in self.watched.items():
+            is_readable = self.calling if thing is self else thing.incoming or thing.is_ended
+            is_writable = thing is not self and thing.room
+            mask = (orchestra.READABLE if is_readable else 0) | (orchestra.WRITABLE if is_writable else 0)
+            if mask & events:
+                ready.append((act, mask & events))
+        for act, mask in ready:
+            act(mask)
         return bool(ready)
 
     def run(self) -> None:
@@ -7016,23 +7014,9 @@ class Switchboard:
                 return
         raise AssertionError("the server spins")
 
-
-class Exchange:
-    """A server whose clients are channels, and which answers every request with its `cmd`."""
-
-    def __init__(self, handle: Any = None, **options: Any) -> None:
-        self.board = Switchboard()
-        self.clock = Clock()
-        handle = handle or self.answer
-        self.server = orchestra.SocketServer(self.board, handle, clock=self.clock, **options)
-        self.server.listen(self.board)
-
-    def answer(self, request: orchestra.Request, client: orchestra.Client) -> None:
-        client.unsent += orchestra.encode_reply(request.cmd)
-
     def connect(self, *channels: Any) -> Any:
-        self.board.calling += channels
-        self.board.run()
+        self.calling += channels
+        self.run()
         return channels[0]
 
     def ask(self, line: bytes = STATUS) -> Any:
@@ -7088,9 +7072,9 @@ def test_when_all_places_to_stay_are_taken_a_guest_has_one_request_answered() ->
     assert not any(channel.is_closed for channel in talkative)
     late = exchange.connect(Channel())
     talkative[0].is_ended = True
-    exchange.board.run()
+    exchange.run()
     late.incoming += STATUS + b"\n"
-    exchange.board.run()
+    exchange.run()
     assert late.replies == [ANSWERED] and not late.is_closed  # there is a place to stay now
 
 
@@ -7105,7 +7089,7 @@ def test_guests_that_keep_their_places_give_way_in_time(sent: bytes) -> None:
     for _ in range(2):
         for channel in mute:
             channel.incoming += sent
-        exchange.board.run()
+        exchange.run()
         assert not exchange.ask(b'{"cmd":"stop"}')[1]["ok"]
         exchange.clock.now += orchestra.SILENT_GRACE / 2
     assert exchange.ask(b'{"cmd":"stop"}')[1] == {"ok": True, "data": "stop"}
@@ -7130,7 +7114,7 @@ def test_a_client_has_a_while_to_read_its_last_reply_however_old_it_is() -> None
     exchange.clock.now += 10
     second.room = 0
     second.incoming += b"\xff\n"
-    exchange.board.run()
+    exchange.run()
     assert not exchange.ask()[1]["ok"] and not second.is_closed
     exchange.clock.now += orchestra.SILENT_GRACE
     assert exchange.ask()[1] == ANSWERED and second.is_closed and not first.is_closed
@@ -7157,7 +7141,7 @@ def test_a_client_that_has_ended_and_does_not_read_does_not_make_the_server_spin
     deaf.room, deaf.is_ended = 0, True
     exchange.connect(deaf)
     deaf.room = 1 << 30
-    exchange.board.run()
+    exchange.run()
     assert deaf.replies == [ANSWERED] and deaf.is_closed
 
 
@@ -7185,25 +7169,25 @@ def test_a_client_that_never_reads_costs_little() -> None:
     exchange.connect(deaf)
     for _ in range(300):
         deaf.incoming += (STATUS + b"\n") * 100
-        exchange.board.run()
+        exchange.run()
     (client,) = exchange.server.clients
     assert len(client.unsent) < orchestra.Client.MAX_UNSENT + 2000
     assert len(client.lines) <= 2 * orchestra.MAX_LINE
     assert len(exchange.connect(Channel(STATUS + b"\n")).replies) == 1
     deaf.is_ended = True
     deaf.room = 1 << 30
-    exchange.board.run()
+    exchange.run()
     assert len(deaf.replies) == 30000 and deaf.is_closed
 
 
 def test_a_client_that_asks_without_end_lets_others_speak() -> None:
     exchange = Exchange()
-    exchange.board.calling += [Channel((STATUS + b"\n") * 1000), Channel(STATUS + b"\n")]
-    greedy, modest = exchange.board.calling
+    exchange.calling += [Channel((STATUS + b"\n") * 1000), Channel(STATUS + b"\n")]
+    greedy, modest = exchange.calling
     for _ in range(3):
-        exchange.board.turn()
+        exchange.turn()
     assert len(modest.replies) == 1 and len(greedy.replies) <= 3 * orchestra.SocketServer.REQUESTS_PER_STEP
-    exchange.board.run()
+    exchange.run()
     assert len(greedy.replies) == 1000
 
 
@@ -7562,7 +7546,7 @@ def test_socket_protocol_status_and_stop_over_in_memory_channels(live: Home, tur
     assert error == {"ok": False, "error": "cmd: expected status, sync or stop, got unknown command 'fly'"}
     assert not turned.is_done and not channel.is_closed
     channel.incoming += b'{"cmd":"stop"}\n'
-    exchange.board.run()
+    exchange.run()
     assert channel.got.endswith(b'{"ok":true,"data":{"stopping":true}}\n')
     turn_until(turned, lambda: turned.is_done)
 
@@ -8137,30 +8121,23 @@ def test_status_waits_for_a_daemon_that_is_starting(live: Home) -> None:
     live.stop(daemon)
 
 
-def check_that_one_of_two_survives(live: Home, is_killed: bool) -> None:
-    said = len(live.said()) if live.daemons else 0
-    started = time.monotonic()
-    both = [live.start_daemon(wait=False), live.start_daemon(wait=False)]
-    wait_until(lambda: any(daemon.poll() is not None for daemon in both))
-    assert time.monotonic() - started < 15
-    (loser,) = (daemon for daemon in both if daemon.poll() is not None)
-    (winner,) = (daemon for daemon in both if daemon is not loser)
-    assert loser.returncode == 2
-    assert live.said()[said:].splitlines()[0] == f"orchestra: daemon socket already in use: {live.socket}"
-    wait_until(live.answers)
-    assert live.status()["pid"] == winner.pid and winner.poll() is None
-    if is_killed:
-        winner.kill()
-        winner.wait()
-        assert os.path.lexists(live.socket)
-    else:
-        live.stop(winner)
-
-
 @pytest.mark.parametrize("rounds", [5, pytest.param(40, marks=pytest.mark.soak)])
 def test_of_two_daemons_started_at_once_one_survives(live: Home, rounds: int) -> None:
     for number in range(rounds):
-        check_that_one_of_two_survives(live, is_killed=number % 2 == 0)
+        said = len(live.said()) if live.daemons else 0
+        both = [live.start_daemon(wait=False), live.start_daemon(wait=False)]
+        wait_until(lambda: any(daemon.poll() is not None for daemon in both), 15)  # noqa: B023
+        winner, loser = sorted(both, key=lambda daemon: daemon.poll() is not None)
+        assert loser.returncode == 2
+        assert live.said()[said:].splitlines()[0] == f"orchestra: daemon socket already in use: {live.socket}"
+        wait_until(live.answers)
+        assert live.status()["pid"] == winner.pid and winner.poll() is None
+        if number % 2:
+            live.stop(winner)
+        else:
+            winner.kill()
+            winner.wait()
+            assert os.path.lexists(live.socket)
 
 
 def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Home) -> None:
