@@ -1125,14 +1125,7 @@ def test_replacing_keeps_the_mode_and_leaves_no_temporary(home: Home, old: OldFi
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize(
     ("planned", "content"),
-    [
-        (b"old", b"saved"),
-        (b"old", b"new"),
-        (b"old", None),
-        (b"old", link_to("y")),
-        (None, b"saved"),
-        (None, link_to("y")),
-    ],
+    [*((b"old", found) for found in (b"saved", b"new", None, link_to("y"))), (None, b"saved"), (None, link_to("y"))],
 )
 def test_a_file_that_is_not_as_planned_is_not_touched(
     home: Home, old: OldFile, monkeypatch: Any, planned: Optional[bytes], content: Any, swaps: bool
@@ -1498,31 +1491,22 @@ end
 """
 
 
+SPACED_OTHERWISE = (
+    *((b"# Title\n\n", b"\n# Title\n"), (b"- two", b"-   two"), (b"- two", b"-\ttwo"), (b"1. three", b"1.   three")),
+    *((b"text\n", b"text  \n"), (b"text\n", b"text\n \t\n\n"), (b"    more\n", b"    more")),
+)
+CHANGED = (
+    (b"\n", b"\n\n"),  # in code as well
+    *((b"- two", b"* two"), (b"- two", b"-two"), (b"1. three", b"2. three"), (b"  1. three", b"    1. three")),
+    *((b"text\n", b"te xt\n"), (b"text\n", b"text\xc2\xa0\n"), (b"text\n", b"text\r\n"), (b"text\n", b" text\n")),
+    *((b"-  a\n\n", b"-  a\n"), (b"-  a", b"- a"), (b"  b\n", b"  b \n")),
+    *((b"code\n\n\n", b"code\n\n"), (b"code\n", b"code  \n")),
+)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "is_kept"),
-    [
-        (b"# Title\n\n", b"\n# Title\n", False),
-        (b"- two", b"-   two", False),
-        (b"- two", b"-\ttwo", False),
-        (b"1. three", b"1.   three", False),
-        (b"text\n", b"text  \n", False),
-        (b"text\n", b"text\n \t\n\n", False),
-        (b"    more\n", b"    more", False),
-        (b"\n", b"\n\n", True),  # in code as well
-        (b"- two", b"* two", True),
-        (b"- two", b"-two", True),
-        (b"1. three", b"2. three", True),
-        (b"  1. three", b"    1. three", True),
-        (b"text\n", b"te xt\n", True),
-        (b"text\n", b"text\xc2\xa0\n", True),
-        (b"text\n", b"text\r\n", True),
-        (b"text\n", b" text\n", True),
-        (b"-  a\n\n", b"-  a\n", True),
-        (b"-  a", b"- a", True),
-        (b"  b\n", b"  b \n", True),
-        (b"code\n\n\n", b"code\n\n", True),
-        (b"code\n", b"code  \n", True),
-    ],
+    [*((*pair, False) for pair in SPACED_OTHERWISE), *((*pair, True) for pair in CHANGED)],
 )
 def test_a_version_that_a_formatter_only_spaced_otherwise_is_not_kept_again(
     home: Home, old: bytes, new: bytes, is_kept: bool
@@ -1536,20 +1520,12 @@ def test_a_version_that_a_formatter_only_spaced_otherwise_is_not_kept_again(
     assert len([backup for backup in kept_versions(home) if backup.path == "api.yaml"]) == 2
 
 
+CLOSED = (b"```\na\n```\n", b"~~~ a`b\n~~~~\n", b"1. > ```sh\n   > ```\n", b"```a```\n", b"```\r\na\r\n```\r\n")
+STILL_OPEN = (b"```\na\n", b"````\n```\n", b"~~~\n```\n", b"1. > ```sh\n", b"```\n``` a\n")
+
+
 @pytest.mark.parametrize(
-    ("fenced", "is_code_after"),
-    [
-        (b"```\na\n```\n", False),
-        (b"```\na\n", True),
-        (b"````\n```\n", True),
-        (b"~~~\n```\n", True),
-        (b"~~~ a`b\n~~~~\n", False),
-        (b"1. > ```sh\n   > ```\n", False),
-        (b"1. > ```sh\n", True),
-        (b"```a```\n", False),
-        (b"```\n``` a\n", True),
-        (b"```\r\na\r\n```\r\n", False),
-    ],
+    ("fenced", "is_code_after"), [*((text, False) for text in CLOSED), *((text, True) for text in STILL_OPEN)]
 )
 def test_white_space_counts_only_in_code(fenced: bytes, is_code_after: bool) -> None:
     one, other = (orchestra.significant_text("a.md", fenced + b"x" + end) for end in (b"\n", b"\n\n\n"))
