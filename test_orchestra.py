@@ -10515,9 +10515,9 @@ def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) 
 
 # ── Every step interrupted ────────────────────────────────────────────────────
 
-# A command runs again and again in a child process: killed after its first operation on
-# the disk, then after its second, and so on until a child survives; then with each of the
-# operations failing instead. The strace test shows that the rig misses no operation.
+# A command runs again and again in a child process: killed after its first operation
+# on the disk, then after its second, and so on until a child survives; then with each
+# of the operations failing instead. strace shows that the rig misses no operation.
 
 # The rig: children, and what happens to them or beside them at a chosen instant
 
@@ -10525,7 +10525,7 @@ KILLED = "killed"
 
 
 class Child:
-    """Work in a forked process; `stop` ends what asks `is_over`, `wait` returns its result."""
+    """Work in a forked process; what it returns comes back as JSON."""
 
     def __init__(self, work: Callable[[Callable[[], bool]], Any]) -> None:
         self.reader, writer = os.pipe()
@@ -10543,6 +10543,7 @@ class Child:
         os.close(writer)
 
     def stop(self) -> Any:
+        """Tell the work that it is over, and wait for its result."""
         os.write(self.end, b"x")
         return self.wait()
 
@@ -10579,7 +10580,7 @@ FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class Call(NamedTuple):
-    """A call of a function of `os`, or of one of orchestra's own that make system calls."""
+    """A call of a function of `os`, or of orchestra."""
 
     name: str
     real: Callable[..., Any]
@@ -10616,7 +10617,7 @@ def path_of(fd: Optional[int]) -> str:
 def watching(
     names: Iterable[str], before: Callable[[Call], object] = bool, after: Callable[[Call], object] = bool
 ) -> Iterator[None]:
-    """Call `before` and `after` around each call of these functions, but those that they make themselves."""
+    """Call `before` and `after` around each call of these functions, not their own."""
     is_acting = False
 
     def act(what: Callable[[Call], object], call: Call) -> None:
@@ -10634,7 +10635,7 @@ def watching(
             call = Call(name, real, args, options)
             act(before, call)
             try:
-                # What is written outlives a killed process without fsync, which only costs time here.
+                # What is written outlives a killed process without a slow fsync.
                 return None if name == "fsync" else real(*args, **options)
             finally:
                 act(after, call)
@@ -10654,7 +10655,10 @@ Acts = Iterable[Callable[[], object]]
 
 @contextmanager
 def instants(place: Path, before: Acts = (), after: Acts = ()) -> Iterator[list[Call]]:
-    """Take one act before, and one after, each call that replaces, places or removes a file there, while acts last."""
+    """Act before and after each replacing of a file at or below a place.
+
+    Each of the acts happens once, in turn; placing and removing count as replacing.
+    """
     calls: list[Call] = []
     acts_before, acts_after = iter(before), iter(after)
 
@@ -10675,7 +10679,7 @@ def instants(place: Path, before: Acts = (), after: Acts = ()) -> Iterator[list[
 
 
 class Fault(NamedTuple):
-    """What happens at operation number `at`, the first being 1: an error, or else the end of the process."""
+    """An error at operation number `at`, counted from 1, or else a kill."""
 
     at: int = 0
     error: int = 0
@@ -10691,7 +10695,7 @@ NO_FAULT = Fault()
 
 
 class Outcome(NamedTuple):
-    """What a child did to the disk, and the operation that failed; nothing of a child that was killed."""
+    """What a child returned and did, and what failed; nothing if it was killed."""
 
     ran: Any
     done: Sequence[tuple[str, str]] = ()
@@ -10765,7 +10769,8 @@ class Picture(NamedTuple):
 class Scenario(NamedTuple):
     """A command to interrupt.
 
-    `words` are the user's, each with the file it has to stay in, or "" for any file or a backup.
+    `words` are the user's, each with the file it has to stay in, or "" for any file
+    or backup.
     """
 
     prepare: Callable[[Home], object]
@@ -10777,7 +10782,7 @@ class Scenario(NamedTuple):
 
 
 def edit_everything(home: Home) -> None:
-    """Leave a codebase in which a sync has one of everything to do, between two with an update each."""
+    """Leave one of everything for a sync to do, between two plain updates."""
     kept = [target for target in ALL_TARGETS if target not in ("windsurf", "cline")]
     root = home.make_codebase("shop/api", {"AGENTS.md": "osprey\n", COPILOT: "kite\n"}, targets=ALL_TARGETS)
     home.write_registry("shop/project.yaml", {"name": "shop"})
@@ -10883,7 +10888,7 @@ class Stage:
             shutil.copytree(self.kept / name, self.home.folder / name, symlinks=True)
 
     def play(self, fault: Fault = NO_FAULT, file_size: int = 0) -> Outcome:
-        """Run the command from the beginning, with a fault, or with a limit to the size of files."""
+        """Run the command from the beginning, with a fault or a limit on file sizes."""
         self.set()
         return self.run(fault, file_size)
 
@@ -10897,7 +10902,7 @@ class Stage:
         return outcome if outcome.ran is None else outcome._replace(ran=Ran(*outcome.ran))
 
     def play_all(self, faults: Iterable[Fault]) -> int:
-        """Play with each fault in turn, until one has no effect, and check what it leaves; return how many had one."""
+        """Play with each fault until one has no effect; return how many had one."""
         count = 0
         for fault in faults:
             operations = [*self.operations, ("nothing", "")]
@@ -10913,7 +10918,7 @@ class Stage:
         return count
 
     def check_report(self, outcome: Outcome) -> None:
-        """Check that a failure is reported with its place, and that all the rest is done."""
+        """Check that a failure is reported with its place, and all the rest is done."""
         ran = outcome.ran
         assert "Traceback" not in ran.err, ran.err
         assert ran.status in (0, 2), ran
@@ -10936,17 +10941,18 @@ class Stage:
                 assert files == wanted, (label, ran)
 
     def is_harmless(self, name: str, path: str) -> bool:
-        """Return whether an operation may fail unreported, since the command does its work all the same.
+        """Return whether an operation may fail unreported: the work is done without it.
 
-        Where link() fails, rename() takes its place. A folder to create may exist. What could not be read at first is
-        read again. An empty folder, and a temporary file whose text is in its place, stay.
+        Where link() fails, rename() takes its place. A folder to create may exist. What
+        could not be read at first is read again. An empty folder may stay, and a
+        temporary file whose text is in its place.
         """
         is_there = self.before.files.get(os.path.relpath(path, self.home.folder), Seen("")).kind == "folder"
         is_spare = (name in ("unlink", "remove") and is_temporary(path)) or "/.aside" in path
         return name in ("link", "read", "rmdir") or (name == "mkdir" and is_there) or is_spare
 
     def check_disk(self, has_rubbish: bool = False) -> None:
-        """Check that nothing is lost, and that the same command, given again, finishes its work."""
+        """Check that nothing is lost, and that the same command finishes its work."""
         self.check_nothing_lost()
         self.scenario.mend(self.home)
         if self.argv[0] == "sync":
@@ -10956,7 +10962,7 @@ class Stage:
         self.check_finished(has_rubbish)
 
     def check_nothing_lost(self) -> None:
-        """Check that every file is old or new, that no word of the user's is lost, and that no false edit is seen."""
+        """Check that files are old or new, and no word of the user's is lost."""
         now = Picture.of(self.home)
         old, new, found = (picture.files for picture in (self.before, self.after, now))
         for path in {*old, *new, *found}:
@@ -10971,12 +10977,13 @@ class Stage:
     def check_finished(self, has_rubbish: bool) -> None:
         """Check that the disk is as if nothing had happened.
 
-        `has_rubbish` allows empty folders and, where writers are unknown, what stays for a minute.
+        `has_rubbish` allows empty folders and, where writers are unknown, what stays
+        for a minute.
         """
         now = Picture.of(self.home)
         tidy = without_rubbish if has_rubbish else dict
         assert tidy(now.files) == tidy(self.after.files)
-        # A codebase that is registered again is retired again, and its new file kept like the first.
+        # A codebase that is registered and removed again leaves another file.
         kept, wanted = ([file for file in picture.backups if file[0] != "api.yaml"] for picture in (now, self.after))
         assert kept == wanted
         for folder in Path(orchestra.backups_root(self.home.path)).glob("*/*/*"):
@@ -10989,7 +10996,7 @@ class Stage:
             fd = orchestra.try_lock(str(path))
             assert fd is not None
             os.close(fd)
-            # The registry's may name a turn that was killed after its work; only the next writer reads it.
+            # The registry's may name a killed turn until the next writer reads it.
             assert path.parent.name == "run" or path.read_bytes() == b""
 
     def sync(self, dry_run: bool = False) -> list[str]:
@@ -11013,7 +11020,7 @@ LABELS = frozenset({"shop/aaa", "shop/api", "shop/web"})
 
 
 def without_rubbish(files: dict[str, Seen]) -> dict[str, Seen]:
-    """Leave out what a failing clean-up leaves behind: temporary files and empty folders."""
+    """Leave out temporary files and empty folders, which a failing clean-up leaves."""
     return {path: seen for path, seen in files.items() if seen.kind != "folder" and not is_temporary(path)}
 
 
@@ -11027,7 +11034,7 @@ def blamed_on(what: str) -> Iterator[None]:
 
 @pytest.fixture
 def quick_home(monkeypatch: Any) -> Iterator[Home]:
-    """Make a home folder in memory where that can be: it is filled and emptied a thousand times."""
+    """Make a home in memory if possible: it is filled and emptied a thousand times."""
     parser = orchestra.build_parser()
     monkeypatch.setattr(orchestra, "build_parser", lambda: parser)
     folder = tempfile.mkdtemp(prefix="orc", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
@@ -11172,7 +11179,7 @@ SYSTEM_CALLS = """
 
 
 def run_traced(stage: Stage, *options: str, status: int = 0) -> list[tuple[str, str]]:
-    """Run the real program from the beginning under strace; return what it did to the disk.
+    """Run the real program under strace; return what it did to the disk.
 
     Of each call, what strace needs to inject a fault there, and its name in the rig.
     """
@@ -11217,7 +11224,7 @@ def test_a_real_process_killed_at_any_system_call_loses_nothing(stage: Stage) ->
 # ── Random histories ──────────────────────────────────────────────────────────
 
 # A user and Orchestra take turns at random. What Orchestra did is judged from two
-# pictures of the disk, by a parser of blocks and a list of backups that are the test's own.
+# pictures of the disk, by a parser of blocks and a list of backups of the test's own.
 
 BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
@@ -11262,7 +11269,7 @@ def cut_managed(path: str, data: bytes) -> Optional[Parts]:
 
 
 def without_block(parts: Parts) -> set[bytes]:
-    """Return what may remain of a file without its block: all of the user's text, but for the blank lines between."""
+    """Return what may remain without a block: the user's text, but for blank lines."""
     tails = {parts.tail, *(parts.tail[len(n) :] for n in NEWLINES if parts.tail.startswith(n))}
     heads = {parts.head}
     for _ in range(2):
@@ -11301,7 +11308,7 @@ class History(Home):
         self.count = itertools.count(1)
         self.clock = Clock(1.6e9)
         self.ours: dict[Spot, set[bytes]] = collections.defaultdict(set)  # what Orchestra wrote
-        self.appended: dict[Spot, tuple[bytes, Parts]] = {}  # a user's text, and the file with its first block
+        self.appended: dict[Spot, tuple[bytes, Parts]] = {}  # before and after a first block
         self.spoilt: dict[Path, bytes] = {}
         self.values: dict[str, dict[str, Any]] = {}
         self.killed: set[str] = set()
@@ -11395,7 +11402,7 @@ class History(Home):
         self.write(file, bom + head + (parts.block or b"") + tail)
 
     def rewrite(self) -> None:
-        """Empty a file, write it anew, take its block out, or give it other line ends, as git does."""
+        """Empty a file, or write it anew, without its block or with other line ends."""
         label, path, file = self.pick()
         data = file.read_bytes() if file.exists() else b""
         parts = cut_up(data) or Parts(data)
@@ -11476,7 +11483,7 @@ class History(Home):
         old.rename(new)
 
     def enter(self, label: str) -> None:
-        """Write a codebase's registry file. `~` lets a copy of the home be one of its own."""
+        """Register a codebase, below `~` so that a copy of the home has its own."""
         self.register(label, path=f"~/code/{label}", **self.values[label])
         self.registered.add(label)
         self.broken.discard(label)
@@ -11528,7 +11535,7 @@ class History(Home):
     def judged(
         self, labels: set[str], is_whole: bool = True, is_restore: bool = False, but: str = ""
     ) -> Iterator[dict[str, Seen]]:
-        """Judge what is done inside: to managed files of `labels` what may be done to them, to all else nothing."""
+        """Check that only managed files of `labels` change, and only as they may."""
         before, kept = self.see(), self.kept()
         changed: dict[str, Seen] = {}
         yield changed
@@ -11555,7 +11562,7 @@ class History(Home):
     def judge(
         self, spot: Spot, old: Optional[Seen], new: Optional[Seen], kept: dict[str, bytes], is_restore: bool
     ) -> bool:
-        """Judge a managed file; return whether Orchestra had written its own part of it."""
+        """Check a managed file; return whether Orchestra had written its own part."""
         for seen in (old, new):
             assert seen is None or seen.kind == "file", f"{spot}: {old} became {new}"
         assert old is None or new is None or old.mode == new.mode, f"{spot}: the mode has changed"
@@ -11575,7 +11582,7 @@ class History(Home):
         return is_ours
 
     def judge_outside(self, spot: Spot, old: Optional[Seen], new: Optional[Seen]) -> tuple[bytes, bytes]:
-        """Check that the user's text around a block is unchanged; return the block before and after."""
+        """Check the user's text around a block; return the block before and after."""
         was, now = old.data if old else b"", new.data if new else b""
         a, b = cut_up(was), cut_up(now)
         assert a and b, f"{spot}: {was!r} became {now!r}"
@@ -11626,7 +11633,7 @@ class History(Home):
             self.run_job(home, scope, scoped)
 
     def run_job(self, home: str, scope: str, scoped: orchestra.SyncScope) -> None:
-        """Sync as the daemon's worker does; what it knows is kept from one job to the next."""
+        """Sync as the daemon's worker does, with its cache from job to job."""
         cache = self.cache if home == self.path else orchestra.RegistryCache.load(home)
         keys = frozenset(map(key_of, self.labels_of(scope)))
         job = orchestra.SyncJob(scoped, "watcher" if scope else "start", changed=keys)
@@ -11694,7 +11701,7 @@ class History(Home):
             assert label not in labels or not result.written, result.written
 
     def judge_result(self, label: str) -> None:
-        """Check that each file that can be is as the registry wants it, and that no temporary file is left."""
+        """Check that every file that can be synced is, and no temporary one is left."""
         root = self.code / label
         if label in self.broken or not root.exists():
             assert root.exists() or not os.path.lexists(root)
@@ -11792,7 +11799,7 @@ class History(Home):
             # an impossible step
 
     def tidy_up(self) -> None:
-        """Put everything right, and check that one sync makes all current and leaves nothing of killed runs."""
+        """Put everything right, and check that one sync makes and leaves all tidy."""
         for away in self.code.glob("*/*.away"):
             away.rename(away.with_suffix(""))
         for file in self.code.glob("*/*/.clinerules"):
@@ -11851,8 +11858,9 @@ def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
 
 # ── Races ─────────────────────────────────────────────────────────────────────
 
-# First the worst instants on purpose: between the last check of a file and its replacing,
-# and right after that. Then by chance: editors, commands and the daemon in loops.
+# First the worst instants on purpose: between the last check of a file and its
+# replacing, and right after that. Then by chance: editors, commands and the daemon in
+# loops.
 
 needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux knows who has a file open for writing")
 Change = Callable[[bytes], bytes]
@@ -11909,7 +11917,7 @@ every_way = pytest.mark.parametrize("save", WHOLE_SAVES, ids=name_of)
 
 
 class Scene:
-    """A codebase whose file, with the user's text and Orchestra's, the next sync will change."""
+    """A codebase whose file, with a block in the user's text, the next sync changes."""
 
     def __init__(self, home: Home, text: Optional[str] = "mine\n", target: str = "claude") -> None:
         self.home, self.path = home, orchestra.AGENTS[target].path
@@ -11938,7 +11946,7 @@ class Scene:
         return user_words(now) | kept_words(self.home) | kept_words(self.home, name=".aside/*")
 
     def check_synced(self) -> None:
-        """Check that the file is as the registry has it, once synced again, and that nothing else lies about."""
+        """Sync, and check that the file is current and nothing temporary is left."""
         self.home.sync()
         assert b"second" in self.file.read_bytes()
         assert (self.home.sync().lines, self.home.leftovers()) == ([], [])
@@ -12153,7 +12161,7 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
 
 
 def hold_open(file: Path, stdin: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Start a process that holds a file open until it reads a line, and then writes to the file."""
+    """Start a process that holds a file open until it reads a line, then writes."""
     script = 'exec 3>> "$0"; echo open; read line; echo u1x >&3'
     process = subprocess.Popen(["sh", "-c", script, str(file)], stdin=stdin, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "open\n"
@@ -12222,7 +12230,7 @@ def test_a_file_that_is_opened_for_writing_while_it_is_released_stays(home: Home
     turn = turn_at(home, time.time())
 
     def open_it(*args: Any) -> bool:
-        with pytest.raises(BlockingIOError):  # without O_NONBLOCK the lease would make it wait
+        with pytest.raises(BlockingIOError):  # instead of a wait for the lease
             os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
         return True
 
@@ -12275,7 +12283,7 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
         home.run("sync", "--all")
         counts = zip((b"opened", b"held"), [writer.stop() for writer in writers])
         lost = {b"%b%d" % (name, number) for name, count in counts for number in range(count)} - written()
-        # A plain rename loses what is saved in the same instant by opening the file again.
+        # A plain rename loses what is opened and saved in the same instant.
         assert not lost or (way_to_replace != "exchange" and not any(word.startswith(b"held") for word in lost))
         found = written()
         sync_later(home)
@@ -12474,7 +12482,7 @@ WAYS_OF_EDITING = [save_renaming, save_anew, *(WAYS_IN_PLACE if IS_LINUX else []
 
 
 def kept_words(home: Home, label: str = "shop/api", name: str = "CLAUDE.md") -> set[bytes]:
-    """Return the user's words in the backups of a file, and in what is set aside for a minute."""
+    """Return the user's words in the backups of a file."""
     words = set()
     for file in Path(orchestra.backups_root(home.path), label).glob(f"**/{name}"):
         with contextlib.suppress(FileNotFoundError):  # thinned out meanwhile
@@ -12483,9 +12491,10 @@ def kept_words(home: Home, label: str = "shop/api", name: str = "CLAUDE.md") -> 
 
 
 class Saver:
-    """A user who saves whole files: each save has a word of its own outside the block, some have one inside it.
+    """A user who saves whole files.
 
-    Nothing is lost while the word outside is in the file, and the one inside in the file or in the backups.
+    Each save has its own word outside the block, some have one inside it. Nothing is
+    lost if the word outside is in the file, and the one inside there or in the backups.
     The user waits for that before the next save, which overwrites the words.
     """
 
@@ -12511,7 +12520,7 @@ class Saver:
         return re.sub(rb"u\d+x", self.outside, parts.head) + block + parts.tail
 
     def rest(self) -> None:
-        """Pause briefly, now and then long enough for a sync to find the file at rest."""
+        """Pause briefly, but now and then long enough for a sync."""
         time.sleep(self.random.random() * 0.004 * (40 if self.random.random() < 0.1 else 1))
 
     def is_safe(self) -> bool:
@@ -12546,7 +12555,7 @@ class Appender(Saver):
 
 
 def stir(live: Home, labels: list[str], seconds: float, act: Callable[[], None] = lambda: None) -> int:
-    """Keep changing the registry while daemon and commands sync; return the number of changes."""
+    """Keep changing the registry while daemon and commands sync; count the changes."""
     deadline, dice = time.monotonic() + seconds, random.Random(2)
     seen: dict[str, set[str]] = {label: set() for label in labels}
     commands: list[Any] = []
