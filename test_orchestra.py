@@ -1020,44 +1020,26 @@ def test_a_turn_that_could_not_clean_up_leaves_its_lock_file_as_a_kill_does(home
     assert orchestra.Leftover.parse((home.code / "lock").read_bytes()) == lock.leftover
 
 
-def settling(path: str, settle: Callable[[orchestra.Leftover], Any]) -> orchestra.Lock:
-    lock = orchestra.Lock(path)
-    lock.settle = settle  # type: ignore[method-assign]
-    return lock
-
-
 def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Home, monkeypatch: Any) -> None:
-    write, found = os.pwrite, []
+    write, lock = os.pwrite, orchestra.Lock(str(home.code / "lock"))
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
     swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
-    lock = orchestra.Lock(str(home.code / "lock"))
     with pytest.raises(KeyError), lock:
         lock.announce_swap(swap)
         raise KeyError
-    with settling(str(home.code / "lock"), found.append):
-        assert found == [orchestra.Leftover(lock.leftover.token, swap)]
+    found = orchestra.Leftover.parse((home.code / "lock").read_bytes())
+    assert found == orchestra.Leftover(lock.leftover.token, swap)
 
 
 @pytest.mark.parametrize("path", ["/code/CLAUDE.md", "/c/CLAUDE.md", "/code/a\nb/\udcff/CLAUDE.md"])
-def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(home: Home, path: str) -> None:
+def test_a_swap_whose_announcement_was_cut_short_is_not_taken_for_another(path: str) -> None:
     older = orchestra.Swap("/code/AGENTS.md", "/code/.orchestra-1-1.tmp", ["ab" * 32, "cd" * 32])
     newer = orchestra.Swap(path, f"{path}.tmp", ["ef" * 32])
-    lines = []
-    for swap in (older, newer):
-        with pytest.raises(KeyError), orchestra.Lock(str(home.code / "lock")) as lock:
-            lock.leftover = orchestra.Leftover("1-aa")
-            lock.new_temporary("/code")
-            lock.announce_swap(swap)
-            if swap == newer:
-                lock.new_temporary("/code")
-                lock.announce_swap(swap)
-            raise KeyError
-        lines.append((home.code / "lock").read_bytes())
-        (home.code / "lock").unlink()
-    for cut in range(len("1-aa\n") + 1, len(lines[1])):
-        (home.code / "lock").write_bytes(lines[1][:cut] + lines[0][cut:])
-        with settling(str(home.code / "lock"), lambda left: left.swap in (None, newer) or 1 / 0):
-            pass
+    old, new = (orchestra.Leftover("1-aa", swap).format(number) for number, swap in enumerate((older, newer), 1))
+    for cut in range(len("1-aa\n") + 1, len(new) + 1):
+        found = orchestra.Leftover.parse(new[:cut] + old[cut:])
+        assert found and found.swap in (None, newer)
+    assert found.swap == newer
 
 
 def test_asking_whether_a_lock_is_held_makes_nothing_and_lets_others_take_it(home: Home, monkeypatch: Any) -> None:
