@@ -2864,9 +2864,8 @@ class Registry(NamedTuple):
         if len(found) == 1:
             return found[0]
         if found:
-            candidates = ", ".join(map(label_for, found))
-            problem, hint = f'"{name}" is in {len(found)} projects: {candidates}', label_for(found[0])
-            raise RegistryError(problem, hint)
+            labels = [label_for(key) for key in found]
+            raise RegistryError(f'"{name}" is in {len(found)} projects: {", ".join(labels)}', labels[0])
         shown = name if len(name) <= 200 else excerpt(name)
         raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
 
@@ -2996,11 +2995,9 @@ class ParsedFiles:
         return self._data[start : self._data.index(b"\n", start)]
 
     def find(self, key: Key, digest: str) -> Optional[Codebase]:
-        if digest not in self._known:
-            return None
         try:
             codebase: Codebase = CODEBASE_SCHEMA.restore(json.loads(self._line(digest)), key[0])
-        except (ValueError, TypeError):
+        except (KeyError, ValueError, TypeError):  # unknown, or damaged
             return None
         if codebase.name != key[1]:
             return None
@@ -3082,11 +3079,10 @@ class RegistryScan:
     def _list(self, folder: str) -> list[os.DirEntry[str]]:
         return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
 
-    def _place(self, entry: os.DirEntry[str]) -> str:
-        return visible(f"{shorten_home(self.home, entry.path)}:1")
-
-    def _reject(self, entry: os.DirEntry[str], message: str) -> None:
-        self.stray.append(Problem(self._place(entry), visible(message)))
+    def _reject(self, entry: os.DirEntry[str], message: str, hint: str = "") -> None:
+        doc = Document(shorten_home(self.home, entry.path), hint)
+        doc.complain(message)
+        self.stray += doc.problems
 
     @contextmanager
     def _reject_unreadable(self, entry: os.DirEntry[str]) -> Iterator[None]:
@@ -3111,7 +3107,7 @@ class RegistryScan:
                     check_name("codebase", stem)
                     yield (project, stem)
             except RegistryError as error:
-                self.stray.append(Problem.from_error(error, self._place(entry)))
+                self._reject(entry, str(error), error.hint)
         elif is_registry_file(entry.name):
             self._reject(entry, f"ignored: rename it to {stem}.yaml")
         else:
@@ -3259,8 +3255,10 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
         if disk.kind == "file":
             doc = RegistryFile(home, file, "", disk)
             old = doc.parse()
-            if old is None or old.id != "mapping":
-                raise error_for(doc.problems or [Problem(f"{doc.place}:1", "file: expected a mapping, got none")])
+            if old is not None:
+                doc.read_mapping(old, "")
+            if doc.problems:
+                raise error_for(doc.problems)
             text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, normalize)
             if text is None:
                 turn.back_up(name, disk, Reason.REWRITTEN)
