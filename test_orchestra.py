@@ -3662,7 +3662,7 @@ def test_a_block_is_appended_and_everything_before_it_stays(home: Home, original
 
 
 @originals
-def test_bytes_outside_the_block_survive_any_number_of_syncs(home: Home, original: bytes) -> None:
+def test_bytes_outside_the_block_survive_repeated_syncs(home: Home, original: bytes) -> None:
     root = home.make_codebase("shop/api", targets=["codex"])
     file = root / "AGENTS.md"
     file.write_bytes(original)
@@ -4079,7 +4079,14 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
     assert home.run_fine("sync", "api").lines == [] and home.status_of() == "current"
 
 
-def test_codebases_that_change_places_are_given_each_others_text(home: Home) -> None:
+def test_the_text_in_a_copy_of_the_old_folder_is_known(home: Home) -> None:
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["codex"])
+    other = Path(shutil.copytree(root, home.code / "other"))
+    home.register("shop/api", path=str(other), targets=["codex"], description="new")
+    assert "update   shop/api AGENTS.md" in home.sync().lines and home.backups() == {}
+
+
+def test_codebases_that_swap_folders_get_each_others_text(home: Home) -> None:
     for name in ("api", "web"):
         home.make_codebase(f"shop/{name}", {"code.py": ""}, targets=["codex"])
     home.sync()
@@ -4486,7 +4493,7 @@ def test_a_folder_of_another_name_in_the_backups_is_no_time(home: Home, name: st
     assert keep(home, b"new").startswith("2001")
 
 
-def test_a_codebase_that_goes_during_its_sync_is_not_made_again(home: Home, monkeypatch: Any) -> None:
+def test_a_codebase_that_disappears_during_its_sync_is_not_recreated(home: Home, monkeypatch: Any) -> None:
     root = home.make_codebase("shop/api", targets=["cursor"])
     real = orchestra.save_record
 
@@ -4594,7 +4601,7 @@ def test_a_backup_that_is_not_a_file_restores_nothing(home: Home, kind: str) -> 
 
 
 @pytest.mark.parametrize("others", [{".clinerules": "rules"}, {"GEMINI.md": b"a\0b"}])
-def test_a_purge_leaves_what_orchestra_has_nothing_in(home: Home, others: dict[str, Any]) -> None:
+def test_a_purge_skips_files_without_managed_text(home: Home, others: dict[str, Any]) -> None:
     root = home.make_codebase("shop/api", others, targets=["claude", "codex"])
     before = tree(root)
     home.sync()
@@ -4904,7 +4911,7 @@ def test_what_was_edited_between_plan_and_write_is_backed_up(home: Home) -> None
     assert home.backups() == {CLINE: b"saved meanwhile\n"}
 
 
-def test_a_file_that_never_holds_still_is_left_to_its_writer(home: Home) -> None:
+def test_a_file_that_keeps_changing_is_left_to_its_writer(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude"])
     file = root / "CLAUDE.md"
     saves = (functools.partial(file.write_bytes, b"save %d\n" % number) for number in itertools.count())
@@ -5003,7 +5010,7 @@ def test_a_codebase_removed_while_a_sync_waits_is_not_written_again_nor_an_error
     assert (result.files, result.errors, contents(root)) == ((), (), {})
 
 
-def test_a_lock_that_does_not_come_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
+def test_a_lock_that_stays_taken_is_an_error_for_that_codebase(home: Home, monkeypatch: Any) -> None:
     for name in ("api", "web"):
         home.make_codebase(f"shop/{name}")
     take = orchestra.try_lock
