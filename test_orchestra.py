@@ -9360,7 +9360,7 @@ def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
     for word in ("--version", "--help"):
         machine.run_well(sys.executable, SCRIPT, word)
     for argv in ([], ["--uninstall"]):
-        expect_refusal(machine, "belongs to another user", *argv)
+        assert_refused(machine.install("sh", *argv), "belongs to another user")
     assert machine.listing() == {}
 
 
@@ -9616,30 +9616,27 @@ def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[
 # install.sh
 
 every_shell = pytest.mark.parametrize("shell", [name for name in SHELLS if name != "sh"])
+SHA256 = hashlib.sha256(ORCHESTRA_PY).hexdigest()
 
 
-def expect_refusal(machine: Machine, reason: str, *argv: str, shell: str = "sh", **options: Any) -> None:
-    """Check that install.sh says in its last line why not, and changes nothing."""
-    before = machine.listing()
-    done = machine.install(shell, *argv, **options)
+def assert_refused(done: Any, *words: str) -> None:
+    """Show that install.sh said in one line why not."""
     assert (done.returncode, done.stdout) == (2, ""), done
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("install.sh: ") and reason in last, done
-    assert machine.listing() == before
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("install.sh: ")]
+    for word in words:
+        assert word in line
 
 
 @every_shell
 def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, shell: str) -> None:
     machine.move("home of Ann" if shell == "dash" else "h2")
     machine.give_yaml()
-    done = machine.install(shell)
-    assert (done.returncode, done.stderr) == (0, ""), done
-    lines = done.stdout.splitlines()
-    assert lines[0] == "installed ~/.local/bin/orchestra"
-    assert lines[1] == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
+    first, second, *lines = machine.install_well(shell=shell).splitlines()
+    assert first == "installed ~/.local/bin/orchestra"
+    assert second == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
     assert [line for line in lines if line.startswith("next:  orchestra init")]
     assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
-    assert os.path.samefile(orchestra.link_path(machine.path), orchestra.binary_path(machine.path))
+    assert os.path.samefile(machine.link, orchestra.binary_path(machine.path))
     assert sorted(os.listdir(machine.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
     assert_works(machine)
 
@@ -9647,10 +9644,7 @@ def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, s
 @every_shell
 def test_install_sh_from_a_pipe_leaves_a_working_program(machine: Machine, shell: str, server: Any) -> None:
     machine.give_yaml()
-    done = machine.install(
-        shell, url=server[0] + "/", environ={"ORCHESTRA_SHA256": hashlib.sha256(ORCHESTRA_PY).hexdigest()}
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done
+    machine.install_well(shell=shell, url=server[0] + "/", environ={"ORCHESTRA_SHA256": SHA256})
     assert Path(orchestra.installed_script_path(machine.path)).read_bytes() == ORCHESTRA_PY
     assert_works(machine)
 
@@ -9667,12 +9661,11 @@ def test_install_sh_piped_from_curl_as_the_readme_says_fetches_all_it_needs(mach
 def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, server: Any) -> None:
     machine.give_yaml()
     url, folder = server
-    assert machine.install(url=url).returncode == 0
+    machine.install_well(url=url)
     register(machine)
     (folder / "orchestra.py").write_bytes(new_version())
     with machine.daemon() as daemon:
-        done = machine.install(url=url)
-        assert (done.returncode, done.stderr) == (0, ""), done
+        machine.install_well(url=url)
         assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
         assert machine.answers()
         assert machine.orchestra("daemon", "stop").returncode == 0
@@ -9680,60 +9673,72 @@ def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, serv
     assert (machine.code / "CLAUDE.md").exists()
 
 
-@pytest.mark.parametrize("is_upgrade", [False, True])
-def test_a_download_that_is_not_whole_changes_nothing(machine: Machine, server: Any, is_upgrade: bool) -> None:
+DOES_NOT_START = b"1 / 0\n# The last line: install.sh takes no copy without it.\n"
+SIZE = len(ORCHESTRA_PY)
+# All over the script, and in its last line and the one above it.
+CUTS = sorted({0, 1, 20, *(SIZE * part // 8 for part in range(1, 8)), SIZE - 1, SIZE - 2, SIZE - 53, SIZE - 54})
+DOWNLOADS: list[tuple[str, Optional[bytes], dict[str, str], str]] = [
+    ("a page", b"<!DOCTYPE html>\n<title>Sign in\n", {}, "orchestra.py is incomplete, or something else"),
+    ("no start", DOES_NOT_START, {}, "orchestra.py does not start: "),
+    ("none", None, {}, "could not download {url}/orchestra.py"),
+    ("no server", None, {"ORCHESTRA_URL": "http://127.0.0.1:9"}, "could not download http://127.0.0.1:9/orchestra.py"),
+    ("no address", None, {"ORCHESTRA_URL": ""}, "set ORCHESTRA_URL to the address of the folder"),
+    *(
+        (f"checksum {sums[:9]}", ORCHESTRA_PY, {"ORCHESTRA_SHA256": sums}, f"expected SHA-256 {sums}, got {SHA256}")
+        for sums in ("0" * 64, SHA256[:-1], "sha256")
+    ),
+    *((f"cut at {end}", ORCHESTRA_PY[:end], {}, "orchestra.py is incomplete") for end in CUTS),
+]
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_a_download_that_is_not_the_whole_script_changes_nothing(
+    machine: Machine, server: Any, is_installed: bool
+) -> None:
     url, folder = server
-    if is_upgrade:
+    if is_installed:
         machine.give_yaml()
-        assert machine.install(url=url).returncode == 0
-    size = len(ORCHESTRA_PY)
-    # All over the script, and in its last line and the one above it.
-    ends = {0, 1, 20, *(size * number // 8 for number in range(1, 8)), size - 1, size - 2, size - 53, size - 54}
-    cuts = [ORCHESTRA_PY[:end] for end in ((size - 1, size // 2) if is_upgrade else sorted(ends))]
-    for data in (*cuts, b"<!DOCTYPE html>\n<title>Sign in to the network</title>\n"):
-        (folder / "orchestra.py").write_bytes(data)
-        expect_refusal(machine, "orchestra.py is incomplete, or something else", url=url)
+        machine.install_well(url=url)
+    before = machine.listing()
+    for name, script, environ, message in DOWNLOADS:
+        (folder / "orchestra.py").unlink(missing_ok=True)
+        if script is not None:
+            (folder / "orchestra.py").write_bytes(script)
+        where = environ.get("ORCHESTRA_URL", url)
+        assert_refused(machine.install(url=where, environ=environ), message.format(url=url))
+        assert machine.listing() == before, name
 
 
 def check_of_cuts(machine: Machine, ends: Sequence[int]) -> list[int]:
-    """Return the ends at which the script may be cut and still pass install.sh's own check."""
+    """Call install.sh's own check on the script cut at many places; return the cuts that it lets pass."""
     functions = INSTALLER.read_text().rsplit('{ main "$@"; }', 1)[0]
     check = f"{functions}\ncd {shlex.quote(str(machine.folder))}\nORCHESTRA_SHA256=\nwhile read -r end; do\n"
     check += 'head -c "$end" whole >cut\n(check_script cut) 2>/dev/null && echo "$end"\ndone\nexit 0\n'
-    (machine.folder / "whole").write_bytes(ORCHESTRA_PY)
-    script = machine.folder / "check.sh"
-    script.write_text(check)
-    done = subprocess.run(
-        ["sh", script], input="".join(f"{end}\n" for end in ends), capture_output=True, text=True, check=False
+    put_files(machine.folder, {"whole": ORCHESTRA_PY, "check.sh": check})
+    return list(
+        map(int, machine.run_well("sh", machine.folder / "check.sh", input="\n".join(map(str, ends)) + "\n").split())
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    return [int(end) for end in done.stdout.split()]
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(len(ORCHESTRA_PY), marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [200, pytest.param(SIZE, marks=pytest.mark.soak)], ids=["few", "all"])
 def test_no_cut_of_the_scripts_last_bytes_passes_the_check(machine: Machine, count: int) -> None:
-    size = len(ORCHESTRA_PY)
-    assert check_of_cuts(machine, range(size - count, size + 1)) == [size]
+    assert check_of_cuts(machine, range(SIZE - count, SIZE + 1)) == [SIZE]
 
 
 def runs_something(machine: Machine, shell: str, text: bytes) -> bool:
-    """Return whether a part of install.sh does anything; first it looks for a Python."""
-    mark = machine.folder / "ran"
-    python = machine.folder / "tools/python"
+    """Return whether a (part of) install.sh from a pipe does anything: looking for a Python is the first."""
+    mark, python = machine.folder / "ran", machine.tools / "python"
     if not python.exists():
         machine.make_tool("python", f"echo x >{shlex.quote(str(mark))}\nexit 1")
         machine.make_tool("id", "echo 1000")
-    environ = machine.variables(
-        ORCHESTRA_PYTHON=str(python), PATH=str(machine.tools), ORCHESTRA_URL="http://127.0.0.1:9"
-    )
-    subprocess.run(
-        find_shell(shell), input=text, env=environ, cwd=machine.code, capture_output=True, check=False, timeout=20
-    )
+    environ = {"ORCHESTRA_PYTHON": str(python), "PATH": str(machine.tools), "ORCHESTRA_URL": "http://127.0.0.1:9"}
+    pipe: Any = {"input": text, "capture_output": True, "timeout": 20}
+    subprocess.run(find_shell(shell), env=machine.variables(**environ), cwd=machine.code, check=False, **pipe)
     return mark.exists()
 
 
-@pytest.mark.parametrize("step", [211, pytest.param(1, marks=pytest.mark.soak)])
 @every_shell
+@pytest.mark.parametrize("step", [211, pytest.param(1, marks=pytest.mark.soak)])
 def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str, step: int) -> None:
     text = INSTALLER.read_bytes()
     last = 200 if shell == "dash" else 40
@@ -9744,76 +9749,46 @@ def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str, step: i
     assert runs_something(machine, shell, text)
 
 
-def test_install_sh_refuses_a_script_of_another_checksum(machine: Machine, server: Any) -> None:
-    right = hashlib.sha256(ORCHESTRA_PY).hexdigest()
-    for sums in ("0" * 64, right[:-1], "sha256"):
-        environ = {"ORCHESTRA_SHA256": sums}
-        expect_refusal(machine, f"expected SHA-256 {sums}, got {right}", url=server[0], environ=environ)
+OLD_PYTHON = '[ "$1" = --version ] || exit 1\necho Python 3.8.10'
 
 
-def test_install_sh_refuses_a_script_that_does_not_start(machine: Machine, server: Any) -> None:
-    url, folder = server
-    (folder / "orchestra.py").write_bytes(b"1 / 0\n# The last line: install.sh takes no copy without it.\n")
-    done = machine.install(url=url)
-    assert done.returncode == 2
-    assert "orchestra.py does not start: " in done.stderr
+@pytest.mark.parametrize("found", ["none", "Python 3.8.", "a real Python 3.8."])
+def test_install_sh_without_a_python_says_which_it_wants(machine: Machine, found: str) -> None:
+    path = machine.only_tools()
+    if found == "Python 3.8.":
+        machine.make_tool("python3", OLD_PYTHON, "only")
+    elif found != "none":
+        (machine.folder / "only/python3").symlink_to(old_python())
+    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
+    way_out = ". Debian: sudo apt install python3; macOS: brew install python"
+    assert_refused(done, f"needs Python 3.9 or newer (found {found.replace('a real ', '')}", way_out)
     assert machine.listing() == {}
 
 
-def test_install_sh_says_so_when_the_script_is_not_there(machine: Machine, server: Any) -> None:
-    url, folder = server
-    (folder / "orchestra.py").unlink()
-    for address, reason in (
-        (url, f"could not download {url}/orchestra.py"),
-        ("http://127.0.0.1:9", "http://127.0.0.1:9/orchestra.py"),
-        ("", "set ORCHESTRA_URL to the address of the folder"),
-    ):
-        expect_refusal(machine, reason, url=address)
-
-
-def test_install_sh_without_python_says_which_it_wants(machine: Machine) -> None:
-    environ = {"PATH": machine.only_tools(), "ORCHESTRA_PYTHON": None}
-    help_text = "Debian: sudo apt install python3; macOS: brew install python"
-    expect_refusal(machine, f"needs Python 3.9 or newer (found none). {help_text}", environ=environ)
-
-
-@pytest.mark.parametrize("kind", ["real", "stand-in"])
-def test_install_sh_with_only_python_3_8_says_which_it_wants(machine: Machine, kind: str) -> None:
-    path = machine.only_tools()
-    if kind == "real":
-        (machine.folder / "only/python3").symlink_to(old_python())
-    else:
-        machine.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
-    environ = {"PATH": path, "ORCHESTRA_PYTHON": None}
-    expect_refusal(machine, "needs Python 3.9 or newer (found Python 3.8.", environ=environ)
-
-
+@pytest.mark.skipif(sys.version_info >= (3, 15), reason="install.sh looks for names up to python3.14")
 def test_install_sh_takes_a_newer_python_beside_an_old_python3(machine: Machine) -> None:
     machine.give_yaml()
     path = machine.only_tools()
-    machine.make_tool("python3", '[ "$1" = --version ] || exit 1\necho Python 3.8.10', "only")
-    if sys.version_info >= (3, 14):
-        pytest.skip("install.sh looks for names up to python3.13")
+    machine.make_tool("python3", OLD_PYTHON, "only")
     machine.make_tool(PYTHON_XY, f'exec "{BASE_PYTHON}" "$@"', "only")
-    done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
-    assert done.returncode == 0, done
+    assert machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None}).returncode == 0
     assert_works(machine)
 
 
 def test_install_sh_does_not_take_another_python_than_the_one_asked_for(machine: Machine) -> None:
     machine.give_yaml()
-    expect_refusal(machine, "/nowhere/python3", environ={"ORCHESTRA_PYTHON": "/nowhere/python3"})
+    assert_refused(machine.install(environ={"ORCHESTRA_PYTHON": "/nowhere/python3"}), "/nowhere/python3")
 
 
 def test_install_sh_runs_no_program_of_the_current_folder(machine: Machine) -> None:
     machine.give_yaml()
+    ran = machine.folder / "ran"
     for name in ("python3", "uname", "id", "cp", "mktemp", "orchestra"):
-        machine.make_tool(name, f"echo {name} >>{shlex.quote(str(machine.folder / 'ran'))}\nexit 1", "bad")
+        machine.make_tool(name, f"echo {name} >>{shlex.quote(str(ran))}\nexit 1", "bad")
     path = f".::../bad:{machine.tools}:{os.path.dirname(BASE_PYTHON)}:{os.environ['PATH']}:"
     environ = {"PATH": path, "ORCHESTRA_PYTHON": None}
-    done = machine.run_program("/bin/sh", INSTALLER, environ=environ, cwd=machine.folder / "bad")
-    assert (done.returncode, done.stderr) == (0, ""), done
-    assert not (machine.folder / "ran").exists()
+    machine.run_well("/bin/sh", INSTALLER, environ=environ, cwd=machine.folder / "bad")
+    assert not ran.exists()
     assert_works(machine)
 
 
@@ -9832,16 +9807,14 @@ def test_install_sh_never_starts_apples_placeholder(
         (machine.folder / "only/python3").symlink_to(stub)
     machine.make_tool("uname", "echo Darwin")
     machine.make_tool("xcode-select", xcode_select)
-    (machine.folder / "tools/developer/usr/bin").mkdir(parents=True)
-    shutil.copy(stub, machine.folder / "tools/developer/usr/bin/python3")
+    machine.make_tool("python3", f"echo ran >>{ran}\nexit 1", "tools/developer/usr/bin")
     text = INSTALLER.read_text().replace("/usr/bin/python3 ]", f"{stub} ]")
     environ = {"PATH": path, "ORCHESTRA_PYTHON": "python3" if how == "named" else None}
     done = machine.run_program("/bin/sh", "-s", input=text, environ=environ)
-    assert (done.returncode, done.stdout) == (2, "") and "Python 3.9 or newer" in done.stderr.splitlines()[-1]
-    assert ran.exists() == is_run
+    assert_refused(done, "Python 3.9 or newer")
     if not is_run and how != "named":
-        assert "(found Apple's placeholder: xcode-select --install)" in done.stderr
-    assert machine.listing() == {}
+        assert_refused(done, "(found Apple's placeholder: xcode-select --install)")
+    assert (ran.exists(), machine.listing()) == (is_run, {})
 
 
 @pytest.mark.parametrize("has", ["wget", "neither"])
@@ -9850,20 +9823,18 @@ def test_install_sh_downloads_with_wget_where_there_is_no_curl(machine: Machine,
         pytest.skip("no wget here")
     machine.give_yaml()
     before = machine.listing()
-    environ = {"PATH": machine.only_tools(has), "ORCHESTRA_PYTHON": BASE_PYTHON, "ORCHESTRA_URL": server[0]}
-    done = machine.run_program("/bin/sh", input=INSTALLER.read_text(), environ=environ)
+    done = machine.install(url=server[0], environ={"PATH": machine.only_tools(has)})
     if has == "wget":
         assert (done.returncode, done.stderr) == (0, ""), done
         assert_works(machine)
     else:
-        assert done.returncode == 2
-        assert "install.sh: wget is missing: install it first" in done.stderr
+        assert done.returncode == 2 and "install.sh: wget is missing: install it first" in done.stderr
         assert machine.listing() == before
 
 
 @pytest.mark.parametrize("what", ["home", "local"])
 def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(machine: Machine, what: str) -> None:
-    python = python_for_nobody() if ME == 0 else BASE_PYTHON
+    python, as_whom = (python_for_nobody(), AS_NOBODY) if ME == 0 else (BASE_PYTHON, {})
     put_files(machine.folder, {"install.sh": INSTALLER.read_bytes(), "orchestra.py": ORCHESTRA_PY})
     if what == "local":
         machine.give_yaml()
@@ -9875,141 +9846,106 @@ def test_install_sh_into_a_folder_that_cannot_be_written_changes_nothing(machine
     before = machine.listing()
     blocked.chmod(0o555)
     environ = {"ORCHESTRA_PYTHON": python, "PATH": f"{machine.tools}:{SHORT_PATH}"}
-    as_whom = AS_NOBODY if ME == 0 else {}
     done = machine.run_program("/bin/sh", machine.folder / "install.sh", environ=environ, **as_whom)
     blocked.chmod(0o755)
     assert (done.returncode, done.stdout) == (2, ""), done
     assert re.search(r"could not |not a folder that you can write to$", done.stderr.splitlines()[-1])
-    assert "Traceback" not in done.stderr
-    assert machine.listing() == before
+    assert "Traceback" not in done.stderr and machine.listing() == before
 
 
-@pytest.mark.parametrize("kind", ["file", "link", "folder"])
-def test_install_sh_leaves_another_programs_file_alone(machine: Machine, kind: str) -> None:
-    link = Path(orchestra.link_path(machine.path))
-    link.parent.mkdir(parents=True)
-    if kind == "file":
-        link.write_text("another orchestra")
-    elif kind == "link":
-        link.symlink_to("/opt/another")
-    else:
-        link.mkdir()
+@pytest.mark.parametrize("other", ["another orchestra", link_to("/opt/another"), None], ids=["file", "link", "folder"])
+def test_install_sh_leaves_another_programs_file_alone(machine: Machine, other: Any) -> None:
+    put_files(machine.link.parent, {machine.link.name: other})
     before = machine.listing()
     done = machine.install()
-    assert done.returncode == 2
-    assert "exists, and is not Orchestra's link" in done.stderr
+    assert done.returncode == 2 and "exists, and is not Orchestra's link" in done.stderr
     assert machine.listing() == before
-    assert machine.install("sh", "--uninstall").returncode == 0
+    machine.install_well("--uninstall")
     assert machine.listing() == before
 
 
 @every_shell
 def test_uninstalling_leaves_the_registry_and_the_backups(machine: Machine, shell: str) -> None:
     machine.give_yaml()
-    assert machine.install(shell).returncode == 0
+    machine.install_well(shell=shell)
     (machine.code / "CLAUDE.md").write_text("by hand\n")
     assert_works(machine)
     put_files(machine.home / ".orchestra", {"backups/demo/code/x": "", "run/x": ""})
     with machine.daemon() as daemon:
-        done = machine.install(shell, "--uninstall")
-        assert (done.returncode, done.stderr) == (0, ""), done
+        assert machine.install_well("--uninstall", shell=shell).endswith("\nuninstalled\n")
         assert daemon.wait(20) == 0
-    assert done.stdout.splitlines()[-1] == "uninstalled"
     assert sorted(os.listdir(machine.home / ".orchestra")) == ["backups", "hashes", "projects"]
-    assert not os.path.lexists(orchestra.link_path(machine.path))
-    assert (machine.code / "CLAUDE.md").exists()
+    assert not os.path.lexists(machine.link) and (machine.code / "CLAUDE.md").exists()
 
 
-def test_uninstalling_clears_up_after_a_killed_sync(machine: Machine) -> None:
+def test_uninstalling_cleans_up_after_a_killed_sync(machine: Machine) -> None:
     machine.give_yaml()
-    assert machine.install().returncode == 0
+    machine.install_well()
     assert_works(machine)
-    left = leave_a_temporary(machine)
-    put_broken_file(machine)
+    codebase = orchestra.load_codebase(machine.path, "demo", "code")
+    with pytest.raises(KeyboardInterrupt), orchestra.CodebaseTurn(machine.path, codebase, time.time) as turn:
+        left = machine.code / turn.new_temporary("CLAUDE.md")
+        left.write_text("half")
+        raise KeyboardInterrupt
+    put_files(Path(orchestra.projects_root(machine.path)), {"demo/broken.yaml": "["})
     done = machine.install("sh", "--uninstall")
-    assert done.returncode == 0
-    assert not left.exists()
+    assert done.returncode == 0 and not left.exists()
     # What cannot be read may have left something too, and that stays known.
     assert "orchestra: ~/.orchestra/projects/demo/broken.yaml" in done.stderr
     assert f"kept: {machine.path}/.orchestra/run (needed to clean up after killed syncs)" in done.stdout
     assert sorted(os.listdir(machine.home / ".orchestra")) == ["hashes", "projects", "run"]
 
 
-def leave_a_temporary(machine: Machine) -> Path:
-    """Leave what a sync does that was killed while it wrote a file."""
-    codebase = orchestra.load_codebase(machine.path, "demo", "code")
-    with pytest.raises(KeyboardInterrupt), orchestra.CodebaseTurn(machine.path, codebase, time.time) as lock:
-        left = machine.code / lock.new_temporary("CLAUDE.md")
-        left.write_text("half")
-        raise KeyboardInterrupt
-    return left
-
-
-def put_broken_file(machine: Machine) -> None:
-    Path(orchestra.codebase_path(machine.path, ("demo", "broken"))).write_text("[")
-
-
-def test_one_codebase_that_cannot_be_cleared_up_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
+def test_one_codebase_that_cannot_be_cleaned_up_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
     for name in ("shop/a", "shop/b", "shop/c"):
         home.make_codebase(name)
-    home.run_fine("sync", "--all")
-    cleared = []
+    home.sync()
+    cleaned = []
 
-    def clear_up(path: str, codebase: orchestra.Codebase) -> None:
-        cleared.append(codebase.name)
+    def clean_up(path: str, codebase: orchestra.Codebase) -> None:
+        cleaned.append(codebase.name)
         if codebase.name == "b":
             raise orchestra.SyncError("it is in use", "wait")
 
-    monkeypatch.setattr(orchestra, "clean_up_codebase", clear_up)
+    monkeypatch.setattr(orchestra, "clean_up_codebase", clean_up)
     ran = home.run("self-uninstall")
     assert (ran.status, ran.err) == (2, "orchestra: it is in use\n  try: wait\n")
-    assert cleared == ["a", "b", "c"]
+    assert cleaned == ["a", "b", "c"]
 
 
-def test_clearing_up_where_nothing_was_synced_makes_nothing_and_fetches_nothing(
-    machine: Machine, bare_python: str
-) -> None:
-    assert machine.run_program(bare_python, SCRIPT, "self-uninstall").returncode == 0
-    assert machine.listing() == {}
+def test_cleaning_up_where_nothing_was_synced_fetches_nothing(machine: Machine, bare_python: str) -> None:
     os.makedirs(orchestra.run_dir(machine.path))
-    done = machine.run_program(bare_python, SCRIPT, "self-uninstall")
-    assert (done.returncode, done.stderr) == (0, "")
+    machine.run_well(bare_python, SCRIPT, "self-uninstall")
     assert left_of_pyyaml(machine) == []
 
 
-@pytest.mark.parametrize("files", [{}, {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"}])
-def test_uninstalling_what_is_not_there_is_fine(machine: Machine, files: dict[str, Any]) -> None:
-    put_files(machine.home / ".orchestra", files)
-    done = machine.install("sh", "--uninstall")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "uninstalled\n", "")
-    assert machine.listing() == {}
-
-
 def test_what_finder_leaves_does_not_keep_folders(machine: Machine) -> None:
-    put_files(machine.home / ".orchestra", {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
-    done = machine.install("sh", "--uninstall")
-    assert done.stdout == f"kept: {machine.path}/.orchestra/projects (the registry)\nuninstalled\n"
-    assert (machine.home / ".orchestra/projects/a/b.yaml").exists()
+    root = machine.home / ".orchestra"
+    put_files(root, {".DS_Store": "x", "projects/.DS_Store": "x", "backups/.DS_Store": "x"})
+    for _ in range(2):  # what is not there can be uninstalled too
+        assert machine.install_well("--uninstall") == "uninstalled\n"
+        assert machine.listing() == {}
+    put_files(root, {".DS_Store": "x", "projects/a/b.yaml": "x", "projects/.DS_Store": "x"})
+    assert machine.install_well("--uninstall") == f"kept: {root}/projects (the registry)\nuninstalled\n"
+    assert (root / "projects/a/b.yaml").exists()
 
 
 def test_uninstalling_works_when_the_python_is_gone(machine: Machine) -> None:
     machine.give_yaml()
-    python = machine.folder / "gone"
-    python.symlink_to(BASE_PYTHON)
-    orchestra.Installer(machine.path).install_program(str(python), str(SCRIPT))
-    python.unlink()
-    done = machine.install("sh", "--uninstall")
-    assert done.returncode == 0, done
+    machine.install_program("gone")
+    (machine.folder / "gone/python").unlink()
+    assert machine.install("sh", "--uninstall").returncode == 0
     assert not os.path.exists(machine.home / ".orchestra")
 
 
 @every_shell
 def test_install_sh_refuses_what_it_does_not_know(machine: Machine, shell: str) -> None:
     for word in ("--help-me", "uninstall", "-x"):
-        expect_refusal(machine, f"{word}: unknown argument; the only one is --uninstall", word, shell=shell)
+        assert_refused(machine.install(shell, word), f"{word}: unknown argument; the only one is --uninstall")
     for home in (None, "here"):
-        reason = f"HOME: expected an absolute path, got '{home or ''}'"
-        expect_refusal(machine, reason, shell=shell, environ={"HOME": home})
+        done = machine.install(shell, environ={"HOME": home})
+        assert_refused(done, f"HOME: expected an absolute path, got '{home or ''}'")
+    assert machine.listing() == {}
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
@@ -10024,8 +9960,7 @@ def test_install_sh_has_launchd_run_the_daemon_on_macos(machine: Machine) -> Non
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck here")
 def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
-    done = machine.run_program("shellcheck", INSTALLER)
-    assert (done.returncode, done.stdout) == (0, "")
+    machine.run_well("shellcheck", INSTALLER)
 
 
 # ── 25 Registering ────────────────────────────────────────────────────────────
