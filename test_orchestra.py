@@ -4198,6 +4198,15 @@ def test_a_folder_linked_within_the_codebase_is_fine(home: Home) -> None:
     assert home.sync().lines == []
 
 
+def test_one_file_under_two_managed_paths_is_written_once(home: Home) -> None:
+    files = {".windsurf/rules": None, ".clinerules": link_to(".windsurf/rules")}
+    home.make_codebase("shop/api", files, targets=["windsurf", "cline"])
+    ran = home.sync()
+    assert ran.lines == ["create   shop/api .windsurf/rules/orchestra.md"]
+    assert f"{CLINE}: skipped: it is .windsurf/rules/orchestra.md by another name" in ran.err
+    assert (home.status_of(), home.sync().lines) == ("current", [])
+
+
 def test_a_codebase_reached_through_a_link_is_fine(home: Home) -> None:
     root = home.make_codebase("shop/real")
     os.unlink(orchestra.codebase_path(home.path, ("shop", "real")))
