@@ -566,15 +566,12 @@ class Home:
     def status(self) -> Any:
         return orchestra.send_request(self.path, {"cmd": "status"}, 60)
 
-    def served_by(self) -> int:
+    def answers(self) -> int:
         """Return the process that answers on the socket, 0 for none."""
         try:
             return int(self.status()["pid"])
         except orchestra.DaemonError:
             return 0
-
-    def answers(self) -> bool:
-        return self.served_by() != 0
 
     def said(self) -> str:
         return (self.folder / "said").read_text()
@@ -2696,10 +2693,7 @@ def test_the_targets_are_the_agents_in_use(home: Home, files: Any, targets: tupl
     ("files", "commands"),
     [
         ({}, {}),
-        (
-            package(scripts={"build": "tsc", "test": "jest", "odd": "x"}),
-            {"build": "npm run build", "test": "npm test"},
-        ),
+        (package(scripts={"build": "tsc", "test": "jest", "odd": "x"}), {"build": "npm run build", "test": "npm test"}),
         ({**package(scripts={"lint": "x"}), "yarn.lock": ""}, {"lint": "yarn run lint"}),
         ({**package(scripts={"lint": "x"}), "pnpm-lock.yaml": ""}, {"lint": "pnpm run lint"}),
         (package(scripts={"build": 1}), {}),
@@ -8339,10 +8333,10 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
     first = live.start_daemon()
     shutil.rmtree(orchestra.run_dir(live.path))
     second = live.start_daemon(wait=False)
-    wait_until(lambda: live.served_by() == second.pid)
+    wait_until(lambda: live.answers() == second.pid)
     first.send_signal(signal.SIGTERM)
     assert first.wait(30) == 0
-    assert live.served_by() == second.pid
+    assert live.answers() == second.pid
     live.stop(second)
 
 
@@ -12685,38 +12679,31 @@ def mutate(dice: random.Random, data: bytes, tokens: Sequence[bytes], others: Se
     """Flip, delete, insert, repeat and splice some pieces."""
     for _ in range(dice.choice((1, 1, 2, 3, 5, 10, 30))):
         start = dice.randint(0, len(data))
-        end = min(len(data), start + dice.choice((0, 0, 1, 1, 2, 5, 20, 100)))
-        data = data[:start] + mutated_piece(dice, data[start:end], tokens, others) + data[end:]
+        piece = data[start : start + dice.choice((0, 0, 1, 1, 2, 5, 20, 100))]
+        end = start + len(piece)
+        other = dice.choice(others)
+        other = other[dice.randint(0, len(other)) :]
+        pieces = (
+            b"",
+            bytes(byte ^ 1 << dice.randrange(8) for byte in piece),
+            bytes(dice.choices(range(256), k=dice.randint(1, 4))),
+            dice.choice(tokens),
+            dice.choice(tokens) + piece + dice.choice(tokens),
+            piece * dice.choice((2, 3, 10, 100)),
+            (dice.choice(tokens)[:100] * dice.choice((1, 1, 1, 2, 50, 3000)))[:MOST_BYTES],
+            other[: dice.choice((5, 50, 500))],
+        )
+        data = data[:start] + dice.choice(pieces) + data[end:]
     return data[:MOST_BYTES]
-
-
-def mutated_piece(dice: random.Random, piece: bytes, tokens: Sequence[bytes], others: Sequence[bytes]) -> bytes:
-    other = dice.choice(others)
-    start = dice.randint(0, len(other))
-    pieces = (
-        b"",
-        bytes(byte ^ 1 << dice.randrange(8) for byte in piece),
-        bytes(dice.choices(range(256), k=dice.randint(1, 4))),
-        dice.choice(tokens),
-        dice.choice(tokens) + piece + dice.choice(tokens),
-        piece * dice.choice((2, 3, 10, 100)),
-        (dice.choice(tokens)[:100] * dice.choice((1, 1, 1, 2, 50, 3000)))[:MOST_BYTES],
-        other[start : start + dice.choice((5, 50, 500))],
-    )
-    return dice.choice(pieces)
-
-
-def peak_memory() -> int:
-    """Return the most bytes this process has had in memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if IS_LINUX else 1)
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fail where the inputs of a test take too much memory."""
-    before = peak_memory()
+    """Check that the inputs of a test take little memory: the process's peak hardly grows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert peak_memory() - before < MOST_MEMORY
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown * (1024 if IS_LINUX else 1) < MOST_MEMORY
 
 
 ODD_CHARACTERS = (
@@ -12872,12 +12859,6 @@ def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> Non
             assert orchestra.find_block(head + text + b"\n\nmine\n") == slice(len(head), len(head) + len(text))
 
 
-def check_problems(problems: Iterable[orchestra.Problem]) -> None:
-    for problem in problems:
-        assert str(problem).isprintable(), problem
-        assert re.match(r"~/\.orchestra/projects/.+?:\d+: .", str(problem)), problem
-
-
 def check_save(home: str, codebase: orchestra.Codebase) -> orchestra.Codebase:
     orchestra.save_codebase(home, codebase)
     again, problems = orchestra.read_codebase(home, codebase.key)
@@ -12923,7 +12904,9 @@ def check_registry(home: str, dice: random.Random) -> bool:
     started = time.process_time()
     registry = orchestra.load_registry(home)
     assert ("blog", "fine") in registry.codebases
-    check_problems(registry.problems)
+    for problem in registry.problems:
+        assert str(problem).isprintable(), problem
+        assert re.match(r"~/\.orchestra/projects/.+?:\d+: .", str(problem)), problem
     for codebase in registry.codebases.values():
         check_text_for_agents(codebase, dice.random() < 0.5)
     assert time.process_time() - started < MOST_SECONDS
@@ -13861,17 +13844,13 @@ def file_system(folder: str) -> str:
     return kind if kind != "ext4" or has_journal else "ext4 without a journal"
 
 
-def cpu_of_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
     """Run a program that must succeed; its output is thrown away."""
-    cpu, started = cpu_of_children(), time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     nothing: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     subprocess.run(argv, env=environ, check=True, **nothing)
-    return Cost(time.perf_counter() - started, cpu_of_children() - cpu)
+    took, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return Cost(took, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
 
 
 class Bench(Machine):
