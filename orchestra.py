@@ -3054,9 +3054,12 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
             return []
 
 
+REGISTRY_FILE = re.compile(r"(?is)[^.#].*\.ya?ml")  # and not ignored
+
+
 def is_registry_file(name: str) -> bool:
     """Return whether a name is that of a YAML file, .yml and .YAML included."""
-    return name[-5:].lower().endswith((".yaml", ".yml")) and not is_ignored(name)
+    return REGISTRY_FILE.fullmatch(name) is not None
 
 
 class RegistryScan:
@@ -3093,27 +3096,28 @@ class RegistryScan:
 
     def _scan_project(self, folder: os.DirEntry[str]) -> None:
         entries = self._list(folder.path)
-        found = [key for entry in entries for key in self._keys_of(folder.name, entry)]
+        found = [*self._find_keys(folder.name, entries)]
         self.keys += found
         if not found and any(entry.name == "project.yaml" for entry in entries):
             self.stray += read_project(self.home, folder.name)[1]
 
-    def _keys_of(self, project: str, entry: os.DirEntry[str]) -> Iterator[Key]:
-        stem, suffix = os.path.splitext(entry.name)
-        if suffix == ".yaml":
-            try:
-                check_name("project", project)
-                if stem != "project":
-                    check_name("codebase", stem)
-                    yield (project, stem)
-            except RegistryError as error:
-                self._reject(entry, str(error), error.hint)
-        elif is_registry_file(entry.name):
-            self._reject(entry, f"ignored: rename it to {stem}.yaml")
-        else:
-            with self._reject_unreadable(entry):
-                if entry.is_dir() and any(is_registry_file(inner.name) for inner in self._list(entry.path)):
-                    self._reject(entry, "ignored: YAML files belong right in the project's folder")
+    def _find_keys(self, project: str, entries: Iterable[os.DirEntry[str]]) -> Iterator[Key]:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix == ".yaml":
+                try:
+                    check_name("project", project)
+                    if stem != "project":
+                        check_name("codebase", stem)
+                        yield (project, stem)
+                except RegistryError as error:
+                    self._reject(entry, str(error), error.hint)
+            elif is_registry_file(entry.name):
+                self._reject(entry, f"ignored: rename it to {stem}.yaml")
+            else:
+                with self._reject_unreadable(entry):
+                    if entry.is_dir() and any(is_registry_file(e.name) for e in self._list(entry.path)):
+                        self._reject(entry, "ignored: YAML files belong right in the project's folder")
 
 
 # Loading
