@@ -133,6 +133,7 @@ BEGIN, END = orchestra.BLOCK_BEGIN.encode(), orchestra.BLOCK_END.encode()
 CLINE, COPILOT = ".clinerules/orchestra.md", ".github/copilot-instructions.md"
 CURSOR = ".cursor/rules/orchestra.mdc"
 DEAD = 2**22 + 1  # no process has such a number: proc(5), pid_max
+KILLED = "killed"
 
 
 # Files
@@ -193,11 +194,9 @@ def look_at(path: str) -> Seen:
         return Seen("folder", mode)
     if stat.S_ISLNK(info.st_mode):
         return Seen("link", mode, os.readlink(path).encode(), *age)
-    return (
-        Seen("file", mode, Path(path).read_bytes(), *age)
-        if stat.S_ISREG(info.st_mode)
-        else Seen("special", mode, b"", *age)
-    )
+    if stat.S_ISREG(info.st_mode):
+        return Seen("file", mode, Path(path).read_bytes(), *age)
+    return Seen("special", mode, b"", *age)
 
 
 def take_picture(top: Any) -> dict[str, Seen]:
@@ -334,17 +333,59 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ran:
     return Ran(process.returncode, out, err)
 
 
-def in_child(work: Callable[[], Ran]) -> Ran:
+class Child:
+    """Work in a forked process; what it returns comes back as JSON."""
+
+    def __init__(self, work: Callable[[Callable[[], bool]], Any]) -> None:
+        self.reader, writer = os.pipe()
+        self.is_over, self.end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            gc.disable()  # it would touch, and so copy, all of the parent's memory
+            try:
+                result = [work(lambda: bool(select.select([self.is_over], [], [], 0)[0]) or os.getppid() == 1), ""]
+            except BaseException:
+                result = [None, traceback.format_exc()]
+            with open(writer, "wb") as pipe:
+                pipe.write(json.dumps(result).encode())
+            os._exit(0)
+        os.close(writer)
+
+    def stop(self) -> Any:
+        """Tell the work that it is over, and wait for its result."""
+        os.write(self.end, b"x")
+        return self.wait()
+
+    def wait(self) -> Any:
+        """Return what the work returned, as JSON has it, or KILLED."""
+        with open(self.reader, "rb") as pipe:
+            report = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.is_over)
+        os.close(self.end)
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            return KILLED
+        result, failure = json.loads(report)
+        assert not failure, failure
+        return result
+
+
+def run_in_child(work: Callable[[], Any]) -> Any:
+    return Child(lambda is_over: work()).wait()
+
+
+def run_as_nobody(work: Callable[[], Any]) -> Any:
     """Call `work` in a child process that has given up being root."""
     orchestra._find_rename()  # imports what the child may not be able to read
 
-    def work_as_nobody() -> Ran:
+    def work_as_nobody() -> Any:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
         return work()
 
-    return Ran(*run_in_child(work_as_nobody))
+    return run_in_child(work_as_nobody)
 
 
 def memory_of(pid: int) -> int:
@@ -504,7 +545,7 @@ class Home:
         for parent, folders, files in os.walk(self.folder):
             for path in (parent, *(os.path.join(parent, name) for name in (*folders, *files))):
                 os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
-        return in_child(lambda: self.run(*argv))
+        return Ran(*run_as_nobody(lambda: self.run(*argv)))
 
     def sync(self, *argv: str) -> Ran:
         return self.run_fine("sync", *(argv or ("--all",)))
@@ -1080,12 +1121,11 @@ class OldFile:
         for folder in (home.folder, home.code):
             folder.chmod(0o777)
 
-        def replace() -> Ran:
+        def replace() -> None:
             with orchestra.Lock(str(home.code / "lock")) as self.lock:
                 self.replace()
-            return Ran(0, "", "")
 
-        assert in_child(replace).err == ""
+        run_as_nobody(replace)
 
 
 @pytest.fixture
@@ -1287,7 +1327,7 @@ def test_another_users_file_is_not_taken_from_him(home: Home) -> None:
     path = home.code / "shop/api/CLAUDE.md"
     os.chown(path, 12345, NOBODY)
     path.chmod(0o664)
-    ran = in_child(lambda: home.run("sync", "--all"))
+    ran = Ran(*run_as_nobody(lambda: home.run("sync", "--all")))
     assert "the file belongs to user 12345: chown it" in ran.err
     assert (ran.status, ran.out.splitlines()[0]) == (2, "create   shop/api AGENTS.md")
     info = path.stat()
@@ -7279,16 +7319,13 @@ def test_another_user_gets_nothing(served: Home, is_open: bool) -> None:
             path.chmod(0o755)
         os.chmod(served.socket, 0o666)
 
-    def ask_as_nobody() -> str:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    def ask() -> str:
         try:
             return served.talk(STATUS + b"\n").decode() or "nothing"
         except OSError as error:
             return errno.errorcode[error.errno or 0]
 
-    said = run_in_child(ask_as_nobody)
+    said = run_as_nobody(ask)
     assert said in (["nothing", "ECONNRESET", "EPIPE", "ENOTCONN"] if is_open else ["EACCES"])
     assert served.answers()
 
@@ -10413,51 +10450,7 @@ def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) 
 # on the disk, then after its second, and so on until a child survives; then with each
 # of the operations failing instead. strace shows that the rig misses no operation.
 
-# The rig: children, and what happens to them or beside them at a chosen instant
-
-KILLED = "killed"
-
-
-class Child:
-    """Work in a forked process; what it returns comes back as JSON."""
-
-    def __init__(self, work: Callable[[Callable[[], bool]], Any]) -> None:
-        self.reader, writer = os.pipe()
-        self.is_over, self.end = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            gc.disable()  # it would touch, and so copy, all of the parent's memory
-            try:
-                result = [work(lambda: bool(select.select([self.is_over], [], [], 0)[0]) or os.getppid() == 1), ""]
-            except BaseException:
-                result = [None, traceback.format_exc()]
-            with open(writer, "wb") as pipe:
-                pipe.write(json.dumps(result).encode())
-            os._exit(0)
-        os.close(writer)
-
-    def stop(self) -> Any:
-        """Tell the work that it is over, and wait for its result."""
-        os.write(self.end, b"x")
-        return self.wait()
-
-    def wait(self) -> Any:
-        """Return what the work returned, as JSON has it, or KILLED."""
-        with open(self.reader, "rb") as pipe:
-            report = pipe.read()
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.is_over)
-        os.close(self.end)
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            return KILLED
-        result, failure = json.loads(report)
-        assert not failure, failure
-        return result
-
-
-def run_in_child(work: Callable[[], Any]) -> Any:
-    return Child(lambda is_over: work()).wait()
+# The rig: what happens to a child, or beside it, at a chosen instant
 
 
 def kill_now() -> None:
