@@ -7435,19 +7435,19 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Home, monkeypatch
 
 def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     live.save()
-    processor = orchestra.Worker(live.path, orchestra.RegistryCache.load(live.path), lambda: None)
-    run_job, calls = orchestra.run_job, []
+    damaged = orchestra.RegistryCache.load(live.path)
+    worker = orchestra.Worker(live.path, damaged, lambda: None)
+    run_job = orchestra.run_job
 
-    def fail_once(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return run_job(*arguments) if len(calls) > 1 else {}["bug"]
+    def fail_if_damaged(home: str, cache: orchestra.RegistryCache, job: orchestra.SyncJob) -> Any:
+        return {}["bug"] if cache is damaged else run_job(home, cache, job)
 
-    monkeypatch.setattr(orchestra, "run_job", fail_once)
-    processor.start()
-    processor.submit(orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([orchestra.EVERYTHING])))
-    wait_until(lambda: processor.outcomes)
-    processor.finish()
-    assert "KeyError" in processor.outcomes[0].bug and processor.outcomes[0].summary is not None
+    monkeypatch.setattr(orchestra, "run_job", fail_if_damaged)
+    worker.start()
+    worker.submit(orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([orchestra.EVERYTHING])))
+    wait_until(lambda: worker.outcomes)
+    worker.finish()
+    assert "KeyError" in worker.outcomes[0].bug and worker.outcomes[0].summary is not None
     assert live.has("first")
 
 
