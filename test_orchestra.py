@@ -10044,9 +10044,8 @@ def test_init_of_another_folder_under_a_taken_name_says_how(home: Home) -> None:
         (home.code / name).mkdir(parents=True)
     home.run_fine("init", str(home.code / "a/api"), "-p", "shop")
     ran = home.run("init", str(home.code / "b/api"), "-p", "shop")
-    assert (
-        ran.status == 2 and "shop/api already exists, for the folder " in ran.err and "--name ANOTHER_NAME" in ran.err
-    )
+    said = f"shop/api already exists, for the folder {home.code}/a/api\n  try: orchestra init {home.code}/b/api -p shop"
+    assert (ran.status, ran.err) == (2, f"orchestra: {said} --name ANOTHER_NAME\n")
     home.run_fine("init", str(home.code / "b/api"), "-p", "shop", "--name", "api2")
     assert home.registry().keys == [("shop", "api"), ("shop", "api2")]
 
@@ -10056,9 +10055,7 @@ def test_init_of_a_folder_registered_under_another_name_is_refused(home: Home) -
     (home.code / "link").symlink_to(root)
     for path in (root, home.code / "link"):
         ran = home.run("init", str(path), "-p", "blog", "--name", "other")
-        assert ran.status == 2 and ran.complaints == [
-            f"orchestra: {path}: this folder is already registered as shop/api"
-        ]
+        assert ran.complaints == [f"orchestra: {path}: this folder is already registered as shop/api"]
     assert home.registry().keys == [("shop", "api")]
 
 
@@ -10117,22 +10114,10 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     monkeypatch.chdir(home.code)
     home.run_fine("project", "add", "api", "-t", "ml")
     home.run_fine("project", "add", "all", "-p", "shop", "--path", str(home.code))
-    assert json.loads(home.run_fine("project", "list", "--json").out) == [
-        {
-            "project": "api",
-            "codebase": "api",
-            "path": f"{home.code}/api",
-            "project_types": ["ml"],
-            "targets": ["claude", "codex"],
-        },
-        {
-            "project": "shop",
-            "codebase": "all",
-            "path": str(home.code),
-            "project_types": ["backend"],
-            "targets": ["claude", "codex"],
-        },
-    ]
+    rows = [("api", "api", f"{home.code}/api", ["ml"]), ("shop", "all", str(home.code), ["backend"])]
+    names = ("project", "codebase", "path", "project_types", "targets")
+    entries = [dict(zip(names, (*row, ["claude", "codex"]))) for row in rows]
+    assert json.loads(home.run_fine("project", "list", "--json").out) == entries
     assert home.run("project", "add", "nowhere").status == 2
 
 
@@ -10328,22 +10313,24 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
 # ── 27 Command line ───────────────────────────────────────────────────────────
 
 
-def test_a_bug_keeps_its_traceback_and_is_not_taken_for_out_of_date(home: Home, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError(), "ZeroDivisionError"),  # a bug keeps its traceback, and is not taken for out of date
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/place"),
+            "\\Aorchestra: /a/place: permission denied\n\\Z",
+        ),
+    ],
+)
+def test_an_error_that_nobody_caught_is_exit_status_2(home: Home, monkeypatch: Any, error: Any, said: str) -> None:
     def fail(home: str) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr(orchestra, "load_registry", fail)
     ran = home.run("sync", "--all", "--check")
-    assert ran.status == 2 and "ZeroDivisionError" in ran.err
-
-
-def test_a_system_error_that_nobody_caught_is_one_line(home: Home, monkeypatch: Any) -> None:
-    def fail(home: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", "/a/place")
-
-    monkeypatch.setattr(orchestra, "load_registry", fail)
-    ran = home.run("sync", "--all")
-    assert (ran.status, ran.err) == (2, "orchestra: /a/place: permission denied\n")
+    assert ran.status == 2 and re.search(said, ran.err)
+    assert ("Traceback" in ran.err) == isinstance(error, ZeroDivisionError)
 
 
 @pytest.mark.parametrize(
@@ -10396,31 +10383,30 @@ def test_a_reader_that_has_gone_is_no_traceback(home: Home, argv: list[str]) -> 
     assert finish(process).err == ""
 
 
+def run_in_shell(home: Home, command: str, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command whose first words are Python and the script."""
+    variables = {**os.environ, "HOME": home.path, **environ}
+    shell = ["/bin/sh", "-c", command, sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(shell, cwd=home.code, env=variables, capture_output=True, text=True, check=False)
+
+
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@needs_dev_full
 @pytest.mark.parametrize("argv", ["project list", "--help", "--version"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
 def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: str, unbuffered: str, argv: str) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
     home.make_codebase()
-    command = f'exec "$0" "$1" {argv} {redirection}'
-    process = subprocess.run(
-        ["/bin/sh", "-c", command, sys.executable, str(SCRIPT)],
-        env={**os.environ, "HOME": home.path, "PYTHONUNBUFFERED": unbuffered},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in process.stderr
-    assert (process.returncode, process.stderr.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
+    done = run_in_shell(home, f'exec "$0" "$1" {argv} {redirection}', PYTHONUNBUFFERED=unbuffered)
+    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
 
 
+@needs_dev_full
 def test_errors_that_nobody_takes_still_show_in_the_exit_status(home: Home) -> None:
-    if not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full")
-    command = 'exec "$0" "$1" sync nope 2>/dev/full'
-    environ = {**os.environ, "HOME": home.path}
-    assert subprocess.call(["/bin/sh", "-c", command, sys.executable, str(SCRIPT)], env=environ) == 2
+    assert run_in_shell(home, 'exec "$0" "$1" sync nope 2>/dev/full').returncode == 2
 
 
 def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
@@ -10430,18 +10416,8 @@ def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
 
 @pytest.mark.parametrize("argv", [["sync"], ["init", ".", "-p", "shop"], ["project", "add", "x"]])
 def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) -> None:
-    gone = home.code / "gone"
-    gone.mkdir()
-    script = "import os, sys; os.rmdir(os.getcwd()); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    process = subprocess.run(
-        [sys.executable, "-c", script, str(SCRIPT), *argv],
-        cwd=gone,
-        env={**os.environ, "HOME": home.path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 2 and "Traceback" not in process.stderr
+    done = run_in_shell(home, 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$@"', *argv)
+    assert (done.returncode, done.stderr.splitlines()[-1][:11]) == (2, "orchestra: ") and "Traceback" not in done.stderr
 
 
 # ── Every step interrupted ────────────────────────────────────────────────────
