@@ -4358,6 +4358,14 @@ def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
     assert other.backups() == edits
 
 
+def test_a_block_that_another_machine_appended_is_taken_out_with_its_blank_line(home: Home) -> None:
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"])
+    other = other_home(home, targets=["codex"])
+    assert other.sync("--all").lines == []
+    other.run_fine("project", "remove", "api", "--purge")
+    assert contents(root) == {"AGENTS.md": b"mine\n"}
+
+
 def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     os.unlink(orchestra.codebase_path(home.path, ("shop", "api")))
