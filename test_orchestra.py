@@ -4840,6 +4840,15 @@ def test_what_could_not_be_written_is_still_recorded(home: Home) -> None:
     assert home.sync().lines == ["remove   shop/api GEMINI.md"]
 
 
+def test_what_could_not_be_removed_stays_recorded(home: Home) -> None:
+    root = home.make_synced("shop/api", targets=["claude", "cursor"])
+    home.register("shop/api", targets=["claude"])
+    (root / ".cursor/rules").chmod(0o555)
+    assert home.run_as_nobody("sync", "--all").status == 2
+    (root / ".cursor/rules").chmod(0o755)
+    assert home.run_as_nobody("sync", "--all").lines == [f"remove   shop/api {CURSOR}"]
+
+
 def test_a_read_only_file_in_a_writable_folder_is_still_replaced(home: Home) -> None:
     root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n"})
     (root / "CLAUDE.md").chmod(0o444)
