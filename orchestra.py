@@ -3,28 +3,29 @@
 # requires-python = ">=3.9"
 # dependencies = ["PyYAML>=6"]
 # ///
-"""Keep every AI coding agent's instruction file in step with one registry of your codebases.
+"""Keep AI coding agents' instruction files in sync, from one registry.
 
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 11)
         ▼
     Codebase ── rendered (13) ──► the text each agent should see
-                                 │  compared with the disk and with what was written last (14, 15)
+                                 │  compared with the disk and the last sync (14, 15)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (17, by way of 5 to 7)
+                                 ▼  backed up, then replaced in one step (17, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon:  a YAML file is saved ─► event ─► what changed ─► debounced (19) ─► job (22) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (19)
+                ─► job (22) ─► Plan, as above
 
 Contents
   I Ground
-     1 Errors             what the user can put right: one family of exceptions, one kind of problem
+     1 Errors             what the user can put right: exceptions and problems
      2 Places             every path below the home folder
      3 Files              reading, naming and writing files; who else has them open
      4 Locks              one process at a time, and a note of what it is doing
-     5 Replacing          replacing a user's file in six steps, none of which loses a save
+     5 Replacing          replacing a user's file in six steps that lose no save
      6 Backups            what was replaced is kept, and thinned out
      7 Turns              a lock on a user's files, and what a killed holder left
 
@@ -38,13 +39,13 @@ Contents
   III Sync
     13 Text               what agents read, rendered from a codebase
     14 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    15 Records            what was last written into a codebase, which proves that it is Orchestra's
+    15 Records            what was last written, which proves that it is Orchestra's
     16 Plan               what is to be written now, and what becomes of what is there
     17 Sync               carrying a plan out, and bringing replaced text back
     18 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    19 Watching           events say where to look; comparing the tree shows what changed
+    19 Watching           events say where to look; the tree, what changed
     20 Logs               the daemon's log files, written and followed
     21 Control socket     lines of JSON, the client, the server
     22 Worker             jobs, one at a time, beside the loop
@@ -74,8 +75,8 @@ if sys.version_info < (3, 9) or sys.platform == "win32":
 def narrow_import_path() -> None:
     """Remove untrusted folders from sys.path: a json.py in one must not be imported.
 
-    They are the current folder, the script's, and PYTHONPATH's, unless they are Python's
-    own. If Python has already imported a module from one, exit with a message.
+    They are the current folder, the script's, and PYTHONPATH's, unless they are
+    Python's own. If Python has already imported a module from one, exit with a message.
     """
     import posix
 
@@ -7391,10 +7392,10 @@ def run_program(
 PYTHON_TIMEOUT = 60.0  # seconds for a Python to show that it works
 PIP_TIMEOUT = 300.0  # seconds
 PYYAML_VERSION = "6.0.3"
-# The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them:
-# for each of Python 3.9 to 3.14 and 3.14t those of macOS x86-64, ARM64; Linux with glibc
-# ARM64, x86-64; with musl ARM64, x86-64. The source is left out: building it would run
-# what pip fetches without a check, setuptools and Cython.
+# The SHA-256 of its wheels on PyPI, as `uv pip compile --generate-hashes` lists them.
+# Per Python, 3.9 to 3.14 and 3.14t, they are those of macOS x86-64 and ARM64, Linux
+# with glibc ARM64 and x86-64, with musl ARM64 and x86-64. The source is left out, since
+# building it would run what pip fetches without a check, setuptools and Cython.
 PYYAML_HASHES = """
 b865addae83924361678b652338317d1bd7e79b1f4596f96b96c77a5a34b34da
 c3355370a2c156cffb25e876646f149d5d68f5e0a3ce86a5084dd0b64a994917
@@ -7500,7 +7501,7 @@ class Installer(NamedTuple):
         raise OrchestraError(f"could not fetch PyYAML: {self._explain_pip(done)}", hint)
 
     def _run_pip(self, python: str, target: str, token: str) -> Completed:
-        """Run pip; `--target` is allowed on externally managed Pythons too (PEP 668)."""
+        """Run pip; externally managed Pythons (PEP 668) allow `--target` too."""
         requirements = f"{run_dir(self.home)}/pyyaml.txt"
         hashes = "".join(f" --hash=sha256:{digest}" for digest in PYYAML_HASHES.split())
         # pip refuses --target together with these two settings.
@@ -7562,7 +7563,7 @@ class Installer(NamedTuple):
         return binary
 
     def _launcher(self, python: str) -> str:
-        """Write a program that runs the installed script, whatever the environment says.
+        """Write a program that runs the installed script, whatever the environment.
 
         It finds the script from its own path, through links, so that the home folder
         may be renamed.
@@ -7591,7 +7592,7 @@ class Installer(NamedTuple):
             raise UsageError(f"{folder} is not a folder that you can write to")
 
     def _is_own(self, link: str) -> bool:
-        """Return whether a link leads to the launcher, or did before a home's renaming."""
+        """Return whether a link leads to the launcher, or did before a renaming."""
         if not os.path.islink(link) or not os.readlink(link).endswith("/.orchestra/bin/orchestra"):
             return False
         return not os.path.exists(link) or real_path(link) == real_path(binary_path(self.home))
@@ -7617,7 +7618,7 @@ class Installer(NamedTuple):
 #   3 Enable the label, since a disabled one is refused, and `load` the plist.
 #   4 `start_daemon`: RunAtLoad starts it. Only if it does not answer, `kickstart -k`:
 #     that kills one that is still starting, and launchd then waits for 10 s.
-#   5 Succeed only if a new daemon of this version answers, and still does after a second.
+#   5 Succeed only if a new daemon of this version answers, and again a second later.
 #
 # If one of steps 2 to 5 fails, the old plist is put back and loaded again.
 
