@@ -5307,7 +5307,7 @@ def forget_replaced(home: str, keys: Iterable[Key]) -> None:
 
 def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
     """Load a codebase's notes by path; remove them if they are too old, or damaged."""
-    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         value = parse_object(read_disk(replaced_path(home, key)).data)
         if now - float(value["at"]) < REPLACED_KEPT:
             return {str(path): str(note) for path, note in value["notes"].items()}
@@ -6529,7 +6529,7 @@ def describe_lock_holder(home: str) -> str:
     A killed daemon leaves its lock file; one that is starting writes it in a moment.
     """
     for _ in range(STATUS_TRIES):
-        with suppress(IoError, ValueError, OverflowError):
+        with suppress(OSError, IoError, ValueError, OverflowError):  # localtime raises three of them
             pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
             if not has_exited(pid):
                 when = time.localtime(started_at)
@@ -6587,7 +6587,8 @@ class DaemonSocket:
         if disk.kind not in ("absent", "special"):
             raise ProtocolError(f"{path}: expected a socket or nothing, got {disk.noun}: move it away")
         remove_private(path)
-        listener = socket.socket(socket.AF_UNIX)
+        with blame(path):
+            listener = socket.socket(socket.AF_UNIX)
         try:
             with blame(path):
                 listener.bind(path)

@@ -7664,6 +7664,21 @@ def test_a_socket_that_is_removed_is_made_again(live: Home, kind: str) -> None:
     assert not os.path.lexists(live.socket)
 
 
+def test_a_socket_that_cannot_be_made_again_yet_is_made_later(
+    live: Home, turned: orchestra.Daemon, monkeypatch: Any
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENFILE, "Too many open files in system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", fail)
+        os.unlink(live.socket)
+        turn_until(turned, lambda: "got: " in live.errors())
+    (Path(live.socket).parent / "wake").write_text("")
+    turn_until(turned, lambda: os.path.lexists(live.socket))
+    assert "too many open files in system" in live.errors()
+
+
 def test_a_socket_whose_name_is_taken_is_reported_once_until_it_is_free(live: Home, turned: orchestra.Daemon) -> None:
     os.unlink(live.socket)
     Path(live.socket).write_text("precious")
@@ -7685,6 +7700,7 @@ def test_a_socket_whose_name_is_taken_is_reported_once_until_it_is_free(live: Ho
         ("", ""),
         ("x y\n", ""),
         ("4194304 0", ""),  # no process can have this number: it was killed
+        *((f"{os.getpid()} {10**digits}", "") for digits in (17, 30)),  # no such time
     ],
 )
 def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: Any, data: str, described: str) -> None:
@@ -8274,7 +8290,8 @@ def test_nothing_is_reported_of_a_codebase_that_is_no_longer_registered(live: Ho
 def test_a_note_of_replaced_text_that_is_damaged_is_forgotten(live: Home, edited: Edited) -> None:
     file = Path(orchestra.replaced_path(live.path, ("shop", "api")))
     whole = file.read_text()
-    for data in ("", "{", "[]", "{}", '{"at": "x", "notes": {}}', '{"at": 1, "notes": 5}', "\xff"):
+    huge = f'{{"at": 1{"0" * 400}, "notes": {{}}}}'
+    for data in ("", "{", "[]", "{}", '{"at": "x", "notes": {}}', '{"at": 1, "notes": 5}', "\xff", huge):
         file.write_text(data)
         assert edited.daemon.status()["problems"] == [] and not file.exists()
     file.write_text(whole)
