@@ -71,6 +71,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -961,6 +962,7 @@ def test_what_orchestra_keeps_is_private(home: Home) -> None:
     home.make_codebase()
     shutil.rmtree(orchestra.orchestra_root(home.path))
     home.run_fine("init", str(home.code / "shop/api"), "-p", "shop", "--sync")
+    home.start_daemon()
     modes: dict[bool, set[int]] = {True: set(), False: set()}  # of folders, and of files
     for path in (home.folder / "home/.orchestra", *(home.folder / "home/.orchestra").rglob("*")):
         modes[path.is_dir()].add(stat.S_IMODE(path.stat().st_mode))
@@ -1227,20 +1229,22 @@ def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
 def test_a_reader_sees_the_old_text_or_the_new(old: OldFile) -> None:
     texts = [bytes([65 + i]) * 200_000 for i in range(2)]
     old.path.write_bytes(texts[0])
-    seen = set()
+    seen: set[bytes] = set()
     done = threading.Event()
 
     def read() -> None:
         while not done.is_set():
             seen.add(old.path.read_bytes())
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for i in range(100):
-        old.replace(texts[(i + 1) % 2])
-    done.set()
-    reader.join()
-    assert seen <= set(texts)
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read)
+        for i in itertools.count(1):
+            old.replace(texts[i % 2])
+            if reading.done() or (i >= 100 and len(seen) > 1):
+                break
+        done.set()
+    reading.result()
+    assert seen == set(texts)
 
 
 needs_attributes = pytest.mark.skipif(not hasattr(os, "setxattr"), reason="only Linux has extended attributes in os")
@@ -1912,7 +1916,7 @@ def test_a_bad_file_is_one_problem_and_the_others_go_on(home: Home, loader: str,
 
 
 def run_in_time(home: Home, *argv: str) -> Ran:
-    return finish(home.start(*argv), timeout=3)
+    return finish(home.start(*argv), timeout=15)
 
 
 @pytest.mark.parametrize(("title", "problems"), [("t", 1), ("x" * 10_000, 2)], ids=["items", "items and text"])
@@ -2188,8 +2192,8 @@ def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
 
 
 def test_folders_that_answer_slowly_are_waited_for(monkeypatch: Any) -> None:
-    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.2)
-    owners = owners_of(lambda path: (1, time.sleep(0.02) or 2), **{f"c{i}": f"/{i}" for i in range(12)})
+    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.5)
+    owners = owners_of(lambda path: (1, time.sleep(0.05) or 2), **{f"c{i}": f"/{i}" for i in range(12)})
     assert len(owners.folders.spellings[1, 2]) == 12
 
 
@@ -2203,7 +2207,7 @@ def bound(source: Path, target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.check_call(["umount", str(target)])
+        subprocess.check_call(["umount", "-l", str(target)])
 
 
 def test_a_folder_under_a_second_path_is_the_same_folder(home: Home, monkeypatch: Any) -> None:
@@ -2214,10 +2218,11 @@ def test_a_folder_under_a_second_path_is_the_same_folder(home: Home, monkeypatch
         assert (ran.status, ran.complaints) == (2, [problem])
         assert "is already registered" in home.run_fine("init", f"{home.code}/other", "-p", "shop", "--name", "api").out
         monkeypatch.chdir(home.code / "other" / "src")
-        assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
+        created = ["create   shop/api CLAUDE.md", "create   shop/api AGENTS.md"]
+        assert home.sync("--dry-run").lines == created
         home.register("shop/web", path=str(home.code / "other"))
         ran = home.run("sync", "--all")
-        assert ran.status == 2 and len(ran.lines) == 2 and all(" shop/api " in line for line in ran.lines)
+        assert (ran.status, ran.lines) == (2, created)
         assert ran.complaints == [f"orchestra: shop/web: {home.code}/other: this folder belongs to shop/api"]
         assert home.run("project", "remove", "web", "--purge").status == 2 and (root / "CLAUDE.md").exists()
         home.register("shop/web", path=str(home.code / "other"), created_at="2026-01-01T00:00:00Z")
@@ -5017,11 +5022,11 @@ def test_nothing_is_written_outside_while_a_folder_is_flipped_to_a_link_and_back
     flipper = Child(flip)
     started = time.monotonic()
     number = 0
-    while time.monotonic() < started + 1:
+    while number < 11 or time.monotonic() < started + 1:
         number += 1
         home.register("shop/api", targets=["cursor"] if number % 3 else [], description=f"change {number}")
         home.run("sync", "--all")
-    assert flipper.stop() > number > 10
+    assert flipper.stop() > number
     assert (contents(outside), kept.exists()) == ({}, False)
 
 
@@ -6348,13 +6353,21 @@ class RegisteringLate(orchestra.KqueueBackend):
         return super().fileno()
 
 
-@pytest.mark.parametrize(
-    ("backend", "is_sound"), [(orchestra.KqueueBackend, True), (FoldersOnly, False), (RegisteringLate, False)]
-)
-def test_the_random_changes_catch_unsound_watchers(live: Home, kqueue: None, backend: Any, is_sound: bool) -> None:
+@pytest.mark.parametrize("backend", [orchestra.KqueueBackend, FoldersOnly, RegisteringLate])
+def test_a_save_right_after_the_scan_tells_sound_watchers_from_unsound(live: Home, kqueue: None, backend: Any) -> None:
     lookout = Lookout(live, backend(4096))
-    seeds = range(15 if is_sound else 300)
-    assert any(is_stale_after_churn(lookout, seed, 0.03) for seed in seeds) is not is_sound
+    file = live.write_registry("p/a.yaml", "old")
+    wait_until(lambda: lookout.turn() and "p/a.yaml" in lookout.files())
+    save_in_place(file, "a longer text")
+    lookout.drain()
+    assert lookout.is_true_to_disk() is (backend is orchestra.KqueueBackend)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", [FoldersOnly, RegisteringLate])
+def test_the_random_changes_catch_unsound_watchers(live: Home, kqueue: None, backend: Any) -> None:
+    lookout = Lookout(live, backend(4096))
+    assert any(is_stale_after_churn(lookout, seed, 0.03) for seed in range(300))
 
 
 # Debouncing
@@ -6593,14 +6606,13 @@ def test_the_last_lines_of_a_huge_file_come_at_once(live: Home) -> None:
     write_logs(live, 150)
     started = time.monotonic()
     tail = orchestra.LogReader(path).tail(100)
-    print(f"100 lines of 200 MB: {(time.monotonic() - started) * 1000:.1f} ms")
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 5
     assert tail.splitlines() == [f"err {number}".encode() for number in range(50, 150)]
 
 
 @contextmanager
 def following(live: Home, *argv: str) -> Iterator[Any]:
-    follower = live.start("daemon", "logs", "-f", "--stderr-only", *argv, text=False)
+    follower = live.start("daemon", "logs", "-f", *argv, text=False)
     yield follower
     follower.send_signal(signal.SIGINT)
     assert follower.communicate(timeout=60)[1] == b""
@@ -6610,9 +6622,8 @@ def following(live: Home, *argv: str) -> Iterator[Any]:
 def test_following_goes_on_across_rotations(live: Home) -> None:
     write_logs(live, 2)
     path = orchestra.stderr_log_path(live.path)
-    with following(live) as follower:
+    with following(live, "--stderr-only") as follower:
         assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
-        time.sleep(0.5)  # until it follows
         for number in range(8):
             with open(path, "a") as file:
                 file.write(f"before {number}\n")
@@ -6625,14 +6636,14 @@ def test_following_goes_on_across_rotations(live: Home) -> None:
 
 def test_following_waits_for_a_log_that_is_not_there_yet(live: Home) -> None:
     with following(live) as follower:
-        time.sleep(0.5)  # until it follows
+        assert [follower.stdout.readline()[:3] for _ in range(2)] == [b"==>"] * 2  # it has looked at the first log
         write_logs(live, 2)
-        assert [follower.stdout.readline() for _ in range(2)] == [b"err 0\n", b"err 1\n"]
+        assert [follower.stdout.readline() for _ in range(2)] == [b"out 0\n", b"out 1\n"]
 
 
 def test_following_loses_nothing_between_the_tail_and_the_rest(live: Home) -> None:
     write_logs(live, 50_000)  # more than a pipe holds
-    with following(live, "--lines", "50000") as follower:
+    with following(live, "--stderr-only", "--lines", "50000") as follower:
         assert follower.stdout.readline() == b"err 0\n"
         with open(orchestra.stderr_log_path(live.path), "a") as file:
             file.write("meanwhile\n")
@@ -6865,7 +6876,7 @@ def test_a_backlog_that_is_full_means_busy(live: Home) -> None:
         listener.bind(live.socket)
         listener.listen(0)
         first.connect(live.socket)
-        with pytest.raises((orchestra.DaemonBusy, orchestra.DaemonNotRunning)):
+        with pytest.raises(orchestra.DaemonBusy):
             orchestra.send_request(live.path, {"cmd": "status"})
 
 
@@ -7185,8 +7196,10 @@ def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
     exchange = Exchange()
     with without_descriptors():
         exchange.connect(OSError(errno.EMFILE, "no descriptor"), Taker())
-    for fd in taken:
-        os.close(fd)
+    (fd,) = taken
+    os.close(fd)
+    assert exchange.server.clients == set()
+    assert exchange.ask()[1] == ANSWERED
 
 
 # As a process: the socket
@@ -7201,6 +7214,12 @@ def seconds_for(act: Callable[[], Any]) -> float:
     started = time.monotonic()
     act()
     return time.monotonic() - started
+
+
+def check_quick(waits: list[float]) -> None:
+    """Check that answers come at once, a few of them later on a busy machine."""
+    print(f"{len(waits)} asked, worst {max(waits) * 1000:.1f} ms")
+    assert statistics.median(waits) < 0.25 and max(waits) < 5
 
 
 def test_conversations_are_as_agreed_byte_for_byte(served: Home) -> None:
@@ -7400,14 +7419,6 @@ def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
     assert outcome.summary.codebases == ["api"] and outcome.summary.written == 1
     assert cache.registry.codebases["shop", "api"].notes == ("one",)
     assert live.has("two") and live.read("shop/web") == ""
-
-
-def test_a_queue_that_the_worker_empties_meanwhile_can_be_finished(home: Home) -> None:
-    processor = orchestra.Worker(home.path, orchestra.RegistryCache.load(home.path), lambda: None)
-    processor.submit(orchestra.SyncJob(orchestra.SyncScope.all(), "start"))
-    empty = processor.jobs.empty
-    processor.jobs.empty = lambda: empty() or processor.jobs.get() is None  # type: ignore[method-assign]
-    assert len(processor.finish()) <= 1
 
 
 def run_watcher_job(live: Home, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
@@ -7891,7 +7902,8 @@ def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None
         assert served.has("one")
         assert served.status()["running"]
     wait_for(served, "four")
-    wait_until(lambda: served.synced("watcher") == 3)
+    wait_until(lambda: served.synced("watcher") >= 3)
+    assert served.synced("watcher") == 3
 
 
 def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Home) -> None:
@@ -7903,8 +7915,7 @@ def test_a_save_while_hundreds_sync_arrives_and_status_is_quick(live: Home) -> N
     live.save(labels[-1], "second")
     while not live.synced("start"):
         waits.append(seconds_for(live.status))
-    print(f"status while 300 sync: {len(waits)} asked, worst {max(waits) * 1000:.1f} ms")
-    assert max(waits) < 0.25
+    check_quick(waits)
     wait_for(live, "second", labels[0], labels[-1])
     assert all(live.read(label) for label in labels)
     live.stop(daemon)
@@ -8061,8 +8072,7 @@ def test_a_job_that_computes_without_end_holds_up_neither_status_nor_stop(live: 
     interval = next(line for line in daemon.stdout if line.startswith(b"interval "))
     assert float(interval.split()[1]) <= 0.001
     waits = [seconds_for(live.status) for _ in range(20)]
-    print(f"status beside a job that computes: worst {max(waits) * 1000:.1f} ms")
-    assert sorted(waits)[10] < 0.25
+    check_quick(waits)
     assert seconds_for(lambda: live.stop(daemon)) < orchestra.STOP_PATIENCE
     daemon.stdout.close()
 
@@ -8100,12 +8110,19 @@ def test_without_a_daemon_stop_and_status_say_so(live: Home) -> None:
     assert time.monotonic() - started > 4 * orchestra.STATUS_PAUSE
 
 
-def test_status_waits_for_a_daemon_that_is_starting(live: Home) -> None:
-    asking = live.start("daemon", "status")
-    daemon = live.start_daemon(wait=False)
-    assert json.loads(finish(asking).out)["running"] in (True, False)
-    wait_until(live.answers)
-    live.stop(daemon)
+def test_status_waits_for_a_daemon_that_is_starting(live: Home, monkeypatch: Any) -> None:
+    real = orchestra.send_request
+
+    def send_and_start(*args: Any) -> Any:
+        try:
+            return real(*args)
+        except orchestra.DaemonNotRunning:
+            live.daemons or live.start_daemon()
+            raise
+
+    monkeypatch.setattr(orchestra, "send_request", send_and_start)
+    assert json.loads(live.run_fine("daemon", "status").out)["running"] is True
+    live.stop(live.daemons[0])
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(40, marks=pytest.mark.soak)])
@@ -8143,7 +8160,6 @@ def test_a_second_daemon_ends_at_once_and_leaves_the_first_alone(served: Home) -
     first.send_signal(signal.SIGCONT)
     assert served.answers()
     assert stat.S_IMODE(os.stat(served.socket).st_mode) == 0o600
-    assert stat.S_IMODE(os.stat(os.path.dirname(served.socket)).st_mode) & 0o077 in (0, 0o055)
 
 
 UNFIT_HOMES = {  # for a daemon: what stands at a path below the home folder, a part of the refusal
@@ -8188,8 +8204,7 @@ def test_a_pipe_in_the_place_of_a_managed_file_holds_nobody_up(served: Home) -> 
         waits.append(seconds_for(served.status))
         served.save("shop/web", f"save {number}")
     wait_for(served, "save 19", "shop/web")
-    print(f"status beside a pipe: worst {max(waits) * 1000:.1f} ms")
-    assert max(waits) < 0.25
+    check_quick(waits)
     wait_until(lambda: served.status()["problems"])
     assert "CLAUDE.md" in json.dumps(served.status()["problems"])
 
@@ -9372,7 +9387,7 @@ def test_python_m_pip_runs_no_code_of_the_current_folder(machine: Machine, traps
         assert "no wheel of PyYAML 6.0.3" in done.stderr
 
 
-@pytest.mark.parametrize("folder", filter(os.path.exists, [STDLIB, f"{STDLIB}/lib-dynload"]))
+@pytest.mark.parametrize("folder", [*filter(os.path.exists, [STDLIB, f"{STDLIB}/lib-dynload"])])
 def test_pythons_own_folders_are_trusted_even_as_the_current_one(machine: Machine, folder: str) -> None:
     machine.run_well(sys.executable, SCRIPT, "status", "--json", cwd=folder)
 
@@ -10222,7 +10237,7 @@ def test_sync_without_a_name_is_for_the_current_folder(home: Home, monkeypatch: 
     home.make_codebase("shop/web")
     for folder in (root, root / "src"):
         monkeypatch.chdir(folder)
-        assert all(" shop/api " in line for line in home.sync("--dry-run").lines)
+        assert home.sync("--dry-run").lines == ["create   shop/api CLAUDE.md", "create   shop/api AGENTS.md"]
     monkeypatch.chdir(home.code)
     ran = home.run("sync")
     assert ran.status == 2 and "orchestra init . -p PROJECT --sync" in ran.err
@@ -10262,7 +10277,7 @@ def test_sync_in_a_codebase_within_a_codebase_is_for_the_inner(home: Home, monke
     os.unlink(orchestra.codebase_path(home.path, ("shop", "all/inner")))
     home.register("shop/inner", path=str(inner))
     monkeypatch.chdir(inner)
-    assert all(" shop/inner " in line for line in home.sync("--dry-run").lines)
+    assert home.sync("--dry-run").lines == ["create   shop/inner CLAUDE.md", "create   shop/inner AGENTS.md"]
 
 
 @pytest.mark.parametrize(
@@ -10377,7 +10392,7 @@ def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, argv: li
 
 def test_help_begins_with_the_purpose(home: Home) -> None:
     purpose = (orchestra.__doc__ or "").splitlines()[0]
-    assert purpose in " ".join(home.run_fine("--help").out.split())
+    assert " ".join(home.run_fine("--help").out.split("\n\n")[1].split()) == purpose
     assert home.run_fine("--version").out == f"orchestra {orchestra.__version__}\n"
 
 
@@ -10554,7 +10569,8 @@ Acts = Iterable[Callable[[], object]]
 def instants(place: Path, before: Acts = (), after: Acts = ()) -> Iterator[list[Call]]:
     """Act before and after each replacing of a file at or below a place.
 
-    Each of the acts happens once, in turn; placing and removing count as replacing.
+    Each of the acts must happen, once and in turn, unless they are an iterator; placing
+    and removing count as replacing.
     """
     calls: list[Call] = []
     acts_before, acts_after = iter(before), iter(after)
@@ -10573,6 +10589,8 @@ def instants(place: Path, before: Acts = (), after: Acts = ()) -> Iterator[list[
 
     with watching(RENAMES, enter, leave):
         yield calls
+    for acts, left in ((before, acts_before), (after, acts_after)):
+        assert isinstance(acts, Iterator) or not list(left), "an instant never came"
 
 
 class Fault(NamedTuple):
@@ -11725,32 +11743,27 @@ class History(Home):
             raise AssertionError(f"History({self.seed}), after\n{played}\n{error}") from error
 
 
-def play_histories(seeds: Iterable[int], seconds: float, steps: int = 40) -> tuple[int, int]:
-    """Play histories until time is up; count them and their steps."""
-    deadline = time.monotonic() + seconds
-    histories = done = 0
-    for seed in seeds:
-        folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
-        history = History(folder, seed)
-        history.play(steps)
-        shutil.rmtree(folder)
-        histories, done = histories + 1, done + len(history.steps)
-        if time.monotonic() > deadline:
-            break
-    return histories, done
+def play_history(seed: int, steps: int) -> None:
+    folder = tempfile.mkdtemp(prefix="orc", dir="/tmp")
+    History(folder, seed).play(steps)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("first", [0, 100, 200])
 def test_whatever_user_and_orchestra_do_in_turns_nothing_is_lost(first: int) -> None:
-    play_histories(range(first, first + 8), 1.8)
+    for seed in range(first, first + 4):
+        play_history(seed, 40)
 
 
 @pytest.mark.soak
 def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
     first = int(os.environ.get("ORCHESTRA_SEED", "0")) or random.randrange(1 << 40)
-    histories, steps = play_histories(itertools.count(first), SOAK_SECONDS, 60)
+    seed, deadline = first, time.monotonic() + SOAK_SECONDS
+    while time.monotonic() < deadline:
+        play_history(seed, 60)
+        seed += 1
     with capsys.disabled():
-        print(f"\n{histories} histories from seed {first} on, {steps} steps")
+        print(f"\n{seed - first} histories from seed {first} on")
 
 
 # ── Races ─────────────────────────────────────────────────────────────────────
@@ -12433,7 +12446,7 @@ class Saver:
             self.save(self.file, self.change)
             self.rest()
             try:
-                wait_until(self.is_safe, 3)
+                wait_until(self.is_safe)
             except AssertionError:
                 self.lost.append(f"save {self.number} of {self.file}")
                 if not self.file.exists() or b"mine" not in self.file.read_bytes():
@@ -12703,6 +12716,8 @@ def mutate(dice: random.Random, data: bytes, tokens: Sequence[bytes], others: Se
 @contextmanager
 def bounded() -> Iterator[None]:
     """Check that the inputs of a test take little memory: the process's peak hardly grows."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget earlier peaks: proc(5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
