@@ -12237,7 +12237,7 @@ def test_a_replacing_that_ends_half_way_leaves_the_old_text_or_the_new(
     scene: Scene, way_to_replace: str, end: Callable[[], None], operation: int
 ) -> None:
     def sync() -> None:
-        with instants(scene.file, after=[*[int] * operation, end]), contextlib.suppress(KeyboardInterrupt):
+        with instants(scene.file, after=iter([*[int] * operation, end])), contextlib.suppress(KeyboardInterrupt):
             orchestra.run_pipeline(scene.home.path, orchestra.SyncScope.all())
 
     run_in_child(sync)
