@@ -4,9 +4,11 @@
     python3 test_orchestra.py [bench | soak] [pytest's arguments]
 
 Runs on Python 3.9 or newer; where pytest or PyYAML is missing, a virtual environment
-is made beside this file. `bench` prints a table of measurements instead
-(ORCHESTRA_MOST=1000 leaves out the largest registry, ORCHESTRA_IDLE=20 shortens the
-idle watch); `soak` runs the tests that take minutes (ORCHESTRA_SOAK seconds each).
+is made beside this file. `bench` prints a table of measurements instead, taken in
+ORCHESTRA_BENCH_IN (ORCHESTRA_MOST=1000 leaves out the largest registry,
+ORCHESTRA_IDLE=20 shortens the idle watch); `soak` runs the tests that take minutes:
+ORCHESTRA_SOAK seconds each, the long run ORCHESTRA_LONG_RUN; ORCHESTRA_SEED=N repeats
+what a failure names.
 
 Contents
   Helpers                  Home: a home folder with its registry, codebases and daemon.
@@ -121,6 +123,8 @@ NOBODY = 65534
 IS_LINUX = sys.platform.startswith("linux")
 HAS_KQUEUE = hasattr(select, "kqueue")
 ALL_TARGETS = list(orchestra.AGENTS)
+SOAK_SECONDS = float(os.environ.get("ORCHESTRA_SOAK") or 300)
+SEED = int(os.environ.get("ORCHESTRA_SEED") or 0)  # 0: a new one for each soak
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell script's background job ignores it, and its children would too.
@@ -10432,11 +10436,9 @@ def test_a_reader_that_has_gone_is_no_traceback(home: Home, argv: list[str]) -> 
     assert finish(process).err == ""
 
 
-def run_in_shell(home: Home, command: str, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_in_shell(home: Home, command: str, *argv: str, **environ: Optional[str]) -> Ran:
     """Run a shell command whose first words are Python and the script."""
-    variables = {**os.environ, "HOME": home.path, **environ}
-    shell = ["/bin/sh", "-c", command, sys.executable, str(SCRIPT), *argv]
-    return subprocess.run(shell, cwd=home.code, env=variables, capture_output=True, text=True, check=False)
+    return finish(home.launch(["/bin/sh", "-c", command, *home.command(*argv)], environ, cwd=home.code))
 
 
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -10448,14 +10450,14 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="nee
 @pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
 def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: str, unbuffered: str, argv: str) -> None:
     home.make_codebase()
-    done = run_in_shell(home, f'exec "$0" "$1" {argv} {redirection}', PYTHONUNBUFFERED=unbuffered)
-    assert "Traceback" not in done.stderr
-    assert (done.returncode, done.stderr.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
+    ran = run_in_shell(home, f'exec "$0" "$1" {argv} {redirection}', PYTHONUNBUFFERED=unbuffered)
+    assert "Traceback" not in ran.err
+    assert (ran.status, ran.err.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
 
 
 @needs_dev_full
 def test_errors_that_nobody_takes_still_show_in_the_exit_status(home: Home) -> None:
-    assert run_in_shell(home, 'exec "$0" "$1" sync nope 2>/dev/full').returncode == 2
+    assert run_in_shell(home, 'exec "$0" "$1" sync nope 2>/dev/full').status == 2
 
 
 def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
@@ -10465,8 +10467,8 @@ def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
 
 @pytest.mark.parametrize("argv", [["sync"], ["init", ".", "-p", "shop"], ["project", "add", "x"]])
 def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) -> None:
-    done = run_in_shell(home, 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$@"', *argv)
-    assert (done.returncode, done.stderr.splitlines()[-1][:11]) == (2, "orchestra: ") and "Traceback" not in done.stderr
+    ran = run_in_shell(home, 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$@"', *argv)
+    assert (ran.status, ran.err.splitlines()[-1][:11]) == (2, "orchestra: ") and "Traceback" not in ran.err
 
 
 # ── Every step interrupted ────────────────────────────────────────────────────
@@ -11146,7 +11148,6 @@ NEWLINES = (b"\n", b"\r\n")
 IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
 MANAGED = list(IS_SHARED)
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
-SOAK_SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "300"))
 Spot = tuple[str, str]  # a codebase's label, and a path in its folder
 
 
@@ -11757,7 +11758,7 @@ def test_whatever_user_and_orchestra_do_in_turns_nothing_is_lost(first: int) -> 
 
 @pytest.mark.soak
 def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
-    first = int(os.environ.get("ORCHESTRA_SEED", "0")) or random.randrange(1 << 40)
+    first = SEED or random.randrange(1 << 40)
     seed, deadline = first, time.monotonic() + SOAK_SECONDS
     while time.monotonic() < deadline:
         play_history(seed, 60)
@@ -12657,8 +12658,7 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_can_be_restored(hom
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
 
 # No bytes, however odd, make more than a problem. Each test tries some inputs whose
-# seeds never change; marked soak, it tries new ones for ORCHESTRA_SOAK seconds.
-# ORCHESTRA_SEED=N begins with the input N, which a failure names.
+# seeds never change; marked soak, it tries new ones. ORCHESTRA_SEED=N begins with N.
 
 MOST_BYTES = 64 << 10  # of an input
 MOST_SECONDS = 2.0  # of the processor, for one input
@@ -12675,11 +12675,10 @@ class Dose:
 
     def inputs(self, count: int) -> Iterator[random.Random]:
         """Yield a random generator per input: `count`, or as many as a soak has time for."""
-        deadline = time.monotonic() + float(os.environ.get("ORCHESTRA_SOAK") or 300)
-        first = int(os.environ.get("ORCHESTRA_SEED") or (time.time_ns() // 1000 if self.is_soak else 0))
-        for self.seed in itertools.count(first):
-            if (time.monotonic() > deadline) if self.is_soak else (self.seed - first >= count):
-                return
+        deadline = time.monotonic() + SOAK_SECONDS
+        first = SEED or (time.time_ns() // 1000 if self.is_soak else 0)
+        while time.monotonic() < deadline if self.is_soak else self.tried < count:
+            self.seed = first + self.tried
             yield random.Random(self.seed)
             self.tried += 1
 
@@ -13594,7 +13593,7 @@ class Turmoil:
 @pytest.mark.skipif(not IS_LINUX, reason="reads /proc")
 def test_a_daemon_under_all_that_happens_stays_true_and_small(live: Home) -> None:
     seconds = float(os.environ.get("ORCHESTRA_LONG_RUN") or 1200)
-    seed = int(os.environ.get("ORCHESTRA_SEED") or time.time())
+    seed = SEED or int(time.time())
     print(f"ORCHESTRA_SEED={seed}")
     few = 96
     daemon = live.start_daemon(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (few, few)))
