@@ -234,6 +234,9 @@ def run_git(folder: Path, *argv: str) -> None:
     subprocess.run(["git", *identity, *argv], cwd=folder, check=True, capture_output=True, env=environ)
 
 
+needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux knows who has a file open for writing")
+
+
 def hide_writers(monkeypatch: Any) -> None:
     """Hide who writes to a file, as where the system has no leases."""
     monkeypatch.setattr(orchestra, "has_writer", lambda fd: None)
@@ -1047,6 +1050,17 @@ def test_a_file_that_the_system_hands_over_in_pieces_is_read_whole(home: Home, m
     assert orchestra.read_disk(str(home.code / "x"), 4999).data == data[:4999]
 
 
+def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, monkeypatch: Any) -> None:
+    place = home.code / "socket"
+    with monkeypatch.context() as patch:
+        patch.chdir(home.code)
+        make_socket(Path("socket"))
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+    monkeypatch.setattr(os, "open", refuse(errno.EOPNOTSUPP))  # xnu: vn_open_auth
+    assert orchestra.read_disk(str(place)).kind == "special"
+
+
 # ── 4 Locks ───────────────────────────────────────────────────────────────────
 
 
@@ -1714,6 +1728,12 @@ def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(home: Home, mon
     assert kept_texts(home) == [b"1"]
 
 
+@pytest.mark.parametrize("name", ["zzz", "99991231T235959.999999Z", "20269999T000000.000000Z"])
+def test_a_folder_in_the_backups_that_is_named_by_no_time_is_left_out(home: Home, name: str) -> None:
+    put_files(backups_folder(home), {f"{name}/CLAUDE.md": "by hand"})
+    assert keep(home, b"new").startswith("2001")
+
+
 # ── 7 Turns ───────────────────────────────────────────────────────────────────
 
 
@@ -1735,6 +1755,153 @@ def test_an_abandoned_temporary_folder_is_removed_at_once_or_after_a_day(home: H
     assert contents(home.code) == {"mine": b"mine"}
 
 
+@needs_leases
+def test_a_file_that_is_opened_for_writing_while_it_is_released_stays(home: Home) -> None:
+    put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
+    temporary = home.code / ".orchestra-1-aa-1-x.tmp"
+    turn = turn_at(home, time.time())
+
+    def open_it(*args: Any) -> bool:
+        with pytest.raises(BlockingIOError):  # instead of a wait for the lease
+            os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
+        return True
+
+    turn.back_up = open_it  # type: ignore[assignment]
+    with orchestra.open_place(str(home.code / "x")) as place:
+        assert not orchestra.Displaced(place, temporary.name, ["00"], turn).remove(open_it)
+        assert not turn._remove_aside(place.folder, temporary.name, "x", "00")
+    assert temporary.read_text() == "old"
+
+
+@needs_leases
+def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home) -> None:
+    put_files(home.code, {"x": "half"})
+    turn = turn_at(home, time.time())
+    with orchestra.open_place(str(home.code / "x")) as place:
+        with open(home.code / "x", "ab"):
+            assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [])
+        assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (True, [b"half"])
+
+
+# What a killed turn left behind, recorded nowhere
+
+
+def leave_temporary(folder: Path, end: str = "-1-CLAUDE.md", text: Any = "u1x\n", process: int = DEAD) -> Path:
+    put_files(folder, {f".orchestra-{process}-aa{end}.tmp": text})
+    return folder / f".orchestra-{process}-aa{end}.tmp"
+
+
+@needs_leases
+@pytest.mark.parametrize("is_linked", [False, True])
+@pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT, CURSOR, ".agents/rules/orchestra.md"])
+@pytest.mark.parametrize("has_name", [False, True])
+def test_a_save_in_a_temporary_file_in_no_record_is_backed_up(
+    home: Home, path: str, is_linked: bool, has_name: bool
+) -> None:
+    files: dict[str, Any] = {"gh": None, ".github": link_to("gh")} if is_linked else {".github": None}
+    root = home.make_codebase("shop/api", {**files, ".cursor/rules/x": "", ".agents/rules/x": ""}, targets=ALL_TARGETS)
+    for start in ("", "b"):
+        leave_temporary((root / path).parent, f"{start}-1-{os.path.basename(path)}" if has_name else f"{start}-1")
+    home.sync()
+    assert home.backups() == {path if has_name or "/" in path else "leftover.md": b"u1x\n"}
+    assert home.leftovers() == []
+
+
+@pytest.mark.parametrize("folder", [".cursor", ".cursor/rules"])
+def test_temporary_files_outside_of_the_codebase_are_left_alone(home: Home, folder: str) -> None:
+    outside = home.code / "outside"
+    leave_temporary(outside)
+    leave_temporary(outside / "rules")
+    home.make_codebase("shop/api", {folder: link_to(str(outside))}, targets=["claude", "cursor"])
+    before = tree(outside)
+    lock = Path(orchestra.codebase_lock_path(home.path, API))
+    for text in ("", "1-dead\n"):
+        put_files(lock.parent, {lock.name: text})
+        home.run("sync", "--all")
+        assert tree(outside) == before
+
+
+def places_kept(home: Home) -> list[str]:
+    backups = contents(Path(orchestra.backups_root(home.path)))
+    return [re.sub(r"/\d{8}T.*Z/", "/TIME/", path) for path, data in backups.items() if data == b"u1x\n"]
+
+
+@needs_leases
+@pytest.mark.parametrize("name", [".", "..", ".orchestra.json", "..%2F..", "a%2Fb", "%2Fetc"])
+@pytest.mark.parametrize("kind", ["", "kept"])
+def test_the_name_of_a_temporary_file_leads_nowhere(home: Home, name: str, kind: str) -> None:
+    head = f".orchestra-kept-{DEAD}-aa-{'0' * 64}-" if kind else f".orchestra-{DEAD}-aa-1-"
+    root = home.make_codebase("shop/api", {f"{head}{name}.tmp": "u1x\n"}, targets=["claude"])
+    for _ in range(2):
+        home.sync()
+    assert b"u1x\n" in home.backups().values() and home.leftovers() == []
+    assert (root / "CLAUDE.md").exists()
+    assert places_kept(home) == ["shop/api/TIME/leftover.md"] or "%" in name
+
+
+@needs_leases
+def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> None:
+    file = leave_temporary(home.projects / "shop", "-1-..")
+    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n"})
+    orchestra.clear_registry(home.path)
+    assert not file.exists()
+    assert [path.partition("/TIME")[0] for path in places_kept(home)] == ["unknown/unknown"]
+
+
+def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
+    huge = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), text="")
+    os.truncate(huge, orchestra.Turn.MAX_ASIDE + 1)
+    assert sync_later(home).has_leftovers and huge.exists()
+
+
+@needs_leases
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_temporary_file_goes_though_there_is_nothing_else_to_do(home: Home, is_known: bool) -> None:
+    root = home.make_synced("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
+    leave_temporary(root, text=(root / "CLAUDE.md").read_bytes() if is_known else "u1x\n")
+    assert home.sync().lines == []
+    assert (home.backups(), home.leftovers()) == ({} if is_known else {"CLAUDE.md": b"u1x\n"}, [])
+
+
+@needs_leases
+def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(home: Home) -> None:
+    leave_temporary(home.make_codebase("shop/api", targets=["claude"]), "-1")
+    home.sync()
+    ran = home.run("restore", "api", "leftover.md")
+    assert "only agents' instruction files are restored" in ran.err and "cp " not in ran.err
+
+
+def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
+    left = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), process=os.getpid())
+    assert sync_later(home, 0).has_leftovers and left.exists()
+    assert not sync_later(home, orchestra.Turn.ASIDE_TIME + 10).has_leftovers and not left.exists()
+    assert home.backups() == {"CLAUDE.md": b"u1x\n"}
+
+
+@needs_leases
+@pytest.mark.parametrize(
+    "after", ["rename the codebase", "remove it and register it anew", "lose all but the registry"]
+)
+def test_a_save_displaced_by_a_killed_sync_is_kept_whatever_comes_next(home: Home, after: str) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "ours\n", "gh": None, ".github": link_to("gh")})
+    left = leave_swap(home, root, "CLAUDE.md")
+    renamed = left.rename(root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp")
+    edit(Path(orchestra.codebase_lock_path(home.path, API)), left.name, renamed.name)
+    name = "web" if after == "rename the codebase" else "api"
+    if after == "rename the codebase":
+        Path(orchestra.codebase_path(home.path, API)).unlink()
+        home.register("shop/web", path=str(root))
+    elif after == "remove it and register it anew":
+        home.run_fine("project", "remove", "api")
+        assert home.leftovers() == [] and SAVED_IN_THE_INSTANT in home.backups().values()
+        home.register("shop/api")
+    else:
+        shutil.rmtree(orchestra.run_dir(home.path))
+    home.sync()
+    assert SAVED_IN_THE_INSTANT in (*home.backups(f"shop/{name}").values(), *home.backups().values())
+    assert home.leftovers() == []
+
+
 # ══ II Registry ═══════════════════════════════════════════════════════════════
 
 # ── 8 Agents ──────────────────────────────────────────────────────────────────
@@ -1754,13 +1921,6 @@ def test_each_agents_frontmatter_says_that_it_applies_always(text: str) -> None:
     assert found["cursor"] == {"globs": None, "alwaysApply": True}
     assert found["windsurf"] == found["antigravity"] == {"trigger": "always_on", "description": title}
     assert found["cline"] is None and files[CLINE].startswith(b"<!-- Written")
-
-
-@pytest.mark.parametrize(
-    ("targets", "files"), [(None, ["CLAUDE.md", "AGENTS.md"]), ((), []), (("gemini", "gemini"), ["GEMINI.md"])]
-)
-def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) -> None:
-    assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
 # ── 9 YAML ────────────────────────────────────────────────────────────────────
@@ -2382,6 +2542,15 @@ def test_the_short_names_of_codebases_are_those_that_find_them() -> None:
     assert sorted(registry.short_names.values()) == ["blog/api", "shop/api", "web"]
 
 
+@pytest.mark.parametrize(
+    ("home_folder", "path", "written"),
+    [("/", "/code/api", "~/code/api"), ("/nowhere", "/code/api", "/code/api"), ("/h", "/h", "/h")],
+)
+def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, path: str, written: str) -> None:
+    assert orchestra.spell_path(home_folder, path) == written
+    assert orchestra.codebase_root(home_folder, orchestra.Codebase(*API, written)) == path
+
+
 # ── 11 Registry ───────────────────────────────────────────────────────────────
 
 
@@ -2400,17 +2569,6 @@ def test_what_is_not_a_file_is_one_problem(home: Home, content: Any, expected: s
     (problem,) = home.problems()
     assert re.fullmatch(rf"~/\.orchestra/projects/shop/bad\.yaml:1: file: .*(?:{expected})", problem)
     assert list(home.registry().codebases) == [("shop", "good")]
-
-
-def test_a_socket_is_told_by_the_word_of_linux_and_by_that_of_macos(home: Home, monkeypatch: Any) -> None:
-    place = home.code / "socket"
-    with monkeypatch.context() as patch:
-        patch.chdir(home.code)
-        make_socket(Path("socket"))
-    assert orchestra.read_disk(str(place)).kind == "special"
-
-    monkeypatch.setattr(os, "open", refuse(errno.EOPNOTSUPP))  # xnu: vn_open_auth
-    assert orchestra.read_disk(str(place)).kind == "special"
 
 
 def test_an_unreadable_file_is_one_problem_and_the_others_go_on(home: Home) -> None:
@@ -3734,6 +3892,13 @@ def test_a_block_right_behind_a_bom_is_found(home: Home) -> None:
     assert home.sync().lines == []
 
 
+@pytest.mark.parametrize(
+    ("targets", "files"), [(None, ["CLAUDE.md", "AGENTS.md"]), ((), []), (("gemini", "gemini"), ["GEMINI.md"])]
+)
+def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) -> None:
+    assert list(orchestra.render_files(codebase_with(targets=targets))) == files
+
+
 # ── 15 Records ────────────────────────────────────────────────────────────────
 
 
@@ -4391,19 +4556,6 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
-    """The pipeline as the daemon calls it, for one codebase by name."""
-    live.save("shop/api", "one")
-    orchestra.run_pipeline(live.path, orchestra.SyncScope.all())
-    first = live.read()
-    shutil.rmtree(orchestra.hashes_root(live.path))
-    live.save("shop/api", "two")
-    cache = orchestra.RegistryCache.load(live.path)
-    _, outcome = orchestra.run_job(live.path, cache, orchestra.SyncJob(orchestra.SyncScope.codebase("api"), "socket"))
-    assert outcome.summary and (outcome.summary.written, outcome.summary.unchanged) == (0, 1)
-    assert live.read() == first
-
-
 # ── 17 Sync ───────────────────────────────────────────────────────────────────
 
 
@@ -4538,13 +4690,6 @@ def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
     assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
 
 
-@pytest.mark.parametrize("name", ["zzz", "99991231T235959.999999Z", "20269999T000000.000000Z"])
-def test_a_folder_in_the_backups_that_is_named_by_no_time_is_left_out(home: Home, name: str) -> None:
-    key = API
-    put_files(Path(orchestra.backups_of(home.path, key)), {f"{name}/CLAUDE.md": "by hand"})
-    assert keep(home, b"new").startswith("2001")
-
-
 def test_a_codebase_that_disappears_during_its_sync_is_not_recreated(home: Home, monkeypatch: Any) -> None:
     root = home.make_codebase("shop/api", targets=["cursor"])
     real = orchestra.save_record
@@ -4659,29 +4804,6 @@ def test_a_purge_skips_files_without_managed_text(home: Home, others: dict[str, 
     home.sync()
     assert "skipped: expected" in home.run_fine("project", "remove", "api", "--purge").err
     assert tree(root) == before
-
-
-def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
-    home.make_codebase("shop/api", {"CLAUDE.md": b"a\0b"}, targets=["claude"])
-    assert home.run("sync", "--all").status == 2
-    assert home.staleness()["last_sync_at"] is None
-
-
-def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
-    root = home.make_synced("shop/api", targets=["claude", "codex"])
-    (root / "CLAUDE.md").write_text("all mine\n")
-    (root / "AGENTS.md").unlink()
-    assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
-
-
-def test_status_names_every_change_whatever_the_state(home: Home) -> None:
-    root = home.make_codebase("shop/api", targets=["claude", "codex", "cline"])
-    home.sync()
-    edit(root / "CLAUDE.md", "# api", "# my api")
-    (root / "AGENTS.md").unlink()
-    home.register("shop/api", targets=["claude", "codex"])
-    detail = f"missing: AGENTS.md; edited by hand: CLAUDE.md; no longer wanted: {CLINE}"
-    assert (home.status_of(), home.staleness()["detail"]) == ("stale", detail)
 
 
 def test_a_second_sync_writes_nothing(home: Home) -> None:
@@ -5230,6 +5352,29 @@ def test_status_has_one_word_for_a_codebases_state(home: Home, status: str) -> N
     assert contents(home.folder) == before
 
 
+def test_a_failed_first_sync_is_no_sync(home: Home) -> None:
+    home.make_codebase("shop/api", {"CLAUDE.md": b"a\0b"}, targets=["claude"])
+    assert home.run("sync", "--all").status == 2
+    assert home.staleness()["last_sync_at"] is None
+
+
+def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
+    root = home.make_synced("shop/api", targets=["claude", "codex"])
+    (root / "CLAUDE.md").write_text("all mine\n")
+    (root / "AGENTS.md").unlink()
+    assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
+
+
+def test_status_names_every_change_whatever_the_state(home: Home) -> None:
+    root = home.make_codebase("shop/api", targets=["claude", "codex", "cline"])
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# my api")
+    (root / "AGENTS.md").unlink()
+    home.register("shop/api", targets=["claude", "codex"])
+    detail = f"missing: AGENTS.md; edited by hand: CLAUDE.md; no longer wanted: {CLINE}"
+    assert (home.status_of(), home.staleness()["detail"]) == ("stale", detail)
+
+
 def test_a_dry_run_lists_exactly_what_sync_then_writes(home: Home, status: str) -> None:
     before = tree(home.folder)
     dry, check = home.run("sync", "--all", "--dry-run"), home.run("sync", "--all", "--check")
@@ -5688,6 +5833,14 @@ def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked
         live.save(label, note="again")
     monkeypatch.setattr(orchestra, "list_folder", list_and_remove)
     assert watcher.look() == {str(live.file(label)) for label in ("shop/api", *others)}
+
+
+def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
+    file = live.save("shop/one")
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
+    monkeypatch.setattr(orchestra, "find_first_link", lambda path: str(file))
+    watcher._anchors.add(str(file))
+    assert watcher.look() == {str(file)}
 
 
 @pytest.mark.parametrize("kind", ["kqueue", "inotify"])
@@ -7336,6 +7489,33 @@ def test_another_user_gets_nothing(served: Home, is_open: bool) -> None:
     assert served.answers()
 
 
+@pytest.mark.parametrize(
+    ("data", "described"),
+    [
+        (f"{os.getpid()} 0", f" (running since 1970-01-01 00:00, pid {os.getpid()})"),
+        (f"{os.getpid()} NOW", f" (running since HH:MM, pid {os.getpid()})"),
+        ("", ""),
+        ("x y\n", ""),
+        (f"{DEAD} 0", ""),  # it was killed
+        *((f"{os.getpid()} {10**digits}", "") for digits in (17, 30)),  # no such time
+    ],
+)
+def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: Any, data: str, described: str) -> None:
+    monkeypatch.setattr(orchestra, "STATUS_PAUSE", 0)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    now = int(time.time())
+    lock = orchestra.try_lock(orchestra.daemon_lock_path(live.path))
+    assert lock is not None
+    orchestra.write_lock(lock, b"longer than what follows, and older")
+    orchestra.write_lock(lock, data.replace("NOW", str(now)).encode())
+    found = orchestra.describe_lock_holder(live.path)
+    os.close(lock)
+    assert found == described.replace("HH:MM", time.strftime("%H:%M", time.localtime(now)))
+    monkeypatch.undo()
+    time.tzset()
+
+
 # ── 22 Worker ─────────────────────────────────────────────────────────────────
 
 
@@ -7443,6 +7623,19 @@ def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     worker.finish()
     assert "KeyError" in worker.outcomes[0].bug and worker.outcomes[0].summary is not None
     assert live.has("first")
+
+
+def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
+    """The pipeline as the daemon calls it, for one codebase by name."""
+    live.save("shop/api", "one")
+    orchestra.run_pipeline(live.path, orchestra.SyncScope.all())
+    first = live.read()
+    shutil.rmtree(orchestra.hashes_root(live.path))
+    live.save("shop/api", "two")
+    cache = orchestra.RegistryCache.load(live.path)
+    _, outcome = orchestra.run_job(live.path, cache, orchestra.SyncJob(orchestra.SyncScope.codebase("api"), "socket"))
+    assert outcome.summary and (outcome.summary.written, outcome.summary.unchanged) == (0, 1)
+    assert live.read() == first
 
 
 # ── 23 Daemon ─────────────────────────────────────────────────────────────────
@@ -7664,33 +7857,6 @@ def test_a_socket_whose_name_is_taken_is_reported_once_until_it_is_free(live: Ho
     os.unlink(live.socket)
     turn_until(turned, lambda: os.path.lexists(live.socket))
     assert len(live.errors().splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("data", "described"),
-    [
-        (f"{os.getpid()} 0", f" (running since 1970-01-01 00:00, pid {os.getpid()})"),
-        (f"{os.getpid()} NOW", f" (running since HH:MM, pid {os.getpid()})"),
-        ("", ""),
-        ("x y\n", ""),
-        (f"{DEAD} 0", ""),  # it was killed
-        *((f"{os.getpid()} {10**digits}", "") for digits in (17, 30)),  # no such time
-    ],
-)
-def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: Any, data: str, described: str) -> None:
-    monkeypatch.setattr(orchestra, "STATUS_PAUSE", 0)
-    monkeypatch.setenv("TZ", "UTC")
-    time.tzset()
-    now = int(time.time())
-    lock = orchestra.try_lock(orchestra.daemon_lock_path(live.path))
-    assert lock is not None
-    orchestra.write_lock(lock, b"longer than what follows, and older")
-    orchestra.write_lock(lock, data.replace("NOW", str(now)).encode())
-    found = orchestra.describe_lock_holder(live.path)
-    os.close(lock)
-    assert found == described.replace("HH:MM", time.strftime("%H:%M", time.localtime(now)))
-    monkeypatch.undo()
-    time.tzset()
 
 
 def test_a_sync_that_ends_just_before_a_stop_is_answered(live: Home, turned: orchestra.Daemon) -> None:
@@ -8300,14 +8466,6 @@ def test_a_sync_whose_error_may_pass_is_tried_again_and_logged_once(
     assert live.errors().count("open elsewhere") == 1
     turn(turned, 0.1)
     assert len(tries) == 5 and turned._schedule.retry_at == {}
-
-
-def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
-    file = live.save("shop/one")
-    watcher = orchestra.Watcher(live.path, orchestra.Backend())
-    monkeypatch.setattr(orchestra, "find_first_link", lambda path: str(file))
-    watcher._anchors.add(str(file))
-    assert watcher.look() == {str(file)}
 
 
 def test_a_link_that_comes_and_goes_stops_nothing(served: Home) -> None:
@@ -9353,89 +9511,6 @@ def test_imported_it_leaves_the_import_path_alone(machine: Machine) -> None:
     assert machine.run_well(sys.executable, "-c", code, environ={"PYTHONPATH": "x"}) == "True\n"
 
 
-# Whose home it is
-
-ME = os.geteuid()
-OTHER = NOBODY if ME == 0 else ME  # who may own a file here
-
-
-@pytest.mark.parametrize("what", [".", ".orchestra", "link", "not/there"])
-def test_root_keeps_out_of_another_users_home(machine: Machine, what: str) -> None:
-    home = machine.home
-    (home / ".orchestra").mkdir()
-    orchestra.check_owner(machine.path, ME)
-    if what == "link":
-        home = machine.folder / "link"
-        home.symlink_to(machine.home)
-    elif what == "not/there":
-        home /= what
-    os.chown(machine.home / ".orchestra" if what == ".orchestra" else machine.home, OTHER, -1)
-    name = "~/.orchestra" if what == ".orchestra" and ME == 0 else "HOME"
-    owner, root = orchestra.user_name(OTHER), orchestra.user_name(0)
-    with pytest.raises(orchestra.UsageError, match=rf"^{name} belongs to user {owner}, and this is {root}: ") as caught:
-        orchestra.check_owner(str(home), 0)
-    assert caught.value.hint == f"run it as {owner}, or set HOME"
-
-
-def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(machine: Machine) -> None:
-    (machine.home / ".orchestra").mkdir()
-    for home in (machine.path, f"{machine.path}/none"):
-        orchestra.check_owner(home, 12345)  # whom the system lets write there, for this process may
-    assert orchestra.user_name(4_000_000_000) == "4000000000"
-    for path, name, way_out in (
-        (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{machine.path}/.orchestra'"),
-        (machine.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
-    ):
-        path.chmod(0o555)
-        if ME:
-            with pytest.raises(orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: ") as error:
-                orchestra.check_owner(machine.path, 12345)
-            assert error.value.hint == way_out
-        path.chmod(0o700)
-
-
-@pytest.mark.skipif(ME != 0, reason="needs root")
-def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
-    os.chown(machine.home, NOBODY, NOBODY)
-    for argv in (["status"], ["init", machine.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
-        done = machine.run_program(sys.executable, SCRIPT, *argv)
-        assert done.returncode == 2
-        assert re.match(r"orchestra: HOME belongs to user .*, and this is root.*\n.*\n\Z", done.stderr), done
-    for word in ("--version", "--help"):
-        machine.run_well(sys.executable, SCRIPT, word)
-    for argv in ([], ["--uninstall"]):
-        assert_refused(machine.install("sh", *argv), "belongs to another user")
-    assert machine.listing() == {}
-
-
-AS_NOBODY: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-
-
-def python_for_nobody() -> str:
-    """Find a Python that another user may run."""
-    for python in (BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"):
-        try:
-            argv = [python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]
-            if subprocess.call(argv, user=NOBODY) == 0:
-                return python
-        except OSError:
-            pass
-    pytest.skip("no Python here that another user may run")
-
-
-@pytest.mark.skipif(ME != 0, reason="needs root")
-def test_a_user_who_cannot_write_to_another_users_home_is_told_so(machine: Machine) -> None:
-    python = python_for_nobody()
-    machine.folder.chmod(0o755)
-    put_files(machine.folder, {"orchestra.py": ORCHESTRA_PY})
-    put_files(machine.home, {".orchestra": None})
-    for owner, way_out in ((0, "run it as root, or set HOME"), (NOBODY, "sudo chown -R ")):
-        os.chown(machine.home, owner, -1)
-        done = machine.run_program(python, machine.folder / "orchestra.py", "daemon", "logs", **AS_NOBODY)
-        assert done.returncode == 2 and way_out in done.stderr, done
-        assert "belongs to user root, and this is " in done.stderr
-
-
 # PyYAML
 
 
@@ -10097,15 +10172,6 @@ def test_init_writes_a_path_below_the_home_with_a_tilde(home: Home, spelling: st
     assert "is already registered" in home.run_fine("init", path, "-p", "shop").out
 
 
-@pytest.mark.parametrize(
-    ("home_folder", "path", "written"),
-    [("/", "/code/api", "~/code/api"), ("/nowhere", "/code/api", "/code/api"), ("/h", "/h", "/h")],
-)
-def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, path: str, written: str) -> None:
-    assert orchestra.spell_path(home_folder, path) == written
-    assert orchestra.codebase_root(home_folder, orchestra.Codebase(*API, written)) == path
-
-
 def test_init_takes_the_targets_its_project_names(home: Home) -> None:
     home.write_registry("shop/project.yaml", "name: shop\ntargets: [gemini]\n")
     ran = home.run_fine("init", str(home.code), "-p", "shop", "--sync")
@@ -10417,6 +10483,89 @@ def test_an_output_that_cannot_spell_it_is_no_traceback(home: Home) -> None:
 def test_a_current_folder_that_is_gone_is_one_line(home: Home, argv: list[str]) -> None:
     ran = run_in_shell(home, 'mkdir gone && cd gone && rmdir ../gone && exec "$0" "$@"', *argv)
     assert (ran.status, ran.err.splitlines()[-1][:11]) == (2, "orchestra: ") and "Traceback" not in ran.err
+
+
+# Whose home it is
+
+ME = os.geteuid()
+OTHER = NOBODY if ME == 0 else ME  # who may own a file here
+
+
+@pytest.mark.parametrize("what", [".", ".orchestra", "link", "not/there"])
+def test_root_keeps_out_of_another_users_home(machine: Machine, what: str) -> None:
+    home = machine.home
+    (home / ".orchestra").mkdir()
+    orchestra.check_owner(machine.path, ME)
+    if what == "link":
+        home = machine.folder / "link"
+        home.symlink_to(machine.home)
+    elif what == "not/there":
+        home /= what
+    os.chown(machine.home / ".orchestra" if what == ".orchestra" else machine.home, OTHER, -1)
+    name = "~/.orchestra" if what == ".orchestra" and ME == 0 else "HOME"
+    owner, root = orchestra.user_name(OTHER), orchestra.user_name(0)
+    with pytest.raises(orchestra.UsageError, match=rf"^{name} belongs to user {owner}, and this is {root}: ") as caught:
+        orchestra.check_owner(str(home), 0)
+    assert caught.value.hint == f"run it as {owner}, or set HOME"
+
+
+def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(machine: Machine) -> None:
+    (machine.home / ".orchestra").mkdir()
+    for home in (machine.path, f"{machine.path}/none"):
+        orchestra.check_owner(home, 12345)  # whom the system lets write there, for this process may
+    assert orchestra.user_name(4_000_000_000) == "4000000000"
+    for path, name, way_out in (
+        (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{machine.path}/.orchestra'"),
+        (machine.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
+    ):
+        path.chmod(0o555)
+        if ME:
+            with pytest.raises(orchestra.UsageError, match=f"^{name} belongs to user .*, and this is 12345: ") as error:
+                orchestra.check_owner(machine.path, 12345)
+            assert error.value.hint == way_out
+        path.chmod(0o700)
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root")
+def test_root_writes_nothing_into_another_users_home(machine: Machine) -> None:
+    os.chown(machine.home, NOBODY, NOBODY)
+    for argv in (["status"], ["init", machine.code, "-p", "demo"], ["daemon", "start"], ["self-install"]):
+        done = machine.run_program(sys.executable, SCRIPT, *argv)
+        assert done.returncode == 2
+        assert re.match(r"orchestra: HOME belongs to user .*, and this is root.*\n.*\n\Z", done.stderr), done
+    for word in ("--version", "--help"):
+        machine.run_well(sys.executable, SCRIPT, word)
+    for argv in ([], ["--uninstall"]):
+        assert_refused(machine.install("sh", *argv), "belongs to another user")
+    assert machine.listing() == {}
+
+
+AS_NOBODY: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+
+
+def python_for_nobody() -> str:
+    """Find a Python that another user may run."""
+    for python in (BASE_PYTHON, "/usr/bin/python3", "/usr/local/bin/python3"):
+        try:
+            argv = [python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]
+            if subprocess.call(argv, user=NOBODY) == 0:
+                return python
+        except OSError:
+            pass
+    pytest.skip("no Python here that another user may run")
+
+
+@pytest.mark.skipif(ME != 0, reason="needs root")
+def test_a_user_who_cannot_write_to_another_users_home_is_told_so(machine: Machine) -> None:
+    python = python_for_nobody()
+    machine.folder.chmod(0o755)
+    put_files(machine.folder, {"orchestra.py": ORCHESTRA_PY})
+    put_files(machine.home, {".orchestra": None})
+    for owner, way_out in ((0, "run it as root, or set HOME"), (NOBODY, "sudo chown -R ")):
+        os.chown(machine.home, owner, -1)
+        done = machine.run_program(python, machine.folder / "orchestra.py", "daemon", "logs", **AS_NOBODY)
+        assert done.returncode == 2 and way_out in done.stderr, done
+        assert "belongs to user root, and this is " in done.stderr
 
 
 # ── Every step interrupted ────────────────────────────────────────────────────
@@ -11721,7 +11870,6 @@ def test_nothing_is_lost_in_many_histories(capsys: Any) -> None:
 # replacing, and right after that. Then by chance: editors, commands and the daemon in
 # loops.
 
-needs_leases = pytest.mark.skipif(not IS_LINUX, reason="only Linux knows who has a file open for writing")
 Change = Callable[[bytes], bytes]
 Save = Callable[[Path, Change], None]
 
@@ -12082,34 +12230,6 @@ def test_a_restore_of_a_busy_file_names_it(scene: Scene) -> None:
         assert scene.home.run("restore", "api").complaints == [f"orchestra: {scene.file}: {BUSY}"]
 
 
-@needs_leases
-def test_a_file_that_is_opened_for_writing_while_it_is_released_stays(home: Home) -> None:
-    put_files(home.code, {".orchestra-1-aa-1-x.tmp": "old", "x": "new"})
-    temporary = home.code / ".orchestra-1-aa-1-x.tmp"
-    turn = turn_at(home, time.time())
-
-    def open_it(*args: Any) -> bool:
-        with pytest.raises(BlockingIOError):  # instead of a wait for the lease
-            os.open(temporary, os.O_WRONLY | os.O_NONBLOCK)
-        return True
-
-    turn.back_up = open_it  # type: ignore[assignment]
-    with orchestra.open_place(str(home.code / "x")) as place:
-        assert not orchestra.Displaced(place, temporary.name, ["00"], turn).remove(open_it)
-        assert not turn._remove_aside(place.folder, temporary.name, "x", "00")
-    assert temporary.read_text() == "old"
-
-
-@needs_leases
-def test_what_is_still_written_to_is_backed_up_only_once_it_is_whole(home: Home) -> None:
-    put_files(home.code, {"x": "half"})
-    turn = turn_at(home, time.time())
-    with orchestra.open_place(str(home.code / "x")) as place:
-        with open(home.code / "x", "ab"):
-            assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (False, [])
-        assert (turn._remove_aside(place.folder, "x", "x", "00"), kept_texts(home)) == (True, [b"half"])
-
-
 @pytest.mark.parametrize("source", ["by leases", "not at all"])
 def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
     scene: Scene, monkeypatch: Any, source: str, way_to_replace: str
@@ -12204,125 +12324,6 @@ def test_a_writer_whose_file_was_displaced_by_a_killed_sync_gets_it_back(scene: 
     wait_until(lambda: scene.home.run("sync", "--all").status == 0)
     assert scene.user_text().endswith(b"u1x\n")
     scene.check_synced()
-
-
-# What a killed turn left behind, recorded nowhere
-
-
-def leave_temporary(folder: Path, end: str = "-1-CLAUDE.md", text: Any = "u1x\n", process: int = DEAD) -> Path:
-    put_files(folder, {f".orchestra-{process}-aa{end}.tmp": text})
-    return folder / f".orchestra-{process}-aa{end}.tmp"
-
-
-@needs_leases
-@pytest.mark.parametrize("is_linked", [False, True])
-@pytest.mark.parametrize("path", ["CLAUDE.md", COPILOT, CURSOR, ".agents/rules/orchestra.md"])
-@pytest.mark.parametrize("has_name", [False, True])
-def test_a_save_in_a_temporary_file_in_no_record_is_backed_up(
-    home: Home, path: str, is_linked: bool, has_name: bool
-) -> None:
-    files: dict[str, Any] = {"gh": None, ".github": link_to("gh")} if is_linked else {".github": None}
-    root = home.make_codebase("shop/api", {**files, ".cursor/rules/x": "", ".agents/rules/x": ""}, targets=ALL_TARGETS)
-    for start in ("", "b"):
-        leave_temporary((root / path).parent, f"{start}-1-{os.path.basename(path)}" if has_name else f"{start}-1")
-    home.sync()
-    assert home.backups() == {path if has_name or "/" in path else "leftover.md": b"u1x\n"}
-    assert home.leftovers() == []
-
-
-@pytest.mark.parametrize("folder", [".cursor", ".cursor/rules"])
-def test_temporary_files_outside_of_the_codebase_are_left_alone(home: Home, folder: str) -> None:
-    outside = home.code / "outside"
-    leave_temporary(outside)
-    leave_temporary(outside / "rules")
-    home.make_codebase("shop/api", {folder: link_to(str(outside))}, targets=["claude", "cursor"])
-    before = tree(outside)
-    lock = Path(orchestra.codebase_lock_path(home.path, API))
-    for text in ("", "1-dead\n"):
-        put_files(lock.parent, {lock.name: text})
-        home.run("sync", "--all")
-        assert tree(outside) == before
-
-
-def places_kept(home: Home) -> list[str]:
-    backups = contents(Path(orchestra.backups_root(home.path)))
-    return [re.sub(r"/\d{8}T.*Z/", "/TIME/", path) for path, data in backups.items() if data == b"u1x\n"]
-
-
-@needs_leases
-@pytest.mark.parametrize("name", [".", "..", ".orchestra.json", "..%2F..", "a%2Fb", "%2Fetc"])
-@pytest.mark.parametrize("kind", ["", "kept"])
-def test_the_name_of_a_temporary_file_leads_nowhere(home: Home, name: str, kind: str) -> None:
-    head = f".orchestra-kept-{DEAD}-aa-{'0' * 64}-" if kind else f".orchestra-{DEAD}-aa-1-"
-    root = home.make_codebase("shop/api", {f"{head}{name}.tmp": "u1x\n"}, targets=["claude"])
-    for _ in range(2):
-        home.sync()
-    assert b"u1x\n" in home.backups().values() and home.leftovers() == []
-    assert (root / "CLAUDE.md").exists()
-    assert places_kept(home) == ["shop/api/TIME/leftover.md"] or "%" in name
-
-
-@needs_leases
-def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> None:
-    file = leave_temporary(home.projects / "shop", "-1-..")
-    put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": "1-dead\n"})
-    orchestra.clear_registry(home.path)
-    assert not file.exists()
-    assert [path.partition("/TIME")[0] for path in places_kept(home)] == ["unknown/unknown"]
-
-
-def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
-    huge = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), text="")
-    os.truncate(huge, orchestra.Turn.MAX_ASIDE + 1)
-    assert sync_later(home).has_leftovers and huge.exists()
-
-
-@needs_leases
-@pytest.mark.parametrize("is_known", [False, True])
-def test_a_temporary_file_goes_though_there_is_nothing_else_to_do(home: Home, is_known: bool) -> None:
-    root = home.make_synced("shop/api", {"CLAUDE.md": "mine\n"}, targets=["claude"])
-    leave_temporary(root, text=(root / "CLAUDE.md").read_bytes() if is_known else "u1x\n")
-    assert home.sync().lines == []
-    assert (home.backups(), home.leftovers()) == ({} if is_known else {"CLAUDE.md": b"u1x\n"}, [])
-
-
-@needs_leases
-def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(home: Home) -> None:
-    leave_temporary(home.make_codebase("shop/api", targets=["claude"]), "-1")
-    home.sync()
-    ran = home.run("restore", "api", "leftover.md")
-    assert "only agents' instruction files are restored" in ran.err and "cp " not in ran.err
-
-
-def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
-    left = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), process=os.getpid())
-    assert sync_later(home, 0).has_leftovers and left.exists()
-    assert not sync_later(home, orchestra.Turn.ASIDE_TIME + 10).has_leftovers and not left.exists()
-    assert home.backups() == {"CLAUDE.md": b"u1x\n"}
-
-
-@needs_leases
-@pytest.mark.parametrize(
-    "after", ["rename the codebase", "remove it and register it anew", "lose all but the registry"]
-)
-def test_a_save_displaced_by_a_killed_sync_is_kept_whatever_comes_next(home: Home, after: str) -> None:
-    root = home.make_codebase("shop/api", {"CLAUDE.md": "ours\n", "gh": None, ".github": link_to("gh")})
-    left = leave_swap(home, root, "CLAUDE.md")
-    renamed = left.rename(root / f".orchestra-{DEAD}-aa-1-CLAUDE.md.tmp")
-    edit(Path(orchestra.codebase_lock_path(home.path, API)), left.name, renamed.name)
-    name = "web" if after == "rename the codebase" else "api"
-    if after == "rename the codebase":
-        Path(orchestra.codebase_path(home.path, API)).unlink()
-        home.register("shop/web", path=str(root))
-    elif after == "remove it and register it anew":
-        home.run_fine("project", "remove", "api")
-        assert home.leftovers() == [] and SAVED_IN_THE_INSTANT in home.backups().values()
-        home.register("shop/api")
-    else:
-        shutil.rmtree(orchestra.run_dir(home.path))
-    home.sync()
-    assert SAVED_IN_THE_INSTANT in (*home.backups(f"shop/{name}").values(), *home.backups().values())
-    assert home.leftovers() == []
 
 
 # Editors that save in a loop, as processes of their own
