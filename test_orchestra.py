@@ -473,6 +473,10 @@ class Home:
     def projects(self) -> Path:
         return Path(orchestra.projects_root(self.path))
 
+    @property
+    def record(self) -> Path:
+        return Path(orchestra.record_path(self.path, API))
+
     def file(self, label: str = "shop/api") -> Path:
         return self.projects / f"{label}.yaml"
 
@@ -3665,7 +3669,7 @@ def test_what_an_older_version_wrote_is_known_and_an_edit_of_it_is_kept(home: Ho
         CLINE: hashlib.sha256(old_text().encode()).hexdigest(),
     }
     record = {"synced_at": "2026-01-01T00:00:00Z", "files": exact, "earlier": {}, "joins": {"AGENTS.md": "\n"}}
-    file = Path(orchestra.record_path(home.path, API))
+    file = home.record
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({**record, "folders": [], "source": "of an older version"}))
     if edits:
@@ -3907,7 +3911,7 @@ def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -
     for broken in ("", "{", "[]", '{"files": []}', "null", "[" * 100_000, '{"synced_at": 1, "files": {}}'):
         home.sync()
         old = edit(root / CLINE, "# api", f"# api {len(broken)}")
-        Path(orchestra.record_path(home.path, API)).write_text(broken)
+        home.record.write_text(broken)
         assert home.status_of() == "never_synced"
         home.sync()
         assert home.backups()[".clinerules/orchestra.md"] == old
@@ -3915,7 +3919,7 @@ def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -
 
 def test_a_wrong_hash_in_the_record_heals(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["codex"])
-    record = Path(orchestra.record_path(home.path, API))
+    record = home.record
     values = json.loads(record.read_text())
     record.write_text(json.dumps({**values, "files": {"AGENTS.md": "0" * 64}}))
     before = tree(root)
@@ -3930,7 +3934,7 @@ def test_a_wrong_hash_in_the_record_heals(home: Home) -> None:
 @pytest.mark.parametrize("values", [{"folders": ["\ud800"]}, {"joins": {"AGENTS.md": "\ud800"}}])
 def test_a_record_that_orchestra_cannot_have_written_counts_as_none(home: Home, values: dict[str, Any]) -> None:
     home.make_synced("shop/api", {"AGENTS.md": "mine"}, targets=["codex"])
-    record = Path(orchestra.record_path(home.path, API))
+    record = home.record
     record.write_text(json.dumps({**json.loads(record.read_text()), **values}))
     assert home.sync().err == ""
     assert home.run_fine("project", "remove", "api", "--purge").err == ""
@@ -3963,7 +3967,7 @@ def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
 
 def test_the_record_names_what_was_written_and_when(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["cline"])
-    record = json.loads(Path(orchestra.record_path(home.path, API)).read_text())
+    record = json.loads(home.record.read_text())
     digest = orchestra.digest_of((root / CLINE).read_bytes())
     assert record["files"] == {".clinerules/orchestra.md": digest}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["synced_at"])
@@ -4000,7 +4004,7 @@ def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: st
     lines = home.sync().lines
     assert lines == dry.lines and {line.split()[0] for line in lines} <= {"update"}  # its own text is no edit
     assert home.backups(label) == kept and home.backups() == {}
-    assert not os.path.exists(orchestra.record_path(home.path, API))
+    assert not home.record.exists()
     home.write_registry(f"{label}.yaml", {"name": label.split("/")[1], "path": str(root), "targets": []})
     home.sync()
     assert contents(root) == {"GEMINI.md": b"mine\n"}
@@ -4009,7 +4013,7 @@ def test_a_renamed_codebase_keeps_its_record_and_its_backups(home: Home, old: st
 @pytest.mark.parametrize("moves", [0, 1, 2])
 def test_an_adoption_that_was_cut_short_is_finished(home: Home, monkeypatch: Any, moves: int) -> None:
     root = home.make_synced(targets=["claude"])
-    put_files(Path(orchestra.backups_of(home.path, API)), {"20260101T000000.000000Z/CLAUDE.md": "older"})
+    put_files(backups_folder(home), {"20260101T000000.000000Z/CLAUDE.md": "older"})
     mine = edit(root / "CLAUDE.md", "api", "mine")
     home.sync()
     rename_codebase(home, "shop/api", "shop/api2")
@@ -4049,7 +4053,7 @@ def test_only_the_record_of_the_same_folder_under_an_unregistered_name_is_adopte
 ) -> None:
     root = path = home.make_codebase(targets=["claude"])
     home.sync()
-    record = Path(orchestra.record_path(home.path, API))
+    record = home.record
     data = record.read_bytes()
     older = data.replace(b'"synced_at":"2', b'"synced_at":"1')
     os.unlink(orchestra.codebase_path(home.path, API))
@@ -5019,7 +5023,7 @@ def test_a_registry_sweep_that_ended_in_its_backup_is_swept_up_itself(home: Home
     saved = home.write_registry("shop/.orchestra-1-dead-1.tmp", "the user's save")
     swap = "\0".join(["1", str(file), str(saved), "0" * 64, "1", ""])
     put_files(Path(orchestra.run_dir(home.path)), {"registry.lock": f"1-dead\n{swap}"})
-    put_files(Path(orchestra.backups_of(home.path, API)), {".orchestra-1-dead.tmp": "half of it"})
+    put_files(backups_folder(home), {".orchestra-1-dead.tmp": "half of it"})
     orchestra.clear_registry(home.path)
     assert home.backups() == {"api.yaml": b"the user's save"}
     assert home.leftovers() == []
@@ -10285,7 +10289,7 @@ def test_a_record_that_cannot_be_read_is_its_own_codebases_error(home: Home) -> 
     for label in ("shop/api", "shop/web"):
         home.make_codebase(label)
     home.sync()
-    os.chmod(orchestra.record_path(home.path, API), 0)
+    home.record.chmod(0)
     ran = home.run_as_nobody("status", "--json")
     assert ran.status == 2
     statuses = {entry["codebase"]: entry["status"] for entry in json.loads(ran.out)["codebases"]}
@@ -12121,7 +12125,7 @@ def test_what_is_written_to_a_file_of_unknown_writers_is_kept(
     scene = Scene(home, "" if change == "drop all of it" else "mine\n")
     if change != "update":
         home.register("shop/api", targets=[])
-    aside = Path(orchestra.backups_of(home.path, API), ".aside")
+    aside = backups_folder(home) / ".aside"
     with open(scene.file, "ab", buffering=0) as opened:
         home.sync()
         opened.write(b"u1x\n")
@@ -12139,7 +12143,7 @@ def test_a_file_of_unknown_writers_goes_after_a_minute_without_a_change(
 ) -> None:
     hide_writers(monkeypatch)
     scene.home.sync()
-    aside = Path(orchestra.backups_of(scene.home.path, API), ".aside")
+    aside = backups_folder(scene.home) / ".aside"
     assert sync_later(scene.home, orchestra.Turn.ASIDE_TIME - 30).has_leftovers and os.listdir(aside) != []
     assert not sync_later(scene.home, orchestra.Turn.ASIDE_TIME + 30).has_leftovers and not aside.exists()
     assert scene.home.backups() == {}
@@ -12530,7 +12534,7 @@ def test_a_codebase_removed_during_syncs_stays_as_the_removal_left_it(served: Ho
         assert not any(map(is_temporary, found))
         if purge:
             assert found == {"CLAUDE.md": b"u1x mine\n"}
-            assert not os.path.exists(orchestra.record_path(served.path, API))
+            assert not served.record.exists()
         else:
             assert found["CLAUDE.md"].startswith(b"u1x mine\n") and cut_up(found["CLAUDE.md"])
 
