@@ -2811,6 +2811,19 @@ def test_a_registry_file_that_disappears_while_it_is_listed_is_no_problem(home: 
     assert (home.registry().keys, home.problems()) == ([], [])
 
 
+def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch: Any) -> None:
+    file = home.save("shop/one")
+    read = orchestra.read_codebase
+
+    def read_and_remove(*args: Any) -> Any:
+        result = read(*args)
+        file.unlink()
+        return result
+
+    monkeypatch.setattr(orchestra, "read_codebase", read_and_remove)
+    assert list(home.registry().codebases) == [("shop", "one")]
+
+
 # ── 12 Detection ──────────────────────────────────────────────────────────────
 
 
@@ -7596,19 +7609,6 @@ def test_a_folder_stays_with_its_codebase_while_that_is_half_written_and_another
     replace(live.file("shop/one"), one.replace("first", "last"))
     cache, outcome = run_watcher_job(live, cache, "one")
     assert outcome.error == "" and cache.problems == [] and live.has("last", "shop/one")
-
-
-def test_a_file_that_vanishes_while_it_is_read_is_no_bug(live: Home, monkeypatch: Any) -> None:
-    file = live.save("shop/one")
-    read = orchestra.read_codebase
-
-    def read_and_remove(*args: Any) -> Any:
-        result = read(*args)
-        file.unlink()
-        return result
-
-    monkeypatch.setattr(orchestra, "read_codebase", read_and_remove)
-    assert list(orchestra.load_registry(live.path).codebases) == [("shop", "one")]
 
 
 def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
