@@ -83,7 +83,7 @@ fetch_script() {
         url=${ORCHESTRA_URL%/}/orchestra.py
         download "$url" "$1" || die "could not download $url"
     else
-        die "set ORCHESTRA_URL to the address of the folder that has orchestra.py"
+        die "no orchestra.py beside install.sh: run it in a checkout, or set ORCHESTRA_URL to the address of the folder that has it"
     fi
 }
 
@@ -101,7 +101,7 @@ check_script() {
     last='# The last line: install.sh takes no copy without it.'
     # The dot keeps the final newline, which $(...) would remove.
     [ "$(tail -n 1 "$1" && echo .)" = "$last
-." ] || die "orchestra.py is incomplete, or something else: try again"
+." ] || die "orchestra.py is incomplete, or not Orchestra's: download it again"
     if [ -n "${ORCHESTRA_SHA256:-}" ]; then
         sum=$(sha256_of "$1") || exit 2
         [ "$sum" = "$ORCHESTRA_SHA256" ] || die "orchestra.py: expected SHA-256 $ORCHESTRA_SHA256, got $sum"
@@ -155,7 +155,7 @@ uninstall() {
     done
     kept projects "the registry"
     kept backups "what syncs replaced"
-    kept hashes "what tells Orchestra's text from yours"
+    kept hashes "checksums of what Orchestra wrote"
     kept run "needed to clean up after killed syncs"
     say "uninstalled"
 }

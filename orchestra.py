@@ -1083,7 +1083,7 @@ class Lock:
         fd = try_lock(self._path, self._timeout)
         if fd is None:
             problem = f"another orchestra command has been busy for {self._timeout:g} s"
-            raise SyncError(problem, "wait for it to end, or end it")
+            raise SyncError(problem, "wait for it to finish, or stop it")
         self._fd = fd
         with blame(self._path):
             try:
@@ -2018,8 +2018,8 @@ def import_yaml() -> Any:
         from yaml import SafeLoader  # noqa: F401  another package may be called so
     except ImportError:
         file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
-        hint = f"move that away; {hint}" if file else hint
-        problem = f"PyYAML: {file} is something else, or incomplete"
+        hint = f"move it away, then: {hint}" if file else hint
+        problem = f"{file} is not PyYAML, or is incomplete"
         raise OrchestraError(problem if file else f"PyYAML is missing from {sys.executable}", hint) from None
     return yaml
 
@@ -2866,7 +2866,9 @@ class Registry(NamedTuple):
             return found[0]
         if found:
             labels = [label_for(key) for key in found]
-            raise RegistryError(f'"{name}" is in {len(found)} projects: {", ".join(labels)}', labels[0])
+            raise RegistryError(
+                f'"{name}" is in {len(found)} projects: {", ".join(labels)}', f"give its project too: {labels[0]}"
+            )
         shown = name if len(name) <= 200 else excerpt(name)
         raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
 
@@ -3917,7 +3919,7 @@ def find_block(data: bytes) -> Optional[slice]:
         )
     found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
     found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
-    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete one")
+    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete the others")
 
 
 def find_open_fence(data: bytes) -> int:
@@ -4435,7 +4437,7 @@ def check_parents(root: str, path: str) -> str:
                 raise SyncError(f"expected a folder, got a broken link to {visible(real)}")
             mode = os.stat(folder).st_mode
         if not stat.S_ISDIR(mode):
-            raise SyncError(f"expected {above} to be a folder, got a file: move its text into one")
+            raise SyncError(f"expected {above} to be a folder, got a file: rename it, and move its text into {above}/")
     if has_link:
         folder, name = os.path.split(path)
         return f"{real_path(f'{root}/{folder}')}/{name}"
@@ -4938,12 +4940,11 @@ class CodebaseTurn(Turn):
         before = file.before
         if file.action in Action.BACKED_UP:
             when = self.back_up(file.path, before, Reason.EDITED)
-            note = (
-                f"your version is kept; to get it back: orchestra restore {label_for(self.key)} {file.path} --at {when}"
-            )
+            restore = f"orchestra restore {label_for(self.key)} {file.path} --at {when}"
+            note = f"the replaced version is kept; to get it back: {restore}"
             if file.action == Action.EVICT:  # the codebase is no longer registered
                 kept = os.path.join(backups_of(self.home, self.key), when, file.path)
-                note = f"your version is kept as {shorten_home(self.home, kept)}"
+                note = f"the replaced version is kept as {shorten_home(self.home, kept)}"
             file = file._replace(note="; ".join(filter(None, [note, file.note])))
         if file.action == Action.RELEASE:
             return file._replace(note="you edited it, so it stays; Orchestra no longer manages it")
@@ -6581,8 +6582,8 @@ class DaemonSocket:
         path = socket_path(self._home)
         limit = 103 if sys.platform == "darwin" else 107  # sun_path less its final NUL
         if len(os.fsencode(path)) > limit:
-            size = len(os.fsencode(path))
-            raise ProtocolError(f"{path}: expected a socket path of at most {limit} bytes, got {size}")
+            problem = f"expected a socket path of at most {limit} bytes, got {len(os.fsencode(path))}"
+            raise ProtocolError(f"{path}: {problem}", "a HOME with a shorter path")
         disk = read_disk(path)
         if disk.kind not in ("absent", "special"):
             raise ProtocolError(f"{path}: expected a socket or nothing, got {disk.noun}: move it away")
@@ -7239,10 +7240,10 @@ class Daemon:
         try:
             self._server.listen(self._socket.bind())
         except DaemonError as error:
-            self._job_log.write_problems({SOCKET: [Problem(path, f"expected to make it again, got: {error}")]})
+            self._job_log.write_problems({SOCKET: [Problem(path, f"could not recreate it: {error}")]})
         else:
             self._job_log.write_problems({SOCKET: []})
-            self._log.warning("made the socket again, which was gone", socket=path)
+            self._log.warning("recreated the missing socket", socket=path)
 
     def _wake(self) -> None:
         with suppress(OSError):  # it has plenty of reasons to wake already, or is gone
@@ -7473,7 +7474,7 @@ class Installer(NamedTuple):
             self.fetch_yaml(sys.executable)
             importlib.invalidate_caches()  # slow: it loads importlib.metadata
         if not find_yaml():
-            raise OrchestraError(f"PyYAML: {lib} has none that can be imported", f"rm -r '{lib}'")
+            raise OrchestraError(f"the PyYAML in {lib} cannot be imported", f"rm -r '{lib}'")
 
     def fetch_yaml(self, python: str) -> None:
         """Install PyYAML below ~/.orchestra/lib with pip, as a whole or not at all."""
@@ -7538,7 +7539,7 @@ class Installer(NamedTuple):
         for python in map(stable_python_path, candidates):
             if self.run([python, "-I", "-c", check], PYTHON_TIMEOUT).code == 0:
                 return python
-        raise UsageError(f"no Python that works: tried {' and '.join(candidates)}")
+        raise UsageError(f"found no working Python (tried {' and '.join(candidates)})")
 
     def install(self) -> str:
         """Install the running script and PyYAML; return the executable's path."""
@@ -7667,14 +7668,13 @@ class Launchd:
     def is_loaded(self) -> bool:
         return self._print(self.service) == 0
 
-    def check_platform(self) -> None:
+    def check_platform(self, hint: str) -> None:
         if self._platform != "darwin":
-            hint = "systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start"
             raise LaunchdError("launchd management is only supported on macOS", hint)
 
     def check_session(self) -> None:
         """Require macOS with a desktop session. Over ssh there may be none."""
-        self.check_platform()
+        self.check_platform("systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start")
         code = self._print(self.domain)
         if code:
             problem = f"there is no desktop session (launchctl exit status {code})"
@@ -7812,7 +7812,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
 
     Raises LaunchdError, IoError.
     """
-    launchd.check_platform()
+    launchd.check_platform("orchestra daemon stop")
     was_installed = os.path.lexists(launchd.plist) or launchd.is_loaded()
     if was_installed:
         launchd.unload()
@@ -7892,7 +7892,8 @@ class Registration(NamedTuple):
                 raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
         for other in registry.owners.keys_at(identity, self.key):
             problem = f"this folder is already registered as {label_for(other)}"
-            raise RegistryError(f"{self.path}: {problem}", f"orchestra project remove {label_for(other)}")
+            hint = f"orchestra project remove {label_for(other)} first, to move it to another project"
+            raise RegistryError(f"{self.path}: {problem}", hint)
 
     def _update(self) -> list[str]:
         for _ in range(MAX_TRIES):
@@ -7906,7 +7907,7 @@ class Registration(NamedTuple):
                 save_codebase(self.home, changed)
             except FileChanged:
                 continue
-            return [f"{self.label} type changed to {self.project_type}: {self.file}"]
+            return [f"{self.label}: type changed to {self.project_type} ({self.file})"]
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
     def _create(self) -> list[str]:
@@ -8144,7 +8145,7 @@ class Commands(NamedTuple):
             clean_up_codebase(self.home, registry.codebases[key])
         # It is deregistered first, so that no sync writes again what is purged.
         kept = shorten_home(self.home, retire_codebase(self.home, key))
-        print(f"removed {label_for(key)} from the registry; its file is kept as {kept}")
+        print(f"removed {label_for(key)} from the registry; its YAML is kept as {kept}")
         if not self.args.purge:
             return OK
         result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
@@ -8186,7 +8187,8 @@ class Commands(NamedTuple):
             for key in registry.owners.keys_at(identity_of(folder)):
                 return key
         if registry.broken:
-            report_all(registry.problems)  # one of them may have this folder
+            report_all(registry.problems)
+            raise UsageError("no readable registry file names this folder", "fix the files above first")
         raise UsageError("this folder is not in a registered codebase", "orchestra init . -p PROJECT --sync")
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
@@ -8249,18 +8251,20 @@ class Commands(NamedTuple):
     def cmd_restore(self) -> int:
         codebase = load_registry(self.home).readable(self.args.codebase)
         backups = Backups(self.home, codebase.key).versions()
+        label = label_for(codebase.key)
         if self.args.list:
             if backups:
                 rows = [(backup.when, backup.path, backup.why) for backup in backups]
                 print_table([("WHEN", "FILE", "WHY"), *rows])
+            else:
+                say(f"{label}: no backups yet")
             return OK
-        label = label_for(codebase.key)
         for backup in self._choose_backups(codebase.key, backups):
             changed = restore_file(self.home, codebase, backup)
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])
-        say("note: the next sync replaces it again; to keep a change, put it in the registry file")
+        say(f"note: the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
         return OK
 
     def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
@@ -8273,7 +8277,7 @@ class Commands(NamedTuple):
             return [backup for backup in found if backup.when == found[-1].when]
         label = label_for(key)
         for backup in reversed(backups):
-            if backup.path == path:
+            if backup.path == path and path not in AGENTS_BY_PATH:
                 import shlex
 
                 problem = "only agents' instruction files are restored; this one is kept as"
@@ -8296,7 +8300,10 @@ class Commands(NamedTuple):
         except FileNotFoundError:
             raise UsageError(f'editor "{editor}" not found', "set VISUAL or EDITOR") from None
         except (OSError, ValueError) as error:
-            raise UsageError(f'editor "{editor}": {error}', "set VISUAL or EDITOR") from None
+            problem = explain_os_error(error) if isinstance(error, OSError) else "a quote is not closed"
+            raise UsageError(f'editor "{editor}": {problem}', "set VISUAL or EDITOR") from None
+        if status < 0:
+            raise UsageError(f"the editor was killed by signal {-status}")
         if status:
             raise UsageError(f"the editor exited with status {status}")
         return report_all(load_registry(self.home).broken.get(key, ()))
@@ -8401,21 +8408,21 @@ def parse_count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         import argparse
 
-        raise argparse.ArgumentTypeError("must be 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got '{text}'")
     return int(text)
 
 
-CODEBASE = argument("codebase", metavar="CODEBASE")
-TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="default: detected in the folder")
-JSON = switch("--json")
+CODEBASE = argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name (shop/api)")
+TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="its type; default: detected in the folder")
+JSON = switch("--json", help="print JSON")
 COMMANDS = {
     "init": command(
         "register a folder",
         Commands.cmd_init,
-        argument("path", metavar="PATH"),
+        argument("path", metavar="PATH", help="the folder to register"),
         argument("-p", "--project", required=True, help="the project it belongs to"),
         TYPE,
-        argument("--name", help="default: the folder's name"),
+        argument("--name", help="the codebase's name; default: the folder's"),
         switch("--sync", help="write the instruction files at once"),
     ),
     "project": command("list, add or remove codebases"),
@@ -8423,21 +8430,21 @@ COMMANDS = {
     "project add": command(
         "register a folder under a name",
         Commands.cmd_project_add,
-        argument("name", metavar="NAME"),
-        argument("-p", "--project", help="default: NAME"),
+        argument("name", metavar="NAME", help="the codebase's name"),
+        argument("-p", "--project", help="the project it belongs to; default: NAME"),
         TYPE,
-        argument("--path", metavar="DIR", help="default: the folder NAME"),
+        argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
     ),
     "project remove": command(
-        "deregister a codebase",
+        "remove a codebase from the registry; its files stay",
         Commands.cmd_project_remove,
-        argument("name", metavar="NAME"),
+        argument("name", metavar="NAME", help=CODEBASE[1]["help"]),
         switch("--purge", help="also remove Orchestra's files and blocks from it"),
     ),
     "sync": command(
         "write the instruction files that are out of date",
         Commands.cmd_sync,
-        argument("codebase", metavar="CODEBASE", nargs="?", help="default: the current folder's"),
+        argument("codebase", metavar="CODEBASE", nargs="?", help="default: the codebase of the current folder"),
         switch("--all", help="every registered codebase"),
         switch("--dry-run", help="only show what would be written"),
         switch("--check", help="write nothing; exit 1 if anything would be written"),
@@ -8460,17 +8467,21 @@ COMMANDS = {
         "restore a file that a sync replaced",
         Commands.cmd_restore,
         CODEBASE,
-        argument("path", metavar="PATH", nargs="?", help="a file in the codebase; default: all of the last time"),
+        argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
         switch("--list", help="list the backups"),
-        argument("--at", metavar="TIME", help="a time from --list, or its beginning"),
+        argument("--at", metavar="TIME", help="a time from --list, or its beginning (20261129)"),
     ),
     "edit": command("edit a codebase's registry file, and check it", Commands.cmd_edit, CODEBASE),
     "daemon": command("sync automatically in the background"),
     "daemon start": command("run the daemon in the foreground", Commands.cmd_daemon_start),
     "daemon stop": command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
-    "daemon status": command("print its state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
-    "daemon install": command("start the daemon at login", Commands.cmd_daemon_install, needs_yaml=False),
-    "daemon uninstall": command("no longer start it at login", Commands.cmd_daemon_uninstall, needs_yaml=False),
+    "daemon status": command("print the daemon's state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
+    "daemon install": command(
+        "start the daemon now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False
+    ),
+    "daemon uninstall": command(
+        "stop it, and no longer start it at login (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False
+    ),
     "daemon logs": command(
         "print the end of the logs",
         Commands.cmd_daemon_logs,
@@ -8485,7 +8496,7 @@ COMMANDS = {
 }
 
 
-def build_parser() -> Any:
+def build_parser(argv: Sequence[str] = ()) -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -8506,9 +8517,10 @@ def build_parser() -> Any:
     subcommands: Any = {"title": "commands", "metavar": "COMMAND", "required": True}
     groups: dict[str, Any] = {"": parser.add_subparsers(**subcommands)}
     for words, row in COMMANDS.items():
+        if not row.purpose and words not in argv:
+            continue
         group, _, name = words.rpartition(" ")
-        shown = {"help": row.purpose} if row.purpose else {}
-        added = groups[group].add_parser(name, description=row.purpose, **shown)
+        added = groups[group].add_parser(name, description=row.purpose, help=row.purpose)
         for names, settings in row.arguments:
             added.add_argument(*names, **settings)
         if row.run:
@@ -8526,7 +8538,7 @@ def parse_arguments(argv: Sequence[str]) -> Any:
     if list(argv) == ["daemon", "status"]:
         return SimpleNamespace(command=COMMANDS["daemon status"])
     try:
-        return build_parser().parse_args(argv)
+        return build_parser(argv).parse_args(argv)
     except SystemExit:
         sys.stdout.flush()  # main reports a help text that cannot be written
         raise

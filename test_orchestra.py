@@ -9305,7 +9305,7 @@ def test_a_python_that_does_not_run_is_not_chosen() -> None:
 
 
 def test_without_any_python_that_runs_the_message_says_so() -> None:
-    with pytest.raises(orchestra.UsageError, match="no Python that works"):
+    with pytest.raises(orchestra.UsageError, match="found no working Python"):
         orchestra.Installer("/", run=lambda argv, timeout: orchestra.Completed(1, "")).choose_python()
 
 
@@ -9621,9 +9621,9 @@ def test_pyyaml_is_not_fetched_where_that_is_forbidden(machine: Machine, bare_py
 @pytest.mark.parametrize(
     ("other", "found", "way_out"),
     [
-        ("yaml/notes.txt", "{lib} has none that can be imported", "rm -r"),
-        ("yaml/__init__.py", "{lib}/{other} is something else, or incomplete", "install PyYAML"),
-        ("yaml.py", "{lib}/{other} is something else, or incomplete", "install PyYAML"),
+        ("yaml/notes.txt", "the PyYAML in {lib} cannot be imported", "rm -r"),
+        ("yaml/__init__.py", "{lib}/{other} is not PyYAML, or is incomplete", "install PyYAML"),
+        ("yaml.py", "{lib}/{other} is not PyYAML, or is incomplete", "install PyYAML"),
     ],
 )
 def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
@@ -9801,7 +9801,7 @@ SIZE = len(ORCHESTRA_PY)
 # All over the script, and in its last line and the one above it.
 CUTS = sorted({0, 1, 20, *(SIZE * part // 8 for part in range(1, 8)), SIZE - 1, SIZE - 2, SIZE - 53, SIZE - 54})
 DOWNLOADS: list[tuple[str, Optional[bytes], dict[str, str], str]] = [
-    ("a page", b"<!DOCTYPE html>\n<title>Sign in\n", {}, "orchestra.py is incomplete, or something else"),
+    ("a page", b"<!DOCTYPE html>\n<title>Sign in\n", {}, "orchestra.py is incomplete, or not Orchestra's"),
     ("no start", DOES_NOT_START, {}, "orchestra.py does not start: "),
     ("none", None, {}, "could not download {url}/orchestra.py"),
     ("no server", None, {"ORCHESTRA_URL": "http://127.0.0.1:9"}, "could not download http://127.0.0.1:9/orchestra.py"),
@@ -10274,7 +10274,7 @@ def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: 
     ran = home.run("sync")
     assert ran.status == 2
     assert "api.yaml:3: notes: expected" in ran.complaints[0]
-    assert "this folder is not in a registered codebase" in ran.complaints[-1]
+    assert "no readable registry file names this folder" in ran.err
 
 
 def test_the_totals_count_codebases_that_failed_as_a_whole(home: Home) -> None:
