@@ -2057,6 +2057,16 @@ class Document:
     """A YAML file being read, and its problems, in which it is called `place`."""
 
     MAX_DEPTH = 100  # libyaml overflows the C stack at about ten thousand levels
+    ADVICE = {  # by what YAML's readers say
+        "tab character": "tabs cannot indent YAML",
+        "cannot start any token": "put quotes around text that starts with {}",
+        "undefined alias": "put quotes around text that starts with *",
+        "unknown directive name": "put quotes around text that starts with %",
+        "unexpected end of stream": "the quote that opens here is not closed",
+        "mapping values are not allowed": "this line is indented differently from the one above,"
+        ' or text that contains ": " needs quotes',
+        "another document": "expected one document, got another after ---",
+    }
     MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
     MAX_ITEMS = 20000  # of all lists together, likewise
 
@@ -2095,22 +2105,23 @@ class Document:
             line += before.count("\n", 0, error.position)
             problem = f"expected printable text, got the character #x{error.character:04x}"
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
+            problem, mark = error.problem or error.context, error.problem_mark or error.context_mark
+            if "end of stream" in problem and error.context_mark:
+                mark = error.context_mark  # where the quote opens
             line += mark.line if mark else 0
-            problem = self._explain(error.problem or error.context, text[mark.index :][:1] if mark else "")
+            problem = self._explain(problem, text[mark.index :][:1] if mark else "")
+            conflict = re.search("(?m)^<{7} ", text)
+            if conflict:
+                line = text.count("\n", 0, conflict.start()) + 1
+                problem = "found git's conflict markers: finish the merge first"
         except (ValueError, OverflowError) as error:  # also PyYAML's own parser, on escapes beyond Unicode
             problem = str(error)
         self.complain(f"yaml: {problem}", line=line)
         return None
 
     def _explain(self, problem: str, character: str) -> str:
-        if character == "\t" or "tab character" in problem:
-            return "tabs cannot indent YAML"
-        if "cannot start any token" in problem:
-            return f"put quotes around text that starts with {character}"
-        if "mapping values are not allowed" in problem:
-            return f'{problem}: put quotes around text that contains ": "'
-        return problem
+        problem = "tab character" if character == "\t" else problem
+        return next((text.format(character) for sign, text in self.ADVICE.items() if sign in problem), problem)
 
     def _check_depth(self, text: str) -> None:
         # A level of nesting needs a bracket or half a column (a list may be indented
@@ -2357,7 +2368,8 @@ class Schema(Kind):
             elif is_required:
                 values[name] = ""
                 if node.id == "mapping":
-                    doc.complain(f"{prefix}{name}: required, but missing", value or node)
+                    problem = "expected a value, got nothing" if value else "required, but missing"
+                    doc.complain(f"{prefix}{name}: {problem}", value or node)
         return self.make(**values, extra=tuple(items.items()))
 
     def restore(self, value: Any, *first: str) -> Any:
@@ -2865,10 +2877,9 @@ class Registry(NamedTuple):
         if len(found) == 1:
             return found[0]
         if found:
-            labels = [label_for(key) for key in found]
-            raise RegistryError(
-                f'"{name}" is in {len(found)} projects: {", ".join(labels)}', f"give its project too: {labels[0]}"
-            )
+            labels = ", ".join(map(label_for, found))
+            hint = f"give its project too: {label_for(found[0])}"
+            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
         shown = name if len(name) <= 200 else excerpt(name)
         raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
 
@@ -3919,7 +3930,7 @@ def find_block(data: bytes) -> Optional[slice]:
         )
     found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
     found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
-    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete the others")
+    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete all but one block")
 
 
 def find_open_fence(data: bytes) -> int:
@@ -4310,7 +4321,7 @@ def is_own_seal(home: str, seal: str) -> bool:
 #   8 Make the record that is true before, during and after the writing of the files.
 
 MAX_MANAGED_FILE = 8 << 20  # bytes
-FOREIGN = "written by another Orchestra (a colleague's registry?)"
+FOREIGN = "skipped: written from another registry (a colleague's?)"
 
 
 class SyncMode(NamedTuple):
@@ -4752,7 +4763,7 @@ class Planner:
             action = Action.KEEP
         is_foreign = action == Action.REPLACE and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
-            note = f"{FOREIGN}: skipped; to replace it: orchestra sync {label_for(self._codebase.key)}"
+            note = f"{FOREIGN}; to replace it: orchestra sync {label_for(self._codebase.key)}"
             return FilePlan(path, Action.SKIP, before, note=note, is_foreign=True)
         if action == Action.KEEP:
             after, join = before.data, None
@@ -7498,9 +7509,8 @@ class Installer(NamedTuple):
                     return
             finally:
                 remove_private_folder(temporary)
-        if "No module named pip" in done.output:
-            hint = "your system's package of it: on Debian, sudo apt install python3-yaml"
-        raise OrchestraError(f"could not fetch PyYAML: {self._explain_pip(done)}", hint)
+        problem, hint = self._explain_pip(done, hint)
+        raise OrchestraError(f"could not fetch PyYAML: {problem}", hint)
 
     def _run_pip(self, python: str, target: str, token: str) -> Completed:
         """Run pip; externally managed Pythons (PEP 668) allow `--target` too."""
@@ -7518,15 +7528,19 @@ class Installer(NamedTuple):
         finally:
             remove_private(requirements)
 
-    def _explain_pip(self, done: Completed) -> str:
-        if "No module named pip" in done.output:
-            return "pip is missing"
-        if "DO NOT MATCH THE HASHES" in done.output:
-            return f"pip found another file than the published one of version {PYYAML_VERSION}"
-        if "No matching distribution" in done.output:
-            version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-            return f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}"
-        return (done.output.splitlines() or [f"exit status {done.code}"])[-1]
+    def _explain_pip(self, done: Completed, hint: str) -> tuple[str, str]:
+        """Return why pip failed, and the way out: for most causes `hint`."""
+        package = "install your system's package (Debian: sudo apt install python3-yaml)"
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        offline = "NewConnectionError|Connection refused|name resolution|Failed to establish"
+        causes = {
+            "No module named pip": ("pip is missing", package),
+            offline: ("no connection to the package index", f"again when you are online, or {package}"),
+            "DO NOT MATCH": (f"pip found another file than the published one of version {PYYAML_VERSION}", hint),
+            "No matching dist": (f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}", hint),
+        }
+        last = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
+        return next((cause for sign, cause in causes.items() if re.search(sign, done.output)), (last, hint))
 
     def choose_python(self) -> str:
         """Choose the Python to install for: one that lasts, and that works."""
@@ -8299,13 +8313,13 @@ class Commands(NamedTuple):
             status = subprocess.call([*shlex.split(editor), codebase_path(self.home, key)])
         except FileNotFoundError:
             raise UsageError(f'editor "{editor}" not found', "set VISUAL or EDITOR") from None
-        except (OSError, ValueError) as error:
-            problem = explain_os_error(error) if isinstance(error, OSError) else "a quote is not closed"
-            raise UsageError(f'editor "{editor}": {problem}', "set VISUAL or EDITOR") from None
-        if status < 0:
-            raise UsageError(f"the editor was killed by signal {-status}")
+        except OSError as error:
+            raise UsageError(f'editor "{editor}": {explain_os_error(error)}', "set VISUAL or EDITOR") from None
+        except ValueError:
+            raise UsageError(f'editor "{editor}": a quote is not closed', "set VISUAL or EDITOR") from None
         if status:
-            raise UsageError(f"the editor exited with status {status}")
+            end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
+            raise UsageError(f"the editor {end}")
         return report_all(load_registry(self.home).broken.get(key, ()))
 
     # The daemon
