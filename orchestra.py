@@ -3754,7 +3754,7 @@ def describe_hidden(text: str) -> str:
 
     names = [f"U+{ord(c[0]):04X} {name(c[0], 'without a name')}" for c in found]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"has characters that do not show: {', '.join(names[:3])}{more}"
+    return f"contains invisible characters: {', '.join(names[:3])}{more}"
 
 
 def show_hidden(text: str) -> str:
@@ -7318,7 +7318,7 @@ class Daemon:
         target = SyncTarget.all() if request.codebase is None else SyncTarget.codebase(request.codebase)
         job = SyncJob(target, Source.SOCKET, lambda outcome: self._server.reply(client, outcome.encode()))
         if not self._submit(job):
-            raise ProtocolError(f"daemon: expected room for the job, got a queue of {QUEUE_SIZE}: try again")
+            raise ProtocolError(f"the daemon's queue is full ({QUEUE_SIZE} jobs): try again")
         client.state = Client.WAITING
 
     def status(self) -> dict[str, Any]:
@@ -7905,9 +7905,8 @@ class Registration(NamedTuple):
                 hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
                 raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
         for other in registry.owners.keys_at(identity, self.key):
-            problem = f"this folder is already registered as {label_for(other)}"
-            hint = f"orchestra project remove {label_for(other)} first, to move it to another project"
-            raise RegistryError(f"{self.path}: {problem}", hint)
+            problem = f"{self.path}: this folder is already registered as {label_for(other)}"
+            raise RegistryError(problem, f"orchestra project remove {label_for(other)} first, to move it elsewhere")
 
     def _update(self) -> list[str]:
         for _ in range(MAX_TRIES):
@@ -8153,8 +8152,8 @@ class Commands(NamedTuple):
             codebase = registry.readable(self.args.name)
             result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True, purge=True))
             if result.errors:
-                message = "\n".join(map(str, result.errors))
-                raise SyncError(message, "fix that, then purge again; nothing was changed")
+                hint = "fix that, then purge again; nothing was changed"
+                raise SyncError("\n".join(map(str, result.errors)), hint)
         if key in registry.codebases:
             clean_up_codebase(self.home, registry.codebases[key])
         # It is deregistered first, so that no sync writes again what is purged.
@@ -8295,8 +8294,7 @@ class Commands(NamedTuple):
                 import shlex
 
                 problem = "only agents' instruction files are restored; this one is kept as"
-                paths = map(shlex.quote, (backup.file, codebase_path(self.home, key)))
-                hint = f"cp {' '.join(paths)}" if path.endswith(".yaml") else ""
+                hint = shlex.join(["cp", backup.file, codebase_path(self.home, key)]) if path.endswith(".yaml") else ""
                 raise SyncError(f"{path}: {problem} {backup.file}", hint)
         if not backups:
             raise SyncError(f"{label}: nothing to restore: no backups yet")
@@ -8490,12 +8488,8 @@ COMMANDS = {
     "daemon start": command("run the daemon in the foreground", Commands.cmd_daemon_start),
     "daemon stop": command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
     "daemon status": command("print the daemon's state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
-    "daemon install": command(
-        "start the daemon now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False
-    ),
-    "daemon uninstall": command(
-        "stop it, and no longer start it at login (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False
-    ),
+    "daemon install": command("start it now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False),
+    "daemon uninstall": command("stop it for good (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False),
     "daemon logs": command(
         "print the end of the logs",
         Commands.cmd_daemon_logs,

@@ -3256,7 +3256,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
     home.make_codebase("shop/api", {"CLAUDE.md": "the user's own \u200b\n"}, targets=["claude", "cline"], notes=[text])
     for _ in range(2):
         err = home.sync().err
-        expected = [f"note: shop/api: {path}: has characters that do not show: {told}" for path in ("CLAUDE.md", CLINE)]
+        expected = [f"note: shop/api: {path}: contains invisible characters: {told}" for path in ("CLAUDE.md", CLINE)]
         assert err.splitlines() == (expected if told else [])
 
 
@@ -7908,7 +7908,7 @@ def test_a_queue_without_room_is_an_error_reply(live: Home, turned: orchestra.Da
         exchange.connect(*channels)
         refused = [channel for channel in channels if channel.got]
         assert 1 <= len(refused) <= 3
-        assert "expected room for the job, got a queue of 64" in refused[0].replies[0]["error"]
+        assert "the daemon's queue is full (64 jobs)" in refused[0].replies[0]["error"]
         assert turned.status()["queue_depth"] >= 60
         turned._worker.finish()
 
