@@ -6411,8 +6411,9 @@ class SocketServer:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     return  # the client has disconnected
-                self._turn_away_without_descriptor()
-                continue
+                if self._turn_away_without_descriptor():
+                    continue
+                return
             connection.setblocking(False)
             if peer_uid(connection) not in (os.getuid(), None):
                 connection.close()
@@ -6439,16 +6440,21 @@ class SocketServer:
             connection.send(encode_error(self._refusal))
         connection.close()
 
-    def _turn_away_without_descriptor(self) -> None:
+    def _turn_away_without_descriptor(self) -> bool:
         # A connection left in the backlog would wake the loop for ever. The spare
         # descriptor accepts it.
         if self._spare is not None:
             os.close(self._spare)
         try:
             self._turn_away(self._listener.accept()[0])
+            return True
+        except BlockingIOError:
+            return False  # none waits: Linux says EMFILE before it looks
         except OSError:
             time.sleep(0.01)  # the worker took the descriptor, for a moment
-        self._take_spare()
+            return False
+        finally:
+            self._take_spare()
 
     def _take_spare(self) -> None:
         self._spare = None

@@ -7330,6 +7330,15 @@ def test_running_out_of_descriptors_turns_callers_away() -> None:
     assert exchange.ask()[1] == ANSWERED
 
 
+def test_without_descriptors_the_loop_waits_for_no_callers(monkeypatch: Any) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    exchange = Exchange()
+    # Linux says so before it looks whether anyone is there.
+    exchange.connect(OSError(errno.EMFILE, "no descriptor"))
+    assert pauses == [] and exchange.ask()[1] == ANSWERED
+
+
 def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
     taken: list[int] = []
 
