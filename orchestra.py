@@ -8304,7 +8304,7 @@ class Commands(NamedTuple):
                 raise SyncError(f"{path}: {problem} {backup.file}", hint)
         if not backups:
             raise SyncError(f"{label}: nothing to restore: no backups yet")
-        wanted = f"{path or 'any instruction file'}{f' at {at}' if at else ''}"
+        wanted = f"{path or 'any instruction file'}{f' at {at}; times look like {backups[-1].when[:15]}' if at else ''}"
         raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {label} --list")
 
     def cmd_edit(self) -> int:

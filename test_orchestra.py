@@ -4667,7 +4667,7 @@ def test_restore_keeps_what_it_replaces(home: Home) -> None:
 
 def test_restore_lists_and_chooses(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["claude", "codex"])
-    assert home.run_fine("restore", "api", "--list").out == ""
+    assert home.run("restore", "api", "--list") == Ran(0, "", "shop/api: no backups yet\n")
     assert home.run("restore", "api").complaints == ["orchestra: shop/api: nothing to restore: no backups yet"]
     edited = [edit(root / "CLAUDE.md", "# api", "# my api")]
     home.sync()
@@ -4681,7 +4681,7 @@ def test_restore_lists_and_chooses(home: Home) -> None:
     for when, text in zip(times, edited):
         home.run_fine("restore", "api", "./CLAUDE.md", "--at", when)
         assert (root / "CLAUDE.md").read_bytes() == text
-    assert home.run("restore", "api", "--at", "1999").status == 2
+    assert "no backup of CLAUDE.md at 1999; times look" in home.run("restore", "api", "CLAUDE.md", "--at", "1999").err
     assert home.run("restore", "api", "GEMINI.md").status == 2
     assert home.run("restore", "api", "../../etc/passwd").status == 2
 
@@ -10347,7 +10347,12 @@ def test_a_file_in_place_of_orchestras_folder_is_one_line(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "said"), [("pass", 0, ""), ("raise SystemExit(3)", 2, "the editor exited with status 3")]
+    ("code", "status", "said"),
+    [
+        ("pass", 0, ""),
+        ("raise SystemExit(3)", 2, "the editor exited with status 3"),
+        ("import os; os.kill(os.getpid(), 9)", 2, "the editor was killed by signal 9"),
+    ],
 )
 def test_edit_opens_the_editor_and_checks_the_file(home: Home, code: str, status: int, said: str) -> None:
     home.make_codebase()
@@ -10369,7 +10374,7 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
     home.environ["VISUAL"] = "/no/such/editor"
     assert 'editor "/no/such/editor" not found' in home.run("edit", "api").err
     home.environ["VISUAL"] = "'unclosed"
-    assert home.run("edit", "api").status == 2
+    assert "a quote is not closed" in home.run("edit", "api").err
 
 
 def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
