@@ -11080,7 +11080,7 @@ def blamed_on(what: str) -> Iterator[None]:
 def quick_home(monkeypatch: Any) -> Iterator[Home]:
     """Make a home in memory if possible: it is filled and emptied a thousand times."""
     parser = orchestra.build_parser()
-    monkeypatch.setattr(orchestra, "build_parser", lambda: parser)
+    monkeypatch.setattr(orchestra, "build_parser", lambda argv: parser)
     folder = tempfile.mkdtemp(prefix="orc", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
     yield Home(folder)
     shutil.rmtree(folder)
