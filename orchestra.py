@@ -4932,7 +4932,7 @@ class CodebaseTurn(Turn):
     def _remove_spare_folders(root: str, record: Record) -> Record:
         """Remove the folders made for files that are gone, and forget them."""
 
-        def has_exited(folder: str) -> bool:
+        def is_removed(folder: str) -> bool:
             try:
                 with open_managed(root, folder) as place:
                     return remove_empty_folder(place.name, place.folder)
@@ -4942,7 +4942,7 @@ class CodebaseTurn(Turn):
                 return False  # it leads elsewhere by now
 
         needed = {folder for path in record.files for folder in folders_above(path)}
-        gone = [folder for folder in reversed(record.folders) if folder not in needed and has_exited(folder)]
+        gone = [folder for folder in reversed(record.folders) if folder not in needed and is_removed(folder)]
         return record._replace(folders=[folder for folder in record.folders if folder not in gone])
 
     # Applying a plan
