@@ -6400,6 +6400,13 @@ def test_a_link_whose_target_comes_back_while_it_is_anchored_is_watched(live: Ho
     assert str(live.code / "team") in source.watched
 
 
+def test_a_file_that_is_made_just_before_its_folder_is_watched_is_in_the_snapshot(live: Home) -> None:
+    live.save("shop/api")
+    late = live.file("shop/web")
+    source = Meddler(late.parent, lambda: replace(late, live.file("shop/api").read_text()))
+    assert str(late) in orchestra.Watcher(live.path, source).look()
+
+
 def test_an_event_of_a_projects_folder_is_a_look_at_that_alone(live: Home, monkeypatch: Any) -> None:
     live.save_many(30)
     watcher = orchestra.Watcher(live.path, orchestra.Backend())
