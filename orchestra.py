@@ -17,7 +17,7 @@
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
     The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (19)
-                ─► job (22) ─► Plan, as above
+                ─► job (23) ─► Plan, as above
 
 Contents
   I Ground
@@ -47,15 +47,17 @@ Contents
   IV Daemon
     19 Watching           events say where to look; the tree, what changed
     20 Logs               the daemon's log files, written and followed
-    21 Control socket     lines of JSON, the client, the server
-    22 Worker             jobs, one at a time, beside the loop
-    23 Daemon             the loop: watcher, socket, signals and timers
+    21 Programs           other programs, started and waited for
+    22 Control socket     lines of JSON, the client, the server
+    23 Worker             jobs, one at a time, beside the loop
+    24 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    24 Installing         PyYAML, the installed program, launchd
-    25 Registering        a folder becomes a codebase
-    26 Commands           one method per command; the only code that prints
-    27 Command line       the table of commands, and main
+    25 Installing         PyYAML and the installed program
+    26 Services           the daemon at login: launchd
+    27 Registering        a folder becomes a codebase
+    28 Commands           one method per command; the only code that prints
+    29 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -6073,7 +6075,47 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 21 Control socket ─────────────────────────────────────────────────────────
+# ── 21 Programs ───────────────────────────────────────────────────────────────
+
+# Other programs (the user's editor excepted) are started here alone, through one runner
+# that tests replace, and never in the current folder.
+
+
+class Completed(NamedTuple):
+    """How a program ended: its exit status and its output."""
+
+    code: int
+    output: str
+
+
+Runner = Callable[..., Completed]  # called like run_program
+TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, as of timeout(1) and sh(1)
+
+
+def run_program(
+    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
+) -> Completed:
+    """Run a program for at most `timeout` seconds.
+
+    It gets neither relative PATH entries nor PYTHONPATH, which could make it run code
+    from the current folder.
+    """
+    import subprocess
+
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    variables = {**environ, "PATH": os.pathsep.join(filter(os.path.isabs, folders))}
+    variables.pop("PYTHONPATH", None)
+    try:
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(argv, cwd=folder, env=variables, timeout=timeout, check=False, **pipes)
+    except subprocess.TimeoutExpired:
+        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
+    except OSError as error:
+        return Completed(NOT_STARTED, explain_os_error(error))
+    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+# ── 22 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -6630,7 +6672,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 22 Worker ─────────────────────────────────────────────────────────────────
+# ── 23 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -6943,7 +6985,7 @@ class Worker:
         return counts
 
 
-# ── 23 Daemon ─────────────────────────────────────────────────────────────────
+# ── 24 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7365,46 +7407,9 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 24 Installing ─────────────────────────────────────────────────────────────
+# ── 25 Installing ─────────────────────────────────────────────────────────────
 
-# Other programs (the user's editor excepted) are started here alone, through one runner
-# that tests replace, and never in the current folder. A new copy is tested before it
-# replaces a working one.
-
-
-class Completed(NamedTuple):
-    """How a program ended: its exit status and its output."""
-
-    code: int
-    output: str
-
-
-Runner = Callable[..., Completed]  # called like run_program
-TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, as of timeout(1) and sh(1)
-
-
-def run_program(
-    argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
-) -> Completed:
-    """Run a program for at most `timeout` seconds.
-
-    It gets neither relative PATH entries nor PYTHONPATH, which could make it run code
-    from the current folder.
-    """
-    import subprocess
-
-    folders = environ.get("PATH", os.defpath).split(os.pathsep)
-    variables = {**environ, "PATH": os.pathsep.join(filter(os.path.isabs, folders))}
-    variables.pop("PYTHONPATH", None)
-    try:
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(argv, cwd=folder, env=variables, timeout=timeout, check=False, **pipes)
-    except subprocess.TimeoutExpired:
-        return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
-    except OSError as error:
-        return Completed(NOT_STARTED, explain_os_error(error))
-    return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
-
+# A new copy is tested before it replaces a working one.
 
 # The program and PyYAML
 
@@ -7627,6 +7632,10 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
+# ── 26 Services ───────────────────────────────────────────────────────────────
+
+# The daemon under the system's own supervisor.
+
 # launchd
 
 # An exit status of launchctl proves little (5 means five things), and `bootout` returns
@@ -7846,7 +7855,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 25 Registering ────────────────────────────────────────────────────────────
+# ── 27 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -7971,7 +7980,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 26 Commands ───────────────────────────────────────────────────────────────
+# ── 28 Commands ───────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8402,7 +8411,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 27 Command line ───────────────────────────────────────────────────────────
+# ── 29 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
 # only where it is needed: it costs 7 ms of a start.

@@ -858,7 +858,7 @@ def test_files_are_opened_for_writing_in_few_sections() -> None:
 def test_sockets_and_programs_have_their_sections() -> None:
     assert sections_where(lambda node: dotted(node).startswith("socket.")) <= {"Control socket", "Daemon"}
     assert sections_that_import("socket", "_socket", "selectors") <= {"Watching", "Control socket", "Daemon", "Worker"}
-    assert sections_that_import("subprocess") <= {"Installing", "Commands"}
+    assert sections_that_import("subprocess") <= {"Programs", "Commands"}
     assert sections_where(lambda node: dotted(node) in ("os.fork", "os.system", "os.popen", "os.posix_spawn")) == set()
 
 
@@ -6823,7 +6823,30 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 21 Control socket ─────────────────────────────────────────────────────────
+# ── 21 Programs ───────────────────────────────────────────────────────────────
+
+
+def test_a_program_is_ended_when_its_time_is_over() -> None:
+    started = time.monotonic()
+    assert orchestra.run_program(["sleep", "60"], 0.2) == (orchestra.TIMED_OUT, "no answer within 0.2 s")
+    assert time.monotonic() - started < 10
+    assert orchestra.run_program(["sh", "-c", "echo out; echo err >&2; exit 7"], 10) == (7, "out\nerr")
+    assert orchestra.run_program(["/nowhere"], 10).code == orchestra.NOT_STARTED
+
+
+def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine: Machine) -> None:
+    environ = {"PATH": f".::{machine.tools}:x:{os.environ['PATH']}:", "PYTHONPATH": ".", "PYTHONHOME": "kept"}
+    machine.make_tool("say", 'pwd\necho "$PATH"\necho "${PYTHONPATH-none} $PYTHONHOME"')
+    done = orchestra.run_program(["say"], 10, environ=environ)
+    absolute = ":".join(folder for folder in os.environ["PATH"].split(":") if folder.startswith("/"))
+    assert done == (0, f"/\n{machine.tools}:{absolute}\nnone kept")
+    assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
+
+
+# The installed program
+
+
+# ── 22 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -7556,7 +7579,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 22 Worker ─────────────────────────────────────────────────────────────────
+# ── 23 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -7665,7 +7688,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 23 Daemon ─────────────────────────────────────────────────────────────────
+# ── 24 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -8573,7 +8596,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 24 Installing ─────────────────────────────────────────────────────────────
+# ── 25 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -8744,547 +8767,6 @@ def server(machine: Machine) -> Any:
         yield f"http://127.0.0.1:{running.server_port}", folder
         running.shutdown()
         thread.join()
-
-
-# The property list
-
-
-def test_plist_contains_required_launchd_fields() -> None:
-    data = orchestra.generate_plist("/Users/me/.orchestra/bin/orchestra", "/Users/me/.orchestra/logs")
-    assert plistlib.loads(data) == {
-        "Label": "dev.orchestra.daemon",
-        "ProgramArguments": ["/Users/me/.orchestra/bin/orchestra", "daemon", "start"],
-        "RunAtLoad": True,
-        "KeepAlive": True,
-        "StandardOutPath": "/Users/me/.orchestra/logs/daemon.log",
-        "StandardErrorPath": "/Users/me/.orchestra/logs/daemon-err.log",
-        "SoftResourceLimits": {"NumberOfFiles": 10240},
-        "ExitTimeOut": 20,
-    }
-
-
-@pytest.mark.parametrize(
-    "home", ["/Users/me", "/Users/Ann & Bob", "/Users/<x>", "/Users/Zoë Łuk/日本", "/Users/'\"]]>"]
-)
-def test_a_plist_holds_whatever_the_home_folder_is_called(home: str) -> None:
-    data = orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
-    values = plistlib.loads(data)
-    assert values["ProgramArguments"] == [f"{home}/bin/orchestra", "daemon", "start"]
-    assert values["StandardErrorPath"] == f"{home}/logs/daemon-err.log"
-
-
-@pytest.mark.skipif(not shutil.which("plistutil"), reason="no plistutil here")
-@pytest.mark.parametrize("home", ["/Users/me", "/Users/A & <B>", "/Users/Zoë 日本"])
-def test_apples_format_is_understood_by_another_reader_than_pythons(machine: Machine, home: str) -> None:
-    file = machine.folder / "p.plist"
-    file.write_bytes(orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs"))
-    binary = machine.folder / "p.bin"
-    done = machine.run_program("plistutil", "-i", file, "-f", "bin", "-o", binary)
-    assert done.returncode == 0, done
-    assert plistlib.loads(binary.read_bytes()) == plistlib.loads(file.read_bytes())
-
-
-@pytest.mark.parametrize("home", ["/a\x01b", "/a\nb\x00", "/a\x1b", "/\udcff"])
-def test_a_home_that_xml_cannot_hold_is_a_launchd_error(home: str) -> None:
-    with pytest.raises(orchestra.LaunchdError, match="property list"):
-        orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
-
-
-# launchd
-
-
-class Answerer:
-    """Something that answers on the control socket, as a daemon does."""
-
-    pids = itertools.count(100)
-
-    def __init__(self, path: str, version: str = orchestra.__version__) -> None:
-        self.path = path
-        self.pid = next(self.pids)
-        self.version = version
-        if os.path.lexists(path):
-            os.unlink(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen(8)
-        self.thread = threading.Thread(target=self.serve, daemon=True)
-        self.thread.start()
-
-    def reply(self) -> bytes:
-        return orchestra.encode_reply({"running": True, "pid": self.pid, "version": self.version})
-
-    def serve(self) -> None:
-        while True:
-            with self.listener.accept()[0] as client:
-                line = client.recv(4096)
-                if line == b"end":
-                    return
-                client.sendall(self.reply())
-
-    def stop(self) -> None:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(self.path)
-            client.sendall(b"end")
-            self.thread.join()
-        self.listener.close()  # which leaves a stale socket
-
-
-class Busy(Answerer):
-    """A daemon with no room for another client."""
-
-    def reply(self) -> bytes:
-        return orchestra.encode_error(orchestra.TOO_MANY_CLIENTS)
-
-
-class Service:
-    """A daemon run as launchd runs it: from its plist, with HOME, a short PATH, and logs opened for appending."""
-
-    def __init__(self, home: str, plist: dict[str, Any]) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        out, err = (os.open(plist[name], flags, 0o600) for name in ("StandardOutPath", "StandardErrorPath"))
-        environ = {"HOME": home, "PATH": SHORT_PATH}
-        self.process = subprocess.Popen(
-            plist["ProgramArguments"], env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=out, stderr=err
-        )
-        os.close(out)
-        os.close(err)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-GUI = f"gui/{os.getuid()}"
-BINARY = "/opt/orchestra"
-PLIST = "HOME/Library/LaunchAgents/dev.orchestra.daemon.plist"
-UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orchestra.daemon"]
-LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
-STAY = orchestra.Launchd.STAY_TIME
-
-
-class FakeLaunchctl:
-    """A launchd that keeps state, and its clock."""
-
-    def __init__(self, home: str) -> None:
-        self.home = home
-        self.plist = Path(orchestra.launchd_plist_path(home))
-        self.codes: dict[str, Iterator[int]] = {}  # exit statuses that a subcommand gives first
-        self.start_service: Callable[[dict[str, Any]], Any] = lambda plist: Answerer(orchestra.socket_path(home))
-        self.teardown = 0.0  # seconds that a service is still known after bootout
-        self.runs_at_load = self.has_session = True
-        self.disabled = False
-        self.claims = 0  # what bootstrap answers when it has loaded the service
-        self.loaded: Optional[dict[str, Any]] = None
-        self.loaded_bytes = b""
-        self.gone_at: Optional[float] = None
-        self.running: Any = None
-        self.now = 0.0
-        self.events: dict[float, Callable[[FakeLaunchctl], object]] = {}  # what happens at a time
-        self.calls: list[str] = []
-        self.times: list[float] = []
-
-    def given(self, codes: dict[str, Sequence[int]] = {}, events: Any = {}, **state: Any) -> FakeLaunchctl:
-        vars(self).update(state, codes={verb: iter(left) for verb, left in codes.items()}, events=dict(events))
-        return self
-
-    def launchd(self, **options: Any) -> orchestra.Launchd:
-        options = {"run": self.run, "clock": lambda: self.now, "sleep": self.sleep, **options}
-        return orchestra.Launchd(self.home, **{"platform": "darwin", **options})
-
-    def install(self, binary: str = BINARY, **options: Any) -> bytes:
-        """Install, and return the plist's bytes."""
-        orchestra.install_launchd(self.launchd(**options), binary)
-        return self.plist.read_bytes()
-
-    def refusal(self, binary: str = BINARY) -> orchestra.LaunchdError:
-        with pytest.raises(orchestra.LaunchdError) as caught:
-            self.install(binary)
-        return caught.value
-
-    def uninstall(self, **options: Any) -> bool:
-        return orchestra.uninstall_launchd(self.launchd(**options))
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        for when in [when for when in self.events if when <= self.now]:
-            self.events.pop(when)(self)
-
-    def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
-        assert argv[0] == "/bin/launchctl" and timeout > 0
-        self.calls.append(" ".join(argv[1:]).replace(GUI, "GUI").replace(self.home, "HOME"))
-        self.times.append(self.now)
-        if self.gone_at is not None and self.now >= self.gone_at:
-            self.loaded = self.gone_at = None
-        code = next(self.codes.get(argv[1], iter(())), None)
-        code = getattr(self, argv[1])(*argv[2:]) if code is None else code
-        return orchestra.Completed(code, f"{argv[1]} said {code}")
-
-    def verbs(self) -> str:
-        """Return what was asked for, leaving out `print`."""
-        return " ".join(call.split()[0] for call in self.calls if not call.startswith("print"))
-
-    def bootout(self, service: str) -> int:
-        assert service == f"{GUI}/dev.orchestra.daemon"
-        if self.loaded is None:
-            return 3
-        self.stop()
-        self.gone_at = self.now + self.teardown
-        return 0
-
-    def print(self, target: str) -> int:
-        if target == GUI:
-            return 0 if self.has_session else 113
-        return 113 if self.loaded is None else 0
-
-    def bootstrap(self, domain: str, plist: str) -> int:
-        assert domain == GUI
-        if self.loaded is not None:
-            return 37 if self.gone_at else 5
-        if self.disabled or not self.has_session:
-            return 5  # what 119 and 125 are for
-        self.loaded_bytes = Path(plist).read_bytes()
-        self.loaded = plistlib.loads(self.loaded_bytes)
-        if self.runs_at_load:
-            self.start()
-        return self.claims
-
-    def kickstart(self, flag: str, service: str) -> int:
-        assert flag == "-k"
-        self.stop()
-        return 113 if self.loaded is None else self.start()
-
-    def enable(self, service: str) -> int:
-        self.disabled = False
-        return 0
-
-    def start(self) -> int:
-        self.running = self.start_service(self.loaded or {})
-        return 0
-
-    def stop(self) -> None:
-        if self.running is not None:
-            self.running.stop()
-        self.running = None
-
-
-@pytest.fixture
-def launchctl(machine: Machine) -> Iterator[FakeLaunchctl]:
-    fake = FakeLaunchctl(machine.path)
-    yield fake
-    fake.stop()
-
-
-def start_nothing(plist: Any) -> None:
-    """Start a daemon that ends at once."""
-
-
-def test_install_loads_the_plist_and_leaves_alone_what_it_started(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    data = launchctl.install()
-    assert launchctl.calls == [*UNLOADING, *LOADING] and launchctl.now == STAY
-    assert data == launchctl.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(machine.path))
-    assert os.path.isdir(orchestra.run_dir(machine.path)) and os.path.isdir(orchestra.logs_dir(machine.path))
-
-
-NEVER = {"start_service": start_nothing}
-INSTALLS: dict[str, tuple[dict[str, Any], str, float]] = {
-    "loading did not start it": ({"runs_at_load": False}, "bootout enable bootstrap kickstart", 10),
-    "it starts slowly": ({"runs_at_load": False, "events": {9: FakeLaunchctl.start}}, "bootout enable bootstrap", 9),
-    "the label was disabled": ({"disabled": True}, "bootout enable bootstrap", 0),  # else bootstrap answers 5
-    "it answers 5 though it has loaded it": ({"claims": 5}, "bootout enable bootstrap", 0),
-    **{
-        f"launchd is busy: {codes}": (
-            {"codes": {"bootstrap": codes}},
-            "bootout enable bootstrap" + " bootstrap" * len(codes),
-            len(codes) / 2,
-        )
-        for codes in ([5], [37], [36], [5, 37, 5], [5] * 20)
-    },
-}
-
-
-@pytest.mark.parametrize(("state", "verbs", "seconds"), INSTALLS.values(), ids=INSTALLS)
-def test_install_waits_no_longer_and_kills_no_more_than_it_must(
-    machine: Machine, launchctl: FakeLaunchctl, state: dict[str, Any], verbs: str, seconds: float
-) -> None:
-    launchctl.given(**state).install()
-    assert (launchctl.verbs(), launchctl.now) == (verbs, seconds + STAY)
-    assert machine.answers()
-
-
-FAILURES: dict[str, tuple[dict[str, Any], str, str, float]] = {
-    "launchd stays busy": ({"codes": {"bootstrap": [5] * 1000}}, "launchctl bootstrap: .*: exit status 5: ", "", 31),
-    "launchd refuses": (
-        {"codes": {"bootstrap": [78]}},
-        "exit status 78: bootstrap said 78$",
-        "bootout enable bootstrap bootout",
-        0,
-    ),
-    "launchctl hangs at loading": ({"codes": {"bootstrap": [124]}}, "bootstrap said 124$", "", 0),
-    "it never answers": (
-        NEVER,
-        "the new daemon does not answer on .*sock$",
-        "bootout enable bootstrap kickstart bootout",
-        41,
-    ),
-    "it ends at once": ({"events": {0.9: FakeLaunchctl.stop}}, "the new daemon did not keep running$", "", 2),
-    "another takes its place": (
-        {"events": {0.9: FakeLaunchctl.start}},
-        r"the new daemon did not keep running; another one does, pid \d+$",
-        "",
-        2,
-    ),
-}
-
-
-@pytest.mark.parametrize(("state", "message", "verbs", "at_most"), FAILURES.values(), ids=FAILURES)
-def test_a_failed_first_install_leaves_no_plist(
-    launchctl: FakeLaunchctl, state: dict[str, Any], message: str, verbs: str, at_most: float
-) -> None:
-    error = launchctl.given(**state).refusal()
-    assert re.search(f"^launchd error: .*{message}", str(error))
-    assert ("daemon logs" in error.hint) == ("the new daemon" in message)
-    assert verbs in ("", launchctl.verbs()) and launchctl.verbs().endswith(" bootout")
-    assert launchctl.now <= at_most and list(launchctl.plist.parent.iterdir()) == []
-
-
-@pytest.mark.parametrize("teardown", [0, 3])
-@pytest.mark.parametrize("new", [None, {"pid": 0}, {"version": "0.0.1"}], ids=["silent", "old pid", "old version"])
-def test_a_failed_upgrade_has_the_old_service_running_again(
-    machine: Machine, launchctl: FakeLaunchctl, new: Optional[dict[str, Any]], teardown: float
-) -> None:
-    old, alive, pid = launchctl.install(), launchctl.start_service, launchctl.running.pid
-
-    def start(plist: Any) -> Any:
-        is_old = plist["ProgramArguments"][0] == BINARY
-        running = alive(plist) if is_old or new is not None else None
-        if new and not is_old:
-            vars(running).update({"pid": pid} if "pid" in new else new)
-        return running
-
-    launchctl.calls.clear()
-    error = launchctl.given(start_service=start, teardown=teardown).refusal("/opt/new")
-    other = "" if new is None else r"; another one does, pid \d+"
-    assert re.search(f"the new daemon does not answer on .*sock{other}$", str(error)) and "daemon logs" in error.hint
-    assert launchctl.verbs() == "bootout enable bootstrap kickstart bootout bootstrap"
-    assert launchctl.plist.read_bytes() == launchctl.loaded_bytes == old
-    assert launchctl.gone_at is None and machine.answers()
-
-
-def test_a_service_that_cannot_be_unloaded_stops_the_install(launchctl: FakeLaunchctl) -> None:
-    old = launchctl.given(teardown=1000.0).install()
-    assert "still loaded after 30 s" in str(launchctl.refusal("/opt/new"))
-    assert launchctl.plist.read_bytes() == old
-
-
-@pytest.mark.parametrize("code", [112, 113, 125])
-def test_without_a_desktop_session_nothing_is_changed_and_the_message_says_so(
-    machine: Machine, launchctl: FakeLaunchctl, code: int
-) -> None:
-    before = machine.listing()
-    error = launchctl.given({"print": [code]}, has_session=False).refusal()
-    assert str(error) == f"launchd error: {GUI}: there is no desktop session (launchctl exit status {code})"
-    assert "log in" in error.hint
-    assert (launchctl.calls, launchctl.now, machine.listing()) == (["print GUI"], 0, before)
-
-
-@pytest.mark.parametrize("code", [orchestra.TIMED_OUT, orchestra.NOT_STARTED])
-@pytest.mark.parametrize("call", [0, 1])  # of print
-def test_a_launchctl_that_does_not_answer_is_an_error_and_the_old_plist_is_back(
-    launchctl: FakeLaunchctl, code: int, call: int
-) -> None:
-    old = orchestra.generate_plist("/old/orchestra", "/old/logs")
-    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
-    error = launchctl.given({"print": [*[0] * call, code]}).refusal()
-    assert str(error) == f"launchd error: launchctl print: print said {code}"
-    assert launchctl.plist.read_bytes() == old
-
-
-@pytest.mark.skipif(os.path.exists("/bin/launchctl"), reason="launchctl is here")
-def test_a_launchctl_that_is_not_there_is_an_error(machine: Machine) -> None:
-    with pytest.raises(orchestra.LaunchdError, match="launchctl print: no such file"):
-        orchestra.install_launchd(orchestra.Launchd(machine.path, "darwin"), BINARY)
-    assert machine.listing() == {}
-
-
-def test_install_waits_while_the_old_service_is_torn_down(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    launchctl.given(teardown=18.0).install()  # launchd kills it after 20
-    launchctl.given(teardown=18.0, calls=[], times=[], now=0).install()
-    looks = ["print GUI/dev.orchestra.daemon"] * 36
-    assert launchctl.calls == [*UNLOADING, *looks, *LOADING]
-    assert launchctl.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
-    assert launchctl.now == 18 + STAY and machine.answers()
-
-
-def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
-    waits = (orchestra.Launchd.SETTLE_TIMEOUT, orchestra.Launchd.CALL_TIMEOUT)
-    assert min(waits) > plistlib.loads(orchestra.generate_plist("/b", "/l"))["ExitTimeOut"] > orchestra.STOP_PATIENCE
-
-
-def test_install_mends_the_plist_of_a_home_that_was_renamed(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    old = orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs")
-    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
-    binary = orchestra.binary_path(machine.path)
-    assert launchctl.install(binary) == orchestra.generate_plist(binary, orchestra.logs_dir(machine.path))
-
-
-def test_reinstalling_the_same_bytes_restarts_the_service(launchctl: FakeLaunchctl) -> None:
-    first, running = launchctl.install(), launchctl.running
-    assert launchctl.given(calls=[]).install() == first
-    assert launchctl.verbs() == "bootout enable bootstrap" and launchctl.running is not running
-
-
-def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(
-    machine: Machine, launchctl: FakeLaunchctl
-) -> None:
-    (machine.home / "Library").write_text("not a folder")
-    with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
-        launchctl.install()
-    assert launchctl.calls == ["print GUI"]
-
-
-@pytest.mark.parametrize("plist", ["", "deleted"])
-def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(
-    machine: Machine, launchctl: FakeLaunchctl, plist: str
-) -> None:
-    launchctl.given(teardown=3.0).install()
-    if plist:
-        launchctl.plist.unlink()
-    assert launchctl.given(teardown=3.0, now=0).uninstall() is True
-    assert (launchctl.now, launchctl.loaded) == (3.0, None)
-    assert not launchctl.plist.exists() and not os.path.lexists(orchestra.socket_path(machine.path))
-
-
-def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    before = machine.listing()
-    assert launchctl.uninstall() is False
-    assert (launchctl.verbs(), machine.listing()) == ("", before)
-
-
-def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    busy = Busy(orchestra.socket_path(machine.path))
-    launchctl.uninstall()
-    assert os.path.lexists(busy.path)
-    busy.stop()
-
-
-def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(
-    machine: Machine, launchctl: FakeLaunchctl
-) -> None:
-    path = orchestra.socket_path(machine.path)
-    lock = orchestra.try_lock(orchestra.daemon_lock_path(machine.path))
-    make_socket(Path(path))
-    launchctl.uninstall()
-    assert os.path.lexists(path)
-    os.close(lock)
-    launchctl.uninstall()
-    assert not os.path.lexists(path)
-
-
-class Ending(Answerer):
-    """A daemon that was told to stop: it answers no more, but has its lock for a while."""
-
-    def __init__(self, home: str) -> None:
-        self.lock = orchestra.try_lock(orchestra.daemon_lock_path(home))
-        self.has_lock = True
-        super().__init__(orchestra.socket_path(home))
-
-    def serve(self) -> None:
-        line = b""
-        while b"stop" not in line:
-            with self.listener.accept()[0] as client:
-                line = client.recv(4096)
-                client.sendall(b'{"ok":true,"data":{}}\n')
-        self.listener.close()
-
-    def end(self, _: Any) -> None:
-        os.close(self.lock)
-        self.has_lock = False
-
-
-def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(
-    machine: Machine, launchctl: FakeLaunchctl
-) -> None:
-    ending = Ending(machine.path)
-    had_lock = []
-
-    def start(plist: Any) -> Answerer:
-        had_lock.append(ending.has_lock)
-        return Answerer(orchestra.socket_path(machine.path))
-
-    launchctl.given(start_service=start, events={3.5: ending.end}).install()
-    assert had_lock == [False]
-
-
-# Real daemons need real time.
-REAL: dict[str, Any] = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
-
-
-def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: FakeLaunchctl) -> None:
-    machine.give_yaml()
-    binary = machine.install_program()
-    launchctl.given(start_service=lambda plist: Service(machine.path, plist))
-    with machine.daemon(binary) as by_hand:
-        launchctl.install(binary, **REAL)
-        assert by_hand.wait(20) == 0 and machine.answers()
-        assert orchestra.send_request(machine.path, {"cmd": "status"})["label"] == "dev.orchestra.daemon"
-        machine.register(path=str(machine.code), targets=["claude"])
-        orchestra.request_sync(machine.path)
-        assert (machine.code / "CLAUDE.md").exists()
-        assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
-    assert launchctl.uninstall(**REAL) is True
-    assert not machine.answers() and not os.path.lexists(orchestra.socket_path(machine.path))
-
-
-def test_install_upgrades_a_running_service(machine: Machine) -> None:
-    machine.move("Ann & Zoë")
-    machine.give_yaml()
-    binary = machine.install_program()
-    fake = FakeLaunchctl(machine.path).given(start_service=lambda plist: Service(machine.path, plist))
-    try:
-        first = fake.install(binary, **REAL)
-        assert fake.install(binary, **REAL) == first and machine.answers()
-    finally:
-        fake.stop()
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
-@pytest.mark.parametrize("command", ["install", "uninstall"])
-def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
-    machine: Machine, launchctl: FakeLaunchctl, capsys: Any, command: str
-) -> None:
-    before = machine.listing()
-    assert orchestra.main(["daemon", command], {"HOME": machine.path}) == 2
-    out, err = capsys.readouterr()
-    first, way_out = err.splitlines()
-    assert (out, first) == ("", "orchestra: launchd error: launchd management is only supported on macOS")
-    assert ("systemd" if command == "install" else "daemon stop") in way_out
-    with pytest.raises(orchestra.LaunchdError):
-        getattr(launchctl, command)(platform="linux")
-    assert (launchctl.calls, machine.listing()) == ([], before)
-
-
-# Other programs
-
-
-def test_a_program_is_ended_when_its_time_is_over() -> None:
-    started = time.monotonic()
-    assert orchestra.run_program(["sleep", "60"], 0.2) == (orchestra.TIMED_OUT, "no answer within 0.2 s")
-    assert time.monotonic() - started < 10
-    assert orchestra.run_program(["sh", "-c", "echo out; echo err >&2; exit 7"], 10) == (7, "out\nerr")
-    assert orchestra.run_program(["/nowhere"], 10).code == orchestra.NOT_STARTED
-
-
-def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine: Machine) -> None:
-    environ = {"PATH": f".::{machine.tools}:x:{os.environ['PATH']}:", "PYTHONPATH": ".", "PYTHONHOME": "kept"}
-    machine.make_tool("say", 'pwd\necho "$PATH"\necho "${PYTHONPATH-none} $PYTHONHOME"')
-    done = orchestra.run_program(["say"], 10, environ=environ)
-    absolute = ":".join(folder for folder in os.environ["PATH"].split(":") if folder.startswith("/"))
-    assert done == (0, f"/\n{machine.tools}:{absolute}\nnone kept")
-    assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
-
-
-# The installed program
 
 
 @pytest.mark.parametrize(
@@ -10114,7 +9596,527 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 25 Registering ────────────────────────────────────────────────────────────
+# ── 26 Services ───────────────────────────────────────────────────────────────
+
+# The property list
+
+
+def test_plist_contains_required_launchd_fields() -> None:
+    data = orchestra.generate_plist("/Users/me/.orchestra/bin/orchestra", "/Users/me/.orchestra/logs")
+    assert plistlib.loads(data) == {
+        "Label": "dev.orchestra.daemon",
+        "ProgramArguments": ["/Users/me/.orchestra/bin/orchestra", "daemon", "start"],
+        "RunAtLoad": True,
+        "KeepAlive": True,
+        "StandardOutPath": "/Users/me/.orchestra/logs/daemon.log",
+        "StandardErrorPath": "/Users/me/.orchestra/logs/daemon-err.log",
+        "SoftResourceLimits": {"NumberOfFiles": 10240},
+        "ExitTimeOut": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    "home", ["/Users/me", "/Users/Ann & Bob", "/Users/<x>", "/Users/Zoë Łuk/日本", "/Users/'\"]]>"]
+)
+def test_a_plist_holds_whatever_the_home_folder_is_called(home: str) -> None:
+    data = orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
+    values = plistlib.loads(data)
+    assert values["ProgramArguments"] == [f"{home}/bin/orchestra", "daemon", "start"]
+    assert values["StandardErrorPath"] == f"{home}/logs/daemon-err.log"
+
+
+@pytest.mark.skipif(not shutil.which("plistutil"), reason="no plistutil here")
+@pytest.mark.parametrize("home", ["/Users/me", "/Users/A & <B>", "/Users/Zoë 日本"])
+def test_apples_format_is_understood_by_another_reader_than_pythons(machine: Machine, home: str) -> None:
+    file = machine.folder / "p.plist"
+    file.write_bytes(orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs"))
+    binary = machine.folder / "p.bin"
+    done = machine.run_program("plistutil", "-i", file, "-f", "bin", "-o", binary)
+    assert done.returncode == 0, done
+    assert plistlib.loads(binary.read_bytes()) == plistlib.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize("home", ["/a\x01b", "/a\nb\x00", "/a\x1b", "/\udcff"])
+def test_a_home_that_xml_cannot_hold_is_a_launchd_error(home: str) -> None:
+    with pytest.raises(orchestra.LaunchdError, match="property list"):
+        orchestra.generate_plist(f"{home}/bin/orchestra", f"{home}/logs")
+
+
+# launchd
+
+
+class Answerer:
+    """Something that answers on the control socket, as a daemon does."""
+
+    pids = itertools.count(100)
+
+    def __init__(self, path: str, version: str = orchestra.__version__) -> None:
+        self.path = path
+        self.pid = next(self.pids)
+        self.version = version
+        if os.path.lexists(path):
+            os.unlink(path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen(8)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def reply(self) -> bytes:
+        return orchestra.encode_reply({"running": True, "pid": self.pid, "version": self.version})
+
+    def serve(self) -> None:
+        while True:
+            with self.listener.accept()[0] as client:
+                line = client.recv(4096)
+                if line == b"end":
+                    return
+                client.sendall(self.reply())
+
+    def stop(self) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.path)
+            client.sendall(b"end")
+            self.thread.join()
+        self.listener.close()  # which leaves a stale socket
+
+
+class Busy(Answerer):
+    """A daemon with no room for another client."""
+
+    def reply(self) -> bytes:
+        return orchestra.encode_error(orchestra.TOO_MANY_CLIENTS)
+
+
+class Service:
+    """A daemon run as launchd runs it: from its plist, with HOME, a short PATH, and logs opened for appending."""
+
+    def __init__(self, home: str, plist: dict[str, Any]) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        out, err = (os.open(plist[name], flags, 0o600) for name in ("StandardOutPath", "StandardErrorPath"))
+        environ = {"HOME": home, "PATH": SHORT_PATH}
+        self.process = subprocess.Popen(
+            plist["ProgramArguments"], env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+        os.close(out)
+        os.close(err)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+GUI = f"gui/{os.getuid()}"
+BINARY = "/opt/orchestra"
+PLIST = "HOME/Library/LaunchAgents/dev.orchestra.daemon.plist"
+UNLOADING = ["print GUI", "bootout GUI/dev.orchestra.daemon", "print GUI/dev.orchestra.daemon"]
+LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
+STAY = orchestra.Launchd.STAY_TIME
+
+
+class FakeLaunchctl:
+    """A launchd that keeps state, and its clock."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.plist = Path(orchestra.launchd_plist_path(home))
+        self.codes: dict[str, Iterator[int]] = {}  # exit statuses that a subcommand gives first
+        self.start_service: Callable[[dict[str, Any]], Any] = lambda plist: Answerer(orchestra.socket_path(home))
+        self.teardown = 0.0  # seconds that a service is still known after bootout
+        self.runs_at_load = self.has_session = True
+        self.disabled = False
+        self.claims = 0  # what bootstrap answers when it has loaded the service
+        self.loaded: Optional[dict[str, Any]] = None
+        self.loaded_bytes = b""
+        self.gone_at: Optional[float] = None
+        self.running: Any = None
+        self.now = 0.0
+        self.events: dict[float, Callable[[FakeLaunchctl], object]] = {}  # what happens at a time
+        self.calls: list[str] = []
+        self.times: list[float] = []
+
+    def given(self, codes: dict[str, Sequence[int]] = {}, events: Any = {}, **state: Any) -> FakeLaunchctl:
+        vars(self).update(state, codes={verb: iter(left) for verb, left in codes.items()}, events=dict(events))
+        return self
+
+    def launchd(self, **options: Any) -> orchestra.Launchd:
+        options = {"run": self.run, "clock": lambda: self.now, "sleep": self.sleep, **options}
+        return orchestra.Launchd(self.home, **{"platform": "darwin", **options})
+
+    def install(self, binary: str = BINARY, **options: Any) -> bytes:
+        """Install, and return the plist's bytes."""
+        orchestra.install_launchd(self.launchd(**options), binary)
+        return self.plist.read_bytes()
+
+    def refusal(self, binary: str = BINARY) -> orchestra.LaunchdError:
+        with pytest.raises(orchestra.LaunchdError) as caught:
+            self.install(binary)
+        return caught.value
+
+    def uninstall(self, **options: Any) -> bool:
+        return orchestra.uninstall_launchd(self.launchd(**options))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for when in [when for when in self.events if when <= self.now]:
+            self.events.pop(when)(self)
+
+    def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        assert argv[0] == "/bin/launchctl" and timeout > 0
+        self.calls.append(" ".join(argv[1:]).replace(GUI, "GUI").replace(self.home, "HOME"))
+        self.times.append(self.now)
+        if self.gone_at is not None and self.now >= self.gone_at:
+            self.loaded = self.gone_at = None
+        code = next(self.codes.get(argv[1], iter(())), None)
+        code = getattr(self, argv[1])(*argv[2:]) if code is None else code
+        return orchestra.Completed(code, f"{argv[1]} said {code}")
+
+    def verbs(self) -> str:
+        """Return what was asked for, leaving out `print`."""
+        return " ".join(call.split()[0] for call in self.calls if not call.startswith("print"))
+
+    def bootout(self, service: str) -> int:
+        assert service == f"{GUI}/dev.orchestra.daemon"
+        if self.loaded is None:
+            return 3
+        self.stop()
+        self.gone_at = self.now + self.teardown
+        return 0
+
+    def print(self, target: str) -> int:
+        if target == GUI:
+            return 0 if self.has_session else 113
+        return 113 if self.loaded is None else 0
+
+    def bootstrap(self, domain: str, plist: str) -> int:
+        assert domain == GUI
+        if self.loaded is not None:
+            return 37 if self.gone_at else 5
+        if self.disabled or not self.has_session:
+            return 5  # what 119 and 125 are for
+        self.loaded_bytes = Path(plist).read_bytes()
+        self.loaded = plistlib.loads(self.loaded_bytes)
+        if self.runs_at_load:
+            self.start()
+        return self.claims
+
+    def kickstart(self, flag: str, service: str) -> int:
+        assert flag == "-k"
+        self.stop()
+        return 113 if self.loaded is None else self.start()
+
+    def enable(self, service: str) -> int:
+        self.disabled = False
+        return 0
+
+    def start(self) -> int:
+        self.running = self.start_service(self.loaded or {})
+        return 0
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+        self.running = None
+
+
+@pytest.fixture
+def launchctl(machine: Machine) -> Iterator[FakeLaunchctl]:
+    fake = FakeLaunchctl(machine.path)
+    yield fake
+    fake.stop()
+
+
+def start_nothing(plist: Any) -> None:
+    """Start a daemon that ends at once."""
+
+
+def test_install_loads_the_plist_and_leaves_alone_what_it_started(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    data = launchctl.install()
+    assert launchctl.calls == [*UNLOADING, *LOADING] and launchctl.now == STAY
+    assert data == launchctl.loaded_bytes == orchestra.generate_plist(BINARY, orchestra.logs_dir(machine.path))
+    assert os.path.isdir(orchestra.run_dir(machine.path)) and os.path.isdir(orchestra.logs_dir(machine.path))
+
+
+NEVER = {"start_service": start_nothing}
+INSTALLS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "loading did not start it": ({"runs_at_load": False}, "bootout enable bootstrap kickstart", 10),
+    "it starts slowly": ({"runs_at_load": False, "events": {9: FakeLaunchctl.start}}, "bootout enable bootstrap", 9),
+    "the label was disabled": ({"disabled": True}, "bootout enable bootstrap", 0),  # else bootstrap answers 5
+    "it answers 5 though it has loaded it": ({"claims": 5}, "bootout enable bootstrap", 0),
+    **{
+        f"launchd is busy: {codes}": (
+            {"codes": {"bootstrap": codes}},
+            "bootout enable bootstrap" + " bootstrap" * len(codes),
+            len(codes) / 2,
+        )
+        for codes in ([5], [37], [36], [5, 37, 5], [5] * 20)
+    },
+}
+
+
+@pytest.mark.parametrize(("state", "verbs", "seconds"), INSTALLS.values(), ids=INSTALLS)
+def test_install_waits_no_longer_and_kills_no_more_than_it_must(
+    machine: Machine, launchctl: FakeLaunchctl, state: dict[str, Any], verbs: str, seconds: float
+) -> None:
+    launchctl.given(**state).install()
+    assert (launchctl.verbs(), launchctl.now) == (verbs, seconds + STAY)
+    assert machine.answers()
+
+
+FAILURES: dict[str, tuple[dict[str, Any], str, str, float]] = {
+    "launchd stays busy": ({"codes": {"bootstrap": [5] * 1000}}, "launchctl bootstrap: .*: exit status 5: ", "", 31),
+    "launchd refuses": (
+        {"codes": {"bootstrap": [78]}},
+        "exit status 78: bootstrap said 78$",
+        "bootout enable bootstrap bootout",
+        0,
+    ),
+    "launchctl hangs at loading": ({"codes": {"bootstrap": [124]}}, "bootstrap said 124$", "", 0),
+    "it never answers": (
+        NEVER,
+        "the new daemon does not answer on .*sock$",
+        "bootout enable bootstrap kickstart bootout",
+        41,
+    ),
+    "it ends at once": ({"events": {0.9: FakeLaunchctl.stop}}, "the new daemon did not keep running$", "", 2),
+    "another takes its place": (
+        {"events": {0.9: FakeLaunchctl.start}},
+        r"the new daemon did not keep running; another one does, pid \d+$",
+        "",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize(("state", "message", "verbs", "at_most"), FAILURES.values(), ids=FAILURES)
+def test_a_failed_first_install_leaves_no_plist(
+    launchctl: FakeLaunchctl, state: dict[str, Any], message: str, verbs: str, at_most: float
+) -> None:
+    error = launchctl.given(**state).refusal()
+    assert re.search(f"^launchd error: .*{message}", str(error))
+    assert ("daemon logs" in error.hint) == ("the new daemon" in message)
+    assert verbs in ("", launchctl.verbs()) and launchctl.verbs().endswith(" bootout")
+    assert launchctl.now <= at_most and list(launchctl.plist.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("teardown", [0, 3])
+@pytest.mark.parametrize("new", [None, {"pid": 0}, {"version": "0.0.1"}], ids=["silent", "old pid", "old version"])
+def test_a_failed_upgrade_has_the_old_service_running_again(
+    machine: Machine, launchctl: FakeLaunchctl, new: Optional[dict[str, Any]], teardown: float
+) -> None:
+    old, alive, pid = launchctl.install(), launchctl.start_service, launchctl.running.pid
+
+    def start(plist: Any) -> Any:
+        is_old = plist["ProgramArguments"][0] == BINARY
+        running = alive(plist) if is_old or new is not None else None
+        if new and not is_old:
+            vars(running).update({"pid": pid} if "pid" in new else new)
+        return running
+
+    launchctl.calls.clear()
+    error = launchctl.given(start_service=start, teardown=teardown).refusal("/opt/new")
+    other = "" if new is None else r"; another one does, pid \d+"
+    assert re.search(f"the new daemon does not answer on .*sock{other}$", str(error)) and "daemon logs" in error.hint
+    assert launchctl.verbs() == "bootout enable bootstrap kickstart bootout bootstrap"
+    assert launchctl.plist.read_bytes() == launchctl.loaded_bytes == old
+    assert launchctl.gone_at is None and machine.answers()
+
+
+def test_a_service_that_cannot_be_unloaded_stops_the_install(launchctl: FakeLaunchctl) -> None:
+    old = launchctl.given(teardown=1000.0).install()
+    assert "still loaded after 30 s" in str(launchctl.refusal("/opt/new"))
+    assert launchctl.plist.read_bytes() == old
+
+
+@pytest.mark.parametrize("code", [112, 113, 125])
+def test_without_a_desktop_session_nothing_is_changed_and_the_message_says_so(
+    machine: Machine, launchctl: FakeLaunchctl, code: int
+) -> None:
+    before = machine.listing()
+    error = launchctl.given({"print": [code]}, has_session=False).refusal()
+    assert str(error) == f"launchd error: {GUI}: there is no desktop session (launchctl exit status {code})"
+    assert "log in" in error.hint
+    assert (launchctl.calls, launchctl.now, machine.listing()) == (["print GUI"], 0, before)
+
+
+@pytest.mark.parametrize("code", [orchestra.TIMED_OUT, orchestra.NOT_STARTED])
+@pytest.mark.parametrize("call", [0, 1])  # of print
+def test_a_launchctl_that_does_not_answer_is_an_error_and_the_old_plist_is_back(
+    launchctl: FakeLaunchctl, code: int, call: int
+) -> None:
+    old = orchestra.generate_plist("/old/orchestra", "/old/logs")
+    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
+    error = launchctl.given({"print": [*[0] * call, code]}).refusal()
+    assert str(error) == f"launchd error: launchctl print: print said {code}"
+    assert launchctl.plist.read_bytes() == old
+
+
+@pytest.mark.skipif(os.path.exists("/bin/launchctl"), reason="launchctl is here")
+def test_a_launchctl_that_is_not_there_is_an_error(machine: Machine) -> None:
+    with pytest.raises(orchestra.LaunchdError, match="launchctl print: no such file"):
+        orchestra.install_launchd(orchestra.Launchd(machine.path, "darwin"), BINARY)
+    assert machine.listing() == {}
+
+
+def test_install_waits_while_the_old_service_is_torn_down(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    launchctl.given(teardown=18.0).install()  # launchd kills it after 20
+    launchctl.given(teardown=18.0, calls=[], times=[], now=0).install()
+    looks = ["print GUI/dev.orchestra.daemon"] * 36
+    assert launchctl.calls == [*UNLOADING, *looks, *LOADING]
+    assert launchctl.times == [0, 0, *(number / 2 for number in range(37)), 18, 18]
+    assert launchctl.now == 18 + STAY and machine.answers()
+
+
+def test_every_wait_for_a_service_is_longer_than_launchd_gives_it() -> None:
+    waits = (orchestra.Launchd.SETTLE_TIMEOUT, orchestra.Launchd.CALL_TIMEOUT)
+    assert min(waits) > plistlib.loads(orchestra.generate_plist("/b", "/l"))["ExitTimeOut"] > orchestra.STOP_PATIENCE
+
+
+def test_install_mends_the_plist_of_a_home_that_was_renamed(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    old = orchestra.generate_plist("/old/.orchestra/bin/orchestra", "/old/.orchestra/logs")
+    put_files(launchctl.plist.parent, {launchctl.plist.name: old})
+    binary = orchestra.binary_path(machine.path)
+    assert launchctl.install(binary) == orchestra.generate_plist(binary, orchestra.logs_dir(machine.path))
+
+
+def test_reinstalling_the_same_bytes_restarts_the_service(launchctl: FakeLaunchctl) -> None:
+    first, running = launchctl.install(), launchctl.running
+    assert launchctl.given(calls=[]).install() == first
+    assert launchctl.verbs() == "bootout enable bootstrap" and launchctl.running is not running
+
+
+def test_a_plist_that_cannot_be_written_is_an_error_and_changes_nothing(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
+    (machine.home / "Library").write_text("not a folder")
+    with pytest.raises(orchestra.IoError, match=r"dev\.orchestra\.daemon\.plist"):
+        launchctl.install()
+    assert launchctl.calls == ["print GUI"]
+
+
+@pytest.mark.parametrize("plist", ["", "deleted"])
+def test_uninstall_removes_the_service_the_plist_and_a_stale_socket(
+    machine: Machine, launchctl: FakeLaunchctl, plist: str
+) -> None:
+    launchctl.given(teardown=3.0).install()
+    if plist:
+        launchctl.plist.unlink()
+    assert launchctl.given(teardown=3.0, now=0).uninstall() is True
+    assert (launchctl.now, launchctl.loaded) == (3.0, None)
+    assert not launchctl.plist.exists() and not os.path.lexists(orchestra.socket_path(machine.path))
+
+
+def test_uninstall_when_nothing_is_installed_says_so(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    before = machine.listing()
+    assert launchctl.uninstall() is False
+    assert (launchctl.verbs(), machine.listing()) == ("", before)
+
+
+def test_uninstall_leaves_the_socket_of_a_daemon_that_is_busy(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    busy = Busy(orchestra.socket_path(machine.path))
+    launchctl.uninstall()
+    assert os.path.lexists(busy.path)
+    busy.stop()
+
+
+def test_uninstall_leaves_the_socket_that_refuses_while_the_lock_is_held(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
+    path = orchestra.socket_path(machine.path)
+    lock = orchestra.try_lock(orchestra.daemon_lock_path(machine.path))
+    make_socket(Path(path))
+    launchctl.uninstall()
+    assert os.path.lexists(path)
+    os.close(lock)
+    launchctl.uninstall()
+    assert not os.path.lexists(path)
+
+
+class Ending(Answerer):
+    """A daemon that was told to stop: it answers no more, but has its lock for a while."""
+
+    def __init__(self, home: str) -> None:
+        self.lock = orchestra.try_lock(orchestra.daemon_lock_path(home))
+        self.has_lock = True
+        super().__init__(orchestra.socket_path(home))
+
+    def serve(self) -> None:
+        line = b""
+        while b"stop" not in line:
+            with self.listener.accept()[0] as client:
+                line = client.recv(4096)
+                client.sendall(b'{"ok":true,"data":{}}\n')
+        self.listener.close()
+
+    def end(self, _: Any) -> None:
+        os.close(self.lock)
+        self.has_lock = False
+
+
+def test_install_waits_for_the_lock_of_a_daemon_that_answers_no_more(
+    machine: Machine, launchctl: FakeLaunchctl
+) -> None:
+    ending = Ending(machine.path)
+    had_lock = []
+
+    def start(plist: Any) -> Answerer:
+        had_lock.append(ending.has_lock)
+        return Answerer(orchestra.socket_path(machine.path))
+
+    launchctl.given(start_service=start, events={3.5: ending.end}).install()
+    assert had_lock == [False]
+
+
+# Real daemons need real time.
+REAL: dict[str, Any] = {"clock": time.monotonic, "sleep": lambda _: time.sleep(0.02)}
+
+
+def test_install_takes_over_from_a_daemon_started_by_hand(machine: Machine, launchctl: FakeLaunchctl) -> None:
+    machine.give_yaml()
+    binary = machine.install_program()
+    launchctl.given(start_service=lambda plist: Service(machine.path, plist))
+    with machine.daemon(binary) as by_hand:
+        launchctl.install(binary, **REAL)
+        assert by_hand.wait(20) == 0 and machine.answers()
+        assert orchestra.send_request(machine.path, {"cmd": "status"})["label"] == "dev.orchestra.daemon"
+        machine.register(path=str(machine.code), targets=["claude"])
+        orchestra.request_sync(machine.path)
+        assert (machine.code / "CLAUDE.md").exists()
+        assert "source=socket" in Path(orchestra.stdout_log_path(machine.path)).read_text()
+    assert launchctl.uninstall(**REAL) is True
+    assert not machine.answers() and not os.path.lexists(orchestra.socket_path(machine.path))
+
+
+def test_install_upgrades_a_running_service(machine: Machine) -> None:
+    machine.move("Ann & Zoë")
+    machine.give_yaml()
+    binary = machine.install_program()
+    fake = FakeLaunchctl(machine.path).given(start_service=lambda plist: Service(machine.path, plist))
+    try:
+        first = fake.install(binary, **REAL)
+        assert fake.install(binary, **REAL) == first and machine.answers()
+    finally:
+        fake.stop()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
+    machine: Machine, launchctl: FakeLaunchctl, capsys: Any, command: str
+) -> None:
+    before = machine.listing()
+    assert orchestra.main(["daemon", command], {"HOME": machine.path}) == 2
+    out, err = capsys.readouterr()
+    first, way_out = err.splitlines()
+    assert (out, first) == ("", "orchestra: launchd error: launchd management is only supported on macOS")
+    assert ("systemd" if command == "install" else "daemon stop") in way_out
+    with pytest.raises(orchestra.LaunchdError):
+        getattr(launchctl, command)(platform="linux")
+    assert (launchctl.calls, machine.listing()) == ([], before)
+
+
+# ── 27 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10223,7 +10225,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 26 Commands ───────────────────────────────────────────────────────────────
+# ── 28 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
@@ -10417,7 +10419,7 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 27 Command line ───────────────────────────────────────────────────────────
+# ── 29 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
