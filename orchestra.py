@@ -56,8 +56,12 @@ Contents
     25 Installing         PyYAML and the installed program
     26 Services           the daemon at login: launchd
     27 Registering        a folder becomes a codebase
-    28 Commands           one method per command; the only code that prints
-    29 Command line       the table of commands, and main
+    28 Output             messages, tables and colors for a terminal or a pipe
+    29 Arguments          the rows of the table of commands
+    30 Doctor             looks for what commonly goes wrong
+    31 Live status        the screen of status --watch
+    32 Commands           one method per command
+    33 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -7980,7 +7984,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 28 Commands ───────────────────────────────────────────────────────────────
+# ── 28 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8094,7 +8098,44 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# The commands
+# ── 29 Arguments ──────────────────────────────────────────────────────────────
+
+# The rows of the table of commands, and what a command line says by it.
+
+
+def command(purpose: str, run: Any = None, *arguments: Any, needs_yaml: bool = True) -> SimpleNamespace:
+    """Make a row of COMMANDS: without `run` a group, without a purpose hidden."""
+    return SimpleNamespace(purpose=purpose, run=run, arguments=arguments, needs_yaml=needs_yaml)
+
+
+def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Note down one call of argparse's add_argument."""
+    return names, settings
+
+
+def switch(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return argument(*names, action="store_true", **settings)
+
+
+def parse_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got '{text}'")
+    return int(text)
+
+
+# ── 30 Doctor ─────────────────────────────────────────────────────────────────
+
+# What commonly goes wrong, looked for.
+
+
+# ── 31 Live status ────────────────────────────────────────────────────────────
+
+# The screen of `status --watch`.
+
+
+# ── 32 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -8411,32 +8452,10 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 29 Command line ───────────────────────────────────────────────────────────
+# ── 33 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
 # only where it is needed: it costs 7 ms of a start.
-
-
-def command(purpose: str, run: Any = None, *arguments: Any, needs_yaml: bool = True) -> SimpleNamespace:
-    """Make a row of COMMANDS: without `run` a group, without a purpose hidden."""
-    return SimpleNamespace(purpose=purpose, run=run, arguments=arguments, needs_yaml=needs_yaml)
-
-
-def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Note down one call of argparse's add_argument."""
-    return names, settings
-
-
-def switch(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return argument(*names, action="store_true", **settings)
-
-
-def parse_count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        import argparse
-
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got '{text}'")
-    return int(text)
 
 
 CODEBASE = argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name (shop/api)")

@@ -20,7 +20,8 @@ Contents
   `grep -n '^# [─═]'` lists them. A test stands under the section whose code it checks; a
   new case is a row of its table. An agent's expected text is in 8 Agents and 13 Text;
   registry files that are refused are BAD_FILES in 9 YAML; what a command prints is under
-  the command's section: status in 18, restore in 17, daemon in 20 and 23, others in 26.
+  the command's section: status in Status and diff, restore in Sync, daemon in Logs and
+  Daemon, others in Commands.
 
   Every step interrupted   Each change of the disk, killed after every operation and
                            failing at every one. A new command is a row of SCENARIOS.
@@ -820,8 +821,8 @@ def test_a_record_has_its_fields_where_python_evaluates_annotations_on_demand() 
     assert (record(1), record._fields, record.three) == ((1, "x"), ("one", "two"), 3)
 
 
-def test_only_the_commands_print() -> None:
-    assert sections_that_call("print") <= {"Commands", "Command line"}
+def test_only_output_and_the_commands_print() -> None:
+    assert sections_that_call("print") <= {"Output", "Commands", "Command line"}
 
 
 CHANGES_ON_DISK = (
@@ -10225,7 +10226,19 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 28 Commands ───────────────────────────────────────────────────────────────
+# ── 28 Output ─────────────────────────────────────────────────────────────────
+
+
+# ── 29 Arguments ──────────────────────────────────────────────────────────────
+
+
+# ── 30 Doctor ─────────────────────────────────────────────────────────────────
+
+
+# ── 31 Live status ────────────────────────────────────────────────────────────
+
+
+# ── 32 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
@@ -10419,7 +10432,7 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 29 Command line ───────────────────────────────────────────────────────────
+# ── 33 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
