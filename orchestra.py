@@ -6,18 +6,18 @@
 """Keep AI coding agents' instruction files in sync, from one registry.
 
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
-        │  read and checked (9 to 11)
+        │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (13) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (14, 15)
+    Codebase ── rendered (15) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (16, 17)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (17, 5 to 7)
+                                 ▼  backed up, then replaced in one step (19, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (19)
-                ─► job (23) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (21)
+                ─► job (25) ─► Plan, as above
 
 Contents
   I Ground
@@ -33,35 +33,37 @@ Contents
      8 Agents             one row per agent: its file, and how to write it
      9 YAML               reading nodes by a schema, and editing a file in place
     10 Codebases          their records, schema and names; whose folder is whose
-    11 Registry           listing, reading, caching and writing its files
-    12 Detection          what a folder holds: the first draft of its registry file
+    11 Markdown           markers, code fences and unfinished merges in a text
+    12 Layers             what one registry file says, and what codebases share
+    13 Registry           listing, loading and writing its files
+    14 Detection          what a folder holds: the first draft of its registry file
 
   III Sync
-    13 Text               what agents read, rendered from a codebase
-    14 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    15 Records            what was last written, which proves that it is Orchestra's
-    16 Plan               what is to be written now, and what becomes of what is there
-    17 Sync               carrying a plan out, and bringing replaced text back
-    18 Status and diff    a plan put into a word, and into a diff
+    15 Text               what agents read, rendered from a codebase
+    16 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    17 Records            what was last written, which proves that it is Orchestra's
+    18 Plan               what is to be written now, and what becomes of what is there
+    19 Sync               carrying a plan out, and bringing replaced text back
+    20 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    19 Watching           events say where to look; the tree, what changed
-    20 Logs               the daemon's log files, written and followed
-    21 Programs           other programs, started and waited for
-    22 Control socket     lines of JSON, the client, the server
-    23 Worker             jobs, one at a time, beside the loop
-    24 Daemon             the loop: watcher, socket, signals and timers
+    21 Watching           events say where to look; the tree, what changed
+    22 Logs               the daemon's log files, written and followed
+    23 Programs           other programs, started and waited for
+    24 Control socket     lines of JSON, the client, the server
+    25 Worker             jobs, one at a time, beside the loop
+    26 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    25 Installing         PyYAML and the installed program
-    26 Services           the daemon at login: launchd
-    27 Registering        a folder becomes a codebase
-    28 Output             messages, tables and colors for a terminal or a pipe
-    29 Arguments          the rows of the table of commands
-    30 Doctor             looks for what commonly goes wrong
-    31 Live status        the screen of status --watch
-    32 Commands           one method per command
-    33 Command line       the table of commands, and main
+    27 Installing         PyYAML and the installed program
+    28 Services           the daemon at login: launchd
+    29 Registering        a folder becomes a codebase
+    30 Output             messages, tables and colors for a terminal or a pipe
+    31 Arguments          the rows of the table of commands
+    32 Doctor             looks for what commonly goes wrong
+    33 Live status        the screen of status --watch
+    34 Commands           one method per command
+    35 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -2830,72 +2832,186 @@ def listed_key(home: str, key: Key) -> Key:
     return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
-# ── 11 Registry ───────────────────────────────────────────────────────────────
+# ── 11 Markdown ───────────────────────────────────────────────────────────────
 
-# A broken file stops only its own codebase. From files to a Registry:
+# How Markdown is read, where Orchestra's markers may stand in it:
 #
-#   1 RegistryScan lists the files of codebases, and stray ones, without reading them.
-#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file
-#     that has been parsed before comes from ParsedFiles.
-#   3 read_project reads what the codebases of a project share, and `inherit` adds it.
-#   4 If several codebases claim one folder, it belongs to the one registered first.
-#
-# load_registry takes all four steps, reload_codebases the last three for some
-# codebases, and load_codebase the second, or the second and third, for one.
-#
-# Files are written by a RegistryTurn, one at a time.
+#   1 A marker has its line to itself, written as it is written here. A line that only
+#     looks like one (indented, other spaces, other case) is an error outside a fence:
+#     taken for text, it would get the file a second block.
+#   2 A code fence hides the markers in it, as an example in the user's text has them.
+#     It opens and closes as in CommonMark 0.31: three or more backticks or tildes
+#     behind at most three spaces, closed by as many or more, or by the end of the list
+#     item it is in.
+#   3 A fence that stays open hides no marker.
+#   4 Between a begin marker with Orchestra's banner and the end marker that is next,
+#     nothing is read: what is written there can neither close a fence above the block
+#     nor hide its end. So an appended block is always found.
+#   5 Anything but one begin marker and then one end marker, or none, is an error:
+#     nothing is written.
+
+BLOCK_BEGIN = "<!-- orchestra:begin -->"
+BLOCK_END = "<!-- orchestra:end -->"
+BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
+BANNER_LINE = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
+
+
+class Marker(NamedTuple):
+    """A marker's comment: `kind` is begin or end, "" for what only looks like one."""
+
+    start: int
+    end: int
+    kind: str
+
+
+def _line_at(data: bytes, place: int) -> int:
+    return 1 + data.count(b"\n", 0, place)
+
+
+def _list_markers(data: bytes) -> list[Marker]:
+    """List the markers, and what looks like one, wherever they stand (step 1)."""
+    comment = rb"(<!--[ \t]*(?i:orchestra):[ \t]*((?i:begin|end))[ \t]*-->)[ \t]*\r?(?![^\n])"
+    markers = []
+    for found in re.finditer(comment, data):
+        before = data[data.rfind(b"\n", 0, found.start()) + 1 : found.start()]
+        blank = re.fullmatch(rb"(?:\xef\xbb\xbf)*([ \t]*)", before)
+        if blank:
+            is_exact = not blank[1] and found[1] in (BLOCK_BEGIN.encode(), BLOCK_END.encode())
+            markers.append(Marker(*found.span(1), found[2].decode() if is_exact else ""))
+    return markers
+
+
+def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
+    """Recognize a begin marker with Orchestra's banner below it, and its end marker."""
+    if [marker.kind for marker in pair] != ["begin", "end"]:
+        return False
+    banner = re.compile(BANNER_LINE).search(data, pair[0].end, pair[1].start)
+    return banner is not None and not data[pair[0].end : banner.start()].strip()
+
+
+def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
+    """Enter the list items that a line begins; return where its text begins."""
+    mark = re.compile(LIST_MARK + rb"(?: {1,4}(?! )|[ \t]|(?=\r?$))", re.MULTILINE)
+    found = mark.match(data, place)
+    while found:
+        indent += max(2, found.end() - place)
+        items.append(indent)
+        place = found.end()
+        found = mark.match(data, place)
+    return place
+
+
+def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int]:
+    """Read a file line by line (steps 2 to 4).
+
+    Return the markers that no fence hides, and where the line of a fence begins that is
+    open at the end of the file, -1 for none.
+    """
+    found: list[Marker] = []
+    hidden: list[Marker] = []  # if the open fence gets closed
+    items: list[int] = []  # where the text of each open list item begins
+    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
+    end = passed = seen = 0
+    while end < len(data):
+        start = end
+        end = data.find(b"\n", start) + 1 or len(data)
+        line = data[start:end]
+        text = line.lstrip(b" \t")
+        if start < passed or not text.strip():
+            continue
+        indent = len(line[: len(line) - len(text)].expandtabs(4))
+        while items and indent < items[-1]:
+            items.pop()
+        if fence and depth > len(items):  # its item has ended, and the fence with it
+            found += hidden
+            hidden, fence = [], b""
+        if seen < len(markers) and markers[seen].start < end:
+            count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
+            (hidden if fence else found).extend(markers[seen : seen + count])
+            seen += count
+            passed = markers[seen - 1].end
+        elif indent - (items[-1] if items else 0) > 3:
+            pass  # indented code, or the middle of a paragraph
+        elif fence:
+            if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
+                hidden, fence = [], b""
+        else:
+            place = _open_items(data, end - len(text), indent, items)
+            mark = re.compile(FENCE, re.MULTILINE).match(data, place)
+            if mark:
+                fence, depth, opened = mark[1] or mark[2], len(items), start
+    is_open = fence and not depth  # one in a list item would end before an appended block
+    return (*found, *hidden), opened if is_open else -1
+
+
+@functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
+def find_markers(data: bytes) -> tuple[Marker, ...]:
+    """Find the markers that count, and what looks like one (steps 1 to 4)."""
+    markers = _list_markers(data) if b"<!--" in data else []
+    if [marker.kind for marker in markers] == ["begin", "end"]:
+        around = data[: markers[0].start], data[markers[1].end :]
+        if not any(fence in part for part in around for fence in (b"```", b"~~~")):
+            return tuple(markers)  # as most files have them
+    return _read_lines(data, markers)[0] if markers else ()
+
+
+def find_block(data: bytes) -> Optional[slice]:
+    """Find the block of a shared file, markers included; raises SyncError (step 5)."""
+    markers = find_markers(data)
+    kinds = [marker.kind for marker in markers]
+    if kinds == ["begin", "end"]:
+        return slice(markers[0].start, markers[1].end)
+    if not markers:
+        return None
+    told = 4  # markers named in a message
+    lines = [_line_at(data, marker.start) for marker in markers[:told]]
+    if "" in kinds[:told]:
+        at = kinds.index("")
+        line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
+        marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
+        raise SyncError(
+            f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
+            "correct that line, or delete it",
+        )
+    if len(kinds) == 1:
+        other, side, marker = ("end", "below", BLOCK_END) if kinds[0] == "begin" else ("begin", "above", BLOCK_BEGIN)
+        raise SyncError(
+            f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
+            f" put the {other} marker back, or delete the {kinds[0]} marker",
+            f"put this line {side} Orchestra's text: {marker}",
+        )
+    found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
+    found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
+    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete all but one block")
+
+
+def find_open_fence(data: bytes) -> int:
+    """Find the line of a code fence that is open at the end of a file, 0 for none."""
+    opened = _read_lines(data, ())[1] if b"```" in data or b"~~~" in data else -1
+    return _line_at(data, opened) if opened >= 0 else 0
+
+
+def check_merge(data: bytes, start: int, end: int) -> None:
+    """Raise SyncError if an unfinished merge of git's touches data[start:end]."""
+    if not any(mark in data for mark in (b"<<<<<<<", b">>>>>>>", b"|||||||")):
+        return
+    opened = -1
+    for mark in re.finditer(rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$", data):
+        if mark[1][:1] == b"<":
+            opened = mark.start()
+        is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
+        if start <= mark.start() < end or is_around:
+            line = _line_at(data, opened if opened >= 0 else mark.start())
+            raise SyncError(f"found git's conflict markers on line {line}: finish the merge first")
+        if mark[1][:1] == b">":
+            opened = -1
+
+
+# ── 12 Layers ─────────────────────────────────────────────────────────────────
+
+# What several codebases share is written once, in a layer of its own.
 
 MAX_REGISTRY_FILE = 1 << 20  # bytes
-
-
-def error_for(problems: Sequence[Problem]) -> RegistryError:
-    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
-
-
-class Registry(NamedTuple):
-    """All codebases that could be read, with what they inherit, and all problems."""
-
-    codebases: Mapping[Key, Codebase]
-    broken: Mapping[Key, tuple[Problem, ...]]
-    stray: tuple[Problem, ...]  # of files that are not a codebase's
-    owners: Owners
-
-    @property
-    def keys(self) -> list[Key]:
-        return sorted([*self.codebases, *self.broken])
-
-    @property
-    def short_names(self) -> dict[Key, str]:
-        """Names as short as is unique: api, or shop/api if two projects have one."""
-        counts = Counter(name for _, name in self.keys)
-        return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
-
-    @property
-    def problems(self) -> list[Problem]:
-        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
-
-    def find(self, name: str) -> Key:
-        """Find a codebase by name, api or shop/api; raises RegistryError."""
-        project, slash, codebase = name.rpartition("/")
-        if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
-            return (project, codebase)
-        found = [key for key in self.keys if key[1] == codebase and not slash]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            labels = ", ".join(map(label_for, found))
-            hint = f"give its project too: {label_for(found[0])}"
-            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
-        shown = name if len(name) <= 200 else excerpt(name)
-        raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
-
-    def readable(self, name: str) -> Codebase:
-        """Find a codebase by name; raises RegistryError, also if its file is broken."""
-        key = self.find(name)
-        if key in self.broken:
-            raise error_for(self.broken[key])
-        return self.codebases[key]
-
 
 # Reading files
 
@@ -3059,6 +3175,71 @@ def read_codebase(
     if parsed:
         parsed.add(codebase)
     return codebase, ()
+
+
+# ── 13 Registry ───────────────────────────────────────────────────────────────
+
+# A broken file stops only its own codebase. From files to a Registry:
+#
+#   1 RegistryScan lists the files of codebases, and stray ones, without reading them.
+#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file
+#     that has been parsed before comes from ParsedFiles.
+#   3 read_project reads what the codebases of a project share, and `inherit` adds it.
+#   4 If several codebases claim one folder, it belongs to the one registered first.
+#
+# load_registry takes all four steps, reload_codebases the last three for some
+# codebases, and load_codebase the second, or the second and third, for one.
+#
+# Files are written by a RegistryTurn, one at a time.
+
+
+def error_for(problems: Sequence[Problem]) -> RegistryError:
+    return RegistryError("\n".join(map(str, problems)), problems[0].hint)
+
+
+class Registry(NamedTuple):
+    """All codebases that could be read, with what they inherit, and all problems."""
+
+    codebases: Mapping[Key, Codebase]
+    broken: Mapping[Key, tuple[Problem, ...]]
+    stray: tuple[Problem, ...]  # of files that are not a codebase's
+    owners: Owners
+
+    @property
+    def keys(self) -> list[Key]:
+        return sorted([*self.codebases, *self.broken])
+
+    @property
+    def short_names(self) -> dict[Key, str]:
+        """Names as short as is unique: api, or shop/api if two projects have one."""
+        counts = Counter(name for _, name in self.keys)
+        return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
+
+    def find(self, name: str) -> Key:
+        """Find a codebase by name, api or shop/api; raises RegistryError."""
+        project, slash, codebase = name.rpartition("/")
+        if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
+            return (project, codebase)
+        found = [key for key in self.keys if key[1] == codebase and not slash]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            labels = ", ".join(map(label_for, found))
+            hint = f"give its project too: {label_for(found[0])}"
+            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
+        shown = name if len(name) <= 200 else excerpt(name)
+        raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
+
+    def readable(self, name: str) -> Codebase:
+        """Find a codebase by name; raises RegistryError, also if its file is broken."""
+        key = self.find(name)
+        if key in self.broken:
+            raise error_for(self.broken[key])
+        return self.codebases[key]
 
 
 # Listing
@@ -3325,7 +3506,7 @@ def clear_registry(home: str) -> None:
         pass
 
 
-# ── 12 Detection ──────────────────────────────────────────────────────────────
+# ── 14 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. Only manifests right in the folder are read, and broken ones ignored. A
@@ -3535,7 +3716,7 @@ def detect(folder: str) -> Detected:
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 13 Text ───────────────────────────────────────────────────────────────────
+# ── 15 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -3782,184 +3963,11 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 14 Blocks ─────────────────────────────────────────────────────────────────
+# ── 16 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
-# every byte of it stays. How the block is found:
-#
-#   1 A marker has its line to itself, written as it is written here. A line that only
-#     looks like one (indented, other spaces, other case) is an error outside a fence:
-#     taken for text, it would get the file a second block.
-#   2 A code fence hides the markers in it, as an example in the user's text has them.
-#     It opens and closes as in CommonMark 0.31: three or more backticks or tildes
-#     behind at most three spaces, closed by as many or more, or by the end of the list
-#     item it is in.
-#   3 A fence that stays open hides no marker.
-#   4 Between a begin marker with Orchestra's banner and the end marker that is next,
-#     nothing is read: what is written there can neither close a fence above the block
-#     nor hide its end. So an appended block is always found.
-#   5 Anything but one begin marker and then one end marker, or none, is an error:
-#     nothing is written.
-
-BLOCK_BEGIN = "<!-- orchestra:begin -->"
-BLOCK_END = "<!-- orchestra:end -->"
-BANNER = "<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
-BANNER_LINE = rb"(?m)^<!-- Written by Orchestra \(([0-9a-f]{8})\); [^\n]*-->[ \t]*\r?$"
-
-# Markers
-
-
-class Marker(NamedTuple):
-    """A marker's comment: `kind` is begin or end, "" for what only looks like one."""
-
-    start: int
-    end: int
-    kind: str
-
-
-def _line_at(data: bytes, place: int) -> int:
-    return 1 + data.count(b"\n", 0, place)
-
-
-def _list_markers(data: bytes) -> list[Marker]:
-    """List the markers, and what looks like one, wherever they stand (step 1)."""
-    comment = rb"(<!--[ \t]*(?i:orchestra):[ \t]*((?i:begin|end))[ \t]*-->)[ \t]*\r?(?![^\n])"
-    markers = []
-    for found in re.finditer(comment, data):
-        before = data[data.rfind(b"\n", 0, found.start()) + 1 : found.start()]
-        blank = re.fullmatch(rb"(?:\xef\xbb\xbf)*([ \t]*)", before)
-        if blank:
-            is_exact = not blank[1] and found[1] in (BLOCK_BEGIN.encode(), BLOCK_END.encode())
-            markers.append(Marker(*found.span(1), found[2].decode() if is_exact else ""))
-    return markers
-
-
-def _is_own_block(data: bytes, pair: Sequence[Marker]) -> bool:
-    """Recognize a begin marker with Orchestra's banner below it, and its end marker."""
-    if [marker.kind for marker in pair] != ["begin", "end"]:
-        return False
-    banner = re.compile(BANNER_LINE).search(data, pair[0].end, pair[1].start)
-    return banner is not None and not data[pair[0].end : banner.start()].strip()
-
-
-def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
-    """Enter the list items that a line begins; return where its text begins."""
-    mark = re.compile(LIST_MARK + rb"(?: {1,4}(?! )|[ \t]|(?=\r?$))", re.MULTILINE)
-    found = mark.match(data, place)
-    while found:
-        indent += max(2, found.end() - place)
-        items.append(indent)
-        place = found.end()
-        found = mark.match(data, place)
-    return place
-
-
-def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int]:
-    """Read a file line by line (steps 2 to 4).
-
-    Return the markers that no fence hides, and where the line of a fence begins that is
-    open at the end of the file, -1 for none.
-    """
-    found: list[Marker] = []
-    hidden: list[Marker] = []  # if the open fence gets closed
-    items: list[int] = []  # where the text of each open list item begins
-    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
-    end = passed = seen = 0
-    while end < len(data):
-        start = end
-        end = data.find(b"\n", start) + 1 or len(data)
-        line = data[start:end]
-        text = line.lstrip(b" \t")
-        if start < passed or not text.strip():
-            continue
-        indent = len(line[: len(line) - len(text)].expandtabs(4))
-        while items and indent < items[-1]:
-            items.pop()
-        if fence and depth > len(items):  # its item has ended, and the fence with it
-            found += hidden
-            hidden, fence = [], b""
-        if seen < len(markers) and markers[seen].start < end:
-            count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
-            (hidden if fence else found).extend(markers[seen : seen + count])
-            seen += count
-            passed = markers[seen - 1].end
-        elif indent - (items[-1] if items else 0) > 3:
-            pass  # indented code, or the middle of a paragraph
-        elif fence:
-            if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
-                hidden, fence = [], b""
-        else:
-            place = _open_items(data, end - len(text), indent, items)
-            mark = re.compile(FENCE, re.MULTILINE).match(data, place)
-            if mark:
-                fence, depth, opened = mark[1] or mark[2], len(items), start
-    is_open = fence and not depth  # one in a list item would end before an appended block
-    return (*found, *hidden), opened if is_open else -1
-
-
-@functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
-def find_markers(data: bytes) -> tuple[Marker, ...]:
-    """Find the markers that count, and what looks like one (steps 1 to 4)."""
-    markers = _list_markers(data) if b"<!--" in data else []
-    if [marker.kind for marker in markers] == ["begin", "end"]:
-        around = data[: markers[0].start], data[markers[1].end :]
-        if not any(fence in part for part in around for fence in (b"```", b"~~~")):
-            return tuple(markers)  # as most files have them
-    return _read_lines(data, markers)[0] if markers else ()
-
-
-def find_block(data: bytes) -> Optional[slice]:
-    """Find the block of a shared file, markers included; raises SyncError (step 5)."""
-    markers = find_markers(data)
-    kinds = [marker.kind for marker in markers]
-    if kinds == ["begin", "end"]:
-        return slice(markers[0].start, markers[1].end)
-    if not markers:
-        return None
-    told = 4  # markers named in a message
-    lines = [_line_at(data, marker.start) for marker in markers[:told]]
-    if "" in kinds[:told]:
-        at = kinds.index("")
-        line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
-        marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
-        raise SyncError(
-            f"expected {marker} at the very start of line {lines[at]}, got {excerpt(line)}",
-            "correct that line, or delete it",
-        )
-    if len(kinds) == 1:
-        other, side, marker = ("end", "below", BLOCK_END) if kinds[0] == "begin" else ("begin", "above", BLOCK_BEGIN)
-        raise SyncError(
-            f"found orchestra:{kinds[0]} on line {lines[0]} without orchestra:{other}:"
-            f" put the {other} marker back, or delete the {kinds[0]} marker",
-            f"put this line {side} Orchestra's text: {marker}",
-        )
-    found = ", ".join(f"{kind or 'another'} on line {line}" for kind, line in zip(kinds, lines))
-    found += f" and {len(kinds) - len(lines)} more" if len(kinds) > len(lines) else ""
-    raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete all but one block")
-
-
-def find_open_fence(data: bytes) -> int:
-    """Find the line of a code fence that is open at the end of a file, 0 for none."""
-    opened = _read_lines(data, ())[1] if b"```" in data or b"~~~" in data else -1
-    return _line_at(data, opened) if opened >= 0 else 0
-
-
-def check_merge(data: bytes, start: int, end: int) -> None:
-    """Raise SyncError if an unfinished merge of git's touches data[start:end]."""
-    if not any(mark in data for mark in (b"<<<<<<<", b">>>>>>>", b"|||||||")):
-        return
-    opened = -1
-    for mark in re.finditer(rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$", data):
-        if mark[1][:1] == b"<":
-            opened = mark.start()
-        is_around = mark[1][:1] == b">" and 0 <= opened < end and start < mark.end()
-        if start <= mark.start() < end or is_around:
-            line = _line_at(data, opened if opened >= 0 else mark.start())
-            raise SyncError(f"found git's conflict markers on line {line}: finish the merge first")
-        if mark[1][:1] == b">":
-            opened = -1
-
+# every byte of it stays.
 
 # Normal forms
 
@@ -4151,7 +4159,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 15 Records ────────────────────────────────────────────────────────────────
+# ── 17 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -4295,7 +4303,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 16 Plan ───────────────────────────────────────────────────────────────────
+# ── 18 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -4817,7 +4825,7 @@ class Planner:
         )
 
 
-# ── 17 Sync ───────────────────────────────────────────────────────────────────
+# ── 19 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -5169,7 +5177,7 @@ def run_pipeline(
     return results
 
 
-# ── 18 Status and diff ────────────────────────────────────────────────────────
+# ── 20 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -5358,7 +5366,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 19 Watching ───────────────────────────────────────────────────────────────
+# ── 21 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -5926,7 +5934,7 @@ class Watcher:
             return False
 
 
-# ── 20 Logs ───────────────────────────────────────────────────────────────────
+# ── 22 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -6079,7 +6087,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 21 Programs ───────────────────────────────────────────────────────────────
+# ── 23 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -6119,7 +6127,7 @@ def run_program(
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
 
 
-# ── 22 Control socket ─────────────────────────────────────────────────────────
+# ── 24 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -6676,7 +6684,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 23 Worker ─────────────────────────────────────────────────────────────────
+# ── 25 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -6989,7 +6997,7 @@ class Worker:
         return counts
 
 
-# ── 24 Daemon ─────────────────────────────────────────────────────────────────
+# ── 26 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7411,7 +7419,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 25 Installing ─────────────────────────────────────────────────────────────
+# ── 27 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -7636,7 +7644,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 26 Services ───────────────────────────────────────────────────────────────
+# ── 28 Services ───────────────────────────────────────────────────────────────
 
 # The daemon under the system's own supervisor.
 
@@ -7859,7 +7867,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 27 Registering ────────────────────────────────────────────────────────────
+# ── 29 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -7984,7 +7992,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 28 Output ─────────────────────────────────────────────────────────────────
+# ── 30 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8098,7 +8106,7 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# ── 29 Arguments ──────────────────────────────────────────────────────────────
+# ── 31 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands, and what a command line says by it.
 
@@ -8125,17 +8133,17 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-# ── 30 Doctor ─────────────────────────────────────────────────────────────────
+# ── 32 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, looked for.
 
 
-# ── 31 Live status ────────────────────────────────────────────────────────────
+# ── 33 Live status ────────────────────────────────────────────────────────────
 
 # The screen of `status --watch`.
 
 
-# ── 32 Commands ───────────────────────────────────────────────────────────────
+# ── 34 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -8452,7 +8460,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 33 Command line ───────────────────────────────────────────────────────────
+# ── 35 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
 # only where it is needed: it costs 7 ms of a start.

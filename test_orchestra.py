@@ -18,8 +18,8 @@ Contents
 
   The sections of orchestra.py follow, in its order and under its banners, as
   `grep -n '^# [─═]'` lists them. A test stands under the section whose code it checks; a
-  new case is a row of its table. An agent's expected text is in 8 Agents and 13 Text;
-  registry files that are refused are BAD_FILES in 9 YAML; what a command prints is under
+  new case is a row of its table. An agent's expected text is in Agents and Text;
+  registry files that are refused are BAD_FILES in YAML; what a command prints is under
   the command's section: status in Status and diff, restore in Sync, daemon in Logs and
   Daemon, others in Commands.
 
@@ -2565,7 +2565,13 @@ def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, 
     assert orchestra.codebase_root(home_folder, orchestra.Codebase(*API, written)) == path
 
 
-# ── 11 Registry ───────────────────────────────────────────────────────────────
+# ── 11 Markdown ───────────────────────────────────────────────────────────────
+
+
+# ── 12 Layers ─────────────────────────────────────────────────────────────────
+
+
+# ── 13 Registry ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -2834,7 +2840,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch
     assert list(home.registry().codebases) == [("shop", "one")]
 
 
-# ── 12 Detection ──────────────────────────────────────────────────────────────
+# ── 14 Detection ──────────────────────────────────────────────────────────────
 
 
 def package(**sections: Any) -> dict[str, str]:
@@ -2967,7 +2973,7 @@ def test_description_and_stack_come_from_the_manifests(
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 13 Text ───────────────────────────────────────────────────────────────────
+# ── 15 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3261,7 +3267,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
         assert err.splitlines() == (expected if told else [])
 
 
-# ── 14 Blocks ─────────────────────────────────────────────────────────────────
+# ── 16 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3926,7 +3932,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 15 Records ────────────────────────────────────────────────────────────────
+# ── 17 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -4147,7 +4153,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 16 Plan ───────────────────────────────────────────────────────────────────
+# ── 18 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4581,7 +4587,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 17 Sync ───────────────────────────────────────────────────────────────────
+# ── 19 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -5282,7 +5288,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 18 Status and diff ────────────────────────────────────────────────────────
+# ── 20 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -5516,7 +5522,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 19 Watching ───────────────────────────────────────────────────────────────
+# ── 21 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -6629,7 +6635,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 20 Logs ───────────────────────────────────────────────────────────────────
+# ── 22 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -6824,7 +6830,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 21 Programs ───────────────────────────────────────────────────────────────
+# ── 23 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -6847,7 +6853,7 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
 # The installed program
 
 
-# ── 22 Control socket ─────────────────────────────────────────────────────────
+# ── 24 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -7580,7 +7586,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 23 Worker ─────────────────────────────────────────────────────────────────
+# ── 25 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -7689,7 +7695,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 24 Daemon ─────────────────────────────────────────────────────────────────
+# ── 26 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -8597,7 +8603,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 25 Installing ─────────────────────────────────────────────────────────────
+# ── 27 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -9597,7 +9603,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 26 Services ───────────────────────────────────────────────────────────────
+# ── 28 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -10117,7 +10123,7 @@ def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
     assert (launchctl.calls, machine.listing()) == ([], before)
 
 
-# ── 27 Registering ────────────────────────────────────────────────────────────
+# ── 29 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10226,19 +10232,19 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 28 Output ─────────────────────────────────────────────────────────────────
+# ── 30 Output ─────────────────────────────────────────────────────────────────
 
 
-# ── 29 Arguments ──────────────────────────────────────────────────────────────
+# ── 31 Arguments ──────────────────────────────────────────────────────────────
 
 
-# ── 30 Doctor ─────────────────────────────────────────────────────────────────
+# ── 32 Doctor ─────────────────────────────────────────────────────────────────
 
 
-# ── 31 Live status ────────────────────────────────────────────────────────────
+# ── 33 Live status ────────────────────────────────────────────────────────────
 
 
-# ── 32 Commands ───────────────────────────────────────────────────────────────
+# ── 34 Commands ───────────────────────────────────────────────────────────────
 
 
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
@@ -10432,7 +10438,7 @@ def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> 
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 33 Command line ───────────────────────────────────────────────────────────
+# ── 35 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
