@@ -211,6 +211,10 @@ class SyncError(OrchestraError):
     """A file or folder that cannot be synced, or a lock that is not released."""
 
 
+class FolderAbsent(SyncError):
+    """A codebase's folder is not on this machine, as is usual in a shared registry."""
+
+
 class DaemonError(OrchestraError):
     """A failure of the daemon, its socket or its service; or, as IoError, of a file."""
 
@@ -2536,11 +2540,14 @@ class Component(NamedTuple):
 
 
 class Codebase(NamedTuple):
-    """One registry file. `targets` is None if they are the project's choice."""
+    """One registry file. `targets` is None if they are the project's choice.
+
+    Where `path` is "", the codebase has no folder on this machine.
+    """
 
     project: str
     name: str
-    path: str
+    path: str = ""
     description: str = ""
     targets: Optional[tuple[str, ...]] = None
     commands: Pairs = ()
@@ -2646,7 +2653,8 @@ def absolute_path(home: str, path: str) -> str:
 
 
 def codebase_root(home: str, codebase: Codebase) -> str:
-    return absolute_path(home, codebase.path)
+    """Return the absolute path of a codebase's folder, "" if it has none here."""
+    return absolute_path(home, codebase.path) if codebase.path else ""
 
 
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
@@ -3350,6 +3358,8 @@ def reload_codebases(
             continue
         codebases[key] = inherit(codebase, project)
         root = codebase_root(home, codebase)
+        if not root:
+            continue
         other = owners.get(root, key)
         if other != key and is_missing(other):  # renamed a moment ago
             codebases.pop(other, None)
@@ -4579,19 +4589,28 @@ class Sparse(NamedTuple):
 # Planning
 
 
+def _hint_for_absent(home: str, key: Key) -> str:
+    if load_record(home, key):  # so its folder was here
+        return f"orchestra project move {label_for(key)} PATH, or bring the folder back"
+    return f"orchestra init PATH -p {key[0]} --name {key[1]}"
+
+
 def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, purge: bool = False) -> str:
-    """Resolve a codebase's folder, which must be there; raises SyncError, IoError.
+    """Resolve a codebase's folder; raises FolderAbsent, SyncError, IoError.
 
     With the registry's `owners` it must also be fit to be a codebase's, and no other's;
     an unfit folder may still be purged.
     """
     path = codebase_root(home, codebase)
     edit = f"orchestra edit {label_for(codebase.key)}"
+    if not path:
+        raise FolderAbsent("it has no path on this machine", _hint_for_absent(home, codebase.key))
     with blame(path):
         try:
             info = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            raise SyncError(f"{path}: the folder is missing", f"{edit}, or bring the folder back") from None
+            hint = _hint_for_absent(home, codebase.key)
+            raise FolderAbsent(f"{path}: the folder is missing", hint) from None
     if not stat.S_ISDIR(info.st_mode):
         raise SyncError(f"{path}: that is a file, not a folder", f"{edit}, or bring the folder back")
     root = real_path(path)
@@ -4868,6 +4887,7 @@ class SyncCodebaseResult(NamedTuple):
     files: tuple[FilePlan, ...] = ()
     errors: tuple[Problem, ...] = ()
     has_leftovers: bool = False  # a file is set aside, as it may still be written to
+    is_absent: bool = False  # its folder is not on this machine
 
     @property
     def key(self) -> Key:
@@ -5115,7 +5135,8 @@ def sync_codebase(
                 plan = turn.sync(owners, mode)
             has_leftovers = turn.has_files_aside or os.path.lexists(turn.aside)
     except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
-        return SyncCodebaseResult(*key, errors=(Problem.from_error(error).below(label),))
+        problem = Problem.from_error(error).below(label)
+        return SyncCodebaseResult(*key, errors=(problem,), is_absent=isinstance(error, FolderAbsent))
     # Without their bytes: a result may be one of thousands.
     files = tuple(file._replace(before=ABSENT, after=None) for file in plan.all_files(home))
     problems = tuple(problem.below(label) for problem in plan.problems(home))
@@ -5150,6 +5171,11 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
 # The pipeline
 
 
+def pass_over_absent(results: Iterable[SyncCodebaseResult]) -> list[SyncCodebaseResult]:
+    """Drop the errors of absent codebases, which only who names them should see."""
+    return [result._replace(errors=()) if result.is_absent else result for result in results]
+
+
 def run_pipeline(
     home: str,
     scope: SyncScope,
@@ -5161,8 +5187,9 @@ def run_pipeline(
     """Sync the codebases of a scope one by one; each one's errors are in its result.
 
     The command line and the daemon both come through here. `take_over` is for a user
-    who named the codebases. Raises RegistryError for a name that is not one codebase's,
-    IoError for a registry that cannot be read.
+    who named the codebases. An absent codebase is an error only if it is named. Raises
+    RegistryError for a name that is not one codebase's, IoError for a registry that
+    cannot be read.
     """
     registry = registry or load_registry(home)
     keys = registry.keys if scope.names is None else [registry.find(name) for name in scope.names]
@@ -5174,7 +5201,7 @@ def run_pipeline(
         else:
             mode = SyncMode(dry_run, take_over=take_over)
             results.append(sync_codebase(home, registry.codebases[key], registry.owners, mode))
-    return results
+    return results if scope.names is not None else pass_over_absent(results)
 
 
 # ── 20 Status and diff ────────────────────────────────────────────────────────
@@ -5186,7 +5213,8 @@ class State:
     """How a codebase stands, in the words of `status` and its JSON."""
 
     CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
-    MODIFIED, ORPHAN, ERROR = "modified", "orphan", "error"
+    MODIFIED, ORPHAN, ABSENT, ERROR = "modified", "orphan", "absent", "error"
+    FINE = (CURRENT, ABSENT)
 
 
 class Staleness(NamedTuple):
@@ -5212,7 +5240,7 @@ class Status(NamedTuple):
         return {
             "projects": len({entry.project for entry in self.codebases}),
             "codebases": len(self.codebases),
-            "stale": sum(entry.status not in (State.CURRENT, State.ERROR) for entry in self.codebases),
+            "stale": sum(entry.status not in (*State.FINE, State.ERROR) for entry in self.codebases),
         }
 
 
@@ -5263,7 +5291,7 @@ def _last_sync_at(home: str, key: Key) -> str:
 def check_staleness(
     home: str, codebase: Codebase, owners: Optional[Owners] = None, clock: Clock = time.time
 ) -> Staleness:
-    """Judge one codebase; if that fails, its status is `error`."""
+    """Judge one codebase; if that fails, its status is `error`, or `absent`."""
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
     try:
         plan = Planner(home, codebase, owners).plan()
@@ -5272,7 +5300,8 @@ def check_staleness(
         detail = "; ".join(filter(None, [detail, *notes]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
-        status, detail, synced_at = State.ERROR, str(error), _last_sync_at(home, codebase.key)
+        status = State.ABSENT if isinstance(error, FolderAbsent) else State.ERROR
+        detail, synced_at = str(error), _last_sync_at(home, codebase.key)
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
 
@@ -6706,6 +6735,7 @@ class RegistryCache(NamedTuple):
     registry: Registry
     names: Mapping[Key, str] = {}  # each as short as it is unique
     failures: Mapping[Key, tuple[Problem, ...]] = {}  # of readable codebases
+    absent: frozenset[Key] = frozenset()  # whose folder is not on this machine
     last_sync_at: Optional[int] = None  # Unix time
 
     @classmethod
@@ -6720,10 +6750,13 @@ class RegistryCache(NamedTuple):
         failures = {key: problems for key, problems in self.failures.items() if key in registry.codebases}
         for result in results:
             failures.pop(result.key, None)
-            if result.errors and result.key in registry.codebases:
+            if result.errors and not result.is_absent and result.key in registry.codebases:
                 failures[result.key] = result.errors
-        has_synced = any(not result.errors for result in results)
-        return RegistryCache(registry, names, failures, int(time.time()) if has_synced else self.last_sync_at)
+        absent = self.absent.difference(result.key for result in results) & registry.codebases.keys()
+        absent |= {result.key for result in results if result.is_absent}
+        has_synced = any(not (result.errors or result.is_absent) for result in results)
+        last_sync_at = int(time.time()) if has_synced else self.last_sync_at
+        return RegistryCache(registry, names, failures, frozenset(absent), last_sync_at)
 
     @property
     def problems(self) -> list[Problem]:
@@ -6740,6 +6773,7 @@ class Source:
     WATCHER = "watcher"
     SOCKET = "socket"
     STALENESS = "staleness"  # a scan that syncs nothing
+    ABSENT = "absent"  # a look for folders that were absent
 
 
 class SyncJob(NamedTuple):
@@ -6775,6 +6809,7 @@ class JobOutcome(NamedTuple):
     results: Sequence[SyncCodebaseResult] = ()
     suspects: frozenset[Key] = frozenset()  # neither synced nor reported
     statuses: Mapping[str, int] = {}  # found by a staleness scan
+    found: frozenset[Key] = frozenset()  # were absent, and have their folders now
     stray: Sequence[Problem] = ()  # of files that belong to no codebase
 
     def encode(self) -> bytes:
@@ -6807,6 +6842,7 @@ class SyncRun:
 
     def sync(self) -> list[SyncCodebaseResult]:
         results = run_pipeline(self._home, self._scope(), registry=self.registry)
+        results = results if self._is_asked else pass_over_absent(results)
         half_read = {result.key for result in results if self._may_be_half_read(result)}
         self.suspects |= half_read
         return [result for result in results if result.key not in half_read]
@@ -6839,10 +6875,13 @@ class SyncRun:
             return
         codebases, broken = dict(self.registry.codebases), dict(self.registry.broken)
         owners = dict(self.registry.owners)
-        for root, key in self._old.owners.items():
-            if key in suspects and root not in owners:
-                codebases[key], owners[root] = self._old.codebases[key], key
+        for key in suspects & self._old.codebases.keys():
+            root = codebase_root(self._home, self._old.codebases[key])
+            if root not in owners:
+                codebases[key] = self._old.codebases[key]
                 del broken[key]
+                if root:
+                    owners[root] = key
         for key in suspects & broken.keys():
             if key in self._old.broken:
                 broken[key] = self._old.broken[key]
@@ -6866,7 +6905,7 @@ class SyncRun:
         codebase = self.registry.codebases.get(result.key)
         if codebase is None or not result.errors or result.files or self._is_asked or result.key in self._job.overdue:
             return False
-        return not (is_current(self._home, codebase) and os.path.isdir(codebase_root(self._home, codebase)))
+        return not is_current(self._home, codebase)
 
 
 def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
@@ -6885,7 +6924,7 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
     summary = SyncSummary(
         target,
         job.source,
-        names,
+        [name for name, result in zip(names, results) if not result.is_absent],
         sum(len(result.written) for result in results),
         sum(len(result.unchanged) for result in results),
         int((time.monotonic() - started) * 1000),
@@ -6967,6 +7006,8 @@ class Worker:
                 statuses = self._count_statuses()
                 release_memory()
                 return JobOutcome(job, statuses=statuses)
+            if job.source == Source.ABSENT:
+                return JobOutcome(job, found=self._find_absent())
             self.cache, outcome = run_job(self._home, self.cache, job)
             return outcome
         except OrchestraError as error:
@@ -6984,6 +7025,10 @@ class Worker:
         except Exception:  # then the bug is elsewhere, and is logged
             return False
         return True
+
+    def _find_absent(self) -> frozenset[Key]:
+        codebases = self.cache.registry.codebases
+        return frozenset(key for key in self.cache.absent if os.path.exists(codebase_root(self._home, codebases[key])))
 
     def _count_statuses(self) -> dict[str, int]:
         """Count the codebases by status, unless a job comes in."""
@@ -7109,6 +7154,7 @@ class Schedule:
         self.suspects.discard(job.changed - suspects)
         self.suspects.add(suspects)
         self._debouncer.end_window(suspects)
+        self._debouncer.note(outcome.found)
         now = self._clock()
         for result in outcome.results:
             if not result.retry:
@@ -7139,7 +7185,7 @@ class JobLog:
                     self._log.warning("replaced hand-written text", file=place, note=file.note)
                 elif file.is_foreign:
                     self._log.warning("left alone", file=place, note=file.note)
-        summary = outcome.summary
+        summary, absent = outcome.summary, sum(result.is_absent for result in outcome.results)
         if outcome.error:
             self._log.warning("job failed", source=outcome.job.source, error=outcome.error)
         elif outcome.statuses:
@@ -7154,6 +7200,7 @@ class JobLog:
                 unchanged=summary.unchanged,
                 errors=len(summary.errors),
                 ms=summary.duration_ms,
+                **({"absent": absent} if absent else {}),
             )
             self.write_problems({STRAY: outcome.stray, **{r.key: r.errors for r in outcome.results}})
 
@@ -7276,6 +7323,8 @@ class Daemon:
             self._check_socket()
             self._note(self._watcher.look())
             self._schedule.note_failed()
+            if self._worker.cache.absent and self._worker.jobs.empty():
+                self._worker.submit(SyncJob(SyncTarget(()), Source.ABSENT))
             self._rescan_at = now + self._watcher.interval
         self._note(self._watcher.recheck())
         self._server.drop_silent()
@@ -7358,7 +7407,7 @@ class Daemon:
         self._job_log.write(outcome)  # before the reply, so that the client finds it
         if job.respond_to:
             job.respond_to(outcome)
-        if job.source != Source.STALENESS:
+        if job.source not in (Source.STALENESS, Source.ABSENT):
             self._staleness_at = self._clock() + STALENESS_DELAY
 
     # Requests
@@ -7398,6 +7447,7 @@ class Daemon:
             "last_sync_at_unix": cache.last_sync_at,
             "queue_depth": self._worker.jobs.qsize(),
             "problems": [{"where": p.where, "message": p.message} for p in problems],
+            "absent": sorted(cache.names[key] for key in cache.absent),
         }
 
     def _stop(self, reason: str) -> None:
@@ -8007,6 +8057,7 @@ COLORS = {
     State.STALE: "33",
     State.MODIFIED: "35",
     State.ORPHAN: "36",
+    State.ABSENT: "90",
     State.ERROR: "31",
 }
 
@@ -8198,8 +8249,8 @@ class Commands(NamedTuple):
             codebase = registry.codebases[key]
             path = codebase_root(self.home, codebase)
             types = [component.project_type for component in codebase.projects]
-            rows.append((label_for(key), ", ".join(types), shorten_home(self.home, path)))
-            entry = {"project": key[0], "codebase": key[1], "path": path, "project_types": types}
+            rows.append((label_for(key), ", ".join(types), shorten_home(self.home, path) or "-"))
+            entry = {"project": key[0], "codebase": key[1], "path": path or None, "project_types": types}
             entries.append({**entry, "targets": list(targets_of(codebase))})
         if self.args.json:
             print_json(entries)
@@ -8283,14 +8334,16 @@ class Commands(NamedTuple):
         failed = sum(len(result.failed) or bool(result.errors) for result in results)
         totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
         totals += f", {failed} failed" if failed else ""
-        noun = "codebase" if len(results) == 1 else "codebases"
-        print(f"{totals} in {len(results)} {noun}")
+        absent = sum(result.is_absent for result in results)
+        noun = "codebase" if len(results) - absent == 1 else "codebases"
+        print(f"{totals} in {len(results) - absent} {noun}{f', {absent} absent' if absent else ''}")
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
         return {
             **pick(result, "project", "codebase", "written", "unchanged", "failed"),
             "files": [pick(file, "path", "action", "note") for file in result.files],
             "errors": [str(problem) for problem in result.errors],
+            "absent": result.is_absent,
         }
 
     def cmd_status(self) -> int:

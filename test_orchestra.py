@@ -2043,7 +2043,6 @@ BAD_FILES = {
     "merge key": (GOOD + "<<: {a: b}\n", "3: <<: merge keys are not supported, as in YAML 1.2"),
     "no name": ("path: /x\n", "1: name: required, but missing"),
     "empty name": ("name: ''\npath: /x\n", "1: name: expected a value, got nothing"),
-    "no path": ("name: api\n", "1: path: required, but missing"),
     "null path": ("name: api\npath: ~\n", "2: path: expected a value, got nothing"),
     "empty path": ("name: api\npath: ''\n", "2: path: expected a value, got nothing"),
     "list as name": ("name: [api]\npath: /x\n", "1: name: expected text, got a list"),
@@ -4932,23 +4931,84 @@ def test_one_codebases_error_does_not_keep_the_others_from_it(home: Home, monkey
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [
-        ("a file", "that is a file, not a folder"),
-        ("nothing", "the folder is missing"),
-        (link_to("nowhere"), "the folder is missing"),
-    ],
+    [("a file", "that is a file, not a folder"), (link_to("gone"), "too many levels of symbolic links")],
 )
-def test_a_missing_codebase_folder_is_an_error_for_it_alone(home: Home, content: Any, problem: str) -> None:
+def test_something_else_than_a_folder_is_an_error_for_its_codebase_alone(
+    home: Home, content: Any, problem: str
+) -> None:
     home.make_codebase("shop/good")
     home.register("shop/gone", path=str(home.code / "gone"))
-    if content != "nothing":
-        put_files(home.code, {"gone": content})
-    before = os.path.lexists(home.code / "gone")
+    put_files(home.code, {"gone": content})
     ran = home.run("sync", "--all")
     assert (ran.status, ran.complaints) == (2, [f"orchestra: shop/gone: {home.code}/gone: {problem}"])
-    assert os.path.lexists(home.code / "gone") == before
+    assert os.path.lexists(home.code / "gone")
     assert (home.code / "shop/good/CLAUDE.md").exists()
     assert (home.status_of("shop/gone"), home.status_of("shop/good")) == ("error", "current")
+
+
+# How a codebase comes to have no folder on this machine, and what naming it says.
+ABSENT: dict[str, tuple[Callable[[Home], Any], str, str]] = {
+    "never here": (
+        lambda home: home.register(),
+        "{root}: the folder is missing",
+        "orchestra init PATH -p shop --name api",
+    ),
+    "no path": (
+        lambda home: home.write_registry("shop/api.yaml", "name: api\npath:\n"),
+        "it has no path on this machine",
+        "orchestra init PATH -p shop --name api",
+    ),
+    "a dead link": (
+        lambda home: [home.register(), put_files(home.code, {"shop/api": link_to("nowhere")})],
+        "{root}: the folder is missing",
+        "orchestra init PATH -p shop --name api",
+    ),
+    "a file above": (
+        lambda home: [home.register(path=f"{home.code}/file/api"), put_files(home.code, {"file": ""})],
+        "{code}/file/api: the folder is missing",
+        "orchestra init PATH -p shop --name api",
+    ),
+    "gone since it was synced": (
+        lambda home: shutil.rmtree(home.make_synced()),
+        "{root}: the folder is missing",
+        "orchestra project move shop/api PATH, or bring the folder back",
+    ),
+}
+
+
+@pytest.mark.parametrize(("take", "problem", "hint"), ABSENT.values(), ids=ABSENT)
+def test_an_absent_codebase_is_an_error_only_to_who_names_it(home: Home, take: Any, problem: str, hint: str) -> None:
+    home.make_synced("shop/good")
+    take(home)
+    records, disk = contents(Path(orchestra.hashes_root(home.path))), take_picture(home.code)
+    for command in (["sync", "--all"], ["sync", "--all", "--check"], ["status", "--check"], ["project", "list"]):
+        assert home.run_fine(*command).err == ""
+    assert home.sync().out.splitlines()[-1].endswith(" in 1 codebase, 1 absent")
+    results = json.loads(home.sync("--all", "--json").out)
+    assert [(result["absent"], result["errors"]) for result in results] == [(True, []), (False, [])]
+    problem = problem.format(root=home.code / "shop/api", code=home.code)
+    status = json.loads(home.run_fine("status", "--json").out)
+    assert (status["summary"]["stale"], home.status_of(), home.staleness()["detail"]) == (0, "absent", problem)
+    ran = home.run("sync", "api")
+    assert (ran.status, ran.err) == (2, f"orchestra: shop/api: {problem}\n  try: {hint}\n")
+    assert home.run("sync", "shop/api", "--check").status == home.run("diff", "api").status == 2
+    assert take_picture(home.code) == disk and contents(Path(orchestra.hashes_root(home.path))) == records
+
+
+def test_a_folder_that_was_missing_for_a_while_is_current_when_it_is_back(home: Home) -> None:
+    root = home.make_synced()
+    root.rename(home.code / "elsewhere")
+    home.sync()
+    (home.code / "elsewhere").rename(root)
+    assert home.sync().lines == [] and home.status_of() == "current" and home.backups() == {}
+
+
+def test_codebases_without_a_path_do_not_dispute_a_folder(home: Home) -> None:
+    for name in ("api", "web"):
+        home.write_registry(f"shop/{name}.yaml", f"name: {name}\n")
+    assert home.problems() == [] and home.registry().keys == [API, ("shop", "web")]
+    entries = json.loads(home.run_fine("project", "list", "--json").out)
+    assert [entry["path"] for entry in entries] == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -5349,7 +5409,7 @@ STATES: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "linked": ([add_it(["claude"], {"CLAUDE.md": link_to("README.md")})], "current"),
     "import to come": ([add_it(["claude"]), sync_it, add_it(["claude"], {"AGENTS.md": "mine"})], "stale"),
     "two blocks": ([add_it(files={"GEMINI.md": block() + b"\n" + block()}), sync_it], "error"),
-    "folder gone": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "error"),
+    "folder gone": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "absent"),
     "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "error"),
     "renamed": ([register_as_old, sync_it, lambda home: rename_codebase(home, "shop/old", "shop/api")], "stale"),
 }
@@ -5374,11 +5434,11 @@ def test_status_has_one_word_for_a_codebases_state(home: Home, status: str) -> N
         status not in ("current", "never_synced") or (home.code / "shop/api/CLAUDE.md").is_symlink()
     )
     assert ran.status == (2 if status == "error" else 0)
-    assert home.run("status", "--check").status == {"current": 0, "error": 2}.get(status, 1)
+    assert home.run("status", "--check").status == {"current": 0, "absent": 0, "error": 2}.get(status, 1)
     assert json.loads(ran.out)["summary"] == {
         "projects": 1,
         "codebases": 1,
-        "stale": int(status not in ("current", "error")),
+        "stale": int(status not in ("current", "absent", "error")),
     }
     assert contents(home.folder) == before
 
@@ -5421,8 +5481,8 @@ def test_a_dry_run_lists_exactly_what_sync_then_writes(home: Home, status: str) 
     released = {f"shop/api/{line.split()[2]}" for line in real.lines if line.startswith("release")}
     touched = {path for path, _ in files.items() ^ tree(home.code).items()}
     assert touched == {f"shop/api/{line.split()[2]}" for line in real.lines} - released
-    assert (status == "current") == (not real.lines) or status == "error"
-    if status != "error":
+    assert (status in ("current", "absent")) == (not real.lines) or status == "error"
+    if status not in ("absent", "error"):
         after = tree(home.folder)
         assert home.sync().lines == [] and home.status_of() == "current"
         assert tree(home.folder) == after
@@ -5432,7 +5492,7 @@ def test_diff_shows_what_sync_then_writes(home: Home, status: str) -> None:
     before = contents(home.code)
     ran = home.run("diff", "api", "--exit-code")
     assert contents(home.code) == before
-    if status == "error":
+    if status in ("absent", "error"):
         assert ran.status == 2
         return
     home.sync()
@@ -5488,7 +5548,7 @@ def test_an_age_is_in_whole_seconds_or_none(when: Optional[str], age: Optional[i
     [
         lambda home: home.write_registry("shop/api.yaml", "{"),
         lambda home: home.write_registry("shop/project.yaml", "{"),
-        lambda home: shutil.rmtree(home.code / "shop/api"),
+        lambda home: home.register(path="/etc/passwd"),
     ],
 )
 def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Callable[[Home], None]) -> None:
@@ -7605,11 +7665,25 @@ def test_a_file_that_may_be_cut_short_is_no_problem_at_first(
     if is_read_before:
         monkeypatch.setattr(orchestra, "run_pipeline", empty_and_sync)
     else:
-        live.file().write_text(f"name: api\npath: {live.code}/sh")
+        live.file().write_text(f"name: api\npath: {live.code}/shop/api\nnotes: [sec")
     cache, outcome = run_watcher_job(live, cache, "api")
     assert outcome.suspects == {API} and outcome.summary.errors == [] and cache.problems == []
     cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
     assert outcome.suspects == set() and len(cache.problems) == 1
+
+
+def test_a_codebase_whose_path_is_cut_short_is_passed_over(live: Home) -> None:
+    live.save()
+    cache = orchestra.RegistryCache.load(live.path)
+    for text in (f"name: api\npath: {live.code}/sh", "name: api\n", "name: api\npath: ["):
+        live.file().write_text(text)
+        cache, outcome = run_watcher_job(live, cache, "api")
+        assert (cache.problems, outcome.summary.errors, outcome.summary.codebases) == ([], [], [])
+        assert cache.absent == {API}
+    assert outcome.suspects == {API}
+    live.save(note="whole")
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert live.has("whole") and cache.absent == set()
 
 
 def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_as_before(live: Home) -> None:
@@ -8138,9 +8212,11 @@ def test_a_codebase_that_fails_is_a_problem_until_it_syncs(served: Home) -> None
     shutil.rmtree(root)
     text = served.text(note="second")
     root.rmdir()
+    root.write_text("in its place")
     replace(served.file(), text)
     wait_until(lambda: served.status()["problems"])
     assert str(root) in served.status()["problems"][0]["message"] + served.status()["problems"][0]["where"]
+    root.unlink()
     put_files(root, {"README.md": "not empty: an emptied folder is another matter"})
     assert orchestra.request_sync(served.path, "api")["written"] == 1
     assert served.status()["problems"] == []
@@ -8150,12 +8226,21 @@ def test_a_folder_that_comes_back_is_synced_at_the_next_rescan(live: Home, turne
     text = live.text("shop/api")
     root = live.code / "shop/api"
     root.rmdir()
-    put_files(live.projects, {"shop/api.yaml": text})
-    turn_until(turned, lambda: "the folder is missing" in live.log())
+    put_files(live.projects, {"shop/api.yaml": text, "shop/web.yaml": "name: web\n"})
+    turn_until(turned, lambda: turned.status()["absent"] == ["api", "web"])
     root.mkdir()
     turned._rescan_at = 0.0
-    turn_until(turned, lambda: live.has("first") and turned.status()["problems"] == [])
-    assert live.log().count("the folder is missing") <= 2
+    turn_until(turned, lambda: live.has("first") and turned.status()["absent"] == ["web"])
+    assert turned.status()["problems"] == [] and live.errors() == ""
+
+
+def test_to_name_an_absent_codebase_on_the_socket_is_an_error(served: Home) -> None:
+    served.write_registry("shop/api.yaml", "name: api\n")
+    wait_until(lambda: served.status()["absent"] == ["api"])
+    assert orchestra.request_sync(served.path)["codebases"] == []
+    with pytest.raises(orchestra.ProtocolError, match="shop/api: it has no path on this machine"):
+        orchestra.request_sync(served.path, "api")
+    assert served.status()["problems"] == [] and served.status()["absent"] == ["api"]
 
 
 def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Home) -> None:
