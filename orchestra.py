@@ -2064,6 +2064,20 @@ def is_null(node: YamlNode) -> bool:
 
 # Reading
 
+UNFINISHED_MERGE = "found git's conflict markers: finish the merge first"
+MERGE_MARKER = re.compile(r"(?m)^(?:(?:<{7}|\|{7}|>{7}) |={7}\r?$)")
+
+
+def conflict_line(text: str) -> int:
+    """Find the line where a conflict of git's begins in YAML or Markdown, 0 for none.
+
+    A marker alone is none: ======= may underline a heading.
+    """
+    start = re.search("(?m)^<{7} ", text) if "<<<<<<< " in text else None
+    if start is None or not re.compile("(?m)^>{7} ").search(text, start.end()):
+        return 0
+    return text.count("\n", 0, start.start()) + 1
+
 
 class Document:
     """A YAML file being read, and its problems, in which it is called `place`."""
@@ -2102,6 +2116,10 @@ class Document:
     def compose(self, text: str) -> Optional[YamlNode]:
         """Parse YAML text to its root node; None where a problem says why."""
         yaml = import_yaml()
+        conflict = conflict_line(text)
+        if conflict:
+            self.complain(f"yaml: {UNFINISHED_MERGE}", line=conflict)
+            return None
         line = 1
         try:
             self._check_depth(text)
@@ -2122,10 +2140,9 @@ class Document:
                 mark = error.context_mark  # where the quote opens
             line += mark.line if mark else 0
             problem = self._explain(problem, text[mark.index :][:1] if mark else "")
-            conflict = re.search("(?m)^<{7} ", text)
-            if conflict:
-                line = text.count("\n", 0, conflict.start()) + 1
-                problem = "found git's conflict markers: finish the merge first"
+            leftover = MERGE_MARKER.search(text)
+            if leftover:
+                line, problem = text.count("\n", 0, leftover.start()) + 1, UNFINISHED_MERGE
         except (ValueError, OverflowError) as error:  # also PyYAML's own parser, on escapes beyond Unicode
             problem = str(error)
         self.complain(f"yaml: {problem}", line=line)

@@ -2004,6 +2004,7 @@ def deep_lists(count: int) -> str:
 TASK = r"7: projects\[0\]\.tasks\[0\]"
 NO_PATH = r"2: path: expected an absolute path or ~/\.\.\., got "
 TOO_DEEP = "1: yaml: expected at most 100 levels of nesting, got more"
+UNFINISHED = "found git's conflict markers: finish the merge first"
 BAD_FILES = {
     "empty": (b"", "1: file: expected a mapping, got nothing"),
     "only a comment": ("# soon\n", "1: file: expected a mapping, got nothing"),
@@ -2035,7 +2036,10 @@ BAD_FILES = {
     ),
     "percent sign": (GOOD + "%x y\n", "[34]: yaml: (put quotes around text that starts with %|expected .*)"),
     "open quote": (GOOD + "description: 'a\nnotes: [b]\n", "3: yaml: the quote that opens here is not closed"),
-    "merge conflict": (GOOD + "<<<<<<< HEAD\nnotes: [a]\n=======\n", "3: yaml: found git's conflict markers: .*"),
+    "merge conflict": (GOOD + "<<<<<<< HEAD\nnotes: [a]\n=======\n>>>>>>> x\n", "3: yaml: " + UNFINISHED),
+    "merge conflict in a list": (GOOD + "notes: [a,\n<<<<<<< HEAD\nb, '\n>>>>>>> x\n']\n", "4: yaml: " + UNFINISHED),
+    "half a conflict": (GOOD + "notes:\n- a\n=======\r\n- b\n", "5: yaml: " + UNFINISHED),
+    "end of a conflict": (GOOD + "notes:\n- a\n>>>>>>> x\n", "5: yaml: " + UNFINISHED),
     "two documents": (GOOD + "---\n" + GOOD, "3: yaml: expected one document, got another after ---"),
     "key twice": (GOOD + "path: /y\n", "3: path: duplicate key"),
     "nested key twice": (task_file("id: 1, title: t, id: 2"), TASK + r"\.id: duplicate key"),
@@ -2074,6 +2078,21 @@ BAD_FILES = {
         r"3: projects\[0\]\.project_type: expected backend \| frontend \| mobile \| ml, got 'cloud'",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("# a\n\n<<<<<<< HEAD\nb\n=======\nc\n>>>>>>> x\n", 3),
+        ("<<<<<<< HEAD\r\n=======\r\nc\r\n>>>>>>> x\r\n", 1),
+        ("A heading\n=======\n\n<<<<<<<\n>>>>>>>\n", 0),
+        ("<<<<<<< HEAD is how it begins\n=======\n", 0),
+        ("> >>>>>>> x\n>>>>>>> x\n<<<<<<< HEAD\n", 0),
+        (" <<<<<<< HEAD\n=======\n >>>>>>> x\n", 0),
+    ],
+)
+def test_a_conflict_of_gits_has_a_beginning_and_an_end(text: str, line: int) -> None:
+    assert orchestra.conflict_line(text) == line
 
 
 @pytest.mark.parametrize(("text", "expected"), BAD_FILES.values(), ids=BAD_FILES)
