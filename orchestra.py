@@ -8,16 +8,16 @@
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (15) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (16, 17)
+    Codebase ── rendered (17) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (18, 19)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (19, 5 to 7)
+                                 ▼  backed up, then replaced in one step (21, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (21)
-                ─► job (25) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (23)
+                ─► job (27) ─► Plan, as above
 
 Contents
   I Ground
@@ -36,34 +36,36 @@ Contents
     11 Markdown           markers, code fences and unfinished merges in a text
     12 Layers             what one registry file says, and what codebases share
     13 Registry           listing, loading and writing its files
-    14 Detection          what a folder holds: the first draft of its registry file
+    14 Manifests          what the manifests in a folder say
+    15 Ecosystems         a row per language: its commands, and the evidence for them
+    16 Detection          what a folder holds: the first draft of its registry file
 
   III Sync
-    15 Text               what agents read, rendered from a codebase
-    16 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    17 Records            what was last written, which proves that it is Orchestra's
-    18 Plan               what is to be written now, and what becomes of what is there
-    19 Sync               carrying a plan out, and bringing replaced text back
-    20 Status and diff    a plan put into a word, and into a diff
+    17 Text               what agents read, rendered from a codebase
+    18 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    19 Records            what was last written, which proves that it is Orchestra's
+    20 Plan               what is to be written now, and what becomes of what is there
+    21 Sync               carrying a plan out, and bringing replaced text back
+    22 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    21 Watching           events say where to look; the tree, what changed
-    22 Logs               the daemon's log files, written and followed
-    23 Programs           other programs, started and waited for
-    24 Control socket     lines of JSON, the client, the server
-    25 Worker             jobs, one at a time, beside the loop
-    26 Daemon             the loop: watcher, socket, signals and timers
+    23 Watching           events say where to look; the tree, what changed
+    24 Logs               the daemon's log files, written and followed
+    25 Programs           other programs, started and waited for
+    26 Control socket     lines of JSON, the client, the server
+    27 Worker             jobs, one at a time, beside the loop
+    28 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    27 Installing         PyYAML and the installed program
-    28 Services           the daemon at login: launchd
-    29 Registering        a folder becomes a codebase
-    30 Output             messages, tables and colors for a terminal or a pipe
-    31 Arguments          the rows of the table of commands
-    32 Doctor             looks for what commonly goes wrong
-    33 Live status        the screen of status --watch
-    34 Commands           one method per command
-    35 Command line       the table of commands, and main
+    29 Installing         PyYAML and the installed program
+    30 Services           the daemon at login: launchd
+    31 Registering        a folder becomes a codebase
+    32 Output             messages, tables and colors for a terminal or a pipe
+    33 Arguments          the rows of the table of commands
+    34 Doctor             looks for what commonly goes wrong
+    35 Live status        the screen of status --watch
+    36 Commands           one method per command
+    37 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -3533,11 +3535,452 @@ def clear_registry(home: str) -> None:
         pass
 
 
-# ── 14 Detection ──────────────────────────────────────────────────────────────
+# ── 14 Manifests ──────────────────────────────────────────────────────────────
+
+# What the manifests in a folder say. No program is run; each file is read once, 1 MiB
+# of it at most, and one that is broken says nothing. Evidence is written in words, a
+# file and what is in it:
+#
+#   mix.exs                          the file is there; * and ? stand for any text
+#   package.json engines node        JSON, TOML and YAML: a value under these keys
+#   mix.exs :credo                   other text: the words occur outside comment lines
+#   setup.py + not pyproject.toml    the one, and not the other
+
+
+class Toml:
+    """Read the TOML that manifests are written in, which Python can since 3.11 only.
+
+    Numbers and dates stay as written. What TOML forbids may be accepted.
+    """
+
+    BLANKS = re.compile(r"[ \t\r\n]*")
+    COMMENT = re.compile(r"#[^\n]*")
+    STRING = re.compile(r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
+    KEY = re.compile(r"[\w-]+")
+    SCALAR = re.compile(r"[^\s,\]}#]+")
+    MAX_DEPTH = 50
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def read(self) -> dict[str, Any]:
+        """Read the whole text; raises ValueError."""
+        root: dict[str, Any] = {}
+        table = root
+        while self._peek():
+            if self._take("["):
+                is_list = self.text.startswith("[", self.at)
+                self.at += is_list
+                *keys, last = self._read_keys()
+                table = self._descend(root, keys)
+                if is_list and isinstance(table.setdefault(last, []), list):
+                    table[last].append({})
+                table = self._descend(table, [last])
+                if not self._take("]") or (is_list and not self._take("]")):
+                    raise ValueError("expected ]")
+            else:
+                self._read_pair(table, 0)
+        return root
+
+    def _peek(self) -> str:
+        """Skip blanks and comments; return the next character, "" at the end."""
+        self._match(self.BLANKS)
+        while self.text.startswith("#", self.at):
+            self._match(self.COMMENT)
+            self._match(self.BLANKS)
+        return self.text[self.at : self.at + 1]
+
+    def _take(self, mark: str) -> bool:
+        is_next = self._peek() == mark
+        self.at += is_next
+        return is_next
+
+    def _match(self, pattern: "re.Pattern[str]") -> str:
+        found = pattern.match(self.text, self.at)
+        if not found:
+            raise ValueError("unexpected text")
+        self.at = found.end()
+        return found[0]
+
+    def _descend(self, table: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+        for key in keys:
+            value = table.setdefault(key, {})
+            value = value[-1] if isinstance(value, list) and value else value
+            if not isinstance(value, dict):
+                raise ValueError(f"{key} is no table")
+            table = value
+        return table
+
+    def _read_keys(self) -> list[str]:
+        keys: list[str] = []
+        while not keys or self._take("."):
+            keys.append(self._read_string() if self._peek() in ('"', "'") else self._match(self.KEY))
+        if len(keys) > self.MAX_DEPTH:
+            raise ValueError("too deep")
+        return keys
+
+    def _read_pair(self, table: dict[str, Any], depth: int) -> None:
+        *keys, last = self._read_keys()
+        if not self._take("="):
+            raise ValueError("expected =")
+        self._descend(table, keys)[last] = self._read_value(depth + 1)
+
+    def _read_value(self, depth: int) -> Any:
+        start = self._peek()
+        if depth > self.MAX_DEPTH:
+            raise ValueError("too deep")
+        if start in ('"', "'"):
+            return self._read_string()
+        if start not in ("[", "{"):
+            word = self._match(self.SCALAR)
+            return {"true": True, "false": False}.get(word, word)
+        self.at += 1
+        items: list[Any] = []
+        table: dict[str, Any] = {}
+        while not self._take("]" if start == "[" else "}"):
+            if start == "[":
+                items.append(self._read_value(depth + 1))
+            else:
+                self._read_pair(table, depth + 1)
+            if not self._take(",") and self._peek() not in ("]", "}"):
+                raise ValueError("expected a comma")
+        return items if start == "[" else table
+
+    def _read_string(self) -> str:
+        quotes = self.text[self.at : self.at + 3]
+        if quotes in ('"""', "'''"):
+            end = self.text.index(quotes, self.at + 3)
+            text = self.text[self.at + 3 : end]
+            self.at = end + 3
+            return text.replace("\\\n", "")
+        text = self._match(self.STRING)
+        if text[0] == '"':
+            with suppress(ValueError):  # a basic string's escapes are JSON's, but for two
+                return str(json.loads(text, strict=False))
+        return text[1:-1]  # a literal string has none
+
+
+def tidy(text: str) -> str:
+    """Make one line of text, at most 300 characters, that any YAML file can hold."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    return "".join(c for c in text if c.isprintable())[:300]
+
+
+def whole_word(word: str) -> str:
+    """Make a pattern for a word that is no part of a longer one."""
+    start = r"(?<![\w-])" if word[:1].isalnum() else ""
+    return start + re.escape(word) + (r"(?![\w-])" if word[-1:].isalnum() else "")
+
+
+class Folder:
+    """The names in a folder, and what its manifests say; raises IoError."""
+
+    STRUCTURED = (".json", ".toml", "Pipfile", ".yaml", ".yml")
+    MAX_NODES = 20000  # of YAML, aliases expanded
+
+    def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
+        with blame(path):
+            self.names = sorted(os.listdir(path))
+        self.path = path
+        self.above = above  # up to the repository's root, innermost first
+        self._texts: dict[str, str] = {}
+        self._values: dict[str, Any] = {}
+
+    def find(self, *patterns: str) -> str:
+        """Find the first name that matches the first pattern to match any."""
+        import fnmatch
+
+        for pattern in patterns:
+            if "/" in pattern and os.path.exists(f"{self.path}/{pattern}"):
+                return pattern
+            for name in fnmatch.filter(self.names, pattern):
+                return name
+        return ""
+
+    def text(self, name: str) -> str:
+        if name not in self._texts:
+            self._texts[name] = ""
+            with suppress(IoError):
+                data = read_disk(f"{self.path}/{name}", 1 << 20).data
+                self._texts[name] = data.decode("utf-8-sig", "replace")
+        return self._texts[name]
+
+    def value(self, name: str, *keys: str) -> Any:
+        """Look up a value of a JSON, TOML or YAML file; None where there is none."""
+        if name not in self._values:
+            self._values[name] = self._parse(name)
+        value = self._values[name]
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def table(self, name: str, *keys: str) -> dict[str, Any]:
+        """Look up a mapping, as `value` does; {} where there is none."""
+        value = self.value(name, *keys)
+        return value if isinstance(value, dict) else {}
+
+    def texts(self, name: str, *keys: str) -> list[str]:
+        """Look up the texts in a list, as `value` does; [] where there is none."""
+        value = self.value(name, *keys)
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+    def _parse(self, name: str) -> Any:
+        if name.endswith(".json"):
+            return parse_object(self.text(name))
+        with suppress(ValueError):
+            if name.endswith((".toml", "Pipfile")):
+                return Toml(self.text(name)).read()
+            if name.endswith((".yaml", ".yml")):
+                return self._plain(Document(name).compose(self.text(name)), itertools.count())
+        return {}
+
+    def _plain(self, node: YamlNode, count: Iterator[int]) -> Any:
+        if next(count) > self.MAX_NODES:
+            raise ValueError("too much of it, or too many aliases")
+        if node is None or isinstance(node.value, str):
+            return node and node.value
+        if node.id == "sequence":
+            return [self._plain(item, count) for item in node.value]
+        return {key.value: self._plain(value, count) for key, value in node.value if isinstance(key.value, str)}
+
+    # Evidence
+
+    def holds(self, evidence: str) -> str:
+        """Return the first file that evidence names; "" if it does not hold."""
+        source = ""
+        for condition in evidence.split(" + "):
+            is_wanted = not condition.startswith("not ")
+            pattern, *keys = condition[0 if is_wanted else 4 :].split()
+            name = self.find(pattern)
+            if bool(name and self._has(name, keys)) != is_wanted:
+                return ""
+            source = source or name
+        return source
+
+    def quote(self, evidence: str) -> str:
+        """Return the text under the keys of evidence, or of the line they begin."""
+        pattern, *keys = evidence.partition(" + ")[0].split()
+        name = self.find(pattern)
+        if name.endswith(self.STRUCTURED):
+            value = self.value(name, *keys)
+            return value if isinstance(value, str) else ""
+        words = re.escape(" ".join(keys))
+        found = re.search(rf"(?m)^[ \t]*{words}[ \t]*([^\s#][^\n]*)", self.text(name))
+        return found[1] if found else ""
+
+    def _has(self, name: str, keys: list[str]) -> bool:
+        if name.endswith(self.STRUCTURED):
+            return not keys or self.value(name, *keys) is not None
+        text = re.sub(r"(?m)^[ \t]*(?:#|//|;)[^\n]*", "", self.text(name)) if keys else ""
+        return all(re.search(whole_word(key), text) for key in keys)
+
+
+# ── 15 Ecosystems ─────────────────────────────────────────────────────────────
+
+# What each language's manifests say of its commands. To add an ecosystem, add a row to
+# ECOSYSTEMS, with a row of its own for each thing that some evidence shows.
+
+
+class Found(NamedTuple):
+    """Something found: a command, or text to be read, and the file it is from."""
+
+    name: str
+    text: str
+    source: str
+
+
+class Row(NamedTuple):
+    """What evidence shows; {} in `text` is the text that the evidence leads to.
+
+    These names are no commands: `description`, `version` (of the language) and `tool`
+    (another thing that is built with).
+    """
+
+    name: str
+    text: str
+    evidence: str
+
+
+class Scripts(NamedTuple):
+    """What a file lets one run by name: a Makefile's targets, npm's scripts."""
+
+    source: str
+    call: str  # with {} for the name
+    bodies: dict[str, str]
+
+
+class Ecosystem(NamedTuple):
+    """A language and its tools. It is in a folder where any of its `signs` holds.
+
+    What `find` yields comes before the rows, and the first of a name counts. `spell`
+    makes a command of a row's text: it adds `uv run`, or "" leaves it out.
+    """
+
+    name: str  # in lower case: "test (python)" where another ecosystem is first
+    signs: tuple[str, ...]
+    rows: tuple[Row, ...] = ()
+    scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
+    find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
+    spell: "Callable[[Folder, str], str]" = lambda folder, command: command
+
+    def is_in(self, folder: Folder) -> bool:
+        return any(map(folder.holds, self.signs))
+
+    def read(self, folder: Folder) -> Iterator[Found]:
+        """Iterate over all that is found, the surest of each name first."""
+        for scripts in self.scripts(folder):
+            yield from pick_scripts(scripts)
+        yield from self.find(folder)
+        for row in self.rows:
+            source = folder.holds(row.evidence)
+            value = folder.quote(row.evidence) if source and "{}" in row.text else ""
+            value = shorten_version(value) if row.name in ("version", "tool") else tidy(value)
+            if source and ("{}" not in row.text or value):
+                text = row.text.replace("{}", value)
+                is_command = row.name not in NO_COMMANDS
+                yield Found(row.name, self.spell(folder, text) if is_command else text, source)
+
+
+NO_COMMANDS = ("description", "version", "tool")
+SCRIPT_NAMES = {  # commands, and the scripts that are called so, best first; _ and : count as -
+    "build": ("build", "compile"),
+    "test": ("test", "tests", "test-unit"),
+    "lint": ("lint",),
+    "format": ("format", "fmt", "format-fix", "lint-fix"),
+    "type check": ("typecheck", "type-check", "check-types", "types", "tsc"),
+    "run": ("dev", "start", "serve"),
+    "check": ("check", "verify", "ci", "precommit"),
+}
+
+
+def shorten_version(text: str) -> str:
+    """Make 3.10+ of ">=3.10,<4", 18 of ^18.0.0; "" where no version is named."""
+    found = re.search(r"(>=?[ ]?)?v?(\d[\w.]*)", text)
+    if not found or re.match(r"[a-z]+:", text):
+        return ""
+    return found[2] + "+" * bool(found[1])
+
+
+def pick_scripts(scripts: Scripts) -> Iterator[Found]:
+    """Iterate over the commands among scripts."""
+    called = {re.sub("[_:]", "-", name): name for name in reversed(scripts.bodies)}
+    for command, names in SCRIPT_NAMES.items():
+        for name in names:
+            if name in called and "no test specified" not in scripts.bodies[called[name]]:
+                call = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", scripts.call.replace("{}", called[name]))
+                yield Found(command, call, scripts.source)
+                break
+
+
+# JavaScript
+
+LOCK_FILES = {
+    "pnpm-lock.yaml": "pnpm",
+    "yarn.lock": "yarn",
+    "bun.lock": "bun",
+    "bun.lockb": "bun",
+    "package-lock.json": "npm",
+}
+
+
+def find_node_manager(folder: Folder) -> str:
+    """Find the package manager that a package.json names, or whose lock is near."""
+    folders = (folder, *folder.above)
+    for place in folders:
+        named = place.value("package.json", "packageManager")
+        manager = named.partition("@")[0] if isinstance(named, str) else ""
+        if manager in LOCK_FILES.values():
+            return manager
+    return next((LOCK_FILES[lock] for place in folders for lock in LOCK_FILES if place.find(lock)), "npm")
+
+
+def read_node_scripts(folder: Folder) -> Iterator[Scripts]:
+    bodies = folder.table("package.json", "scripts")
+    bodies = {name: body for name, body in bodies.items() if isinstance(body, str)}
+    yield Scripts("package.json", f"{find_node_manager(folder)} run {{}}", bodies)
+
+
+# Python
+
+
+def find_python_runner(folder: Folder) -> str:
+    """Find what a command needs in front of it to run in the project's environment."""
+    rows = (
+        ("uv run ", "uv.lock"),
+        ("poetry run ", "poetry.lock"),
+        ("pdm run ", "pdm.lock"),
+        ("uv run ", "pyproject.toml tool uv"),
+        ("poetry run ", "pyproject.toml tool poetry"),
+    )
+    return next((prefix for prefix, evidence in rows if folder.holds(evidence)), "")
+
+
+# The others
+
+
+ECOSYSTEMS = (  # those further up come first where several are in one folder
+    Ecosystem(
+        "rust",
+        ("Cargo.toml",),
+        (
+            Row("description", "{}", "Cargo.toml package description"),
+            Row("version", "Rust {}", "rust-toolchain.toml toolchain channel"),
+            Row("version", "Rust {}+", "Cargo.toml package rust-version"),
+            Row("version", "Rust", "Cargo.toml"),
+            Row("build", "cargo build --workspace", "Cargo.toml workspace"),
+            Row("build", "cargo build", "Cargo.toml"),
+            Row("test", "cargo test --workspace", "Cargo.toml workspace"),
+            Row("test", "cargo test", "Cargo.toml"),
+            Row("one test", "cargo test name_of_the_test", "Cargo.toml"),
+        ),
+    ),
+    Ecosystem(
+        "go",
+        ("go.mod",),
+        (
+            Row("version", "Go {}", "go.mod go"),
+            Row("build", "go build ./...", "go.mod"),
+            Row("test", "go test ./...", "go.mod"),
+            Row("one test", "go test ./path/to/package -run TestName", "go.mod"),
+        ),
+    ),
+    Ecosystem(
+        "python",
+        ("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"),
+        (
+            Row("description", "{}", "pyproject.toml project description"),
+            Row("description", "{}", "pyproject.toml tool poetry description"),
+            Row("version", "Python {}", ".python-version"),
+            Row("version", "Python {}", "pyproject.toml project requires-python"),
+            Row("version", "Python", "pyproject.toml"),
+            Row("test", "pytest", "pytest.ini"),
+            Row("test", "pytest", "pyproject.toml tool pytest"),
+            Row("one test", "pytest path/to/test_file.py::test_name", "pyproject.toml tool pytest"),
+            Row("lint", "ruff check .", "pyproject.toml tool ruff"),
+            Row("before a commit", "pre-commit run --all-files", ".pre-commit-config.yaml"),
+        ),
+        spell=lambda folder, command: find_python_runner(folder) + command,
+    ),
+    Ecosystem(
+        "javascript",
+        ("package.json",),
+        (
+            Row("description", "{}", "package.json description"),
+            Row("version", "Node.js {}", ".nvmrc"),
+            Row("version", "Node.js {}", "package.json engines node"),
+            Row("version", "Node.js", "package.json"),
+        ),
+        read_node_scripts,
+    ),
+)
+
+
+# ── 16 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
-# user's. Only manifests right in the folder are read, and broken ones ignored. A
-# table's first row that fits counts.
+# user's. A wrong command is worse than none: where the evidence is weak, nothing is
+# said. What lets one run commands by name comes first, then the first ecosystem; the
+# commands of the others are called by their names.
 
 MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
 SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
@@ -3549,6 +3992,18 @@ ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
+RUNNERS = frozenset(  # the words that a command of the user's own may begin with
+    (
+        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
+        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
+        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
+        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
+        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
+        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
+        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
+        *("stack", "terraform", "docker"),
+    )
+)
 
 
 class Detected(NamedTuple):
@@ -3556,194 +4011,116 @@ class Detected(NamedTuple):
 
     project_type: str
     evidence: str
-    description: str = ""
-    commands: Pairs = ()
-    skills: tuple[Skill, ...] = ()
+    description: Optional[Found] = None
+    built_with: Optional[Found] = None
+    packages: Optional[Found] = None  # of a workspace
+    commands: tuple[Found, ...] = ()
     targets: tuple[str, ...] = ()
 
 
-def tidy(text: str) -> str:
-    """Make one line of text, at most 300 characters, that any YAML file can hold."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    return "".join(c for c in text if c.isprintable())[:300]
+COMMAND_NAMES = (
+    *("install", "build", "test", "one test", "lint", "format", "type check", "run", "check"),
+    "before a commit",
+)
 
 
-# TOML, of which Python has a parser since 3.11 only
+def open_folder(path: str, home: str) -> Folder:
+    """Open a folder, and those above it up to its repository's root."""
+    if is_repository(path):
+        return Folder(path)
+    above = []
+    for outer in climb(os.path.dirname(path)):
+        if outer == home:
+            break
+        above.append(outer)
+        if is_repository(outer):
+            return Folder(path, [Folder(folder) for folder in above])
+    return Folder(path)
 
 
-def find_toml_text(text: str, key: str, *tables: str) -> str:
-    """Find a one-line string in the first of some TOML tables that has it."""
-    string = r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
-    headers = {f"[{table}]" for table in tables}
-    for table in re.split(r"(?m)^(?=\[)", text):
-        header, _, body = table.partition("\n")
-        found = re.search(rf"(?m)^{key}[ \t]*=[ \t]*({string})", body) if header.rstrip() in headers else None
-        if found and found[1][0] == "'":  # a literal string has no escapes
-            return found[1][1:-1]
-        if found:
-            try:  # a basic string's escapes are JSON's, but for one
-                return str(json.loads(found[1]))
-            except ValueError:
-                return ""
-    return ""
+def read_makefile(folder: Folder) -> Iterator[Scripts]:
+    name = folder.find("GNUmakefile", "Makefile", "makefile")
+    bodies: dict[str, str] = {}
+    for line in folder.text(name).split("\n") if name else ():
+        found = re.match(r"([\w.-][\w .-]*):(?!=)", line)
+        for target in found[1].split() if found else ():
+            bodies.setdefault(target, "")
+    yield Scripts(name, "make {}", bodies)
 
 
-def find_toml_list(text: str, key: str) -> Iterator[str]:
-    """Iterate over the strings of the first TOML array whose `key` starts a line."""
-    # An unclosed string ends with its line, so no text is searched twice.
-    token = re.compile(r""""(?:[^"\\\n]|\\.)*"?|'[^'\n]*'?|#[^\n]*|\]""")
-    start = re.search(rf"(?m)^{key}[ \t]*=[ \t]*\[", text)
-    for match in token.finditer(text, start.end()) if start else ():
-        if match[0] == "]":
-            return
-        if match[0][0] != "#":
-            yield match[0].strip("\"'")
+def detect_commands(folder: Folder, found: dict[str, list[Found]]) -> list[Found]:
+    """Choose a command for each name, in the order in which they are told."""
+    commands: dict[str, Found] = {}
+    for scripts in read_makefile(folder):
+        for command in pick_scripts(scripts):
+            commands.setdefault(command.name, command)
+    order = [*COMMAND_NAMES]
+    for index, (ecosystem, items) in enumerate(found.items()):
+        for item in items:
+            name = item.name if index == 0 else f"{item.name} ({ecosystem})"
+            if item.name not in NO_COMMANDS and item.text:
+                commands.setdefault(name, item._replace(name=name))
+        order += [f"{name} ({ecosystem})" for name in COMMAND_NAMES]
+    return [commands[name] for name in order if name in commands]
 
 
-# Evidence
+def detect_type(folder: Folder) -> tuple[str, str]:
+    """Detect the type, and the evidence for it."""
+    packages = {**folder.table("package.json", "dependencies"), **folder.table("package.json", "peerDependencies")}
+    all_packages = {**packages, **folder.table("package.json", "devDependencies")}
+
+    def package(packages: Container[str], *wanted: str) -> str:
+        return next((f"{name} in package.json" for name in wanted if name in packages), "")
+
+    rules = (
+        ("mobile", folder.find("pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
+        ("mobile", package(packages, *MOBILE_PACKAGES)),
+        ("ml", find_ml_evidence(folder)),
+        ("frontend", package(all_packages, *FRONTEND_PACKAGES)),
+        ("backend", package(packages, *SERVER_PACKAGES)),
+        ("frontend", folder.find("index.html", "angular.json", "vite.config.*", "next.config.*")),
+        ("backend", folder.find("pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
+        ("backend", folder.find("build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
+        ("backend", folder.find("package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
+        ("backend", "type unknown: set it with -t"),
+    )
+    return next((kind, evidence) for kind, evidence in rules if evidence)
 
 
-class Manifests:
-    """The names in a folder, and what its manifests say; raises IoError."""
-
-    def __init__(self, folder: str) -> None:
-        with blame(folder):
-            self.names = sorted(os.listdir(folder))
-        self.folder = folder
-        self.pyproject = self.read("pyproject.toml")
-        self.cargo = self.read("Cargo.toml")
-        self.package = parse_object(self.read("package.json"))
-        self.packages = {**self.section("dependencies"), **self.section("peerDependencies")}
-        self.dev_packages = self.section("devDependencies")
-
-    def read(self, name: str) -> str:
-        try:
-            return read_disk(f"{self.folder}/{name}", 1 << 20).data.decode("utf-8-sig", "replace")
-        except IoError:
-            return ""
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Return an object of package.json; {} if it has none of that name."""
-        section = self.package.get(name)
-        return section if isinstance(section, dict) else {}
-
-    def has(self, path: str) -> bool:
-        return os.path.exists(f"{self.folder}/{path}")
-
-    def find(self, *patterns: str) -> str:
-        """Find the first name that matches the first pattern to match any."""
-        import fnmatch
-
-        return next((name for pattern in patterns for name in fnmatch.filter(self.names, pattern)), "")
-
-    def detect_type(self) -> tuple[str, str]:
-        """Detect the type, and the evidence for it."""
-
-        def package(packages: Container[str], *wanted: str) -> str:
-            return next((f"{name} in package.json" for name in wanted if name in packages), "")
-
-        all_packages = {**self.packages, **self.dev_packages}
-        rules = (
-            ("mobile", self.find("pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
-            ("mobile", package(self.packages, *MOBILE_PACKAGES)),
-            ("ml", self._ml_evidence()),
-            ("frontend", package(all_packages, *FRONTEND_PACKAGES)),
-            ("backend", package(self.packages, *SERVER_PACKAGES)),
-            ("frontend", self.find("index.html", "angular.json", "vite.config.*", "next.config.*")),
-            ("backend", self.find("pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
-            ("backend", self.find("build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
-            ("backend", self.find("package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
-            ("backend", "type unknown: set it with -t"),
-        )
-        return next((kind, evidence) for kind, evidence in rules if evidence)
-
-    def _ml_evidence(self) -> str:
-        words = "|".join(map(re.escape, ML_PACKAGES))
-        # A dependency stands at the start of a line or quoted string; extras and tables
-        # of tools do not count.
-        wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-        for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
-            is_toml = name == "pyproject.toml"
-            text = "\n".join(find_toml_list(self.pyproject, "dependencies")) if is_toml else self.read(name)
-            match = wanted.search(text)
-            if match:
-                return f"{match[1]} in {name}"
-        return self.find("*.ipynb")
-
-    def detect_commands(self) -> dict[str, str]:
-        commands: dict[str, str] = {}
-        managers = {"pnpm-lock.yaml": "pnpm", "yarn.lock": "yarn", "bun.lock": "bun", "bun.lockb": "bun"}
-        manager = managers.get(self.find(*managers), "npm")
-        scripts = self.section("scripts")
-        for name in ("build", "test", "lint", "dev", "start", "typecheck", "format"):
-            if isinstance(scripts.get(name), str):
-                commands[name] = f"{manager} run {name}" if name != "test" else f"{manager} test"
-        if self.find("Cargo.toml"):
-            commands = {"build": "cargo build", "test": "cargo test", **commands}
-        if self.find("go.mod"):
-            commands = {"build": "go build ./...", "test": "go test ./...", **commands}
-        makefile = self.read("Makefile")
-        for name in ("build", "test", "lint", "check", "format"):
-            if re.search(rf"(?m)^{name}[ \t]*:(?!=)", makefile):
-                commands.setdefault(name, f"make {name}")
-        if self.find("tox.ini"):
-            commands.setdefault("test", "tox")
-        if self.find("pyproject.toml", "setup.py", "setup.cfg") and self.find("tests", "test", "pytest.ini"):
-            commands.setdefault("test", "python -m pytest")
-        return commands
-
-    def detect_skills(self) -> Iterator[Skill]:
-        if self.find("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"):
-            version = find_toml_text(self.pyproject, "requires-python", "project")
-            yield Skill("python", f"Python {version}".strip())
-        if self.package:
-            packages = {**self.section("dependencies"), **self.dev_packages}
-            is_typed = self.find("tsconfig.json") or "typescript" in packages
-            yield Skill("typescript", "TypeScript") if is_typed else Skill("javascript", "JavaScript")
-            engine = self.section("engines").get("node")
-            yield Skill("node", f"Node.js {engine}" if isinstance(engine, str) else "Node.js")
-            for name in (*FRONTEND_PACKAGES, *SERVER_PACKAGES, *MOBILE_PACKAGES):
-                if name in packages:
-                    yield Skill(name, f"{name} {packages[name]}")
-        if self.cargo:
-            edition = find_toml_text(self.cargo, "edition", "package")
-            yield Skill("rust", f"Rust, edition {edition}" if edition else "Rust")
-        for pattern, name, text in (
-            ("go.mod", "go", "Go"),
-            ("pom.xml", "java", "Java, built with Maven"),
-            ("build.gradle*", "gradle", "Gradle"),
-            ("Gemfile", "ruby", "Ruby"),
-            ("pubspec.yaml", "dart", "Dart and Flutter"),
-            ("*.csproj", "csharp", "C#"),
-            ("Dockerfile", "docker", "Docker"),
-        ):
-            if self.find(pattern):
-                yield Skill(name, text)
-
-    def detect_description(self) -> str:
-        descriptions = (
-            self.package.get("description"),
-            find_toml_text(self.pyproject, "description", "project", "tool.poetry"),
-            find_toml_text(self.cargo, "description", "package"),
-        )
-        return next((tidy(text) for text in descriptions if isinstance(text, str) and tidy(text)), "")
+def find_ml_evidence(folder: Folder) -> str:
+    words = "|".join(map(re.escape, ML_PACKAGES))
+    # A dependency stands at the start of a line or quoted string; extras and tables
+    # of tools do not count.
+    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
+        texts = folder.texts(name, "project", "dependencies") if name == "pyproject.toml" else [folder.text(name)]
+        match = wanted.search("\n".join(texts))
+        if match:
+            return f"{match[1]} in {name}"
+    return folder.find("*.ipynb")
 
 
-def detect(folder: str) -> Detected:
+def detect(path: str, home: str = "") -> Detected:
     """Detect what a folder holds; raises IoError if it cannot be listed."""
-    manifests = Manifests(folder)
+    folder = open_folder(path, home)
+    found = {system.name: list(system.read(folder)) for system in ECOSYSTEMS if system.is_in(folder)}
+    items = [item for system in found.values() for item in system]
+    versions = [next((i for i in items if i.name == "version"), None) for items in found.values()]
+    tools = [item for item in items if item.name == "tool"]
+    parts = [item for item in (*versions[:1], *tools, *versions[1:]) if item]
     return Detected(
-        *manifests.detect_type(),
-        manifests.detect_description(),
-        tuple(manifests.detect_commands().items()),
-        tuple(Skill(skill.id, tidy(skill.description)) for skill in manifests.detect_skills()),
-        tuple(a.target for a in AGENTS.values() if any(map(manifests.has, (a.path, *a.traces)))),
+        *detect_type(folder),
+        next((item for item in items if item.name == "description"), None),
+        Found("built with", ", ".join(item.text for item in parts), parts[0].source) if parts else None,
+        None,
+        tuple(detect_commands(folder, found)),
+        tuple(a.target for a in AGENTS.values() if any(map(folder.find, (a.path, *a.traces)))),
     )
 
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 15 Text ───────────────────────────────────────────────────────────────────
+# ── 17 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -3990,7 +4367,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 16 Blocks ─────────────────────────────────────────────────────────────────
+# ── 18 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -4186,7 +4563,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 17 Records ────────────────────────────────────────────────────────────────
+# ── 19 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -4330,7 +4707,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 18 Plan ───────────────────────────────────────────────────────────────────
+# ── 20 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -4861,7 +5238,7 @@ class Planner:
         )
 
 
-# ── 19 Sync ───────────────────────────────────────────────────────────────────
+# ── 21 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -5221,7 +5598,7 @@ def run_pipeline(
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 20 Status and diff ────────────────────────────────────────────────────────
+# ── 22 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -5412,7 +5789,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 21 Watching ───────────────────────────────────────────────────────────────
+# ── 23 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -5980,7 +6357,7 @@ class Watcher:
             return False
 
 
-# ── 22 Logs ───────────────────────────────────────────────────────────────────
+# ── 24 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -6133,7 +6510,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 23 Programs ───────────────────────────────────────────────────────────────
+# ── 25 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -6173,7 +6550,7 @@ def run_program(
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
 
 
-# ── 24 Control socket ─────────────────────────────────────────────────────────
+# ── 26 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -6730,7 +7107,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 25 Worker ─────────────────────────────────────────────────────────────────
+# ── 27 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -7059,7 +7436,7 @@ class Worker:
         return counts
 
 
-# ── 26 Daemon ─────────────────────────────────────────────────────────────────
+# ── 28 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7486,7 +7863,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 27 Installing ─────────────────────────────────────────────────────────────
+# ── 29 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -7711,7 +8088,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 28 Services ───────────────────────────────────────────────────────────────
+# ── 30 Services ───────────────────────────────────────────────────────────────
 
 # The daemon under the system's own supervisor.
 
@@ -7934,7 +8311,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 29 Registering ────────────────────────────────────────────────────────────
+# ── 31 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -8021,7 +8398,7 @@ class Registration(NamedTuple):
         project, problems = read_project(self.home, self.key[0])
         if problems:
             raise error_for(problems)
-        found = detect(self.path)
+        found = detect(self.path, self.home)
         targets, source = found.targets, "already used in this folder"
         inherits = not targets and project.targets is not None
         if inherits:
@@ -8030,9 +8407,11 @@ class Registration(NamedTuple):
             targets, source = DEFAULT_TARGETS, "default"
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or found.project_type)
-        codebase = Codebase(*self.key, spell_path(self.home, self.path), found.description)
+        codebase = Codebase(
+            *self.key, spell_path(self.home, self.path), found.description.text if found.description else ""
+        )
         codebase = codebase._replace(targets=None if inherits else targets, projects=(component,))
-        codebase = codebase._replace(commands=found.commands, skills=found.skills)
+        codebase = codebase._replace(commands=tuple((c.name, c.text) for c in found.commands))
         self._save(codebase._replace(created_at=now, updated_at=now))
         evidence = "from --type" if self.project_type else visible(found.evidence)
         return [
@@ -8059,7 +8438,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 30 Output ─────────────────────────────────────────────────────────────────
+# ── 32 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8174,7 +8553,7 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# ── 31 Arguments ──────────────────────────────────────────────────────────────
+# ── 33 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands, and what a command line says by it.
 
@@ -8201,17 +8580,17 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-# ── 32 Doctor ─────────────────────────────────────────────────────────────────
+# ── 34 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, looked for.
 
 
-# ── 33 Live status ────────────────────────────────────────────────────────────
+# ── 35 Live status ────────────────────────────────────────────────────────────
 
 # The screen of `status --watch`.
 
 
-# ── 34 Commands ───────────────────────────────────────────────────────────────
+# ── 36 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -8530,7 +8909,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 35 Command line ───────────────────────────────────────────────────────────
+# ── 37 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
 # only where it is needed: it costs 7 ms of a start.
