@@ -2047,8 +2047,7 @@ BAD_FILES = {
     "merge key": (GOOD + "<<: {a: b}\n", "3: <<: merge keys are not supported, as in YAML 1.2"),
     "no name": ("path: /x\n", "1: name: required, but missing"),
     "empty name": ("name: ''\npath: /x\n", "1: name: expected a value, got nothing"),
-    "null path": ("name: api\npath: ~\n", "2: path: expected a value, got nothing"),
-    "empty path": ("name: api\npath: ''\n", "2: path: expected a value, got nothing"),
+    "empty path": ("name: api\npath: ''\n", "2: path: expected an absolute path or ~/..., got ''"),
     "list as name": ("name: [api]\npath: /x\n", "1: name: expected text, got a list"),
     "mapping as path": ("name: api\npath: {a: b}\n", "2: path: expected text, got a mapping"),
     "other name": ("name: web\npath: /x\n", "1: name: the file is called api.yaml, but name says 'web'"),
@@ -4982,7 +4981,7 @@ ABSENT: dict[str, tuple[Callable[[Home], Any], str, str]] = {
         "orchestra init PATH -p shop --name api",
     ),
     "no path": (
-        lambda home: home.write_registry("shop/api.yaml", "name: api\npath:\n"),
+        lambda home: home.write_registry("shop/api.yaml", "name: api\npath: ~\n"),
         "it has no path on this machine",
         "orchestra init PATH -p shop --name api",
     ),
