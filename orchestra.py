@@ -7921,6 +7921,14 @@ c1ff362665ae507275af2853520967820d9124984e0f7466736aea23d8611fba
 16249ee61e95f858e83976573de0f5b2893b3677ba71c9dd36b9cf8be9ac6d65
 """
 
+# What installs PyYAML where there is no pip.
+SYSTEM_PACKAGES = {
+    "/usr/bin/apt": "sudo apt install python3-yaml",
+    "/usr/bin/dnf": "sudo dnf install python3-pyyaml",
+    "/usr/bin/pacman": "sudo pacman -S python-yaml",
+    "/sbin/apk": "sudo apk add py3-yaml",
+}
+
 
 def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
     """Name Homebrew's Python by its `opt` link: an upgrade removes the Cellar path."""
@@ -7946,6 +7954,10 @@ class Installer(NamedTuple):
             return
         lib = python_lib_dir(self.home)
         sys.path.append(lib)
+        if sys.flags.no_site and not find_yaml():
+            import site
+
+            site.main()  # PyYAML is no longer where the launcher says
         if not find_yaml():
             import importlib
 
@@ -7997,7 +8009,8 @@ class Installer(NamedTuple):
 
     def _explain_pip(self, done: Completed, hint: str) -> tuple[str, str]:
         """Return why pip failed, and the way out: for most causes `hint`."""
-        package = "install your system's package (Debian: sudo apt install python3-yaml)"
+        packagers = (command for tool, command in SYSTEM_PACKAGES.items() if os.path.exists(tool))
+        package = next(packagers, "install your system's package of PyYAML")
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         offline = "NewConnectionError|Connection refused|name resolution|Failed to establish"
         causes = {
@@ -8025,11 +8038,36 @@ class Installer(NamedTuple):
     def install(self) -> str:
         """Install the running script and PyYAML; return the executable's path."""
         python = self.choose_python()
-        if self.run([python, "-I", "-c", "import yaml"], PYTHON_TIMEOUT).code:
+        packages = self._find_packages(python)
+        if not packages:
+            self._copy_yaml(find_yaml() or "")
             self.fetch_yaml(python)
-        return self.install_program(python, os.path.abspath(__file__))
+        return self.install_program(python, os.path.abspath(__file__), packages)
 
-    def install_program(self, python: str, script: str) -> str:
+    def _find_packages(self, python: str) -> str:
+        """Return the folder from which a Python imports PyYAML, as a literal, or ""."""
+        code = "import yaml, os; print('\\n' + ascii(os.path.dirname(os.path.dirname(yaml.__file__))))"
+        done = self.run([python, "-I", "-c", code], PYTHON_TIMEOUT)
+        found = re.search(r"(?m)^(['\"])/.*\1$", done.output)  # beside what .pth files say
+        return found[0] if found and done.code == 0 else ""
+
+    def _copy_yaml(self, module: str) -> None:
+        """Copy the PyYAML of the running Python, whose folder (pipx's) may not last."""
+        package, name = os.path.split(module)
+        lib = python_lib_dir(self.home)
+        if name != "__init__.py" or os.path.isdir(f"{lib}/yaml"):
+            return
+        with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT) as lock:
+            temporary = f"{lib}.new"
+            remove_private_folder(temporary)
+            for folder, _, names in os.walk(package):
+                for name in names:
+                    path = os.path.join(folder, name)
+                    save_private(f"{temporary}/yaml{path[len(package) :]}", read_disk(path).data, lock.token)
+            remove_private_folder(lib)
+            move_private(temporary, lib)
+
+    def install_program(self, python: str, script: str, packages: str = "") -> str:
         """Copy the script to ~/.orchestra/lib, and make an executable that imports it.
 
         Imported, the script is compiled once; run directly, at every start.
@@ -8042,26 +8080,30 @@ class Installer(NamedTuple):
         # Python matches bytecode to its source by size and time, in whole seconds: it
         # would run the old one after a quick upgrade of the same size.
         remove_private_folder(f"{os.path.dirname(installed)}/__pycache__")
-        save_private(binary, os.fsencode(self._launcher(python)), new_token(), mode=0o700)
+        save_private(binary, os.fsencode(self._launcher(python, packages)), new_token(), mode=0o700)
         return binary
 
-    def _launcher(self, python: str) -> str:
+    def _launcher(self, python: str, packages: str) -> str:
         """Write a program that runs the installed script, whatever the environment.
 
         It finds the script from its own path, through links, so that the home folder
-        may be renamed.
+        may be renamed. It runs without `site`, which may take longer than Orchestra (25
+        of 45 ms where packages have .pth files). So it adds the folder that has PyYAML
+        itself, if Python is still the one that the folder is for.
         """
         lib = os.path.relpath(os.path.dirname(installed_script_path(self.home)), binary_path(self.home))
-        program = "import os, sys; sys.path.insert(0, os.path.realpath({}))\n"
-        program += "import orchestra; sys.exit(orchestra.main())\n"
-        shebang = f"#!{python} -I\n"
+        find_lib = f"import os, sys; sys.path.insert(0, os.path.realpath(%s + '/{lib}'))\n"
+        start = "import orchestra; sys.exit(orchestra.main())\n"
+        if packages:
+            start = f"if sys.version_info[:2] == {sys.version_info[:2]}: sys.path.append({packages})\n{start}"
+        shebang = f"#!{python} -IS\n"
         # Linux allows 127 bytes, and no space; Python would look for an encoding in it.
         if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
-            return shebang + program.format(f"__file__ + '/{lib}'")
+            return shebang + find_lib % "__file__" + start
         import shlex
 
-        program = shlex.quote(program.format(f"sys.argv.pop(1) + '/{lib}'"))
-        return f'#!/bin/sh\nexec {shlex.quote(python)} -I -c {program} "$0" "$@"\n'
+        program = shlex.quote(find_lib % "sys.argv.pop(1)" + start)
+        return f'#!/bin/sh\nexec {shlex.quote(python)} -IS -c {program} "$0" "$@"\n'
 
     def check_link(self) -> None:
         """Raise UsageError if the link cannot be made, or is another program's."""

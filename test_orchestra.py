@@ -6937,9 +6937,6 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
     assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
 
 
-# The installed program
-
-
 # ── 26 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
@@ -8947,12 +8944,49 @@ def test_the_installed_program_is_private_and_cached_and_deaf_to_the_environment
     binary = machine.install_program()
     assert binary == f"{machine.path}/.orchestra/bin/orchestra"
     assert stat.S_IMODE(os.stat(binary).st_mode) == 0o700
-    first, *rest = Path(binary).read_text().splitlines()
-    assert first == f"#!{BASE_PYTHON} -I" and len(rest) == 2
+    assert Path(binary).read_text().startswith(f"#!{BASE_PYTHON} -IS\n")
     trap = machine.folder / "trap"
     put_files(trap, {"json.py": "1 / 0", "orchestra.py": "1 / 0"})
     assert machine.run_well(binary, "--version", environ={"PYTHONPATH": str(trap)}, cwd=trap) == VERSION_LINE
     assert list(Path(orchestra.installed_script_path(machine.path)).parent.glob("__pycache__/orchestra.*.pyc"))
+
+
+def give_packages(folder: Path) -> None:
+    shutil.copytree(Path(yaml.__file__).parent, folder / "yaml")
+
+
+@pytest.mark.parametrize("place", ["here", "moved", "gone, fetched", "gone", "of another Python"])
+@pytest.mark.parametrize("name", ["py", "Zoë's"])  # a launcher of each form
+def test_the_launcher_finds_pyyaml_without_pythons_site_and_else_with_it(
+    machine: Machine, name: str, place: str
+) -> None:
+    python = machine.folder / name / "bin/python"
+    machine.run_well(BASE_PYTHON, "-m", "venv", "--without-pip", python.parent.parent)
+    site = python.parent.parent / f"lib/{PYTHON_XY}/site-packages"
+    give_packages(site)
+    (site / "said.pth").write_text("import sys; sys.stderr.write('site was asked')")
+    installer = orchestra.Installer(machine.path)
+    found = installer._find_packages(str(python))
+    assert ast.literal_eval(found) == str(site)
+    binary = Path(installer.install_program(str(python), str(SCRIPT), found))
+    if place != "here":
+        os.rename(site / "yaml", machine.folder / "yaml")
+        if place == "moved":
+            (site / "x.pth").write_text(str(machine.folder))
+        elif "fetched" in place:
+            machine.give_yaml()
+        elif "another" in place:
+            os.rename(machine.folder / "yaml", site / "yaml")
+            binary.write_text(binary.read_text().replace(str(sys.version_info[:2]), "(2, 7)"))
+    done = machine.run_program(binary, "status", "--json", environ=FORBIDDEN)
+    asks_site = place not in ("here", "gone, fetched")
+    assert (done.returncode, "site was asked" in done.stderr) == (2 if place == "gone" else 0, asks_site), done
+
+
+def test_installing_from_an_environment_that_may_vanish_keeps_its_pyyaml(machine: Machine, bare_python: str) -> None:
+    orchestra.Installer(machine.path, FORBIDDEN, run=no_program)._copy_yaml(yaml.__file__)
+    machine.run_well(bare_python, SCRIPT, "status", "--json", environ=FORBIDDEN)
+    assert os.listdir(machine.home / ".orchestra/lib") == [PYTHON_XY]
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space"])  # of Python: the launcher's two forms
