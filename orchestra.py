@@ -297,6 +297,15 @@ def excerpt(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean "status"?)` for a mistyped word, "" if none is like it."""
+    import difflib
+
+    spellings = {other.casefold(): other for other in known}
+    found = difflib.get_close_matches(word[:100].casefold(), spellings, 1)
+    return f' (did you mean "{spellings[found[0]]}"?)' if found else ""
+
+
 class Problem(NamedTuple):
     """One thing wrong: where (file:line), what, on one line, and the way out.
 
@@ -2110,10 +2119,10 @@ class Document:
         line = node.start_mark.line + 1 if node is not None else line
         self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
 
-    def reject(self, node: YamlNode, key: str, expected: str) -> None:
+    def reject(self, node: YamlNode, key: str, expected: str, guess: str = "") -> None:
         found = {"mapping": "a mapping", "sequence": "a list"}.get(node.id)
         found = found or ("nothing" if is_null(node) else excerpt(node.value))
-        self.complain(f"{key}: expected {expected}, got {found}", node)
+        self.complain(f"{key}: expected {expected}, got {found}{guess}", node)
 
     def compose(self, text: str) -> Optional[YamlNode]:
         """Parse YAML text to its root node; None where a problem says why."""
@@ -2334,7 +2343,7 @@ class OneOf(Text):
         text = doc.read_text(node, key)
         text = self.aliases.get(text, text) if text else text
         if text is not None and text not in self.options:
-            doc.reject(node, key, " | ".join(self.options))
+            doc.reject(node, key, " | ".join(self.options), did_you_mean(text, self.options))
         return text or ""
 
 
@@ -3259,7 +3268,8 @@ class Registry(NamedTuple):
             hint = f"give its project too: {label_for(found[0])}"
             raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
         shown = name if len(name) <= 200 else excerpt(name)
-        raise RegistryError(f'no codebase is called "{shown}"', "orchestra project list")
+        like = did_you_mean(name, [*map(label_for, self.keys), *(key[1] for key in self.keys)])
+        raise RegistryError(f'no codebase is called "{shown}"{like}', "orchestra project list")
 
     def readable(self, name: str) -> Codebase:
         """Find a codebase by name; raises RegistryError, also if its file is broken."""
@@ -5699,12 +5709,12 @@ def check_staleness(
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
 
 
-def scan_staleness(home: str, registry: Registry, project: Optional[str] = None, clock: Clock = time.time) -> Status:
-    """Judge every codebase of the registry, or of one project."""
+def scan_staleness(
+    home: str, registry: Registry, keys: Optional[Iterable[Key]] = None, clock: Clock = time.time
+) -> Status:
+    """Judge some codebases of the registry; by default, all."""
     entries = []
-    for key in registry.keys:
-        if project not in (None, key[0]):
-            continue
+    for key in registry.keys if keys is None else keys:
         if key in registry.broken:
             detail, synced_at = "; ".join(map(str, registry.broken[key])), _last_sync_at(home, key)
             entries.append(Staleness(*key, State.ERROR, detail, synced_at or None, age_of(synced_at, clock)))
@@ -8488,6 +8498,14 @@ class Registration(NamedTuple):
 # tried before a failure is returned.
 
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
+MORE_HELP = "More: orchestra help, orchestra help COMMAND"
+HELP_NOTES = """\
+CODEBASE is a name (api), PROJECT/name or a path; default: this folder.
+Options everywhere: -h help, -q quiet (only errors); alone: -V version.
+Exit status: 0 fine, 1 out of date (--check, --exit-code, doctor), 2 failed.
+Environment: EDITOR VISUAL PAGER NO_COLOR CLICOLOR_FORCE ORCHESTRA_WATCHER
+ORCHESTRA_NO_FETCH
+More: orchestra help COMMAND"""
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 COLORS = {
     State.CURRENT: "32",
@@ -8551,31 +8569,97 @@ def pick(record: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(record, name) for name in names}
 
 
-def paint(text: str, color: str, environ: Mapping[str, str] = os.environ) -> str:
-    if not sys.stdout.isatty() or "NO_COLOR" in environ or environ.get("TERM") == "dumb":
-        return text
-    return f"\033[{color}m{text}\033[0m"
+# Text in columns
 
 
-def print_table(rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
-    """Print rows in aligned columns, and cells that are keys of `colors` in color."""
+def text_width(text: str) -> int:
+    """Count the columns a text takes: Chinese characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def pieces(word: str, width: int) -> Iterator[str]:
+    """Cut a word into pieces of at most so many columns, or of one character."""
+    while word:
+        piece = word[:width]
+        while len(piece) > 1 and text_width(piece) > width:
+            piece = piece[:-1]
+        yield piece
+        word = word[len(piece) :]
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Break a text at spaces, and words that are too long where they must be."""
+    lines = [""]
+    for word in text.split(" "):
+        line = f"{lines[-1]} {word}" if lines[-1] else word
+        if text_width(line) <= width:
+            lines[-1] = line
+        else:
+            lines[len(lines) - (not lines[-1]) :] = pieces(word, width)
+    return lines
+
+
+def hang(head: str, text: str, width: int) -> list[str]:
+    """Wrap a text beside its head; a width of 0 has room for all."""
+    room = max(width - text_width(head), 20) if width else sys.maxsize
+    lines = wrap(text, room)
+    return [head + lines[0], *(" " * text_width(head) + line for line in lines[1:])]
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int = 0) -> list[str]:
+    """Align rows in columns; the last one is wrapped to the width, if there is one."""
     rows = [[visible(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        padded = [cell.ljust(width) for cell, width in zip(row, widths)]
-        cells = [paint(text, colors[cell]) if cell in colors else text for cell, text in zip(row, padded)]
-        print("  ".join(cells).rstrip())
+    widths = [max(map(text_width, column)) for column in zip(*rows)][:-1]
+    lines: list[str] = []
+    for *cells, last in rows:
+        head = ""
+        for cell, size in zip(cells, widths):
+            head += cell + " " * (size - text_width(cell) + 2)
+        lines += [line.rstrip() for line in hang(head, last, width)]
+    return lines
 
 
-def print_result(result: SyncCodebaseResult) -> None:
-    """Print a line per file that was or would be written, and the notes on stderr."""
-    label = label_for(result.key)
-    for file in result.files:
-        if file.writes:
-            verb = "append" if file.join is not None else file.action
-            print(f"{Action.REMOVE if verb == Action.EVICT else verb:8} {label} {file.path}")
-        if file.note:
-            say(f"note: {label}: {file.path}: {visible(file.note)}")
+class Screen(NamedTuple):
+    """What stdout shows: `width` is 0 for a pipe, whose lines may have any length."""
+
+    width: int
+    has_colors: bool
+
+    @classmethod
+    def find(cls, environ: Mapping[str, str]) -> "Screen":
+        is_terminal = sys.stdout.isatty()
+        forced = environ.get("CLICOLOR_FORCE", "0") != "0"
+        has_colors = (is_terminal and environ.get("TERM") != "dumb") or forced
+        columns = environ.get("COLUMNS", "")
+        if columns.isascii() and columns.isdigit() and columns != "0":
+            width = int(columns)
+        else:
+            width = 80 if is_terminal else 0
+            with suppress(OSError, ValueError):
+                width = os.get_terminal_size(sys.stdout.fileno()).columns if is_terminal else 0
+        return cls(width, has_colors and "NO_COLOR" not in environ)
+
+    def paint(self, text: str, color: str) -> str:
+        return f"\033[{color}m{text}\033[0m" if self.has_colors and color else text
+
+    def print_table(self, rows: Sequence[Sequence[str]], colors: Mapping[str, str] = {}) -> None:
+        """Print a table, and the words in it that are keys of `colors` in color."""
+        for line in format_table(rows, self.width):
+            print(self.paint_words(line, colors))
+
+    def paint_words(self, line: str, colors: Mapping[str, str]) -> str:
+        """Paint the first of the words that stands between two columns."""
+        if not colors or not self.has_colors:
+            return line
+        words = "|".join(map(re.escape, colors))
+        return re.sub(f"(?<=  )({words})(?=  |$)", lambda match: self.paint(match[1], colors[match[1]]), line, count=1)
 
 
 def show_progress(done: int, total: int, key: Key) -> None:
@@ -8597,29 +8681,235 @@ def format_age(seconds: Optional[int]) -> str:
 
 # ── 33 Arguments ──────────────────────────────────────────────────────────────
 
-# The rows of the table of commands, and what a command line says by it.
+# The rows of the table of commands serve the parser, the help and the completion.
+# argparse would cost 7 ms of each start, and could do less.
 
 
-def command(purpose: str, run: Any = None, *arguments: Any, needs_yaml: bool = True) -> SimpleNamespace:
-    """Make a row of COMMANDS: without `run` a group, without a purpose hidden."""
-    return SimpleNamespace(purpose=purpose, run=run, arguments=arguments, needs_yaml=needs_yaml)
+class Argument(NamedTuple):
+    """One argument of a command: positional, or an option by its names.
+
+    `nargs` is "" for exactly one value, "?" for at most one, "*" for any number, "0"
+    for a switch, which is an option without a value.
+    """
+
+    names: tuple[str, ...]
+    help: str = ""
+    metavar: str = ""
+    nargs: str = ""
+    choices: Collection[str] = ()
+    default: Any = None
+    required: bool = False
+    type: Callable[[str], Any] = str
+
+    @property
+    def is_option(self) -> bool:
+        return self.names[0].startswith("-")
+
+    @property
+    def name(self) -> str:
+        """What its value is called in the parsed command line."""
+        return max(self.names, key=len).lstrip("-").replace("-", "_")
+
+    @property
+    def is_switch(self) -> bool:
+        return self.nargs == "0"
+
+    @property
+    def value_name(self) -> str:
+        return "" if self.is_switch else self.metavar or self.name.upper()
+
+    @property
+    def usage(self) -> str:
+        text = f"{self.names[0]} {self.value_name}".rstrip() if self.is_option else self.value_name
+        text += " ..." if self.nargs == "*" else ""
+        return text if self.required or not (self.is_option or self.nargs) else f"[{text}]"
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a user typed; raises UsageError."""
+        name = self.names[-1] if self.is_option else self.value_name
+        if self.choices and text not in self.choices:
+            expected = f"expected {' | '.join(self.choices)}, got {excerpt(text)}"
+            raise UsageError(f"{name}: {expected}{did_you_mean(text, self.choices)}")
+        try:
+            return self.type(text)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
 
 
-def argument(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Note down one call of argparse's add_argument."""
-    return names, settings
+class Command(NamedTuple):
+    """A row of the table of commands, by its words: without `run` a group.
+
+    `heading` is the part of the overview that it is in; without one it is hidden.
+    """
+
+    purpose: str
+    run: Any = None  # called with what the command needs; returns the exit status
+    arguments: tuple[Argument, ...] = ()
+    needs_yaml: bool = True
+    heading: str = ""
 
 
-def switch(*names: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return argument(*names, action="store_true", **settings)
+def argument(*names: str, **settings: Any) -> Argument:
+    return Argument(names, **settings)
+
+
+def switch(*names: str, help: str) -> Argument:
+    return Argument(names, help, nargs="0", default=False)
 
 
 def parse_count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        import argparse
-
-        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got '{text}'")
+        raise ValueError(f"expected a whole number, 0 or more, got {text!r}")
     return int(text)
+
+
+COMMON = (
+    switch("-q", "--quiet", help="print nothing but errors"),
+    switch("-h", "--help", help="show this help"),
+)
+
+
+class CommandLine:
+    """What was typed, taken apart by the table of commands.
+
+    `name` are the words of the command, "" for none; `rest` is what follows them.
+    """
+
+    def __init__(self, table: Mapping[str, Command], argv: Sequence[str]) -> None:
+        self.table = table
+        self.name = ""
+        self.rest = list(argv)
+        while self.rest and self._longer_name in table:
+            self.name = self._longer_name
+            del self.rest[0]
+
+    @property
+    def _longer_name(self) -> str:
+        return f"{self.name} {self.rest[0]}".lstrip()
+
+    @property
+    def command(self) -> Command:
+        return self.table[self.name]
+
+    @property
+    def is_group(self) -> bool:
+        """Return whether a word of a command should follow."""
+        return not self.name or self.command.run is None
+
+    @property
+    def options(self) -> dict[str, Argument]:
+        found = (*self.command.arguments, *COMMON)
+        return {name: argument for argument in found for name in argument.names if argument.is_option}
+
+    @property
+    def positional(self) -> list[Argument]:
+        return [argument for argument in self.command.arguments if not argument.is_option]
+
+    def subcommands(self) -> dict[str, Command]:
+        """Return the commands that may follow, by their last word; no hidden ones."""
+        rows = {name.rpartition(" "): row for name, row in self.table.items() if name}
+        return {name: row for (group, _, name), row in rows.items() if group == self.name and row.purpose}
+
+    def parse(self) -> SimpleNamespace:
+        """Return the values by name, and `command`; raises UsageError."""
+        args = SimpleNamespace(command=self.command, line=self)
+        for argument in (*self.command.arguments, *COMMON):
+            setattr(args, argument.name, [] if argument.nargs == "*" else argument.default)
+        if self.is_group and self.rest and not self.rest[0].startswith("-"):
+            problem = f'there is no command "{visible(self._longer_name)}"'
+            raise UsageError(problem + did_you_mean(self.rest[0], self.subcommands()), self.way_out)
+        try:
+            positional = self._parse_options(args)
+            if not args.help:
+                self._place(args, positional)
+        except UsageError as error:
+            raise UsageError(f"{self.name}: {error}".removeprefix(": "), self.way_out) from None
+        return args
+
+    @property
+    def way_out(self) -> str:
+        return f"orchestra help {self.name}".rstrip()
+
+    def _parse_options(self, args: SimpleNamespace) -> list[str]:
+        """Note the options' values in `args`, and return the other words."""
+        options, words = self.options, self.rest[::-1]
+        positional: list[str] = []
+        while words:
+            word = words.pop()
+            if word == "--":
+                return positional + words[::-1]
+            if not word.startswith("-") or word == "-":
+                positional.append(word)
+                continue
+            name, equals, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+            argument = options.get(name)
+            if argument is None:
+                raise UsageError(f"there is no option {visible(name)}{did_you_mean(name, options)}")
+            if argument.is_switch:
+                if equals and not word.startswith("--"):
+                    words.append(f"-{value}")  # several letters after one dash
+                elif equals:
+                    raise UsageError(f"{name} takes no value")
+                setattr(args, argument.name, True)
+                continue
+            if not equals and not words:
+                raise UsageError(f"{name}: expected {argument.value_name}, got nothing")
+            setattr(args, argument.name, argument.parse(value if equals else words.pop()))
+        return positional
+
+    def _place(self, args: SimpleNamespace, words: list[str]) -> None:
+        """Give the other words to the positional arguments; check what is required."""
+        for argument in self.positional:
+            if argument.nargs == "*":
+                setattr(args, argument.name, [argument.parse(word) for word in words])
+                words = []
+            elif words:
+                setattr(args, argument.name, argument.parse(words[0]))
+                words = words[1:]
+            elif not argument.nargs:
+                raise UsageError(f"{argument.value_name} is missing")
+        if words:
+            raise UsageError(f"did not expect {excerpt(words[0])}")
+        for argument in self.command.arguments:
+            if argument.required and getattr(args, argument.name) is None:
+                raise UsageError(f"{argument.names[0]} {argument.value_name} is missing")
+
+
+# Help
+
+HELP_WIDTH = 79  # columns
+
+
+def format_help(line: CommandLine, notes: str = "") -> str:
+    """Describe a command, or what commands a group has; `notes` end it."""
+    row = line.command
+    usage = f"usage: orchestra {line.name}".rstrip()
+    parts = [row.purpose[:1].upper() + row.purpose[1:] + "."]
+    if line.is_group:
+        parts.append(f"{usage} COMMAND [options]")
+        found = line.subcommands()
+        rows = []
+        for heading in dict.fromkeys(row.heading for row in found.values()):
+            rows += [(heading, "")] if heading else []
+            rows += [
+                (f"  {_usage_of(name, row)}", row.purpose) for name, row in found.items() if row.heading == heading
+            ]
+        parts.append("\n".join(format_table(rows, HELP_WIDTH)))
+    else:
+        words = [argument.usage for argument in sorted(row.arguments, key=lambda argument: argument.is_option)]
+        parts.append("\n".join(hang(f"{usage} ", " ".join(words), HELP_WIDTH)).rstrip())
+        rows = [(f"  {_spell(argument)}", argument.help) for argument in (*row.arguments, *COMMON)]
+        parts.append("\n".join(format_table(rows, HELP_WIDTH)))
+    return "\n\n".join([*parts, *([notes] if notes else [])]) + "\n"
+
+
+def _usage_of(name: str, row: Command) -> str:
+    return " ".join([name, *(argument.usage for argument in row.arguments if not argument.is_option)])
+
+
+def _spell(argument: Argument) -> str:
+    names = ", ".join(argument.names) if argument.is_option else ""
+    return f"{names} {argument.value_name}".strip()
 
 
 # ── 34 Doctor ─────────────────────────────────────────────────────────────────
@@ -8639,8 +8929,64 @@ class Commands(NamedTuple):
     """One method per command. It prints results, and returns the exit status."""
 
     home: str
-    args: Any  # an argparse.Namespace
+    args: Any  # what CommandLine.parse returns
     environ: Mapping[str, str]
+
+    @property
+    def screen(self) -> Screen:
+        return Screen.find(self.environ)
+
+    def _note(self, text: str) -> None:
+        if not self.args.quiet:
+            say(f"note: {text}")
+
+    def _find(self, registry: Registry, name: Optional[str]) -> Key:
+        """Find a codebase by its name, or by a path; None is the current folder."""
+        if name is None or name.startswith((".", "/", "~")) or name.endswith("/"):
+            return self._find_at(registry, name)
+        is_name = any(name in (key[1], label_for(key)) for key in registry.keys)
+        return self._find_at(registry, name) if not is_name and os.path.isdir(name) else registry.find(name)
+
+    def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
+        """Find the codebase that a folder is in; raises UsageError."""
+        with blame("the current folder"):
+            folder = real_path(os.getcwd() if path is None else self._absolute(path))
+        for above in climb(folder):
+            for key in registry.owners.keys_at(identity_of(above)):
+                return key
+        shown = "this folder" if path is None else path
+        if registry.broken:
+            report_all(registry.problems)
+            raise UsageError(f"no readable registry file names {shown}", "fix the files above first")
+        hint = f"orchestra init {path or '.'} -p PROJECT --sync"
+        raise UsageError(f"{shown} is not in a registered codebase", hint)
+
+    def _find_all(self, registry: Registry, names: Sequence[str]) -> tuple[list[Key], int]:
+        """Find codebases, by default the current folder's; report what is not found."""
+        keys: dict[Key, None] = {}
+        wanted: list[Optional[str]] = [*names] or [None]
+        statuses = [attempt(lambda name=name: keys.setdefault(self._find(registry, name))) for name in wanted]
+        return list(keys), max(statuses)
+
+    def _readable(self, registry: Registry, name: Optional[str]) -> Codebase:
+        return registry.readable(label_for(self._find(registry, name)))
+
+    # Help
+
+    def cmd_help(self) -> int:
+        args = self.args
+        if getattr(args, "version", False):
+            print(f"orchestra {__version__}")
+            return OK
+        line = args.line
+        if line.name == "help" and not args.help:
+            line = CommandLine(line.table, args.words)
+        if line.is_group:
+            line.parse()  # or say that there is no such command
+        is_asked = args.help or args.line.name == "help"
+        sys.stdout.write(format_help(line, "" if line.name else HELP_NOTES if is_asked else MORE_HELP))
+        sys.stdout.flush()
+        return OK
 
     # Registering
 
@@ -8665,7 +9011,7 @@ class Commands(NamedTuple):
         for line in done:
             print(line)
         for note in notes:
-            say(f"note: {note}")
+            self._note(note)
         registry = load_registry(self.home)
         if sync:
             results = self._sync(registry, SyncScope.codebase(label_for(key)))
@@ -8676,7 +9022,7 @@ class Commands(NamedTuple):
             result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True))
             for file in result.files:
                 if file.is_foreign:
-                    say(f"note: {label_for(key)}: {file.path}: {file.note}")
+                    self._note(f"{label_for(key)}: {file.path}: {file.note}")
         return OK
 
     def cmd_project_list(self) -> int:
@@ -8693,16 +9039,16 @@ class Commands(NamedTuple):
         if self.args.json:
             print_json(entries)
         elif entries:
-            print_table(rows)
+            self.screen.print_table(rows)
         elif not registry.problems:
             say(NO_CODEBASES)
         return report_all(registry.problems)
 
     def cmd_project_remove(self) -> int:
         registry = load_registry(self.home)
-        key = registry.find(self.args.name)
+        key = self._find(registry, self.args.codebase)
         if self.args.purge:
-            codebase = registry.readable(self.args.name)
+            codebase = registry.readable(label_for(key))
             result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True, purge=True))
             if result.errors:
                 hint = "fix that, then purge again; nothing was changed"
@@ -8715,7 +9061,7 @@ class Commands(NamedTuple):
         if not self.args.purge:
             return OK
         result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
-        print_result(result)
+        self._print_result(result)
         if not result.errors:
             remove_private(record_path(self.home, key))
             return OK
@@ -8727,13 +9073,13 @@ class Commands(NamedTuple):
 
     def cmd_sync(self) -> int:
         args = self.args
-        if args.codebase is not None and args.all:
+        if args.codebases and args.all:
             raise UsageError("give either CODEBASE or --all, not both")
         registry = load_registry(self.home)
-        name = args.codebase
-        if name is None and not args.all:
-            name = label_for(self._find_current(registry))
-        scope = SyncScope.all() if args.all else SyncScope.codebase(name)
+        keys, failed = ([], OK) if args.all else self._find_all(registry, args.codebases)
+        if failed and not keys:
+            return failed
+        scope = SyncScope.all() if args.all else SyncScope.codebase(*map(label_for, keys))
         dry_run = args.dry_run or args.check
         results = self._sync(registry, scope, dry_run)
         if args.json:
@@ -8743,19 +9089,7 @@ class Commands(NamedTuple):
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
         is_outdated = args.check and any(file.writes for result in results for file in result.files)
-        return report_all(problems) or (OUT_OF_DATE if is_outdated else OK)
-
-    def _find_current(self, registry: Registry) -> Key:
-        """Find the codebase that the current folder is in; raises UsageError."""
-        with blame("the current folder"):
-            here = real_path(os.getcwd())
-        for folder in climb(here):
-            for key in registry.owners.keys_at(identity_of(folder)):
-                return key
-        if registry.broken:
-            report_all(registry.problems)
-            raise UsageError("no readable registry file names this folder", "fix the files above first")
-        raise UsageError("this folder is not in a registered codebase", "orchestra init . -p PROJECT --sync")
+        return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
@@ -8764,9 +9098,19 @@ class Commands(NamedTuple):
             forget_replaced(self.home, [result.key for result in results])
         return results
 
+    def _print_result(self, result: SyncCodebaseResult) -> None:
+        """Print a line per file that was or would be written, and the notes."""
+        label = label_for(result.key)
+        for file in result.files:
+            if file.writes:
+                verb = "append" if file.join is not None else file.action
+                print(f"{Action.REMOVE if verb == Action.EVICT else verb:8} {label} {file.path}")
+            if file.note:
+                self._note(f"{label}: {file.path}: {visible(file.note)}")
+
     def _print_results(self, results: Sequence[SyncCodebaseResult], dry_run: bool = False) -> None:
         for result in results:
-            print_result(result)
+            self._print_result(result)
         written = sum(len(result.written) for result in results)
         unchanged = sum(len(result.unchanged) for result in results)
         failed = sum(len(result.failed) or bool(result.errors) for result in results)
@@ -8784,12 +9128,23 @@ class Commands(NamedTuple):
             "absent": result.is_absent,
         }
 
+    def _choose_codebases(self, registry: Registry) -> tuple[list[Key], int]:
+        """Find the codebases of `status`: those named, of a project, or all."""
+        project = self.args.project
+        if self.args.codebases:
+            return self._find_all(registry, self.args.codebases)
+        if project is None:
+            return registry.keys, OK
+        keys = [key for key in registry.keys if key[0] == project]
+        if not keys:
+            like = did_you_mean(project, {key[0] for key in registry.keys})
+            raise RegistryError(f'no project is called "{project}"{like}', "orchestra project list")
+        return keys, OK
+
     def cmd_status(self) -> int:
         registry = load_registry(self.home)
-        project = self.args.project
-        if project is not None and project not in {key[0] for key in registry.keys}:
-            raise RegistryError(f'no project is called "{project}"', "orchestra project list")
-        status = scan_staleness(self.home, registry, project)
+        keys, failed = self._choose_codebases(registry)
+        status = scan_staleness(self.home, registry, keys)
         if self.args.json:
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
             codebases = [pick(entry, *names) for entry in status.codebases]
@@ -8799,31 +9154,38 @@ class Commands(NamedTuple):
             for e in status.codebases:
                 label, age = label_for((e.project, e.codebase)), format_age(e.last_sync_age)
                 rows.append((label, e.status, age, str(e.active_tasks), e.detail))
-            print_table(rows, COLORS)
+            self.screen.print_table(rows, COLORS)
         else:
             say(NO_CODEBASES)
-        failed = report_all(status.stray)
+        failed = max(failed, report_all(status.stray))
         if failed or any(entry.status == State.ERROR for entry in status.codebases):
             return FAILED
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
 
     def cmd_diff(self) -> int:
         registry = load_registry(self.home)
-        codebase = registry.readable(self.args.codebase)
-        text, problems = diff_codebase(self.home, codebase, registry.owners)
+        keys, failed = self._find_all(registry, self.args.codebases)
+        text, problems = "", list[Problem]()
+        for key in keys:
+            if key in registry.broken:
+                problems += registry.broken[key]
+                continue
+            more, found = diff_codebase(self.home, registry.codebases[key], registry.owners)
+            text += more
+            problems += found
         sys.stdout.write(text)
-        return report_all(problems) or (OUT_OF_DATE if self.args.exit_code and text else OK)
+        return max(failed, report_all(problems)) or (OUT_OF_DATE if self.args.exit_code and text else OK)
 
     # Restoring and editing
 
     def cmd_restore(self) -> int:
-        codebase = load_registry(self.home).readable(self.args.codebase)
+        codebase = self._readable(load_registry(self.home), self.args.codebase)
         backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
         if self.args.list:
             if backups:
                 rows = [(backup.when, backup.path, backup.why) for backup in backups]
-                print_table([("WHEN", "FILE", "WHY"), *rows])
+                self.screen.print_table([("WHEN", "FILE", "WHY"), *rows])
             else:
                 say(f"{label}: no backups yet")
             return OK
@@ -8832,7 +9194,7 @@ class Commands(NamedTuple):
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])
-        say(f"note: the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
+        self._note(f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
         return OK
 
     def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
@@ -8860,7 +9222,7 @@ class Commands(NamedTuple):
         import shlex
         import subprocess
 
-        key = load_registry(self.home).find(self.args.codebase)
+        key = self._find(load_registry(self.home), self.args.codebase)
         editor = self.environ.get("VISUAL") or self.environ.get("EDITOR") or "vi"
         try:
             status = subprocess.call([*shlex.split(editor), codebase_path(self.home, key)])
@@ -8953,136 +9315,122 @@ class Commands(NamedTuple):
 
 # ── 37 Command line ───────────────────────────────────────────────────────────
 
-# A new command is a method `cmd_...` above and a row in COMMANDS. argparse is imported
-# only where it is needed: it costs 7 ms of a start.
+# A new command is a method `cmd_...` above and a row in COMMANDS.
 
 
-CODEBASE = argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name (shop/api)")
-TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help="its type; default: detected in the folder")
+START, DAILY, MANAGE = "Start", "Every day", "Manage"
+A_CODEBASE = "a name (api), PROJECT/name or a path; default: this folder"
+CODEBASE = argument("codebase", metavar="CODEBASE", nargs="?", help=A_CODEBASE)
+CODEBASES = argument("codebases", metavar="CODEBASE", nargs="*", help=A_CODEBASE)
+TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help=f"{' | '.join(PROJECT_TYPES)}; default: detected")
 JSON = switch("--json", help="print JSON")
 COMMANDS = {
-    "init": command(
-        "register a folder",
-        Commands.cmd_init,
-        argument("path", metavar="PATH", help="the folder to register"),
-        argument("-p", "--project", required=True, help="the project it belongs to"),
-        TYPE,
-        argument("--name", help="the codebase's name; default: the folder's"),
-        switch("--sync", help="write the instruction files at once"),
-    ),
-    "project": command("list, add or remove codebases"),
-    "project list": command("list the registered codebases", Commands.cmd_project_list, JSON),
-    "project add": command(
-        "register a folder under a name",
-        Commands.cmd_project_add,
-        argument("name", metavar="NAME", help="the codebase's name"),
-        argument("-p", "--project", help="the project it belongs to; default: NAME"),
-        TYPE,
-        argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
-    ),
-    "project remove": command(
-        "remove a codebase from the registry; its files stay",
-        Commands.cmd_project_remove,
-        argument("name", metavar="NAME", help=CODEBASE[1]["help"]),
-        switch("--purge", help="also remove Orchestra's files and blocks from it"),
-    ),
-    "sync": command(
-        "write the instruction files that are out of date",
-        Commands.cmd_sync,
-        argument("codebase", metavar="CODEBASE", nargs="?", help="default: the codebase of the current folder"),
-        switch("--all", help="every registered codebase"),
-        switch("--dry-run", help="only show what would be written"),
-        switch("--check", help="write nothing; exit 1 if anything would be written"),
-        JSON,
-    ),
-    "status": command(
-        "show what is out of date",
-        Commands.cmd_status,
-        argument("--project", metavar="P", help="only this project's codebases"),
-        JSON,
-        switch("--check", help="exit 1 if sync would write anything"),
-    ),
-    "diff": command(
-        "show what sync would write",
-        Commands.cmd_diff,
-        CODEBASE,
-        switch("--exit-code", help="exit 1 if there is a difference"),
-    ),
-    "restore": command(
-        "restore a file that a sync replaced",
-        Commands.cmd_restore,
-        CODEBASE,
-        argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
-        switch("--list", help="list the backups"),
-        argument("--at", metavar="TIME", help="a time from --list, or its beginning (20261129)"),
-    ),
-    "edit": command("edit a codebase's registry file, and check it", Commands.cmd_edit, CODEBASE),
-    "daemon": command("sync automatically in the background"),
-    "daemon start": command("run the daemon in the foreground", Commands.cmd_daemon_start),
-    "daemon stop": command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
-    "daemon status": command("print the daemon's state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
-    "daemon install": command("start it now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False),
-    "daemon uninstall": command("stop it for good (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False),
-    "daemon logs": command(
-        "print the end of the logs",
-        Commands.cmd_daemon_logs,
-        argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
-        switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
-        switch("-f", "--follow", help="keep printing new lines"),
+    "": Command(
+        (__doc__ or "").partition(".\n")[0],
+        Commands.cmd_help,
+        (switch("-V", "--version", help="show the version"),),
         needs_yaml=False,
     ),
+    "init": Command(
+        "register a folder",
+        Commands.cmd_init,
+        (
+            argument("path", metavar="PATH", nargs="?", default=".", help="the folder; default: this one"),
+            argument("-p", "--project", required=True, help="the project it belongs to"),
+            TYPE,
+            argument("--name", help="the codebase's name; default: the folder's"),
+            switch("--sync", help="write the instruction files at once"),
+        ),
+        heading=START,
+    ),
+    "edit": Command("edit its registry file, and check it", Commands.cmd_edit, (CODEBASE,), heading=START),
+    "status": Command(
+        "show what is out of date, and the daemon",
+        Commands.cmd_status,
+        (
+            CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
+            argument("--project", help="only this project's codebases"),
+            switch("--check", help="exit 1 if sync would write anything"),
+            JSON,
+        ),
+        heading=DAILY,
+    ),
+    "sync": Command(
+        "write what is out of date",
+        Commands.cmd_sync,
+        (
+            CODEBASES,
+            switch("--all", help="every registered codebase"),
+            switch("--dry-run", help="only show what would be written"),
+            switch("--check", help="write nothing; exit 1 if anything would be written"),
+            JSON,
+        ),
+        heading=DAILY,
+    ),
+    "diff": Command(
+        "show what sync would write",
+        Commands.cmd_diff,
+        (CODEBASES, switch("--exit-code", help="exit 1 if there is a difference")),
+        heading=DAILY,
+    ),
+    "restore": Command(
+        "bring back a file that a sync replaced",
+        Commands.cmd_restore,
+        (
+            CODEBASE,
+            argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
+            switch("--list", help="list the backups"),
+            argument("--at", metavar="TIME", help="a time from --list, or its beginning (20261129)"),
+        ),
+        heading=DAILY,
+    ),
+    "project": Command("list, add or remove codebases", heading=MANAGE),
+    "project list": Command("list the registered codebases", Commands.cmd_project_list, (JSON,)),
+    "project add": Command(
+        "register a folder under a name",
+        Commands.cmd_project_add,
+        (
+            argument("name", metavar="NAME", help="the codebase's name"),
+            argument("-p", "--project", help="the project it belongs to; default: NAME"),
+            TYPE,
+            argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
+        ),
+    ),
+    "project remove": Command(
+        "remove a codebase from the registry; its files stay",
+        Commands.cmd_project_remove,
+        (
+            argument("codebase", metavar="CODEBASE", help="a name (api), PROJECT/name or a path"),
+            switch("--purge", help="also remove Orchestra's files and blocks from it"),
+        ),
+    ),
+    "daemon": Command("sync automatically in the background", heading=MANAGE),
+    "daemon start": Command("run the daemon in the foreground", Commands.cmd_daemon_start),
+    "daemon stop": Command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
+    "daemon status": Command("print the daemon's state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
+    "daemon install": Command("start it now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False),
+    "daemon uninstall": Command("stop it for good (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False),
+    "daemon logs": Command(
+        "print the end of the logs",
+        Commands.cmd_daemon_logs,
+        (
+            argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
+            switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
+            switch("-f", "--follow", help="keep printing new lines"),
+        ),
+        needs_yaml=False,
+    ),
+    "help": Command(
+        "explain a command",
+        Commands.cmd_help,
+        (argument("words", metavar="COMMAND", nargs="*", help="default: all commands"),),
+        needs_yaml=False,
+        heading=MANAGE,
+    ),
     # These two are for install.sh.
-    "self-install": command("", Commands.cmd_self_install, needs_yaml=False),
-    "self-uninstall": command("", Commands.cmd_self_uninstall, needs_yaml=False),
+    "self-install": Command("", Commands.cmd_self_install, needs_yaml=False),
+    "self-uninstall": Command("", Commands.cmd_self_uninstall, needs_yaml=False),
 }
-
-
-def build_parser(argv: Sequence[str] = ()) -> Any:
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def __init__(self, **options: Any) -> None:
-            # argparse's own default imports shutil and three compressors.
-            try:
-                width = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns) - 2
-            except (OSError, ValueError):
-                width = 78
-            formatter = functools.partial(argparse.HelpFormatter, width=width)
-            super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
-
-        def _print_message(self, message: str, file: Any = None) -> None:
-            (file or sys.stderr).write(message)  # argparse's own ignores OSErrors
-
-    parser = Parser(prog="orchestra", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--version", action="version", version=f"orchestra {__version__}")
-    subcommands: Any = {"title": "commands", "metavar": "COMMAND", "required": True}
-    groups: dict[str, Any] = {"": parser.add_subparsers(**subcommands)}
-    for words, row in COMMANDS.items():
-        if not row.purpose and words not in argv:
-            continue
-        group, _, name = words.rpartition(" ")
-        added = groups[group].add_parser(name, description=row.purpose, help=row.purpose)
-        for names, settings in row.arguments:
-            added.add_argument(*names, **settings)
-        if row.run:
-            added.set_defaults(command=row)
-        else:
-            groups[words] = added.add_subparsers(**subcommands)
-    return parser
-
-
-def parse_arguments(argv: Sequence[str]) -> Any:
-    """Parse a command line; `command` of the result is its row in COMMANDS.
-
-    `daemon status`, which scripts poll, skips argparse: it would take half of the time.
-    """
-    if list(argv) == ["daemon", "status"]:
-        return SimpleNamespace(command=COMMANDS["daemon status"])
-    try:
-        return build_parser(argv).parse_args(argv)
-    except SystemExit:
-        sys.stdout.flush()  # main reports a help text that cannot be written
-        raise
 
 
 def find_home(environ: Mapping[str, str]) -> str:
@@ -9150,11 +9498,15 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     gc.set_threshold(10000)  # objects; cycles are rare here, and looking for them is slow
     prepare_output()
     try:
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
+        args = CommandLine(COMMANDS, sys.argv[1:] if argv is None else argv).parse()
+        if args.help or args.command.run in (None, Commands.cmd_help):
+            return Commands("", args, environ).cmd_help()
         home = find_home(environ)
         check_owner(home)
         if args.command.needs_yaml:
             Installer(home, environ, say).ensure_yaml()
+        if args.quiet:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         status = args.command.run(Commands(home, args, environ))
         sys.stdout.flush()
         return int(status)

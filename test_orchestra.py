@@ -552,10 +552,7 @@ class Home:
     def run(self, *argv: str) -> Ran:
         streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", newline="", write_through=True) for _ in range(2)]
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            try:
-                status = orchestra.main(argv, self.environ)
-            except SystemExit as error:  # argparse's own exits
-                status = int(error.code or 0)
+            status = orchestra.main(argv, self.environ)
         return Ran(status, *(stream.buffer.getvalue().decode() for stream in streams))
 
     def run_fine(self, *argv: str) -> Ran:
@@ -10381,7 +10378,145 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
 # ── 32 Output ─────────────────────────────────────────────────────────────────
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environ", "expected"),
+    [
+        (True, {"COLUMNS": "100"}, (100, True)),
+        (True, {}, (80, True)),
+        (True, {"COLUMNS": "none", "NO_COLOR": ""}, (80, False)),
+        (True, {"TERM": "dumb"}, (80, False)),
+        (False, {}, (0, False)),
+        (False, {"COLUMNS": "60", "CLICOLOR_FORCE": "0"}, (60, False)),
+        (False, {"CLICOLOR_FORCE": "1"}, (0, True)),
+        (False, {"CLICOLOR_FORCE": "1", "NO_COLOR": "1"}, (0, False)),
+    ],
+)
+def test_what_a_screen_shows(monkeypatch: Any, is_terminal: bool, environ: dict[str, str], expected: Any) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal() if is_terminal else io.StringIO())
+    assert tuple(orchestra.Screen.find(environ)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "width"), [("abc", 3), ("日本", 4), ("e\u0301\u20dd", 1), ("한글 ｆ", 7), ("", 0), ("\u00e9", 1)]
+)
+def test_a_texts_width_is_what_a_terminal_shows(text: str, width: int) -> None:
+    assert orchestra.text_width(text) == width
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    [
+        ("", 5, [""]),
+        ("one two three", 7, ["one two", "three"]),
+        ("a muchtoolongword b", 6, ["a", "muchto", "olongw", "ord b"]),
+        ("日本語日本語", 5, ["日本", "語日", "本語"]),
+        ("日本", 1, ["日", "本"]),
+    ],
+)
+def test_a_text_is_wrapped_at_spaces_or_where_it_must_be(text: str, width: int, lines: list[str]) -> None:
+    assert orchestra.wrap(text, width) == lines
+
+
+def test_a_table_is_aligned_and_its_last_column_wrapped(monkeypatch: Any) -> None:
+    rows = [("NAME", "STATE", "WHAT"), ("日本", "stale", "one two three four five six"), ("a", "current", "x\x1b[0m\n")]
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    orchestra.Screen(36, True).print_table(rows, {"stale": "33", "current": "32"})
+    assert out.getvalue().splitlines() == [
+        "NAME  STATE    WHAT",
+        "日本  \x1b[33mstale\x1b[0m    one two three four",
+        "               five six",
+        "a     \x1b[32mcurrent\x1b[0m  x\\x1b[0m\\n",
+    ]
+    assert orchestra.format_table(rows)[1] == "日本  stale    one two three four five six"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "never"), (0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7199, "1 h ago"), (172800, "2 d ago")],
+)
+def test_an_age_is_told_in_its_largest_unit(seconds: Optional[int], text: str) -> None:
+    assert orchestra.format_age(seconds) == text
+
+
+def test_progress_is_for_terminals(monkeypatch: Any) -> None:
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
+    orchestra.show_progress(0, 21, API)
+    orchestra.show_progress(0, 20, ("shop", "web"))
+    assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
+
+
 # ── 33 Arguments ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("sync", {"codebases": [], "all": False, "quiet": False}),
+        ("sync a b --all -q", {"codebases": ["a", "b"], "all": True, "quiet": True}),
+        ("sync --dry-run -- --all -q", {"codebases": ["--all", "-q"], "dry_run": True}),
+        ("restore --at=2026 api x.md", {"codebase": "api", "path": "x.md", "at": "2026"}),
+        ("restore --at -1 -", {"codebase": "-", "path": None, "at": "-1"}),
+        ("init -pshop . -tml", {"path": ".", "project": "shop", "type": "ml"}),
+        ("init -p shop", {"path": ".", "project": "shop", "type": None}),
+        ("daemon logs -fq --lines 3", {"follow": True, "quiet": True, "lines": 3}),
+        ("edit -h", {"help": True}),
+        ("init --help", {"help": True}),
+    ],
+)
+def test_a_command_line_is_parsed(line: str, expected: dict[str, Any]) -> None:
+    args = vars(orchestra.CommandLine(orchestra.COMMANDS, line.split()).parse())
+    assert {name: args[name] for name in expected} == expected
+
+
+WRONG_LINES = {
+    "nope": 'there is no command "nope"\n  try: orchestra help',
+    "stats": 'there is no command "stats" (did you mean "status"?)\n  try: orchestra help',
+    "self-instal": 'there is no command "self-instal"\n  try: orchestra help',
+    "--verison": 'there is no option --verison (did you mean "--version"?)\n  try: orchestra help',
+    "daemon strat": 'there is no command "daemon strat" (did you mean "start"?)\n  try: orchestra help daemon',
+    "sync --al": 'sync: there is no option --al (did you mean "--all"?)\n  try: orchestra help sync',
+    "sync --all=1": "sync: --all takes no value\n  try: orchestra help sync",
+    "sync -xq": "sync: there is no option -x\n  try: orchestra help sync",
+    "init": "init: -p PROJECT is missing\n  try: orchestra help init",
+    "init . -p": "init: -p: expected PROJECT, got nothing\n  try: orchestra help init",
+    "init . -p x -t mobil": "init: --type: expected backend | frontend | mobile | ml, got 'mobil'"
+    ' (did you mean "mobile"?)\n  try: orchestra help init',
+    "init a b -p x": "init: did not expect 'b'\n  try: orchestra help init",
+    "project remove": "project remove: CODEBASE is missing\n  try: orchestra help project remove",
+    "daemon logs --lines -1": "daemon logs: --lines: expected a whole number, 0 or more, got '-1'"
+    "\n  try: orchestra help daemon logs",
+    "help syn": 'there is no command "syn" (did you mean "sync"?)\n  try: orchestra help',
+}
+
+
+@pytest.mark.parametrize("line", WRONG_LINES)
+def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, line: str) -> None:
+    assert home.run(*line.split()) == (2, "", f"orchestra: {WRONG_LINES[line]}\n")
+    assert contents(home.folder) == {}
+
+
+def test_each_command_is_explained_in_80_columns(home: Home) -> None:
+    overview = home.run_fine()
+    assert len(overview.out.splitlines()) <= 24 and "self-" not in overview.out
+    for name, row in orchestra.COMMANDS.items():
+        ran = home.run_fine(*name.split(), "--help")
+        assert ran == home.run_fine("help", *name.split()) and max(map(len, ran.out.splitlines())) < 80
+        usage = f"\n\nusage: orchestra {name}".rstrip()
+        assert row.purpose[1:] in ran.out and usage in ran.out
+        for argument in row.arguments if name else ():
+            assert argument.value_name in ran.out and all(
+                name in ran.out for name in argument.names if argument.is_option
+            )
+    assert home.run_fine("daemon").out == home.run_fine("daemon", "-h").out
+    for words in ("CODEBASE is", "Exit status: 0", "NO_COLOR", "Every day"):
+        assert words in home.run_fine("help").out
 
 
 # ── 34 Doctor ─────────────────────────────────────────────────────────────────
@@ -10391,6 +10526,60 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
 
 
 # ── 36 Commands ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("argv", "at", "found"),
+    [
+        ([], "shop/api/src", ["shop/api"]),
+        (["."], "shop/api/src", ["shop/api"]),
+        ([".."], "shop/web/deep", ["shop/web"]),
+        (["api", "../web", "{code}/shop/api"], "shop/api", ["shop/api", "shop/web"]),
+        (["shop/web", "web/deep"], "shop", ["shop/web"]),  # a name, and a folder that is there
+        (["src/"], "shop/api", ["shop/api"]),
+        (["nope", "web"], "", ["shop/web"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["sync", "--dry-run"], ["diff"], ["status"]])
+def test_codebases_are_names_or_paths(
+    home: Home, monkeypatch: Any, command: list[str], argv: list[str], at: str, found: list[str]
+) -> None:
+    home.make_codebase("shop/api", {"src/a.py": ""}, targets=["claude"])
+    home.make_codebase("shop/web", {"deep/a.py": ""}, targets=["claude"])
+    monkeypatch.chdir(home.code / at)
+    if command == ["status"] and not argv:
+        argv = ["."]  # without a name it shows all
+    ran = home.run(*command, *(word.format(code=home.code) for word in argv))
+    lines = ran.lines if command[0] != "diff" else re.findall("(?m)^[+]# (.*)$", ran.out)
+    seen = [label for label in ("shop/api", "shop/web") if any(label in f"shop/{line} {line}" for line in lines)]
+    assert seen == found
+    assert (ran.status, "nope" in ran.err) == ((2, True) if "nope" in argv else (0, False))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("diff apy", 'no codebase is called "apy" (did you mean "api"?)'),
+        ("edit shp/api", 'no codebase is called "shp/api" (did you mean "shop/api"?)'),
+        ("status --project shp", 'no project is called "shp" (did you mean "shop"?)'),
+        ("sync {code}", "{code} is not in a registered codebase"),
+        ("restore", "this folder is not in a registered codebase"),
+        ("project remove ..", ".. is not in a registered codebase"),
+    ],
+)
+def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, command: str, said: str) -> None:
+    home.make_codebase("shop/api")
+    monkeypatch.chdir(home.code)
+    ran = home.run(*command.format(code=home.code).split())
+    assert (ran.status, ran.complaints) == (2, [f"orchestra: {said.format(code=home.code)}"])
+
+
+def test_quiet_commands_print_nothing_but_errors(home: Home) -> None:
+    root = home.make_synced(targets=["claude"])
+    edit(root / "CLAUDE.md", "# api", "# mine")
+    for argv in (["status"], ["sync", "--all"], ["project", "list", "--json"], ["restore", "api"]):
+        assert home.run(*argv, "-q") == (0, "", "")
+    assert home.run("sync", "nope", "--quiet").err == home.run("sync", "nope").err != ""
 
 
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
@@ -10561,29 +10750,6 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "never"), (0, "0 s ago"), (59, "59 s ago"), (60, "1 min ago"), (7199, "1 h ago"), (172800, "2 d ago")],
-)
-def test_an_age_is_told_in_its_largest_unit(seconds: Optional[int], text: str) -> None:
-    assert orchestra.format_age(seconds) == text
-
-
-def test_progress_and_colour_are_for_terminals(home: Home, monkeypatch: Any) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    out, err = Terminal(), Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
-    assert orchestra.paint("x", "31", {}) == "\033[31mx\033[0m"
-    assert orchestra.paint("x", "31", {"NO_COLOR": ""}) == orchestra.paint("x", "31", {"TERM": "dumb"}) == "x"
-    orchestra.show_progress(0, 21, API)
-    orchestra.show_progress(0, 20, ("shop", "web"))
-    assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
-
-
 # ── 37 Command line ───────────────────────────────────────────────────────────
 
 
@@ -10604,18 +10770,10 @@ def test_an_error_that_nobody_caught_is_exit_status_2(home: Home, monkeypatch: A
     assert ("Traceback" in ran.err) == isinstance(error, ZeroDivisionError)
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["nope"], ["init"], ["init", "x"], ["sync", "--nope"], ["init", ".", "-p", "x", "-t", "cloud"]]
-)
-def test_a_wrong_command_line_is_exit_status_2_and_says_how(home: Home, argv: list[str]) -> None:
-    ran = home.run(*argv)
-    assert ran.status == 2 and ran.err.startswith("usage: orchestra") and contents(home.folder) == {}
-
-
 def test_help_begins_with_the_purpose(home: Home) -> None:
     purpose = (orchestra.__doc__ or "").splitlines()[0]
-    assert " ".join(home.run_fine("--help").out.split("\n\n")[1].split()) == purpose
-    assert home.run_fine("--version").out == f"orchestra {orchestra.__version__}\n"
+    assert home.run_fine("--help").out.splitlines()[0] == home.run_fine().out.splitlines()[0] == purpose
+    assert home.run_fine("--version").out == home.run_fine("-V").out == f"orchestra {orchestra.__version__}\n"
 
 
 @pytest.mark.parametrize("environ", [{}, {"HOME": ""}, {"HOME": "relative/home"}])
@@ -11251,10 +11409,8 @@ def blamed_on(what: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_home(monkeypatch: Any) -> Iterator[Home]:
+def quick_home() -> Iterator[Home]:
     """Make a home in memory if possible: it is filled and emptied a thousand times."""
-    parser = orchestra.build_parser()
-    monkeypatch.setattr(orchestra, "build_parser", lambda argv: parser)
     folder = tempfile.mkdtemp(prefix="orc", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
     yield Home(folder)
     shutil.rmtree(folder)
