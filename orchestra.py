@@ -8,16 +8,16 @@
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (17) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (18, 19)
+    Codebase ── rendered (19) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (20, 21)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (21, 5 to 7)
+                                 ▼  backed up, then replaced in one step (23, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (23)
-                ─► job (27) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (25)
+                ─► job (29) ─► Plan, as above
 
 Contents
   I Ground
@@ -37,35 +37,37 @@ Contents
     12 Layers             what one registry file says, and what codebases share
     13 Registry           listing, loading and writing its files
     14 Manifests          what the manifests in a folder say
-    15 Ecosystems         a row per language: its commands, and the evidence for them
-    16 Detection          what a folder holds: the first draft of its registry file
+    15 Scripts            what a file lets one run by name: make's targets
+    16 Node and Python    their package managers, environments and tools
+    17 Ecosystems         a row per language: its commands, and the evidence for them
+    18 Detection          what a folder holds: the first draft of its registry file
 
   III Sync
-    17 Text               what agents read, rendered from a codebase
-    18 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    19 Records            what was last written, which proves that it is Orchestra's
-    20 Plan               what is to be written now, and what becomes of what is there
-    21 Sync               carrying a plan out, and bringing replaced text back
-    22 Status and diff    a plan put into a word, and into a diff
+    19 Text               what agents read, rendered from a codebase
+    20 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    21 Records            what was last written, which proves that it is Orchestra's
+    22 Plan               what is to be written now, and what becomes of what is there
+    23 Sync               carrying a plan out, and bringing replaced text back
+    24 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    23 Watching           events say where to look; the tree, what changed
-    24 Logs               the daemon's log files, written and followed
-    25 Programs           other programs, started and waited for
-    26 Control socket     lines of JSON, the client, the server
-    27 Worker             jobs, one at a time, beside the loop
-    28 Daemon             the loop: watcher, socket, signals and timers
+    25 Watching           events say where to look; the tree, what changed
+    26 Logs               the daemon's log files, written and followed
+    27 Programs           other programs, started and waited for
+    28 Control socket     lines of JSON, the client, the server
+    29 Worker             jobs, one at a time, beside the loop
+    30 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    29 Installing         PyYAML and the installed program
-    30 Services           the daemon at login: launchd
-    31 Registering        a folder becomes a codebase
-    32 Output             messages, tables and colors for a terminal or a pipe
-    33 Arguments          the rows of the table of commands
-    34 Doctor             looks for what commonly goes wrong
-    35 Live status        the screen of status --watch
-    36 Commands           one method per command
-    37 Command line       the table of commands, and main
+    31 Installing         PyYAML and the installed program
+    32 Services           the daemon at login: launchd
+    33 Registering        a folder becomes a codebase
+    34 Output             messages, tables and colors for a terminal or a pipe
+    35 Arguments          the rows of the table of commands
+    36 Doctor             looks for what commonly goes wrong
+    37 Live status        the screen of status --watch
+    38 Commands           one method per command
+    39 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -3785,12 +3787,6 @@ class Folder:
         return all(re.search(whole_word(key), text) for key in keys)
 
 
-# ── 15 Ecosystems ─────────────────────────────────────────────────────────────
-
-# What each language's manifests say of its commands. To add an ecosystem, add a row to
-# ECOSYSTEMS, with a row of its own for each thing that some evidence shows.
-
-
 class Found(NamedTuple):
     """Something found: a command, or text to be read, and the file it is from."""
 
@@ -3811,6 +3807,23 @@ class Row(NamedTuple):
     evidence: str
 
 
+NO_COMMANDS = ("description", "version", "tool")
+
+
+def shorten_version(text: str) -> str:
+    """Make 3.10+ of ">=3.10,<4", 18 of ^18.0.0; "" where no version is named."""
+    found = re.search(r"(>=?[ ]?)?v?(\d[\w.]*)", text)
+    if not found or re.match(r"[a-z]+:", text):
+        return ""
+    return found[2] + "+" * bool(found[1])
+
+
+# ── 15 Scripts ────────────────────────────────────────────────────────────────
+
+# What a file lets one run by name, and which of it is the build, the tests, ...: a
+# Makefile's targets, a justfile's recipes, npm's scripts.
+
+
 class Scripts(NamedTuple):
     """What a file lets one run by name: a Makefile's targets, npm's scripts."""
 
@@ -3819,39 +3832,6 @@ class Scripts(NamedTuple):
     bodies: dict[str, str]
 
 
-class Ecosystem(NamedTuple):
-    """A language and its tools. It is in a folder where any of its `signs` holds.
-
-    What `find` yields comes before the rows, and the first of a name counts. `spell`
-    makes a command of a row's text: it adds `uv run`, or "" leaves it out.
-    """
-
-    name: str  # in lower case: "test (python)" where another ecosystem is first
-    signs: tuple[str, ...]
-    rows: tuple[Row, ...] = ()
-    scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
-    find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
-    spell: "Callable[[Folder, str], str]" = lambda folder, command: command
-
-    def is_in(self, folder: Folder) -> bool:
-        return any(map(folder.holds, self.signs))
-
-    def read(self, folder: Folder) -> Iterator[Found]:
-        """Iterate over all that is found, the surest of each name first."""
-        for scripts in self.scripts(folder):
-            yield from pick_scripts(scripts)
-        yield from self.find(folder)
-        for row in self.rows:
-            source = folder.holds(row.evidence)
-            value = folder.quote(row.evidence) if source and "{}" in row.text else ""
-            value = shorten_version(value) if row.name in ("version", "tool") else tidy(value)
-            if source and ("{}" not in row.text or value):
-                text = row.text.replace("{}", value)
-                is_command = row.name not in NO_COMMANDS
-                yield Found(row.name, self.spell(folder, text) if is_command else text, source)
-
-
-NO_COMMANDS = ("description", "version", "tool")
 SCRIPT_NAMES = {  # commands, and the scripts that are called so, best first; _ and : count as -
     "build": ("build", "compile"),
     "test": ("test", "tests", "test-unit"),
@@ -3861,14 +3841,6 @@ SCRIPT_NAMES = {  # commands, and the scripts that are called so, best first; _ 
     "run": ("dev", "start", "serve"),
     "check": ("check", "verify", "ci", "precommit"),
 }
-
-
-def shorten_version(text: str) -> str:
-    """Make 3.10+ of ">=3.10,<4", 18 of ^18.0.0; "" where no version is named."""
-    found = re.search(r"(>=?[ ]?)?v?(\d[\w.]*)", text)
-    if not found or re.match(r"[a-z]+:", text):
-        return ""
-    return found[2] + "+" * bool(found[1])
 
 
 def pick_scripts(scripts: Scripts) -> Iterator[Found]:
@@ -3881,6 +3853,23 @@ def pick_scripts(scripts: Scripts) -> Iterator[Found]:
                 yield Found(command, call, scripts.source)
                 break
 
+
+# Task runners
+
+
+def read_makefile(folder: Folder) -> Iterator[Scripts]:
+    name = folder.find("GNUmakefile", "Makefile", "makefile")
+    bodies: dict[str, str] = {}
+    for line in folder.text(name).split("\n") if name else ():
+        found = re.match(r"([\w.-][\w .-]*):(?!=)", line)
+        for target in found[1].split() if found else ():
+            bodies.setdefault(target, "")
+    yield Scripts(name, "make {}", bodies)
+
+
+# ── 16 Node and Python ────────────────────────────────────────────────────────
+
+# Two ecosystems in which much depends on the tool that makes the environment.
 
 # JavaScript
 
@@ -3925,7 +3914,42 @@ def find_python_runner(folder: Folder) -> str:
     return next((prefix for prefix, evidence in rows if folder.holds(evidence)), "")
 
 
-# The others
+# ── 17 Ecosystems ─────────────────────────────────────────────────────────────
+
+# What each language's manifests say of its commands. To add an ecosystem, add a row to
+# ECOSYSTEMS, with a row of its own for each thing that some evidence shows.
+
+
+class Ecosystem(NamedTuple):
+    """A language and its tools. It is in a folder where any of its `signs` holds.
+
+    What `find` yields comes before the rows, and the first of a name counts. `spell`
+    makes a command of a row's text: it adds `uv run`, or "" leaves it out.
+    """
+
+    name: str  # in lower case: "test (python)" where another ecosystem is first
+    signs: tuple[str, ...]
+    rows: tuple[Row, ...] = ()
+    scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
+    find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
+    spell: "Callable[[Folder, str], str]" = lambda folder, command: command
+
+    def is_in(self, folder: Folder) -> bool:
+        return any(map(folder.holds, self.signs))
+
+    def read(self, folder: Folder) -> Iterator[Found]:
+        """Iterate over all that is found, the surest of each name first."""
+        for scripts in self.scripts(folder):
+            yield from pick_scripts(scripts)
+        yield from self.find(folder)
+        for row in self.rows:
+            source = folder.holds(row.evidence)
+            value = folder.quote(row.evidence) if source and "{}" in row.text else ""
+            value = shorten_version(value) if row.name in ("version", "tool") else tidy(value)
+            if source and ("{}" not in row.text or value):
+                text = row.text.replace("{}", value)
+                is_command = row.name not in NO_COMMANDS
+                yield Found(row.name, self.spell(folder, text) if is_command else text, source)
 
 
 ECOSYSTEMS = (  # those further up come first where several are in one folder
@@ -3985,7 +4009,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
 )
 
 
-# ── 16 Detection ──────────────────────────────────────────────────────────────
+# ── 18 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. A wrong command is worse than none: where the evidence is weak, nothing is
@@ -4046,16 +4070,6 @@ def open_folder(path: str, home: str) -> Folder:
         if is_repository(outer):
             return Folder(path, [Folder(folder) for folder in above])
     return Folder(path)
-
-
-def read_makefile(folder: Folder) -> Iterator[Scripts]:
-    name = folder.find("GNUmakefile", "Makefile", "makefile")
-    bodies: dict[str, str] = {}
-    for line in folder.text(name).split("\n") if name else ():
-        found = re.match(r"([\w.-][\w .-]*):(?!=)", line)
-        for target in found[1].split() if found else ():
-            bodies.setdefault(target, "")
-    yield Scripts(name, "make {}", bodies)
 
 
 def detect_commands(folder: Folder, found: dict[str, list[Found]]) -> list[Found]:
@@ -4130,7 +4144,7 @@ def detect(path: str, home: str = "") -> Detected:
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 17 Text ───────────────────────────────────────────────────────────────────
+# ── 19 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -4377,7 +4391,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 18 Blocks ─────────────────────────────────────────────────────────────────
+# ── 20 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -4573,7 +4587,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 19 Records ────────────────────────────────────────────────────────────────
+# ── 21 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -4717,7 +4731,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 20 Plan ───────────────────────────────────────────────────────────────────
+# ── 22 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -5248,7 +5262,7 @@ class Planner:
         )
 
 
-# ── 21 Sync ───────────────────────────────────────────────────────────────────
+# ── 23 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -5608,7 +5622,7 @@ def run_pipeline(
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 22 Status and diff ────────────────────────────────────────────────────────
+# ── 24 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -5799,7 +5813,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 23 Watching ───────────────────────────────────────────────────────────────
+# ── 25 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -6367,7 +6381,7 @@ class Watcher:
             return False
 
 
-# ── 24 Logs ───────────────────────────────────────────────────────────────────
+# ── 26 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -6520,7 +6534,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 25 Programs ───────────────────────────────────────────────────────────────
+# ── 27 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -6560,7 +6574,7 @@ def run_program(
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
 
 
-# ── 26 Control socket ─────────────────────────────────────────────────────────
+# ── 28 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -7117,7 +7131,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 27 Worker ─────────────────────────────────────────────────────────────────
+# ── 29 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -7446,7 +7460,7 @@ class Worker:
         return counts
 
 
-# ── 28 Daemon ─────────────────────────────────────────────────────────────────
+# ── 30 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -7873,7 +7887,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 29 Installing ─────────────────────────────────────────────────────────────
+# ── 31 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -8140,7 +8154,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 30 Services ───────────────────────────────────────────────────────────────
+# ── 32 Services ───────────────────────────────────────────────────────────────
 
 # The daemon under the system's own supervisor.
 
@@ -8363,7 +8377,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 31 Registering ────────────────────────────────────────────────────────────
+# ── 33 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -8490,7 +8504,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 32 Output ─────────────────────────────────────────────────────────────────
+# ── 34 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8679,7 +8693,7 @@ def format_age(seconds: Optional[int]) -> str:
     return f"{seconds} s ago"
 
 
-# ── 33 Arguments ──────────────────────────────────────────────────────────────
+# ── 35 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands serve the parser, the help and the completion.
 # argparse would cost 7 ms of each start, and could do less.
@@ -8912,17 +8926,17 @@ def _spell(argument: Argument) -> str:
     return f"{names} {argument.value_name}".strip()
 
 
-# ── 34 Doctor ─────────────────────────────────────────────────────────────────
+# ── 36 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, looked for.
 
 
-# ── 35 Live status ────────────────────────────────────────────────────────────
+# ── 37 Live status ────────────────────────────────────────────────────────────
 
 # The screen of `status --watch`.
 
 
-# ── 36 Commands ───────────────────────────────────────────────────────────────
+# ── 38 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -9313,7 +9327,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 37 Command line ───────────────────────────────────────────────────────────
+# ── 39 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS.
 

@@ -2857,10 +2857,16 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch
 # ── 14 Manifests ──────────────────────────────────────────────────────────────
 
 
-# ── 15 Ecosystems ─────────────────────────────────────────────────────────────
+# ── 15 Scripts ────────────────────────────────────────────────────────────────
 
 
-# ── 16 Detection ──────────────────────────────────────────────────────────────
+# ── 16 Node and Python ────────────────────────────────────────────────────────
+
+
+# ── 17 Ecosystems ─────────────────────────────────────────────────────────────
+
+
+# ── 18 Detection ──────────────────────────────────────────────────────────────
 
 
 def package(**sections: Any) -> dict[str, str]:
@@ -2987,7 +2993,7 @@ def test_description_and_versions_come_from_the_manifests(
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 17 Text ───────────────────────────────────────────────────────────────────
+# ── 19 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3281,7 +3287,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
         assert err.splitlines() == (expected if told else [])
 
 
-# ── 18 Blocks ─────────────────────────────────────────────────────────────────
+# ── 20 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3955,7 +3961,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 19 Records ────────────────────────────────────────────────────────────────
+# ── 21 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -4176,7 +4182,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 20 Plan ───────────────────────────────────────────────────────────────────
+# ── 22 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4610,7 +4616,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 21 Sync ───────────────────────────────────────────────────────────────────
+# ── 23 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -5372,7 +5378,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 22 Status and diff ────────────────────────────────────────────────────────
+# ── 24 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -5606,7 +5612,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 23 Watching ───────────────────────────────────────────────────────────────
+# ── 25 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -6719,7 +6725,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 24 Logs ───────────────────────────────────────────────────────────────────
+# ── 26 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -6914,7 +6920,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 25 Programs ───────────────────────────────────────────────────────────────
+# ── 27 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -6934,7 +6940,7 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
     assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
 
 
-# ── 26 Control socket ─────────────────────────────────────────────────────────
+# ── 28 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -7667,7 +7673,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 27 Worker ─────────────────────────────────────────────────────────────────
+# ── 29 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -7790,7 +7796,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 28 Daemon ─────────────────────────────────────────────────────────────────
+# ── 30 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -8709,7 +8715,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 29 Installing ─────────────────────────────────────────────────────────────
+# ── 31 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -9746,7 +9752,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 30 Services ───────────────────────────────────────────────────────────────
+# ── 32 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -10266,7 +10272,7 @@ def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
     assert (launchctl.calls, machine.listing()) == ([], before)
 
 
-# ── 31 Registering ────────────────────────────────────────────────────────────
+# ── 33 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10375,7 +10381,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 32 Output ─────────────────────────────────────────────────────────────────
+# ── 34 Output ─────────────────────────────────────────────────────────────────
 
 
 class Terminal(io.StringIO):
@@ -10452,7 +10458,7 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 33 Arguments ──────────────────────────────────────────────────────────────
+# ── 35 Arguments ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -10519,13 +10525,13 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
         assert words in home.run_fine("help").out
 
 
-# ── 34 Doctor ─────────────────────────────────────────────────────────────────
+# ── 36 Doctor ─────────────────────────────────────────────────────────────────
 
 
-# ── 35 Live status ────────────────────────────────────────────────────────────
+# ── 37 Live status ────────────────────────────────────────────────────────────
 
 
-# ── 36 Commands ───────────────────────────────────────────────────────────────
+# ── 38 Commands ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -10750,7 +10756,7 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
 
 
-# ── 37 Command line ───────────────────────────────────────────────────────────
+# ── 39 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
