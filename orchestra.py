@@ -2687,6 +2687,17 @@ def codebase_root(home: str, codebase: Codebase) -> str:
     return absolute_path(home, codebase.path) if codebase.path else ""
 
 
+def is_absent(home: str, codebase: Codebase) -> bool:
+    """Return whether a codebase's folder is not on this machine."""
+    try:
+        os.stat(codebase_root(home, codebase))
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass  # it may be there, and is not for us to see
+    return False
+
+
 def identity_of(path: str, follow: bool = True) -> Optional[Identity]:
     """Return a folder's device and inode; None if it cannot be reached."""
     try:
@@ -3467,6 +3478,32 @@ class RegistryTurn(Turn):
                 replace_file(place, text.encode(), expected, self, mode=0o600, durable=True)
             flush_folder(os.path.dirname(file))
 
+    def edit(
+        self, file: str, backup_name: str, disk: Disk, change: Callable[[YamlNode], YamlNode], normalize: Any
+    ) -> None:
+        """Write a file as `change` makes it of its old root node; what is equal stays.
+
+        If that is not possible, it is written anew, and the old one backed up. Raises
+        RegistryError for an old file that cannot be read, FileChanged, IoError.
+        """
+        text: Optional[str] = None
+        old: YamlNode = None
+        if disk.kind == "file":
+            doc = RegistryFile(self.home, file, "", disk)
+            old = doc.parse()
+            if old is not None:
+                doc.read_mapping(old, "")
+            if doc.problems:
+                raise error_for(doc.problems)
+        new = change(old)
+        if old is not None:
+            text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, normalize)
+            if text is None:
+                self.back_up(backup_name, disk, Reason.REWRITTEN)
+            elif disk.data.startswith(BOM):
+                text = "\ufeff" + text
+        self.write(file, backup_name, dump_yaml(new) if text is None else text, disk)
+
     @contextmanager
     def refusing_changes(self, file: str) -> Iterator[None]:
         """Raise RegistryError if the file changes meanwhile, IoError for an OSError."""
@@ -3497,20 +3534,33 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
         disk = read_disk(file)
         if codebase.digest and codebase.digest != sha256_of(disk.data):
             raise FileChanged(file)
-        text: Optional[str] = None
-        if disk.kind == "file":
-            doc = RegistryFile(home, file, "", disk)
-            old = doc.parse()
-            if old is not None:
-                doc.read_mapping(old, "")
-            if doc.problems:
-                raise error_for(doc.problems)
-            text = edit_yaml(disk.data.decode("utf-8-sig"), old, new, normalize)
-            if text is None:
-                turn.back_up(name, disk, Reason.REWRITTEN)
-            elif disk.data.startswith(BOM):
-                text = "\ufeff" + text
-        turn.write(file, name, dump_yaml(new) if text is None else text, disk)
+        turn.edit(file, name, disk, lambda old: new, normalize)
+
+
+def save_path(home: str, key: Key, path: str, is_local: bool) -> str:
+    """Save a codebase's path where it has one, and return that file.
+
+    Where it has none, or `is_local`, this is its local sister, which is made if there
+    is none. Raises RegistryError, IoError.
+    """
+    local, shared = codebase_path(home, (key[0], f"{key[1]}.local")), codebase_path(home, key)
+
+    def says_path(file: str) -> bool:
+        doc = RegistryFile(home, file, "")
+        root = doc.parse()
+        return root is not None and "path" in doc.read_mapping(root, "")
+
+    file = shared if not is_local and says_path(shared) and not says_path(local) else local
+
+    def set_path(old: YamlNode) -> YamlNode:
+        pairs = _retag(old, {}).value if old is not None else []
+        items = {name.value: value for name, value in pairs}
+        return _mapping_node({**items, "path": _text_node(path)})
+
+    with RegistryTurn(home, time.time) as turn, turn.refusing_changes(file):
+        real = real_path(file)
+        turn.edit(real, turn.name_of(key, file), read_disk(real), set_path, lambda root: root)
+    return file
 
 
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
@@ -7446,7 +7496,7 @@ class Worker:
 
     def _find_absent(self) -> frozenset[Key]:
         codebases = self.cache.registry.codebases
-        return frozenset(key for key in self.cache.absent if os.path.exists(codebase_root(self._home, codebases[key])))
+        return frozenset(key for key in self.cache.absent if not is_absent(self._home, codebases[key]))
 
     def _count_statuses(self) -> dict[str, int]:
         """Count the codebases by status, unless a job comes in."""
@@ -8411,19 +8461,44 @@ class Registration(NamedTuple):
         self._check_folder(Owners())
         check_name("project", self.key[0])
         check_name("codebase", self.key[1])
-        if not os.path.isdir(self.path):
-            is_file = os.path.exists(self.path)
-            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
+        self._check_is_folder()
         clear_registry(self.home)
         registry = load_registry(self.home)
         listed = self._replace(key=listed_key(self.home, self.key))
         listed._check_is_free(registry)
         listed._check_folder(registry.owners)
-        if listed.key in registry.codebases:
+        codebase = registry.codebases.get(listed.key)
+        if codebase and not is_absent(self.home, codebase):
             done = listed._update()
-            accept_empty_folder(self.home, registry.codebases[listed.key])
+            accept_empty_folder(self.home, codebase)
             return listed.key, done, []
+        listed._check_has_not_moved(registry)
+        if codebase:
+            raise RegistryError(f"{listed.label} already exists, for the folder {codebase_root(self.home, codebase)}")
         return listed.key, listed._create(), listed._find_outer_codebases(registry)
+
+    def move(self, registry: Registry) -> list[str]:
+        """Give a registered codebase this folder, and return what was done, by line.
+
+        Its record and its backups are kept under its name, so they need no change.
+        """
+        self._check_is_folder()
+        self._check_folder(registry.owners)
+        self._check_has_no_other_name(registry)
+        old = codebase_root(self.home, registry.codebases[self.key])
+        if identity_of(old) == identity_of(self.path):
+            return [f"{self.label} is already in {shorten_home(self.home, self.path)}"]
+        path = self._spell_path()
+        file = save_path(self.home, self.key, path, is_local=False)
+        return [
+            f"moved {self.label}: {shorten_home(self.home, old) or 'no path'} -> {path}",
+            f"  edit:    {shorten_home(self.home, file)}",
+        ]
+
+    def _check_is_folder(self) -> None:
+        if not os.path.isdir(self.path):
+            is_file = os.path.exists(self.path)
+            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
 
     def _check_folder(self, owners: Owners) -> None:
         identity = identity_of(self.path)
@@ -8436,14 +8511,33 @@ class Registration(NamedTuple):
         if self.key in registry.broken:
             raise error_for(registry.broken[self.key])
         identity = identity_of(self.path)
-        if self.key in registry.codebases:
-            folder = codebase_root(self.home, registry.codebases[self.key])
-            if folder != self.path and identity_of(folder) != identity:
+        codebase = registry.codebases.get(self.key)
+        if codebase:
+            folder = codebase_root(self.home, codebase)
+            if not (folder == self.path or identity_of(folder) == identity or is_absent(self.home, codebase)):
                 hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
                 raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
-        for other in registry.owners.keys_at(identity, self.key):
+        self._check_has_no_other_name(registry)
+
+    def _check_has_no_other_name(self, registry: Registry) -> None:
+        for other in registry.owners.keys_at(identity_of(self.path), self.key):
             problem = f"{self.path}: this folder is already registered as {label_for(other)}"
             raise RegistryError(problem, f"orchestra project remove {label_for(other)} first, to move it elsewhere")
+
+    def _check_has_not_moved(self, registry: Registry) -> None:
+        """Raise RegistryError if a codebase that is absent now may have moved here."""
+        for key, codebase in registry.codebases.items():
+            record = load_record(self.home, key) if is_absent(self.home, codebase) else None
+            folder = expand_home(self.home, record.root) if record else ""
+            if not record or os.path.exists(folder):
+                continue
+            texts = ((path, look_at(self.path, path).digest) for path in record.files if path in AGENTS_BY_PATH)
+            if key == self.key or any(digest in record.known(path) for path, digest in texts):
+                move = f"orchestra project move {label_for(key)} {self.path}"
+                raise RegistryError(
+                    f"{label_for(key)} was in {folder or 'another folder'}, which is gone",
+                    f"{move} if it is here now; otherwise orchestra project remove {label_for(key)} first",
+                )
 
     def _update(self) -> list[str]:
         for _ in range(MAX_TRIES):
@@ -8473,9 +8567,7 @@ class Registration(NamedTuple):
             targets, source = DEFAULT_TARGETS, "default"
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or found.project_type)
-        codebase = Codebase(
-            *self.key, spell_path(self.home, self.path), found.description.text if found.description else ""
-        )
+        codebase = Codebase(*self.key, self._spell_path(), found.description.text if found.description else "")
         codebase = codebase._replace(targets=None if inherits else targets, projects=(component,))
         codebase = codebase._replace(commands=tuple((c.name, c.text) for c in found.commands))
         self._save(codebase._replace(created_at=now, updated_at=now))
@@ -8486,11 +8578,14 @@ class Registration(NamedTuple):
             f"  edit:    {self.file}",
         ]
 
-    def _save(self, codebase: Codebase) -> None:
+    def _spell_path(self) -> str:
         try:
             self.path.encode()
         except UnicodeEncodeError:
             raise RegistryError(f"{self.path!r}: not a path in UTF-8", "rename the folder") from None
+        return spell_path(self.home, self.path)
+
+    def _save(self, codebase: Codebase) -> None:
         project = Project(self.key[0], created_at=codebase.created_at)
         create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
         file = codebase_path(self.home, self.key)
@@ -9058,6 +9153,15 @@ class Commands(NamedTuple):
             say(NO_CODEBASES)
         return report_all(registry.problems)
 
+    def cmd_project_move(self) -> int:
+        path = self._absolute(self.args.path)
+        clear_registry(self.home)
+        registry = load_registry(self.home)
+        key = self._readable(registry, self.args.codebase).key
+        for line in Registration(self.home, key, path, None).move(registry):
+            print(line)
+        return OK
+
     def cmd_project_remove(self) -> int:
         registry = load_registry(self.home)
         key = self._find(registry, self.args.codebase)
@@ -9398,7 +9502,7 @@ COMMANDS = {
         ),
         heading=DAILY,
     ),
-    "project": Command("list, add or remove codebases", heading=MANAGE),
+    "project": Command("list, add, move or remove codebases", heading=MANAGE),
     "project list": Command("list the registered codebases", Commands.cmd_project_list, (JSON,)),
     "project add": Command(
         "register a folder under a name",
@@ -9408,6 +9512,14 @@ COMMANDS = {
             argument("-p", "--project", help="the project it belongs to; default: NAME"),
             TYPE,
             argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
+        ),
+    ),
+    "project move": Command(
+        "say where a codebase's folder is now",
+        Commands.cmd_project_move,
+        (
+            argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name"),
+            argument("path", metavar="PATH", help="the folder it moved to"),
         ),
     ),
     "project remove": Command(

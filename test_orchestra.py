@@ -10369,6 +10369,76 @@ def test_init_takes_the_targets_its_project_names(home: Home) -> None:
     assert os.listdir(home.code) == ["GEMINI.md"]
 
 
+# How a codebase's file has its path, before it is moved and after.
+MOVES = {
+    "plain": ("# mine\nname: api\npath: {old}  # where it is\nnotes: [a]\n", "path: {old}", "path: {new}"),
+    "quoted, CRLF": ("path: '{old}'\r\nname: api\r\n", "path: '{old}'", "path: {new}"),
+    "flow": ("{{name: api, path: {old}, notes: [a]}}\n", "path: {old}", "path: {new}"),
+    "folded": ("name: api\npath: >-\n  {old}\nnotes: [a]\n", "path: >-\n  {old}", "path: {new}"),
+}
+
+
+@pytest.mark.parametrize(("text", "old", "new"), MOVES.values(), ids=MOVES)
+def test_project_move_changes_the_path_alone(home: Home, text: str, old: str, new: str) -> None:
+    places = {"old": home.code / "shop/api", "new": home.code / "api 2"}
+    root = home.make_codebase(files={"CLAUDE.md": "mine\n"})
+    file = home.write_registry("shop/api.yaml", text.format(**places))
+    home.sync()
+    edit(root / "CLAUDE.md", "# api", "# my api")
+    home.sync()
+    backups, before = home.backups(), contents(root)
+    root.rename(places["new"])
+    ran = home.run_fine("project", "move", "api", str(places["new"]))
+    said = f"moved shop/api: {root} -> {places['new']}\n  edit:    ~/.orchestra/projects/shop/api.yaml\n"
+    assert (ran.out, ran.err) == (said, "")
+    assert file.read_bytes().decode() == text.format(**places).replace(old.format(**places), new.format(**places))
+    assert home.sync().lines == [] and home.status_of() == "current" and contents(places["new"]) == before
+    assert home.backups() == backups != {}
+    assert json.loads(home.record.read_bytes())["root"] == str(places["new"])
+    assert "is already in" in home.run_fine("project", "move", "shop/api", f"{places['new']}/").out
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("nowhere", "no such folder"),
+        ("file", "that is a file, not a folder"),
+        ("shop/web", "this folder is already registered as shop/web"),
+        ("shop", "it contains shop/api and is not a repository itself"),
+        ("../home", "the home folder cannot be a codebase"),
+    ],
+)
+def test_project_move_needs_a_folder_of_its_own(home: Home, path: str, problem: str) -> None:
+    for name in ("api", "web"):
+        home.make_codebase(f"shop/{name}")
+    put_files(home.code, {"file": ""})
+    before = contents(home.folder)
+    ran = home.run("project", "move", "api", str(home.code / path))
+    assert (ran.status, len(ran.complaints)) == (2, 1) and ran.complaints[0].endswith(problem)
+    assert {path: data for path, data in contents(home.folder).items() if "/run/" not in path} == before
+    assert home.run("project", "move", "nope", str(home.code)).status == 2
+
+
+@pytest.mark.parametrize(("name", "has_text"), [("api", True), ("api", False), ("orders", True), ("orders", False)])
+def test_init_of_a_folder_that_moved_says_how_to_go_on(home: Home, name: str, has_text: bool) -> None:
+    root, moved = home.make_synced(), home.code / "new" / name
+    home.make_codebase("shop/web")
+    moved.parent.mkdir()
+    root.rename(moved)
+    if not has_text:
+        (moved / "CLAUDE.md").unlink()
+        (moved / "AGENTS.md").unlink()
+    before = contents(home.projects)
+    ran = home.run("init", str(moved), "-p", "shop", "--sync")
+    if name == "orders" and not has_text:
+        assert ran.status == 0  # nothing tells that it is the same
+        return
+    said = f"orchestra: shop/api was in {root}, which is gone\n  try: orchestra project move shop/api {moved} if it is"
+    assert ran.status == 2 and ran.err.startswith(said) and contents(home.projects) == before
+    home.run_fine("project", "move", "shop/api", str(moved))
+    assert len(home.sync("api").lines) == 2 * (not has_text) and home.status_of() == "current"
+
+
 def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkeypatch: Any) -> None:
     put_files(home.code, {"api": None, ".git": None})
     monkeypatch.chdir(home.code)
