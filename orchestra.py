@@ -3606,6 +3606,7 @@ def clear_registry(home: str) -> None:
 #   mix.exs                          the file is there; * and ? stand for any text
 #   package.json engines node        JSON, TOML and YAML: a value under these keys
 #   mix.exs :credo                   other text: the words occur outside comment lines
+#   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches, lines apart
 #   setup.py + not pyproject.toml    the one, and not the other
 
 
@@ -3812,23 +3813,33 @@ class Folder:
         source = ""
         for condition in evidence.split(" + "):
             is_wanted = not condition.startswith("not ")
-            pattern, *keys = condition[0 if is_wanted else 4 :].split()
-            name = self.find(pattern)
-            if bool(name and self._has(name, keys)) != is_wanted:
+            where, _, pattern = condition[0 if is_wanted else 4 :].partition(" ~ ")
+            name_pattern, *keys = where.split()
+            name = self.find(name_pattern)
+            is_there = name and (self._search(name, pattern) if pattern else self._has(name, keys))
+            if bool(is_there) != is_wanted:
                 return ""
             source = source or name
         return source
 
     def quote(self, evidence: str) -> str:
-        """Return the text under the keys of evidence, or of the line they begin."""
-        pattern, *keys = evidence.partition(" + ")[0].split()
-        name = self.find(pattern)
-        if name.endswith(self.STRUCTURED):
+        """Return what evidence leads to.
+
+        That is the text under the keys, the rest of the line that the words begin, or
+        the pattern's last group.
+        """
+        where, _, pattern = evidence.partition(" + ")[0].partition(" ~ ")
+        name_pattern, *keys = where.split()
+        name = self.find(name_pattern)
+        if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
         words = re.escape(" ".join(keys))
-        found = re.search(rf"(?m)^[ \t]*{words}[ \t]*([^\s#][^\n]*)", self.text(name))
-        return found[1] if found else ""
+        return self._search(name, pattern or rf"^[ \t]*{words}[ \t]*([^\s#][^\n]*)")
+
+    def _search(self, name: str, pattern: str) -> str:
+        found = re.search(pattern, self.text(name), re.MULTILINE)
+        return found[found.lastindex or 0] if found else ""
 
     def _has(self, name: str, keys: list[str]) -> bool:
         if name.endswith(self.STRUCTURED):
@@ -3848,13 +3859,14 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """What evidence shows; {} in `text` is the text that the evidence leads to.
 
-    These names are no commands: `description`, `version` (of the language) and `tool`
-    (another thing that is built with).
+    Without evidence, the ecosystem's sign is it. These names are no commands:
+    `description`, `version` (of the language) and `tool` (another thing that is built
+    with).
     """
 
     name: str
     text: str
-    evidence: str
+    evidence: str = ""
 
 
 NO_COMMANDS = ("description", "version", "tool")
@@ -3984,17 +3996,20 @@ class Ecosystem(NamedTuple):
     find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
     spell: "Callable[[Folder, str], str]" = lambda folder, command: command
 
-    def is_in(self, folder: Folder) -> bool:
-        return any(map(folder.holds, self.signs))
+    def find_sign(self, folder: Folder) -> str:
+        """Return the evidence of the ecosystem in a folder; "" if there is none."""
+        return next(filter(folder.holds, self.signs), "")
 
     def read(self, folder: Folder) -> Iterator[Found]:
         """Iterate over all that is found, the surest of each name first."""
         for scripts in self.scripts(folder):
             yield from pick_scripts(scripts)
         yield from self.find(folder)
+        sign = self.find_sign(folder)
         for row in self.rows:
-            source = folder.holds(row.evidence)
-            value = folder.quote(row.evidence) if source and "{}" in row.text else ""
+            evidence = row.evidence or sign
+            source = folder.holds(evidence)
+            value = folder.quote(evidence) if source and "{}" in row.text else ""
             value = shorten_version(value) if row.name in ("version", "tool") else tidy(value)
             if source and ("{}" not in row.text or value):
                 text = row.text.replace("{}", value)
@@ -4177,7 +4192,7 @@ def find_ml_evidence(folder: Folder) -> str:
 def detect(path: str, home: str = "") -> Detected:
     """Detect what a folder holds; raises IoError if it cannot be listed."""
     folder = open_folder(path, home)
-    found = {system.name: list(system.read(folder)) for system in ECOSYSTEMS if system.is_in(folder)}
+    found = {system.name: list(system.read(folder)) for system in ECOSYSTEMS if system.find_sign(folder)}
     items = [item for system in found.values() for item in system]
     versions = [next((i for i in items if i.name == "version"), None) for items in found.values()]
     tools = [item for item in items if item.name == "tool"]
