@@ -17,7 +17,7 @@
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
     The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (25)
-                ─► job (29) ─► Plan, as above
+                ─► job (31) ─► Plan, as above
 
 Contents
   I Ground
@@ -65,7 +65,7 @@ Contents
     34 Output             messages, tables and colors for a terminal or a pipe
     35 Arguments          the rows of the table of commands
     36 Doctor             looks for what commonly goes wrong
-    37 Live status        the screen of status --watch
+    37 Status screen      what status shows, once or live
     38 Commands           one method per command
     39 Command line       the table of commands, and main
 
@@ -297,6 +297,10 @@ def visible(text: str) -> str:
 def excerpt(text: str) -> str:
     """Quote a text, or the beginning of a long one."""
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -5698,6 +5702,15 @@ class State:
     CURRENT, NEVER_SYNCED, STALE = "current", "never_synced", "stale"
     MODIFIED, ORPHAN, ABSENT, ERROR = "modified", "orphan", "absent", "error"
     FINE = (CURRENT, ABSENT)
+    WORDS = {  # for people: in the table, and in the summary
+        CURRENT: ("current", "current"),
+        NEVER_SYNCED: ("new", "to sync"),
+        STALE: ("stale", "to sync"),
+        ORPHAN: ("orphan", "to sync"),
+        MODIFIED: ("edited", "edited by hand"),
+        ABSENT: ("absent", "absent"),
+        ERROR: ("broken", "broken"),
+    }
 
 
 class Staleness(NamedTuple):
@@ -5710,6 +5723,15 @@ class Staleness(NamedTuple):
     last_sync_at: Optional[str] = None
     last_sync_age: Optional[int] = None  # seconds
     active_tasks: int = 0
+    hint: str = ""  # the way out of an error
+
+    @property
+    def label(self) -> str:
+        return label_for((self.project, self.codebase))
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.status != State.ABSENT and (self.status != State.CURRENT or self.detail != "")
 
 
 class Status(NamedTuple):
@@ -5726,6 +5748,15 @@ class Status(NamedTuple):
             "stale": sum(entry.status not in (*State.FINE, State.ERROR) for entry in self.codebases),
         }
 
+    def describe(self) -> str:
+        """Count the codebases and their states in one line."""
+        counts = Counter(State.WORDS[entry.status][1] for entry in self.codebases)
+        words = dict.fromkeys(word for _, word in State.WORDS.values())
+        states = ", ".join(f"{counts[word]} {word}" for word in words if counts[word])
+        summary = self.summary
+        places = f"{count_of(summary['codebases'], 'codebase')} in {count_of(summary['projects'], 'project')}"
+        return f"{places}: {states}" if states else places
+
 
 def _name_change(file: FilePlan, record: Record) -> str:
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
@@ -5738,10 +5769,10 @@ def _name_change(file: FilePlan, record: Record) -> str:
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
-    """Return the first state that applies, in the order below, and its detail."""
-    problems = plan.problems(home)
-    if problems:
-        return State.ERROR, "; ".join(map(str, problems))
+    """Return the first state that applies, in the order below, and its detail.
+
+    A plan with problems is the caller's to judge.
+    """
     if not plan.writes:
         return State.CURRENT, ""
     if plan.old_record is None:
@@ -5778,14 +5809,17 @@ def check_staleness(
     tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
     try:
         plan = Planner(home, codebase, owners).plan()
-        status, detail = judge_plan(home, plan)
+        problems = plan.problems(home)
+        status, detail = (State.ERROR, "; ".join(map(str, problems))) if problems else judge_plan(home, plan)
         notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
         detail = "; ".join(filter(None, [detail, *notes]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
+        problems = [Problem.from_error(error)]
         status = State.ABSENT if isinstance(error, FolderAbsent) else State.ERROR
         detail, synced_at = str(error), _last_sync_at(home, codebase.key)
-    return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks)
+    hint = problems[0].hint if problems else ""
+    return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks, hint)
 
 
 def scan_staleness(
@@ -5795,8 +5829,9 @@ def scan_staleness(
     entries = []
     for key in registry.keys if keys is None else keys:
         if key in registry.broken:
-            detail, synced_at = "; ".join(map(str, registry.broken[key])), _last_sync_at(home, key)
-            entries.append(Staleness(*key, State.ERROR, detail, synced_at or None, age_of(synced_at, clock)))
+            problems, synced_at = registry.broken[key], _last_sync_at(home, key)
+            detail, age = "; ".join(map(str, problems)), age_of(synced_at, clock)
+            entries.append(Staleness(*key, State.ERROR, detail, synced_at or None, age, hint=problems[0].hint))
         else:
             entries.append(check_staleness(home, registry.codebases[key], registry.owners, clock))
     return Status(tuple(entries), registry.stray)
@@ -8631,15 +8666,6 @@ Environment: EDITOR VISUAL PAGER NO_COLOR CLICOLOR_FORCE ORCHESTRA_WATCHER
 ORCHESTRA_NO_FETCH
 More: orchestra help COMMAND"""
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
-COLORS = {
-    State.CURRENT: "32",
-    State.NEVER_SYNCED: "33",
-    State.STALE: "33",
-    State.MODIFIED: "35",
-    State.ORPHAN: "36",
-    State.ABSENT: "90",
-    State.ERROR: "31",
-}
 
 
 # Output
@@ -8794,13 +8820,15 @@ def show_progress(done: int, total: int, key: Key) -> None:
         sys.stderr.flush()
 
 
-def format_age(seconds: Optional[int]) -> str:
-    if seconds is None:
-        return "never"
+def format_duration(seconds: int) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
-            return f"{seconds // size} {unit} ago"
-    return f"{seconds} s ago"
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def format_age(seconds: Optional[int]) -> str:
+    return "never" if seconds is None else f"{format_duration(seconds)} ago"
 
 
 # ── 35 Arguments ──────────────────────────────────────────────────────────────
@@ -9041,9 +9069,86 @@ def _spell(argument: Argument) -> str:
 # What commonly goes wrong, looked for.
 
 
-# ── 37 Live status ────────────────────────────────────────────────────────────
+# ── 37 Status screen ──────────────────────────────────────────────────────────
 
-# The screen of `status --watch`.
+# What `status` shows: a summary, the daemon, and what needs attention.
+
+STATE_COLORS = {
+    State.WORDS[state][0]: color
+    for state, color in (
+        (State.CURRENT, "32"),
+        (State.NEVER_SYNCED, "33"),
+        (State.STALE, "33"),
+        (State.MODIFIED, "35"),
+        (State.ORPHAN, "36"),
+        (State.ERROR, "31"),
+    )
+}
+
+
+def ask_daemon(home: str) -> dict[str, Any]:
+    """Return the daemon's status, at once: `running` is False where nothing listens."""
+    try:
+        reply = send_request(home, {"cmd": "status"}, timeout=1.0)
+    except DaemonNotRunning:
+        return {"running": False}
+    except DaemonError as error:
+        return {"running": True, "problem": str(error)}
+    return reply if isinstance(reply, dict) else {"running": True}
+
+
+def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
+    if not daemon["running"]:
+        return "daemon: not running (orchestra daemon start)"
+    if "problem" in daemon:
+        return f"daemon: {daemon['problem']}"
+    words = f"daemon: running {format_duration(max(0, int(clock() - daemon.get('started_at_unix', clock()))))}"
+    version = daemon.get("version", "an old version")
+    if version != __version__:
+        words += f", {version} (installed: {__version__} - orchestra daemon restart)"
+    return words
+
+
+def next_steps(status: Status) -> list[str]:
+    """Return the commands to type next, at most two."""
+    steps = [entry.hint for entry in status.codebases if entry.status == State.ERROR and entry.hint][:1]
+    steps += [f"orchestra diff {entry.label}" for entry in status.codebases if entry.status == State.MODIFIED][:1]
+    outdated = [entry.label for entry in status.codebases if entry.status not in (*State.FINE, State.ERROR)]
+    if outdated:
+        steps.append("orchestra sync --all" if len(outdated) > 1 else f"orchestra sync {outdated[0]}")
+    return steps[:2]
+
+
+class StatusView(NamedTuple):
+    """What is to be shown of a scan, and what goes with it."""
+
+    home: str
+    status: Status
+    daemon: Mapping[str, Any]
+    notes: Sequence[Problem] = ()
+    is_full: bool = False  # or only what needs attention
+
+    def format_entries(self, width: int) -> list[str]:
+        """List the codebases in a table, and the notes below it."""
+        entries = [entry for entry in self.status.codebases if self.is_full or entry.needs_attention]
+        entries.sort(key=lambda entry: list(State.WORDS)[::-1].index(entry.status))
+        rows = [("CODEBASE", "STATE", "SYNCED", "WHAT")]
+        for entry in entries:
+            detail = entry.detail.replace(f"~/.orchestra/projects/{entry.project}/", "")
+            rows.append((entry.label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
+        lines = format_table(rows, width) if entries else []
+        return lines + [line for note in self.notes for line in hang("note: ", visible(str(note)), width)]
+
+    def format(self, width: int) -> list[str]:
+        lines = [*hang("", self.status.describe(), width), *hang("", describe_daemon(self.daemon), width)]
+        entries, steps = self.format_entries(width), next_steps(self.status)
+        if entries:
+            lines += ["", *entries]
+        if steps:
+            lines += ["", "    ".join(f"{word} {visible(step)}" for word, step in zip(("next:", "then:"), steps))]
+            if width and text_width(lines[-1]) > width:
+                lines[-1:] = [f"{word} {visible(step)}" for word, step in zip(("next:", "then:"), steps)]
+        return lines
 
 
 # ── 38 Commands ───────────────────────────────────────────────────────────────
@@ -9250,8 +9355,7 @@ class Commands(NamedTuple):
         totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
         totals += f", {failed} failed" if failed else ""
         absent = sum(result.is_absent for result in results)
-        noun = "codebase" if len(results) - absent == 1 else "codebases"
-        print(f"{totals} in {len(results) - absent} {noun}{f', {absent} absent' if absent else ''}")
+        print(f"{totals} in {count_of(len(results) - absent, 'codebase')}{f', {absent} absent' if absent else ''}")
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
         return {
@@ -9277,18 +9381,18 @@ class Commands(NamedTuple):
     def cmd_status(self) -> int:
         registry = load_registry(self.home)
         keys, failed = self._choose_codebases(registry)
-        status = scan_staleness(self.home, registry, keys)
+        status, daemon = scan_staleness(self.home, registry, keys), ask_daemon(self.home)
         if self.args.json:
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
             codebases = [pick(entry, *names) for entry in status.codebases]
-            print_json({"summary": status.summary, "codebases": codebases})
+            state = {name: daemon[name] for name in ("running", "version", "pid") if name in daemon}
+            print_json({"summary": status.summary, "codebases": codebases, "daemon": state})
         elif status.codebases:
-            rows = [("CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL")]
-            for e in status.codebases:
-                label, age = label_for((e.project, e.codebase)), format_age(e.last_sync_age)
-                rows.append((label, e.status, age, str(e.active_tasks), e.detail))
-            self.screen.print_table(rows, COLORS)
-        else:
+            notes = replaced_problems(self.home, set(keys), time.time())
+            view = StatusView(self.home, status, daemon, notes, self.args.all or bool(self.args.codebases))
+            for line in view.format(self.screen.width):
+                print(self.screen.paint_words(line, STATE_COLORS))
+        elif not failed:
             say(NO_CODEBASES)
         failed = max(failed, report_all(status.stray))
         if failed or any(entry.status == State.ERROR for entry in status.codebases):
@@ -9483,6 +9587,7 @@ COMMANDS = {
         (
             CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
             argument("--project", help="only this project's codebases"),
+            switch("--all", help="list those that are current, too"),
             switch("--check", help="exit 1 if sync would write anything"),
             JSON,
         ),

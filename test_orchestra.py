@@ -5590,19 +5590,6 @@ def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Call
     assert entry["last_sync_age"] in range(60)
 
 
-def test_status_is_a_table_with_what_is_wrong(home: Home) -> None:
-    home.make_codebase("shop/api")
-    home.make_codebase("blog/site", {"CLAUDE.md": block() + b"\n" + block()})
-    home.sync("shop/api")
-    ran = home.run("status")
-    lines = [re.split(r" {2,}", line) for line in ran.out.splitlines()]
-    assert lines[0] == ["CODEBASE", "STATUS", "LAST SYNC", "TASKS", "DETAIL"]
-    assert lines[1][:4] == ["blog/site", "error", "never", "0"] and lines[1][4].startswith("CLAUDE.md: expected one")
-    assert lines[2][:2] == ["shop/api", "current"] and re.fullmatch(r"\d s ago", lines[2][2])
-    assert home.run("status", "--project", "shop").out.count("\n") == 2
-    assert home.run("status", "--project", "nope").status == 2
-
-
 def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
     text = "\x1b[2J\x07 \x9b31m \u202e\u200b tab\t lone\r cr \u65e5\xe9"
     home.make_codebase("shop/api", {CLINE: f"{text}\r\n"}, targets=["cline"])
@@ -10598,7 +10585,114 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
 # ── 36 Doctor ─────────────────────────────────────────────────────────────────
 
 
-# ── 37 Live status ────────────────────────────────────────────────────────────
+# ── 37 Status screen ──────────────────────────────────────────────────────────
+
+
+def make_troubled(home: Home) -> None:
+    """Make a codebase in each state."""
+    for label in ("bank/web", "shop/api", "shop/infra", "shop/gone", "tools/日本", "tools/fine", "tools/link"):
+        home.make_codebase(label, targets=["claude"])
+    home.sync()
+    edit(home.code / "shop/api/CLAUDE.md", "# api", "# mine")
+    home.register("bank/web", targets=["claude"], conventions=["one"])
+    home.write_registry("shop/infra.yaml", home.file("shop/infra").read_text() + "notes:\n- a: b\n")
+    shutil.rmtree(home.code / "shop/gone")
+    (home.code / "tools/link/CLAUDE.md").unlink()
+    (home.code / "tools/link/CLAUDE.md").symlink_to("README.md")
+    home.register("tools/日本", targets=["claude", "codex"])
+    home.make_codebase("shop/new", targets=["claude"])
+    age = orchestra.now_rfc3339(lambda: time.time() - 7300)
+    for file in Path(orchestra.hashes_root(home.path)).glob("*/*.json"):
+        file.write_text(re.sub('"synced_at": *"[^"]*"', f'"synced_at": "{age}"', file.read_text()))
+
+
+TROUBLED = """\
+8 codebases in 3 projects: 2 current, 3 to sync, 1 edited by hand, 1 absent, 1
+broken
+daemon: not running (orchestra daemon start)
+
+CODEBASE    STATE    SYNCED   WHAT
+shop/infra  broken   2 h ago  infra.yaml:6: notes[0]: needs quotes, because it
+                              contains ": "
+shop/api    edited   2 h ago  CLAUDE.md
+bank/web    stale    2 h ago  registry changed: CLAUDE.md
+tools/日本  stale    2 h ago  registry changed: AGENTS.md
+shop/new    new      never
+tools/link  current  2 h ago  CLAUDE.md: skipped: it is a symbolic link to
+                              README.md
+
+next: orchestra edit shop/infra    then: orchestra diff shop/api
+"""
+
+
+def test_status_shows_what_needs_attention_in_80_columns(home: Home) -> None:
+    make_troubled(home)
+    home.environ["COLUMNS"] = "80"
+    ran = home.run("status")
+    assert (ran.status, ran.err) == (2, "") and ran.out.splitlines() == TROUBLED.splitlines()
+    home.environ["CLICOLOR_FORCE"] = "1"
+    assert re.sub(r"\x1b\[\d*m", "", home.run("status").out) == ran.out != home.run("status").out
+    del home.environ["CLICOLOR_FORCE"], home.environ["COLUMNS"]
+    more = home.run("status", "--all").out
+    assert "tools/fine  current  2 h ago\n" in more and "shop/gone: the folder is missing\n" in more
+    assert len(more.splitlines()) == 3 + 8 + 2  # in a pipe, nothing is wrapped
+
+
+STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
+    "nothing to do": ([add_it(), sync_it], ""),
+    "never synced": ([add_it()], "next: orchestra sync shop/api"),
+    "edited": ([add_it(), sync_it, change_file("CLAUDE.md", edit_block)], "next: orchestra diff shop/api    then: "
+               "orchestra sync shop/api"),
+    "several": ([add_it(), lambda home: home.make_codebase("shop/b")], "next: orchestra sync --all"),
+    "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "next: orchestra edit shop/api"),
+    "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STEPS)
+def test_status_says_what_to_type_next(home: Home, state: str) -> None:
+    steps, said = STEPS[state]
+    for step in steps:
+        step(home)
+    last = home.run("status").out.splitlines()[-1]
+    assert last == (said or "daemon: not running (orchestra daemon start)")
+
+
+@pytest.mark.parametrize(
+    ("reply", "line"),
+    [
+        ({"running": False}, "daemon: not running (orchestra daemon start)"),
+        ({"running": True, "started_at_unix": 0, "version": orchestra.__version__}, "daemon: running 16 min"),
+        (
+            {"running": True, "started_at_unix": 2000, "version": "0.0.1"},
+            f"daemon: running 0 s, 0.0.1 (installed: {orchestra.__version__} - orchestra daemon restart)",
+        ),
+        ({"running": True, "problem": "busy"}, "daemon: busy"),
+    ],
+)
+def test_status_has_a_line_on_the_daemon(reply: dict[str, Any], line: str) -> None:
+    assert orchestra.describe_daemon(reply, Clock()) == line
+
+
+def test_status_asks_the_daemon_and_tells_of_replaced_text(served: Home) -> None:
+    root = served.make_codebase(targets=["claude"])
+    wait_until(lambda: served.has("x") or (root / "CLAUDE.md").exists())
+    edit(root / "CLAUDE.md", "# api", "# mine")
+    served.register(targets=["claude"], notes=["next"])
+    wait_until(lambda: served.has("next"))
+    wait_until(lambda: "note: shop/api: CLAUDE.md: hand-written text was replaced" in served.run("status").out)
+    assert re.match("1 codebase in 1 project: 1 current\ndaemon: running \\d+ s\n", served.run("status").out)
+    daemon = json.loads(served.run("status", "--json").out)["daemon"]
+    assert daemon == {"running": True, "version": orchestra.__version__, "pid": served.answers()}
+
+
+def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
+    live.make_codebase()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(live.socket)
+        listener.listen()
+        started = time.monotonic()
+        assert "daemon: " in live.run("status").out and time.monotonic() - started < 10
 
 
 # ── 38 Commands ───────────────────────────────────────────────────────────────
