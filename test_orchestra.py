@@ -10635,7 +10635,7 @@ def test_status_shows_what_needs_attention_in_80_columns(home: Home) -> None:
     del home.environ["CLICOLOR_FORCE"], home.environ["COLUMNS"]
     more = home.run("status", "--all").out
     assert "tools/fine  current  2 h ago\n" in more and "shop/gone: the folder is missing\n" in more
-    assert len(more.splitlines()) == 3 + 8 + 2  # in a pipe, nothing is wrapped
+    assert len(more.splitlines()) == 4 + 8 + 2  # in a pipe, nothing is wrapped
 
 
 STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
