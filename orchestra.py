@@ -6727,6 +6727,7 @@ class Request(NamedTuple):
     codebase: Optional[str] = None
 
 
+@functools.lru_cache(4)  # clients that poll send one line again and again
 def parse_request(line: bytes) -> Request:
     """Parse one line; raises ProtocolError, whose `closes` ends the connection."""
     try:
@@ -7760,6 +7761,7 @@ class Daemon:
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
         self._stop_by = 0.0
+        self._told: Optional[tuple[RegistryCache, list[Any], bytes]] = None  # the last status
         with ExitStack() as opened:
             self._socket = DaemonSocket(home, self._started_at)
             opened.callback(self._socket.close)
@@ -7817,12 +7819,16 @@ class Daemon:
         """Wait for what comes next, at most `timeout` seconds, and do it."""
         for key, mask in self._selector.select(self._time_left() if timeout is None else timeout):
             key.data(mask)
-        if not self._is_stopping:
+        if not self._is_stopping and self._clock() >= self._next_due():
             self._do_due()
 
     def _time_left(self) -> float:
         if self._is_stopping:
             return 0.05  # seconds: the worker ends a moment after its last wake-up
+        return max(0.0, self._next_due() - self._clock())
+
+    def _next_due(self) -> float:
+        """Return when `_do_due` will have something to do, in the clock's seconds."""
         deadlines = [
             self._rescan_at,
             self._staleness_at,
@@ -7830,7 +7836,7 @@ class Daemon:
             self._schedule.next_due(),
             self._server.next_expiry(),
         ]
-        return max(0.0, min(at for at in deadlines if at is not None) - self._clock())
+        return min(at for at in deadlines if at is not None)
 
     def _do_due(self) -> None:
         now = self._clock()
@@ -7932,7 +7938,7 @@ class Daemon:
 
     def handle_request(self, request: Request, client: Client) -> None:
         if request.cmd == "status":
-            client.unsent += encode_reply(self.status())
+            client.unsent += self._encode_status()
         elif request.cmd == "stop":
             client.unsent += encode_reply({"stopping": True})
             self._stop("socket")
@@ -7948,9 +7954,24 @@ class Daemon:
             raise ProtocolError(f"the daemon's queue is full ({QUEUE_SIZE} jobs): try again")
         client.state = Client.WAITING
 
-    def status(self) -> dict[str, Any]:
+    def _look(self) -> tuple[RegistryCache, list[Problem], int]:
+        """Return what changes in a status: a frozen cache, replaced text, the queue."""
         cache = self._worker.cache
-        problems = [*cache.problems, *replaced_problems(self.home, cache.names, self._wall_clock())]
+        replaced = replaced_problems(self.home, cache.names, self._wall_clock())
+        return cache, replaced, self._worker.jobs.qsize()
+
+    def _encode_status(self) -> bytes:
+        """Encode the status, or return the last reply if nothing has changed."""
+        cache, *rest = found = self._look()
+        if self._told is None or self._told[0] is not cache or self._told[1] != rest:
+            self._told = cache, rest, encode_reply(self._describe(*found))
+        return self._told[2]
+
+    def status(self) -> dict[str, Any]:
+        return self._describe(*self._look())
+
+    def _describe(self, cache: RegistryCache, replaced: list[Problem], queue_depth: int) -> dict[str, Any]:
+        problems = [*cache.problems, *replaced]
         return {
             "running": True,
             "label": DAEMON_LABEL,
@@ -7963,7 +7984,7 @@ class Daemon:
             "pid": os.getpid(),
             "watcher": self._watcher.backend.name,
             "last_sync_at_unix": cache.last_sync_at,
-            "queue_depth": self._worker.jobs.qsize(),
+            "queue_depth": queue_depth,
             "problems": [{"where": p.where, "message": p.message} for p in problems],
             "absent": sorted(cache.names[key] for key in cache.absent),
         }

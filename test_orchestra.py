@@ -7837,6 +7837,26 @@ def test_socket_protocol_status_and_stop_over_in_memory_channels(live: Home, tur
     turn_until(turned, lambda: turned.is_done)
 
 
+def test_a_status_is_encoded_again_only_when_it_has_changed(live: Home, edited: Edited) -> None:
+    daemon = edited.daemon
+    queue = [orchestra.SyncJob(orchestra.SyncTarget.all(), orchestra.Source.SOCKET)] * 2
+
+    def told() -> Any:
+        reply = daemon._encode_status()
+        assert daemon._encode_status() is reply and json.loads(reply)["data"] == daemon.status()
+        return json.loads(reply)["data"]
+
+    assert len(told()["problems"]) == 1
+    edited.run("restore", "api")  # by another process
+    assert told()["problems"] == []
+    live.save("shop/web")
+    turn_until(daemon, lambda: "web" in told()["codebases"] and told()["queue_depth"] == 0)
+    with orchestra.Lock(orchestra.codebase_lock_path(live.path, API)):
+        assert all(map(daemon._worker.submit, queue))
+        wait_until(lambda: told()["queue_depth"] == 1)
+    turn_until(daemon, lambda: told()["queue_depth"] == 0)
+
+
 def write_in_pieces(file: Path, *pieces: str) -> Iterator[None]:
     with open(file, "w") as out:
         for piece in pieces:
