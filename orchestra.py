@@ -4392,13 +4392,22 @@ def _render_role(role: AgentRole) -> str:
     return f"- {one_line(role.agent_id)}{entry}{skills}"
 
 
+def _render_stack(codebase: Codebase) -> list[str]:
+    """List the parts, unless all they say is that the codebase is a backend."""
+    parts = [(part.name, part.project_type) for part in codebase.projects]
+    return [] if parts == [(codebase.name, "backend")] else [f"- {one_line(name)}: {kind}" for name, kind in parts]
+
+
+def render_head(codebase: Codebase) -> str:
+    """Write what a file begins with, unless the user's own text is there to say it."""
+    description = paragraphs(codebase.description)
+    return f"# {one_line(codebase.name)}\n" + (f"\n{description}\n" if description else "")
+
+
 def render_body(codebase: Codebase) -> str:
-    """Write what every agent is told about a codebase, in Markdown."""
-    parts = [f"# {one_line(codebase.name)}"]
-    if codebase.description:
-        parts.append(paragraphs(codebase.description))
+    """Write all else that an agent is told about a codebase, "" if that is nothing."""
     sections = (
-        ("Stack", [f"- {one_line(c.name)}: {c.project_type}" for c in codebase.projects]),
+        ("Stack", _render_stack(codebase)),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
         ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
         ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
@@ -4406,8 +4415,8 @@ def render_body(codebase: Codebase) -> str:
         ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
-    parts += [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") for title, lines in sections if lines]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") + "\n" for title, lines in sections if lines]
+    return "\n".join(parts)
 
 
 def targets_of(codebase: Codebase) -> tuple[str, ...]:
@@ -4559,22 +4568,30 @@ def is_sealed(agent: Agent, text: bytes) -> bool:
 # Rendering, reading, inserting and removing managed text
 
 
-def render_files(codebase: Codebase, importing: Container[str] = ()) -> dict[str, bytes]:
+def render_files(codebase: Codebase, beside: Container[str] = (), importing: Container[str] = ()) -> dict[str, bytes]:
     """Render each target's managed text: an owned file, or the block of a shared one.
 
-    Those at `importing` get a line that imports the user's file which they hide.
+    Blocks `beside` the user's own text are left without a head, and are b"" if nothing
+    remains. Those at `importing` get a line that imports the user's file which they
+    hide.
     """
 
     def seal(text: str) -> str:
         return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
 
-    body = render_body(codebase)
+    head, body = render_head(codebase), render_body(codebase)
+    whole = seal(f"{head}\n{body}" if body else head)
     title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
-    sealed, files = seal(body), {}
+    files = {}
     for agent in (AGENTS[target] for target in targets_of(codebase)):
-        text = seal(f"{body}\n@{agent.hides}\n") if agent.path in importing else sealed
-        whole = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
-        files[agent.path] = whole.encode("utf-8", "replace")
+        text = whole
+        if agent.path in importing:
+            text = seal(f"{body}\n@{agent.hides}\n".lstrip("\n"))
+        elif agent.path in beside:
+            text = seal(body) if body else ""
+        if text:
+            text = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
+        files[agent.path] = text.encode("utf-8", "replace")
     return files
 
 
@@ -4594,6 +4611,13 @@ def managed_text(agent: Agent, data: bytes) -> Optional[bytes]:
         check_merge(data, markers[0].start, markers[-1].end)
     block = find_block(data)
     return None if block is None else data[block]
+
+
+def has_own_text(data: bytes) -> bool:
+    """Return whether a shared file has text of the user's; raises SyncError."""
+    block = find_block(data)
+    around = data if block is None else data[: block.start] + data[block.stop :]
+    return bool(around.replace(BOM, b"").strip())
 
 
 def newline_of(data: bytes) -> bytes:
@@ -4683,7 +4707,7 @@ class Record(NamedTuple):
     """
 
     synced_at: str = ""
-    files: Mapping[str, str] = {}  # the hash of the managed text at each path
+    files: Mapping[str, str] = {}  # the hash of the managed text at each path, "" for none
     earlier: Mapping[str, Sequence[str]] = {}  # those before it, the newest first
     joins: Mapping[str, str] = {}  # what joins an appended block to the user's text
     folders: Sequence[str] = ()  # made for managed files
@@ -4814,7 +4838,11 @@ def is_own_seal(home: str, seal: str) -> bool:
 #     not known    a text     replace   is backed up, then replaced
 #     known        none       remove    is removed: Orchestra wrote it
 #     not known    none       release   stays, and is the user's from now on
-#     not known    none       evict     (a block, in a purge) is backed up, then removed
+#     not known    none       evict     (a block, in a purge or in a target's file) is
+#                                       backed up, then removed
+#
+# No text is wanted in a target's file where the user's own is, and the registry has
+# nothing to add to it. The record then has "" for the file: it was left so on purpose.
 #
 # A file that cannot safely be read or written is skipped, with a problem or a note.
 #
@@ -4861,7 +4889,7 @@ class FilePlan(NamedTuple):
     action: str
     before: Disk = ABSENT
     after: Optional[bytes] = None
-    digest: str = ""  # of the managed text in `after`
+    digest: Optional[str] = None  # of the text wanted there; "" if the user's says it all
     join: Optional[str] = None  # set where a block is appended
     note: str = ""
     problem: Optional[Problem] = None
@@ -4930,6 +4958,7 @@ class Look(NamedTuple):
     text: Optional[bytes] = None  # the managed text
     digest: Optional[str] = None  # its hash
     resolved: str = ""  # the path, with all links in its folders followed
+    has_own_text: bool = False  # the user's, outside the block of a shared file
     note: str = ""  # why it is skipped
     problem: Optional[Problem] = None
 
@@ -5010,8 +5039,10 @@ def look_at(root: str, path: str) -> Look:
         link = _read_link_text(place, disk.data)
         if link:
             return Look(disk, resolved=place, note=f"skipped: git wrote it in place of a symbolic link to {link}")
-        text = managed_text(AGENTS_BY_PATH[path], disk.data) if disk.kind == "file" else None
-        return Look(disk, text, None if text is None else digest_of(text), place)
+        agent = AGENTS_BY_PATH[path]
+        text = managed_text(agent, disk.data) if disk.kind == "file" else None
+        digest = None if text is None else digest_of(text)
+        return Look(disk, text, digest, place, not agent.owned and has_own_text(disk.data))
     except (OrchestraError, OSError) as error:
         return Look(disk, problem=Problem.from_error(error, path))
 
@@ -5113,15 +5144,6 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
     return root
 
 
-def _has_own_text(data: bytes) -> bool:
-    """Return whether a shared file has text of the user's."""
-    try:
-        block = find_block(data)
-    except SyncError:
-        return False
-    return bool(data.strip() if block is None else data[: block.start].strip() or data[block.stop :].strip())
-
-
 def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
     """List the digests known at a path; records of earlier versions have exact ones."""
     known = record.known(path)
@@ -5155,13 +5177,14 @@ class Planner:
         self._owners = owners
         self._mode = mode
         self._targets = [AGENTS[target].path for target in targets_of(codebase)]
+        self._beside: list[str] = []  # files that have the user's own text
         self._importing: list[str] = []  # files that import the one they hide
         self._root = ""
         self._record = Record()
 
     @functools.cached_property
     def _texts(self) -> Mapping[str, bytes]:
-        return render_files(self._codebase, self._importing)
+        return render_files(self._codebase, self._beside, self._importing)
 
     @functools.cached_property
     def _sparse(self) -> Sparse:
@@ -5181,11 +5204,13 @@ class Planner:
         former = self._plan_former()
         wanted = [] if is_purge else self._targets
         looks = self._look_at_files(wanted)
+        self._beside = [path for path in wanted if looks[path].has_own_text]
         self._importing = self._find_importing(wanted, looks)
-        inputs = f"{program_stamp()} {len(self._importing)} {label_for(key)} {self._codebase.digest}"
+        surroundings = ",".join([*self._beside, "", *self._importing])
+        inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(wanted, looks, inputs)
         files = tuple(
-            self._plan_wanted(path, look, digests.get(path, ""))
+            self._plan_wanted(path, look, digests[path])
             if path in wanted and not (look.note or look.problem)
             else _plan_unwanted(path, look, self._record, evict=is_purge)
             for path, look in looks.items()
@@ -5259,9 +5284,9 @@ class Planner:
         found = []
         for path in wanted:
             hidden = AGENTS_BY_PATH[path].hides
-            if hidden and not _has_own_text(looks[path].disk.data):
+            if hidden and not looks[path].has_own_text:
                 look = looks.get(hidden) or look_at(self._root, hidden)
-                found += [path] if _has_own_text(look.disk.data) else []
+                found += [path] if look.has_own_text else []
         return found
 
     def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], inputs: str) -> Mapping[str, str]:
@@ -5269,22 +5294,25 @@ class Planner:
         recorded = self._record.files
         # The record may be damaged, so it counts only if it agrees with the disk.
         if inputs == self._record.inputs and all(
-            looks[path].note or looks[path].digest == recorded.get(path, "") for path in wanted
+            looks[path].note or recorded.get(path) == (looks[path].digest or "") for path in wanted
         ):
             return recorded
-        return {path: digest_of(text) for path, text in self._texts.items()} if wanted else {}
+        return {path: digest_of(text) if text else "" for path, text in self._texts.items()} if wanted else {}
 
     def _plan_wanted(self, path: str, look: Look, digest: str) -> FilePlan:
         agent, before, text = AGENTS_BY_PATH[path], look.disk, look.text or b""
-        action = decide(look.digest, _known_digests(self._record, path, look), digest)
+        action = decide(look.digest, _known_digests(self._record, path, look), digest or None, evict=True)
         if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.resolved):
             return FilePlan(path, Action.SKIP, before, note="skipped: it is outside git's sparse checkout")
         if action == Action.REPLACE and is_reformatted(text, self._texts[path]):
             action = Action.KEEP
-        is_foreign = action == Action.REPLACE and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
+        is_unknown = action in Action.BACKED_UP
+        is_foreign = is_unknown and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
             note = f"{FOREIGN}; to replace it: orchestra sync {label_for(self._codebase.key)}"
             return FilePlan(path, Action.SKIP, before, note=note, is_foreign=True)
+        if not digest:
+            return _plan_unwanted(path, look, self._record, evict=True)._replace(digest="")
         if action == Action.KEEP:
             after, join = before.data, None
         else:
@@ -5298,7 +5326,7 @@ class Planner:
             file.action == Action.KEEP and record.files.get(file.path) == file.digest for file in files
         ):
             return record
-        new_files = {file.path: file.digest for file in files if file.digest}
+        new_files = {file.path: file.digest for file in files if file.digest is not None}
         new_files.update({f.path: record.files[f.path] for f in files if f.problem and f.path in record.files})
         earlier = dict(record.earlier)
         for path in {**record.files, **new_files}:
@@ -5474,7 +5502,7 @@ class CodebaseTurn(Turn):
             when = self.back_up(file.path, before, Reason.EDITED)
             restore = f"orchestra restore {label_for(self.key)} {file.path} --at {when}"
             note = f"the replaced version is kept; to get it back: {restore}"
-            if file.action == Action.EVICT:  # the codebase is no longer registered
+            if file.digest is None and file.action == Action.EVICT:  # in a purge: it is no longer registered
                 kept = os.path.join(backups_of(self.home, self.key), when, file.path)
                 note = f"the replaced version is kept as {shorten_home(self.home, kept)}"
             file = file._replace(note="; ".join(filter(None, [note, file.note])))
@@ -5760,12 +5788,13 @@ class Status(NamedTuple):
 
 def _name_change(file: FilePlan, record: Record) -> str:
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
-        return "no longer wanted"
-    if record.files.get(file.path) != file.digest or file.action == Action.UPDATE:
-        return "registry changed"
-    if file.action == Action.CREATE:
-        return "missing" if file.before.kind == "absent" else "block missing"
-    return "edited by hand"
+        return "no longer wanted" if file.digest is None else "block no longer needed"
+    recorded = record.files.get(file.path)
+    if file.action == Action.CREATE and recorded is not None and file.before.kind == "absent":
+        return "missing"
+    if file.action == Action.CREATE and recorded:
+        return "block missing"
+    return "registry changed" if recorded != file.digest or file.action == Action.UPDATE else "edited by hand"
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
@@ -5781,6 +5810,7 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
         "missing": State.STALE,
         "block missing": State.STALE,
         "registry changed": State.STALE,
+        "block no longer needed": State.STALE,
         "edited by hand": State.MODIFIED,
         "no longer wanted": State.ORPHAN,
     }

@@ -489,7 +489,8 @@ class Home:
         return self.projects / name
 
     def register(self, label: str = "shop/api", **values: Any) -> Path:
-        named = {"name": label.split("/")[1], "path": str(self.code / label)}
+        """Register a codebase by hand; its text says at least a note, unless it is to say nothing."""
+        named = {"name": label.split("/")[1], "path": str(self.code / label), "notes": ["noted"]}
         return self.write_registry(f"{label}.yaml", {**named, **values})
 
     def make_codebase(self, label: str = "shop/api", files: dict[str, Any] = {}, **values: Any) -> Path:
@@ -3083,15 +3084,15 @@ def test_hostile_text_neither_ends_the_block_nor_makes_the_next_sync_write(home:
     assert home.status_of() == "current"
 
 
-FULL = """\
+HEAD = """\
 # api
 
 Orders.
 
-## Stack
+Built with: make.
+"""
 
-- api: backend
-
+BODY = """\
 ## Commands
 
 - build: `make`
@@ -3140,19 +3141,59 @@ def test_a_full_codebase_reads_well() -> None:
     )
     roles = (orchestra.AgentRole("reviewer", "AGENT/reviewer.md", ("rust", "go")), orchestra.AgentRole("idle"))
     codebase = codebase_with(
-        description="Orders.",
+        description="Orders.\n\nBuilt with: make.\n",
         commands=(("build", "make"), ("both", "make\nmake test\n")),
         conventions=("Money is cents", "Two\nlines"),
         notes=("see @README.md",),
         skills=(orchestra.Skill("sql", "Postgres 16"), orchestra.Skill("git")),
         projects=(orchestra.Component("api", "backend", tasks, roles),),
     )
-    assert orchestra.render_body(codebase) == FULL
-    seal = hashlib.sha256(b" ".join(FULL.encode().split())).hexdigest()[:8]
-    banner = f"<!-- Written by Orchestra ({seal}); edits are lost: use `orchestra edit`. -->"
+    assert orchestra.render_head(codebase) == HEAD
+    assert orchestra.render_body(codebase) == BODY
+    assert orchestra.render_files(codebase)["AGENTS.md"].decode() == sealed_block(f"{HEAD}\n{BODY}")
+
+
+def sealed_block(text: str) -> str:
+    """Make the block that holds a text, as the issue tracker's example has it."""
+    digits = hashlib.sha256(b" ".join(text.encode().split())).hexdigest()[:8]
+    banner = f"<!-- Written by Orchestra ({digits}); edits are lost: use `orchestra edit`. -->"
     assert len(banner) <= 80
-    whole = f"{orchestra.BLOCK_BEGIN}\n\n{banner}\n\n{FULL}\n{orchestra.BLOCK_END}"
-    assert orchestra.render_files(codebase)["AGENTS.md"].decode() == whole
+    return f"<!-- orchestra:begin -->\n\n{banner}\n\n{text}\n<!-- orchestra:end -->"
+
+
+@pytest.mark.parametrize(
+    ("parts", "stack"),
+    [
+        ([], ""),
+        ([("api", "backend")], ""),
+        ([("api", "frontend")], "- api: frontend\n"),
+        ([("server", "backend")], "- server: backend\n"),
+        ([("api", "backend"), ("web", "frontend")], "- api: backend\n- web: frontend\n"),
+        ([("api", "backend"), ("api", "backend")], "- api: backend\n- api: backend\n"),
+    ],
+)
+def test_the_stack_is_told_where_it_says_more_than_that_this_is_a_backend(parts: Any, stack: str) -> None:
+    codebase = codebase_with(projects=tuple(orchestra.Component(*part) for part in parts))
+    assert orchestra.render_body(codebase) == (f"## Stack\n\n{stack}" if stack else "")
+
+
+@pytest.mark.parametrize(
+    ("beside", "importing", "notes", "text"),
+    [
+        ((), (), ("n",), "# api\n\nOrders.\n\n## Notes\n\n- n\n"),
+        ((), (), (), "# api\n\nOrders.\n"),
+        (("CLAUDE.md",), (), ("n",), "## Notes\n\n- n\n"),
+        (("CLAUDE.md",), (), (), ""),
+        ((), ("CLAUDE.md",), ("n",), "## Notes\n\n- n\n\n@AGENTS.md\n"),
+        ((), ("CLAUDE.md",), (), "@AGENTS.md\n"),
+    ],
+)
+def test_a_block_has_no_head_beside_the_users_text_and_none_that_says_nothing_is_written(
+    beside: Any, importing: Any, notes: Any, text: str
+) -> None:
+    files = orchestra.render_files(codebase_with(description="Orders.", notes=notes), beside, importing)
+    assert files["CLAUDE.md"].decode() == (sealed_block(text) if text else "")
+    assert files["AGENTS.md"].startswith(b"<!-- orchestra:begin -->\n") and b"# api\n\nOrders.\n" in files["AGENTS.md"]
 
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
@@ -3927,7 +3968,7 @@ def test_bytes_outside_the_block_survive_repeated_syncs(home: Home, original: by
     file.write_bytes(file.read_bytes() + tail)
     after = file.read_bytes().split(END)[-1]
     for number in range(4):
-        home.register("shop/api", targets=["codex"], description=f"version {number}")
+        home.register("shop/api", targets=["codex"], notes=[f"version {number}"])
         assert home.sync().lines == ["update   shop/api AGENTS.md"]
         data = file.read_bytes()
         assert data.startswith(head) and data.endswith(after) and f"version {number}".encode() in data
@@ -3939,7 +3980,7 @@ def test_bytes_outside_the_block_survive_repeated_syncs(home: Home, original: by
 @pytest.mark.parametrize("how", ["purge", "drop"])
 def test_taking_the_block_out_restores_the_original_bytes(home: Home, original: bytes, how: str) -> None:
     root = home.make_synced("shop/api", {"AGENTS.md": original})
-    home.register("shop/api", description="another version")
+    home.register("shop/api", notes=["another version"])
     home.sync()
     if how == "purge":
         home.run_fine("project", "remove", "api", "--purge")
@@ -4002,7 +4043,7 @@ def test_an_older_text_brought_back_by_git_is_updated_without_a_backup(home: Hom
     root = home.make_codebase("shop/api", targets=["claude"])
     texts = []
     for number in range(4):
-        home.register("shop/api", targets=["claude"], description=f"version {number}")
+        home.register("shop/api", targets=["claude"], notes=[f"version {number}"])
         home.sync()
         texts.append((root / "CLAUDE.md").read_bytes())
     for text in texts[:-1]:
@@ -4016,7 +4057,7 @@ def test_an_older_text_is_remembered_only_so_far(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["claude"])
     first = (root / "CLAUDE.md").read_bytes()
     for number in range(orchestra.MAX_EARLIER + 1):
-        home.register("shop/api", targets=["claude"], description=f"version {number}")
+        home.register("shop/api", targets=["claude"], notes=[f"version {number}"])
         home.sync()
     (root / "CLAUDE.md").write_bytes(first)
     home.sync()
@@ -4352,7 +4393,7 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
 def test_the_text_in_a_copy_of_the_old_folder_is_known(home: Home) -> None:
     root = home.make_synced("shop/api", {"code.py": ""}, targets=["codex"])
     other = Path(shutil.copytree(root, home.code / "other"))
-    home.register("shop/api", path=str(other), targets=["codex"], description="new")
+    home.register("shop/api", path=str(other), targets=["codex"], notes=["new"])
     assert "update   shop/api AGENTS.md" in home.sync().lines and home.backups() == {}
 
 
@@ -4432,7 +4473,7 @@ def test_a_managed_file_that_is_too_large_is_an_error_for_it_alone(home: Home, p
     root = home.make_codebase("shop/api", {path: b"x" * orchestra.MAX_MANAGED_FILE}, targets=["claude", target])
     assert home.run("sync", "--all").status == 0
     os.truncate(root / path, orchestra.MAX_MANAGED_FILE + 1)
-    home.register("shop/api", targets=["claude", target], description="new")
+    home.register("shop/api", targets=["claude", target], notes=["new"])
     ran = home.run("sync", "--all")
     assert ran.complaints == [f"orchestra: shop/api: {path}: expected at most 8 MiB, got more"]
     assert ran.lines == ["update   shop/api CLAUDE.md"]
@@ -4522,12 +4563,98 @@ def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: An
 def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
     root = home.make_synced()
     agents = root / "AGENTS.md"
-    generated = agents.read_bytes()
-    agents.write_bytes(b"mine\n" + generated)
-    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
-    agents.write_bytes(generated)
-    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    agents.write_bytes(b"mine\n" + agents.read_bytes())
+    assert home.sync().lines == ["update   shop/api CLAUDE.md", "update   shop/api AGENTS.md"]
+    agents.write_bytes(agents.read_bytes()[len(b"mine\n") :])
+    assert home.sync().lines == ["update   shop/api CLAUDE.md", "update   shop/api AGENTS.md"]
     assert home.backups() == {}
+
+
+# Files where the user has said it all
+
+
+def test_a_block_comes_where_there_is_something_to_add_and_goes_with_it(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"AGENTS.md": "mine\n", "x": ""}, targets=["codex"], notes=[])
+    file = root / "AGENTS.md"
+
+    def say(*notes: str) -> None:
+        home.register("shop/api", targets=["codex"], description="Orders.", notes=notes)
+
+    steps: list[tuple[Callable[[], Any], list[str], bytes]] = [
+        (lambda: None, [], b"mine\n"),
+        (lambda: say("n"), ["append"], b"mine\n\n" + sealed_block("## Notes\n\n- n\n").encode() + b"\n"),
+        (lambda: say(), ["remove"], b"mine\n"),
+        (file.unlink, ["create"], sealed_block("# api\n\nOrders.\n").encode() + b"\n"),
+        (lambda: file.write_bytes(b"me\n" + file.read_bytes()), ["remove"], b"me\n"),
+        (
+            lambda: file.write_bytes(BOM + b"\n"),
+            ["append"],
+            BOM + b"\n\n" + sealed_block("# api\n\nOrders.\n").encode(),
+        ),
+        (lambda: file.write_bytes(b"you\n"), [], b"you\n"),
+    ]
+    for act, verbs, data in steps:
+        act()
+        assert [line.split()[0] for line in home.sync().lines] == verbs
+        assert file.read_bytes().rstrip(b"\n") == data.rstrip(b"\n")
+        before = tree(home.folder)
+        assert (home.sync().lines, home.status_of(), home.run_fine("diff", "api").out) == ([], "current", "")
+        assert home.run("sync", "--all", "--check").status == 0 and tree(home.folder) == before
+    assert home.backups() == {}
+    home.run_fine("project", "remove", "api", "--purge")
+    assert contents(root) == {"AGENTS.md": b"you\n", "x": b""}
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_an_edited_block_with_nothing_left_to_say_is_backed_up_and_an_old_one_is_not(
+    home: Home, is_known: bool
+) -> None:
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"])
+    old = (root / "AGENTS.md").read_bytes()
+    home.register("shop/api", targets=["codex"], notes=[])
+    assert home.sync().lines == ["remove   shop/api AGENTS.md"]
+    (root / "AGENTS.md").write_bytes(old if is_known else old.replace(b"noted", b"mine as well"))
+    assert home.staleness()["detail"] == "block no longer needed: AGENTS.md"
+    ran = home.sync("--all")
+    assert ran.lines == ["remove   shop/api AGENTS.md"] and contents(root) == {"AGENTS.md": b"mine\n"}
+    assert ("orchestra restore shop/api AGENTS.md" in ran.err) == (not is_known)
+    assert b"mine as well" in home.backups().get("AGENTS.md", b"mine as well") and bool(home.backups()) != is_known
+    if not is_known:
+        home.run_fine("restore", "api")
+        assert b"mine as well" in (root / "AGENTS.md").read_bytes()
+
+
+def test_a_colleagues_block_stays_where_there_is_nothing_to_add(home: Home) -> None:
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"], notes=["one"])
+    first = contents(root)
+    other = other_home(home, targets=["codex"], notes=[])
+    ran = other.sync("--all")
+    assert ran.lines == [] and orchestra.FOREIGN in ran.err and contents(root) == first
+    assert (other.status_of(), other.backups()) == ("current", {})
+    assert other.sync("api").lines == ["remove   shop/api AGENTS.md"]
+    # Who appended it is not known, so its blank line is not either.
+    assert contents(root) == {"AGENTS.md": b"mine\n\n"} and other.backups() == first
+
+
+def test_an_empty_folder_is_refused_even_if_nothing_was_written_there(home: Home) -> None:
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"], notes=[])
+    (root / "AGENTS.md").unlink()
+    ran = home.run("sync", "--all")
+    assert ran.status == 2 and "is its disk mounted?" in ran.err and os.listdir(root) == []
+
+
+def test_a_block_of_an_older_version_is_replaced_without_a_word(home: Home) -> None:
+    older = "# api\n\n## Stack\n\n- api: backend\n\n## Notes\n\n- noted\n"
+    root = home.make_codebase("shop/api", {"AGENTS.md": f"mine\n\n{sealed_block(older)}\n"}, targets=["codex"])
+    digest = orchestra.digest_of(sealed_block(older).encode())
+    record = {"synced_at": "2026-10-01T00:00:00Z", "files": {"AGENTS.md": digest}, "earlier": {}, "folders": []}
+    put_files(
+        Path(home.path, ".orchestra/hashes/shop"),
+        {"api.json": json.dumps({**record, "joins": {"AGENTS.md": "\n"}, "source": "older", "root": str(root)})},
+    )
+    assert home.sync() == Ran(0, "update   shop/api AGENTS.md\n1 written, 0 unchanged in 1 codebase\n", "")
+    assert (root / "AGENTS.md").read_text() == f"mine\n\n{sealed_block('## Notes' + older.partition('## Notes')[2])}\n"
+    assert (home.sync().lines, home.backups()) == ([], {})
 
 
 # Other registries
@@ -4644,8 +4771,10 @@ def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
     file = root / "CLAUDE.md"
     file.write_bytes(b"my own\n" + file.read_bytes() + b"and this\n")
     edited = file.read_bytes()
-    assert home.sync().lines == []
-    assert file.read_bytes() == edited and home.backups() == {}
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"]
+    head, block_then, tail = re.split(BEGIN + b"|" + END, file.read_bytes())
+    assert (head, tail) == (b"my own\n", b"\nand this\n") and b"# api" in edited and b"# api" not in block_then
+    assert home.sync().lines == [] and home.backups() == {}
 
 
 @pytest.mark.parametrize(("target", "path"), [("claude", "CLAUDE.md"), ("cursor", ".cursor/rules/orchestra.mdc")])
@@ -4657,7 +4786,7 @@ def test_an_edit_of_managed_text_is_backed_up_first_and_can_be_restored(
     synced = (root / path).read_bytes()
     edited = edit(root / path, "# api", "# my api")
     if registry_changes:
-        home.register("shop/api", targets=[target], description="new")
+        home.register("shop/api", targets=[target], notes=["new"])
     else:
         assert home.status_of() == "modified"
     ran = home.sync()
@@ -4897,7 +5026,7 @@ def test_line_ends_that_git_turned_into_crlf_are_no_hand_edit(home: Home) -> Non
     for path in ("CLAUDE.md", ".cursor/rules/orchestra.mdc"):
         (root / path).write_bytes((root / path).read_bytes().replace(b"\n", b"\r\n"))
     assert home.sync().lines == []
-    home.register("shop/api", targets=["claude", "cursor"], description="new")
+    home.register("shop/api", targets=["claude", "cursor"], notes=["new"])
     assert {line.split()[0] for line in home.sync().lines} == {"update"}
     assert b"\n" not in (root / "CLAUDE.md").read_bytes().replace(b"\r\n", b"")
 
@@ -5115,7 +5244,7 @@ def test_a_crash_between_record_and_files_is_no_hand_edit(
     home.make_codebase("shop/api", {"AGENTS.md": "mine\n"}, targets=ALL_TARGETS)
     if synced_before:
         home.sync()
-        home.register("shop/api", targets=ALL_TARGETS, description="new")
+        home.register("shop/api", targets=ALL_TARGETS, notes=["new"])
     real, calls = orchestra.CodebaseTurn._write_file, itertools.count()
 
     def write_some(*args: Any) -> orchestra.FilePlan:
@@ -5237,7 +5366,7 @@ def test_nothing_is_written_outside_while_a_folder_is_flipped_to_a_link_and_back
     number = 0
     while number < 11 or time.monotonic() < started + 1:
         number += 1
-        home.register("shop/api", targets=["cursor"] if number % 3 else [], description=f"change {number}")
+        home.register("shop/api", targets=["cursor"] if number % 3 else [], notes=[f"change {number}"])
         home.run("sync", "--all")
     assert flipper.stop() > number
     assert (contents(outside), kept.exists()) == ({}, False)
@@ -5328,7 +5457,7 @@ def test_a_dry_run_of_the_pipeline_writes_nothing(home: Home) -> None:
 
 
 def make_many(home: Home, count: int) -> list[Path]:
-    return [home.make_codebase(f"p{i % 5}/c{i}", {"CLAUDE.md": f"mine {i}\n"}, description="d") for i in range(count)]
+    return [home.make_codebase(f"p{i % 5}/c{i}", {"CLAUDE.md": f"mine {i}\n"}, notes=["d"]) for i in range(count)]
 
 
 def assert_all_complete(home: Home, roots: list[Path]) -> None:
@@ -5411,9 +5540,11 @@ def edit_block(data: bytes) -> bytes:
     return data.replace(b"# api", b"# my api")
 
 
-def drop_notes(data: bytes) -> bytes:
-    return seal(data.replace(b"\n## Notes\n\n- n\n", b""))
+def age_notes(data: bytes) -> bytes:
+    return seal(data.replace(b"- n\n", b"- noted\n"))
 
+
+MINE = {"AGENTS.md": "mine\n"}
 
 # How a codebase came to be as it is, and what status says of it.
 STATES: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
@@ -5421,12 +5552,33 @@ STATES: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "new, among others": ([add_it(files={"CLAUDE.md": "mine", "AGENTS.md": "x\r\n", CLINE: "y"})], "never_synced"),
     "new, nothing wanted": ([add_it([])], "current"),
     "synced": ([add_it(), sync_it], "current"),
-    "text around the block": ([add_it(), sync_it, change_file("CLAUDE.md", lambda d: b"a\n" + d + b"b")], "current"),
+    "text around the block": (
+        [add_it(files={"CLAUDE.md": "mine"}), sync_it, change_file("CLAUDE.md", lambda d: b"a\n" + d + b"b")],
+        "current",
+    ),
+    "text beside our own": ([add_it(), sync_it, change_file("CLAUDE.md", lambda d: b"a\n" + d + b"b")], "stale"),
+    "new, nothing to add": ([add_it(["codex"], MINE, notes=[])], "current"),
+    "nothing to add": ([add_it(["codex"], MINE, notes=[]), sync_it], "current"),
+    "something to add again": ([add_it(["codex"], MINE, notes=[]), sync_it, add_it(["codex"])], "stale"),
+    "nothing left to add": ([add_it(["codex"], MINE), sync_it, add_it(["codex"], notes=[])], "stale"),
+    "nothing to add, edited": (
+        [add_it(["codex"], MINE), sync_it, change_file("AGENTS.md", edit_block), add_it(["codex"], notes=[])],
+        "stale",
+    ),
+    "nothing to add, gone": (
+        [add_it(["codex"], {**MINE, "x": ""}, notes=[]), sync_it, change_file("AGENTS.md", None)],
+        "stale",
+    ),
+    "nothing to add, disk gone": (
+        [add_it(["codex"], MINE, notes=[]), sync_it, change_file("AGENTS.md", None)],
+        "error",
+    ),
+    "nothing to add, dropped": ([add_it(["codex"], MINE, notes=[]), sync_it, add_it([], notes=[])], "current"),
     "registry changed": ([add_it(), sync_it, add_it(notes=["n"])], "stale"),
     "target added": ([add_it(["claude"]), sync_it, add_it(["claude", "cline"])], "stale"),
     "file missing": ([add_it(), sync_it, change_file("GEMINI.md", None)], "stale"),
     "block missing": ([add_it(), sync_it, change_file("GEMINI.md", lambda d: b"mine\n")], "stale"),
-    "older text": ([add_it(), sync_it, add_it(notes=["n"]), sync_it, change_file(CLINE, drop_notes)], "stale"),
+    "older text": ([add_it(), sync_it, add_it(notes=["n"]), sync_it, change_file(CLINE, age_notes)], "stale"),
     "changed and edited": ([add_it(), sync_it, add_it(notes=["n"]), change_file(CLINE, edit_block)], "stale"),
     "block edited": ([add_it(), sync_it, change_file("CLAUDE.md", edit_block)], "modified"),
     "owned file edited": ([add_it(), sync_it, change_file(CLINE, edit_block)], "modified"),
@@ -10979,7 +11131,7 @@ def test_the_script_runs_by_itself(home: Home) -> None:
     assert (ran.status, ran.err) == (0, "")
     assert home.run_script("sync", cwd=home.code / "api").out == "0 written, 2 unchanged in 1 codebase\n"
     assert home.run_script("sync", "--check", "--all").status == 0
-    home.register("shop/api", path=str(home.code / "api"), description="new")
+    home.register("shop/api", path=str(home.code / "api"), notes=["new"])
     assert home.run_script("sync", "--check", "--all").status == 1
     assert home.run_script("status", "--check").status == 1
     assert home.run_script("diff", "api", "--exit-code").status == 1
@@ -11368,6 +11520,14 @@ def edit_everything(home: Home) -> None:
     home.register("shop/web", targets=["claude"], notes=["new"])
 
 
+def say_nothing_more(home: Home) -> None:
+    """Leave two blocks that have nothing to say any more, one of them edited."""
+    files = {"CLAUDE.md": "kestrel\n", "AGENTS.md": "osprey"}
+    root = home.make_synced("shop/api", files, targets=["claude", "codex"])
+    edit(root / "AGENTS.md", "- noted", "- merlin")
+    home.register("shop/api", targets=["claude", "codex"], notes=[])
+
+
 def sync_everything(home: Home) -> None:
     edit_everything(home)
     home.sync()
@@ -11415,6 +11575,12 @@ USER_YAML = (
 FLOW_YAML = "# comment: dunlin\n{{name: api, path: {root}, targets: [claude], # comment: redshank\n mine: plover}}\n"
 SCENARIOS = {
     "sync": Scenario(edit_everything, "sync --all", EDITED_WORDS, EDITED_FILES),
+    "nothing to add": Scenario(
+        say_nothing_more,
+        "sync --all",
+        {"kestrel": "api/CLAUDE.md", "osprey": "api/AGENTS.md", "merlin": ""},
+        ("AGENTS.md",),
+    ),
     "init": Scenario(make_new_folder, "init {root} -p shop --sync", NEW_WORDS),
     "purge": Scenario(
         edit_everything, "project remove shop/api --purge", EDITED_WORDS, EDITED_FILES, register_again, False
@@ -11792,6 +11958,7 @@ def test_a_real_process_killed_at_any_system_call_loses_nothing(stage: Stage) ->
 
 BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
+ONE_OR_TWO = (*NEWLINES, *(newline * 2 for newline in NEWLINES))
 IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
 MANAGED = list(IS_SHARED)
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
@@ -11878,9 +12045,10 @@ class History(Home):
         self.registered: set[str] = set()
         self.broken: set[str] = set()
         self.purged: set[str] = set()
+        self.project_words: list[str] = []
         put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
         for label in ("shop/api", "shop/web"):
-            self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r")}
+            self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r"), "notes": []}
             self.enter(label)
             put_files(self.code / label, {"code.py": ""})
         self.cache = orchestra.RegistryCache.load(self.path)
@@ -12053,7 +12221,7 @@ class History(Home):
 
     def change_registry(self) -> None:
         label, key = self.choose(self.values), self.choose(("targets", "notes", "conventions", "description"))
-        value: Any = self.word("r") if key == "description" else [self.word("r")]
+        value: Any = self.word("r") if key == "description" else [self.word("r")] * self.choose((0, 1))
         if key == "targets":
             value = self.random.sample(ALL_TARGETS, self.choose((0, 1, 2, 3, len(ALL_TARGETS))))
         self.values[label][key] = value
@@ -12061,8 +12229,8 @@ class History(Home):
             self.enter(label)
 
     def change_project(self) -> None:
-        word = self.word("r")
-        self.write_registry("shop/project.yaml", {"name": "shop", "conventions": [word]})
+        self.project_words = [self.word("r")] * self.choose((0, 1))
+        self.write_registry("shop/project.yaml", {"name": "shop", "conventions": self.project_words})
 
     def break_registry(self) -> None:
         label = self.choose(self.values)
@@ -12152,7 +12320,7 @@ class History(Home):
         if a.block is None:
             assert b.block is not None, f"{spot}: {was!r} became {now!r}"
             join = b.head[len(was) :]
-            assert b.head.startswith(was) and join in {b"", *NEWLINES, *(n * 2 for n in NEWLINES)}, f"{spot}: {b}"
+            assert b.head.startswith(was) and join in {b"", *ONE_OR_TWO}, f"{spot}: {b}"
             assert b.tail in NEWLINES, f"{spot}: {b}"
             self.appended.pop(spot, None)
             if old is not None:
@@ -12278,8 +12446,19 @@ class History(Home):
                 continue
             parts = cut_managed(path, file.read_bytes())
             if parts is not None:
-                assert self.values[label]["description"].encode() in (parts.block or b""), f"{file}: {parts}"
+                self.judge_text(label, path, parts)
                 self.ours[label, path].add(with_one_space(parts.block or b""))
+
+    def judge_text(self, label: str, path: str, parts: Parts) -> None:
+        """Check that a block says all that is to be said there, or is gone if that is nothing."""
+        values, block = self.values[label], parts.block or b""
+        words = [*values.get("notes", ()), *values.get("conventions", ()), *self.project_words]
+        is_beside = IS_SHARED[path] and bool((parts.head + parts.tail).replace(BOM, b"").strip())
+        if not is_beside and b"\n@AGENTS.md\n" not in block:
+            words.append(values["description"])
+        assert all(word.encode() in block for word in words), f"{path}: {words}, {parts}"
+        assert not is_beside or bool(words) == (parts.block is not None), f"{path}: {words}, {parts}"
+        assert not is_beside or values["description"].encode() not in block, f"{path}: {parts}"
 
     def restore_copy(self, where: str, old: Seen) -> None:
         """Check that what a sync replaced can be restored, in a copy of the home."""
@@ -12295,8 +12474,10 @@ class History(Home):
         restored = (self.copy / where).read_bytes()
         assert ran.status == 0 and lost <= user_words(restored), f"{where}: {lost} did not come back"
         a, b = cut_up(now), cut_up(restored)
-        if a:
-            assert (b and a.head == b.head) if IS_SHARED[path] else restored == old.data
+        if a and not IS_SHARED[path]:
+            assert restored == old.data
+        elif a:  # a block that was taken out is appended
+            assert b and (a.head == b.head or (a.block is None and b.head in (a.head + n for n in ONE_OR_TWO)))
         shutil.rmtree(self.copy)
 
     def restore(self) -> None:
@@ -12479,10 +12660,10 @@ class Scene:
     def __init__(self, home: Home, text: Optional[str] = "mine\n", target: str = "claude") -> None:
         self.home, self.path = home, orchestra.AGENTS[target].path
         files = {"README.md": ""} if text is None else {"README.md": "", "CLAUDE.md": text}
-        self.root = home.make_codebase("shop/api", files, targets=[target], description="first")
+        self.root = home.make_codebase("shop/api", files, targets=[target], notes=["first"])
         self.file = self.root / self.path
         home.sync()
-        home.register("shop/api", targets=[target], description="second")
+        home.register("shop/api", targets=[target], notes=["second"])
 
     def race(self, before: Acts = (), after: Acts = (), argv: Sequence[str] = ("sync", "--all")) -> Ran:
         """Run a command, with the user's acts around each replacing of the file."""
@@ -12807,7 +12988,7 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
         with open(scene.file, "ab", buffering=0) as file:
             writers.append(Child(functools.partial(write_on, b"held", contextlib.nullcontext(file))))
         wait_until(lambda: b"held9" in written())
-        home.register("shop/api", targets=["claude"] if round_number < 2 else [], description=f"change {round_number}")
+        home.register("shop/api", targets=["claude"] if round_number < 2 else [], notes=[f"change {round_number}"])
         home.run("sync", "--all")
         home.run("sync", "--all")
         counts = zip((b"opened", b"held"), [writer.stop() for writer in writers])
