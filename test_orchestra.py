@@ -7650,7 +7650,7 @@ def test_conversations_are_as_agreed_byte_for_byte(served: Home) -> None:
     wait_until(lambda: served.talk(STATUS + b"\n") == said.replace(b'"queue_depth":1', b'"queue_depth":0'))
     assert list(served.status()) == [
         *("running", "label", "started_at_unix", "codebase_count", "codebases", "socket", "projects_root"),
-        *("version", "pid", "watcher", "last_sync_at_unix", "queue_depth", "problems"),
+        *("version", "pid", "watcher", "last_sync_at_unix", "queue_depth", "problems", "absent"),
     ]
     assert data.startswith(b'{"running":true,"label":"dev.orchestra.daemon","started_at_unix":')
     for request, target in ((b'{"cmd":"sync","codebase":"api"}', b"api"), (b'{"cmd":"sync"}', b"all")):
@@ -9583,7 +9583,7 @@ def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, s
     assert first == "installed ~/.local/bin/orchestra"
     assert second == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
     assert [line for line in lines if line.startswith("next:  orchestra init")]
-    assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -I\n")
+    assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -IS\n")
     assert os.path.samefile(machine.link, orchestra.binary_path(machine.path))
     assert sorted(os.listdir(machine.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
     assert_works(machine)
