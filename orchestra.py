@@ -64,8 +64,8 @@ Contents
     33 Registering        a folder becomes a codebase
     34 Output             messages, tables and colors for a terminal or a pipe
     35 Arguments          the rows of the table of commands
-    36 Doctor             looks for what commonly goes wrong
-    37 Status screen      what status shows, once or live
+    36 Status screen      what status shows, once or live
+    37 Doctor             looks for what commonly goes wrong
     38 Commands           one method per command
     39 Command line       the table of commands, and main
 
@@ -431,6 +431,10 @@ def stderr_log_path(home: str) -> str:
 
 def launchd_plist_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", DAEMON_LABEL + ".plist")
+
+
+def systemd_unit_path(home: str) -> str:
+    return os.path.join(home, ".config", "systemd", "user", "orchestra.service")
 
 
 def python_lib_dir(home: str) -> str:
@@ -8860,7 +8864,9 @@ class Screen(NamedTuple):
         if not colors or not self.has_colors:
             return line
         words = "|".join(map(re.escape, colors))
-        return re.sub(f"(?<=  )({words})(?=  |$)", lambda match: self.paint(match[1], colors[match[1]]), line, count=1)
+        return re.sub(
+            f"(?:^|(?<=  ))({words})(?=  |$)", lambda match: self.paint(match[1], colors[match[1]]), line, count=1
+        )
 
 
 def show_progress(done: int, total: int, key: Key) -> None:
@@ -9115,12 +9121,7 @@ def _spell(argument: Argument) -> str:
     return f"{names} {argument.value_name}".strip()
 
 
-# ── 36 Doctor ─────────────────────────────────────────────────────────────────
-
-# What commonly goes wrong, looked for.
-
-
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 36 Status screen ──────────────────────────────────────────────────────────
 
 # What `status` shows: a summary, the daemon, and what needs attention.
 
@@ -9200,6 +9201,222 @@ class StatusView(NamedTuple):
             if width and text_width(lines[-1]) > width:
                 lines[-1:] = [f"{word} {visible(step)}" for word, step in zip(("next:", "then:"), steps)]
         return lines
+
+
+# ── 37 Doctor ─────────────────────────────────────────────────────────────────
+
+# What commonly goes wrong, and what mends it. A new check is a method of Doctor that
+# yields findings, and a name in CHECKS. Nothing is changed.
+
+
+class Level:
+    OK, WARNING, FAILURE = "ok", "warn", "FAIL"
+    COLORS = {OK: "32", WARNING: "33", FAILURE: "31"}
+
+
+class Finding(NamedTuple):
+    """What a check found, in one line; `fix` is its mend."""
+
+    level: str
+    text: str
+    fix: str = ""
+
+
+class Mend(NamedTuple):
+    """What to do about a note on a file, by words in the note."""
+
+    words: str
+    fix: str
+
+
+MENDS = (
+    Mend(FOREIGN, "orchestra sync {label}"),
+    Mend("symbolic link", "put a file in its place, or drop its target: orchestra edit {label}"),
+    Mend("invisible characters", "type the text anew: orchestra edit {label}"),
+    Mend("", "orchestra edit {label}"),
+)
+# Who joins which files: what targets of both write, this agent reads twice. That of the
+# two defaults is no finding. As of November 2026.
+JOINED = {
+    "Copilot in VS Code": ("CLAUDE.md", "AGENTS.md", ".github/copilot-instructions.md"),
+    "Antigravity": ("AGENTS.md", "GEMINI.md", ".agents/rules/orchestra.md"),
+    "Cursor": ("AGENTS.md", ".cursor/rules/orchestra.mdc"),
+    "Devin": ("CLAUDE.md", "AGENTS.md", ".cursor/rules/orchestra.mdc"),
+}
+# A file of the user's, and the one that its agent then does not read.
+REPLACING = (
+    ("AGENTS.override.md", "AGENTS.md", "Codex"),
+    ("WARP.md", "AGENTS.md", "Warp"),
+    (".rules", "AGENTS.md", "Zed"),
+    (".cursorrules", "AGENTS.md", "Zed"),
+    (".junie/AGENTS.md", "AGENTS.md", "Junie"),
+)
+
+
+class Doctor:
+    """Looks at a home's installation, its daemon, registry and codebases."""
+
+    def __init__(self, home: str, environ: Mapping[str, str], run: Runner = run_program) -> None:
+        self.home = home
+        self._environ = environ
+        self._run = run
+        self._daemon = ask_daemon(home)
+
+    @functools.cached_property
+    def _registry(self) -> Registry:
+        return load_registry(self.home)
+
+    def findings(self) -> Iterator[Finding]:
+        for check in self.CHECKS:
+            try:
+                yield from check(self)
+            except (OrchestraError, OSError) as error:
+                problem = Problem.from_error(error)
+                yield Finding(Level.FAILURE, str(problem), problem.hint)
+                if check is self.CHECKS[0]:
+                    return  # without PyYAML, the registry cannot be read
+
+    def _check_program(self) -> Iterator[Finding]:
+        Installer(self.home, {**self._environ, "ORCHESTRA_NO_FETCH": "1"}).ensure_yaml()
+        yaml = import_yaml()
+        python = ".".join(map(str, sys.version_info[:3]))
+        kind = "" if yaml.__with_libyaml__ else " (without libyaml: slower)"
+        text = f"orchestra {__version__}, {sys.executable} ({python}), PyYAML {yaml.__version__}{kind}"
+        yield Finding(Level.OK, text)
+
+    def _check_path(self) -> Iterator[Finding]:
+        folders = [folder for folder in self._environ.get("PATH", "").split(":") if os.path.isabs(folder)]
+        found = [f"{folder}/orchestra" for folder in folders if os.access(f"{folder}/orchestra", os.X_OK)]
+        link, binary = link_path(self.home), binary_path(self.home)
+        if not found and os.path.lexists(link):
+            fix = 'export PATH="$HOME/.local/bin:$PATH", in your shell\'s startup file'
+            yield Finding(Level.WARNING, f"{shorten_home(self.home, os.path.dirname(link))} is not on PATH", fix)
+        elif not found:
+            yield Finding(Level.WARNING, "no program on PATH is called orchestra", "run install.sh")
+        elif os.path.exists(binary) and real_path(found[0]) != real_path(binary):
+            fix = f"remove it, or put {shorten_home(self.home, os.path.dirname(link))} before it on PATH"
+            yield Finding(Level.WARNING, f"{found[0]} comes first on PATH, and is another program", fix)
+
+    def _check_launcher(self) -> Iterator[Finding]:
+        binary = binary_path(self.home)
+        if not os.path.lexists(binary):
+            return
+        done = self._run([binary, "--version"], PYTHON_TIMEOUT)
+        place, again = shorten_home(self.home, binary), "run install.sh again"
+        if done.code:
+            reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
+            yield Finding(Level.FAILURE, f"{place} does not run: {reason}", again)
+        elif done.output != f"orchestra {__version__}":
+            yield Finding(Level.WARNING, f"{place} is {done.output}, and this is {__version__}", again)
+
+    def _check_daemon(self) -> Iterator[Finding]:
+        daemon = self._daemon
+        if not daemon["running"]:
+            yield Finding(Level.WARNING, "the daemon is not running", "orchestra daemon start")
+        elif "problem" in daemon:
+            yield Finding(Level.FAILURE, f"the daemon does not answer: {daemon['problem']}", "orchestra daemon stop")
+        elif daemon.get("version") != __version__:
+            text = f"the daemon is {daemon.get('version', 'older')}, and this is orchestra {__version__}"
+            yield Finding(Level.FAILURE, text, "orchestra daemon restart")
+        else:
+            text = f"{describe_daemon(daemon)}, pid {daemon['pid']}, watcher {daemon['watcher']}"
+            yield Finding(Level.OK, text)
+
+    def _check_login(self) -> Iterator[Finding]:
+        is_mac = sys.platform == "darwin"
+        service = launchd_plist_path(self.home) if is_mac else systemd_unit_path(self.home)
+        if os.path.exists(service):
+            yield Finding(Level.OK, f"the daemon starts at login: {shorten_home(self.home, service)}")
+        else:
+            fix = f"orchestra daemon install{'' if is_mac else ' --systemd'}"
+            yield Finding(Level.WARNING, "the daemon will not start after a reboot", fix)
+
+    def _check_registry(self) -> Iterator[Finding]:
+        registry = self._registry
+        for problem in registry.problems:
+            yield Finding(Level.FAILURE, str(problem), problem.hint)
+        projects = {project for project, _ in registry.keys}
+        places = f"{count_of(len(registry.keys), 'codebase')} in {count_of(len(projects), 'project')}"
+        yield Finding(Level.OK, f"registry: {places}")
+
+    def _check_codebases(self) -> Iterator[Finding]:
+        absent: list[str] = []
+        for key, codebase in sorted(self._registry.codebases.items()):
+            label = label_for(key)
+            try:
+                plan = Planner(self.home, codebase, self._registry.owners).plan()
+            except FolderAbsent:
+                absent.append(label)
+                continue
+            except (OrchestraError, OSError) as error:
+                problem = Problem.from_error(error)
+                yield Finding(Level.FAILURE, f"{label}: {problem}", problem.hint)
+                continue
+            for problem in plan.problems(self.home):
+                yield Finding(Level.FAILURE, str(problem.below(label)), problem.hint)
+            for path, note in self._notes_on(plan):
+                fix = next(mend.fix for mend in MENDS if mend.words in note)
+                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix.format(label=label))
+        if absent:
+            yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
+
+    def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
+        """Yield what is to be said of the files that are written, or stay, by path."""
+        for file in plan.files:
+            agent = AGENTS_BY_PATH.get(file.path)
+            if file.note:
+                yield file.path, file.note
+            elif agent and file.action == Action.KEEP:
+                for note in describe_text(agent, ABSENT, file.before.data, None):
+                    yield file.path, note
+        written = {file.path for file in plan.files if file.after is not None}
+        for path, hidden, agent_name in REPLACING:
+            if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
+                yield path, f"{agent_name} reads it instead of {hidden}"
+
+    def _check_doubles(self) -> Iterator[Finding]:
+        readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        defaults = {AGENTS[target].path for target in DEFAULT_TARGETS}
+        for key, codebase in sorted(self._registry.codebases.items()):
+            paths = {AGENTS[target].path for target in targets_of(codebase) if target in AGENTS}
+            for reader, joined in JOINED.items():
+                twice = tuple(path for path in joined if path in paths)
+                if len(twice) > 1 and not defaults.issuperset(twice):
+                    readers.setdefault((reader, twice), []).append(label_for(key))
+        for (reader, twice), labels in readers.items():
+            text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(labels)}"
+            extra = next(path for path in reversed(twice) if path not in defaults)
+            fix = f"drop the target {AGENTS_BY_PATH[extra].target}: orchestra edit {labels[0]}"
+            yield Finding(Level.WARNING, text, fix)
+
+    def _check_leftovers(self) -> Iterator[Finding]:
+        files = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(orchestra_root(self.home))
+            for name in names
+            if is_temporary_name(name) and has_exited(parse_temporary(name)[0])
+        ]
+        locks = [f"{folder}/{name}" for folder in folders_below(run_dir(self.home)) for name in names_in(folder)]
+        for lock in locks:
+            if lock.endswith(".lock") and lock != daemon_lock_path(self.home) and not is_locked(lock):
+                files += [lock] if Leftover.parse(read_disk(lock).data) else []
+        if files:
+            text = f"killed commands left {count_of(len(files), 'file')}: {shorten_home(self.home, files[0])}"
+            yield Finding(Level.WARNING, text + (" and others" if files[1:] else ""), "orchestra sync --all")
+
+    def _check_backups(self) -> Iterator[Finding]:
+        sizes = [
+            os.lstat(os.path.join(folder, name)).st_size
+            for folder, _, names in os.walk(backups_root(self.home))
+            for name in names
+            if name != Backups.NOTES
+        ]
+        yield Finding(Level.OK, f"backups: {count_of(len(sizes), 'file')}, {-(-sum(sizes) // 1000)} kB")
+
+    CHECKS = (
+        *(_check_program, _check_path, _check_launcher, _check_daemon, _check_login),
+        *(_check_registry, _check_codebases, _check_doubles, _check_leftovers, _check_backups),
+    )
 
 
 # ── 38 Commands ───────────────────────────────────────────────────────────────
@@ -9525,6 +9742,22 @@ class Commands(NamedTuple):
             raise UsageError(f"the editor {end}")
         return report_all(load_registry(self.home).broken.get(key, ()))
 
+    # Looking after the installation
+
+    def cmd_doctor(self) -> int:
+        findings = [*Doctor(self.home, self.environ).findings()]
+        levels = Counter(finding.level for finding in findings)
+        failures, warnings = levels[Level.FAILURE], levels[Level.WARNING]
+        if self.args.json:
+            print_json({"failures": failures, "warnings": warnings, "findings": [f._asdict() for f in findings]})
+            return OUT_OF_DATE if failures or warnings else OK
+        rows: list[tuple[str, str]] = []
+        for finding in findings:
+            rows += [(f"{finding.level:4}", finding.text), *([("", f"fix: {finding.fix}")] if finding.fix else [])]
+        self.screen.print_table(rows, Level.COLORS)
+        print(f"\n{count_of(failures, 'failure')}, {count_of(warnings, 'warning')}")
+        return OUT_OF_DATE if failures or warnings else OK
+
     # The daemon
 
     def cmd_daemon_start(self) -> int:
@@ -9716,6 +9949,9 @@ COMMANDS = {
             switch("-f", "--follow", help="keep printing new lines"),
         ),
         needs_yaml=False,
+    ),
+    "doctor": Command(
+        "check this installation, and say what mends it", Commands.cmd_doctor, (JSON,), needs_yaml=False, heading=MANAGE
     ),
     "help": Command(
         "explain a command",

@@ -10754,10 +10754,7 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
         assert words in home.run_fine("help").out
 
 
-# ── 36 Doctor ─────────────────────────────────────────────────────────────────
-
-
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 36 Status screen ──────────────────────────────────────────────────────────
 
 
 def make_troubled(home: Home) -> None:
@@ -10865,6 +10862,139 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
         listener.listen()
         started = time.monotonic()
         assert "daemon: " in live.run("status").out and time.monotonic() - started < 10
+
+
+# ── 37 Doctor ─────────────────────────────────────────────────────────────────
+
+
+def break_yaml(home: Home) -> None:
+    home.write_registry("shop/bad.yaml", "name: bad\nnotes: x\n")
+
+
+def leave_lock(home: Home) -> None:
+    put_files(Path(orchestra.run_dir(home.path)), {"codebases/shop/api.lock": f"{DEAD}-aaaa\n"})
+
+
+def install_older(home: Home) -> None:
+    put_files(Path(home.path), {".orchestra/bin/orchestra": "#!/bin/sh\necho orchestra 0.0.1\n"})
+    os.chmod(orchestra.binary_path(home.path), 0o700)
+
+
+def put_in(path: str, content: str = "x\n") -> Callable[[Home], None]:
+    return lambda home: put_files(home.folder, {path: content})
+
+
+# How a home came to be, and what doctor says of it: the finding and its fix.
+FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
+    "program": ([], f"ok orchestra {orchestra.__version__}, {sys.executable} (", ""),
+    "not on PATH": ([], "warn no program on PATH is called orchestra", "run install.sh"),
+    "link not on PATH": (
+        [lambda home: put_files(Path(home.path), {".local/bin/orchestra": link_to("/nowhere")})],
+        "warn ~/.local/bin is not on PATH",
+        'export PATH="$HOME/.local/bin:$PATH", in your shell\'s startup file',
+    ),
+    "old launcher": (
+        [install_older],
+        f"warn ~/.orchestra/bin/orchestra is orchestra 0.0.1, and this is {orchestra.__version__}",
+        "run install.sh again",
+    ),
+    "broken launcher": (
+        [lambda home: put_files(Path(home.path), {".orchestra/bin/orchestra": ""})],
+        "FAIL ~/.orchestra/bin/orchestra does not run: permission denied",
+        "run install.sh again",
+    ),
+    "no daemon": ([], "warn the daemon is not running", "orchestra daemon start"),
+    "no login": ([], "warn the daemon will not start after a reboot", "orchestra daemon install"),
+    "registry": ([add_it(), sync_it], "ok registry: 1 codebase in 1 project", ""),
+    "broken": ([break_yaml], "FAIL ~/.orchestra/projects/shop/bad.yaml:2: notes: ", "orchestra edit shop/bad"),
+    "half a block": ([add_it(files={"GEMINI.md": orchestra.BLOCK_BEGIN})], "FAIL shop/api: GEMINI.md: ", ""),
+    "linked": (
+        [add_it(["claude"], {"CLAUDE.md": link_to("README.md")})],
+        "warn shop/api: CLAUDE.md: skipped: it is a symbolic link to README.md",
+        "put a file in its place, or drop its target: orchestra edit shop/api",
+    ),
+    "too long": (
+        [add_it(["claude"], notes=["x"] * 250), sync_it],
+        "warn shop/api: CLAUDE.md: 2",
+        "orchestra edit shop/api",
+    ),
+    "hidden characters": (
+        [add_it(["claude"], notes=["a\u200bb"]), sync_it],
+        "warn shop/api: CLAUDE.md: contains invisible characters: ",
+        "type the text anew: orchestra edit shop/api",
+    ),
+    "replaced": (
+        [add_it(["codex"], {"AGENTS.override.md": "mine"}), sync_it],
+        "warn shop/api: AGENTS.override.md: Codex reads it instead of AGENTS.md",
+        "orchestra edit shop/api",
+    ),
+    "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "ok not on this machine: shop/api", ""),
+    "doubles": (
+        [add_it(["codex", "cursor"]), sync_it],
+        f"warn Cursor reads the same text in AGENTS.md and {CURSOR}: shop/api",
+        "drop the target cursor: orchestra edit shop/api",
+    ),
+    "temporary file": (
+        [put_in(f"home/.orchestra/hashes/.orchestra-{DEAD}-aa.tmp")],
+        f"warn killed commands left 1 file: ~/.orchestra/hashes/.orchestra-{DEAD}-aa.tmp",
+        "orchestra sync --all",
+    ),
+    "stale lock": (
+        [leave_lock],
+        "warn killed commands left 1 file: ~/.orchestra/run/codebases/shop/api.lock",
+        "orchestra sync --all",
+    ),
+    "backups": (
+        [add_it(), sync_it, change_file("CLAUDE.md", edit_block), sync_it],
+        "ok backups: 1 file, 1 kB",
+        "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FINDINGS)
+def test_doctor_finds_what_is_wrong_and_names_its_mend(home: Home, what: str) -> None:
+    steps, text, fix = FINDINGS[what]
+    for step in steps:
+        step(home)
+    home.environ["PATH"] = "relative:/nowhere"
+    home.run("status")  # makes the cache of parsed files
+    before = contents(home.folder)
+    ran = home.run("doctor", "--json")
+    assert ran.status == 1 and contents(home.folder) == before
+    report = json.loads(ran.out)
+    (found,) = [f for f in report["findings"] if f"{f['level']} {f['text']}".startswith(text)]
+    assert found["fix"].startswith(fix) and bool(found["fix"]) == bool(fix or found["level"] != "ok")
+    levels = collections.Counter(finding["level"] for finding in report["findings"])
+    assert (report["failures"], report["warnings"]) == (levels["FAIL"], levels["warn"])
+    lines = home.run("doctor").out.splitlines()
+    assert (
+        lines[-1] == f"{orchestra.count_of(levels['FAIL'], 'failure')}, {orchestra.count_of(levels['warn'], 'warning')}"
+    )
+
+
+def test_doctor_is_content_with_a_machine_that_is_set_up(machine: Machine) -> None:
+    machine.give_yaml()
+    binary = machine.install_program()
+    os.makedirs(os.path.dirname(orchestra.link_path(machine.path)))
+    os.symlink(binary, orchestra.link_path(machine.path))
+    unit = orchestra.launchd_plist_path if sys.platform == "darwin" else orchestra.systemd_unit_path
+    put_files(Path("/"), {unit(machine.path): ""})
+    path = f"{os.path.dirname(orchestra.link_path(machine.path))}:{os.environ['PATH']}"
+    with machine.daemon(binary):
+        done = machine.run_program(binary, "doctor", environ={"PATH": path})
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("\n0 failures, 0 warnings\n"), done
+    assert re.search(r"(?m)^ok    daemon: running \d+ s, pid \d+, watcher \w+$", done.stdout)
+
+
+def test_doctor_says_so_where_there_is_no_pyyaml(home: Home, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "find_yaml", lambda: None)
+    before = [*sys.path]
+    ran = home.run("doctor")
+    sys.path[:] = before
+    assert ran.status == 1 and ran.out.startswith(f"FAIL  PyYAML is missing from {sys.executable}")
+    assert "\n      fix: " in ran.out and ran.out.endswith("\n1 failure, 0 warnings\n")
+    assert contents(home.folder) == {}
 
 
 # ── 38 Commands ───────────────────────────────────────────────────────────────
