@@ -29,6 +29,8 @@ Contents
                            disk tell what was lost. A new act is a method of History.
   Races                    A save at the worst instant, and editors that save in a loop.
                            A new instant is a test; a new way to save a row of WHOLE_SAVES.
+  Sharing                  Registries that travel by git: two homes, two daemons, and what
+                           git does to files. A new place for a clone is a row of CLONES.
   Fuzzing                  Odd bytes for everything that reads: at most a problem, in
                            bounded time and memory. A new reader is a test with `dose`.
   The long run             A daemon under turmoil for minutes: true to the disk, and small.
@@ -13455,6 +13457,91 @@ def test_under_a_clock_that_jumps_back_each_edit_is_kept_and_can_be_restored(hom
         home.run_fine("restore", "api", CLINE, "--at", time_kept)
         assert (root / CLINE).read_bytes() == Path(file).read_bytes()
     assert home.staleness()["last_sync_age"] >= 0
+
+
+# ── Sharing ───────────────────────────────────────────────────────────────────
+
+# Where a registry's clone lies, what links to it, and where it has a project's files.
+CLONES = {
+    "the registry": ("home/.orchestra/projects", "", "shop/"),
+    "the registry, linked": ("dotfiles", "home/.orchestra/projects", "shop/"),
+    "a project's folder": ("home/.orchestra/projects/shop", "", ""),
+    "a project's folder, linked": ("team", "home/.orchestra/projects/shop", ""),
+}
+
+
+def commit(repository: Path, files: dict[str, Any], *options: str) -> None:
+    put_files(repository, files)
+    run_git(repository, "add", "-A")
+    run_git(repository, "commit", "-qm", "x", *options)
+
+
+def make_repository(path: Path, files: dict[str, Any]) -> Path:
+    path.mkdir()
+    run_git(path, "init", "-q")
+    commit(path, files)
+    return path
+
+
+def fail_to(*argv: Any) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        run_git(*argv)
+
+
+@pytest.mark.parametrize(("place", "link", "prefix"), CLONES.values(), ids=CLONES)
+def test_a_daemon_follows_what_git_does_to_the_registry(home: Home, place: str, link: str, prefix: str) -> None:
+    def texts(note: str, *names: str) -> dict[str, Any]:
+        return {f"{prefix}{name}.yaml": home.text(f"shop/{name}", note) for name in names}
+
+    api, clone = f"{prefix}api.yaml", home.folder / place
+    upstream = make_repository(home.code / "upstream", texts("first", "api", "web"))
+    daemon = home.start_daemon()
+    home.wait_for_start_job()
+    run_git(home.code, "clone", "-q", str(upstream), str(clone))
+    if link:
+        with contextlib.suppress(OSError):
+            (home.folder / link).rmdir()
+        (home.folder / link).symlink_to(clone)
+    wait_for(home, "first", "shop/api", "shop/web")
+
+    commit(upstream, texts("pulled", "api"))
+    run_git(clone, "pull", "-q")
+    wait_for(home, "pulled")
+    run_git(clone, "checkout", "-qb", "topic")
+    commit(clone, texts("of a branch", "api"))
+    wait_for(home, "of a branch")
+    run_git(clone, "checkout", "-q", "one")
+    wait_for(home, "pulled")
+
+    for how, take in (("--no-rebase", "--theirs"), ("--rebase", "--ours")):
+        commit(clone, texts(f"mine {how}", "api"))
+        wait_for(home, f"mine {how}")
+        commit(upstream, texts(f"other {how}", "api", "web"))
+        fail_to(clone, "pull", "-q", how)
+        wait_for(home, f"other {how}", "shop/web")
+        wait_until(lambda: home.status()["problems"])
+        (problem,) = home.status()["problems"]
+        line = (clone / api).read_text().split("\n").index("<<<<<<< HEAD") if how == "--no-rebase" else 4
+        assert (problem["where"], problem["message"]) == (
+            f"~/.orchestra/projects/shop/api.yaml:{line + 1}",
+            "yaml: found git's conflict markers: finish the merge first",
+        )
+        assert home.has(f"mine {how}") or home.has(f"other {how}")
+        assert (home.status_of(), home.status_of("shop/web")) == ("error", "current")
+        run_git(clone, "checkout", take, api)
+        run_git(clone, "add", api)
+        run_git(clone, *(("commit", "-qm", "x") if how == "--no-rebase" else ("rebase", "--skip")))
+        run_git(upstream, "pull", "-q", str(clone), "one")
+        wait_for(home, f"other {how}")
+        wait_until(lambda: home.status()["problems"] == [])
+
+    put_files(clone, texts("untracked", "new"))
+    wait_for(home, "untracked", "shop/new")
+    run_git(clone, "clean", "-qfd")
+    wait_until(lambda: home.status()["codebases"] == ["api", "web"])
+    home.stop(daemon)
+    assert len(home.complaints()) == 2 and all("conflict markers" in line for line in home.complaints())
+    assert home.sync().lines == [] and home.leftovers() == []
 
 
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
