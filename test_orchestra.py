@@ -13544,6 +13544,95 @@ def test_a_daemon_follows_what_git_does_to_the_registry(home: Home, place: str, 
     assert home.sync().lines == [] and home.leftovers() == []
 
 
+ORDERS = """\
+name: api
+path: ~/code/shop/api
+description: Orders
+
+targets: [claude, cursor]
+
+notes:
+- first
+"""
+
+
+def share(home: Home, clone: Path) -> None:
+    """Commit, pull and push, as people do; raises CalledProcessError in a conflict."""
+    wait_until(lambda: home.status_of() == "current")
+    run_git(clone, "add", "-A")
+    with contextlib.suppress(subprocess.CalledProcessError):  # there may be nothing to commit
+        run_git(clone, "commit", "-qm", "x")
+    run_git(clone, "pull", "-q", "--no-rebase", "--no-edit")
+    run_git(clone, "push", "-q")
+
+
+@pytest.fixture
+def team() -> Iterator[list[Home]]:
+    """Two homes, each with clones of one registry and of one codebase, and a daemon."""
+    with ExitStack() as cleanup:
+        homes = [Home(tempfile.mkdtemp(prefix="orc", dir="/tmp")) for _ in range(2)]
+        central = homes[0].folder / "central"
+        for home in homes:
+            cleanup.enter_context(home.cleanup)
+            home.code = Path(home.path) / "code"
+        for name, files in (("registry", {"shop/api.yaml": ORDERS}), ("api", {"README.md": "# api\n"})):
+            make_repository(homes[0].folder / name, files)
+            run_git(homes[0].folder, "clone", "-q", "--bare", name, str(central / name))
+        for home in homes:
+            run_git(home.folder, "clone", "-q", str(central / "registry"), str(home.projects))
+            run_git(home.folder, "clone", "-q", str(central / "api"), str(home.code / "shop/api"))
+            home.start_daemon()
+            home.wait_for_start_job()
+            assert home.has("first")
+            share(home, home.code / "shop/api")
+        yield homes
+        for home in homes:
+            home.stop(home.daemons[0])
+
+
+def check_same(team: list[Home], *notes: str) -> None:
+    for home in team:
+        wait_until(lambda: all(note in home.read() for note in notes), describe=home.read)  # noqa: B023
+        assert home.run_fine("status", "--check").err == home.run_fine("sync", "--all").err == ""
+        assert home.complaints() == [] and home.leftovers() == []
+    for place in ("projects", "code"):
+        one, two = ({p: d for p, d in contents(getattr(home, place)).items() if ".git/" not in p} for home in team)
+        assert one == two
+
+
+@pytest.mark.parametrize("order", [("projects", "code"), ("code", "projects")], ids=" first, then ".join)
+def test_two_who_edit_one_registry_in_turns_have_the_same_files(team: list[Home], order: tuple[str, str]) -> None:
+    for number, (writer, reader) in enumerate([team, team[::-1], team]):
+        note = f"save {number}"
+        edit(writer.file(), "- first", f"- first\n- {note}")
+        wait_for(writer, note)
+        for home in (writer, reader):
+            for place in order:
+                share(home, home.projects if place == "projects" else home.code / "shop/api")
+        check_same(team, note)
+
+
+@pytest.mark.parametrize("choice", ["--ours", "--theirs"])
+def test_two_who_edit_one_registry_at_once_have_the_same_files(team: list[Home], choice: str) -> None:
+    one, two = team
+    edit(one.file(), "Orders", "Orders and payments")
+    edit(two.file(), "- first", "- first\n- second")
+    wait_until(lambda: "payments" in one.read() and two.has("second"))
+    for home, clone in ((one, one.projects), (one, one.code / "shop/api"), (two, two.projects)):
+        share(home, clone)
+    wait_until(lambda: "payments" in two.read())
+    code = two.code / "shop/api"
+    with pytest.raises(subprocess.CalledProcessError):
+        share(two, code)  # both wrote the block
+    assert (code / ".git/MERGE_HEAD").exists()
+    run_git(code, "checkout", choice, ".")
+    two.sync("api")
+    share(two, code)
+    for clone in (one.projects, one.code / "shop/api"):
+        share(one, clone)
+    check_same(team, "payments", "- second")
+
+
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
 
 # No bytes, however odd, make more than a problem. Each test tries some inputs whose
