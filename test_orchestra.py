@@ -12514,10 +12514,11 @@ class History(Home):
         results = orchestra.run_pipeline(self.path, orchestra.SyncScope.all(), True, registry)
         status = orchestra.scan_staleness(self.path, registry, clock=self.clock)
         for result, entry in zip(results, status.codebases):
-            is_current = not any(file.writes for file in result.files) and not result.errors
+            is_current = not (any(file.writes for file in result.files) or result.errors or result.is_absent)
             assert (entry.project, entry.codebase) == result.key
             assert (entry.status == orchestra.State.CURRENT) == is_current, (entry, result.written, result.errors)
             assert (entry.status == orchestra.State.ERROR) == bool(result.errors), entry
+            assert (entry.status == orchestra.State.ABSENT) == result.is_absent, entry
         assert len(results) == len(status.codebases) == len(self.registered)
         assert self.see() == before, "looking has changed something"
         return {orchestra.label_for(result.key): result for result in results}
