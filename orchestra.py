@@ -8,16 +8,16 @@
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (19) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (20, 21)
+    Codebase ── rendered (20) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (21, 22)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (23, 5 to 7)
+                                 ▼  backed up, then replaced in one step (24, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
     The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (25)
-                ─► job (31) ─► Plan, as above
+                ─► job (32) ─► Plan, as above
 
 Contents
   I Ground
@@ -39,35 +39,36 @@ Contents
     14 Manifests          what the manifests in a folder say
     15 Scripts            what a file lets one run by name: make's targets
     16 Node and Python    their package managers, environments and tools
-    17 Ecosystems         a row per language: its commands, and the evidence for them
-    18 Detection          what a folder holds: the first draft of its registry file
+    17 Ecosystems         how a language's table is read, and what none can say
+    18 Languages          a table per language: its commands, and the evidence for them
+    19 Detection          what a folder holds: the first draft of its registry file
 
   III Sync
-    19 Text               what agents read, rendered from a codebase
-    20 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    21 Records            what was last written, which proves that it is Orchestra's
-    22 Plan               what is to be written now, and what becomes of what is there
-    23 Sync               carrying a plan out, and bringing replaced text back
-    24 Status and diff    a plan put into a word, and into a diff
+    20 Text               what agents read, rendered from a codebase
+    21 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    22 Records            what was last written, which proves that it is Orchestra's
+    23 Plan               what is to be written now, and what becomes of what is there
+    24 Sync               carrying a plan out, and bringing replaced text back
+    25 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    25 Watching           events say where to look; the tree, what changed
-    26 Logs               the daemon's log files, written and followed
-    27 Programs           other programs, started and waited for
-    28 Control socket     lines of JSON, the client, the server
-    29 Worker             jobs, one at a time, beside the loop
-    30 Daemon             the loop: watcher, socket, signals and timers
+    26 Watching           events say where to look; the tree, what changed
+    27 Logs               the daemon's log files, written and followed
+    28 Programs           other programs, started and waited for
+    29 Control socket     lines of JSON, the client, the server
+    30 Worker             jobs, one at a time, beside the loop
+    31 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    31 Installing         PyYAML and the installed program
-    32 Services           the daemon at login: launchd
-    33 Registering        a folder becomes a codebase
-    34 Output             messages, tables and colors for a terminal or a pipe
-    35 Arguments          the rows of the table of commands
-    36 Status screen      what status shows, once or live
-    37 Doctor             looks for what commonly goes wrong
-    38 Commands           one method per command
-    39 Command line       the table of commands, and main
+    32 Installing         PyYAML and the installed program
+    33 Services           the daemon at login: launchd
+    34 Registering        a folder becomes a codebase
+    35 Output             messages, tables and colors for a terminal or a pipe
+    36 Arguments          the rows of the table of commands
+    37 Status screen      what status shows, once or live
+    38 Doctor             looks for what commonly goes wrong
+    39 Commands           one method per command
+    40 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -3743,10 +3744,17 @@ def whole_word(word: str) -> str:
     return start + re.escape(word) + (r"(?![\w-])" if word[-1:].isalnum() else "")
 
 
+def strip_comments(text: str) -> str:
+    """Take comments, and the commas that nothing follows, out of JSON."""
+    for pattern in (r"//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/)?", r",(?=\s*[]}])"):
+        text = re.sub(rf'("(?:[^"\\\n]|\\.)*")|{pattern}', lambda match: match[1] or "", text)
+    return text
+
+
 class Folder:
     """The names in a folder, and what its manifests say; raises IoError."""
 
-    STRUCTURED = (".json", ".toml", "Pipfile", ".yaml", ".yml")
+    STRUCTURED = (".json", ".jsonc", ".toml", "Pipfile", ".yaml", ".yml")
     MAX_NODES = 20000  # of YAML, aliases expanded
 
     def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
@@ -3796,8 +3804,8 @@ class Folder:
         return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
     def _parse(self, name: str) -> Any:
-        if name.endswith(".json"):
-            return parse_object(self.text(name))
+        if name.endswith((".json", ".jsonc")):
+            return parse_object(self.text(name)) or parse_object(strip_comments(self.text(name)))
         with suppress(ValueError):
             if name.endswith((".toml", "Pipfile")):
                 return Toml(self.text(name)).read()
@@ -3842,7 +3850,7 @@ class Folder:
         if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
-        words = re.escape(" ".join(keys))
+        words = whole_word(" ".join(keys))
         return self._search(name, pattern or rf"^[ \t]*{words}[ \t]*([^\s#][^\n]*)")
 
     def _search(self, name: str, pattern: str) -> str:
@@ -3986,8 +3994,8 @@ def find_python_runner(folder: Folder) -> str:
 
 # ── 17 Ecosystems ─────────────────────────────────────────────────────────────
 
-# What each language's manifests say of its commands. To add an ecosystem, add a row to
-# ECOSYSTEMS, with a row of its own for each thing that some evidence shows.
+# How a language's table is read, and what none can say: which of several solutions is
+# meant, which options the tests need.
 
 
 class Ecosystem(NamedTuple):
@@ -4003,6 +4011,7 @@ class Ecosystem(NamedTuple):
     scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
     find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
     spell: "Callable[[Folder, str], str]" = lambda folder, command: command
+    only_first: bool = False  # it says nothing where another comes before it
 
     def find_sign(self, folder: Folder) -> str:
         """Return the evidence of the ecosystem in a folder; "" if there is none."""
@@ -4025,30 +4034,614 @@ class Ecosystem(NamedTuple):
                 yield Found(row.name, self.spell(folder, text) if is_command else text, source)
 
 
+def list_paths(folder: Folder, pattern: str) -> list[str]:
+    """List what matches a pattern in a folder below, named from here."""
+    import glob
+
+    paths = glob.glob(f"{glob.escape(folder.path)}/{pattern}")
+    return sorted(path[len(folder.path) + 1 :] for path in paths)
+
+
+def use_wrapper(folder: Folder, command: str) -> str:
+    """Call the script in the folder that gets the tool in the right version."""
+    wrappers = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
+    tool, _, rest = command.partition(" ")
+    wrapper = folder.find(wrappers.get(tool, ""))
+    if wrapper == ".fvmrc":
+        return f"fvm {command}"
+    return f"./{wrapper} {rest}" if wrapper else command
+
+
+def use_binstub(folder: Folder, command: str) -> str:
+    """Call a gem by its script in bin/ where there is one."""
+    stub = command.replace("bundle exec ", "bin/", 1)
+    return stub if folder.find(stub.partition(" ")[0]) else command
+
+
+def use_composer_bin(folder: Folder, command: str) -> str:
+    """Call a tool where composer.json has it installed."""
+    config = folder.table("composer.json", "config")
+    place = config.get("bin-dir", f"{config.get('vendor-dir', 'vendor')}/bin")
+    return command.replace("vendor/bin", str(place).strip("/"), 1)
+
+
+def read_composer_scripts(folder: Folder) -> Iterator[Scripts]:
+    bodies = folder.table("composer.json", "scripts")
+    yield Scripts("composer.json", "composer {}", {name: str(body) for name, body in bodies.items()})
+
+
+def read_deno_tasks(folder: Folder) -> Iterator[Scripts]:
+    name = folder.find("deno.json", "deno.jsonc")
+    bodies = folder.table(name, "tasks")
+    yield Scripts(name, "deno task {}", {task: str(body) for task, body in bodies.items()})
+
+
+def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
+    for name, *keys in (("melos.yaml", "scripts"), ("pubspec.yaml", "melos", "scripts")):
+        bodies = folder.table(name, *keys)
+        yield Scripts(name, "melos run {}", {script: str(body) for script, body in bodies.items()})
+
+
+def find_go(folder: Folder) -> Iterator[Found]:
+    """Find a workspace's modules where it is none itself, and the only program."""
+    programs = {os.path.dirname(path) for path in list_paths(folder, "cmd/*/*.go")}
+    if len(programs) == 1:
+        yield Found("run", f"go run ./{min(programs)}", min(programs))
+    modules = re.findall(r"(?m)^(?:use)?[ \t]+(\./[\w./-]+)[ \t]*$", folder.text("go.work"))
+    if 0 < len(modules) <= 8 and not folder.find("go.mod"):
+        places = " ".join(f"{module.rstrip('/')}/..." for module in modules)
+        for name, verb in (("build", "build"), ("test", "test"), ("lint", "vet")):
+            yield Found(name, f"go {verb} {places}", "go.work")
+
+
+def find_dotnet(folder: Folder) -> Iterator[Found]:
+    """Find the solution, or else the project; one of several must be named."""
+    import shlex
+
+    kinds = [[name for name in folder.names if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
+    names = next(filter(None, kinds), [])
+    own = [name for name in names if os.path.splitext(name)[0] == os.path.basename(folder.path)]
+    chosen = names if len(names) == 1 else own
+    if len(chosen) != 1:
+        return
+    name = chosen[0]
+    argument = "" if sum(map(len, kinds)) == 1 else f" {shlex.quote(name)}"
+    yield Found("install", f"dotnet restore{argument}", name)
+    yield Found("build", f"dotnet build{argument}", name)
+    if re.search(r"(?i)test", folder.text(name)):
+        # The runner that is new with .NET 10 wants an option, and filters otherwise.
+        is_new = folder.value("global.json", "test", "runner") == "Microsoft.Testing.Platform"
+        option = " --project" if name.endswith("proj") else " --solution"
+        yield Found("test", f"dotnet test{option if is_new and argument else ''}{argument}", name)
+        if not is_new:
+            yield Found("one test", f"dotnet test{argument} --filter FullyQualifiedName~TestName", name)
+    if folder.find(".editorconfig") and not folder.value(".config/dotnet-tools.json", "tools", "csharpier"):
+        yield Found("format", f"dotnet format{argument}", ".editorconfig")
+
+
+def leave_out_ios(folder: Folder, command: str) -> str:
+    """Leave out what builds for this computer, where a package is for iOS alone."""
+    platforms = re.search(r"platforms: *\[([^\]]*)\]", folder.text("Package.swift"))
+    is_ios_only = platforms and re.findall(r"\.(\w+)\(", platforms[1]) == ["iOS"]
+    return "" if is_ios_only and re.match("swift (build|test|run)", command) else command
+
+
+def find_xcode(folder: Folder) -> Iterator[Found]:
+    """Find the only shared scheme, or that of the project's name."""
+    import shlex
+
+    project = folder.find("*.xcodeproj")
+    place = folder.find("*.xcworkspace") or project
+    paths = list_paths(folder, "*.xc*/xcshareddata/xcschemes/*.xcscheme")
+    schemes = {os.path.basename(path)[: -len(".xcscheme")] for path in paths}
+    scheme = next(iter(schemes), "") if len(schemes) == 1 else os.path.splitext(project)[0]
+    text = folder.text(f"{project}/project.pbxproj")
+    is_mac, is_ios = "SDKROOT = macosx" in text, "SDKROOT = iphoneos" in text
+    if scheme not in schemes or is_mac == is_ios or folder.find("Package.swift"):
+        return
+    flag = "-workspace" if place.endswith("workspace") else "-project"
+    call = f"{flag} {shlex.quote(place)} -scheme {shlex.quote(scheme)}"
+    yield Found(
+        "build", f"xcodebuild build {call}" + " -destination 'generic/platform=iOS Simulator'" * is_ios, project
+    )
+    if "product-type.bundle.unit-test" in text:
+        device = " -destination 'platform=iOS Simulator,name=DEVICE'" * is_ios
+        yield Found("test", f"xcodebuild test {call}{device}", project)
+        yield Found("one test", f"xcodebuild test {call}{device} -only-testing:TARGET/CLASS/METHOD", project)
+
+
+def find_cmake(folder: Folder) -> Iterator[Found]:
+    """Find the default presets, or the options that tests need."""
+    name, text = "CMakeLists.txt", folder.text("CMakeLists.txt")
+    configure = pick_preset(folder, "configurePresets")
+    build = configure and pick_preset(folder, "buildPresets", configure)
+    if build:
+        source, test = "CMakePresets.json", pick_preset(folder, "testPresets", configure)
+        yield Found("build", f"cmake --preset {configure} && cmake --build --preset {build}", source)
+        if test:
+            yield Found("test", f"ctest --preset {test}", source)
+            yield Found("one test", f"ctest --preset {test} -R NAME", source)
+        return
+    off = re.findall(r'(?i)\boption\s*\(\s*(\w+)\s+"[^"]*"\s+OFF\s*\)', text)
+    wanted = re.compile(r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$")
+    needed = [option for option in off if wanted.search(option)]
+    # An option of tests may depend on another, which is off.
+    depends = r'(?i)\bcmake_dependent_option\s*\(\s*\w*TEST\w*\s+"[^"]*"\s+ON\s+"(\w+)"\s+OFF'
+    needed += [option for option in re.findall(depends, text) if option in off]
+    options = "".join(f" -D{option}=ON" for option in sorted({*needed}))
+    yield Found("build", f"cmake -B build{options} && cmake --build build", name)
+    if re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
+        yield Found("test", "ctest --test-dir build", name)
+        yield Found("one test", "ctest --test-dir build -R NAME", name)
+
+
+def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
+    """Pick the preset of a kind that is the only one, or called default."""
+    presets = folder.value("CMakePresets.json", kind)
+    ours = [one for one in presets if isinstance(one, dict)] if isinstance(presets, list) else []
+    ours = [one for one in ours if not one.get("hidden") and one.get("configurePreset", "") == configure]
+    names = [str(one.get("name")) for one in ours]
+    return "default" if "default" in names else names[0] if len(names) == 1 else ""
+
+
+# ── 18 Languages ──────────────────────────────────────────────────────────────
+
+# What is customary in each ecosystem, and the evidence that it is so here. To add one,
+# add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
+
 ECOSYSTEMS = (  # those further up come first where several are in one folder
+    Ecosystem(
+        "tree-sitter",
+        ("grammar.js + package.json",),
+        (
+            Row("description", "{}", "package.json description"),
+            Row("install", "npm install"),
+            Row("build", "npx tree-sitter generate"),
+            Row("test", "npx tree-sitter test"),
+            Row("one test", "npx tree-sitter test --include NAME"),
+        ),
+    ),
+    Ecosystem(
+        "elixir",
+        ("mix.exs",),
+        (
+            Row("description", "{}", r'mix.exs ~ (?:@description|\bdescription:) *"([^"\n]+)"'),
+            Row("version", "Elixir {}", ".tool-versions elixir"),
+            Row("version", "Elixir {}", r'mix.exs ~ \belixir: *"([^"\n]+)"'),
+            Row("version", "Elixir"),
+            Row("tool", "Phoenix {}", r'mix.exs ~ \{:phoenix, *"([^"\n]+)"'),
+            Row("install", "mix setup", r'mix.exs ~ ^[ \t]+"?setup"?: *\['),
+            Row("install", "mix deps.get"),
+            Row("build", "mix compile"),
+            Row("test", "mix test", "mix.exs apps_path:"),
+            Row("test", "mix test", "mix.exs + test"),
+            Row("one test", "mix test apps/APP/test/path/to/file_test.exs:LINE", "mix.exs apps_path:"),
+            Row("one test", "mix test test/path/to/file_test.exs:LINE", "mix.exs + test"),
+            Row("lint", "mix lint", r'mix.exs ~ ^[ \t]+"?lint"?: *\['),
+            Row("lint", "mix credo", "mix.exs :credo"),
+            Row("format", "mix format", ".formatter.exs"),
+            Row("type check", "mix dialyzer", "mix.exs :dialyxir"),
+            Row("run", "mix phx.server", "mix.exs :phoenix + config/config.exs ~ Endpoint"),
+            Row("check", "mix {}", r'mix.exs ~ ^[ \t]+"?(check|ci)"?: *\['),
+            Row("check", "mix check", "mix.exs :ex_check"),
+            Row("before a commit", "mix precommit", r'mix.exs ~ ^[ \t]+"?precommit"?: *\['),
+        ),
+    ),
+    Ecosystem(
+        "php",
+        ("composer.json",),
+        (
+            Row("description", "{}", "composer.json description"),
+            Row("version", "PHP {}", "composer.json require php"),
+            Row("version", "PHP"),
+            Row("tool", "Laravel {}", "composer.json require laravel/framework"),
+            Row("tool", "Symfony {}", "composer.json require symfony/framework-bundle"),
+            Row("install", "composer install"),
+            Row("test", "php artisan test", "artisan + phpunit*.xml*"),
+            Row("test", "vendor/bin/pest", 'composer.json ~ "pestphp/pest"'),
+            Row("test", "vendor/bin/phpunit", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
+            Row("test", "vendor/bin/simple-phpunit", 'composer.json ~ "symfony/phpunit-bridge" + phpunit*.xml*'),
+            Row("test", "vendor/bin/tester tests", 'composer.json ~ "nette/tester" + tests'),
+            Row("test", "vendor/bin/codecept run", 'codeception*.yml + composer.json ~ "codeception/'),
+            Row("one test", "php artisan test --filter=NAME", "artisan + phpunit*.xml*"),
+            Row("one test", "vendor/bin/pest --filter=NAME", 'composer.json ~ "pestphp/pest"'),
+            Row("one test", "vendor/bin/phpunit --filter NAME", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
+            Row("lint", "vendor/bin/pint --test", 'composer.json ~ "laravel/pint"'),
+            Row("lint", "vendor/bin/phpcs", "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"),
+            Row("lint", "vendor/bin/ecs check", "ecs.php + composer.json ~ easy-coding-standard"),
+            Row("lint", "vendor/bin/php-cs-fixer check", ".php-cs-fixer* + composer.json ~ php-cs-fixer"),
+            Row("format", "vendor/bin/pint", 'composer.json ~ "laravel/pint"'),
+            Row("format", "vendor/bin/phpcbf", "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"),
+            Row("format", "vendor/bin/ecs check --fix", "ecs.php + composer.json ~ easy-coding-standard"),
+            Row("format", "vendor/bin/php-cs-fixer fix", ".php-cs-fixer* + composer.json ~ php-cs-fixer"),
+            Row("type check", "vendor/bin/phpstan analyse", 'phpstan.* + composer.json ~ "phpstan/phpstan|larastan"'),
+            Row("type check", "vendor/bin/psalm", "psalm.xml* + composer.json require-dev vimeo/psalm"),
+            Row("run", "php artisan serve", "artisan"),
+        ),
+        read_composer_scripts,
+        spell=use_composer_bin,
+    ),
+    Ecosystem(
+        "ruby",
+        (
+            "*.gemspec",
+            "bin/rails",
+            "Gemfile + .rspec",
+            "Gemfile + config.ru",
+            "Gemfile + Rakefile ~ TestTask|RSpec::Core|load_tasks",
+        ),
+        (
+            Row("description", "{}", r"""*.gemspec ~ \.summary[ \t]*=[ \t]*(?:"([^"\n]+)"|'([^'\n]+)')"""),
+            Row("version", "Ruby {}", ".ruby-version"),
+            Row("version", "Ruby {}", ".tool-versions ruby"),
+            Row("version", "Ruby {}", r"""Gemfile ~ ^[ \t]*ruby[ (]+["']([^"'\n]+)"""),
+            Row("version", "Ruby {}", r"""*.gemspec ~ required_ruby_version[^"'\n]*["']([^"'\n]+)"""),
+            Row("version", "Ruby"),
+            Row("tool", "Rails {}", r"""Gemfile ~ ^[ \t]*gem[ (]+["']rails["'], *["']([^"'\n]+)"""),
+            Row("install", "bin/setup --skip-server", "bin/setup --skip-server"),
+            Row("install", "bin/setup", "bin/setup"),
+            Row("install", "script/bootstrap", "script/bootstrap"),
+            Row("install", "bundle install", "Gemfile"),
+            Row("test", "bundle exec rspec", ".rspec"),
+            Row("test", "bundle exec rspec", "spec/spec_helper.rb RSpec"),
+            Row("test", "bin/rails test", "bin/rails + test"),
+            Row("test", "script/test", "script/test"),
+            Row("test", "bundle exec rake test", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
+            Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
+            Row("one test", "bin/rails test test/path/to/file_test.rb:LINE", "bin/rails + test"),
+            Row(
+                "one test",
+                "bundle exec rake test N=/NAME/",
+                r"Rakefile ~ Minitest::TestTask\.\w+\b(?![ (]*:(?!test\b))",
+            ),
+            Row("one test", "bundle exec rake test TEST=test/FILE", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("lint", "bundle exec standardrb", ".standard.yml"),
+            Row("lint", "bundle exec standardrb", r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""),
+            Row("lint", "bin/rubocop", "bin/rubocop"),
+            Row("lint", "bundle exec rubocop", ".rubocop.yml + Gemfile rubocop"),
+            Row("lint", "bundle exec rubocop", ".rubocop.yml + *.gemspec rubocop"),
+            Row("format", "bundle exec standardrb --fix", ".standard.yml"),
+            Row("format", "bundle exec standardrb --fix", r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""),
+            Row("format", "bin/rubocop -a", "bin/rubocop"),
+            Row("format", "bundle exec rubocop -a", ".rubocop.yml + Gemfile rubocop"),
+            Row("format", "bundle exec rubocop -a", ".rubocop.yml + *.gemspec rubocop"),
+            Row("type check", "bundle exec srb tc", "sorbet/config"),
+            Row("type check", "bundle exec steep check", "Steepfile"),
+            Row("run", "bin/dev", "bin/dev"),
+            Row("run", "bin/rails server", "bin/rails + config.ru"),
+            Row("check", "bin/ci", "bin/ci"),
+            Row("check", "script/cibuild", "script/cibuild"),
+        ),
+        spell=use_binstub,
+    ),
     Ecosystem(
         "rust",
         ("Cargo.toml",),
         (
             Row("description", "{}", "Cargo.toml package description"),
-            Row("version", "Rust {}", "rust-toolchain.toml toolchain channel"),
+            Row("description", "{}", "Cargo.toml workspace package description"),
+            Row("version", "Rust {}", r'rust-toolchain* ~ ^channel[ \t]*=[ \t]*"(\d[^"\n]*)"'),
+            Row("version", "Rust {}", r"rust-toolchain ~ \A(\d[\w.]*)\s*\Z"),
+            Row("version", "Rust nightly", "rust-toolchain* ~ nightly"),
             Row("version", "Rust {}+", "Cargo.toml package rust-version"),
-            Row("version", "Rust", "Cargo.toml"),
+            Row("version", "Rust {}+", "Cargo.toml workspace package rust-version"),
+            Row("version", "Rust"),
             Row("build", "cargo build --workspace", "Cargo.toml workspace"),
-            Row("build", "cargo build", "Cargo.toml"),
+            Row("build", "cargo build"),
+            Row("test", "cargo nextest run --workspace", "Cargo.toml workspace + .config/nextest.toml"),
+            Row("test", "cargo nextest run", "Cargo.toml + .config/nextest.toml"),
             Row("test", "cargo test --workspace", "Cargo.toml workspace"),
-            Row("test", "cargo test", "Cargo.toml"),
-            Row("one test", "cargo test name_of_the_test", "Cargo.toml"),
+            Row("test", "cargo test"),
+            Row("one test", "cargo nextest run name_of_the_test", ".config/nextest.toml"),
+            Row("one test", "cargo test -p CRATE name_of_the_test", "Cargo.toml workspace"),
+            Row("one test", "cargo test name_of_the_test"),
+            Row("lint", "cargo clippy --workspace --all-targets", "Cargo.toml workspace"),
+            Row("lint", "cargo clippy --all-targets"),
+            Row(
+                "format", "cargo +nightly fmt --all", "*rustfmt.toml ~ ^(imports|group|unstable)_ + not rust-toolchain*"
+            ),
+            Row("format", "cargo fmt --all", "Cargo.toml workspace"),
+            Row("format", "cargo fmt"),
+            Row("run", "cargo run", "Cargo.toml package default-run"),
+            Row("run", "cargo run", "src/main.rs + not src/bin + not Cargo.toml bin"),
         ),
     ),
     Ecosystem(
         "go",
-        ("go.mod",),
+        ("go.mod", "go.work"),
         (
             Row("version", "Go {}", "go.mod go"),
+            Row("version", "Go {}", "go.work go"),
             Row("build", "go build ./...", "go.mod"),
             Row("test", "go test ./...", "go.mod"),
-            Row("one test", "go test ./path/to/package -run TestName", "go.mod"),
+            Row("one test", "go test ./path/to/package -run TestName"),
+            Row("lint", "golangci-lint run", ".golangci.* + go.mod"),
+            Row("lint", "go vet ./...", "go.mod"),
+            Row("format", "golangci-lint fmt", r".golangci.* ~ ^formatters:"),
+            Row("format", "go fmt ./...", "go.mod"),
+            Row("run", "go run .", r"main.go ~ ^package main\b"),
+        ),
+        find=find_go,
+    ),
+    Ecosystem(
+        "maven",
+        ("pom.xml + mvnw", "pom.xml + not gradlew"),
+        (
+            Row("description", "{}", "pom.xml ~ <description>([^<$]+)</description>"),
+            Row("version", "Java {}", ".java-version"),
+            Row("version", "Java {}", ".tool-versions java"),
+            Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
+            Row("version", "Java {}", "pom.xml ~ <(?:maven.compiler.release|java.version|release)>([^<$]+)<"),
+            Row("version", "Java {}", "pom.xml ~ <maven.compiler.(?:source|target)>([^<$]+)<"),
+            Row("version", "Java"),
+            Row("tool", "Spring Boot {}", r"pom.xml ~ >spring-boot-starter-parent</artifactId>\s*<version>([^<$]+)<"),
+            Row("build", "mvn package -DskipTests"),
+            Row("test", "mvn test"),
+            Row("one test", "mvn test -pl MODULE -Dtest=ClassName#method", "pom.xml <modules>"),
+            Row("one test", "mvn test -Dtest=ClassName#method"),
+            Row("lint", "mvn spotless:check", "pom.xml spotless-maven-plugin"),
+            Row("format", "mvn spotless:apply", "pom.xml spotless-maven-plugin"),
+            Row("format", "mvn spring-javaformat:apply", "pom.xml spring-javaformat-maven-plugin"),
+            Row("format", "mvn fmt:format", "pom.xml fmt-maven-plugin"),
+            Row("format", "mvn formatter:format", "pom.xml formatter-maven-plugin"),
+            Row("run", "mvn spring-boot:run", "pom.xml spring-boot-maven-plugin + not pom.xml <modules>"),
+            Row("run", "mvn quarkus:dev", "pom.xml quarkus-maven-plugin + not pom.xml <modules>"),
+            Row("check", "mvn verify"),
+        ),
+        spell=use_wrapper,
+    ),
+    Ecosystem(
+        "gradle",
+        ("settings.gradle* + not mvnw", "build.gradle* + not mvnw"),
+        (
+            Row("description", "{}", r"""build.gradle* ~ ^description[ \t]*=?[ \t]*["']([^"'\n]+)"""),
+            Row("version", "Java {}", ".java-version"),
+            Row("version", "Java {}", ".tool-versions java"),
+            Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
+            Row("version", "Java {}", r"build.gradle* ~ (?:JavaLanguageVersion\.of|jvmToolchain)\(\s*(\d+)"),
+            Row("version", "Java {}", r"build.gradle* ~ sourceCompatibility[ =]+\D*([\d.]+)"),
+            Row("tool", "Kotlin {}", "gradle/libs.versions.toml versions kotlin"),
+            Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
+            Row("tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.*version ["']([^"'\n]+)"""),
+            Row("tool", "Gradle {}", "gradle/wrapper/gradle-wrapper.properties ~ gradle-([0-9.]+[0-9])"),
+            Row("build", "gradle assembleDebug", "app/src/main"),
+            Row("build", "gradle assemble"),
+            Row("test", "gradle test allTests", "build.gradle* multiplatform kotlin.jvm"),
+            Row("test", "gradle allTests", "build.gradle* multiplatform"),
+            Row("test", "gradle test"),
+            Row(
+                "one test",
+                "gradle :MODULE:test --tests 'ClassName.method'",
+                "settings.gradle* include + not app/src/main",
+            ),
+            Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
+            Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
+            Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
+            Row("lint", "gradle detekt", "build.gradle* detekt"),
+            Row("lint", "gradle lint", "app/src/main"),
+            Row("format", "gradle spotlessApply", "build.gradle* spotless"),
+            Row("format", "gradle ktlintFormat", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
+            Row("run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.*apply false)"""),
+            Row("run", "gradle runIde", "build.gradle* org.jetbrains.intellij"),
+            Row("run", "gradle run", r"build.gradle* ~ ^[ \t]*(?:application$|id[ (]+[\"']application[\"'])"),
+            Row("check", "gradle check", "*.gradle* + not app/src/main"),
+        ),
+        spell=use_wrapper,
+    ),
+    Ecosystem(
+        ".net",
+        (
+            r"*.slnx ~ \.(?:cs|fs|vb)proj",
+            r"*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
+            "*.csproj + not ProjectSettings",
+            "*.fsproj",
+        ),
+        (
+            Row("description", "{}", "Directory.Build.props ~ <Description>([^<$]+)</Description>"),
+            Row("description", "{}", "*.csproj ~ <Description>([^<$]+)</Description>"),
+            Row("version", ".NET {}", "global.json sdk version"),
+            Row("version", ".NET {}", "Directory.Build.props ~ <TargetFrameworks?>net([^<]+)<"),
+            Row("version", ".NET {}", "*.csproj ~ <TargetFrameworks?>net([^<]+)<"),
+            Row("version", ".NET"),
+            Row("format", "dotnet csharpier format .", ".config/dotnet-tools.json tools csharpier"),
+        ),
+        find=find_dotnet,
+    ),
+    Ecosystem(
+        "swift",
+        ("Package.swift + not package.json", "*.xcodeproj", "*.xcworkspace", "Tuist.swift"),
+        (
+            Row("version", "Swift {}", ".swift-version"),
+            Row("version", "Swift {}+", "Package.swift ~ swift-tools-version: *([0-9.]+)"),
+            Row("version", "Swift"),
+            Row("install", "bundle exec pod install", "Podfile + Gemfile cocoapods"),
+            Row("install", "pod install", "Podfile"),
+            Row("install", "tuist install && tuist generate --no-open", "Tuist.swift"),
+            Row("install", "xcodegen generate", "project.yml targets"),
+            Row("build", "swift build", "Package.swift"),
+            Row("test", "swift test", "Package.swift .testTarget"),
+            Row("one test", "swift test --filter TestName", "Package.swift .testTarget"),
+            Row("lint", "swiftlint", ".swiftlint.yml"),
+            Row("lint", "swift format lint --recursive .", ".swift-format"),
+            Row("format", "swiftformat .", ".swiftformat"),
+            Row("format", "swift format --in-place --recursive .", ".swift-format"),
+            Row("run", "swift run", "Package.swift .executableTarget + not Package.swift .library"),
+        ),
+        find=find_xcode,
+        spell=leave_out_ios,
+    ),
+    Ecosystem(
+        "flutter",
+        ("pubspec.yaml dependencies flutter",),
+        (
+            Row("description", "{}", "pubspec.yaml description"),
+            Row("version", "Flutter {}", '.fvmrc ~ "flutter": *"([^"]+)"'),
+            Row("version", "Flutter {}", "pubspec.yaml environment flutter"),
+            Row("version", "Flutter"),
+            Row("tool", "Dart {}", "pubspec.yaml environment sdk"),
+            Row("install", "melos bootstrap", "melos.yaml"),
+            Row("install", "flutter pub get"),
+            Row("build", "dart run build_runner build", "pubspec.yaml dev_dependencies build_runner"),
+            Row("test", "flutter test", "pubspec.yaml + test"),
+            Row("one test", "flutter test test/FILE --plain-name 'NAME'", "pubspec.yaml + test"),
+            Row("lint", "flutter analyze"),
+            Row("format", "dart format ."),
+            Row("run", "flutter run", "lib/main.dart"),
+        ),
+        read_melos_scripts,
+        spell=use_wrapper,
+    ),
+    Ecosystem(
+        "dart",
+        ("pubspec.yaml + not pubspec.yaml dependencies flutter",),
+        (
+            Row("description", "{}", "pubspec.yaml description"),
+            Row("version", "Dart {}", "pubspec.yaml environment sdk"),
+            Row("version", "Dart"),
+            Row("install", "melos bootstrap", "melos.yaml"),
+            Row("install", "flutter pub get", ".fvmrc"),
+            Row("install", "dart pub get"),
+            Row("test", "dart test", "pubspec.yaml dev_dependencies test + test"),
+            Row("one test", "dart test test/FILE --plain-name 'NAME'", "pubspec.yaml dev_dependencies test + test"),
+            Row("lint", "dart analyze"),
+            Row("format", "dart format ."),
+        ),
+        read_melos_scripts,
+        spell=use_wrapper,
+    ),
+    Ecosystem(
+        "deno",
+        ("deno.json + not package.json", "deno.jsonc + not package.json", "deno.lock"),
+        (
+            Row("version", "Deno"),
+            Row("install", "deno install"),
+            Row("test", "deno test -A", "*_test.ts"),
+            Row("test", "deno test -A", "tests"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME"),
+            Row("lint", "deno lint", "deno.json* + not eslint.config.* + not biome.json*"),
+            Row("format", "deno fmt", "deno.json* + not .prettierrc* + not biome.json*"),
+            Row("type check", "deno check {}", r"mod.ts ~ \A"),
+        ),
+        read_deno_tasks,
+    ),
+    Ecosystem(
+        "gleam",
+        ("gleam.toml",),
+        (
+            Row("description", "{}", "gleam.toml description"),
+            Row("version", "Gleam {}", "gleam.toml gleam"),
+            Row("version", "Gleam"),
+            Row("install", "gleam deps download"),
+            Row("build", "gleam build"),
+            Row("test", "gleam test", "gleam.toml + test"),
+            Row("format", "gleam format"),
+            Row("type check", "gleam check"),
+        ),
+    ),
+    Ecosystem(
+        "erlang",
+        ("rebar.config",),
+        (
+            Row("version", "Erlang/OTP {}", 'rebar.config ~ minimum_otp_vsn, *"([^"\n]+)"'),
+            Row("version", "Erlang"),
+            Row("build", "rebar3 compile"),
+            Row("lint", "rebar3 lint", "rebar.config rebar3_lint"),
+            Row("format", "rebar3 fmt", "rebar.config erlfmt"),
+            Row("type check", "rebar3 dialyzer", "rebar.config dialyzer"),
+        ),
+    ),
+    Ecosystem(
+        "scala",
+        ("build.sbt",),
+        (
+            Row("version", "Scala {}", r'build.sbt ~ scalaVersion *:= *"([^"\n]+)"'),
+            Row("version", "Scala"),
+            Row("tool", "sbt {}", r"project/build.properties ~ sbt.version *= *(\S+)"),
+            Row("build", "sbt compile"),
+            Row("test", "sbt test"),
+            Row("one test", "sbt 'testOnly *ClassName'"),
+            Row("lint", "sbt scalafmtCheckAll", "project/plugins.sbt sbt-scalafmt"),
+            Row("format", "sbt scalafmtAll", "project/plugins.sbt sbt-scalafmt"),
+        ),
+    ),
+    Ecosystem(
+        "haskell",
+        ("cabal.project", "stack.yaml", "*.cabal"),
+        (
+            Row("description", "{}", "*.cabal synopsis:"),
+            Row("description", "{}", "package.yaml synopsis"),
+            Row("version", "Haskell"),
+            Row("tool", "Stackage LTS {}", r"stack.yaml ~ ^(?:resolver|snapshot): *lts-([\d.]+)"),
+            Row("build", "cabal build all", "cabal.project"),
+            Row("build", "stack build", "stack.yaml"),
+            Row("build", "cabal build", "*.cabal"),
+            Row("test", "cabal test all", "cabal.project"),
+            Row("test", "stack test", "stack.yaml"),
+            Row("test", "cabal test", "*.cabal ~ ^test-suite"),
+            Row("lint", "hlint .", ".hlint.yaml"),
+            Row("format", "fourmolu -i .", "fourmolu.yaml"),
+        ),
+    ),
+    Ecosystem(
+        "ocaml",
+        ("dune-project",),
+        (
+            Row("description", "{}", r'dune-project ~ \(synopsis[ \n]+"([^"\n]+)"'),
+            Row("version", "OCaml {}", r"dune-project ~ \(ocaml[ \n]+\(>= ([^)\n]+)\)"),
+            Row("version", "OCaml"),
+            Row("install", "opam install . --deps-only --with-test", "*.opam"),
+            Row("build", "dune build"),
+            Row("test", "dune test"),
+            Row("format", "dune fmt", ".ocamlformat"),
+        ),
+    ),
+    Ecosystem(
+        "zig",
+        ("build.zig",),
+        (
+            Row("version", "Zig {}", r'build.zig.zon ~ \.minimum_zig_version *= *"([^"\n]+)"'),
+            Row("version", "Zig"),
+            Row("build", "zig build"),
+            Row("test", "zig build test", r'build.zig ~ \.step\("test"'),
+            Row("one test", "zig build test -Dtest-filter=NAME", 'build.zig "test-filter"'),
+            Row("format", "zig fmt ."),
+            Row("run", "zig build run", r'build.zig ~ \.step\("run"'),
+        ),
+    ),
+    Ecosystem(
+        "foundry",
+        ("foundry.toml",),
+        (
+            Row("version", "Solidity {}", "foundry.toml profile default solc"),
+            Row("version", "Solidity"),
+            Row("build", "forge build"),
+            Row("test", "forge test"),
+            Row("one test", "forge test --match-test NAME"),
+            Row("format", "forge fmt"),
+        ),
+    ),
+    Ecosystem(
+        "crystal",
+        ("shard.yml",),
+        (
+            Row("description", "{}", "shard.yml description"),
+            Row("version", "Crystal {}", "shard.yml crystal"),
+            Row("version", "Crystal"),
+            Row("install", "shards install"),
+            Row("test", "crystal spec", "shard.yml + spec"),
+            Row("one test", "crystal spec spec/path/to/file_spec.cr:LINE", "shard.yml + spec"),
+            Row("format", "crystal tool format"),
+        ),
+    ),
+    Ecosystem(
+        "julia",
+        ("Project.toml uuid",),
+        (
+            Row("version", "Julia {}", "Project.toml compat julia"),
+            Row("version", "Julia"),
+            Row("install", "julia --project -e 'using Pkg; Pkg.instantiate()'"),
+            Row("test", "julia --project -e 'using Pkg; Pkg.test()'", "test/runtests.jl"),
         ),
     ),
     Ecosystem(
@@ -4069,6 +4662,65 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         spell=lambda folder, command: find_python_runner(folder) + command,
     ),
     Ecosystem(
+        "cmake",
+        (
+            "CMakeLists.txt + not meson.build",
+            r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b",
+        ),
+        (
+            Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^)]*\bDESCRIPTION\s+"([^"]+)"'),
+            Row("version", "C++{}", r"CMakeLists.txt ~ \b(?:CMAKE_CXX_STANDARD|cxx_std_)\s*(\d+)"),
+            Row("version", "C{}", r"CMakeLists.txt ~ \b(?:CMAKE_C_STANDARD|c_std_)\s*(\d+)"),
+            Row("tool", "CMake {}+", r"CMakeLists.txt ~ (?i)cmake_minimum_required\s*\(\s*VERSION\s+(\d+\.\d+)"),
+            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
+            Row("format", "clang-format -i path/to/file", ".clang-format"),
+        ),
+        find=find_cmake,
+        only_first=True,
+    ),
+    Ecosystem(
+        "meson",
+        ("meson.build",),
+        (
+            Row("version", "C++", "meson.build ~ project *\\([^)]*'cpp'"),
+            Row("version", "C", "meson.build ~ project *\\([^)]*'c'"),
+            Row("tool", "Meson {}", r"meson.build ~ meson_version *: *'([^'\n]+)'"),
+            Row("build", "meson setup build && meson compile -C build"),
+            Row("test", "meson test -C build", r"meson.build ~ ^\s*(?:test *\(|subdir *\( *'tests?')"),
+            Row("one test", "meson test -C build NAME", r"meson.build ~ ^\s*(?:test *\(|subdir *\( *'tests?')"),
+            Row("format", "clang-format -i path/to/file", ".clang-format"),
+        ),
+        only_first=True,
+    ),
+    Ecosystem(
+        "autotools",
+        ("configure.ac", "configure + Makefile.in"),
+        (
+            Row("version", "C++", "configure.ac AC_PROG_CXX"),
+            Row("version", "C", "configure.ac AC_PROG_CC"),
+            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
+            Row("build", "./configure && make", "configure"),
+            Row("build", "./autogen.sh && ./configure && make", "autogen.sh"),
+            Row("build", "./bootstrap && ./configure && make", "bootstrap"),
+            Row("build", "autoreconf -i && ./configure && make", "configure.ac"),
+            Row("test", "make check", r"Makefile.am ~ ^(?:TESTS|check-local)\b"),
+            Row("test", "make check", r"Makefile.am ~ ^SUBDIRS *\+?=.*\btests?\b"),
+            Row("test", "make check", "Makefile.in ~ ^check:"),
+            Row("one test", "make check TESTS=path/to/test", r"Makefile.am ~ ^TESTS\b"),
+        ),
+        only_first=True,
+    ),
+    Ecosystem(
+        "bazel",
+        ("MODULE.bazel", "WORKSPACE"),
+        (
+            Row("build", "bazel build //..."),
+            Row("test", "bazel test //..."),
+            Row("one test", "bazel test //path/to:target"),
+        ),
+        only_first=True,
+    ),
+    Ecosystem(
         "javascript",
         ("package.json",),
         (
@@ -4079,10 +4731,25 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ),
         read_node_scripts,
     ),
+    Ecosystem(
+        "terraform",
+        ("*.tf",),
+        (
+            Row("version", "Terraform {}", ".terraform-version"),
+            Row("version", "Terraform {}", r'versions.tf ~ \brequired_version *= *"([^"\n]+)"'),
+            Row("version", "Terraform {}", r'main.tf ~ \brequired_version *= *"([^"\n]+)"'),
+            Row("version", "Terraform"),
+            Row("install", "terraform init"),
+            Row("test", "terraform test", "*.tftest.hcl"),
+            Row("lint", "tflint", ".tflint.hcl"),
+            Row("format", "terraform fmt -recursive"),
+            Row("check", "terraform validate"),
+        ),
+    ),
 )
 
 
-# ── 18 Detection ──────────────────────────────────────────────────────────────
+# ── 19 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. A wrong command is worse than none: where the evidence is weak, nothing is
@@ -4200,7 +4867,10 @@ def find_ml_evidence(folder: Folder) -> str:
 def detect(path: str, home: str = "") -> Detected:
     """Detect what a folder holds; raises IoError if it cannot be listed."""
     folder = open_folder(path, home)
-    found = {system.name: list(system.read(folder)) for system in ECOSYSTEMS if system.find_sign(folder)}
+    found: dict[str, list[Found]] = {}
+    for system in ECOSYSTEMS:
+        if system.find_sign(folder) and not (system.only_first and found):
+            found[system.name] = list(system.read(folder))
     items = [item for system in found.values() for item in system]
     versions = [next((i for i in items if i.name == "version"), None) for items in found.values()]
     tools = [item for item in items if item.name == "tool"]
@@ -4217,7 +4887,7 @@ def detect(path: str, home: str = "") -> Detected:
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 19 Text ───────────────────────────────────────────────────────────────────
+# ── 20 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -4473,7 +5143,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 20 Blocks ─────────────────────────────────────────────────────────────────
+# ── 21 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -4684,7 +5354,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
 
 
-# ── 21 Records ────────────────────────────────────────────────────────────────
+# ── 22 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -4828,7 +5498,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 22 Plan ───────────────────────────────────────────────────────────────────
+# ── 23 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -5363,7 +6033,7 @@ class Planner:
         )
 
 
-# ── 23 Sync ───────────────────────────────────────────────────────────────────
+# ── 24 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -5723,7 +6393,7 @@ def run_pipeline(
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 24 Status and diff ────────────────────────────────────────────────────────
+# ── 25 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -5947,7 +6617,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 25 Watching ───────────────────────────────────────────────────────────────
+# ── 26 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -6515,7 +7185,7 @@ class Watcher:
             return False
 
 
-# ── 26 Logs ───────────────────────────────────────────────────────────────────
+# ── 27 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -6668,7 +7338,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 27 Programs ───────────────────────────────────────────────────────────────
+# ── 28 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -6708,7 +7378,7 @@ def run_program(
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
 
 
-# ── 28 Control socket ─────────────────────────────────────────────────────────
+# ── 29 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -7266,7 +7936,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 29 Worker ─────────────────────────────────────────────────────────────────
+# ── 30 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -7595,7 +8265,7 @@ class Worker:
         return counts
 
 
-# ── 30 Daemon ─────────────────────────────────────────────────────────────────
+# ── 31 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -8042,7 +8712,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 31 Installing ─────────────────────────────────────────────────────────────
+# ── 32 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -8309,7 +8979,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 32 Services ───────────────────────────────────────────────────────────────
+# ── 33 Services ───────────────────────────────────────────────────────────────
 
 # The daemon under the system's own supervisor.
 
@@ -8532,7 +9202,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
     return was_installed
 
 
-# ── 33 Registering ────────────────────────────────────────────────────────────
+# ── 34 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -8704,7 +9374,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 34 Output ─────────────────────────────────────────────────────────────────
+# ── 35 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -8888,7 +9558,7 @@ def format_age(seconds: Optional[int]) -> str:
     return "never" if seconds is None else f"{format_duration(seconds)} ago"
 
 
-# ── 35 Arguments ──────────────────────────────────────────────────────────────
+# ── 36 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands serve the parser, the help and the completion.
 # argparse would cost 7 ms of each start, and could do less.
@@ -9121,7 +9791,7 @@ def _spell(argument: Argument) -> str:
     return f"{names} {argument.value_name}".strip()
 
 
-# ── 36 Status screen ──────────────────────────────────────────────────────────
+# ── 37 Status screen ──────────────────────────────────────────────────────────
 
 # What `status` shows: a summary, the daemon, and what needs attention.
 
@@ -9203,7 +9873,7 @@ class StatusView(NamedTuple):
         return lines
 
 
-# ── 37 Doctor ─────────────────────────────────────────────────────────────────
+# ── 38 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and what mends it. A new check is a method of Doctor that
 # yields findings, and a name in CHECKS. Nothing is changed.
@@ -9419,7 +10089,7 @@ class Doctor:
     )
 
 
-# ── 38 Commands ───────────────────────────────────────────────────────────────
+# ── 39 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -9834,7 +10504,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 39 Command line ───────────────────────────────────────────────────────────
+# ── 40 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS.
 

@@ -2869,11 +2869,310 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch
 # ── 17 Ecosystems ─────────────────────────────────────────────────────────────
 
 
-# ── 18 Detection ──────────────────────────────────────────────────────────────
+# ── 18 Languages ──────────────────────────────────────────────────────────────
+
+
+MIX = """
+defmodule Shop.MixProject do
+  use Mix.Project
+
+  def project do
+    [app: :shop, elixir: "~> 1.15", description: "Sells", aliases: aliases(), deps: deps()]
+  end
+
+  defp deps do
+    [{:phoenix, "~> 1.8.1"}, {:credo, "~> 1.7", only: :dev}, {:dialyxir, ">= 0.0.0"}]
+  end
+
+  defp aliases do
+    [
+      setup: ["deps.get", "ecto.setup"],
+      precommit: ["compile --warning-as-errors", "format", "test"],
+      ci: ["lint", "test"]
+    ]
+  end
+end
+"""
+GEMSPEC = 'Gem::Specification.new do |s|\n  s.summary     = "Bakes"\n  s.required_ruby_version = ">= 3.1"\nend\n'
+CONFIGURE = "AC_INIT([x], [1])\nAC_PROG_CC\n"
+PHP_TOOLS = {"phpunit/phpunit": "^11", "laravel/pint": "^1", "phpstan/phpstan": "^2"}
+SLN = 'Project("{9A}") = "Shop", "src\\Shop\\Shop.csproj", "{1}"\nProject("{9A}") = "Tests", "t\\T.csproj", "{2}"\n'
+SOLUTION = '<Solution><Project Path="src/Shop.csproj" /><Project Path="test/Shop.Tests.csproj" /></Solution>'
+PBXPROJ = "SDKROOT = {};\nproductType = com.apple.product-type.bundle.unit-test\n"
+SCHEME = "App.xcodeproj/xcshareddata/xcschemes/App.xcscheme"
+PRESETS = {
+    "configurePresets": [{"name": "base", "hidden": True}, {"name": "default"}, {"name": "asan"}],
+    "buildPresets": [{"name": "default", "configurePreset": "default"}],
+    "testPresets": [{"name": "quick", "configurePreset": "default"}],
+}
 
 
 def package(**sections: Any) -> dict[str, str]:
     return {"package.json": json.dumps(sections)}
+
+
+def composer(**keys: Any) -> dict[str, str]:
+    return {"composer.json": json.dumps(keys)}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),  # - where nothing may be said; other names are not looked at
+    [
+        ({"mix.exs": ""}, "install: mix deps.get | build: mix compile | test: - | lint: - | run: -"),
+        ({"mix.exs": "", "test": None}, "test: mix test | one test: mix test test/path/to/file_test.exs:LINE"),
+        ({"mix.exs": 'apps_path: "apps"'}, "one test: mix test apps/APP/test/path/to/file_test.exs:LINE"),
+        ({"mix.exs": "#  {:credo, 1}\n", ".formatter.exs": ""}, "lint: - | format: mix format"),
+        (
+            {"mix.exs": MIX, "config/config.exs": "config :shop, ShopWeb.Endpoint", "test": None},
+            "install: mix setup | lint: mix credo | type check: mix dialyzer | run: mix phx.server | "
+            "before a commit: mix precommit | check: mix ci | description: Sells | "
+            "built with: Elixir 1.15+, Phoenix 1.8.1+",
+        ),
+        ({"mix.exs": MIX}, "run: -"),  # a library for Phoenix
+        ({"mix.exs": MIX, ".tool-versions": "elixir 1.17.2-otp-27\n"}, "built with: Elixir 1.17.2, Phoenix 1.8.1+"),
+        (composer(), "install: composer install | test: - | lint: - | built with: PHP"),
+        (composer(scripts={"test": ["@a", "@b"]}, description="Pays"), "test: composer test | description: Pays"),
+        (
+            {**composer(**{"require-dev": PHP_TOOLS}), "phpunit.xml.dist": "", "phpstan.neon": ""},
+            "test: vendor/bin/phpunit | one test: vendor/bin/phpunit --filter NAME | "
+            "lint: vendor/bin/pint --test | format: vendor/bin/pint | type check: vendor/bin/phpstan analyse",
+        ),
+        (composer(**{"require-dev": PHP_TOOLS}), "test: - | type check: -"),
+        (
+            {**composer(config={"bin-dir": "bin/"}, **{"require-dev": {"pestphp/pest": "^3"}})},
+            "test: bin/pest | one test: bin/pest --filter=NAME",
+        ),
+        (
+            {**composer(config={"vendor-dir": "lib"}, **{"require-dev": PHP_TOOLS}), "phpunit.xml": ""},
+            "test: lib/bin/phpunit",
+        ),
+        (
+            {**composer(require={"php": ">=8.2", "laravel/framework": "^12.0"}), "artisan": "", "phpunit.xml": ""},
+            "test: php artisan test | one test: php artisan test --filter=NAME | run: php artisan serve | "
+            "built with: PHP 8.2+, Laravel 12.0",
+        ),
+        ({**composer(), ".php-cs-fixer.dist.php": ""}, "format: -"),  # not installed by composer
+        ({"Gemfile": 'gem "jekyll"', "_config.yml": ""}, "install: -"),  # a site about something else
+        ({"Gemfile": 'gem "fastlane"', "Rakefile": "task :x"}, "install: -"),
+        (
+            {"x.gemspec": GEMSPEC, "Gemfile": "", "Rakefile": "Rake::TestTask.new do |t|"},
+            "install: bundle install | test: bundle exec rake test | built with: Ruby 3.1+ | "
+            "one test: bundle exec rake test TEST=test/FILE | description: Bakes | lint: -",
+        ),
+        ({"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:unit)"}, "test: -"),
+        ({"x.gemspec": "", "Rakefile": "Minitest::TestTask.create"}, "one test: bundle exec rake test N=/NAME/"),
+        (
+            {"x.gemspec": "", ".rspec": "", "Gemfile": 'gem "rubocop"', ".rubocop.yml": "", "bin/rspec": ""},
+            "test: bin/rspec | one test: bin/rspec spec/path/to/file_spec.rb:LINE | "
+            "lint: bundle exec rubocop | format: bundle exec rubocop -a",
+        ),
+        ({"x.gemspec": "", ".rubocop.yml": "", "Gemfile": ""}, "lint: -"),
+        (
+            {"Gemfile": 'gem "rails", "~> 8.0.1"', "bin/rails": "", "test": None, "bin/setup": "--skip-server"},
+            "install: bin/setup --skip-server | test: bin/rails test | built with: Ruby, Rails 8.0.1+ | "
+            "one test: bin/rails test test/path/to/file_test.rb:LINE",
+        ),
+        (
+            {"Gemfile": 'gem "standard"', "bin/rails": "", "bin/dev": "", ".ruby-version": "ruby-3.4.1\n"},
+            "lint: bundle exec standardrb | format: bundle exec standardrb --fix | run: bin/dev",
+        ),
+        (
+            {"Cargo.toml": "[package]\nedition = '2021'", "src/main.rs": "", "rust-toolchain": "1.80.1\n"},
+            "build: cargo build | test: cargo test | one test: cargo test name_of_the_test | "
+            "lint: cargo clippy --all-targets | format: cargo fmt | run: cargo run | built with: Rust 1.80.1",
+        ),
+        (
+            {"Cargo.toml": "[workspace.package]\nrust-version = '1.75'\n", "rustfmt.toml": 'group_imports = "One"'},
+            "test: cargo test --workspace | one test: cargo test -p CRATE name_of_the_test | run: - | "
+            "format: cargo +nightly fmt --all | built with: Rust 1.75+",
+        ),
+        (
+            {"Cargo.toml": "[[bin]]\n[[bin]]", "src/main.rs": "", ".config/nextest.toml": ""},
+            "test: cargo nextest run | one test: cargo nextest run name_of_the_test | run: -",
+        ),
+        ({"Cargo.toml": "", "rust-toolchain.toml": 'channel = "nightly-2026-01-01"'}, "built with: Rust nightly"),
+        ({"Cargo.toml": "", "pyproject.toml": "[build-system]\n"}, "test: cargo test"),
+        (
+            {"go.mod": "module x\nrequire golang.org/x/text v0.3.0\ngo 1.22\n", "main.go": "package main\n"},
+            "build: go build ./... | test: go test ./... | lint: go vet ./... | format: go fmt ./... | "
+            "one test: go test ./path/to/package -run TestName | run: go run . | built with: Go 1.22",
+        ),
+        (
+            {"go.mod": "", ".golangci.yml": "version: '2'\nformatters:\n  enable: [gofumpt]\n", "cmd/shop/x.go": ""},
+            "lint: golangci-lint run | format: golangci-lint fmt | run: go run ./cmd/shop",
+        ),
+        ({"go.mod": "", "main.go": "package lib\n", "cmd/a/a.go": "", "cmd/b/b.go": ""}, "run: -"),
+        (
+            {"go.work": "go 1.23\n\nuse (\n\t./api\n\t./lib/x/\n)\n"},
+            "test: go test ./api/... ./lib/x/... | built with: Go 1.23 | format: -",
+        ),
+        ({"go.work": "use ./api\n"}, "build: go build ./api/..."),
+        (
+            {"pom.xml": "<java.version>17</java.version>\n<description>\n Sells\n</description>", "mvnw": ""},
+            "build: ./mvnw package -DskipTests | test: ./mvnw test | check: ./mvnw verify | "
+            "one test: ./mvnw test -Dtest=ClassName#method | built with: Java 17 | description: Sells",
+        ),
+        (
+            {"pom.xml": "<modules><module>a</module></modules> spotless-maven-plugin spring-boot-maven-plugin"},
+            "one test: mvn test -pl MODULE -Dtest=ClassName#method | run: - | lint: mvn spotless:check | "
+            "format: mvn spotless:apply",
+        ),
+        ({"pom.xml": "<description>${x}</description>\n<release>${java}</release>"}, "built with: Java"),
+        ({"pom.xml": "", "mvnw": "", "build.gradle": "", "gradlew": ""}, "test: ./mvnw test | test (gradle): -"),
+        (
+            {"build.gradle.kts": 'jvmToolchain(21)\nid("com.diffplug.spotless")', "gradlew": "", "src/test": None},
+            "build: ./gradlew assemble | test: ./gradlew test | check: ./gradlew check | "
+            "one test: ./gradlew test --tests 'ClassName.method' | format: ./gradlew spotlessApply | "
+            "built with: Java 21",
+        ),
+        (
+            {"settings.gradle": "include ':app'\n", "gradlew": "", "build.gradle": "// spotless"},
+            "one test: ./gradlew :MODULE:test --tests 'ClassName.method' | lint: - | run: -",
+        ),
+        (
+            {"build.gradle": 'alias(libs.plugins.kotlin.multiplatform)\n"org.springframework.boot" apply false'},
+            "test: gradle allTests | run: -",
+        ),
+        (
+            {"settings.gradle": "include ':app'", "app/src/main/AndroidManifest.xml": "", "gradlew": ""},
+            "build: ./gradlew assembleDebug | test: ./gradlew test | lint: ./gradlew lint | one test: -",
+        ),
+        (
+            {"Shop.sln": SLN, ".editorconfig": "", "global.json": '{"sdk": {"version": "9.0.100"}}'},
+            "install: dotnet restore | build: dotnet build | test: dotnet test | format: dotnet format | "
+            "one test: dotnet test --filter FullyQualifiedName~TestName | built with: .NET 9.0.100",
+        ),
+        ({"My Shop.slnx": SOLUTION, "Shop.sln": SLN}, "test: dotnet test 'My Shop.slnx'"),
+        ({"A.slnx": SOLUTION, "B.slnx": SOLUTION}, "build: - | test: -"),  # which one?
+        ({"A.sln": SLN.replace(".csproj", ".vcxproj")}, "build: -"),
+        ({"A.sln": SLN.replace("Tests", "Web")}, "build: dotnet build | test: -"),
+        ({"A.sln": SLN, "ProjectSettings/x": ""}, "build: -"),  # Unity's
+        (
+            {"A.slnx": SOLUTION, "A.csproj": "", "global.json": '{"test": {"runner": "Microsoft.Testing.Platform"}}'},
+            "test: dotnet test --solution A.slnx | one test: -",
+        ),
+        (
+            {"A.csproj": "<TargetFramework>net8.0</TargetFramework>\n<Description>Sells</Description>"},
+            "build: dotnet build | test: - | built with: .NET 8.0 | description: Sells",
+        ),
+        (
+            {"Package.swift": "// swift-tools-version: 5.9\n.testTarget(name: x)", ".swiftformat": ""},
+            "build: swift build | test: swift test | one test: swift test --filter TestName | "
+            "format: swiftformat . | run: - | built with: Swift 5.9+",
+        ),
+        ({"Package.swift": "platforms: [.iOS(.v16)], .testTarget()"}, "build: - | test: -"),
+        ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],"}, "build: swift build | test: -"),
+        ({"Package.swift": ".executableTarget()"}, "run: swift run"),
+        (
+            {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos"), "Podfile": ""},
+            "install: pod install | "
+            "build: xcodebuild build -project App.xcodeproj -scheme App"
+            " -destination 'generic/platform=iOS Simulator' | "
+            "test: xcodebuild test -project App.xcodeproj -scheme App"
+            " -destination 'platform=iOS Simulator,name=DEVICE'",
+        ),
+        (
+            {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("macosx"), "App.xcworkspace": None},
+            "test: xcodebuild test -workspace App.xcworkspace -scheme App",
+        ),
+        ({"App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos")}, "build: - | test: -"),
+        (
+            {"pubspec.yaml": "description: Sells\nenvironment: {sdk: ^3.5.0}\ndependencies: {flutter: {}}\n"},
+            "install: flutter pub get | lint: flutter analyze | format: dart format . | test: - | run: - | "
+            "description: Sells | built with: Flutter, Dart 3.5.0",
+        ),
+        (
+            {"pubspec.yaml": "dependencies: {flutter: x}", ".fvmrc": '{"flutter": "3.24.1"}', "test/a_test.dart": ""},
+            "test: fvm flutter test | built with: Flutter 3.24.1",
+        ),
+        ({"pubspec.yaml": "dev_dependencies: {test: any}", "test/a_test.dart": ""}, "test: dart test"),
+        ({"pubspec.yaml": "name: x", "test/a_test.dart": ""}, "test: - | lint: dart analyze"),
+        (
+            {"pubspec.yaml": "name: x", "melos.yaml": "scripts: {test: {run: x}, format: dart format}"},
+            "install: melos bootstrap | test: melos run test | format: melos run format",
+        ),
+        ({"deno.json": '{"tasks": {"test": "deno test -A", "dev": "x"}}'}, "test: deno task test | run: deno task dev"),
+        (
+            {"deno.jsonc": '// A comment\n{"tasks": {"test": "x", /* no */ }, "a": "// yes",}', "biome.json": "{}"},
+            "test: deno task test | lint: - | format: -",
+        ),
+        ({"deno.json": "{}", "x_test.ts": ""}, "test: deno test -A | lint: deno lint | format: deno fmt"),
+        ({"deno.json": "{}", **package(scripts={"test": "x"})}, "test: npm test | lint: -"),
+        ({"gleam.toml": 'gleam = ">= 1.4.0"', "test": None}, "test: gleam test | built with: Gleam 1.4.0+"),
+        ({"rebar.config": "{plugins, [erlfmt]}."}, "build: rebar3 compile | format: rebar3 fmt"),
+        (
+            {"build.sbt": 'ThisBuild / scalaVersion := "3.3.1"', "project/plugins.sbt": '"sbt-scalafmt"'},
+            "test: sbt test | format: sbt scalafmtAll | built with: Scala 3.3.1",
+        ),
+        (
+            {"x.cabal": "synopsis: Parses\ntest-suite t\n", "stack.yaml": "snapshot: lts-22.43\n"},
+            "build: stack build | test: stack test | description: Parses | built with: Haskell, Stackage LTS 22.43",
+        ),
+        ({"x.cabal": "library\n"}, "build: cabal build | test: -"),
+        ({"cabal.project": "", "stack.yaml": ""}, "build: cabal build all | test: cabal test all"),
+        ({"dune-project": "", "x.opam": "", ".ocamlformat": ""}, "test: dune test | format: dune fmt"),
+        (
+            {"build.zig": 'b.step("test", "x")', "build.zig.zon": '.{ .minimum_zig_version = "0.14.0" }'},
+            "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
+        ),
+        ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
+        ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
+        ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
+        ({"Project.toml": 'name = "x"'}, "install: -"),
+        (
+            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\nset(CMAKE_CXX_STANDARD 17)\nenable_testing()\n"},
+            "build: cmake -B build && cmake --build build | test: ctest --test-dir build | "
+            "one test: ctest --test-dir build -R NAME | built with: C++17, CMake 3.14+",
+        ),
+        ({"CMakeLists.txt": "project(x)\n"}, "test: -"),
+        (
+            {"CMakeLists.txt": 'option(X_BUILD_TESTS "t" OFF)\noption(X_CUDA_TEST "c" OFF)\n  include(CTest)\n'},
+            "build: cmake -B build -DX_BUILD_TESTS=ON && cmake --build build",
+        ),
+        (
+            {"CMakeLists.txt": 'option(DEV "d" OFF)\ncmake_dependent_option(X_TESTING "t" ON "DEV" OFF)\n'},
+            "build: cmake -B build -DDEV=ON && cmake --build build",
+        ),
+        (
+            {"CMakeLists.txt": "", "CMakePresets.json": json.dumps(PRESETS), ".clang-format": ""},
+            "build: cmake --preset default && cmake --build --preset default | test: ctest --preset quick | "
+            "format: clang-format -i path/to/file",
+        ),
+        ({"CMakeLists.txt": "", "CMakePresets.json": "[1]"}, "build: cmake -B build && cmake --build build"),
+        ({"CMakeLists.txt": "enable_testing()", "Cargo.toml": ""}, "build: cargo build | build (cmake): -"),
+        (
+            {"meson.build": "project('x', 'c', meson_version: '>= 0.59')\nsubdir('tests')\n", "CMakeLists.txt": ""},
+            "test: meson test -C build | one test: meson test -C build NAME | built with: C, Meson 0.59+",
+        ),
+        ({"meson.build": "project('x')\n"}, "build: meson setup build && meson compile -C build | test: -"),
+        (
+            {"configure.ac": CONFIGURE, "autogen.sh": "", "Makefile.am": "SUBDIRS = src tests\n"},
+            "build: ./autogen.sh && ./configure && make | test: make check | built with: C",
+        ),
+        (
+            {"configure.ac": CONFIGURE, ".gitmodules": "path = x\n", "Makefile.am": "SUBDIRS = src\n"},
+            "install: git submodule update --init --recursive | test: - | build: autoreconf -i && ./configure && make",
+        ),
+        ({"configure": "", "Makefile.in": "check: all\n"}, "build: ./configure && make | test: make check"),
+        ({"MODULE.bazel": ""}, "build: bazel build //... | test: bazel test //..."),
+        ({"MODULE.bazel": "", "go.mod": ""}, "build: go build ./... | build (bazel): -"),
+        (
+            {"main.tf": 'required_version = ">= 1.5"', ".tflint.hcl": ""},
+            "install: terraform init | lint: tflint | format: terraform fmt -recursive | test: - | "
+            "check: terraform validate | built with: Terraform 1.5+",
+        ),
+        ({"grammar.js": "", **package(name="x"), "Cargo.toml": ""}, "test: npx tree-sitter test"),
+    ],
+)
+def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expected: str) -> None:
+    put_files(home.code, files)
+    detected = orchestra.detect(str(home.code))
+    found = {item.name: item.text for item in (detected.description, detected.built_with, *detected.commands) if item}
+    names = [part.partition(": ")[0] for part in expected.split(" | ")]
+    assert " | ".join(f"{name}: {found.get(name, '-')}" for name in names) == expected
+
+
+# ── 19 Detection ──────────────────────────────────────────────────────────────
 
 
 PEP_621 = r"""
@@ -2958,8 +3257,6 @@ def test_the_targets_are_the_agents_in_use(home: Home, files: Any, targets: tupl
         ({**package(scripts={"lint": "x"}), "yarn.lock": ""}, {"lint": "yarn run lint"}),
         ({**package(scripts={"lint": "x"}), "pnpm-lock.yaml": ""}, {"lint": "pnpm run lint"}),
         (package(scripts={"build": 1}), {}),
-        ({"Cargo.toml": ""}, {"build": "cargo build", "test": "cargo test"}),
-        ({"go.mod": ""}, {"build": "go build ./...", "test": "go test ./..."}),
         ({"Makefile": "test: x\n\tgo\nlint:=no\n"}, {"test": "make test"}),
         ({"pyproject.toml": ""}, {}),
     ],
@@ -2996,7 +3293,7 @@ def test_description_and_versions_come_from_the_manifests(
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 19 Text ───────────────────────────────────────────────────────────────────
+# ── 20 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3330,7 +3627,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
         assert err.splitlines() == (expected if told else [])
 
 
-# ── 20 Blocks ─────────────────────────────────────────────────────────────────
+# ── 21 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4004,7 +4301,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 21 Records ────────────────────────────────────────────────────────────────
+# ── 22 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -4225,7 +4522,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 22 Plan ───────────────────────────────────────────────────────────────────
+# ── 23 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4745,7 +5042,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 23 Sync ───────────────────────────────────────────────────────────────────
+# ── 24 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -5509,7 +5806,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 24 Status and diff ────────────────────────────────────────────────────────
+# ── 25 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -5753,7 +6050,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 25 Watching ───────────────────────────────────────────────────────────────
+# ── 26 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -6866,7 +7163,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 26 Logs ───────────────────────────────────────────────────────────────────
+# ── 27 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -7061,7 +7358,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 27 Programs ───────────────────────────────────────────────────────────────
+# ── 28 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -7081,7 +7378,7 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
     assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
 
 
-# ── 28 Control socket ─────────────────────────────────────────────────────────
+# ── 29 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -7814,7 +8111,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 29 Worker ─────────────────────────────────────────────────────────────────
+# ── 30 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -7937,7 +8234,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 30 Daemon ─────────────────────────────────────────────────────────────────
+# ── 31 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -8876,7 +9173,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 31 Installing ─────────────────────────────────────────────────────────────
+# ── 32 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -9913,7 +10210,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 32 Services ───────────────────────────────────────────────────────────────
+# ── 33 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -10433,7 +10730,7 @@ def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
     assert (launchctl.calls, machine.listing()) == ([], before)
 
 
-# ── 33 Registering ────────────────────────────────────────────────────────────
+# ── 34 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -10612,7 +10909,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 34 Output ─────────────────────────────────────────────────────────────────
+# ── 35 Output ─────────────────────────────────────────────────────────────────
 
 
 class Terminal(io.StringIO):
@@ -10689,7 +10986,7 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 35 Arguments ──────────────────────────────────────────────────────────────
+# ── 36 Arguments ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -10756,7 +11053,7 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
         assert words in home.run_fine("help").out
 
 
-# ── 36 Status screen ──────────────────────────────────────────────────────────
+# ── 37 Status screen ──────────────────────────────────────────────────────────
 
 
 def make_troubled(home: Home) -> None:
@@ -10866,7 +11163,7 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
         assert "daemon: " in live.run("status").out and time.monotonic() - started < 10
 
 
-# ── 37 Doctor ─────────────────────────────────────────────────────────────────
+# ── 38 Doctor ─────────────────────────────────────────────────────────────────
 
 
 def break_yaml(home: Home) -> None:
@@ -10999,7 +11296,7 @@ def test_doctor_says_so_where_there_is_no_pyyaml(home: Home, monkeypatch: Any) -
     assert contents(home.folder) == {}
 
 
-# ── 38 Commands ───────────────────────────────────────────────────────────────
+# ── 39 Commands ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -11224,7 +11521,7 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
 
 
-# ── 39 Command line ───────────────────────────────────────────────────────────
+# ── 40 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
