@@ -3613,7 +3613,7 @@ def clear_registry(home: str) -> None:
 # file and what is in it:
 #
 #   mix.exs                          the file is there; * and ? stand for any text
-#   package.json engines node        JSON, TOML and YAML: a value under these keys
+#   package.json engines node        JSON, TOML, YAML, INI: a value under these keys
 #   mix.exs :credo                   other text: the words occur outside comment lines
 #   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches, lines apart
 #   setup.py + not pyproject.toml    the one, and not the other
@@ -3751,16 +3751,37 @@ def strip_comments(text: str) -> str:
     return text
 
 
+def read_ini(text: str) -> dict[str, dict[str, str]]:
+    """Read sections of keys; the lines of a long value are joined by newlines."""
+    sections: dict[str, dict[str, str]] = {}
+    lines: dict[tuple[str, str], list[str]] = {}
+    section = key = ""
+    for line in text.split("\n"):
+        words = line.strip()
+        if words.startswith("[") and words.endswith("]"):
+            section, key = words[1:-1].strip(), ""
+            sections.setdefault(section, {})
+        elif words and words[0] not in "#;":
+            if line[0] not in " \t":
+                key, _, words = (part.strip() for part in re.sub("[=:]", "=", words, count=1).partition("="))
+            lines.setdefault((section, key), []).append(words)
+    for (section, key), values in lines.items():
+        sections.setdefault(section, {})[key] = "\n".join(values).strip()
+    return sections
+
+
 class Folder:
     """The names in a folder, and what its manifests say; raises IoError."""
 
-    STRUCTURED = (".json", ".jsonc", ".toml", "Pipfile", ".yaml", ".yml")
+    STRUCTURED = (".json", ".jsonc", ".toml", "Pipfile", ".yaml", ".yml", ".cfg", ".ini")
+    MAX_MEMBERS = 1000
     MAX_NODES = 20000  # of YAML, aliases expanded
 
     def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
         with blame(path):
             self.names = sorted(os.listdir(path))
         self.path = path
+        self._names = frozenset(self.names)
         self.above = above  # up to the repository's root, innermost first
         self._texts: dict[str, str] = {}
         self._values: dict[str, Any] = {}
@@ -3770,9 +3791,9 @@ class Folder:
         import fnmatch
 
         for pattern in patterns:
-            if "/" in pattern and os.path.exists(f"{self.path}/{pattern}"):
+            if pattern in self._names or ("/" in pattern and os.path.exists(f"{self.path}/{pattern}")):
                 return pattern
-            for name in fnmatch.filter(self.names, pattern):
+            for name in fnmatch.filter(self.names, pattern) if set(pattern) & set("*?[") else ():
                 return name
         return ""
 
@@ -3785,7 +3806,7 @@ class Folder:
         return self._texts[name]
 
     def value(self, name: str, *keys: str) -> Any:
-        """Look up a value of a JSON, TOML or YAML file; None where there is none."""
+        """Look up a value of a structured file; None where there is none."""
         if name not in self._values:
             self._values[name] = self._parse(name)
         value = self._values[name]
@@ -3811,7 +3832,7 @@ class Folder:
                 return Toml(self.text(name)).read()
             if name.endswith((".yaml", ".yml")):
                 return self._plain(Document(name).compose(self.text(name)), itertools.count())
-        return {}
+        return read_ini(self.text(name)) if name.endswith((".cfg", ".ini")) else {}
 
     def _plain(self, node: YamlNode, count: Iterator[int]) -> Any:
         if next(count) > self.MAX_NODES:
@@ -3821,6 +3842,32 @@ class Folder:
         if node.id == "sequence":
             return [self._plain(item, count) for item in node.value]
         return {key.value: self._plain(value, count) for key, value in node.value if isinstance(key.value, str)}
+
+    def members(self, globs: Iterable[str], manifest: str) -> "list[Folder]":
+        """Open the folders that globs of a workspace name, if they have a manifest."""
+        import fnmatch
+
+        paths: dict[str, None] = {}
+        excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
+        for glob in (glob for glob in globs if not glob.startswith("!")):
+            found = [""]
+            for part in glob.removeprefix("./").strip("/").split("/"):
+                found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
+            paths.update(dict.fromkeys(path[1:] for path in found))
+        wanted = [path for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded)]
+        has_manifest = (path for path in wanted if os.path.isfile(f"{self.path}/{path}/{manifest}"))
+        return [Folder(f"{self.path}/{path}") for path in itertools.islice(has_manifest, self.MAX_MEMBERS)]
+
+    def _match(self, above: str, part: str) -> list[str]:
+        """List the names in a folder below that match one part of a glob."""
+        import fnmatch
+
+        if not set(part) & set("*?["):
+            return [part] if part not in ("", "..") else []
+        with suppress(OSError):
+            names = (name for name in sorted(os.listdir(f"{self.path}{above}")) if name[0] != ".")
+            return [name for name in names if name != "node_modules" and fnmatch.fnmatch(name, part)]
+        return []
 
     # Evidence
 
@@ -3850,8 +3897,8 @@ class Folder:
         if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
-        words = whole_word(" ".join(keys))
-        return self._search(name, pattern or rf"^[ \t]*{words}[ \t]*([^\s#][^\n]*)")
+        words = whole_word(" ".join(keys)) + "[ \t]*" if keys else ""
+        return self._search(name, pattern or rf"^[ \t]*{words}([^\s#][^\n]*)")
 
     def _search(self, name: str, pattern: str) -> str:
         found = re.search(pattern, self.text(name), re.MULTILINE)
@@ -3885,111 +3932,691 @@ class Row(NamedTuple):
     evidence: str = ""
 
 
-NO_COMMANDS = ("description", "version", "tool")
+NO_COMMANDS = ("description", "version", "tool", "packages")
 
 
 def shorten_version(text: str) -> str:
     """Make 3.10+ of ">=3.10,<4", 18 of ^18.0.0; "" where no version is named."""
-    found = re.search(r"(>=?[ ]?)?v?(\d[\w.]*)", text)
-    if not found or re.match(r"[a-z]+:", text):
+    if re.match(r"[a-z]+:", text):  # catalog: or workspace:
         return ""
-    return found[2] + "+" * bool(found[1])
+    versions = []
+    for part in text.split("||")[:3]:
+        found = re.search(r"([><^~=]{0,2}) {0,3}v?(\d[\w.]*)", part)
+        if found and not found[1].startswith("<"):
+            operator = ">" if found[1] in ("~>", "~=") else found[1].rstrip("=") or "="
+            numbers = [number for number in found[2].split(".") if number not in ("", "x")]
+            if operator == "^" and numbers[1:2] in ([], ["0"]):
+                numbers = numbers[:1]
+            elif operator in "^~>":
+                numbers = numbers[: 3 if operator == ">" else 2]
+            versions.append(".".join(numbers) + "+" * (operator == ">" or (operator == "^" and len(numbers) > 1)))
+    return " or ".join(dict.fromkeys(versions))
 
 
 # ── 15 Scripts ────────────────────────────────────────────────────────────────
 
-# What a file lets one run by name, and which of it is the build, the tests, ...: a
-# Makefile's targets, a justfile's recipes, npm's scripts.
+# What a file lets one run by name, and which of it builds or tests: a Makefile's
+# targets, a justfile's recipes, npm's scripts. The name proposes, the text disposes: a
+# script that would watch, install elsewhere or do nothing is no answer, and one that
+# rewrites files says so.
 
-
-class Scripts(NamedTuple):
-    """What a file lets one run by name: a Makefile's targets, npm's scripts."""
-
-    source: str
-    call: str  # with {} for the name
-    bodies: dict[str, str]
-
-
-SCRIPT_NAMES = {  # commands, and the scripts that are called so, best first; _ and : count as -
+SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . count as -
+    "install": ("install-dev", "dev-install", "setup-dev", "dev-setup", "setup", "bootstrap", "install", "deps"),
     "build": ("build", "compile"),
-    "test": ("test", "tests", "test-unit"),
-    "lint": ("lint",),
-    "format": ("format", "fmt", "format-fix", "lint-fix"),
-    "type check": ("typecheck", "type-check", "check-types", "types", "tsc"),
-    "run": ("dev", "start", "serve"),
-    "check": ("check", "verify", "ci", "precommit"),
+    "test": ("test", "tests", "test-run", "test-once", "test-unit", "unit-test", "unit-tests", "unit"),
+    "lint": ("lint", "lint-check", "check-lint", "lint-ci", "eslint", "ruff", "flake8"),
+    "format": ("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "lint-fix"),
+    "type check": (
+        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types", "test-types"),
+        *("typing", "mypy", "pyright"),
+    ),
+    "run": ("dev", "develop", "start", "serve", "run", "runserver"),
+    "check": ("check", "verify", "ci", "precommit", "check-all", "validate"),
 }
 
 
-def pick_scripts(scripts: Scripts) -> Iterator[Found]:
-    """Iterate over the commands among scripts."""
-    called = {re.sub("[_:]", "-", name): name for name in reversed(scripts.bodies)}
-    for command, names in SCRIPT_NAMES.items():
-        for name in names:
-            if name in called and "no test specified" not in scripts.bodies[called[name]]:
-                call = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", scripts.call.replace("{}", called[name]))
-                yield Found(command, call, scripts.source)
+class Script:
+    """One script: its name, the text of its commands, and of those it calls by name."""
+
+    CALLERS = frozenset(
+        (
+            "npm",
+            "pnpm",
+            "yarn",
+            "bun",
+            "run-s",
+            "run-p",
+            "npm-run-all",
+            "npm-run-all2",
+            "make",
+            "$(MAKE)",
+            "just",
+            "task",
+        )
+    )
+    INSTALLS = re.compile(
+        r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|pre-commit|mise) (?:install|ci|sync|i)"
+        r"|uv (?:sync|pip|venv)|go mod download|mix deps\.get)\b"
+    )
+    REWRITES = re.compile(
+        r"--(?:fix|write|apply|autocorrect|autocorrect-all|autofix|in-place|inplace)(?![\w-])"
+        r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b|\brubocop [^|]{0,99}-[aA]\b"
+        r"|\b(?:sed|clang-format|yapf|autopep8) [^|]{0,99}-i\b"
+        r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format|terraform fmt|docformatter)\b"
+    )
+    CHECKS = re.compile(
+        r"-(?:check|-diff|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
+    )
+    KINDS = {  # what a script called `check` does, by the words in it
+        "test": re.compile(r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b"),
+        "type check": re.compile(
+            r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty|type-?check|check-types)\b"
+        ),
+        "lint": re.compile(r"\b(?:eslint|biome|oxlint|ruff check|ruff|flake8|pylint|xo|standard|clippy|lint)\b"),
+        "format": re.compile(r"\b(?:prettier|black|fmt|format)\b"),
+    }
+
+    def __init__(self, name: str, bodies: Mapping[str, str]) -> None:
+        self.name = name
+        called = [*self._expand(bodies[name], bodies)]
+        self.text = "\n".join([bodies[name], *called])
+        self.commands = self._split(self.text)
+        self.last = self._split(bodies[name])[-1:]  # what further arguments are passed to
+
+    def _expand(self, body: str, bodies: Mapping[str, str]) -> Iterator[str]:
+        """Iterate over the scripts that one calls, with the arguments it gives."""
+        done = {self.name}
+        for command in self._split(body):
+            caller, *words = re.sub("^([a-z]+) run ", r"\1 ", command).split() or [""]
+            names = [word for word in words if word in bodies and word not in done] if caller in self.CALLERS else []
+            arguments = " ".join(word for word in words if word not in bodies) if len(names) == 1 else ""
+            done.update(names)
+            yield from (f"{bodies[name]} {arguments}" for name in names)
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        return [part.strip() for part in re.split(r"&&|\|\||[;\n]", text) if part.strip()]
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether it only says something, as npm's "no test specified" does."""
+        own = (command.lstrip("@-+ ").partition(" ")[0] for command in self.commands)
+        return all(word in ("echo", "exit", "true", ":", "printf") for word in own)
+
+    @property
+    def rewrites(self) -> bool:
+        return any(self.REWRITES.search(part) and not self.CHECKS.search(part) for part in self.commands)
+
+    @property
+    def only_checks(self) -> bool:
+        return not self.rewrites and bool(self.CHECKS.search(self.text) or "biome format" in self.text)
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is made to go on until it is stopped."""
+        return bool(re.search(r"(?m)(?:^| )(?:--watch(?:All|=true)?|-w|watch|--stub)(?: |$)", self.text))
+
+    @property
+    def cure(self) -> Optional[str]:
+        """What makes a test script run once: "" for nothing, None if nothing does."""
+        cures = [self._cure_of(command) for command in self.commands]
+        if self.watches or any(cure for cure, command in zip(cures, self.commands) if command not in self.last):
+            return None
+        return next(filter(None, cures), "")
+
+    @staticmethod
+    def _cure_of(command: str) -> str:
+        words = set(command.split())
+        rows = (
+            ("vitest", "--run", {"run", "--run", "--no-watch", "--watch=false", "related", "bench", "--version"}),
+            ("react-scripts", "--watchAll=false", {"--watchAll=false", "--ci", "build", "start", "eject", "CI=true"}),
+            ("ng", "--watch=false", {"--watch=false", "--no-watch", "build", "serve", "lint", "e2e"}),
+        )
+        return next((cure for word, cure, once in rows if word in words and not words & once), "")
+
+    def serves(self, command: str) -> bool:
+        """Return whether it is what a command of this name should be."""
+        if self.does_nothing:
+            return False
+        if command == "install":
+            return bool(self.INSTALLS.search(self.text))
+        if command == "type check" and self.name == "types":
+            return bool(self.KINDS[command].search(self.text))
+        if command == "run":
+            return not (self.watches and re.search(r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b", self.text))
+        if command == "check":
+            return not re.search(r"\b(?:publish|deploy|release|upload|lint-staged)\b", self.text)
+        return command != "test" or self.cure is not None
+
+
+class Scripts(NamedTuple):
+    """What a file lets one run by name. {} in `call` is for the name."""
+
+    source: str
+    call: str
+    bodies: Mapping[str, str]
+    more: str = ""  # what comes between a call and further arguments; "" if nothing can
+
+    def pick(self) -> Iterator[tuple[str, Script]]:
+        """Iterate over the commands, and the script for each."""
+        called = {re.sub("[_:.]", "-", name): name for name in reversed([*self.bodies])}
+        taken: dict[str, Script] = {}
+        for command, names in SCRIPT_NAMES.items():
+            scripts = [Script(called[name], self.bodies) for name in names if name in called]
+            scripts = [script for script in scripts if script.serves(command)]
+            if scripts:  # the first of the fittest
+                is_worse = {"format": "only_checks", "test": "cure"}.get(command, "rewrites")
+                taken[command] = min(scripts, key=lambda script: bool(getattr(script, is_worse)))
+        if "check" in taken:
+            text = taken["check"].text
+            kinds = [kind for kind, pattern in Script.KINDS.items() if pattern.search(text)]
+            if len(kinds) == 1:
+                taken.setdefault(kinds[0], taken["check"])
+                del taken["check"]
+        yield from taken.items()
+
+    def find(self) -> Iterator[Found]:
+        for command, script in self.pick():
+            cure = script.cure or "" if command in ("test", "check") else ""
+            yield Found(self._label(command, script), self.spell(script, cure), self.source)
+
+    def _label(self, command: str, script: Script) -> str:
+        if command in ("format", "run", "install", "build"):
+            return command + " (checks only)" * (command == "format" and script.only_checks)
+        return command + " (rewrites files)" * script.rewrites
+
+    def resolve(self, script: Script) -> Script:
+        """Follow a script that ends by calling another one."""
+        for _ in range(5):
+            words = script.last[0].split() if script.last else []
+            name = words[2:] if words[1:2] == ["run"] else words[1:]
+            if len(name) != 1 or words[0] not in Script.CALLERS or name[0] not in self.bodies:
                 break
+            script = Script(name[0], self.bodies)
+        return script
+
+    def spell(self, script: Script, arguments: str = "") -> str:
+        """Spell the command line that runs a script; "" if it takes no arguments."""
+        line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", self.call.replace("{}", script.name))
+        return line + (self.more and self.more + arguments) if arguments else line
 
 
 # Task runners
 
 
-def read_makefile(folder: Folder) -> Iterator[Scripts]:
-    name = folder.find("GNUmakefile", "Makefile", "makefile")
-    bodies: dict[str, str] = {}
+def flatten(value: Any) -> str:
+    """Join all texts in a value, by lines."""
+    if isinstance(value, (dict, list)):
+        return "\n".join(map(flatten, value.values() if isinstance(value, dict) else value))
+    return value if isinstance(value, str) else ""
+
+
+def read_makefile(folder: Folder) -> Scripts:
+    """Read the targets of a Makefile; what they need counts as called."""
+    name = folder.find("GNUmakefile", "makefile", "Makefile")
+    lines: dict[str, list[str]] = {}
+    current: list[str] = []
     for line in folder.text(name).split("\n") if name else ():
-        found = re.match(r"([\w.-][\w .-]*):(?!=)", line)
-        for target in found[1].split() if found else ():
-            bodies.setdefault(target, "")
-    yield Scripts(name, "make {}", bodies)
+        head, colon, rest = line.partition(":")
+        if line.startswith("\t"):
+            for target in current:
+                lines[target].append(line)
+        elif line and line[0] not in " #":
+            is_rule = colon and not rest.startswith("=") and not set(head) & set("=$%(")
+            current = head.split() if is_rule else []
+            for target in current:
+                needs = rest.strip(":").partition("#")[0]
+                lines.setdefault(target, []).append(f"make {needs}" if needs.strip() else "")
+    return Scripts(name, "make {}", {target: "\n".join(body) for target, body in lines.items() if target[0] != "."})
+
+
+def read_justfile(folder: Folder) -> Scripts:
+    """Read the recipes of a justfile that need no arguments."""
+    name = folder.find("[jJ]ustfile", "JUSTFILE", ".justfile")
+    lines: dict[str, list[str]] = {}
+    current: list[str] = []
+    attributes = ""
+    for line in folder.text(name).split("\n") if name else ():
+        if line[:1] in (" ", "\t"):
+            current.append(line)
+        elif line.startswith("["):
+            attributes += line
+        elif line:
+            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "x", line)
+            head, colon, rest = bare.lstrip("@").partition(":")
+            recipe, *parameters = head.split() or [""]
+            is_free = all("=" in word or word[0] == "*" for word in parameters) and recipe[:1].isalpha()
+            current = []
+            if colon and not rest.startswith("=") and is_free and "private" not in attributes:
+                needs = rest.partition("#")[0]
+                current = lines.setdefault(recipe, [f"just {needs}" if needs.strip() else ""])
+            attributes = "" if line[0] != "#" else attributes
+    return Scripts(name, "just {}", {recipe: "\n".join(body) for recipe, body in lines.items()})
+
+
+def read_taskfile(folder: Folder) -> Scripts:
+    name = folder.find("Taskfile.yml", "taskfile.yml", "Taskfile.yaml", "taskfile.yaml", "Taskfile.dist.y*ml")
+    bodies: dict[str, str] = {}
+    for task, value in folder.table(name, "tasks").items():
+        table = value if isinstance(value, dict) else {"cmds": value}
+        if table.get("internal") != "true" and "requires" not in table:
+            needs = flatten(table.get("deps")).replace("\n", " ")
+            bodies[task] = "\n".join(
+                (f"task {needs}" if needs else "", flatten(table.get("cmds")), flatten(table.get("cmd")))
+            )
+    return Scripts(name, "task {}", bodies)
+
+
+def read_mise(folder: Folder) -> Scripts:
+    name = folder.find("mise.toml", ".mise.toml", ".config/mise.toml", "mise/config.toml")
+    tasks = folder.table(name, "tasks").items()
+    return Scripts(name, "mise run {}", {task: flatten(value) for task, value in tasks if "usage" not in (value or {})})
+
+
+TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the first that has a command counts
 
 
 # ── 16 Node and Python ────────────────────────────────────────────────────────
 
 # Two ecosystems in which much depends on the tool that makes the environment.
 
-# JavaScript
-
-LOCK_FILES = {
-    "pnpm-lock.yaml": "pnpm",
-    "yarn.lock": "yarn",
-    "bun.lock": "bun",
-    "bun.lockb": "bun",
-    "package-lock.json": "npm",
-}
+# Node
 
 
-def find_node_manager(folder: Folder) -> str:
-    """Find the package manager that a package.json names, or whose lock is near."""
-    folders = (folder, *folder.above)
-    for place in folders:
-        named = place.value("package.json", "packageManager")
-        manager = named.partition("@")[0] if isinstance(named, str) else ""
-        if manager in LOCK_FILES.values():
-            return manager
-    return next((LOCK_FILES[lock] for place in folders for lock in LOCK_FILES if place.find(lock)), "npm")
+class Node:
+    """A folder with a package.json: its package manager, scripts and packages."""
 
+    MANAGERS = {  # how each runs a script, what comes before arguments, its way to a package's program
+        "npm": ("npm run {}", " -- ", "npx "),
+        "pnpm": ("pnpm run {}", " ", "pnpm exec "),
+        "yarn": ("yarn run {}", " ", "yarn "),
+        "bun": ("bun run {}", " ", "bunx "),
+    }
+    LOCKS = {
+        "pnpm": ("pnpm-lock.yaml", "pnpm-workspace.yaml"),
+        "yarn": ("yarn.lock", ".yarnrc.yml"),
+        "bun": ("bun.lock", "bun.lockb"),
+        "npm": ("package-lock.json", "npm-shrinkwrap.json"),
+    }
+    ONE_TEST = (  # test runners, and how they take one file, and one name
+        ("vitest", "path/to/file.test.{}", '-t "name"'),
+        ("jest", "path/to/file.test.{}", '-t "name"'),
+        ("react-scripts", "path/to/file.test.{}", '-t "name"'),
+        ("playwright", "path/to/file.spec.{}", '-g "name"'),
+        ("mocha", "path/to/test.{}", '-g "name"'),
+        ("ava", "path/to/test.{}", '--match "name"'),
+        ("ng", "", "--include path/to/file.spec.ts"),
+        ("--test", "path/to/file.test.{}", ""),  # of Node itself
+        ("tap", "path/to/test.{}", ""),
+    )
+    FRAMEWORKS = (  # a package, its title, and the type of what is built with it
+        ("expo", "Expo", "mobile"),
+        ("react-native", "React Native", "mobile"),
+        ("@capacitor/core", "Capacitor", "mobile"),
+        ("nativescript", "NativeScript", "mobile"),
+        ("next", "Next.js", "frontend"),
+        ("nuxt", "Nuxt", "frontend"),
+        ("@sveltejs/kit", "SvelteKit", "frontend"),
+        ("astro", "Astro", "frontend"),
+        ("@angular/core", "Angular", "frontend"),
+        ("react", "React", "frontend"),
+        ("vue", "Vue", "frontend"),
+        ("svelte", "Svelte", "frontend"),
+        ("preact", "Preact", "frontend"),
+        ("solid-js", "Solid", "frontend"),
+        ("lit", "Lit", "frontend"),
+        ("ember-source", "Ember", "frontend"),
+        ("express", "Express", "backend"),
+        ("fastify", "Fastify", "backend"),
+        ("koa", "Koa", "backend"),
+        ("hono", "Hono", "backend"),
+        ("@nestjs/core", "NestJS", "backend"),
+        ("@hapi/hapi", "hapi", "backend"),
+    )
 
-def read_node_scripts(folder: Folder) -> Iterator[Scripts]:
-    bodies = folder.table("package.json", "scripts")
-    bodies = {name: body for name, body in bodies.items() if isinstance(body, str)}
-    yield Scripts("package.json", f"{find_node_manager(folder)} run {{}}", bodies)
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.manager, self.manager_source, self.manager_version = self._find_manager()
+        self.call, self.more, self.exec = self.MANAGERS[self.manager]
+        dev = folder.table("package.json", "devDependencies")
+        self.packages = {**dev, **folder.table("package.json", "dependencies")}
+
+    def _find_manager(self) -> tuple[str, str, str]:
+        """Find the one that a package.json names, or else whose lock is nearest."""
+        folders = (self.folder, *self.folder.above)
+        for place in folders:
+            named = place.value("package.json", "packageManager")
+            name, _, version = named.partition("@") if isinstance(named, str) else ("", "", "")
+            if name in self.MANAGERS:
+                return name, "package.json", version
+        for place in folders:
+            for manager, locks in self.LOCKS.items():
+                if place.find(*locks):
+                    return manager, place.find(*locks), ""
+        return "npm", "package.json", ""
+
+    def read(self) -> Iterator[Found]:
+        yield Found("install", f"{self.manager} install", self.manager_source)
+        bodies = {
+            name: body
+            for name, body in self.folder.table("package.json", "scripts").items()
+            if isinstance(body, str) and name not in SCRIPT_NAMES["install"]
+        }
+        scripts = Scripts("package.json", self.call, bodies, self.more)
+        yield from scripts.find()
+        yield from self._find_one_test(scripts)
+        for source, call, keys in (
+            ("turbo.json", "turbo run {}", ("tasks",)),
+            ("turbo.json", "turbo run {}", ("pipeline",)),
+            ("nx.json", "nx run-many -t {}", ("targetDefaults",)),
+        ):
+            tasks = dict.fromkeys(self.folder.table(source, *keys), call)
+            yield from Scripts(source, self.exec + call, tasks).find()
+        for name, command, config in (
+            ("test", "vitest run", "vitest.config.*"),
+            ("test", "jest", "jest.config.*"),
+            ("lint", "eslint .", "eslint.config.*"),
+        ):
+            source = self.folder.find(config)
+            if source and command.partition(" ")[0] in self.packages:
+                yield Found(name, self.exec + command, source)
+        yield from self._find_tools()
+
+    def _find_one_test(self, scripts: Scripts) -> Iterator[Found]:
+        script = dict(scripts.pick()).get("test")
+        script = script and scripts.resolve(script)
+        words = " ".join(script.last).split() if script else []
+        is_typed = bool(self.folder.find("tsconfig.json")) or "typescript" in self.packages
+        for runner, file, name in self.ONE_TEST:
+            if script and runner in words:
+                rest = words[words.index(runner) + 1 :]
+                before = [runner, *rest]
+                # A word after an option may be its value.
+                files = [w for w, b in zip(rest, before) if w[0] != "-" and (b[0] != "-" or "=" in b or b == runner)]
+                has_files = any(word not in ("run", "test", "watch", "--") for word in files)
+                arguments = name if has_files else f"{file.format('ts' if is_typed else 'js')} {name}".strip()
+                if arguments:
+                    call = scripts.spell(script, f"{script.cure or ''} {arguments}".strip())
+                    yield Found("one test", call, "package.json")
+                return
+        if words[:2] == ["bun", "test"]:
+            yield Found(
+                "one test", f'bun test path/to/file.test.{"ts" if is_typed else "js"} -t "name"', "package.json"
+            )
+
+    def _find_tools(self) -> Iterator[Found]:
+        if self.manager != "npm":
+            version = shorten_version(self.manager_version).partition(".")[0]
+            yield Found("tool", f"{self.manager} {version}".rstrip(), self.manager_source)
+        for package, name, _ in (("typescript", "TypeScript", ""), *self.FRAMEWORKS):
+            if package in self.packages:
+                version = self.packages[package]
+                version = shorten_version(version) if isinstance(version, str) else ""
+                yield Found("tool", f"{name} {version}".rstrip(), "package.json")
 
 
 # Python
 
 
-def find_python_runner(folder: Folder) -> str:
-    """Find what a command needs in front of it to run in the project's environment."""
-    rows = (
-        ("uv run ", "uv.lock"),
-        ("poetry run ", "poetry.lock"),
-        ("pdm run ", "pdm.lock"),
-        ("uv run ", "pyproject.toml tool uv"),
-        ("poetry run ", "pyproject.toml tool poetry"),
+class Python:
+    """A Python project: what makes its environment, and the packages that are in it.
+
+    Each package has the place that asks for it: "extra dev", "group test", "file
+    requirements-dev.txt", "env docs" (of Hatch), or "" for the project itself.
+    """
+
+    TOML = "pyproject.toml"
+    MANAGERS = (  # the manager, its evidence, and what stands in front of a command
+        ("uv", "uv.lock", "uv run "),
+        ("poetry", "poetry.lock", "poetry run "),
+        ("pdm", "pdm.lock", "pdm run "),
+        ("pipenv", "Pipfile", "pipenv run "),
+        ("pixi", "pixi.lock", "pixi run "),
+        ("uv", "pyproject.toml tool uv", "uv run "),
+        ("poetry", "pyproject.toml tool poetry", "poetry run "),
+        ("pdm", "pyproject.toml tool pdm dev-dependencies", "pdm run "),
+        ("hatch", "pyproject.toml tool hatch envs", ""),
+        ("hatch", "hatch.toml", ""),
     )
-    return next((prefix for prefix, evidence in rows if folder.holds(evidence)), "")
+    TITLES = {"poetry": "Poetry", "pdm": "PDM", "pipenv": "Pipenv", "hatch": "Hatch"}
+    INSTALLS = {  # for the place that asks for the test runner; {} is its name
+        "uv": {"": "uv sync", "group": "uv sync --group {}", "extra": "uv sync --extra {}"},
+        "poetry": {
+            "": "poetry install",
+            "group": "poetry install",
+            "optional": "poetry install --with {}",
+            "extra": "poetry install --extras {}",
+        },
+        "pdm": {"": "pdm install", "group": "pdm install", "extra": "pdm install -G {}"},
+        "pipenv": {"": "pipenv install --dev"},
+        "pixi": {"": "pixi install"},
+        "hatch": {},
+        "": {"extra": "pip install -e '.[{}]'", "group": "pip install -e . --group {}", "file": "pip install -r {}"},
+    }
+    PYTEST = (
+        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg [tool:pytest]", "tox.ini [pytest]", "conftest.py"),
+        *("tests/conftest.py", "test/conftest.py"),
+    )
+    TOOLS = (
+        Row("lint", "ruff check .", "pyproject.toml tool ruff"),
+        Row("lint", "ruff check .", "ruff.toml"),
+        Row("lint", "ruff check .", ".ruff.toml"),
+        Row("lint", "flake8", ".flake8"),
+        Row("lint", "flake8", "setup.cfg [flake8]"),
+        Row("lint", "flake8", "tox.ini [flake8]"),
+        Row("format", "ruff format .", "pyproject.toml tool ruff format"),
+        Row("format", "black .", "pyproject.toml tool black"),
+        Row("type check", "mypy", "mypy.ini"),
+        Row("type check", "mypy", ".mypy.ini"),
+        Row("type check", "mypy", "pyproject.toml tool mypy"),
+        Row("type check", "mypy", "setup.cfg [mypy]"),
+        Row("type check", "ty check", "pyproject.toml tool ty"),
+        Row("type check", "ty check", "ty.toml"),
+        Row("type check", "pyright", "pyrightconfig.json"),
+        Row("type check", "pyright", "pyproject.toml tool pyright"),
+        Row("type check", "basedpyright", "pyproject.toml tool basedpyright"),
+    )
+    SCRIPTS = (  # tables of scripts, and how one is run
+        ("pyproject.toml", "poe {}", ("tool", "poe", "tasks")),
+        ("pyproject.toml", "task {}", ("tool", "taskipy", "tasks")),
+        ("pyproject.toml", "pdm run {}", ("tool", "pdm", "scripts")),
+        ("pyproject.toml", "pixi run {}", ("tool", "pixi", "tasks")),
+        ("pixi.toml", "pixi run {}", ("tasks",)),
+        ("Pipfile", "pipenv run {}", ("scripts",)),
+    )
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        places = (folder, *folder.above)
+        self.manager, self.manager_source, self.prefix = next(
+            (
+                (manager, evidence.split()[0], prefix)
+                for manager, evidence, prefix in self.MANAGERS
+                if any(place.holds(evidence) for place in (places if ".lock" in evidence else places[:1]))
+            ),
+            ("", "", ""),
+        )
+        self.packages: dict[str, str] = {}
+        for place, requirements in self._list_requirements():
+            for requirement in requirements:
+                name = re.match(r"[\w.-]+", requirement.strip())
+                if name:
+                    self.packages.setdefault(re.sub("[_.]", "-", name[0].lower()), place)
+
+    def _list_requirements(self) -> Iterator[tuple[str, Iterable[str]]]:
+        folder, toml = self.folder, self.TOML
+        yield "", folder.texts(toml, "project", "dependencies")
+        groups = folder.table(toml, "dependency-groups")
+        for group in sorted(groups, key=lambda name: name != "dev"):
+            yield f"group {group}", folder.texts(toml, "dependency-groups", group)
+            included = [item.get("include-group") for item in groups[group] if isinstance(item, dict)]
+            for other in filter(None, included if group == "dev" else ()):
+                yield f"group {group}", folder.texts(toml, "dependency-groups", str(other))
+        yield "group dev", folder.texts(toml, "tool", "uv", "dev-dependencies")
+        for extra in folder.table(toml, "project", "optional-dependencies"):
+            yield f"extra {extra}", folder.texts(toml, "project", "optional-dependencies", extra)
+        yield "", folder.table(toml, "tool", "poetry", "dependencies")
+        yield "group dev", folder.table(toml, "tool", "poetry", "dev-dependencies")
+        for group in folder.table(toml, "tool", "poetry", "group"):
+            is_optional = folder.value(toml, "tool", "poetry", "group", group, "optional") is True
+            kind = "optional" if is_optional else "group"
+            yield f"{kind} {group}", folder.table(toml, "tool", "poetry", "group", group, "dependencies")
+        for group in folder.table(toml, "tool", "pdm", "dev-dependencies"):
+            yield f"group {group}", folder.texts(toml, "tool", "pdm", "dev-dependencies", group)
+        yield "", {**folder.table("Pipfile", "packages"), **folder.table("Pipfile", "dev-packages")}
+        files = [name for name in folder.names if re.match(r"[\w-]*requirements[\w-]*\.txt$", name)]
+        files += [f"requirements/{name}" for name in ("dev.txt", "test.txt", "tests.txt")]
+        for file in sorted(filter(folder.find, files), key=lambda name: "dev" not in name and "test" not in name):
+            yield f"file {file}", folder.text(file).split("\n")
+        yield from self._list_hatch_environments()
+        yield from self._list_setuptools()
+
+    def _list_hatch_environments(self) -> Iterator[tuple[str, Iterable[str]]]:
+        for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
+            for name in self.folder.table(file, *keys):
+                for key in ("dependencies", "extra-dependencies"):
+                    yield f"env {name}", self.folder.texts(file, *keys, name, key)
+
+    def _list_setuptools(self) -> Iterator[tuple[str, Iterable[str]]]:
+        options = self.folder.table("setup.cfg", "options")
+        yield "", str(options.get("install_requires", "")).split("\n")
+        for extra, names in self.folder.table("setup.cfg", "options.extras_require").items():
+            yield f"extra {extra}", str(names).split("\n")
+        text = self.folder.text("setup.py")
+        extras = re.search(r"[\"'](dev|develop|tests?|testing)[\"'](?: ?:|\])", text)
+        yield f"extra {extras[1]}" if extras else "", re.findall(r"[\"']([a-z][\w-]*)", text)
+
+    def read(self) -> Iterator[Found]:
+        yield from self._find_scripts()
+        sessions = self._read_noxfile()
+        if not self.manager:  # else its environment is nearer at hand
+            yield from sessions.find()
+        yield from self._find_install()
+        yield from self._find_tests()
+        for row in self.TOOLS:
+            source = self.folder.holds(row.evidence)
+            command = source and self.spell(row.text)
+            if command:
+                yield Found(row.name, command, source)
+        if "ruff" in self.packages:
+            yield Found("lint", self.spell("ruff check ."), self.TOML)
+        if "pre-commit" in self.packages and self.folder.find(".pre-commit-config.yaml"):
+            yield Found("before a commit", self.spell("pre-commit run --all-files"), ".pre-commit-config.yaml")
+        yield from sessions.find()
+        yield from self._find_tox()
+        if self.manager:
+            yield Found("tool", self.TITLES.get(self.manager, self.manager), self.manager_source)
+
+    def spell(self, command: str) -> str:
+        """Spell a command for the project's environment.
+
+        Return "" if its program is not there, or is what pre-commit runs.
+        """
+        program, _, rest = command.partition(" ")
+        if program in self.packages:
+            kind, _, place = self.packages[program].partition(" ")
+            prefix = f"hatch run {place}:" if kind == "env" else self.prefix
+            command = f"{program} {rest or self._find_sources()}" if program == "mypy" else command
+            return (prefix + command).replace("hatch run default:", "hatch run ").strip()
+        is_elsewhere = self.folder.holds(f".pre-commit-config.yaml ~ {program}")
+        if is_elsewhere or program not in ("ruff", "black", "ty"):
+            return ""
+        return f"uvx {command}" if self.manager == "uv" else "" if self.manager else command
+
+    def _find_sources(self) -> str:
+        """Find what mypy is to check, if its configuration does not say."""
+        folder = self.folder
+        table = folder.table(self.TOML, "tool", "mypy") or folder.table("mypy.ini", "mypy")
+        table = table or folder.table("setup.cfg", "mypy")
+        if {"files", "packages", "modules"} & set(table):
+            return ""
+        name = folder.value(self.TOML, "project", "name")
+        package = re.sub("[-.]", "_", name).lower() if isinstance(name, str) else ""
+        return folder.find("src", package) if package else folder.find("src") or "."
+
+    def _find_scripts(self) -> Iterator[Found]:
+        for source, call, keys in self.SCRIPTS:
+            bodies = {name: flatten(body) for name, body in self.folder.table(source, *keys).items()}
+            has_own_prefix = call.startswith(("pdm", "pixi", "pipenv"))
+            yield from Scripts(source, call if has_own_prefix else self.prefix + call, bodies).find()
+        for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
+            for name in self.folder.table(file, *keys):
+                bodies = {s: flatten(b) for s, b in self.folder.table(file, *keys, name, "scripts").items()}
+                yield from Scripts(
+                    file, "hatch run {}" if name == "default" else f"hatch run {name}:{{}}", bodies
+                ).find()
+
+    def _read_noxfile(self) -> Scripts:
+        bodies: dict[str, str] = {}
+        is_session, name, function = False, "", ""
+        for line in self.folder.text("noxfile.py").split("\n"):
+            if line.startswith(("@nox.session", "@session", "@nox_uv", "@nox.")):
+                is_session = True
+                named = re.search(r"\bname=[\"']([\w.-]+)[\"']", line)
+                name = named[1] if named else ""
+            elif line.startswith("def "):
+                function = line[4:].partition("(")[0].strip()
+                function = (name or function) if is_session else ""
+                is_session, name = False, ""
+            elif is_session and not name:
+                named = re.search(r"\bname=[\"']([\w.-]+)[\"']", line)
+                name = named[1] if named else ""
+            if function:
+                bodies[function] = bodies.get(function, "") + line + "\n"
+        return Scripts("noxfile.py", "nox -s {}", bodies)
+
+    def _find_install(self) -> Iterator[Found]:
+        folder, installs = self.folder, self.INSTALLS[self.manager]
+        place = self.packages.get("pytest") or next(filter(None, map(self.packages.get, ("ruff", "mypy", "tox"))), "")
+        kind, _, name = place.partition(" ")
+        defaults = folder.value(self.TOML, "tool", "uv", "default-groups")
+        if place == "group dev" or defaults == "all" or (isinstance(defaults, list) and name in defaults):
+            kind = "" if self.manager else kind
+        sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
+        is_package = (
+            folder.holds("pyproject.toml project") or folder.find("setup.py") or folder.holds("setup.cfg metadata")
+        )
+        if not self.manager and kind not in installs:
+            text = (
+                "pip install -e ." if is_package else "pip install -r requirements.txt" * bool(folder.find(sources[3]))
+            )
+        else:
+            text = installs.get(kind, installs.get("", "")).replace("{}", name)
+            if kind == "file" and not self.manager and is_package:
+                text = text.replace("install", "install -e .")
+        if text == "uv sync" and folder.holds("pyproject.toml tool uv workspace + not pyproject.toml project"):
+            text = "uv sync --all-packages"
+        if text:
+            yield Found("install", text, self.manager_source or (name if kind == "file" else folder.find(*sources)))
+
+    def _find_tests(self) -> Iterator[Found]:
+        folder = self.folder
+        source = next(filter(None, map(folder.holds, self.PYTEST)), "")
+        if folder.find("manage.py") and "pytest-django" not in self.packages:
+            python = f"{self.prefix}python manage.py"
+            yield Found("test", f"{python} test", "manage.py")
+            yield Found("one test", f"{python} test app.tests.TestCase.test_name", "manage.py")
+            yield Found("run", f"{python} runserver", "manage.py")
+        elif "pytest" in self.packages or (source and not folder.find("tox.ini", "noxfile.py")):
+            prefix = self.prefix if "pytest" not in self.packages else self.spell("pytest")[: -len("pytest")]
+            source = source or folder.find(self.TOML, "setup.cfg", "setup.py", "requirements*.txt", "Pipfile")
+            yield Found("test", f"{prefix}pytest", source)
+            yield Found("one test", f"{prefix}pytest path/to/test_file.py::test_name", source)
+
+    def _find_tox(self) -> Iterator[Found]:
+        folder, prefix = self.folder, self.prefix if "tox" in self.packages else ""
+        environments = folder.table("tox.ini")
+        is_pytest = "pytest" in flatten(environments.get("testenv", {}))
+        if is_pytest:
+            yield Found("test", f"{prefix}tox -e py", "tox.ini")
+            if "{posargs" in flatten(environments["testenv"]):
+                yield Found("one test", f"{prefix}tox -e py -- path/to/test_file.py::test_name", "tox.ini")
+        named = {name[8:]: flatten(body) for name, body in environments.items() if name.startswith("testenv:")}
+        yield from Scripts("tox.ini", f"{prefix}tox -e {{}}", named).find()
+        source = folder.holds("tox.ini tox envlist") or folder.holds("tox.ini tox env_list")
+        source = source or folder.holds("pyproject.toml tool tox env_list")
+        if source:
+            yield Found("check", f"{prefix}tox", source)
 
 
 # ── 17 Ecosystems ─────────────────────────────────────────────────────────────
@@ -4020,7 +4647,7 @@ class Ecosystem(NamedTuple):
     def read(self, folder: Folder) -> Iterator[Found]:
         """Iterate over all that is found, the surest of each name first."""
         for scripts in self.scripts(folder):
-            yield from pick_scripts(scripts)
+            yield from scripts.find()
         yield from self.find(folder)
         sign = self.find_sign(folder)
         for row in self.rows:
@@ -4646,20 +5273,25 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "python",
-        ("pyproject.toml", "setup.py", "setup.cfg", "requirements.txt"),
+        (
+            *("pyproject.toml project", "pyproject.toml tool poetry", "pyproject.toml build-system", "setup.py"),
+            *("setup.cfg metadata", "Pipfile", "manage.py", "pyproject.toml + not package.json"),
+            *("requirements.txt + not package.json", "noxfile.py + not package.json"),
+        ),
         (
             Row("description", "{}", "pyproject.toml project description"),
             Row("description", "{}", "pyproject.toml tool poetry description"),
+            Row("description", "{}", "setup.cfg metadata description"),
             Row("version", "Python {}", ".python-version"),
+            Row("version", "Python {}", ".tool-versions python"),
+            Row("version", "Python {}", "mise.toml tools python"),
             Row("version", "Python {}", "pyproject.toml project requires-python"),
-            Row("version", "Python", "pyproject.toml"),
-            Row("test", "pytest", "pytest.ini"),
-            Row("test", "pytest", "pyproject.toml tool pytest"),
-            Row("one test", "pytest path/to/test_file.py::test_name", "pyproject.toml tool pytest"),
-            Row("lint", "ruff check .", "pyproject.toml tool ruff"),
-            Row("before a commit", "pre-commit run --all-files", ".pre-commit-config.yaml"),
+            Row("version", "Python {}", "pyproject.toml tool poetry dependencies python"),
+            Row("version", "Python {}", "setup.cfg options python_requires"),
+            Row("version", "Python {}", "setup.py python_requires="),
+            Row("version", "Python"),
         ),
-        spell=lambda folder, command: find_python_runner(folder) + command,
+        find=lambda folder: Python(folder).read(),
     ),
     Ecosystem(
         "cmake",
@@ -4726,10 +5358,14 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         (
             Row("description", "{}", "package.json description"),
             Row("version", "Node.js {}", ".nvmrc"),
+            Row("version", "Node.js {}", ".node-version"),
+            Row("version", "Node.js {}", ".tool-versions nodejs"),
+            Row("version", "Node.js {}", "mise.toml tools node"),
+            Row("version", "Node.js {}", "package.json volta node"),
             Row("version", "Node.js {}", "package.json engines node"),
-            Row("version", "Node.js", "package.json"),
+            Row("version", "Node.js"),
         ),
-        read_node_scripts,
+        find=lambda folder: Node(folder).read(),
     ),
     Ecosystem(
         "terraform",
@@ -4756,12 +5392,6 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
 # said. What lets one run commands by name comes first, then the first ecosystem; the
 # commands of the others are called by their names.
 
-MOBILE_PACKAGES = ("react-native", "expo", "@capacitor/core", "nativescript")
-SERVER_PACKAGES = ("express", "fastify", "koa", "@nestjs/core", "hapi", "@hapi/hapi", "hono")
-FRONTEND_PACKAGES = (
-    *("react", "vue", "svelte", "@angular/core", "next", "nuxt", "vite", "preact", "solid-js", "astro"),
-    *("lit", "ember-source", "@sveltejs/kit", "jquery"),
-)
 ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
@@ -4798,6 +5428,59 @@ COMMAND_NAMES = (
 )
 
 
+PLACEHOLDER = re.compile(r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)")
+
+
+NO_PROSE = (
+    *("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t", "**Note", "Note", "NOTE"),
+    *("**Warning", "WARNING", "**Important", "Sponsor"),
+)
+MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
+    (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
+    (r"<[^<>]*>(?!`)", ""),
+    (r"`([^`<>]*) <[^<>`]*>`_{1,2}", r"\1"),
+    (r"\*{2,3}|__", ""),
+)
+
+
+def first_sentence(text: str) -> str:
+    """Find the first sentence of prose in a README: no heading, badge or list."""
+    parts = text[:20000].split("```")[::2]  # outside code
+    first, *others = "\n".join(parts).split("<!--")
+    text = first + "".join(other.partition("-->")[2] for other in others)
+    for paragraph in re.split(r"\n[ \t\r]*\n", text):
+        unquoted = re.sub("(?m)^> ?", "", paragraph.strip("\r\n"))
+        lines = [line.strip() for line in unquoted.split("\n")]
+        is_heading = any(line and not line.strip("=-~^*") for line in lines[1:])
+        if is_heading or unquoted.startswith(NO_PROSE):
+            continue
+        prose = " ".join(lines)
+        for markup, plain in MARKUP:
+            prose = re.sub(markup, plain, prose)
+        # Text outside links, of which a list of links has none.
+        own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
+        prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
+        sentence = re.split(r"(?<=[.!?])[ ](?=[A-Z`(])", tidy(prose))[0]
+        if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
+            return sentence
+    return ""
+
+
+WORKSPACES = (  # the globs of one, its members' manifest and name, and how one is used
+    ("pnpm-workspace.yaml", "packages", "package.json", "name", ""),
+    ("package.json", "workspaces", "package.json", "name", ""),
+    ("package.json", "workspaces packages", "package.json", "name", ""),
+    ("Cargo.toml", "workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
+    ("pyproject.toml", "tool uv workspace members", "pyproject.toml", "project name", "uv run --package NAME pytest"),
+)
+NODE_FILTERS = {
+    "npm": "npm run SCRIPT -w NAME",
+    "pnpm": "pnpm --filter NAME run SCRIPT",
+    "yarn": "yarn workspace NAME run SCRIPT",
+    "bun": "bun run --filter NAME SCRIPT",
+}
+
+
 def open_folder(path: str, home: str) -> Folder:
     """Open a folder, and those above it up to its repository's root."""
     if is_repository(path):
@@ -4815,37 +5498,50 @@ def open_folder(path: str, home: str) -> Folder:
 def detect_commands(folder: Folder, found: dict[str, list[Found]]) -> list[Found]:
     """Choose a command for each name, in the order in which they are told."""
     commands: dict[str, Found] = {}
-    for scripts in read_makefile(folder):
-        for command in pick_scripts(scripts):
-            commands.setdefault(command.name, command)
-    order = [*COMMAND_NAMES]
+
+    def add(item: Found, ecosystem: str = "") -> None:
+        name, _, note = item.name.partition(" (")
+        notes = [text for text in (ecosystem, note.rstrip(")")) if text]
+        label = f"{name} ({', '.join(notes)})" if notes else name
+        commands.setdefault(f"{name} {ecosystem}", item._replace(name=label))
+
+    for read_runner in TASK_RUNNERS:
+        for item in read_runner(folder).find():
+            add(item)
+    order = [f"{name} " for name in COMMAND_NAMES]
     for index, (ecosystem, items) in enumerate(found.items()):
-        for item in items:
-            name = item.name if index == 0 else f"{item.name} ({ecosystem})"
-            if item.name not in NO_COMMANDS and item.text:
-                commands.setdefault(name, item._replace(name=name))
-        order += [f"{name} ({ecosystem})" for name in COMMAND_NAMES]
+        told = [item for item in items if item.name not in NO_COMMANDS and item.text]
+        for item in told if index == 0 or len(told) > 1 else ():  # a lone install helps nobody
+            add(item, ecosystem if index else "")
+        order += [f"{name} {ecosystem}" for name in COMMAND_NAMES] if index else []
+    hooks = ".pre-commit-config.yaml"
+    if folder.find(hooks):
+        add(Found("before a commit", "pre-commit run --all-files", hooks))
     return [commands[name] for name in order if name in commands]
 
 
-def detect_type(folder: Folder) -> tuple[str, str]:
-    """Detect the type, and the evidence for it."""
-    packages = {**folder.table("package.json", "dependencies"), **folder.table("package.json", "peerDependencies")}
-    all_packages = {**packages, **folder.table("package.json", "devDependencies")}
+def detect_type(folder: Folder, first: Optional[Ecosystem]) -> tuple[str, str]:
+    """Detect the type, and the evidence for it; `first` is the first ecosystem."""
 
-    def package(packages: Container[str], *wanted: str) -> str:
-        return next((f"{name} in package.json" for name in wanted if name in packages), "")
+    def package(kind: str, *sections: str) -> str:
+        names = {name for section in sections for name in folder.table("package.json", section)}
+        wanted = (name for name, _, of_kind in Node.FRAMEWORKS if of_kind == kind)
+        return next((f"{name} in package.json" for name in wanted if name in names), "") if is_node else ""
 
+    is_node = bool(first and first.name == "javascript")
+    used = ("dependencies", "peerDependencies")
     rules = (
-        ("mobile", folder.find("pubspec.yaml", "AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
-        ("mobile", package(packages, *MOBILE_PACKAGES)),
+        ("mobile", folder.holds("pubspec.yaml dependencies flutter")),
+        ("mobile", folder.find("AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
+        ("mobile", package("mobile", *used)),
         ("ml", find_ml_evidence(folder)),
-        ("frontend", package(all_packages, *FRONTEND_PACKAGES)),
-        ("backend", package(packages, *SERVER_PACKAGES)),
-        ("frontend", folder.find("index.html", "angular.json", "vite.config.*", "next.config.*")),
-        ("backend", folder.find("pyproject.toml", "setup.py", "setup.cfg", "Cargo.toml", "go.mod", "pom.xml")),
-        ("backend", folder.find("build.gradle*", "Gemfile", "composer.json", "*.csproj", "*.sln", "mix.exs")),
-        ("backend", folder.find("package.json", "requirements.txt", "CMakeLists.txt", "Makefile")),
+        ("frontend", package("frontend", *used, "devDependencies")),
+        ("backend", package("backend", *used)),
+        ("frontend", folder.holds("index.html + package.json") if is_node else ""),
+        ("backend", folder.holds(first.find_sign(folder)) if first else ""),
+        ("backend", folder.find("Makefile")),
+        ("ml", folder.find("*.ipynb")),
+        ("frontend", folder.find("index.html")),
         ("backend", "type unknown: set it with -t"),
     )
     return next((kind, evidence) for kind, evidence in rules if evidence)
@@ -4861,25 +5557,60 @@ def find_ml_evidence(folder: Folder) -> str:
         match = wanted.search("\n".join(texts))
         if match:
             return f"{match[1]} in {name}"
-    return folder.find("*.ipynb")
+    return ""
+
+
+def detect_packages(folder: Folder) -> Optional[Found]:
+    """Tell the packages of a workspace: up to 12 by name, more by their number."""
+    for source, keys, manifest, name, one in WORKSPACES:
+        if not folder.find(source):
+            continue
+        globs = [glob for glob in folder.texts(source, *keys.split()) if glob[:1] != "!"]
+        excluded = [glob for glob in folder.texts(source, *keys.split()) if glob[:1] == "!"]
+        excluded += [f"!{glob}" for glob in folder.texts(source, *keys.split()[:-1], "exclude")]
+        members = folder.members([*globs, *excluded], manifest)
+        names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
+        names = sorted({tidy(name) for name in names if isinstance(name, str)})
+        if names:
+            told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(', '.join(globs))}"
+            call = one or NODE_FILTERS[Node(folder).manager]
+            return Found("packages", f"{told} (one of them: `{call}`)", source)
+    return None
+
+
+def detect_description(folder: Folder, items: Iterable[Found]) -> Optional[Found]:
+    """Choose a manifest's description, or else the README's first sentence."""
+    described = (item for item in items if item.name == "description" and not PLACEHOLDER.search(item.text))
+    readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
+    sentence = first_sentence(folder.text(readme)) if readme else ""
+    return next(described, Found("description", sentence, readme) if sentence else None)
+
+
+def detect_versions(found: Mapping[str, list[Found]]) -> Optional[Found]:
+    """Put the first ecosystem's version and tools into one line, then the others'."""
+    parts: list[Found] = []
+    for index, items in enumerate(found.values()):
+        parts += [item for item in items if item.name == "version"][:1]
+        parts += [item for item in items if item.name == "tool"][: 6 if index == 0 else 0]
+    return (
+        Found("built with", ", ".join(dict.fromkeys(item.text for item in parts)), parts[0].source) if parts else None
+    )
 
 
 def detect(path: str, home: str = "") -> Detected:
     """Detect what a folder holds; raises IoError if it cannot be listed."""
     folder = open_folder(path, home)
-    found: dict[str, list[Found]] = {}
+    systems: list[Ecosystem] = []
     for system in ECOSYSTEMS:
-        if system.find_sign(folder) and not (system.only_first and found):
-            found[system.name] = list(system.read(folder))
+        if system.find_sign(folder) and not (system.only_first and systems):
+            systems.append(system)
+    found = {system.name: list(system.read(folder)) for system in systems}
     items = [item for system in found.values() for item in system]
-    versions = [next((i for i in items if i.name == "version"), None) for items in found.values()]
-    tools = [item for item in items if item.name == "tool"]
-    parts = [item for item in (*versions[:1], *tools, *versions[1:]) if item]
     return Detected(
-        *detect_type(folder),
-        next((item for item in items if item.name == "description"), None),
-        Found("built with", ", ".join(item.text for item in parts), parts[0].source) if parts else None,
-        None,
+        *detect_type(folder, systems[0] if systems else None),
+        detect_description(folder, items),
+        detect_versions(found),
+        next((item for item in items if item.name == "packages"), detect_packages(folder)),
         tuple(detect_commands(folder, found)),
         tuple(a.target for a in AGENTS.values() if any(map(folder.find, (a.path, *a.traces)))),
     )

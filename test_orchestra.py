@@ -2860,7 +2860,250 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch
 # ── 14 Manifests ──────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", {}),
+        ("a = 1 # x\n[b]\nc = 'd'\n", {"a": "1", "b": {"c": "d"}}),
+        ('a.b = "x"\n"c d" = true\n[e."f.g".h]\n', {"a": {"b": "x"}, "c d": True, "e": {"f.g": {"h": {}}}}),
+        ("a = [1, [2.5], # x\n  {b = 'c', d = []},\n]\r\ne = 1979-05-27\n", None),
+        ('a = """\nx "y" \\\n z"""\nb = \'\'\'\\n\'\'\'\n', {"a": '\nx "y"  z', "b": "\\n"}),
+        ('a = "\\u00e9\\t\\"" \n', {"a": 'é\t"'}),
+        ('a = "\\U0001F600"\n', {"a": "\\U0001F600"}),
+        ("[[a]]\nb = 1\n[[a]]\nb = 2\n[a.c]\nd = 3\n", {"a": [{"b": "1"}, {"b": "2", "c": {"d": "3"}}]}),
+        *((broken, ValueError) for broken in ("a", "a = ", "a = [", "a = {b", "a = 'x", "[a", "a = '''x", "= 1")),
+        *((broken, ValueError) for broken in ("a = 1\n[a]\n", "[[a]]\nb = [1 2]", "a = " + "[" * 100_000)),
+        ("[" + "a." * 100 + "a]", ValueError),
+    ],
+)
+def test_toml_is_read_the_same_by_every_python(text: str, value: Any) -> None:
+    if value is ValueError:
+        with pytest.raises(ValueError):
+            orchestra.Toml(text).read()
+        return
+    read = orchestra.Toml(text).read()
+    assert read == value or value is None
+    if sys.version_info >= (3, 11):  # as Python reads it, but that numbers stay as written
+        import tomllib
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            return [plain(item) for item in value] if isinstance(value, list) else value
+
+        expected = tomllib.loads(text, parse_float=str)
+        assert json.dumps(plain(read), sort_keys=True).count(":") == json.dumps(expected, default=str).count(":")
+
+
+@pytest.mark.parametrize(
+    ("evidence", "source", "quoted"),
+    [
+        ("a.toml", "a.toml", ""),
+        ("*.toml", "a.toml", ""),
+        ("b.toml", "", ""),
+        ("sub/c", "sub/c", ""),
+        ("a.toml x y", "a.toml", "1"),
+        ("a.toml x z", "", ""),
+        ("a.json x y", "a.json", "one"),
+        ("a.json x y z", "", ""),
+        ("a.yaml x y", "a.yaml", "no"),
+        ("setup.cfg tool:pytest", "setup.cfg", ""),
+        ("setup.cfg options.extras_require dev", "setup.cfg", "a\nb"),
+        ("bomb.yaml a", "", ""),
+        ("broken.json a", "", ""),
+        ("broken.toml a", "", ""),
+        ("mix.exs :credo", "mix.exs", ""),
+        ("mix.exs :dialyxir", "", ""),
+        ("mix.exs elixir:", "mix.exs", '"~> 1.15",'),
+        (".nvmrc", ".nvmrc", "v20"),
+        ("a.toml + not b.toml", "a.toml", ""),
+        ("a.toml + not a.json", "", ""),
+        ("not b.toml + mix.exs", "mix.exs", ""),
+    ],
+)
+def test_evidence_is_a_file_and_what_is_in_it(home: Home, evidence: str, source: str, quoted: str) -> None:
+    files = {
+        "a.toml": "[x]\ny = 1\n",
+        "a.json": '{"x": {"y": "one"}}',
+        "a.yaml": "x: {y: no}\n",
+        "setup.cfg": "[tool:pytest]\n[options.extras_require]\ndev =\n  a\n  b\n",
+        "bomb.yaml": "a: &a [x, x]\n"
+        + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopq")),
+        "broken.json": "{",
+        "broken.toml": "a = ",
+        "mix.exs": '  elixir: "~> 1.15",\n  {:credo, 1}\n  # {:dialyxir, 1}\n',
+        ".nvmrc": "# x\nv20\n",
+        "sub/c": "",
+    }
+    put_files(home.code, files)
+    folder = orchestra.Folder(str(home.code))
+    assert folder.holds(evidence) == source
+    if quoted:
+        assert folder.quote(evidence) == quoted
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        *(("3.14", "3.14"), (">=3.10", "3.10+"), (">=3.8,!=3.9.*,<4", "3.8+"), ("==3.11.*", "3.11"), ("~=3.9", "3.9+")),
+        *(
+            ("^18.0.0", "18"),
+            ("^18", "18"),
+            ("^5.4.2", "5.4+"),
+            ("~5.4.2", "5.4"),
+            ("~> 1.15", "1.15+"),
+            ("18.x", "18"),
+        ),
+        *(("v20.11.1", "20.11.1"), ("^18.0.0 || >=20.0.0", "18 or 20.0.0+"), ("<4", ""), ("python-3.11.4", "3.11.4")),
+        *(("lts/*", ""), ("catalog:", ""), ("workspace:^1.0.0", ""), ("*", ""), ("", ""), ("latest", "")),
+    ],
+)
+def test_a_version_is_told_as_short_as_it_can_be(text: str, version: str) -> None:
+    assert orchestra.shorten_version(text) == version
+
+
+@pytest.mark.parametrize(
+    ("globs", "members"),
+    [
+        (["packages/*"], ["a", "b"]),
+        (["./packages/*/", "!packages/b"], ["a"]),
+        (["packages/a"], ["a"]),
+        (["pack*/a*", "packages/a"], ["a"]),
+        (["*"], []),
+        (["../*", "/etc", "packages/../packages/*", ""], []),
+        (["nowhere/*"], []),
+    ],
+)
+def test_the_members_of_a_workspace_have_a_manifest(home: Home, globs: list[str], members: list[str]) -> None:
+    put_files(
+        home.code, {"packages/a/m": "", "packages/b/m": "", "packages/c/x": "", "packages/.d/m": "", "packages/e": ""}
+    )
+    assert [os.path.basename(member.path) for member in orchestra.Folder(str(home.code)).members(globs, "m")] == members
+
+
 # ── 15 Scripts ────────────────────────────────────────────────────────────────
+
+
+def package(**sections: Any) -> dict[str, str]:
+    return {"package.json": json.dumps(sections)}
+
+
+def commands_in(home: Home, files: Any) -> dict[str, str]:
+    put_files(home.code, files)
+    return {command.name: command.text for command in orchestra.detect(str(home.code)).commands}
+
+
+@pytest.mark.parametrize(
+    ("scripts", "commands"),
+    [
+        ({"build": "tsc", "test": "jest", "odd": "x"}, {"build": "build", "test": "test"}),
+        ({"test": 'echo "Error: no test specified" && exit 1'}, {}),
+        ({"test": "exit 0", "tests": "jest"}, {"test": "tests"}),
+        ({"test": ""}, {}),
+        ({"test:unit": "jest", "fmt": "prettier --write ."}, {"test": "test:unit", "format": "fmt"}),
+        ({"format": "prettier --check .", "format:fix": "prettier --write ."}, {"format": "format:fix"}),
+        ({"format": "prettier --check ."}, {"format (checks only)": "format"}),
+        ({"lint": "eslint --fix ."}, {"lint (rewrites files)": "lint"}),
+        ({"lint": "eslint --fix .", "lint:check": "eslint ."}, {"lint": "lint:check"}),
+        ({"lint": "npm run style", "style": "prettier --write ."}, {"lint (rewrites files)": "lint"}),
+        ({"lint": "black --check . && isort --check ."}, {"lint": "lint"}),
+        ({"lint": "black . && flake8"}, {"lint (rewrites files)": "lint"}),
+        ({"lint:fix": "eslint --fix ."}, {"format": "lint:fix"}),
+        ({"type-check": "tsc"}, {"type check": "type-check"}),
+        ({"check:types": "turbo run types"}, {"type check": "check:types"}),
+        ({"types": "tsc --noEmit"}, {"type check": "types"}),
+        ({"types": "graphql-codegen"}, {}),
+        ({"tsc": "tsc"}, {"type check": "tsc"}),
+        (
+            {"check": "npm run lint && npm test", "lint": "x", "test": "y"},
+            {"check": "check", "lint": "lint", "test": "test"},
+        ),
+        ({"check": "biome check ."}, {"lint": "check"}),
+        ({"check": "svelte-check"}, {"type check": "check"}),
+        ({"verify": "npm run a && npm run b"}, {"check": "verify"}),
+        ({"ci": "npm test && npm publish"}, {}),
+        ({"precommit": "lint-staged"}, {}),
+        ({"dev": "vite", "start": "node ."}, {"run": "dev"}),
+        ({"dev": "tsup --watch", "start": "node ."}, {"run": "start"}),
+        ({"test": "vitest"}, {"test": "test +--run"}),
+        ({"test": "vitest run --coverage"}, {"test": "test"}),
+        ({"test": "vitest", "test:run": "vitest --run"}, {"test": "test:run"}),
+        ({"test": "npm run test:all", "test:all": "vitest"}, {}),
+        ({"test": "npm run unit run", "unit": "vitest"}, {"test": "test"}),
+        ({"test": "jest --watch"}, {}),
+        ({"test": "cargo watch -x test"}, {}),
+        ({"test": "tsc && vitest --coverage"}, {"test": "test +--run"}),
+        ({"test": "react-scripts test"}, {"test": "test +--watchAll=false"}),
+        ({"test": "ng test"}, {"test": "test +--watch=false"}),
+        ({"install": "cp x /usr/local/bin"}, {}),
+        ({"install": "pip install -e ."}, {"install": "install"}),
+        ({"setup": "uv sync"}, {"install": "setup"}),
+    ],
+)
+def test_a_script_is_taken_for_what_its_name_and_its_text_say(scripts: Any, commands: dict[str, str]) -> None:
+    found = orchestra.Scripts("package.json", "{}", scripts, " +").find()
+    assert {item.name: item.text for item in found} == commands
+
+
+JUSTFILE = """\
+set shell := ["bash", "-c"]
+alias t := test
+name := "x"
+# Runs the tests
+@test *ARGS: build
+    pytest {{ARGS}}
+build mode="a: b":
+    make
+lint target:
+    ruff {{target}}
+[private]
+fmt:
+    black .
+_check:
+    x
+"""
+TASKFILE = """\
+version: '3'
+tasks:
+  test: {cmds: [go test ./...], deps: [build]}
+  build: go build
+  lint: {requires: {vars: [X]}, cmds: [x]}
+  fmt: {internal: true, cmds: [x]}
+  run:
+    cmds: [{task: build}, {cmd: ./x}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "commands"),
+    [
+        (
+            {"Makefile": "test lint: x\n\tgo\n.PHONY: build\nformat:=no\nbuild ?= x:y\n"},
+            {"test": "make test", "lint": "make lint"},
+        ),
+        ({"Makefile": "tests::\n\tx\nfmt: ; black .\n"}, {"test": "make tests", "format": "make fmt"}),
+        ({"Makefile": "test:\n"}, {}),
+        ({"Makefile": "%test: x\n$(A)test: x\n"}, {}),
+        ({"GNUmakefile": "test:\n\tx\n", "Makefile": "lint:\n\tx\n"}, {"test": "make test"}),
+        (
+            {"Makefile": "lint: fmt\n\tx\nfmt:\n\tblack .\n"},
+            {"lint (rewrites files)": "make lint", "format": "make fmt"},
+        ),
+        ({"Makefile": "install:\n\tinstall x /usr/bin\n"}, {}),
+        ({"Makefile": "install:\n\tpoetry install\n"}, {"install": "make install"}),
+        ({"justfile": JUSTFILE}, {"test": "just test", "build": "just build"}),
+        ({".justfile": "test:\n  x\n", "Makefile": "test: x\nlint: x\n"}, {"test": "just test", "lint": "make lint"}),
+        ({"Taskfile.yml": TASKFILE}, {"test": "task test", "build": "task build", "run": "task run"}),
+        ({"Taskfile.yml": "tasks: [x]\n"}, {}),
+        (
+            {"mise.toml": '[tasks]\ntest = "x"\n[tasks.lint]\nrun = ["y"]\n'},
+            {"test": "mise run test", "lint": "mise run lint"},
+        ),
+        ({".mise.toml": "[tasks.build]\nusage = 'x'\nrun = 'y'\n"}, {}),
+    ],
+)
+def test_task_runners_come_first(home: Home, files: Any, commands: dict[str, str]) -> None:
+    assert commands_in(home, files) == commands
 
 
 # ── 16 Node and Python ────────────────────────────────────────────────────────
@@ -2907,10 +3150,6 @@ PRESETS = {
 }
 
 
-def package(**sections: Any) -> dict[str, str]:
-    return {"package.json": json.dumps(sections)}
-
-
 def composer(**keys: Any) -> dict[str, str]:
     return {"composer.json": json.dumps(keys)}
 
@@ -2949,7 +3188,7 @@ def composer(**keys: Any) -> dict[str, str]:
         (
             {**composer(require={"php": ">=8.2", "laravel/framework": "^12.0"}), "artisan": "", "phpunit.xml": ""},
             "test: php artisan test | one test: php artisan test --filter=NAME | run: php artisan serve | "
-            "built with: PHP 8.2+, Laravel 12.0",
+            "built with: PHP 8.2+, Laravel 12",
         ),
         ({**composer(), ".php-cs-fixer.dist.php": ""}, "format: -"),  # not installed by composer
         ({"Gemfile": 'gem "jekyll"', "_config.yml": ""}, "install: -"),  # a site about something else
@@ -3079,7 +3318,7 @@ def composer(**keys: Any) -> dict[str, str]:
         (
             {"pubspec.yaml": "description: Sells\nenvironment: {sdk: ^3.5.0}\ndependencies: {flutter: {}}\n"},
             "install: flutter pub get | lint: flutter analyze | format: dart format . | test: - | run: - | "
-            "description: Sells | built with: Flutter, Dart 3.5.0",
+            "description: Sells | built with: Flutter, Dart 3.5+",
         ),
         (
             {"pubspec.yaml": "dependencies: {flutter: x}", ".fvmrc": '{"flutter": "3.24.1"}', "test/a_test.dart": ""},
@@ -3191,16 +3430,19 @@ dependencies = [
     [
         ({}, ("backend", "type unknown: set it with -t")),
         ({"README.md": "torch react expo"}, ("backend", "type unknown: set it with -t")),
-        ({"pubspec.yaml": "", "package.json": "{}"}, ("mobile", "pubspec.yaml")),
+        ({"pubspec.yaml": "dependencies:\n  flutter:\n    sdk: flutter\n"}, ("mobile", "pubspec.yaml")),
         ({"App.xcodeproj": None}, ("mobile", "App.xcodeproj")),
         (package(dependencies={"expo": "1", "react": "1"}), ("mobile", "expo in package.json")),
         (package(dependencies={"react": "18"}), ("frontend", "react in package.json")),
-        (package(devDependencies={"vite": "5"}), ("frontend", "vite in package.json")),
+        (package(devDependencies={"vite": "5", "vue": "3"}), ("frontend", "vue in package.json")),
+        (package(devDependencies={"vite": "5", "jquery": "3"}), ("backend", "package.json")),
+        ({**package(dependencies={"react": "18"}), "go.mod": ""}, ("backend", "go.mod")),
         (package(peerDependencies={"vue": "3"}), ("frontend", "vue in package.json")),
         (package(dependencies={"express": "4"}), ("backend", "express in package.json")),
         (package(devDependencies={"express": "4"}), ("backend", "package.json")),
         ({"package.json": "{}", "index.html": ""}, ("frontend", "index.html")),
-        ({"package.json": "{}", "vite.config.ts": ""}, ("frontend", "vite.config.ts")),
+        ({"index.html": ""}, ("frontend", "index.html")),
+        ({"setup.py": "", "index.html": "", "study.ipynb": ""}, ("backend", "setup.py")),
         ({"package.json": "not JSON"}, ("backend", "package.json")),
         ({"package.json": "[1]"}, ("backend", "package.json")),
         ({"package.json": "[" * 100_000}, ("backend", "package.json")),
@@ -3219,7 +3461,6 @@ dependencies = [
         ({"study.ipynb": "{}"}, ("ml", "study.ipynb")),
         ({"Cargo.toml": ""}, ("backend", "Cargo.toml")),
         ({"go.mod": ""}, ("backend", "go.mod")),
-        ({"build.gradle.kts": ""}, ("backend", "build.gradle.kts")),
         ({"Makefile": ""}, ("backend", "Makefile")),
     ],
 )
@@ -3250,28 +3491,10 @@ def test_the_targets_are_the_agents_in_use(home: Home, files: Any, targets: tupl
 
 
 @pytest.mark.parametrize(
-    ("files", "commands"),
-    [
-        ({}, {}),
-        (package(scripts={"build": "tsc", "test": "jest", "odd": "x"}), {"build": "npm run build", "test": "npm test"}),
-        ({**package(scripts={"lint": "x"}), "yarn.lock": ""}, {"lint": "yarn run lint"}),
-        ({**package(scripts={"lint": "x"}), "pnpm-lock.yaml": ""}, {"lint": "pnpm run lint"}),
-        (package(scripts={"build": 1}), {}),
-        ({"Makefile": "test: x\n\tgo\nlint:=no\n"}, {"test": "make test"}),
-        ({"pyproject.toml": ""}, {}),
-    ],
-)
-def test_commands_come_from_the_manifests(home: Home, files: Any, commands: dict[str, str]) -> None:
-    put_files(home.code, files)
-    found = {command.name: command.text for command in orchestra.detect(str(home.code)).commands}
-    assert {name: text for name, text in found.items() if name != "one test"} == commands
-
-
-@pytest.mark.parametrize(
     ("files", "description", "built_with"),
     [
         ({"pyproject.toml": PEP_621}, 'A "fine" tool', "Python 3.10+"),
-        ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "old", "Python"),
+        ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "old", "Python, Poetry"),
         ({"pyproject.toml": "[tool.other]\ndescription = 'no'\n"}, "", "Python"),
         ({"pyproject.toml": '[project]\ndescription = "caf\\u00e9\\nbar"\n'}, "café bar", "Python"),
         ({"pyproject.toml": "[project]\ndescription = 'C:\\new'\n"}, "C:\\new", "Python"),
