@@ -6305,6 +6305,13 @@ class FilePlan(NamedTuple):
     def writes(self) -> bool:
         return self.action not in (Action.KEEP, Action.SKIP)
 
+    @property
+    def verb(self) -> str:
+        """What happens to the file, in the words of a command's output."""
+        if self.action in (Action.REMOVE, Action.EVICT):
+            return "remove" if self.after is None else "remove block"
+        return "append" if self.join is not None else self.action
+
 
 class Plan(NamedTuple):
     """What a sync of one codebase would do, and the record it would leave.
@@ -7038,6 +7045,12 @@ class CodebaseTurn(Turn):
         return True
 
 
+def _without_bytes(file: FilePlan, is_news: bool) -> FilePlan:
+    """Drop the bytes, as there may be thousands of results, and a note told before."""
+    note = file.note if is_news or file.is_foreign else ""
+    return file._replace(before=ABSENT, after=None if file.after is None else b"", note=note)
+
+
 def sync_codebase(
     home: str,
     codebase: Codebase,
@@ -7057,8 +7070,8 @@ def sync_codebase(
     except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
         problem = Problem.from_error(error).below(label)
         return SyncCodebaseResult(*key, errors=(problem,), is_absent=isinstance(error, FolderAbsent))
-    # Without their bytes: a result may be one of thousands.
-    files = tuple(file._replace(before=ABSENT, after=None) for file in plan.all_files(home))
+    is_news = mode.purge or not plan.is_done
+    files = tuple(_without_bytes(file, is_news) for file in plan.all_files(home))
     problems = tuple(problem.below(label) for problem in plan.problems(home))
     return SyncCodebaseResult(*key, files, problems, has_leftovers)
 
@@ -11008,10 +11021,10 @@ class Commands(NamedTuple):
     def _print_result(self, result: SyncCodebaseResult) -> None:
         """Print a line per file that was or would be written, and the notes."""
         label = label_for(result.key)
+        width = max([8, *(len(file.verb) for file in result.files if file.writes)])
         for file in result.files:
             if file.writes:
-                verb = "append" if file.join is not None else file.action
-                print(f"{Action.REMOVE if verb == Action.EVICT else verb:8} {label} {file.path}")
+                print(f"{file.verb:{width}} {label} {file.path}")
             if file.note:
                 self._note(f"{label}: {file.path}: {visible(file.note)}")
 

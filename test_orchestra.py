@@ -3844,10 +3844,9 @@ def test_code_that_is_code_stays_code() -> None:
 )
 def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, told: str) -> None:
     home.make_codebase("shop/api", {"CLAUDE.md": "the user's own \u200b\n"}, targets=["claude", "cline"], notes=[text])
-    for _ in range(2):
-        err = home.sync().err
-        expected = [f"note: shop/api: {path}: contains invisible characters: {told}" for path in ("CLAUDE.md", CLINE)]
-        assert err.splitlines() == (expected if told else [])
+    notes = [f"{path}: contains invisible characters: {told}" for path in ("CLAUDE.md", CLINE)] if told else []
+    assert home.sync().err.splitlines() == [f"note: shop/api: {note}" for note in notes]
+    assert home.staleness()["detail"] == "; ".join(notes)
 
 
 # ── 21 Blocks ─────────────────────────────────────────────────────────────────
@@ -4885,7 +4884,7 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
     else:
         put_files(other, {"code.py": ""})
     if kind == "left and edited":
-        edit(root / "CLAUDE.md", "# api", "# mine")
+        edit(root / "CLAUDE.md", "- noted", "- mine")
     home.register("shop/api", path=str(other), targets=["claude", "codex", "cline"])
     if kind == "of another codebase now":
         home.register("shop/web", path=str(root), targets=["claude", "codex", "cline"])
@@ -4899,7 +4898,8 @@ def test_when_a_path_changes_the_old_folder_is_left_as_for_a_dropped_target(home
     if kind in ("copied", "left", "left and edited"):
         assert left == sorted([*files, *["CLAUDE.md"] * (kind == "left and edited")])
         assert (root / "AGENTS.md").read_text() == "mine\n"
-        assert f"remove   shop/api {root}/{CLINE}" in ran.out and check.status == 1
+        assert f"remove       shop/api {root}/{CLINE}" in ran.out and check.status == 1
+        assert f"remove block shop/api {root}/AGENTS.md" in ran.out
         assert f"--- a/{root}/{CLINE}" in diff
         assert not (root / ".clinerules").exists()
         if kind == "copied":
@@ -5046,7 +5046,8 @@ def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
     home.register("shop/api", targets=["claude"])
     assert home.staleness()["status"] == "orphan"
     assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
-    assert sorted(home.sync().lines) == ["remove   shop/api .cursor/rules/orchestra.mdc", "remove   shop/api AGENTS.md"]
+    lines = ["remove       shop/api .cursor/rules/orchestra.mdc", "remove block shop/api AGENTS.md"]
+    assert sorted(home.sync().lines) == lines
     assert sorted(contents(root)) == ["AGENTS.md", "CLAUDE.md"]
     assert (root / "AGENTS.md").read_bytes() == b"mine\n"
     assert not (root / ".cursor").exists()
@@ -5134,11 +5135,11 @@ def test_an_edited_block_with_nothing_left_to_say_is_backed_up_and_an_old_one_is
     root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"])
     old = (root / "AGENTS.md").read_bytes()
     home.register("shop/api", targets=["codex"], notes=[])
-    assert home.sync().lines == ["remove   shop/api AGENTS.md"]
+    assert home.sync().lines == ["remove block shop/api AGENTS.md"]
     (root / "AGENTS.md").write_bytes(old if is_known else old.replace(b"noted", b"mine as well"))
     assert home.staleness()["detail"] == "block no longer needed: AGENTS.md"
     ran = home.sync("--all")
-    assert ran.lines == ["remove   shop/api AGENTS.md"] and contents(root) == {"AGENTS.md": b"mine\n"}
+    assert ran.lines == ["remove block shop/api AGENTS.md"] and contents(root) == {"AGENTS.md": b"mine\n"}
     assert ("orchestra restore shop/api AGENTS.md" in ran.err) == (not is_known)
     assert b"mine as well" in home.backups().get("AGENTS.md", b"mine as well") and bool(home.backups()) != is_known
     if not is_known:
@@ -5153,7 +5154,7 @@ def test_a_colleagues_block_stays_where_there_is_nothing_to_add(home: Home) -> N
     ran = other.sync("--all")
     assert ran.lines == [] and orchestra.FOREIGN in ran.err and contents(root) == first
     assert (other.status_of(), other.backups()) == ("current", {})
-    assert other.sync("api").lines == ["remove   shop/api AGENTS.md"]
+    assert other.sync("api").lines == ["remove block shop/api AGENTS.md"]
     # Who appended it is not known, so its blank line is not either.
     assert contents(root) == {"AGENTS.md": b"mine\n\n"} and other.backups() == first
 
@@ -5273,7 +5274,7 @@ def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home
     root = home.make_synced("shop/api", mine, targets=ALL_TARGETS)
     assert len(contents(root)) == len(mine) + len(ALL_TARGETS)
     ran = home.run_fine("project", "remove", "api", "--purge")
-    assert len([line for line in ran.lines if line.startswith("remove ")]) == len(ALL_TARGETS)
+    assert len([line for line in ran.lines if line.startswith("remove   ")]) == len(ALL_TARGETS)
     assert contents(root) == mine
     assert sorted(os.listdir(root)) == [".cursor", ".github", "src"]
     assert home.registry().keys == []
@@ -5286,6 +5287,21 @@ def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_
     home.run_fine("project", "remove", "api", "--purge")
     assert b"# my api" in home.backups()["CLAUDE.md"]
     assert os.listdir(root) == [".clinerules"] and b"# my api" in (root / CLINE).read_bytes()
+
+
+def test_notes_on_links_and_budgets_are_told_again_only_after_a_change(home: Home) -> None:
+    files = {"CLAUDE.md": link_to("README.md")}
+    notes = [
+        "CLAUDE.md: skipped: it is a symbolic link to README.md",
+        r"AGENTS.md: \d+ bytes; Codex reads at most 32768",
+    ]
+    for number in range(2):
+        home.make_codebase("shop/api", files, targets=["claude", "codex"], notes=["x" * 40_000, str(number)])
+        for told in ("".join(f"note: shop/api: {note}\n" for note in notes), "", ""):
+            assert re.fullmatch(told, home.run_fine("sync", "--all", "--dry-run").err)
+            assert re.fullmatch(told, home.sync().err)
+            assert re.fullmatch("; ".join(notes), home.staleness()["detail"])
+        files = {}
 
 
 def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
