@@ -7758,11 +7758,15 @@ class Anchors:
                 return
 
 
+WATCHED_FILE = re.compile(r"(?is)[^.#].*\.(?:ya?ml|md)")
+
+
 class Watcher:
     """Keeps a snapshot of the registry's files, and reports how the disk differs.
 
-    Whatever users and editors do to the tree meanwhile raises nothing; what cannot be
-    watched is polled.
+    It looks into the projects' folders, and the folders in these: Markdown that is
+    included may be there. Whatever users and editors do to the tree meanwhile raises
+    nothing; what cannot be watched is polled.
     """
 
     RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
@@ -7815,17 +7819,19 @@ class Watcher:
     def _is_structural(self, path: str) -> bool:
         if self._anchors.concern(path):
             return True
-        if os.path.dirname(path) != self._root:
-            return False
-        # kqueue names a project's folder for every entry that comes or goes in it.
-        return not (path in self._folders and os.path.isdir(path) and not os.path.islink(path))
+        folder, name = os.path.split(path)
+        if path in self._folders:
+            # kqueue names a folder for every entry that comes or goes in it.
+            return not os.path.isdir(path) or os.path.islink(path)
+        is_new_folder = folder in self._folders and not is_ignored(name) and os.path.isdir(path)
+        return folder == self._root or is_new_folder
 
     def _look_at_paths(self, paths: set[str]) -> None:
         for path in paths:
             folder, name = os.path.split(path)
             if path in self._folders:
                 self._look_at_folder(path)
-            elif folder in self._folders and is_registry_file(name):
+            elif folder in self._folders and WATCHED_FILE.fullmatch(name):
                 if os.path.islink(path):
                     self._anchors.add(path)
                 self._look_at_file(self._snapshot.setdefault(folder, {}), path, trust_stamp=False)
@@ -7840,11 +7846,14 @@ class Watcher:
         self._follow_links(entries)
         self._folders = {entry.path for entry in entries if os.path.isdir(entry.path)}
         others = [entry for entry in entries if entry.path not in self._folders]
-        self._look_at_files(self._root, [e.path for e in others if is_registry_file(e.name)])
-        for folder in self._snapshot.keys() - self._folders - {self._root}:
-            self._look_at_files(folder, ())
-        for folder in self._folders:
+        self._look_at_files(self._root, [e.path for e in others if WATCHED_FILE.fullmatch(e.name)])
+        for folder in [*self._folders]:
             self._look_at_folder(folder)
+        for folder in self._snapshot.keys() - self._folders - {self._root}:
+            if os.path.dirname(folder) in self._folders and os.path.isdir(folder):
+                self._folders.add(folder)  # the one above could not be listed
+            else:
+                self._look_at_files(folder, ())
         self.backend.retain({*self._folders, *self._anchors, *self.suspects}.union(*self._snapshot.values()))
 
     def _look_at_folder(self, folder: str) -> None:
@@ -7853,9 +7862,19 @@ class Watcher:
         if entries is None:
             return
         known = self._snapshot.get(folder, {})
-        entries = [entry for entry in entries if entry.path in known or is_registry_file(entry.name)]
-        self._follow_links(entries)
-        self._look_at_files(folder, [entry.path for entry in entries])
+        files = [entry for entry in entries if entry.path in known or WATCHED_FILE.fullmatch(entry.name)]
+        self._follow_links(files)
+        self._look_at_files(folder, [entry.path for entry in files])
+        if os.path.dirname(folder) == self._root:
+            below = [entry for entry in entries if not is_ignored(entry.name) and self._is_folder(entry)]
+            self._follow_links(below)
+            self._folders.update(entry.path for entry in below)
+            for entry in below:
+                self._look_at_folder(entry.path)
+
+    @staticmethod
+    def _is_folder(entry: os.DirEntry[str]) -> bool:
+        return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
     def _follow_links(self, entries: list[os.DirEntry[str]]) -> None:
         for entry in entries:

@@ -6633,6 +6633,18 @@ def test_a_folder_that_goes_after_it_was_listed_keeps_no_other_from_being_looked
     assert watcher.look() == {str(live.file(label)) for label in ("shop/api", *others)}
 
 
+def test_what_is_below_a_folder_that_cannot_be_listed_now_is_not_taken_for_gone(live: Home, monkeypatch: Any) -> None:
+    put_files(live.projects, {"shop/more/python.md": "text"})
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
+    watcher.look()
+    before = snapshot_of(watcher)
+    list_folder = orchestra.list_folder
+    fails = refuse(errno.EMFILE, "shop")
+    shop = str(live.projects / "shop")
+    monkeypatch.setattr(orchestra, "list_folder", lambda folder: fails() if folder == shop else list_folder(folder))
+    assert watcher.look() == set() and snapshot_of(watcher) == before
+
+
 def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
     file = live.save("shop/one")
     watcher = orchestra.Watcher(live.path, orchestra.Backend())
@@ -6804,6 +6816,59 @@ def test_a_file_that_is_open_for_writing_is_reported_when_it_is_closed_or_takes_
 # What is done to a registry, a line each: paths are below projects/, or below ~ (the codebases' folder). What stands
 # before the empty line is there when the watcher starts. After -> is what it reports as saved (+) and deleted (-).
 SCENES = {
+    "Markdown, local sisters and shared layers": """
+        write shop/api.yaml
+
+        write shop/api.md -> +shop/api.md
+        replace shop/api.md -> +shop/api.md
+        move shop/api.md shop/web.md -> +shop/web.md -shop/api.md
+        remove shop/web.md -> -shop/web.md
+        write shop/api.local.yaml -> +shop/api.local.yaml
+        write shop/project.local.md -> +shop/project.local.md
+        remove shop/api.local.yaml -> -shop/api.local.yaml
+        write all.md -> +all.md
+        write all.local.yaml -> +all.local.yaml
+        replace all.md -> +all.md
+        write all.md -> +all.md
+        remove all.md -> -all.md
+    """,
+    "Markdown by a link": """
+        write ~/api.md
+        write shop/api.yaml
+        link shop/api.md ~/api.md
+
+        write ~/api.md -> +shop/api.md
+        replace ~/api.md -> +shop/api.md
+        remove ~/api.md -> -shop/api.md
+        write ~/api.md -> +shop/api.md
+    """,
+    "a folder below a project's": """
+        write shop/api.yaml
+
+        write shop/more/python.md -> +shop/more/python.md
+        write shop/more/python.md -> +shop/more/python.md
+        replace shop/more/python.md -> +shop/more/python.md
+        write shop/more/deep/python.md ->
+        write shop/.git/python.md ->
+        move shop/more shop/pieces -> +shop/pieces/python.md -shop/more/python.md
+        write shop/pieces/python.md -> +shop/pieces/python.md
+        remove shop/pieces/python.md -> -shop/pieces/python.md
+        write shop/pieces/rust.md -> +shop/pieces/rust.md
+        remove shop/pieces -> -shop/pieces/rust.md
+        write ~/pieces/go.md
+        link shop/pieces ~/pieces -> +shop/pieces/go.md
+        write ~/pieces/go.md -> +shop/pieces/go.md
+        move ~/pieces ~/gone -> -shop/pieces/go.md
+        move shop ~/shop -> -shop/api.yaml
+    """,
+    "a folder below a project's from the start": """
+        write shop/more/python.md
+        write shop/more/rust.md
+
+        write shop/more/python.md -> +shop/more/python.md
+        move shop store -> +store/more/python.md +store/more/rust.md -shop/more/python.md -shop/more/rust.md
+        write store/more/python.md -> +store/more/python.md
+    """,
     "files made, removed and renamed": """
         write shop/api.yaml
 
@@ -7050,7 +7115,7 @@ def test_a_young_file_is_read_whatever_its_stamp(live: Home, age: float, is_read
 def test_what_is_not_a_registry_file_is_passed_over(live: Home, kind: str) -> None:
     live.save()
     lookout = Lookout(live, kind)
-    for name in (".hidden.yaml", "#lock.yaml", "api.yaml~", "api.yaml.swp", "4913", "README.md"):
+    for name in (".hidden.yaml", "#lock.yaml", "api.yaml~", "api.yaml.swp", "4913", "api.md~", ".api.md.swp"):
         (live.projects / "shop" / name).write_text("x")
         lookout.drain()
     (live.projects / "shop" / "api.yaml").chmod(0o600)
