@@ -266,6 +266,13 @@ class LaunchdError(DaemonError):
         super().__init__(f"launchd error: {message}", hint)
 
 
+class SystemdError(DaemonError):
+    """A failure of systemd."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(f"systemd error: {message}", hint)
+
+
 class NotifyError(DaemonError):
     """The requested watcher is not available here."""
 
@@ -354,6 +361,7 @@ class Problem(NamedTuple):
 #     lib/, bin/                       the installed program, and its PyYAML
 #   ~/.local/bin/orchestra             the link to it
 #   ~/Library/LaunchAgents/            launchd's property list
+#   ~/.config/systemd/user/            systemd's unit
 
 DAEMON_LABEL = "dev.orchestra.daemon"
 DAEMON_SOCKET = "daemon.sock"
@@ -7984,6 +7992,10 @@ class LogFile:
     def is_at(self, stream: int) -> bool:
         return is_same_file(self._fd, stream)
 
+    def take_stream(self) -> None:
+        """Append to the file what the program writes to the stream, as launchd does."""
+        os.dup2(self._fd, self._stream)
+
     def write(self, line: bytes, echo: bool = True) -> None:
         is_stream = self.is_at(self._stream)
         with suppress(OSError, IoError):
@@ -8053,6 +8065,13 @@ class Log:
     def close(self) -> None:
         self._out.close()
         self._err.close()
+
+
+def log_streams(home: str) -> None:
+    """Append what the program writes to stdout and stderr to the log files."""
+    for path, stream in ((stdout_log_path(home), 1), (stderr_log_path(home), 2)):
+        with closing(LogFile(path, stream, LOG_LIMIT)) as file:
+            file.take_stream()
 
 
 class LogReader:
@@ -8139,6 +8158,28 @@ def run_program(
     except OSError as error:
         return Completed(NOT_STARTED, explain_os_error(error))
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+def start_apart(work: Callable[[], int]) -> int:
+    """Do work in a new process, which outlives this one, and return its pid.
+
+    It runs in a session of its own, so that neither the terminal's end nor Ctrl-C
+    reaches it; `work` returns its exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        status = work()
+        sys.stdout.flush()
+    finally:
+        os._exit(status)
 
 
 # ── 29 Control socket ─────────────────────────────────────────────────────────
@@ -9744,7 +9785,111 @@ class Installer(NamedTuple):
 
 # ── 33 Services ───────────────────────────────────────────────────────────────
 
-# The daemon under the system's own supervisor.
+# The daemon in the background: started by launchd or systemd, now and at each login, or
+# detached from the terminal.
+
+
+class Service:
+    """What starts the daemon, and waits for it; this one knows no supervisor.
+
+    All methods raise DaemonError. Times are in seconds.
+    """
+
+    SETTLE_TIMEOUT = 30.0  # for a daemon to end, or to start: above launchd's EXIT_TIMEOUT
+    STAY_TIME = 1.0  # that a new daemon must last
+    PAUSE = 0.05  # between tries
+    HINT = "orchestra daemon logs --stderr-only"
+    service = label = "daemon"  # its name in full, and in short
+    file = ""  # that has the supervisor start it
+    error: type[DaemonError] = DaemonError
+
+    def __init__(
+        self,
+        home: str,
+        run: Runner = run_program,
+        clock: Clock = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.home = home
+        self._run = run
+        self._clock = clock
+        self._sleep = sleep
+
+    def _tries(self, timeout: float) -> Iterator[None]:
+        deadline = self._clock() + timeout
+        yield
+        while self._clock() < deadline:
+            self._sleep(self.PAUSE)
+            yield
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = SETTLE_TIMEOUT) -> bool:
+        """Return whether the condition became true in time."""
+        return any(condition() for _ in self._tries(timeout))
+
+    def daemon_pid(self, version: str = "") -> Optional[int]:
+        """Return the pid of the daemon that answers, if any, and has this version."""
+        try:
+            status = send_request(self.home, {"cmd": "status"})
+        except DaemonError:
+            return None
+        pid: Optional[int] = status.get("pid")
+        return pid if version in ("", status.get("version")) else None
+
+    def stop_daemon(self) -> None:
+        """Stop a running daemon: it holds the lock that the next one needs."""
+        for _ in self._tries(self.SETTLE_TIMEOUT):
+            if not is_locked(daemon_lock_path(self.home)):
+                return
+            with suppress(DaemonError):  # it is ending already, or has too many clients
+                request_stop(self.home)
+        hint = f"end it{describe_lock_holder(self.home)}"
+        raise self.error(f"{socket_path(self.home)}: the running daemon did not stop", hint)
+
+    def has_new_daemon(self, old_pid: Optional[int]) -> bool:
+        return self.daemon_pid(__version__) not in (None, old_pid)
+
+    def expect_to_stay(self, old_pid: Optional[int]) -> None:
+        """See that a daemon other than the old one keeps running."""
+        pid = self.daemon_pid(__version__)
+        self._sleep(self.STAY_TIME)
+        if pid in (None, old_pid) or self.daemon_pid() != pid:
+            raise self.failure("did not keep running")
+
+    def failure(self, problem: str) -> DaemonError:
+        pid = self.daemon_pid()
+        other = "" if pid is None else f"; another one does, pid {pid}"
+        return self.error(f"{self.service}: the new daemon {problem}{other}", self.HINT)
+
+    def remove_stale_socket(self) -> None:
+        try:
+            request_status(self.home)
+        except DaemonNotRunning:
+            remove_private(socket_path(self.home))
+        except DaemonError:
+            pass  # it runs, but takes no more clients: the socket is its own
+
+    def start_detached(self, start: Callable[[], int]) -> int:
+        """Start a daemon that outlives the terminal; return its pid when it answers.
+
+        What it says goes to its logs; if it ends, the error has the log's last lines.
+        """
+        log = LogReader(stderr_log_path(self.home))
+        log.tail(0)
+
+        def work() -> int:
+            log_streams(self.home)
+            return start()
+
+        pid = start_apart(work)
+        for _ in self._tries(self.SETTLE_TIMEOUT):
+            if self.daemon_pid() == pid:
+                return pid
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                said = log.read().decode("utf-8", "replace").strip()
+                why = re.search(r"(?m)^orchestra: (.*)", said) or ["", said or "it ended at once"]
+                raise DaemonError(f"the daemon did not start: {why[1]}", self.HINT)
+        raise self.failure("does not answer yet")
+
 
 # launchd
 
@@ -9764,7 +9909,7 @@ class Installer(NamedTuple):
 # If one of steps 2 to 5 fails, the old plist is put back and loaded again.
 
 
-class Launchd:
+class Launchd(Service):
     """The user's launchd, called through launchctl(1), and the daemon that it runs.
 
     All methods raise LaunchdError. Times are in seconds.
@@ -9772,11 +9917,11 @@ class Launchd:
 
     EXIT_TIMEOUT = 20  # for a service to end; 5 in practice where the plist has none
     CALL_TIMEOUT = 30.0  # above EXIT_TIMEOUT: some calls wait for a service to end
-    SETTLE_TIMEOUT = 30.0  # for a service to go, load or answer: above EXIT_TIMEOUT too
     START_TIMEOUT = 10.0  # for a daemon to answer before it is kickstarted
-    STAY_TIME = 1.0  # that a new daemon must last
     PAUSE = 0.5  # between tries
     BUSY = (5, 36, 37)  # exit statuses: input/output error (among others), in progress
+    label = DAEMON_LABEL
+    error = LaunchdError
 
     def __init__(
         self,
@@ -9786,14 +9931,11 @@ class Launchd:
         clock: Clock = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.home = home
-        self.plist = launchd_plist_path(home)
+        super().__init__(home, run, clock, sleep)
+        self.file = launchd_plist_path(home)
         self.domain = f"gui/{os.getuid()}"
         self.service = f"{self.domain}/{DAEMON_LABEL}"
         self._platform = platform
-        self._run = run
-        self._clock = clock
-        self._sleep = sleep
 
     def call(self, *arguments: str) -> Completed:
         return self._run(["/bin/launchctl", *arguments], self.CALL_TIMEOUT)
@@ -9813,23 +9955,12 @@ class Launchd:
 
     def check_session(self) -> None:
         """Require macOS with a desktop session. Over ssh there may be none."""
-        self.check_platform("systemd-run --user --unit=orchestra ~/.local/bin/orchestra daemon start")
+        self.check_platform("orchestra daemon install --systemd")
         code = self._print(self.domain)
         if code:
             problem = f"there is no desktop session (launchctl exit status {code})"
             hint = "log in at the Mac's screen, and run orchestra daemon install there"
             raise LaunchdError(f"{self.domain}: {problem}", hint)
-
-    def _tries(self, timeout: float) -> Iterator[None]:
-        deadline = self._clock() + timeout
-        yield
-        while self._clock() < deadline:
-            self._sleep(self.PAUSE)
-            yield
-
-    def wait_until(self, condition: Callable[[], bool], timeout: float = SETTLE_TIMEOUT) -> bool:
-        """Return whether the condition became true in time."""
-        return any(condition() for _ in self._tries(timeout))
 
     def unload(self) -> None:
         self.call("bootout", self.service)
@@ -9838,51 +9969,20 @@ class Launchd:
 
     def load(self) -> None:
         for _ in self._tries(self.SETTLE_TIMEOUT):
-            code, output = self.call("bootstrap", self.domain, self.plist)
+            code, output = self.call("bootstrap", self.domain, self.file)
             if code == 0 or self.is_loaded():
                 return
             if code not in self.BUSY:
                 break
-        raise LaunchdError(f"launchctl bootstrap: {self.plist}: exit status {code}: {output}")
-
-    def daemon_pid(self, version: str = "") -> Optional[int]:
-        """Return the pid of the daemon that answers, if any, and has this version."""
-        try:
-            status = send_request(self.home, {"cmd": "status"})
-        except DaemonError:
-            return None
-        pid: Optional[int] = status.get("pid")
-        return pid if version in ("", status.get("version")) else None
-
-    def stop_daemon(self) -> None:
-        """Stop a daemon started by hand: it holds the lock that launchd's needs."""
-        for _ in self._tries(self.SETTLE_TIMEOUT):
-            if not is_locked(daemon_lock_path(self.home)):
-                return
-            with suppress(DaemonError):  # it is ending already, or has too many clients
-                request_stop(self.home)
-        raise LaunchdError(f"{socket_path(self.home)}: the running daemon did not stop")
+        raise LaunchdError(f"launchctl bootstrap: {self.file}: exit status {code}: {output}")
 
     def start_daemon(self, old_pid: Optional[int]) -> None:
         """Wait for a daemon other than the old one, and see that it stays."""
-
-        def has_new() -> bool:
-            return self.daemon_pid(__version__) not in (None, old_pid)
-
-        if not self.wait_until(has_new, self.START_TIMEOUT):
+        if not self.wait_until(lambda: self.has_new_daemon(old_pid), self.START_TIMEOUT):
             self.call("kickstart", "-k", self.service)
-            if not self.wait_until(has_new):
-                raise self._failure(f"does not answer on {socket_path(self.home)}")
-        pid = self.daemon_pid(__version__)
-        self._sleep(self.STAY_TIME)
-        if pid in (None, old_pid) or self.daemon_pid() != pid:
-            raise self._failure("did not keep running")
-
-    def _failure(self, problem: str) -> LaunchdError:
-        pid = self.daemon_pid()
-        other = "" if pid is None else f"; another one does, pid {pid}"
-        hint = "orchestra daemon logs --stderr-only"
-        return LaunchdError(f"{self.service}: the new daemon {problem}{other}", hint)
+            if not self.wait_until(lambda: self.has_new_daemon(old_pid)):
+                raise self.failure(f"does not answer on {socket_path(self.home)}")
+        self.expect_to_stay(old_pid)
 
 
 def generate_plist(binary_path: str, log_dir: str) -> bytes:
@@ -9918,7 +10018,7 @@ def install_launchd(launchd: Launchd, binary: str) -> None:
 
     Raises LaunchdError or IoError; the old plist is then back.
     """
-    home, plist = launchd.home, launchd.plist
+    home, plist = launchd.home, launchd.file
     launchd.check_session()
     new = generate_plist(binary, logs_dir(home))
     with blame(plist):
@@ -9951,17 +10051,134 @@ def uninstall_launchd(launchd: Launchd) -> bool:
 
     Raises LaunchdError, IoError.
     """
-    launchd.check_platform("orchestra daemon stop")
-    was_installed = os.path.lexists(launchd.plist) or launchd.is_loaded()
+    launchd.check_platform("orchestra daemon uninstall --systemd, or orchestra daemon stop")
+    was_installed = os.path.lexists(launchd.file) or launchd.is_loaded()
     if was_installed:
         launchd.unload()
-        remove_private(launchd.plist)
+        remove_private(launchd.file)
+    launchd.remove_stale_socket()
+    return was_installed
+
+
+# systemd
+
+# `install_systemd` takes these steps:
+#
+#   1 `check_manager`: without a manager of the user's own, nothing can be started.
+#   2 Save the unit; `stop_daemon`, if one runs. It ends well, so that it is not
+#     restarted.
+#   3 `start_daemon`: reload, enable, restart, and succeed only if a new daemon of this
+#     version answers on the socket, and again a second later.
+#
+# If step 2 or 3 fails, the old unit is back, and runs again if it did.
+
+
+class Systemd(Service):
+    """The user's systemd, called through systemctl(1), and the daemon that it runs.
+
+    All methods raise SystemdError.
+    """
+
+    service = label = "orchestra.service"
+    CALL_TIMEOUT = 60.0  # seconds: above the unit's TimeoutStopSec
+    UP = ("initializing", "starting", "running", "degraded", "maintenance")
+    error = SystemdError
+
+    def __init__(self, home: str, *options: Any, **named: Any) -> None:
+        super().__init__(home, *options, **named)
+        self.file = systemd_unit_path(home)
+
+    def call(self, *arguments: str) -> Completed:
+        return self._run(["systemctl", "--user", *arguments], self.CALL_TIMEOUT)
+
+    def require(self, *arguments: str) -> None:
+        code, output = self.call(*arguments)
+        if code:
+            problem = output.rpartition("\n")[2] or f"exit status {code}"
+            raise SystemdError(f"systemctl --user {arguments[0]}: {problem}")
+
+    def check_manager(self) -> None:
+        """Require a user manager: most containers, and sessions by su, have none."""
+        code, output = self.call("is-system-running")
+        state = output.rpartition("\n")[2]
+        if state not in self.UP:
+            problem = f"no user manager is running (systemctl: {state or f'exit status {code}'})"
+            raise SystemdError(problem, "orchestra daemon start --detach")
+
+    def start_daemon(self, old_pid: Optional[int]) -> None:
+        self.require("daemon-reload")
+        self.require("enable", self.file)  # by its path: systemd may look elsewhere (XDG_CONFIG_HOME)
+        self.require("restart", self.label)
+        if not self.wait_until(lambda: self.has_new_daemon(old_pid)):
+            raise self.failure(f"does not answer on {socket_path(self.home)}")
+        self.expect_to_stay(old_pid)
+
+    def forget(self) -> None:
+        """Stop and disable the service, and remove its unit, manager or not."""
+        self.call("disable", "--now", self.label)
+        remove_private(self.file)
+        remove_private(f"{os.path.dirname(self.file)}/default.target.wants/{self.label}")
+        self.call("daemon-reload")
+
+
+def generate_unit(binary_path: str) -> bytes:
+    """Write the service's systemd.service(5).
+
+    Raises SystemdError for paths that a unit cannot hold.
+    """
+    if not binary_path.isprintable():
+        raise SystemdError(f"{binary_path!r}: expected a path that a unit can hold")
+    path = re.sub(r'["\\]', r"\\\g<0>", binary_path).replace("%", "%%")
+    return f"""\
+[Unit]
+Description=Orchestra keeps AI coding agents' instruction files in sync
+
+[Service]
+ExecStart="{path}" daemon start
+Restart=on-failure
+RestartSec=5
+TimeoutStopSec=20
+StandardOutput=null
+
+[Install]
+WantedBy=default.target
+""".encode()
+
+
+def install_systemd(systemd: Systemd, binary: str) -> None:
+    """Have systemd run the daemon, now and at each login.
+
+    Raises SystemdError or IoError; the old unit is then back.
+    """
+    systemd.check_manager()
+    new = generate_unit(binary)
+    with blame(systemd.file):
+        make_folders(os.path.dirname(systemd.file))
+        old = read_disk(systemd.file)
+    old_pid = systemd.daemon_pid()
+    save_private(systemd.file, new, new_token())
     try:
-        request_status(launchd.home)
-    except DaemonNotRunning:
-        remove_private(socket_path(launchd.home))
+        systemd.stop_daemon()
+        systemd.start_daemon(old_pid)
     except DaemonError:
-        pass  # it runs, but takes no more clients: the socket is its own
+        if old.kind == "file":
+            save_private(systemd.file, old.data, new_token())
+            systemd.call("daemon-reload")
+            systemd.call("restart", systemd.label)
+        else:
+            systemd.forget()
+        raise
+
+
+def uninstall_systemd(systemd: Systemd) -> bool:
+    """Have systemd no longer run the daemon; return whether it did.
+
+    Raises SystemdError, IoError.
+    """
+    was_installed = os.path.lexists(systemd.file)
+    if was_installed:
+        systemd.forget()
+    systemd.remove_stale_socket()
     return was_installed
 
 
@@ -11194,7 +11411,24 @@ class Commands(NamedTuple):
     # The daemon
 
     def cmd_daemon_start(self) -> int:
-        return start_blocking(self.home, self.environ)
+        if not self.args.detach:
+            return start_blocking(self.home, self.environ)
+        DaemonSocket(self.home, 0).close()  # fails if another one runs
+        return self._start_detached("started")
+
+    def _start_detached(self, verb: str) -> int:
+        pid = Service(self.home).start_detached(lambda: attempt(start_blocking, self.home, self.environ))
+        print(f"daemon {verb}, pid {pid}")
+        return OK
+
+    def cmd_daemon_restart(self) -> int:
+        has_plist = sys.platform == "darwin" and os.path.exists(launchd_plist_path(self.home))
+        if not has_plist and not os.path.exists(systemd_unit_path(self.home)):
+            Service(self.home).stop_daemon()
+            return self._start_detached("restarted")
+        service = self._supervise(by_systemd=not has_plist)  # of this version
+        print(f"daemon restarted, pid {service.daemon_pid()}")
+        return OK
 
     def cmd_daemon_stop(self) -> int:
         try:
@@ -11209,9 +11443,15 @@ class Commands(NamedTuple):
 
     def cmd_daemon_status(self) -> int:
         try:
-            print_json(request_status(self.home))
+            status = request_status(self.home)
         except DaemonNotRunning as error:
-            print_json({"running": False, "socket": error.socket})
+            status = {"running": False, "socket": error.socket}
+        if self.args.short:
+            print(describe_daemon(status))
+            return OK
+        print_json(status)
+        if status["running"] and status.get("version") != __version__:
+            say(f"note: {describe_daemon(status)}")
         return OK
 
     def cmd_daemon_logs(self) -> int:
@@ -11230,16 +11470,31 @@ class Commands(NamedTuple):
 
     # Installing
 
-    def cmd_daemon_install(self) -> int:
+    def _supervise(self, by_systemd: bool) -> Service:
+        """Install the program, and have a supervisor run it."""
+        installer = Installer(self.home, self.environ, say)
+        if by_systemd:
+            systemd = Systemd(self.home)
+            systemd.check_manager()
+            install_systemd(systemd, installer.install())
+            return systemd
         launchd = Launchd(self.home)
         launchd.check_session()
-        install_launchd(launchd, Installer(self.home, self.environ, say).install())
-        print(f"installed {DAEMON_LABEL}: {shorten_home(self.home, launchd.plist)}")
+        install_launchd(launchd, installer.install())
+        return launchd
+
+    def cmd_daemon_install(self) -> int:
+        service = self._supervise(self.args.systemd)
+        print(f"installed {service.label}: {shorten_home(self.home, service.file)}")
+        if self.args.systemd:
+            say("note: it runs while you are logged in; to keep it running: loginctl enable-linger")
         return OK
 
     def cmd_daemon_uninstall(self) -> int:
-        was_installed = uninstall_launchd(Launchd(self.home))
-        print(f"uninstalled {DAEMON_LABEL}" if was_installed else f"{DAEMON_LABEL} was not installed")
+        by_systemd = self.args.systemd
+        label = Systemd.label if by_systemd else Launchd.label
+        was_installed = uninstall_systemd(Systemd(self.home)) if by_systemd else uninstall_launchd(Launchd(self.home))
+        print(f"uninstalled {label}" if was_installed else f"{label} was not installed")
         return OK
 
     def cmd_self_install(self) -> int:
@@ -11278,6 +11533,7 @@ CODEBASE = argument("codebase", metavar="CODEBASE", nargs="?", help=A_CODEBASE)
 CODEBASES = argument("codebases", metavar="CODEBASE", nargs="*", help=A_CODEBASE)
 TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help=f"{' | '.join(PROJECT_TYPES)}; default: detected")
 JSON = switch("--json", help="print JSON")
+SYSTEMD = switch("--systemd", help="with the systemd of Linux instead")
 COMMANDS = {
     "": Command(
         (__doc__ or "").partition(".\n")[0],
@@ -11368,11 +11624,28 @@ COMMANDS = {
         ),
     ),
     "daemon": Command("sync automatically in the background", heading=MANAGE),
-    "daemon start": Command("run the daemon in the foreground", Commands.cmd_daemon_start),
+    "daemon start": Command(
+        "run the daemon in the foreground",
+        Commands.cmd_daemon_start,
+        (switch("--detach", help="run it in the background, and return when it answers"),),
+    ),
     "daemon stop": Command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
-    "daemon status": Command("print the daemon's state as JSON", Commands.cmd_daemon_status, needs_yaml=False),
-    "daemon install": Command("start it now and at each login (macOS)", Commands.cmd_daemon_install, needs_yaml=False),
-    "daemon uninstall": Command("stop it for good (macOS)", Commands.cmd_daemon_uninstall, needs_yaml=False),
+    "daemon restart": Command("stop the daemon, and start it again in the background", Commands.cmd_daemon_restart),
+    "daemon status": Command(
+        "print the daemon's state as JSON",
+        Commands.cmd_daemon_status,
+        (JSON, switch("--short", help="print one line instead")),
+        needs_yaml=False,
+    ),
+    "daemon install": Command(
+        "start it now and at each login, with macOS's launchd",
+        Commands.cmd_daemon_install,
+        (SYSTEMD,),
+        needs_yaml=False,
+    ),
+    "daemon uninstall": Command(
+        "stop it for good, if it was installed", Commands.cmd_daemon_uninstall, (SYSTEMD,), needs_yaml=False
+    ),
     "daemon logs": Command(
         "print the end of the logs",
         Commands.cmd_daemon_logs,

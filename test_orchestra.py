@@ -860,7 +860,8 @@ def test_sockets_and_programs_have_their_sections() -> None:
     assert sections_where(lambda node: dotted(node).startswith("socket.")) <= {"Control socket", "Daemon"}
     assert sections_that_import("socket", "_socket", "selectors") <= {"Watching", "Control socket", "Daemon", "Worker"}
     assert sections_that_import("subprocess") <= {"Programs", "Commands"}
-    assert sections_where(lambda node: dotted(node) in ("os.fork", "os.system", "os.popen", "os.posix_spawn")) == set()
+    assert sections_where(lambda node: dotted(node) in ("os.system", "os.popen", "os.posix_spawn")) == set()
+    assert sections_where(lambda node: dotted(node) == "os.fork") == {"Programs"}
 
 
 def test_there_is_no_global_state() -> None:
@@ -9185,6 +9186,57 @@ def test_status_waits_for_a_daemon_that_is_starting(live: Home, monkeypatch: Any
     live.stop(live.daemons[0])
 
 
+@pytest.fixture
+def detached(live: Home) -> Iterator[Home]:
+    """A home whose detached daemon ends with the test."""
+    yield live
+    with contextlib.suppress(orchestra.DaemonNotRunning):
+        orchestra.request_stop(live.path)
+    wait_until(lambda: not os.path.lexists(live.socket))
+
+
+def test_a_detached_daemon_outlives_what_started_it_and_is_restarted(detached: Home) -> None:
+    for argv, verb in ((["start", "--detach"], "started"), (["restart"], "restarted"), (["restart"], "restarted")):
+        ran = detached.run_script("daemon", *argv)
+        assert (ran.status, ran.out, ran.err) == (0, f"daemon {verb}, pid {detached.answers()}\n", "")
+    assert detached.log().count(" started ") == 3 and detached.log().count(" stopped ") == 2
+    assert os.getsid(detached.answers()) == detached.answers() != os.getsid(0)
+    ran = detached.run_script("daemon", "start", "--detach")
+    assert (ran.status, ran.out) == (2, "") and f"daemon socket already in use: {detached.socket}" in ran.err
+    detached.save()
+    wait_for(detached, "first")
+    assert detached.errors() == ""
+    ran = detached.run_script("daemon", "status", "--short")
+    assert (
+        ran.out.startswith("daemon: running ")
+        and ran.out.count("\n") == 1
+        and json.loads(detached.run_script("daemon", "status", "--json").out)["running"]
+    )
+
+
+def test_a_detached_daemon_that_cannot_start_says_why(detached: Home) -> None:
+    put_files(Path(detached.socket).parent, {"daemon.sock/x": ""})
+    ran = detached.run_script("daemon", "start", "--detach")
+    assert ran.complaints == [
+        f"orchestra: the daemon did not start: {detached.socket}: expected a socket or nothing, got a folder: "
+        "move it away"
+    ]
+    assert (ran.status, ran.out) == (2, "")
+    shutil.rmtree(detached.socket)
+
+
+def test_a_daemon_of_another_version_is_told_and_restarted(detached: Home) -> None:
+    put_files(detached.folder, {"newer.py": new_version()})
+    detached.start_daemon(command=[sys.executable, str(detached.folder / "newer.py"), "daemon", "start"])
+    ran = detached.run_script("daemon", "status")
+    assert json.loads(ran.out)["version"] == "9.9.10"
+    assert "9.9.10" in ran.err and "orchestra daemon restart" in ran.err and ran.err.count("\n") == 1
+    assert detached.run_script("daemon", "restart").status == 0
+    detached.daemons[0].wait(20)
+    ran = detached.run_script("daemon", "status")
+    assert (json.loads(ran.out)["version"], ran.err) == (orchestra.__version__, "")
+
+
 @pytest.mark.parametrize("rounds", [5, pytest.param(40, marks=pytest.mark.soak)])
 def test_of_two_daemons_started_at_once_one_survives(live: Home, rounds: int) -> None:
     for number in range(rounds):
@@ -9494,7 +9546,9 @@ class Machine(Home):
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
-        self.tools = self.make_tool("uname", "echo Linux").parent  # keeps the real launchd out of it on macOS
+        # The real launchd and systemd are kept out of it.
+        self.tools = self.make_tool("uname", "echo Linux").parent
+        self.make_tool("systemctl", "echo offline; exit 1")
 
     @property
     def home(self) -> Path:
@@ -11028,10 +11082,190 @@ def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
     out, err = capsys.readouterr()
     first, way_out = err.splitlines()
     assert (out, first) == ("", "orchestra: launchd error: launchd management is only supported on macOS")
-    assert ("systemd" if command == "install" else "daemon stop") in way_out
+    assert way_out.startswith(f"  try: orchestra daemon {command} --systemd")
     with pytest.raises(orchestra.LaunchdError):
         getattr(launchctl, command)(platform="linux")
     assert (launchctl.calls, machine.listing()) == ([], before)
+
+
+# systemd
+
+
+class FakeSystemctl:
+    """A user's systemd that keeps state, and its clock."""
+
+    def __init__(self, home: str) -> None:
+        self.home = home
+        self.file = Path(orchestra.systemd_unit_path(home))
+        self.state = "running"
+        self.codes: dict[str, int] = {}  # exit statuses of subcommands that fail
+        self.start_service: Callable[[], Any] = lambda: Answerer(orchestra.socket_path(home))
+        self.is_enabled = False
+        self.loaded = b""
+        self.running: Any = None
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def systemd(self) -> orchestra.Systemd:
+        return orchestra.Systemd(self.home, self.run, lambda: self.now, self.sleep)
+
+    def install(self, binary: str = BINARY) -> bytes:
+        orchestra.install_systemd(self.systemd(), binary)
+        return self.file.read_bytes()
+
+    def refusal(self, binary: str = BINARY) -> orchestra.SystemdError:
+        with pytest.raises(orchestra.SystemdError) as caught:
+            self.install(binary)
+        return caught.value
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
+        assert argv[:2] == ["systemctl", "--user"] and timeout > 20
+        verb, *rest = argv[2:]
+        if verb == "is-system-running":
+            return orchestra.Completed(self.state != "running", self.state)
+        self.calls.append(verb)
+        code = self.codes.get(verb) or getattr(self, verb.replace("-", "_"))(*rest)
+        return orchestra.Completed(code, f"Failed: {verb}" if code else "")
+
+    def daemon_reload(self) -> int:
+        self.loaded = self.file.read_bytes() if self.file.exists() else b""
+        return 0
+
+    def enable(self, file: str) -> int:
+        assert file == str(self.file)
+        if not self.is_enabled:
+            put_files(self.file.parent, {f"default.target.wants/{self.file.name}": link_to(file)})
+        self.is_enabled = True
+        return 0
+
+    def restart(self, unit: str) -> int:
+        assert unit == "orchestra.service" and self.loaded
+        self.stop()
+        self.running = self.start_service()
+        return 0
+
+    def disable(self, now: str, unit: str) -> int:
+        assert (now, unit) == ("--now", "orchestra.service")
+        self.stop()
+        self.is_enabled = False
+        return 0
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+        self.running = None
+
+
+@pytest.fixture
+def systemctl(machine: Machine) -> Iterator[FakeSystemctl]:
+    fake = FakeSystemctl(machine.path)
+    yield fake
+    fake.stop()
+
+
+STARTING = ["daemon-reload", "enable", "restart"]
+
+
+@pytest.mark.parametrize("path", ["/opt/orchestra", '/A "b" \\ 100%/Zoë/o'])
+def test_systemd_runs_the_daemon_from_a_unit(machine: Machine, systemctl: FakeSystemctl, path: str) -> None:
+    data = systemctl.install(path)
+    quoted = path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    assert f'ExecStart="{quoted}" daemon start\nRestart=on-failure\n' in data.decode()
+    assert systemctl.calls == STARTING and systemctl.loaded == data and systemctl.is_enabled
+    assert machine.answers() and systemctl.now == STAY
+    assert orchestra.uninstall_systemd(systemctl.systemd()) is True
+    assert systemctl.calls == [*STARTING, "disable", "daemon-reload"] and not systemctl.loaded
+    assert not os.path.lexists(orchestra.socket_path(machine.path)) and list(machine.home.rglob("*.service")) == []
+    assert orchestra.uninstall_systemd(systemctl.systemd()) is False
+
+
+@pytest.mark.parametrize("is_upgrade", [False, True])
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"codes": {"enable": 1}}, "systemctl --user enable: Failed: enable$"),
+        ({"codes": {"restart": 1}}, "systemctl --user restart: Failed: restart$"),
+        ({"start_service": lambda: None}, "orchestra.service: the new daemon does not answer on .*sock$"),
+        ({"start_service": None}, "the new daemon does not answer on .*; another one does, pid 0$"),
+    ],
+    ids=["not enabled", "not started", "silent", "another version"],
+)
+def test_a_failed_install_leaves_systemd_as_it_was(
+    machine: Machine, systemctl: FakeSystemctl, state: dict[str, Any], message: str, is_upgrade: bool
+) -> None:
+    def start_older() -> Answerer:
+        older = Answerer(orchestra.socket_path(machine.path), "0.0.1")
+        older.pid = 0
+        return older
+
+    old = systemctl.install() if is_upgrade else b""
+    vars(systemctl).update(state, **({"start_service": start_older} if state.get("start_service", 1) is None else {}))
+    error = systemctl.refusal("/opt/new")
+    assert re.search(f"^systemd error: .*{message}", str(error)), error
+    assert (systemctl.file.read_bytes() if is_upgrade else b"") == systemctl.loaded == old
+    assert systemctl.is_enabled == is_upgrade and systemctl.calls[-1] == ("restart" if is_upgrade else "daemon-reload")
+    assert is_upgrade or list(machine.home.rglob("*.service")) == []
+
+
+@pytest.mark.parametrize("home", ["/a\nb", "/\x1b", "/\udcff"])
+def test_a_home_that_a_unit_cannot_hold_is_a_systemd_error(home: str) -> None:
+    with pytest.raises(orchestra.SystemdError, match="a path that a unit can hold"):
+        orchestra.generate_unit(f"{home}/o")
+
+
+def test_without_a_user_manager_nothing_is_installed_and_one_line_says_so(machine: Machine) -> None:
+    for said in ("echo offline; exit 1", "echo Failed to connect to bus: No medium found >&2; exit 1"):
+        machine.make_tool("systemctl", said)
+        done = machine.run_program(BASE_PYTHON, SCRIPT, "daemon", "install", "--systemd")
+        assert (done.returncode, done.stdout) == (2, "")
+        what, way_out = done.stderr.splitlines()
+        assert re.fullmatch(r"orchestra: systemd error: no user manager is running \(systemctl: .+\)", what)
+        assert way_out == "  try: orchestra daemon start --detach"
+    assert machine.listing() == {}
+    done = machine.run_program(BASE_PYTHON, SCRIPT, "daemon", "install", "--systemd", environ={"PATH": "/nowhere"})
+    assert "(systemctl: no such file or directory)" in done.stderr
+
+
+# A user manager of its own, in namespaces of its own.
+REAL_SYSTEMD = """
+mount --make-rprivate / && mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system || exit 77
+mkdir -m 700 /run/user /run/user/0; export XDG_RUNTIME_DIR=/run/user/0
+umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup || exit 77
+/usr/lib/systemd/systemd --user >/dev/null 2>&1 &
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    systemctl --user is-system-running >/dev/null 2>&1 && break; sleep 0.5
+done
+systemctl --user is-system-running >/dev/null 2>&1 || exit 77
+set -eux
+"$1" daemon install --systemd
+pid() { "$1" daemon status | sed -n 's/.*"pid": //p'; }
+first=$(pid "$1"); systemctl --user is-active orchestra; systemctl --user is-enabled orchestra
+"$1" daemon restart
+second=$(pid "$1"); [ "$first" != "$second" ]
+kill -KILL "${second%,}"; sleep 6.5; systemctl --user is-active orchestra
+"$1" daemon stop; sleep 0.5; [ "$(systemctl --user is-active orchestra)" = inactive ]
+"$1" daemon start --detach
+"$1" daemon install --systemd; systemctl --user is-active orchestra
+"$1" daemon uninstall --systemd; [ "$(systemctl --user is-active orchestra)" = inactive ]
+"""
+
+
+def test_a_real_systemd_runs_the_daemon(machine: Machine) -> None:
+    programs = [shutil.which(name) for name in ("unshare", "systemctl", "/usr/lib/systemd/systemd")]
+    if os.geteuid() != 0 or None in programs:
+        pytest.skip("needs root, for namespaces, and systemd")
+    machine.give_yaml()
+    (machine.tools / "systemctl").unlink()
+    binary = machine.install_program()
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", REAL_SYSTEMD, "sh", binary]
+    done = machine.run_program(*command)
+    if done.returncode == 77:
+        pytest.skip("no systemd can be started here")
+    assert done.returncode == 0, done
+    assert list(machine.home.rglob("*.service")) == [] and "Traceback" not in machine.errors()
 
 
 # ── 34 Registering ────────────────────────────────────────────────────────────
