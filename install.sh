@@ -157,6 +157,7 @@ uninstall() {
     kept backups "what syncs replaced"
     kept hashes "checksums of what Orchestra wrote"
     kept run "needed to clean up after killed syncs"
+    kept notify "your own program"
     say "uninstalled"
 }
 

@@ -358,6 +358,7 @@ class Problem(NamedTuple):
 #     backups/PROJECT/NAME/TIME/PATH   what was replaced
 #     run/                             lock files, the cache of parsed files
 #     logs/, daemon.sock               the daemon's
+#     notify                           the user's own program, run with what went wrong
 #     lib/, bin/                       the installed program, and its PyYAML
 #   ~/.local/bin/orchestra             the link to it
 #   ~/Library/LaunchAgents/            launchd's property list
@@ -420,6 +421,10 @@ def replaced_root(home: str) -> str:
 
 def replaced_path(home: str, key: Key) -> str:
     return f"{replaced_root(home)}/{key[0]}/{key[1]}.json"
+
+
+def notify_path(home: str) -> str:
+    return f"{orchestra_root(home)}/notify"
 
 
 def socket_path(home: str) -> str:
@@ -8150,27 +8155,125 @@ Runner = Callable[..., Completed]  # called like run_program
 TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, as of timeout(1) and sh(1)
 
 
+def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Leave out what could make a program run code from the current folder."""
+    folders = environ.get("PATH", os.defpath).split(os.pathsep)
+    kept = {name: value for name, value in environ.items() if name != "PYTHONPATH"}
+    return {**kept, "PATH": os.pathsep.join(filter(os.path.isabs, folders))}
+
+
 def run_program(
     argv: Sequence[str], timeout: float, folder: str = "/", environ: Mapping[str, str] = os.environ
 ) -> Completed:
-    """Run a program for at most `timeout` seconds.
-
-    It gets neither relative PATH entries nor PYTHONPATH, which could make it run code
-    from the current folder.
-    """
+    """Run a program for at most `timeout` seconds."""
     import subprocess
 
-    folders = environ.get("PATH", os.defpath).split(os.pathsep)
-    variables = {**environ, "PATH": os.pathsep.join(filter(os.path.isabs, folders))}
-    variables.pop("PYTHONPATH", None)
     try:
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(argv, cwd=folder, env=variables, timeout=timeout, check=False, **pipes)
+        done = subprocess.run(argv, cwd=folder, env=clean_environ(environ), timeout=timeout, check=False, **pipes)
     except subprocess.TimeoutExpired:
         return Completed(TIMED_OUT, f"no answer within {timeout:g} s")
     except OSError as error:
         return Completed(NOT_STARTED, explain_os_error(error))
     return Completed(done.returncode, done.stdout.decode("utf-8", "replace").strip())
+
+
+class Notifier:
+    """Runs the user's own program with what the user should hear of.
+
+    The loop calls `step`, and never waits. One program runs at a time, for at most
+    TIMEOUT; what comes while it runs, or in the PAUSE after its start, is told together
+    by the next one. The program is started by no shell, and only if nobody but the user
+    could have written it.
+    """
+
+    TIMEOUT = 10.0  # seconds that a program may run
+    PAUSE = 10.0  # seconds between two starts
+    LOOK = 0.1  # seconds between two looks at a running program
+    MOST = 10  # lines of one message
+
+    def __init__(self, path: str, warn: Callable[..., None], clock: Clock) -> None:
+        self._path = path
+        self._warn = warn
+        self._clock = clock
+        self._lines: list[str] = []
+        self._left_out = 0  # lines beyond MOST
+        self._running: Any = None  # a subprocess.Popen
+        self._started_at = clock() - self.PAUSE
+        self._look_at = 0.0
+
+    def add(self, line: str) -> None:
+        if len(self._lines) < self.MOST:
+            self._lines.append(visible(line)[:1000])
+        else:
+            self._left_out += 1
+
+    def next_due(self) -> Optional[float]:
+        """Return when `step` has something to do, in the clock's seconds."""
+        if self._running is not None:
+            return self._look_at
+        return self._started_at + self.PAUSE if self._lines else None
+
+    def step(self) -> None:
+        """See whether the running program has ended, and start the next one."""
+        if self._running is not None and not self._has_ended():
+            return
+        if self._lines and self._clock() >= self._started_at + self.PAUSE:
+            lines = self._lines + [f"and {self._left_out} more"] * bool(self._left_out)
+            self._lines, self._left_out = [], 0
+            # Its first word keeps a message from being an option of the program.
+            self._start("orchestra: " + "\n".join(lines))
+
+    def _start(self, message: str) -> None:
+        import subprocess
+
+        try:
+            problem = self._find_problem()
+            if problem is None:
+                return
+            if not problem:
+                pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+                pipes.update(cwd="/", env=clean_environ(os.environ), start_new_session=True)
+                self._running = subprocess.Popen([self._path, message], **pipes)
+        except OSError as error:
+            problem = explain_os_error(error)
+        self._started_at = self._clock()
+        if problem:
+            self._warn("could not notify", program=self._path, error=problem)
+
+    def _find_problem(self) -> Optional[str]:
+        """Return why the program is not run, "" for nothing, None if there is none."""
+        if not os.path.lexists(self._path):
+            return None
+        found = os.stat(self._path)
+        if not stat.S_ISREG(found.st_mode):
+            return "expected a program, found none"
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
+            return "others may write to it: chown it to yourself, and chmod go-w"
+        return "" if os.access(self._path, os.X_OK) else "not executable: chmod u+x"
+
+    def _has_ended(self) -> bool:
+        status = self._running.poll()
+        self._look_at = self._clock() + self.LOOK
+        if status is None:
+            if self._clock() >= self._started_at + self.TIMEOUT:
+                self._kill()
+            return False
+        self._running = None
+        if status:
+            end = f"exit status {status}" if status > 0 else f"ended by signal {-status}"
+            self._warn("could not notify", program=self._path, error=end)
+        return True
+
+    def _kill(self) -> None:
+        import signal
+
+        with suppress(OSError):
+            os.killpg(self._running.pid, signal.SIGKILL)  # and all that it has started
+
+    def close(self) -> None:
+        if self._running is not None:
+            self._kill()
 
 
 def start_apart(work: Callable[[], int]) -> int:
@@ -9211,8 +9314,9 @@ class Schedule:
 class JobLog:
     """Logs what jobs did, and each problem once while it lasts."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: Log, notify: Callable[[str], None] = lambda line: None) -> None:
         self._log = log
+        self._notify = notify
         self._logged: dict[Key, Sequence[Problem]] = {}
 
     def write(self, outcome: JobOutcome) -> None:
@@ -9223,6 +9327,7 @@ class JobLog:
                 place = f"{label_for(result.key)}: {file.path}"
                 if file.action in Action.BACKED_UP:
                     self._log.warning("replaced hand-written text", file=place, note=file.note)
+                    self._notify(f"{place}: hand-written text was replaced; {file.note}")
                 elif file.is_foreign:
                     self._log.warning("left alone", file=place, note=file.note)
         summary, absent = outcome.summary, sum(result.is_absent for result in outcome.results)
@@ -9254,6 +9359,7 @@ class JobLog:
                 self._logged[key] = problems
         for problem in new[:MAX_LOGGED_ERRORS]:
             self._log.warning("problem", error=problem)
+            self._notify(str(problem))
         if len(new) > MAX_LOGGED_ERRORS:
             self._log.warning("more problems", count=len(new) - MAX_LOGGED_ERRORS)
 
@@ -9289,7 +9395,9 @@ class Daemon:
             limit = raise_descriptor_limit()
             self._log = Log(home)
             opened.callback(self._log.close)
-            self._job_log = JobLog(self._log)
+            self._notifier = Notifier(notify_path(home), self._log.warning, self._clock)
+            opened.callback(self._notifier.close)
+            self._job_log = JobLog(self._log, self._notifier.add)
             with blame(projects_root(home)):
                 make_private_folder(projects_root(home))
             self._selector = opened.enter_context(selectors.DefaultSelector())
@@ -9356,6 +9464,7 @@ class Daemon:
             self._watcher.suspects.next_due(),
             self._schedule.next_due(),
             self._server.next_expiry(),
+            self._notifier.next_due(),
         ]
         return min(at for at in deadlines if at is not None)
 
@@ -9373,6 +9482,7 @@ class Daemon:
             self._rescan_at = now + self._watcher.interval
         self._note(self._watcher.recheck())
         self._server.drop_silent()
+        self._notifier.step()
         job = self._schedule.take_job()
         if job is None and self._staleness_at is not None and now >= self._staleness_at:
             job = SyncJob(SyncTarget(()), Source.STALENESS)

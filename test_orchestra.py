@@ -7741,6 +7741,101 @@ def test_a_program_is_not_run_in_the_current_folder_nor_looked_up_there(machine:
     assert orchestra.run_program(["pwd"], 10, folder=machine.path).output == machine.path
 
 
+class Notifying:
+    """A notifier whose program notes down what it was told, and a clock of its own."""
+
+    def __init__(self, home: Home, text: str = "") -> None:
+        self.program = Path(orchestra.notify_path(home.path))
+        self.told = home.folder / "told"
+        put_files(self.program.parent, {"notify": text or f"#!/bin/sh\nprintf '%s|%s\\n' $# \"$@\" >>{self.told}\n"})
+        self.program.chmod(0o700)
+        self.clock = Clock()
+        self.warnings: list[str] = []
+        self.notifier = orchestra.Notifier(str(self.program), self.warn, self.clock)
+        home.cleanup.callback(self.notifier.close)
+
+    def warn(self, message: str, program: str, error: str) -> None:
+        assert (message, program) == ("could not notify", str(self.program))
+        self.warnings.append(error)
+
+    def tell(self, *lines: str) -> str:
+        """Have some lines told, and return all that was told so far."""
+        for line in lines:
+            self.notifier.add(line)
+        self.notifier.step()
+        wait_until(self.is_idle)
+        return self.told.read_text() if self.told.exists() else ""
+
+    def is_idle(self) -> bool:
+        self.notifier.step()
+        return self.notifier._running is None
+
+
+def test_the_users_own_program_is_told_in_one_argument_that_no_shell_reads(home: Home) -> None:
+    line = "--x 'a' \"b\" $(touch x) `y` ; \n \x00 \udcff"
+    notifying = Notifying(home)
+    assert notifying.tell(line) == f"1|orchestra: {orchestra.visible(line)}\n" and notifying.warnings == []
+    assert notifying.notifier.next_due() is None
+
+
+def test_a_storm_is_told_at_once_and_then_together(home: Home) -> None:
+    notifying = Notifying(home)
+    assert notifying.tell("first") == notifying.tell(*(f"line {number}" for number in range(100)))
+    assert notifying.notifier.next_due() == notifying.clock.now + notifying.notifier.PAUSE
+    notifying.clock.now += notifying.notifier.PAUSE
+    _, *lines = notifying.tell().splitlines()
+    assert lines == ["1|orchestra: line 0", *(f"line {number}" for number in range(1, 10)), "and 90 more"]
+
+
+WRITABLE = "others may write to it: chown it to yourself, and chmod go-w"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda file: file.unlink(), None),
+        (lambda file: file.chmod(0o720), WRITABLE),
+        (lambda file: file.chmod(0o702), WRITABLE),
+        (lambda file: os.chown(file, NOBODY, -1) if os.geteuid() == 0 else file.chmod(0o720), WRITABLE),
+        (lambda file: [file.chmod(0o600), file.write_text("#!/bin/sh\n")], "not executable: chmod u+x"),
+        (lambda file: [file.unlink(), file.mkdir()], "expected a program, found none"),
+        (lambda file: [file.unlink(), os.mkfifo(file)], "expected a program, found none"),
+        (lambda file: [file.unlink(), file.symlink_to("/nowhere/x")], "no such file or directory"),
+        (lambda file: file.write_text("told=1"), "exec format error"),
+        (lambda file: file.write_text("#!/nowhere/x"), "no such file or directory"),
+        (lambda file: file.write_text("#!/bin/sh\nexit 3"), "exit status 3"),
+        (lambda file: file.write_text("#!/bin/sh\nkill -9 $$"), "ended by signal 9"),
+    ],
+    ids=range(12),
+)
+def test_a_program_that_cannot_be_trusted_or_started_is_a_warning(home: Home, change: Any, problem: str) -> None:
+    notifying = Notifying(home)
+    change(notifying.program)
+    assert notifying.tell("x") == ""
+    assert notifying.warnings == ([] if problem is None else [problem])
+
+
+@pytest.mark.parametrize("ends", ["in time", "too late", "with the daemon"])
+def test_a_program_that_hangs_is_ended_with_what_it_started_and_delays_nothing(home: Home, ends: str) -> None:
+    notifying = Notifying(home, "#!/bin/sh\nsleep 100 & sleep 100\n")
+    notifying.notifier.add("first")
+    notifying.notifier.step()
+    process = notifying.notifier._running
+    notifying.clock.now += 9.9
+    notifying.notifier.add("second")
+    assert not notifying.is_idle() and notifying.notifier.next_due() == notifying.clock.now + notifying.notifier.LOOK
+    if ends == "with the daemon":
+        notifying.notifier.close()
+        process.wait(20)
+    else:
+        notifying.clock.now += 0.2
+        wait_until(lambda: notifying.is_idle() or notifying.notifier._running is not process)
+        assert notifying.warnings == ["ended by signal 9"]
+        assert notifying.notifier._running is not process  # the second message has its turn
+    with pytest.raises(ProcessLookupError):  # neither it nor its child is there, or a zombie
+        wait_until(lambda: os.killpg(process.pid, 0), 2)
+
+
 # ── 29 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
@@ -9428,6 +9523,36 @@ def edited(live: Home) -> Iterator[Edited]:
         live.save(note="second")
         turn_until(daemon, lambda: live.synced("watcher"))
         yield Edited(live, daemon, clock)
+
+
+@pytest.mark.parametrize(
+    ("is_edit", "message"),
+    [
+        (True, "shop/api: CLAUDE.md: hand-written text was replaced; .*: orchestra restore shop/api .*"),
+        (False, "~/.orchestra/projects/shop/api.yaml:2: yaml: .*"),
+    ],
+    ids=["replaced edit", "broken file"],
+)
+def test_what_the_user_should_hear_of_is_told_to_a_program_of_his_own(live: Home, is_edit: bool, message: str) -> None:
+    told, claude = live.folder / "told", live.code / "shop/api/CLAUDE.md"
+    put_files(Path(live.socket).parent, {"notify": f"#!/bin/sh\nprintf '%s\\n' \"$1\" >>{told}\nexec sleep 100\n"})
+    Path(orchestra.notify_path(live.path)).chmod(0o700)
+    live.save()
+    daemon = live.start_daemon()
+    wait_for(live, "first")
+    if is_edit:
+        claude.write_text(claude.read_text().replace("- first", "- by hand"))
+        live.save(note="second")
+    else:
+        replace(live.file(), "name: [")
+    wait_until(lambda: told.exists() and told.read_text().endswith("\n"))
+    assert re.fullmatch(f"orchestra: {message}\n", told.read_text()), told.read_text()
+    live.save(note="third")
+    started = time.monotonic()
+    wait_for(live, "third")
+    assert live.status()["running"]
+    live.stop(daemon)
+    assert time.monotonic() - started < orchestra.Notifier.TIMEOUT - 1  # though the program hangs
 
 
 def test_a_replaced_hand_edit_is_logged_with_the_way_back(live: Home, edited: Edited) -> None:
