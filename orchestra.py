@@ -311,13 +311,19 @@ def count_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean "status"?)` for a mistyped word, "" if none is like it."""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that a mistyped one is most like, "" if none is like it."""
     import difflib
 
     spellings = {other.casefold(): other for other in known}
     found = difflib.get_close_matches(word[:100].casefold(), spellings, 1)
-    return f' (did you mean "{spellings[found[0]]}"?)' if found else ""
+    return spellings[found[0]] if found else ""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean "status"?)` for a mistyped word, "" if none is like it."""
+    near = nearest(word, known)
+    return f' (did you mean "{near}"?)' if near else ""
 
 
 class Problem(NamedTuple):
@@ -2042,6 +2048,7 @@ MANAGED_FOLDERS = {  # and the managed files in each
 #   read     from a YAML node; the Document collects the problems
 #   restore  from JSON, in which parsed files are cached
 #   write    as a YAML node
+# and how what two layers say becomes one (`join`).
 # A Schema is the Kind of a mapping: the fields of a record are its keys.
 #
 # A file is changed by edit_yaml, which leaves alone all that need not change.
@@ -2130,10 +2137,12 @@ class Document:
     }
     MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
     MAX_ITEMS = 20000  # of all lists together, likewise
+    MAX_NOTES = 20
 
     def __init__(self, place: str, hint: str = "") -> None:
         self.place = place
         self.problems: list[Problem] = []
+        self.notes: list[Problem] = []  # on what is ignored, or written in another way
         self._hint = hint
         self._text_size = 0
         self._item_count = 0
@@ -2142,6 +2151,17 @@ class Document:
         """Add a problem, at the line of a node if there is one."""
         line = node.start_mark.line + 1 if node is not None else line
         self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
+
+    def note(self, message: str, line: int) -> None:
+        if len(self.notes) < self.MAX_NOTES:
+            self.notes.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
+
+    def note_unknown(self, node: YamlNode, key: str, known: Iterable[str]) -> None:
+        """Add a note on an unknown key, by its node and its path."""
+        near = nearest(node.value, known) if len(self.notes) < self.MAX_NOTES else ""
+        key = key if len(key) <= 200 else excerpt(key)
+        line = node.start_mark.line + 1 if node.start_mark else 1  # one that was made has no mark
+        self.note(f"{key}: unknown key, ignored{near and f': did you mean {near}?'}", line)
 
     def reject(self, node: YamlNode, key: str, expected: str, guess: str = "") -> None:
         found = {"mapping": "a mapping", "sequence": "a list"}.get(node.id)
@@ -2333,6 +2353,10 @@ class Kind:
 
     def write(self, value: Any) -> YamlNode: ...
 
+    def join(self, weaker: Any, stronger: Any) -> Any:
+        """Return what two layers say together: the stronger one counts if it speaks."""
+        return stronger or weaker
+
 
 class Text(Kind):
     """Text as typed."""
@@ -2353,6 +2377,17 @@ class AbsolutePath(Text):
         path = doc.read_text(node, key)
         if path is not None and (not path.startswith(("/", "~/")) or "\0" in path):
             doc.reject(node, key, "an absolute path or ~/...")
+        return path or ""
+
+
+class MarkdownPath(Text):
+    """A Markdown file, by its path below a folder of the registry."""
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        path = doc.read_text(node, key)
+        names = (path or "").split("/")
+        if path is not None and (not path.endswith(".md") or "\0" in path or {"", ".", ".."} & {*names}):
+            doc.reject(node, key, "a relative path without .. that ends in .md")
         return path or ""
 
 
@@ -2390,6 +2425,20 @@ class ListOf(Kind):
         is_inline = isinstance(self.item, Text)
         return yaml.SequenceNode(yaml.SafeLoader.DEFAULT_SEQUENCE_TAG, nodes, flow_style=is_inline)
 
+    def join(self, weaker: Any, stronger: Any) -> Any:
+        """Join two lists; of records with the same first field one stays."""
+        if not weaker or not stronger:
+            return stronger or weaker
+        is_named = isinstance(self.item, Schema)
+        return tuple({item[0] if is_named else item: item for item in (*weaker, *stronger)}.values())
+
+
+class Choice(ListOf):
+    """A list that replaces that of a weaker layer, even with none: []."""
+
+    def join(self, weaker: Any, stronger: Any) -> Any:
+        return weaker if stronger is None else stronger
+
 
 class TextMap(Kind):
     """A mapping of text to text, as pairs."""
@@ -2404,21 +2453,29 @@ class TextMap(Kind):
     def write(self, value: Pairs) -> YamlNode:
         return _mapping_node({name: _text_node(text) for name, text in value})
 
+    def join(self, weaker: Pairs, stronger: Pairs) -> Pairs:
+        return tuple({**dict(weaker), **dict(stronger)}.items()) if weaker and stronger else stronger or weaker
+
 
 class Schema(Kind):
     """A mapping whose keys are a record's fields, of text unless `kinds` says more.
 
-    A field without a default is required. Unknown keys are kept in `extra` and written
-    back.
+    A field without a default is required. Unknown keys are noted, kept in `extra` and
+    written back.
     """
 
-    NO_KEYS = ("project", "extra", "digest")  # fields that are not keys
+    NO_KEYS = ("project", "extra", "digest", "layers")  # fields that are not keys
 
     def __init__(self, make: Any, **kinds: Kind) -> None:
         self.make = make
         self.defaults: dict[str, Any] = make._field_defaults
         self.kinds = {**{name: Text() for name in make._fields if name not in self.NO_KEYS}, **kinds}
         self.is_all_text = all(isinstance(kind, Text) for kind in self.kinds.values())
+
+    def without_required_keys(self) -> "Schema":
+        other = Schema(self.make, **self.kinds)
+        other.defaults = {**dict.fromkeys(self.kinds, ""), **self.defaults}
+        return other
 
     def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
         """Read a record; `values` are those of the fields that are not keys."""
@@ -2429,11 +2486,14 @@ class Schema(Kind):
             is_required = name not in self.defaults
             if value is not None and not is_null(value) and not (is_required and value.value == ""):
                 values[name] = kind.read(doc, value, prefix + name)
-            elif is_required:
+            elif name not in self.make._field_defaults:
                 values[name] = ""
-                if node.id == "mapping":
+                if is_required and node.id == "mapping":
                     problem = "expected a value, got nothing" if value else "required, but missing"
                     doc.complain(f"{prefix}{name}: {problem}", value or node)
+        for name, _ in node.value if items else ():
+            if name.value in items:
+                doc.note_unknown(name, prefix + name.value, self.kinds)
         return self.make(**values, extra=tuple(items.items()))
 
     def restore(self, value: Any, *first: str) -> Any:
@@ -2450,6 +2510,15 @@ class Schema(Kind):
             if field != default and (field or default is None):
                 nodes[name] = kind.write(field)
         return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
+
+    def join(self, weaker: Any, stronger: Any) -> Any:
+        """Join two records; what is not a key is the stronger one's."""
+        joined = {}
+        for name, kind in self.kinds.items():
+            value = getattr(weaker, name)
+            if value or value != self.defaults.get(name, ""):
+                joined[name] = kind.join(value, getattr(stronger, name))
+        return stronger._replace(**joined) if joined else stronger
 
 
 # Editing in place
@@ -2551,7 +2620,7 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
 # ── 10 Codebases ──────────────────────────────────────────────────────────────
 
 # A codebase is known by its key, (project, name), and owns one folder. Its record says
-# what its registry file says, and never changes: a file that changed is read again.
+# what its registry files say, and never changes: a file that changed is read again.
 
 # Records
 
@@ -2592,9 +2661,10 @@ class Component(NamedTuple):
 
 
 class Codebase(NamedTuple):
-    """One registry file. `targets` is None if they are the project's choice.
+    """What one layer says, or all `layers` of a codebase together.
 
-    Where `path` is "", the codebase has no folder on this machine.
+    `targets` is None if they are a weaker layer's choice. Where `path` is "", the
+    codebase has no folder on this machine.
     """
 
     project: str
@@ -2609,25 +2679,24 @@ class Codebase(NamedTuple):
     projects: tuple[Component, ...] = ()
     created_at: str = ""
     updated_at: str = ""
+    include: tuple[str, ...] = ()
     extra: Extra = ()
     digest: str = ""  # of the files it was read from
+    layers: "tuple[Layer, ...]" = ()  # the weakest first
 
     @property
     def key(self) -> Key:
         return (self.project, self.name)
 
+    @property
+    def prose(self) -> "list[Prose]":
+        """The Markdown of all layers, each file once."""
+        return [*{prose.file: prose for layer in self.layers for prose in layer.prose}.values()]
 
-class Project(NamedTuple):
-    """A `project.yaml`: what every codebase of the project inherits."""
-
-    name: str
-    description: str = ""
-    targets: Optional[tuple[str, ...]] = None
-    commands: Pairs = ()
-    conventions: tuple[str, ...] = ()
-    created_at: str = ""
-    extra: Extra = ()
-    digest: str = ""
+    @property
+    def remarks(self) -> list[Problem]:
+        """What a user should know of the files, although nothing is wrong."""
+        return [note for layer in self.layers for note in layer.notes]
 
 
 # Schema
@@ -2641,11 +2710,12 @@ TEXTS = ListOf(Text())
 CODEBASE_SCHEMA = Schema(
     Codebase,
     path=AbsolutePath(),
-    targets=ListOf(OneOf(AGENTS)),
+    targets=Choice(OneOf(AGENTS)),
     commands=TextMap(),
     conventions=TEXTS,
     notes=TEXTS,
     skills=ListOf(Schema(Skill)),
+    include=ListOf(MarkdownPath()),
     projects=ListOf(
         Schema(
             Component,
@@ -2655,7 +2725,7 @@ CODEBASE_SCHEMA = Schema(
         )
     ),
 )
-PROJECT_SCHEMA = Schema(Project, targets=ListOf(OneOf(AGENTS)), commands=TextMap(), conventions=TEXTS)
+LAYER_SCHEMA = CODEBASE_SCHEMA.without_required_keys()
 
 
 # Names
@@ -2675,6 +2745,8 @@ def check_name(kind: str, name: str) -> None:
         (re.search(r"[/\x00-\x1f\x7f-\x9f]", name), "names cannot contain slashes or control characters"),
         (is_ignored(name), "names cannot start with . or #, or end in ~"),
         (kind == "codebase" and name.casefold() == "project", "project.yaml describes the project itself"),
+        (kind == "codebase" and name.casefold() == "all", "all.yaml is what all codebases share"),
+        (kind == "codebase" and name.casefold().endswith(".local"), "names cannot end in .local"),
     )
     for is_broken, rule in rules:
         if is_broken:
@@ -2896,21 +2968,6 @@ def listed_name(
     return next((other for other in names if look(f"{folder}/{other}", False) == identity), name)
 
 
-def short_names(keys: Collection[Key]) -> dict[Key, str]:
-    """Names as short as is unique: api, or shop/api if two projects have one."""
-    counts = Counter(name for _, name in keys)
-    return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
-
-
-def find_keys(home: str) -> list[Key]:
-    """List the registered codebases by the names of their files; none is read."""
-    root = projects_root(home)
-    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
-    return sorted(
-        filter(is_valid_key, [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")])
-    )
-
-
 def listed_key(home: str, key: Key) -> Key:
     """Spell a codebase's project and name as the registry has them."""
     project = listed_name(projects_root(home), key[0])
@@ -2987,16 +3044,16 @@ def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
     return place
 
 
-def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int]:
+def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int, bytes]:
     """Read a file line by line (steps 2 to 4).
 
-    Return the markers that no fence hides, and where the line of a fence begins that is
-    open at the end of the file, -1 for none.
+    Return the markers that no fence hides, where the line of a fence or comment begins
+    that is open at the end of the file, and what closes it; -1 and nothing for none.
     """
     found: list[Marker] = []
     hidden: list[Marker] = []  # if the open fence gets closed
     items: list[int] = []  # where the text of each open list item begins
-    fence, depth, opened = b"", 0, -1  # depth: how many items it is in
+    fence, depth, opened = b"", 0, -1  # its closing text; in how many items; where it is
     end = passed = seen = 0
     while end < len(data):
         start = end
@@ -3011,12 +3068,14 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
         if fence and depth > len(items):  # its item has ended, and the fence with it
             found += hidden
             hidden, fence = [], b""
+        is_comment = fence == b"-->"
+        fence = b"" if is_comment and fence in line else fence
         if seen < len(markers) and markers[seen].start < end:
             count = 2 if _is_own_block(data, markers[seen : seen + 2]) else 1
             (hidden if fence else found).extend(markers[seen : seen + count])
             seen += count
             passed = markers[seen - 1].end
-        elif indent - (items[-1] if items else 0) > 3:
+        elif is_comment or indent - (items[-1] if items else 0) > 3:
             pass  # indented code, or the middle of a paragraph
         elif fence:
             if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
@@ -3026,8 +3085,10 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
             mark = re.compile(FENCE, re.MULTILINE).match(data, place)
             if mark:
                 fence, depth, opened = mark[1] or mark[2], len(items), start
-    is_open = fence and not depth  # one in a list item would end before an appended block
-    return (*found, *hidden), opened if is_open else -1
+            elif data.startswith(b"<!--", place) and data.find(b"-->", place, end) < 0:
+                fence, depth, opened = b"-->", len(items), start
+    is_open = fence and not depth  # in a list item, it would end before what is appended
+    return (*found, *hidden), *((opened, fence) if is_open else (-1, b""))
 
 
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
@@ -3071,10 +3132,31 @@ def find_block(data: bytes) -> Optional[slice]:
     raise SyncError(f"expected one orchestra:begin and then one orchestra:end, got {found}: delete all but one block")
 
 
-def find_open_fence(data: bytes) -> int:
-    """Find the line of a code fence that is open at the end of a file, 0 for none."""
-    opened = _read_lines(data, ())[1] if b"```" in data or b"~~~" in data else -1
-    return _line_at(data, opened) if opened >= 0 else 0
+def blank_controls(text: str) -> str:
+    """Blank what ends a line for some reader, or shows for none, but not tabs."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", " ", text)
+
+
+def _is_evidently_closed(data: bytes) -> bool:
+    """Recognize fences in plain pairs and comments of one line, as most are."""
+    lines = [line for line in data.split(b"\n") if b"```" in line or b"~~~" in line or b"<!--" in line]
+    if any(b"-->" not in line.partition(b"<!--")[2] for line in lines if b"<!--" in line):
+        return False
+    fences = [line.rstrip() for line in lines if not line.startswith(b"<!--")]
+    begin_well = (one == b"```" or (one[:3] == b"```" and one[3:].isalnum()) for one in fences[::2])
+    return len(fences) % 2 == 0 and all(begin_well) and all(other == b"```" for other in fences[1::2])
+
+
+def find_open_block(data: bytes) -> tuple[int, str]:
+    """Find the line of a code fence or comment that is open at the end of a text.
+
+    Return it with what closes it; 0 and "" for none.
+    """
+    if _is_evidently_closed(data):
+        return 0, ""
+    _, opened, closing = _read_lines(data, ())
+    return (_line_at(data, opened), closing.decode()) if closing else (0, "")
 
 
 def check_merge(data: bytes, start: int, end: int) -> None:
@@ -3095,22 +3177,108 @@ def check_merge(data: bytes, start: int, end: int) -> None:
 
 # ── 12 Layers ─────────────────────────────────────────────────────────────────
 
-# What several codebases share is written once, in a layer of its own.
+# What several codebases share is written once. For shop/api these layers count, the
+# weakest first; each is a YAML file, a Markdown file or both, and only the codebase's
+# YAML file must be there:
+#
+#     all               projects/all.yaml and all.md
+#     all.local         projects/all.local.yaml ...: one person's, on one machine
+#     project           projects/shop/project.yaml ...
+#     project.local
+#     codebase          projects/shop/api.yaml ...
+#     codebase.local
+#
+# A layer adds to the text the Markdown files that its YAML file includes, and then its
+# own. Markdown stays as it was typed, but cannot be taken for Orchestra's marks, and
+# leaves no fence or comment open.
+#
+# A layer that cannot be read stops the codebases it covers. `Schema.join` makes one
+# Codebase of what its layers say.
 
 MAX_REGISTRY_FILE = 1 << 20  # bytes
+LAYERS = ("all", "all.local", "project", "project.local", "codebase", "codebase.local")
+SHARED, OWN = LAYERS[:4], LAYERS[4:]
+LIMITED_KEYS = {  # the layers of those keys that may not stand in every one
+    "name": ("project", "project.local", *OWN),
+    "path": OWN,
+    "projects": ("codebase",),
+    "created_at": ("project", "codebase"),
+    "updated_at": ("project", "codebase"),
+}
+
+
+class Prose(NamedTuple):
+    """A Markdown file of the registry, as it can stand amidst other text."""
+
+    file: str
+    text: str = ""
+    digest: str = ""
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[Problem, ...] = ()
+
+
+class Layer(NamedTuple):
+    """One layer, by its `path` without suffix, with what its YAML file says."""
+
+    path: str
+    said: Codebase
+    prose: tuple[Prose, ...] = ()
+    missing: tuple[str, ...] = ()  # where an included file was looked for in vain
+    problems: tuple[Problem, ...] = ()  # of all its files, as are the notes
+    notes: tuple[Problem, ...] = ()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of its files by path, "" for one that is missing."""
+        files = {prose.file: prose.digest for prose in self.prose}
+        return {f"{self.path}.yaml": self.said.digest, **dict.fromkeys(self.missing, ""), **files}
+
+
+def layer_paths(home: str, key: Key) -> list[str]:
+    """Return the path of each of LAYERS, without suffix."""
+    root = projects_root(home)
+    stems = (f"{root}/all", f"{root}/{key[0]}/project", f"{root}/{key[0]}/{key[1]}")
+    return [f"{stem}{end}" for stem in stems for end in ("", ".local")]
+
+
+def find_way_out(home: str, file: str) -> str:
+    """Return where a registry file is if a link leads out of the registry, "" if not.
+
+    The registry itself and a project's folder may be links.
+    """
+    root = projects_root(home)
+    project, slash, below = file[len(root) + 1 :].partition("/")
+    folder = f"{root}/{project}" if slash else root
+    names = (below or project).split("/")
+    if not any(os.path.islink("/".join([folder, *names[: i + 1]])) for i in range(len(names))):
+        return ""
+    real = real_path(file)
+    is_inside = any(real.startswith(f"{real_path(above)}/") for above in (root, folder))
+    return "" if is_inside else real
+
 
 # Reading files
 
 
 class RegistryFile(Document):
-    """One file of the registry, on its way to a record."""
+    """One file of the registry, on its way to a record or to prose."""
 
-    def __init__(self, home: str, file: str, hint: str, disk: Optional[Disk] = None) -> None:
-        super().__init__(shorten_home(home, file), hint)
+    MARK = re.compile(r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())")
+
+    def __init__(self, home: str, file: str, hint: str = "", disk: Optional[Disk] = None) -> None:
+        place = shorten_home(home, file)
+        super().__init__(place, hint or f"edit {place}")
+        self.path = file
         self.digest = ""
         self._data = b""
+        real = follow_link(file)
+        if disk is None and (real != file or file.count("/") > projects_root(home).count("/") + 2):
+            out = find_way_out(home, file)
+            if out:
+                self.complain(f"file: expected a file in the registry, got a link to {shorten_home(home, out)}")
+                return
         try:
-            disk = disk or read_disk(follow_link(file), MAX_REGISTRY_FILE + 1)
+            disk = disk or read_disk(real, MAX_REGISTRY_FILE + 1)
         except IoError as error:
             self.complain(f"file: cannot be read: {Problem.from_error(error).message}")
             return
@@ -3122,55 +3290,83 @@ class RegistryFile(Document):
         if len(disk.data) > MAX_REGISTRY_FILE:
             self.complain(f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
 
-    def parse(self) -> Optional[YamlNode]:
-        """Parse the file to its root node; None where a problem says why."""
+    def decode(self) -> Optional[str]:
+        """Return the file's text; None where a problem says why."""
         if self.problems:
             return None
         try:
-            return self.compose(self._data.decode("utf-8-sig"))
+            return self._data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = self._data.count(b"\n", 0, error.start) + 1
             self.complain(f"file: expected UTF-8, got the byte 0x{self._data[error.start]:02x}", line=line)
             return None
 
-    def read(self, schema: Schema, name: str, called: str, **values: str) -> Any:
-        """Read a record, to be called `name`; None if the file cannot be parsed."""
+    def parse(self) -> Optional[YamlNode]:
+        """Parse the file to its root node; None where a problem says why."""
+        text = self.decode()
+        return None if text is None else self.compose(text)
+
+    def read_layer(self, kind: str, key: Key) -> Codebase:
+        """Read what a YAML file says as a layer; `kind` is one of LAYERS."""
         root = self.parse()
         if root is None:
-            return None
-        record = schema.read(self, root, digest=self.digest, **values)
-        if record.name not in ("", name):
-            key = next(key for key, _ in root.value if key.value == "name")
-            self.complain(f"name: the {called}, but name says {record.name!r}", key)
-        return record
+            return Codebase(key[0], "", digest=self.digest)
+        if root.id == "mapping":
+            root.value[:] = [pair for pair in root.value if self._belongs(pair[0], kind)]
+        schema = CODEBASE_SCHEMA if kind == "codebase" else LAYER_SCHEMA
+        said: Codebase = schema.read(self, root, project=key[0], digest=self.digest)
+        node = next((value for name, value in root.value if name.value == "name"), root) if said.name else root
+        name, called = (
+            (key[1], f"file is called {key[1]}.yaml") if kind in OWN else (key[0], f"folder is called {key[0]}")
+        )
+        if said.name and said.name != name:
+            self.complain(f"name: the {called}, but name says {said.name!r}", node)
+        return said
 
+    def _belongs(self, name: YamlNode, kind: str) -> bool:
+        """Return whether a key may stand in a layer; if not, add a note."""
+        allowed = LIMITED_KEYS.get(name.value, LAYERS) if name.id == "scalar" else LAYERS
+        if kind not in allowed:
+            where = "a codebase's own file" + (" or project.yaml" if "project" in allowed else "")
+            self.note(f"{name.value}: ignored here: it belongs in {where}", name.start_mark.line + 1)
+        return kind in allowed
 
-def read_project(home: str, project: str) -> tuple[Project, tuple[Problem, ...]]:
-    """Read a project's file; a project without one has nothing to inherit."""
-    path = project_path(home, project)
-    file = RegistryFile(home, path, f"edit {shorten_home(home, path)}")
-    layer: Optional[Project] = file.read(PROJECT_SCHEMA, project, f"folder is called {project}")
-    if layer is None and not os.path.lexists(path):
-        return Project(project), ()
-    return layer or Project(project, digest=file.digest), tuple(file.problems)
-
-
-def inherit(codebase: Codebase, project: Project) -> Codebase:
-    """Add what a codebase inherits: lists in front, other values where it has none."""
-    return codebase._replace(
-        description=codebase.description or project.description,
-        targets=codebase.targets if codebase.targets is not None else project.targets,
-        commands=tuple({**dict(project.commands), **dict(codebase.commands)}.items()),
-        conventions=project.conventions + codebase.conventions,
-        digest=codebase.digest + project.digest,
-    )
+    def read_prose(self) -> Prose:
+        """Read a Markdown file."""
+        text = self.decode() or ""
+        conflict = conflict_line(text)
+        if conflict:
+            self.complain(f"file: {UNFINISHED_MERGE}", line=conflict)
+        text = blank_controls(text)
+        mark = self.MARK.search(text)
+        if mark:
+            self.note("a marker of Orchestra's own: agents see it as text", text.count("\n", 0, mark.start()) + 1)
+            text = self.MARK.sub("&lt;!--", text)
+        # Part of an unfinished merge, which no sync would write over. Markdown does not
+        # mind the space.
+        text = re.sub(r"(?m)^(?=(?:<{7}|>{7}|\|{7})(?: |$))", " ", text)
+        line, closing = find_open_block(text.encode())
+        if line:
+            noun = "comment" if closing == "-->" else "code fence"
+            self.note(f"the {noun} is never closed: closed at the end of the file", line)
+            text = f"{text.rstrip()}\n{closing}"
+        return Prose(self.path, text.strip("\n").rstrip(), self.digest, tuple(self.problems), tuple(self.notes))
 
 
 def is_current(home: str, codebase: Codebase) -> bool:
     """Return whether the files that a codebase was read from have not changed."""
-    files = (codebase_path(home, codebase.key), project_path(home, codebase.project))
-    found = (read_disk(follow_link(file), MAX_REGISTRY_FILE + 1) for file in files)
-    return codebase.digest == "".join(sha256_of(disk.data) for disk in found if disk.kind == "file")
+    paths = layer_paths(home, codebase.key)
+    known = {path + suffix: "" for path in paths for suffix in (".yaml", ".md")}
+    for layer in codebase.layers:
+        known.update(layer.digests)
+
+    def digest(path: str) -> str:
+        if not known[path] and not os.path.lexists(path):
+            return ""  # as most are
+        disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
+        return sha256_of(disk.data) if disk.kind == "file" else ""
+
+    return all(digest(path) == known[path] for path in known)
 
 
 @functools.cache
@@ -3184,19 +3380,19 @@ def program_stamp() -> str:
 
 
 class ParsedFiles:
-    """Parsed codebases by the SHA-256 of their files: parsing is the costliest step.
+    """What YAML files say, by their SHA-256: parsing is the costliest step.
 
-    They are kept in one file, one per line: the hash, and the codebase in JSON. The
-    first line has the version of the program and the hash of the other lines: if these
-    differ, the file counts as empty.
+    They are kept in one file, one per line: the hash and the kind of layer, and what
+    the file says in JSON. The first line has the version of the program and the hash of
+    the other lines: if these differ, the file counts as empty.
     """
 
-    FEW = 20  # codebases, which are parsed again rather than saved
+    FEW = 20  # files, which are parsed again rather than saved
 
     def __init__(self, home: str) -> None:
         self._home = home
         self._data = self._load()
-        starts = re.finditer(rb"(?m)^([0-9a-f]{64}) ", self._data)
+        starts = re.finditer(rb"(?m)^([0-9a-f]{64}:[a-z.]+) ", self._data)
         self._known = {match[1].decode(): match.end() for match in starts}
         self._used: dict[str, bytes] = {}  # new ones with their lines
         self._fresh = 0
@@ -3212,29 +3408,37 @@ class ParsedFiles:
     def _head(self, lines: Buffer) -> bytes:
         return f"{program_stamp()} {sha256_of(lines)}\n".encode()
 
-    def _line(self, digest: str) -> bytes:
-        start = self._known[digest]
+    def _line(self, name: str) -> bytes:
+        start = self._known[name]
         return self._data[start : self._data.index(b"\n", start)]
 
-    def find(self, key: Key, digest: str) -> Optional[Codebase]:
+    def find(self, file: RegistryFile, kind: str, key: Key) -> Optional[Codebase]:
+        """Find what a file says, without unknown keys, and add its notes to it."""
+        name = f"{file.digest}:{kind}"
         try:
-            codebase: Codebase = CODEBASE_SCHEMA.restore(json.loads(self._line(digest)), key[0])
+            notes, *values = json.loads(self._line(name))
+            said: Codebase = CODEBASE_SCHEMA.restore(values, key[0])
+            notes = [(str(message), int(line)) for message, line in notes]
         except (KeyError, ValueError, TypeError):  # unknown, or damaged
             return None
-        if codebase.name != key[1]:
+        if kind in OWN and said.name not in ("", key[1]):
             return None
-        self._used[digest] = b""
-        return codebase._replace(digest=digest)
+        for message, line in notes:
+            file.note(message, line)
+        self._used[name] = b""
+        return said._replace(digest=file.digest)
 
-    def add(self, codebase: Codebase) -> None:
-        line = json.dumps(codebase[1:], default=lambda node: None, separators=(",", ":"))
-        self._used[codebase.digest] = line.encode()
+    def add(self, file: RegistryFile, kind: str, said: Codebase) -> None:
+        notes = [(note.message, int(note.where.rpartition(":")[2])) for note in file.notes]
+        values = said[1 : 1 + len(CODEBASE_SCHEMA.kinds)]
+        line = json.dumps([notes, *values], default=lambda node: None, separators=(",", ":"))
+        self._used[f"{said.digest}:{kind}"] = line.encode()
         self._fresh += 1
 
     def save_if_worth_it(self) -> None:
         if self._fresh <= max(self.FEW, len(self._used) // 8):
             return
-        lines = b"".join(b"%b %b\n" % (key.encode(), line or self._line(key)) for key, line in self._used.items())
+        lines = b"".join(b"%b %b\n" % (name.encode(), line or self._line(name)) for name, line in self._used.items())
         try:
             with Lock(f"{run_dir(self._home)}/parsed.lock", timeout=0) as lock:
                 save_private(
@@ -3244,23 +3448,128 @@ class ParsedFiles:
             pass  # another process is saving it, or the disk is full
 
 
-def read_codebase(
-    home: str, key: Key, parsed: "Optional[ParsedFiles]" = None
-) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
-    """Read one codebase's file, without what it inherits.
+class LayerReader:
+    """Reads the layers of codebases; what several of them share is read once.
 
-    A codebase from `parsed` lacks unknown keys, which only a save needs.
+    `names` are those in each folder that has been listed. `known` is what an earlier
+    reader found to be shared, by path: what has not changed stays the same object, so
+    that a daemon does not keep it twice.
     """
-    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
-    known = parsed.find(key, file.digest) if parsed else None
-    if known:
-        return known, ()
-    codebase: Codebase = file.read(CODEBASE_SCHEMA, key[1], f"file is called {key[1]}.yaml", project=key[0])
-    if file.problems:
-        return None, tuple(file.problems)
-    if parsed:
-        parsed.add(codebase)
-    return codebase, ()
+
+    def __init__(
+        self,
+        home: str,
+        parsed: Optional[ParsedFiles] = None,
+        names: Mapping[str, Container[str]] = {},
+        known: Mapping[str, Any] = {},
+    ) -> None:
+        self.shared: dict[str, Any] = {}  # a Layer, Prose, or None for none
+        self._home = home
+        self._parsed = parsed
+        self._names = names
+        self._known = known
+        self._bases: dict[str, Codebase] = {}
+        self._root = projects_root(home)
+
+    def read(self, key: Key) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
+        """Read a codebase with all its layers, or the problems that stop it.
+
+        It lacks unknown keys, which only a save needs.
+        """
+        base, path = self.read_base(key[0]), f"{self._root}/{key[0]}/{key[1]}"
+        own = (self._read_layer("codebase", path, key), self._read_layer("codebase.local", f"{path}.local", key))
+        layers = (*base.layers, *filter(None, own))
+        problems = [problem for layer in reversed(layers) for problem in layer.problems]
+        if problems:
+            return None, tuple(problems)
+        said, digests = base, [base.digest]
+        for layer in own:
+            if layer:
+                said = CODEBASE_SCHEMA.join(said, layer.said)
+                digests += [layer.said.digest, *(layer.digests.items() if layer.prose or layer.missing else ())]
+        return said._replace(digest=sha256_of(repr(digests).encode()), layers=layers), ()
+
+    def read_base(self, project: str) -> Codebase:
+        """Read what all codebases of a project share."""
+        if project not in self._bases:
+            layers = []
+            for kind, path in zip(SHARED, layer_paths(self._home, (project, ""))):
+                if path not in self.shared:
+                    self.shared[path] = self._read_layer(kind, path, (project, ""))
+                layers += [self.shared[path]] if self.shared[path] else []
+            said = functools.reduce(CODEBASE_SCHEMA.join, (layer.said for layer in layers), Codebase(project, ""))
+            digest = sha256_of(repr([layer.digests for layer in layers]).encode())
+            unnamed = said._replace(name="", created_at="", updated_at="", digest=digest)
+            self._bases[project] = unnamed._replace(layers=tuple(layers))
+        return self._bases[project]
+
+    def _open(self, path: str, hint: str = "", must_exist: bool = False) -> Optional[RegistryFile]:
+        """Open a file of the registry; None if there is none."""
+        folder, _, name = path.rpartition("/")
+        if not must_exist and name not in self._names.get(folder, (name,)):
+            return None
+        file = RegistryFile(self._home, path, hint)
+        return None if file.problems and not must_exist and not os.path.lexists(path) else file
+
+    def _read_layer(self, kind: str, path: str, key: Key) -> Optional[Layer]:
+        is_main = kind == "codebase"
+        file = self._open(f"{path}.yaml", f"orchestra edit {label_for(key)}" if is_main else "", is_main)
+        own = self._read_prose(f"{path}.md", is_shared=kind in SHARED)
+        if file is None and own is None:
+            return None
+        known = self._known.get(path)
+        said = self._read_said(file, kind, key, known) if file else Codebase(key[0], "")
+        prose: list[Prose] = []
+        missing: list[str] = []
+        if file and not file.problems:
+            for name in said.include:
+                self._include(file, name, prose, missing)
+        prose += [own] if own else []
+        found = [source for source in (file, *prose) if source]
+        problems = tuple(problem for source in found for problem in source.problems)
+        notes = tuple(note for source in found for note in source.notes)
+        layer = Layer(path, said, tuple(prose), tuple(missing), problems, notes)
+        is_same = known and known.digests == layer.digests and known.problems == problems
+        return known if is_same else layer
+
+    def _read_said(self, file: RegistryFile, kind: str, key: Key, known: Optional[Layer]) -> Codebase:
+        if known and file.digest and known.said.digest == file.digest and not known.problems:
+            file.notes += [note for note in known.notes if note.where.startswith(f"{file.place}:")]
+            return known.said
+        said = self._parsed.find(file, kind, key) if self._parsed and file.digest else None
+        if said is None:
+            said = file.read_layer(kind, key)
+            if self._parsed and not file.problems:
+                self._parsed.add(file, kind, said)
+        return said._replace(extra=()) if said.extra else said
+
+    def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> None:
+        """Add an included file to `prose`, and where it is not to `missing`."""
+        for folder in dict.fromkeys((os.path.dirname(file.path), self._root)):
+            found = self._read_prose(f"{folder}/{name}", is_shared=True)
+            if found:
+                prose.append(found)
+                return
+            missing.append(f"{folder}/{name}")
+        root: YamlNode = file.parse()  # again: what was parsed before has no lines
+        items = next(node.value for key, node in root.value if key.value == "include")
+        index = [item.value for item in items].index(name)
+        file.complain(f"include[{index}]: no file {name} beside this one or in the registry's root", items[index])
+
+    def _read_prose(self, path: str, is_shared: bool) -> Optional[Prose]:
+        if path in self.shared:
+            prose: Optional[Prose] = self.shared[path]
+            return prose
+        file, known = self._open(path), self._known.get(path)
+        if file is None:
+            prose = None
+        elif known and file.digest and known.digest == file.digest:
+            prose = known
+        else:
+            prose = file.read_prose()
+        if is_shared:
+            self.shared[path] = prose
+        return prose
 
 
 # ── 13 Registry ───────────────────────────────────────────────────────────────
@@ -3268,13 +3577,12 @@ def read_codebase(
 # A broken file stops only its own codebase. From files to a Registry:
 #
 #   1 RegistryScan lists the files of codebases, and stray ones, without reading them.
-#   2 read_codebase makes a Codebase of one file, or the problems that stop it. A file
+#   2 A LayerReader makes a Codebase of its layers, or the problems that stop it. A file
 #     that has been parsed before comes from ParsedFiles.
-#   3 read_project reads what the codebases of a project share, and `inherit` adds it.
-#   4 If several codebases claim one folder, it belongs to the one registered first.
+#   3 If several codebases claim one folder, it belongs to the one registered first.
 #
-# load_registry takes all four steps, reload_codebases the last three for some
-# codebases, and load_codebase the second, or the second and third, for one.
+# load_registry takes all three steps, reload_codebases the last two for some
+# codebases, and load_codebase the second for one.
 #
 # Files are written by a RegistryTurn, one at a time.
 
@@ -3284,12 +3592,13 @@ def error_for(problems: Sequence[Problem]) -> RegistryError:
 
 
 class Registry(NamedTuple):
-    """All codebases that could be read, with what they inherit, and all problems."""
+    """All codebases that could be read, each with its layers, and all problems."""
 
     codebases: Mapping[Key, Codebase]
     broken: Mapping[Key, tuple[Problem, ...]]
     stray: tuple[Problem, ...]  # of files that are not a codebase's
     owners: Owners
+    shared: Mapping[str, Any] = {}  # of several codebases, as LayerReader keeps it
 
     @property
     def keys(self) -> list[Key]:
@@ -3297,11 +3606,18 @@ class Registry(NamedTuple):
 
     @property
     def short_names(self) -> dict[Key, str]:
-        return short_names(self.keys)
+        """Names as short as is unique: api, or shop/api if two projects have one."""
+        counts = Counter(name for _, name in self.keys)
+        return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
 
     @property
     def problems(self) -> list[Problem]:
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
+
+    def remarks(self, keys: Iterable[Key]) -> list[Problem]:
+        """List what a user should know of the files of some codebases, each once."""
+        found = (self.codebases[key].remarks for key in keys if key in self.codebases)
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     def find(self, name: str) -> Key:
         """Find a codebase by name, api or shop/api; raises RegistryError."""
@@ -3351,22 +3667,27 @@ def is_registry_file(name: str) -> bool:
 class RegistryScan:
     """The keys of a registry's codebases, and the problems of stray files.
 
-    Codebases are not read. Raises IoError if the registry cannot be listed at all.
+    `names` are those in each folder, `idle` the projects without codebases. Files are
+    not read. Raises IoError if the registry cannot be listed at all.
     """
 
     def __init__(self, home: str) -> None:
         self.home = home
         self.keys: list[Key] = []
+        self.idle: list[str] = []
         self.stray: list[Problem] = []
+        self.names: dict[str, Container[str]] = {}
         for entry in self._list(projects_root(home)):
             with self._reject_unreadable(entry):
                 if entry.is_dir():
                     self._scan_project(entry)
-                elif is_registry_file(entry.name):
+                elif is_registry_file(entry.name) and entry.name not in ("all.yaml", "all.local.yaml"):
                     self._reject(entry, "ignored: it belongs in a project's folder")
 
     def _list(self, folder: str) -> list[os.DirEntry[str]]:
-        return sorted((e for e in list_folder(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+        entries = [entry for entry in list_folder(folder) if not is_ignored(entry.name)]
+        self.names[folder] = {entry.name for entry in entries}
+        return sorted(entries, key=lambda entry: entry.name)
 
     def _reject(self, entry: os.DirEntry[str], message: str, hint: str = "") -> None:
         doc = Document(shorten_home(self.home, entry.path), hint)
@@ -3378,22 +3699,27 @@ class RegistryScan:
         try:
             yield
         except (IoError, OSError) as error:
-            self._reject(entry, f"cannot be listed: {Problem.from_error(error).message}")
+            # A link to itself that is called .md is a layer's, or nobody's.
+            if isinstance(error, IoError) or not entry.name.endswith(".md"):
+                self._reject(entry, f"cannot be listed: {Problem.from_error(error).message}")
 
     def _scan_project(self, folder: os.DirEntry[str]) -> None:
-        entries = self._list(folder.path)
-        found = [*self._find_keys(folder.name, entries)]
+        found = [*self._find_keys(folder.name, self._list(folder.path))]
         self.keys += found
-        if not found and any(entry.name == "project.yaml" for entry in entries):
-            self.stray += read_project(self.home, folder.name)[1]
+        if not found:
+            self.idle.append(folder.name)
 
-    def _find_keys(self, project: str, entries: Iterable[os.DirEntry[str]]) -> Iterator[Key]:
+    def _find_keys(self, project: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Key]:
+        names = {entry.name for entry in entries}
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             if suffix == ".yaml":
                 try:
                     check_name("project", project)
-                    if stem != "project":
+                    whole = stem[: -len(".local")] if stem.endswith(".local") else ""
+                    if whole and whole != "project" and f"{whole}.yaml" not in names:
+                        self._reject(entry, f"ignored: it belongs to {whole}.yaml, which is missing")
+                    elif stem != "project" and not whole:
                         check_name("codebase", stem)
                         yield (project, stem)
                 except RegistryError as error:
@@ -3410,7 +3736,7 @@ class RegistryScan:
 
 
 def reload_codebases(
-    home: str, registry: Registry, keys: Iterable[Key], parsed: Optional[ParsedFiles] = None
+    home: str, registry: Registry, keys: Iterable[Key], reader: Optional[LayerReader] = None
 ) -> Registry:
     """Read some codebases again, and all broken ones; drop those whose file is gone.
 
@@ -3420,20 +3746,19 @@ def reload_codebases(
     codebases = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
     broken: dict[Key, tuple[Problem, ...]] = {}
     owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
-    projects = {project: read_project(home, project) for project in {key[0] for key in again}}
+    reader = reader or LayerReader(home, known=registry.shared)
 
     def is_missing(key: Key) -> bool:
         return not os.path.lexists(codebase_path(home, key))
 
     for key in sorted(again):
-        codebase, problems = read_codebase(home, key, parsed)
-        project, project_problems = projects[key[0]]
+        codebase, problems = reader.read(key)
         if codebase is None and is_missing(key):
             continue
-        if codebase is None or project_problems:
-            broken[key] = problems + project_problems
+        if codebase is None:
+            broken[key] = problems
             continue
-        codebases[key] = inherit(codebase, project)
+        codebases[key] = codebase
         root = codebase_root(home, codebase)
         if not root:
             continue
@@ -3448,33 +3773,41 @@ def reload_codebases(
             doc = Document(place, f"orchestra edit {label_for(loser.key)}")
             doc.complain(f"path: {loser.path} already belongs to {label_for(first)}")
             broken[loser.key] = tuple(doc.problems)
-    return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners))
+    shared = {**registry.shared, **reader.shared}
+    return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared)
 
 
 def load_registry(home: str) -> Registry:
     """Read the whole registry; raises IoError if it cannot be listed."""
     scan, parsed = RegistryScan(home), ParsedFiles(home)
-    empty = Registry({}, {}, tuple(scan.stray), Owners())
-    registry = reload_codebases(home, empty, scan.keys, parsed)
+    reader = LayerReader(home, parsed, scan.names)
+    idle = [layer.problems for project in scan.idle for layer in reader.read_base(project).layers]
+    stray = (*scan.stray, *itertools.chain.from_iterable(idle))
+    registry = reload_codebases(home, Registry({}, {}, stray, Owners()), scan.keys, reader)
     parsed.save_if_worth_it()
     return registry
 
 
 def list_codebases(home: str) -> list[Codebase]:
-    """List all readable codebases with what they inherit, by project and name.
+    """List all readable codebases with all their layers, by project and name.
 
     For programs that import this one; Orchestra itself uses load_registry.
     """
     return [codebase for _, codebase in sorted(load_registry(home).codebases.items())]
 
 
-def load_codebase(home: str, project: str, name: str, inherits: bool = False) -> Codebase:
-    """Load one codebase, with or without what it inherits; raises RegistryError."""
-    codebase, problems = read_codebase(home, (project, name))
-    layer, more = read_project(home, project) if inherits else (Project(project), ())
-    if codebase is None or more:
-        raise error_for(problems + more)
-    return inherit(codebase, layer) if inherits else codebase
+def load_codebase(home: str, project: str, name: str, with_layers: bool = False) -> Codebase:
+    """Load one codebase, from its own file or all layers; raises RegistryError."""
+    key = (project, name)
+    codebase: Optional[Codebase]
+    if with_layers:
+        codebase, problems = LayerReader(home).read(key)
+    else:
+        file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
+        codebase, problems = file.read_layer("codebase", key), tuple(file.problems)
+    if codebase is None or problems:
+        raise error_for(problems)
+    return codebase
 
 
 # Writing
@@ -5672,10 +6005,7 @@ def is_plain(text: str) -> bool:
 
 def defuse(text: str) -> str:
     """Blank control characters, and escape what could open or close an HTML comment."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    # What ends a line for some reader, or shows for none; tab and newline stay.
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", " ", text)
-    return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
+    return blank_controls(text).replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
 def _split_at_spans(line: str) -> list[str]:
@@ -5841,12 +6171,15 @@ def render_body(codebase: Codebase) -> str:
         ("Stack", _render_stack(codebase)),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
         ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
+        *(("", [prose.text]) for prose in codebase.prose),
         ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
         ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
-    parts = [f"## {title}\n\n" + "\n".join(lines).rstrip("\n") + "\n" for title, lines in sections if lines]
+    parts = [
+        (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n" for title, lines in sections if any(lines)
+    ]
     return "\n".join(parts)
 
 
@@ -6106,9 +6439,10 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         hidden = describe_hidden((managed_text(agent, after) or b"").decode("utf-8", "replace"))
         if hidden:
             yield hidden
-    fence = find_open_fence(before.data) if join is not None else 0
-    if fence:
-        yield f"the code fence on line {fence} is never closed: agents may take Orchestra's text below it for code"
+    line, closing = find_open_block(before.data) if join is not None else (0, "")
+    if line:
+        noun, reading = ("comment", "one") if closing == "-->" else ("code fence", "code")
+        yield f"the {noun} on line {line} is never closed: agents may take Orchestra's text below it for {reading}"
 
 
 # ── 22 Records ────────────────────────────────────────────────────────────────
@@ -7026,7 +7360,7 @@ class CodebaseTurn(Turn):
                 # the newest.
                 if not os.path.lexists(codebase_path(home, key)):
                     return plan._replace(files=(), former=None)
-                codebase = load_codebase(home, *key, inherits=True)
+                codebase = load_codebase(home, *key, with_layers=True)
                 continue
             if tries == 0 or not plan.is_done:
                 try:
@@ -9226,15 +9560,18 @@ def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
 
 
 def key_of_change(home: str, path: str) -> Key:
-    """Return the codebase whose file changed, EVERYTHING for a project's, or STRAY."""
+    """Return the codebase whose file changed, EVERYTHING for a shared one, or STRAY."""
     folder, name = os.path.split(path)
-    root, project = os.path.split(folder)
-    if root != projects_root(home) or not name.endswith(".yaml"):
+    stem, suffix = os.path.splitext(name)
+    stem = stem[: -len(".local")] if stem.endswith(".local") else stem
+    key = (os.path.basename(folder), stem)
+    if folder == projects_root(home):
+        is_shared, key = stem == "all" or suffix == ".md", STRAY
+    else:
+        is_shared = stem == "project" or (suffix == ".md" and not os.path.lexists(codebase_path(home, key)))
+    if suffix not in (".yaml", ".md") or not f"{folder}/".startswith(f"{projects_root(home)}/"):
         return STRAY
-    if name == "project.yaml":
-        return EVERYTHING
-    key = (project, name[:-5])
-    return key if is_valid_key(key) else STRAY
+    return EVERYTHING if is_shared else key if is_valid_key(key) else STRAY
 
 
 class Schedule:
@@ -10349,12 +10686,11 @@ class Registration(NamedTuple):
         if codebase and not is_absent(self.home, codebase):
             done = listed._update()
             accept_empty_folder(self.home, codebase)
-            return listed.key, done, listed._suggest_gitignore()
+            return listed.key, done, []
         listed._check_has_not_moved(registry)
         if codebase:
             raise RegistryError(f"{listed.label} already exists, for the folder {codebase_root(self.home, codebase)}")
-        done, outer = listed._create(), listed._find_outer_codebases(registry)
-        return listed.key, done, outer + listed._suggest_gitignore()
+        return listed.key, listed._create(), listed._find_outer_codebases(registry)
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -10434,14 +10770,16 @@ class Registration(NamedTuple):
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
     def _create(self) -> list[str]:
-        project, problems = read_project(self.home, self.key[0])
+        base = LayerReader(self.home).read_base(self.key[0])
+        problems = [problem for layer in base.layers for problem in layer.problems]
         if problems:
             raise error_for(problems)
         found = detect(self.path, self.home)
         targets, source = found.targets, "already used in this folder"
-        inherits = not targets and project.targets is not None
+        inherits = not targets and base.targets is not None
         if inherits:
-            targets, source = project.targets or (), "from project.yaml"
+            layer = next(layer for layer in reversed(base.layers) if layer.said.targets is not None)
+            targets, source = base.targets or (), f"from {os.path.basename(layer.path)}.yaml"
         elif not targets:
             targets, source = DEFAULT_TARGETS, "default"
         now = now_rfc3339()
@@ -10465,24 +10803,11 @@ class Registration(NamedTuple):
         return spell_path(self.home, self.path)
 
     def _save(self, codebase: Codebase) -> None:
-        project = Project(self.key[0], created_at=codebase.created_at)
-        create_registry_file(self.home, project_path(self.home, self.key[0]), PROJECT_SCHEMA.write(project))
+        project = Codebase("", self.key[0], created_at=codebase.created_at)
+        create_registry_file(self.home, project_path(self.home, self.key[0]), CODEBASE_SCHEMA.write(project))
         file = codebase_path(self.home, self.key)
         if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
             raise RegistryError(f"another command registered {self.label} just now")
-
-    def _suggest_gitignore(self) -> list[str]:
-        """Note what git should ignore, if it keeps the project's files and does not."""
-        folders = climb(real_path(os.path.dirname(codebase_path(self.home, self.key))))
-        for folder in itertools.takewhile(lambda folder: folder != real_path(self.home), folders):
-            file = f"{folder}/.gitignore"
-            with suppress(IoError):
-                if b".local." in read_disk(file, MAX_REGISTRY_FILE).data:
-                    break
-            if os.path.lexists(f"{folder}/.git"):
-                command = f"echo '*.local.*' >> {shorten_home(self.home, file)}"
-                return [f"git keeps this registry; what is for one machine alone, it should not: {command}"]
-        return []
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
         folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]
@@ -10806,24 +11131,6 @@ class CommandLine:
         rows = {name.rpartition(" "): row for name, row in self.table.items() if name}
         return {name: row for (group, _, name), row in rows.items() if group == self.name and row.purpose}
 
-    @property
-    def awaits_value(self) -> bool:
-        """Return whether the last word is an option that a value should follow."""
-        option = self.options.get(self.rest[-1]) if self.rest else None
-        return option is not None and not option.is_switch
-
-    def find_next(self) -> Optional[Argument]:
-        """Find the argument that the next word would be a value of."""
-        if self.awaits_value:
-            return self.options[self.rest[-1]]
-        try:
-            given = self._parse_options(SimpleNamespace())
-        except UsageError:
-            return None
-        slots = self.positional
-        is_last = len(given) >= len(slots)
-        return slots[-1 if is_last else len(given)] if slots and (not is_last or slots[-1].nargs == "*") else None
-
     def parse(self) -> SimpleNamespace:
         """Return the values by name, and `command`; raises UsageError."""
         args = SimpleNamespace(command=self.command, line=self)
@@ -10924,75 +11231,6 @@ def _usage_of(name: str, row: Command) -> str:
 def _spell(argument: Argument) -> str:
     names = ", ".join(argument.names) if argument.is_option else ""
     return f"{names} {argument.value_name}".strip()
-
-
-# Completion
-
-# The scripts ask `orchestra complete` for lines of a word, a tab and its meaning. Where
-# there are none, the shell completes files.
-
-COMPLETION = {
-    "bash": """\
-# In ~/.bashrc: eval "$(orchestra completion bash)"
-_orchestra() {
-    local word
-    COMPREPLY=()
-    while IFS=$'\\t' read -r word _; do
-        printf -v word %q "$word"
-        COMPREPLY+=("$word")
-    done < <("${COMP_WORDS[0]}" complete -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
-}
-complete -o default -F _orchestra orchestra
-""",
-    "zsh": """\
-#compdef orchestra
-# In ~/.zshrc, after compinit: eval "$(orchestra completion zsh)"
-_orchestra() {
-    local -a found
-    local line word meaning
-    for line in "${(@f)$("${words[1]}" complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}"; do
-        word=${line%%$'\\t'*} meaning=${line#*$'\\t'}
-        [[ -n $word ]] && found+=("${word//:/\\\\:}${meaning:+:$meaning}")
-    done
-    if (( $#found )); then _describe orchestra found; else _files; fi
-}
-if [[ $funcstack[1] = _orchestra ]]; then _orchestra "$@"; else compdef _orchestra orchestra; fi
-""",
-    "fish": """\
-# In ~/.config/fish/config.fish: orchestra completion fish | source
-function __orchestra_complete
-    set -l words (commandline -opc) (commandline -ct)
-    set -l found (command $words[1] complete -- $words[2..-1] 2>/dev/null)
-    if set -q found[1]
-        printf '%s\\n' $found
-    else
-        __fish_complete_path (commandline -ct)
-    end
-end
-complete -c orchestra -f -a '(__orchestra_complete)'
-""",
-}
-
-
-def complete(
-    table: Mapping[str, Command], words: Sequence[str], list_known: Callable[[str], Iterable[str]]
-) -> Iterator[tuple[str, str]]:
-    """Yield what the last of some words may become, and what it means.
-
-    `list_known` lists what an argument of some name (CODEBASE, PROJECT) may be.
-    """
-    *before, last = words or [""]
-    line = CommandLine(table, before)
-    if line.name == "help":
-        line = CommandLine(table, line.rest)
-    if last.startswith("-") and not line.awaits_value:
-        found = {name: argument.help for name, argument in line.options.items() if name.startswith("--")}
-    elif line.is_group and not line.rest:
-        found = {name: row.purpose for name, row in line.subcommands().items()}
-    else:
-        argument = line.find_next()
-        found = dict.fromkeys([*argument.choices, *list_known(argument.value_name)], "") if argument else {}
-    yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
 # ── 37 Status screen ──────────────────────────────────────────────────────────
@@ -11358,25 +11596,6 @@ class Commands(NamedTuple):
         sys.stdout.write(format_help(line, "" if line.name else HELP_NOTES if is_asked else MORE_HELP))
         sys.stdout.flush()
         return OK
-
-    def cmd_completion(self) -> int:
-        sys.stdout.write(COMPLETION[self.args.shell])
-        return OK
-
-    def cmd_complete(self) -> int:
-        """Print what may stand in place of the last word, for the shells."""
-        words = self.args.words
-        for word, meaning in complete(self.args.line.table, words, self._list_known):
-            if word.isprintable():
-                print(f"{word}\t{meaning}")
-        return OK
-
-    def _list_known(self, kind: str) -> Iterable[str]:
-        """List the registered names of a kind: the shortest, then the whole ones."""
-        keys = find_keys(self.home) if kind in ("CODEBASE", "PROJECT") else []
-        if kind == "PROJECT":
-            return sorted({project for project, _ in keys})
-        return [*short_names(keys).values(), *(map(label_for, keys) if self.args.words[-1:] != [""] else ())]
 
     # Registering
 
@@ -11909,15 +12128,7 @@ COMMANDS = {
         needs_yaml=False,
         heading=MANAGE,
     ),
-    "completion": Command(
-        "print what makes bash, zsh or fish complete",
-        Commands.cmd_completion,
-        (argument("shell", metavar="SHELL", choices=tuple(COMPLETION), help=" | ".join(COMPLETION)),),
-        needs_yaml=False,
-        heading=MANAGE,
-    ),
-    # For the completion scripts, and two for install.sh.
-    "complete": Command("", Commands.cmd_complete, (argument("words", nargs="*"),), needs_yaml=False),
+    # These two are for install.sh.
     "self-install": Command("", Commands.cmd_self_install, needs_yaml=False),
     "self-uninstall": Command("", Commands.cmd_self_uninstall, needs_yaml=False),
 }
