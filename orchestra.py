@@ -10686,11 +10686,12 @@ class Registration(NamedTuple):
         if codebase and not is_absent(self.home, codebase):
             done = listed._update()
             accept_empty_folder(self.home, codebase)
-            return listed.key, done, []
+            return listed.key, done, listed._suggest_gitignore()
         listed._check_has_not_moved(registry)
         if codebase:
             raise RegistryError(f"{listed.label} already exists, for the folder {codebase_root(self.home, codebase)}")
-        return listed.key, listed._create(), listed._find_outer_codebases(registry)
+        done, outer = listed._create(), listed._find_outer_codebases(registry)
+        return listed.key, done, outer + listed._suggest_gitignore()
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -10808,6 +10809,19 @@ class Registration(NamedTuple):
         file = codebase_path(self.home, self.key)
         if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
             raise RegistryError(f"another command registered {self.label} just now")
+
+    def _suggest_gitignore(self) -> list[str]:
+        """Note what git should ignore, if it keeps the project's files and does not."""
+        folders = climb(real_path(os.path.dirname(codebase_path(self.home, self.key))))
+        for folder in itertools.takewhile(lambda folder: folder != real_path(self.home), folders):
+            file = f"{folder}/.gitignore"
+            with suppress(IoError):
+                if b".local." in read_disk(file, MAX_REGISTRY_FILE).data:
+                    break
+            if os.path.lexists(f"{folder}/.git"):
+                command = f"echo '*.local.*' >> {shorten_home(self.home, file)}"
+                return [f"git keeps this registry; what is for one machine alone, it should not: {command}"]
+        return []
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
         folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]

@@ -14649,7 +14649,7 @@ def commit(repository: Path, files: dict[str, Any], *options: str) -> None:
 
 
 def make_repository(path: Path, files: dict[str, Any]) -> Path:
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     run_git(path, "init", "-q")
     commit(path, files)
     return path
@@ -14658,6 +14658,32 @@ def make_repository(path: Path, files: dict[str, Any]) -> Path:
 def fail_to(*argv: Any) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         run_git(*argv)
+
+
+@pytest.mark.parametrize(("place", "link", "prefix"), CLONES.values(), ids=CLONES)
+def test_init_says_what_git_should_ignore(home: Home, place: str, link: str, prefix: str) -> None:
+    clone = home.folder / place
+    clone.parent.mkdir(parents=True, exist_ok=True)
+    make_repository(clone, {"README.md": ""})
+    if link:
+        (home.folder / link).parent.mkdir(parents=True)
+        (home.folder / link).symlink_to(clone)
+    for name in ("api", "web"):
+        (home.code / name).mkdir()
+        ran = home.run_fine("init", str(home.code / name), "-p", "shop")
+        found = re.fullmatch(r"note: git keeps this registry; .*: (echo '\*\.local\.\*' >> \S+)\n", ran.err)
+        assert bool(found) == (name == "api"), ran.err
+        if found:
+            subprocess.run(["sh", "-c", found[1]], check=True, env=home.variables())
+            assert home.run_fine("init", str(home.code / name), "-p", "shop").err == ""
+    put_files(clone, {f"{prefix}api.local.yaml": ""})
+    status = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone, text=True)
+    assert ".gitignore" in status and "local" not in status
+
+
+def test_a_home_folder_in_git_is_not_a_registry_in_git(home: Home) -> None:
+    put_files(Path(home.path), {".git": None})
+    assert home.run_fine("init", str(home.code), "-p", "shop").err == ""
 
 
 @pytest.mark.parametrize(("place", "link", "prefix"), CLONES.values(), ids=CLONES)
