@@ -2968,6 +2968,21 @@ def listed_name(
     return next((other for other in names if look(f"{folder}/{other}", False) == identity), name)
 
 
+def short_names(keys: Collection[Key]) -> dict[Key, str]:
+    """Names as short as is unique: api, or shop/api if two projects have one."""
+    counts = Counter(name for _, name in keys)
+    return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
+
+
+def find_keys(home: str) -> list[Key]:
+    """List the registered codebases by the names of their files; none is read."""
+    root = projects_root(home)
+    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
+    return sorted(
+        filter(is_valid_key, [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")])
+    )
+
+
 def listed_key(home: str, key: Key) -> Key:
     """Spell a codebase's project and name as the registry has them."""
     project = listed_name(projects_root(home), key[0])
@@ -3606,9 +3621,7 @@ class Registry(NamedTuple):
 
     @property
     def short_names(self) -> dict[Key, str]:
-        """Names as short as is unique: api, or shop/api if two projects have one."""
-        counts = Counter(name for _, name in self.keys)
-        return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in self.keys}
+        return short_names(self.keys)
 
     @property
     def problems(self) -> list[Problem]:
@@ -11145,6 +11158,24 @@ class CommandLine:
         rows = {name.rpartition(" "): row for name, row in self.table.items() if name}
         return {name: row for (group, _, name), row in rows.items() if group == self.name and row.purpose}
 
+    @property
+    def awaits_value(self) -> bool:
+        """Return whether the last word is an option that a value should follow."""
+        option = self.options.get(self.rest[-1]) if self.rest else None
+        return option is not None and not option.is_switch
+
+    def find_next(self) -> Optional[Argument]:
+        """Find the argument that the next word would be a value of."""
+        if self.awaits_value:
+            return self.options[self.rest[-1]]
+        try:
+            given = self._parse_options(SimpleNamespace())
+        except UsageError:
+            return None
+        slots = self.positional
+        is_last = len(given) >= len(slots)
+        return slots[-1 if is_last else len(given)] if slots and (not is_last or slots[-1].nargs == "*") else None
+
     def parse(self) -> SimpleNamespace:
         """Return the values by name, and `command`; raises UsageError."""
         args = SimpleNamespace(command=self.command, line=self)
@@ -11245,6 +11276,75 @@ def _usage_of(name: str, row: Command) -> str:
 def _spell(argument: Argument) -> str:
     names = ", ".join(argument.names) if argument.is_option else ""
     return f"{names} {argument.value_name}".strip()
+
+
+# Completion
+
+# The scripts ask `orchestra complete` for lines of a word, a tab and its meaning. Where
+# there are none, the shell completes files.
+
+COMPLETION = {
+    "bash": """\
+# In ~/.bashrc: eval "$(orchestra completion bash)"
+_orchestra() {
+    local word
+    COMPREPLY=()
+    while IFS=$'\\t' read -r word _; do
+        printf -v word %q "$word"
+        COMPREPLY+=("$word")
+    done < <("${COMP_WORDS[0]}" complete -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _orchestra orchestra
+""",
+    "zsh": """\
+#compdef orchestra
+# In ~/.zshrc, after compinit: eval "$(orchestra completion zsh)"
+_orchestra() {
+    local -a found
+    local line word meaning
+    for line in "${(@f)$("${words[1]}" complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}"; do
+        word=${line%%$'\\t'*} meaning=${line#*$'\\t'}
+        [[ -n $word ]] && found+=("${word//:/\\\\:}${meaning:+:$meaning}")
+    done
+    if (( $#found )); then _describe orchestra found; else _files; fi
+}
+if [[ $funcstack[1] = _orchestra ]]; then _orchestra "$@"; else compdef _orchestra orchestra; fi
+""",
+    "fish": """\
+# In ~/.config/fish/config.fish: orchestra completion fish | source
+function __orchestra_complete
+    set -l words (commandline -opc) (commandline -ct)
+    set -l found (command $words[1] complete -- $words[2..-1] 2>/dev/null)
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c orchestra -f -a '(__orchestra_complete)'
+""",
+}
+
+
+def complete(
+    table: Mapping[str, Command], words: Sequence[str], list_known: Callable[[str], Iterable[str]]
+) -> Iterator[tuple[str, str]]:
+    """Yield what the last of some words may become, and what it means.
+
+    `list_known` lists what an argument of some name (CODEBASE, PROJECT) may be.
+    """
+    *before, last = words or [""]
+    line = CommandLine(table, before)
+    if line.name == "help":
+        line = CommandLine(table, line.rest)
+    if last.startswith("-") and not line.awaits_value:
+        found = {name: argument.help for name, argument in line.options.items() if name.startswith("--")}
+    elif line.is_group and not line.rest:
+        found = {name: row.purpose for name, row in line.subcommands().items()}
+    else:
+        argument = line.find_next()
+        found = dict.fromkeys([*argument.choices, *list_known(argument.value_name)], "") if argument else {}
+    yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
 # ── 37 Status screen ──────────────────────────────────────────────────────────
@@ -11610,6 +11710,25 @@ class Commands(NamedTuple):
         sys.stdout.write(format_help(line, "" if line.name else HELP_NOTES if is_asked else MORE_HELP))
         sys.stdout.flush()
         return OK
+
+    def cmd_completion(self) -> int:
+        sys.stdout.write(COMPLETION[self.args.shell])
+        return OK
+
+    def cmd_complete(self) -> int:
+        """Print what may stand in place of the last word, for the shells."""
+        words = self.args.words
+        for word, meaning in complete(self.args.line.table, words, self._list_known):
+            if word.isprintable():
+                print(f"{word}\t{meaning}")
+        return OK
+
+    def _list_known(self, kind: str) -> Iterable[str]:
+        """List the registered names of a kind: the shortest, then the whole ones."""
+        keys = find_keys(self.home) if kind in ("CODEBASE", "PROJECT") else []
+        if kind == "PROJECT":
+            return sorted({project for project, _ in keys})
+        return [*short_names(keys).values(), *(map(label_for, keys) if self.args.words[-1:] != [""] else ())]
 
     # Registering
 
@@ -12142,7 +12261,15 @@ COMMANDS = {
         needs_yaml=False,
         heading=MANAGE,
     ),
-    # These two are for install.sh.
+    "completion": Command(
+        "print what makes bash, zsh or fish complete",
+        Commands.cmd_completion,
+        (argument("shell", metavar="SHELL", choices=tuple(COMPLETION), help=" | ".join(COMPLETION)),),
+        needs_yaml=False,
+        heading=MANAGE,
+    ),
+    # For the completion scripts, and two for install.sh.
+    "complete": Command("", Commands.cmd_complete, (argument("words", nargs="*"),), needs_yaml=False),
     "self-install": Command("", Commands.cmd_self_install, needs_yaml=False),
     "self-uninstall": Command("", Commands.cmd_self_uninstall, needs_yaml=False),
 }

@@ -76,6 +76,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -684,6 +685,63 @@ class Home:
         with self.connection(data) as client:
             client.shutdown(socket.SHUT_WR)
             return read_all(client)
+
+
+class Tty:
+    """A program on a terminal of its own, and what it has shown."""
+
+    def __init__(self, home: Home, command: Sequence[str], size: tuple[int, int] = (24, 80), **environ: Any) -> None:
+        self.master, slave = os.openpty()
+        home.cleanup.callback(os.close, self.master)
+        self.resize(*size)
+        self.before = termios.tcgetattr(slave)
+        self._slave = slave
+        home.cleanup.callback(os.close, slave)
+        self.shown = ""
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        variables = {"TERM": "xterm-256color", "COLUMNS": None, "LINES": None, **environ}
+        self.process = home.launch(
+            command, variables, **streams, text=False, start_new_session=True, preexec_fn=self._take_over
+        )
+
+    @staticmethod
+    def _take_over() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    @property
+    def has_changed(self) -> bool:
+        """Return whether the terminal's settings differ from those at the start."""
+        return termios.tcgetattr(self._slave) != self.before
+
+    def read(self, seconds: float = 0.02) -> None:
+        while select.select([self.master], [], [], seconds)[0]:
+            self.shown += os.read(self.master, 1 << 16).decode("utf-8", "replace")
+            seconds = 0
+
+    def wait_for(self, text: str, timeout: float = 30) -> str:
+        """Wait until a text was shown; forget it, and return what was shown till then."""
+
+        def is_shown() -> bool:
+            self.read()
+            return text in self.shown
+
+        wait_until(is_shown, timeout, lambda: f"for {text!r} in {self.shown!r}")
+        before, _, self.shown = self.shown.partition(text)
+        return before + text
+
+    def type(self, keys: str, after: str = "") -> None:
+        if after:
+            self.wait_for(after)
+        os.write(self.master, keys.encode())
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for its end; return its exit status and what it has shown since."""
+        wait_until(lambda: (self.read(), self.process.poll() is not None)[1], describe=lambda: self.shown)
+        self.read()
+        return self.process.returncode, self.shown
 
 
 @pytest.fixture
@@ -11927,6 +11985,103 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
         assert words in home.run_fine("help").out
 
 
+# Completion
+
+NAMES = ["blog/web", "api", "shop/web"]  # as short as is unique
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("sta", ["status"]),
+        ("daemon ", ["start", "stop", "status", "install", "uninstall", "logs"]),
+        ("help dae", ["daemon"]),
+        ("help project mo", ["move"]),
+        ("nope ", []),
+        ("sync ", NAMES),
+        ("sync api ", NAMES),
+        ("sync shop/", ["shop/web", "shop/api"]),
+        ("diff --exit-code a", ["api"]),
+        ("edit ", NAMES),
+        ("edit api ", []),
+        ("restore api ", []),
+        ("project remove b", ["blog/web"]),
+        ("sync ./s", []),
+        ("init . -t ", ["backend", "frontend", "mobile", "ml"]),
+        ("init -t ml -p ", ["blog", "shop"]),
+        ("status --project s", ["shop"]),
+        ("sync --a", ["--all"]),
+        ("sync --nope ", []),
+        ("completion ", ["bash", "zsh", "fish"]),
+        ("daemon logs --lines ", []),
+    ],
+)
+def test_a_word_is_completed(home: Home, typed: str, expected: list[str]) -> None:
+    for label in ("shop/api", "shop/web", "blog/web"):
+        home.write_registry(f"{label}.yaml", "{ broken")  # nothing is read
+    for name in ("shop/project.yaml", "shop/.hidden.yaml", "shop/a\tb.yaml", "shop/notes.md", "all.yaml"):
+        home.write_registry(name, "x")
+    found = [line.split("\t")[0] for line in home.run_fine("complete", "--", *typed.split(" ")).out.splitlines()]
+    assert set(expected) <= set(found) if typed == "daemon " else found == expected
+
+
+def offer(machine: Machine, shell: str, typed: str, word: str) -> list[str]:
+    """Return what a shell offers for a word."""
+    if shell == "fish":
+        argv = ["fish", "--no-config", "-c", f"orchestra completion fish | source; complete -C '{typed} {word}'"]
+    else:
+        code = f"COMP_WORDS=({typed} '{word}'); COMP_CWORD={len(typed.split())}; _orchestra"
+        code += '; printf "%s\\n" "${COMPREPLY[@]}"'
+        argv = ["bash", "--norc", "-c", f'eval "$(orchestra completion bash)"; complete -p orchestra >&2; {code}']
+    done = machine.run_program(*argv, environ={"PATH": f"{machine.link.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done
+    return [line.split("\t")[0] for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def on_path(machine: Machine) -> Machine:
+    """A machine with the program on its PATH, and two registered codebases."""
+    binary = machine.install_program()
+    put_files(machine.home, {".local/bin/orchestra": link_to(binary)})
+    for label in ("shop/api", "shop/my web"):
+        machine.write_registry(f"{label}.yaml", "x")
+    return machine
+
+
+def needs_shell(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.skipif(not shutil.which(name), reason=f"needs {name}"))
+
+
+@pytest.mark.parametrize("shell", [needs_shell("bash"), needs_shell("fish")])
+@pytest.mark.parametrize(
+    ("typed", "word", "offered"),
+    [
+        ("orchestra", "stat", ["status"]),
+        ("orchestra daemon", "un", ["uninstall"]),
+        ("orchestra sync --all", "a", ["api"]),
+        ("orchestra diff", "shop/m", ["shop/my web"]),
+        ("orchestra init -t", "m", ["mobile", "ml"]),
+        ("orchestra sync", "--c", ["--check"]),
+    ],
+)
+def test_a_shell_completes(on_path: Machine, shell: str, typed: str, word: str, offered: list[str]) -> None:
+    found = offer(on_path, shell, typed, word)
+    assert sorted(text.replace("\\ ", " ") for text in found) == sorted(offered)
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+def test_zsh_completes(on_path: Machine) -> None:
+    path = f"{on_path.link.parent}:{os.environ['PATH']}"
+    zsh = Tty(on_path, ["zsh", "-f", "-i"], PATH=path, PS1="READY$ ", ZDOTDIR=on_path.path)
+    zsh.type('autoload -Uz compinit; compinit -u -D; eval "$(orchestra completion zsh)"\r', after="READY$ ")
+    zsh.wait_for("READY$ ")
+    for typed, shown in (("orchestra stat\t", "status"), ("--ch\t", "--check"), ("a\t", "api")):
+        zsh.type(typed)
+        zsh.wait_for(shown)
+    zsh.type("\x15exit\r")
+    assert zsh.process.wait(30) == 0
+
+
 # ── 37 Status screen ──────────────────────────────────────────────────────────
 
 
@@ -11937,7 +12092,7 @@ def make_troubled(home: Home) -> None:
     home.sync()
     edit(home.code / "shop/api/CLAUDE.md", "# api", "# mine")
     home.register("bank/web", targets=["claude"], conventions=["one"])
-    home.write_registry("shop/infra.yaml", home.file("shop/infra").read_text() + "notes:\n- a: b\n")
+    home.register("shop/infra", conventions=[{"a": "b"}])
     shutil.rmtree(home.code / "shop/gone")
     (home.code / "tools/link/CLAUDE.md").unlink()
     (home.code / "tools/link/CLAUDE.md").symlink_to("README.md")
@@ -11954,8 +12109,8 @@ broken
 daemon: not running (orchestra daemon start)
 
 CODEBASE    STATE    SYNCED   WHAT
-shop/infra  broken   2 h ago  infra.yaml:6: notes[0]: needs quotes, because it
-                              contains ": "
+shop/infra  broken   2 h ago  infra.yaml:6: conventions[0]: needs quotes,
+                              because it contains ": "
 shop/api    edited   2 h ago  CLAUDE.md
 bank/web    stale    2 h ago  registry changed: CLAUDE.md
 tools/日本  stale    2 h ago  registry changed: AGENTS.md
@@ -15845,7 +16000,7 @@ def heavy_ones(modules: Iterable[str]) -> list[str]:
     return sorted(name for name in modules if name in HEAVY or name.partition(".")[0] in HEAVY)
 
 
-@pytest.mark.parametrize("argv", [["daemon", "status"], ["daemon", "stop"]])
+@pytest.mark.parametrize("argv", [["daemon", "status"], ["daemon", "stop"], ["complete", "--", "sync", "a"]])
 @pytest.mark.parametrize("is_running", [False, True])
 def test_asking_the_daemon_loads_nothing_heavy(machine: Machine, argv: list[str], is_running: bool) -> None:
     if not is_running:
