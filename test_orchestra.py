@@ -10612,6 +10612,49 @@ def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[
         assert done.returncode == 0 and "fetching PyYAML" not in done.stderr, done
 
 
+# Tools that read pyproject.toml
+
+INSTALLS_A_PACKAGE = {
+    "pip": 'python -m venv "$HOME/v" && "$HOME/v/bin/pip" install --quiet . && ln -s ../v/bin/orchestra "$HOME/bin/"',
+    "uv": "uv tool install --quiet --python python .",
+    "pipx": "pipx install --quiet --python python .",
+}
+# A systemd that starts the daemon and no more.
+ONE_START = """
+case "$2" in is-system-running) echo running;; restart)
+    sed -n 's/^ExecStart="\\(.*\\)" daemon start/\\1/p' "$HOME/.config/systemd/user/orchestra.service" >"$HOME/program"
+    setsid "$(cat "$HOME/program")" daemon start >/dev/null 2>&1 & ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("setsid"), reason="no setsid here")
+@pytest.mark.parametrize("tool", INSTALLS_A_PACKAGE)
+def test_a_package_works_and_its_daemon_survives_it(machine: Machine, tool: str) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool} here")
+    need_pypi()
+    put_files(machine.home, {"bin": None})
+    put_files(machine.tools, {"python": link_to(BASE_PYTHON)})
+    where = {"UV_TOOL_BIN_DIR": f"{machine.home}/bin", "PIPX_BIN_DIR": f"{machine.home}/bin", "PIPX_HOME": None}
+    checkout = sorted(os.listdir(HERE))
+    machine.run_well("sh", "-c", INSTALLS_A_PACKAGE[tool], cwd=HERE, environ=where)
+    assert sorted(os.listdir(HERE)) == checkout
+    program = machine.home / "bin/orchestra"
+    assert machine.run_well(program, "--version") == VERSION_LINE
+    assert machine.run_well(program, "init", machine.code, "-p", "demo", "--sync").startswith("registered demo/code")
+    machine.make_tool("systemctl", ONE_START)
+    assert machine.run_program(program, "daemon", "install", "--systemd").returncode == 0
+    try:
+        for folder in (machine.home / "v", machine.home / ".local", machine.home / "bin"):
+            shutil.rmtree(folder, ignore_errors=True)
+        installed = machine.run_program(orchestra.binary_path(machine.path), "sync", "--all", environ=FORBIDDEN)
+        assert installed.returncode == 0 and machine.answers()
+    finally:
+        orchestra.request_stop(machine.path)
+        wait_until(lambda: not os.path.lexists(machine.socket))
+
+
 # install.sh
 
 every_shell = pytest.mark.parametrize("shell", [name for name in SHELLS if name != "sh"])
