@@ -16,8 +16,8 @@
                                  ▼  backed up, then replaced in one step (24, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (25)
-                ─► job (32) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (26)
+                ─► job (30) ─► Plan, as above
 
 Contents
   I Ground
