@@ -4165,9 +4165,18 @@ class Folder:
         for pattern in patterns:
             if pattern in self._names or ("/" in pattern and os.path.exists(f"{self.path}/{pattern}")):
                 return pattern
-            for name in fnmatch.filter(self.names, pattern) if set(pattern) & set("*?[") else ():
-                return name
+            if set(pattern) & set("*?["):
+                names = self.expand(pattern) if "/" in pattern else fnmatch.filter(self.names, pattern)
+                for name in names:
+                    return name
         return ""
+
+    def expand(self, glob: str) -> list[str]:
+        """List the paths below that a glob names."""
+        found = [""]
+        for part in glob.removeprefix("./").strip("/").split("/"):
+            found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
+        return [path[1:] for path in found if os.path.exists(self.path + path)]
 
     def text(self, name: str) -> str:
         if name not in self._texts:
@@ -4222,10 +4231,7 @@ class Folder:
         paths: dict[str, None] = {}
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         for glob in (glob for glob in globs if not glob.startswith("!")):
-            found = [""]
-            for part in glob.removeprefix("./").strip("/").split("/"):
-                found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
-            paths.update(dict.fromkeys(path[1:] for path in found))
+            paths.update(dict.fromkeys(self.expand(glob)))
         wanted = [path for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded)]
         has_manifest = (path for path in wanted if os.path.isfile(f"{self.path}/{path}/{manifest}"))
         return [Folder(f"{self.path}/{path}") for path in itertools.islice(has_manifest, self.MAX_MEMBERS)]
@@ -5033,14 +5039,6 @@ class Ecosystem(NamedTuple):
                 yield Found(row.name, self.spell(folder, text) if is_command else text, source)
 
 
-def list_paths(folder: Folder, pattern: str) -> list[str]:
-    """List what matches a pattern in a folder below, named from here."""
-    import glob
-
-    paths = glob.glob(f"{glob.escape(folder.path)}/{pattern}")
-    return sorted(path[len(folder.path) + 1 :] for path in paths)
-
-
 def use_wrapper(folder: Folder, command: str) -> str:
     """Call the script in the folder that gets the tool in the right version."""
     wrappers = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
@@ -5083,7 +5081,7 @@ def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
 
 def find_go(folder: Folder) -> Iterator[Found]:
     """Find a workspace's modules where it is none itself, and the only program."""
-    programs = {os.path.dirname(path) for path in list_paths(folder, "cmd/*/*.go")}
+    programs = {os.path.dirname(path) for path in folder.expand("cmd/*/*.go")}
     if len(programs) == 1:
         yield Found("run", f"go run ./{min(programs)}", min(programs))
     modules = re.findall(r"(?m)^(?:use)?[ \t]+(\./[\w./-]+)[ \t]*$", folder.text("go.work"))
@@ -5097,14 +5095,16 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
     """Find the solution, or else the project; one of several must be named."""
     import shlex
 
-    kinds = [[name for name in folder.names if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
+    here = [name for name in folder.names if name.endswith((".slnx", ".sln", "proj"))]
+    places = here or folder.expand("src/*.sln*")
+    kinds = [[name for name in places if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
     names = next(filter(None, kinds), [])
     own = [name for name in names if os.path.splitext(name)[0] == os.path.basename(folder.path)]
     chosen = names if len(names) == 1 else own
     if len(chosen) != 1:
         return
     name = chosen[0]
-    argument = "" if sum(map(len, kinds)) == 1 else f" {shlex.quote(name)}"
+    argument = "" if here == [name] else f" {shlex.quote(name)}"
     yield Found("install", f"dotnet restore{argument}", name)
     yield Found("build", f"dotnet build{argument}", name)
     if re.search(r"(?i)test", folder.text(name)):
@@ -5131,7 +5131,7 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
 
     project = folder.find("*.xcodeproj")
     place = folder.find("*.xcworkspace") or project
-    paths = list_paths(folder, "*.xc*/xcshareddata/xcschemes/*.xcscheme")
+    paths = folder.expand("*.xc*/xcshareddata/xcschemes/*.xcscheme")
     schemes = {os.path.basename(path)[: -len(".xcscheme")] for path in paths}
     scheme = next(iter(schemes), "") if len(schemes) == 1 else os.path.splitext(project)[0]
     text = folder.text(f"{project}/project.pbxproj")
@@ -5162,14 +5162,17 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
             yield Found("one test", f"ctest --preset {test} -R NAME", source)
         return
     off = re.findall(r'(?i)\boption\s*\(\s*(\w+)\s+"[^"]*"\s+OFF\s*\)', text)
-    wanted = re.compile(r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$")
+    wanted = re.compile(
+        r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$|_DEVELOPER_MODE$"
+    )
     needed = [option for option in off if wanted.search(option)]
     # An option of tests may depend on another, which is off.
     depends = r'(?i)\bcmake_dependent_option\s*\(\s*\w*TEST\w*\s+"[^"]*"\s+ON\s+"(\w+)"\s+OFF'
     needed += [option for option in re.findall(depends, text) if option in off]
     options = "".join(f" -D{option}=ON" for option in sorted({*needed}))
     yield Found("build", f"cmake -B build{options} && cmake --build build", name)
-    if re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
+    has_tests = re.search(r"(?i)\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\([^\s)]*\btests?\b", text)
+    if has_tests and re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
         yield Found("test", "ctest --test-dir build", name)
         yield Found("one test", "ctest --test-dir build -R NAME", name)
 
@@ -5189,17 +5192,6 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
 # add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
 
 ECOSYSTEMS = (  # those further up come first where several are in one folder
-    Ecosystem(
-        "tree-sitter",
-        ("grammar.js + package.json",),
-        (
-            Row("description", "{}", "package.json description"),
-            Row("install", "npm install"),
-            Row("build", "npx tree-sitter generate"),
-            Row("test", "npx tree-sitter test"),
-            Row("one test", "npx tree-sitter test --include NAME"),
-        ),
-    ),
     Ecosystem(
         "elixir",
         ("mix.exs",),
@@ -5238,13 +5230,17 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("install", "composer install"),
             Row("test", "php artisan test", "artisan + phpunit*.xml*"),
             Row("test", "vendor/bin/pest", 'composer.json ~ "pestphp/pest"'),
+            Row("test", "php bin/phpunit", "bin/phpunit + phpunit*.xml*"),
             Row("test", "vendor/bin/phpunit", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
             Row("test", "vendor/bin/simple-phpunit", 'composer.json ~ "symfony/phpunit-bridge" + phpunit*.xml*'),
             Row("test", "vendor/bin/tester tests", 'composer.json ~ "nette/tester" + tests'),
             Row("test", "vendor/bin/codecept run", 'codeception*.yml + composer.json ~ "codeception/'),
             Row("one test", "php artisan test --filter=NAME", "artisan + phpunit*.xml*"),
             Row("one test", "vendor/bin/pest --filter=NAME", 'composer.json ~ "pestphp/pest"'),
+            Row("one test", "php bin/phpunit --filter NAME", "bin/phpunit + phpunit*.xml*"),
             Row("one test", "vendor/bin/phpunit --filter NAME", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
+            Row("one test", "vendor/bin/simple-phpunit --filter NAME", 'composer.json ~ "symfony/phpunit-bridge"'),
+            Row("one test", "vendor/bin/tester tests/FILE", 'composer.json ~ "nette/tester" + tests'),
             Row("lint", "vendor/bin/pint --test", 'composer.json ~ "laravel/pint"'),
             Row("lint", "vendor/bin/phpcs", "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"),
             Row("lint", "vendor/bin/ecs check", "ecs.php + composer.json ~ easy-coding-standard"),
@@ -5286,6 +5282,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("test", "bin/rails test", "bin/rails + test"),
             Row("test", "script/test", "script/test"),
             Row("test", "bundle exec rake test", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?test\b"),
+            Row("test", "bin/test", "bin/test"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
             Row("one test", "bin/rails test test/path/to/file_test.rb:LINE", "bin/rails + test"),
@@ -5295,6 +5293,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
                 r"Rakefile ~ Minitest::TestTask\.\w+\b(?![ (]*:(?!test\b))",
             ),
             Row("one test", "bundle exec rake test TEST=test/FILE", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("one test", "bin/test test/FILE", "bin/test"),
             Row("lint", "bundle exec standardrb", ".standard.yml"),
             Row("lint", "bundle exec standardrb", r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""),
             Row("lint", "bin/rubocop", "bin/rubocop"),
@@ -5404,7 +5403,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
             Row("tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.*version ["']([^"'\n]+)"""),
             Row("tool", "Gradle {}", "gradle/wrapper/gradle-wrapper.properties ~ gradle-([0-9.]+[0-9])"),
-            Row("build", "gradle assembleDebug", "app/src/main"),
+            Row("build", "gradle assembleDebug", "app*/src/main/AndroidManifest.xml"),
             Row("build", "gradle assemble"),
             Row("test", "gradle test allTests", "build.gradle* multiplatform kotlin.jvm"),
             Row("test", "gradle allTests", "build.gradle* multiplatform"),
@@ -5412,19 +5411,19 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row(
                 "one test",
                 "gradle :MODULE:test --tests 'ClassName.method'",
-                "settings.gradle* include + not app/src/main",
+                "settings.gradle* include + not app*/src/main/AndroidManifest.xml",
             ),
             Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
             Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
             Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
             Row("lint", "gradle detekt", "build.gradle* detekt"),
-            Row("lint", "gradle lint", "app/src/main"),
+            Row("lint", "gradle lint", "app*/src/main/AndroidManifest.xml"),
             Row("format", "gradle spotlessApply", "build.gradle* spotless"),
             Row("format", "gradle ktlintFormat", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
             Row("run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.*apply false)"""),
             Row("run", "gradle runIde", "build.gradle* org.jetbrains.intellij"),
             Row("run", "gradle run", r"build.gradle* ~ ^[ \t]*(?:application$|id[ (]+[\"']application[\"'])"),
-            Row("check", "gradle check", "*.gradle* + not app/src/main"),
+            Row("check", "gradle check", "*.gradle* + not app*/src/main/AndroidManifest.xml"),
         ),
         spell=use_wrapper,
     ),
@@ -5432,6 +5431,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ".net",
         (
             r"*.slnx ~ \.(?:cs|fs|vb)proj",
+            r"src/*.slnx ~ \.(?:cs|fs|vb)proj",
+            r"src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
             r"*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
             "*.csproj + not ProjectSettings",
             "*.fsproj",
@@ -5449,7 +5450,13 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "swift",
-        ("Package.swift + not package.json", "*.xcodeproj", "*.xcworkspace", "Tuist.swift"),
+        (
+            "Package.swift + not package.json + not CMakeLists.txt",
+            "Package.swift .testTarget + not package.json",
+            "*.xcodeproj",
+            "*.xcworkspace",
+            "Tuist.swift",
+        ),
         (
             Row("version", "Swift {}", ".swift-version"),
             Row("version", "Swift {}+", "Package.swift ~ swift-tools-version: *([0-9.]+)"),
@@ -5517,7 +5524,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("install", "deno install"),
             Row("test", "deno test -A", "*_test.ts"),
             Row("test", "deno test -A", "tests"),
-            Row("one test", "deno test -A path/to/file_test.ts --filter NAME"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "*_test.ts"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "tests"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "deno.json* tasks test"),
             Row("lint", "deno lint", "deno.json* + not eslint.config.* + not biome.json*"),
             Row("format", "deno fmt", "deno.json* + not .prettierrc* + not biome.json*"),
             Row("type check", "deno check {}", r"mod.ts ~ \A"),
@@ -5610,7 +5619,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "foundry",
-        ("foundry.toml",),
+        ("foundry.toml + not hardhat.config.*",),
         (
             Row("version", "Solidity {}", "foundry.toml profile default solc"),
             Row("version", "Solidity"),

@@ -3462,6 +3462,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "install: bundle install | test: bundle exec rake test | built with: Ruby 3.1+ | "
             "one test: bundle exec rake test TEST=test/FILE | description: Bakes | lint: -",
         ),
+        (
+            {"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:a)\ntask test: :a"},
+            "test: bundle exec rake test | one test: -",
+        ),
+        ({"x.gemspec": "", "bin/test": ""}, "test: bin/test | one test: bin/test test/FILE"),
         ({"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:unit)"}, "test: -"),
         ({"x.gemspec": "", "Rakefile": "Minitest::TestTask.create"}, "one test: bundle exec rake test N=/NAME/"),
         (
@@ -3549,6 +3554,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"A.slnx": SOLUTION, "B.slnx": SOLUTION}, "build: - | test: -"),  # which one?
         ({"A.sln": SLN.replace(".csproj", ".vcxproj")}, "build: -"),
         ({"A.sln": SLN.replace("Tests", "Web")}, "build: dotnet build | test: -"),
+        ({"src/A.sln": SLN}, "test: dotnet test src/A.sln"),
         ({"A.sln": SLN, "ProjectSettings/x": ""}, "build: -"),  # Unity's
         (
             {"A.slnx": SOLUTION, "A.csproj": "", "global.json": '{"test": {"runner": "Microsoft.Testing.Platform"}}'},
@@ -3565,6 +3571,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         ({"Package.swift": "platforms: [.iOS(.v16)], .testTarget()"}, "build: - | test: -"),
         ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],"}, "build: swift build | test: -"),
+        ({"Package.swift": "", "CMakeLists.txt": ""}, "build: cmake -B build && cmake --build build"),
         ({"Package.swift": ".executableTarget()"}, "run: swift run"),
         (
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos"), "Podfile": ""},
@@ -3618,15 +3625,17 @@ def composer(**keys: Any) -> dict[str, str]:
             {"build.zig": 'b.step("test", "x")', "build.zig.zon": '.{ .minimum_zig_version = "0.14.0" }'},
             "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
         ),
+        ({"foundry.toml": "", "hardhat.config.ts": "", **package(scripts={"test": "hardhat test"})}, "test: npm test"),
         ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
         ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
         ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
         ({"Project.toml": 'name = "x"'}, "install: -"),
         (
-            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\nset(CMAKE_CXX_STANDARD 17)\nenable_testing()\n"},
+            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\ncxx_std_17\nenable_testing()\nadd_test(x)"},
             "build: cmake -B build && cmake --build build | test: ctest --test-dir build | "
             "one test: ctest --test-dir build -R NAME | built with: C++17, CMake 3.14+",
         ),
+        ({"CMakeLists.txt": "enable_testing()\n"}, "test: -"),  # those of its parts, if any
         ({"CMakeLists.txt": "project(x)\n"}, "test: -"),
         (
             {"CMakeLists.txt": 'option(X_BUILD_TESTS "t" OFF)\noption(X_CUDA_TEST "c" OFF)\n  include(CTest)\n'},
@@ -3664,7 +3673,6 @@ def composer(**keys: Any) -> dict[str, str]:
             "install: terraform init | lint: tflint | format: terraform fmt -recursive | test: - | "
             "check: terraform validate | built with: Terraform 1.5+",
         ),
-        ({"grammar.js": "", **package(name="x"), "Cargo.toml": ""}, "test: npx tree-sitter test"),
     ],
 )
 def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expected: str) -> None:
