@@ -10947,6 +10947,11 @@ def pieces(word: str, width: int) -> Iterator[str]:
         word = word[len(piece) :]
 
 
+def cut(text: str, width: int) -> str:
+    """Return as much of a text as fits into some columns."""
+    return next(pieces(text, width), "")
+
+
 def wrap(text: str, width: int) -> list[str]:
     """Break a text at spaces, and words that are too long where they must be."""
     lines = [""]
@@ -11438,6 +11443,129 @@ class StatusView(NamedTuple):
         return lines
 
 
+# Live
+
+# `status --watch` draws a frame whenever one differs from the last. At each tick it asks
+# the daemon and reads its log. The codebases are judged again after a sync, and now and
+# then, since the daemon does not see hand edits.
+
+
+def format_event(line: str, width: int) -> str:
+    """Shorten a line of the daemon's log; "" for one that says nothing to a user."""
+    from datetime import datetime
+
+    when, _, rest = line.partition(" ")
+    level, _, text = rest.partition(" ")
+    message = re.split(r" \w+=", text, maxsplit=1)[0]
+    fields = dict(re.findall(r' (\w+)=("(?:[^"\\]|\\.)*"|[^\s"]+)', text))
+    try:
+        at = datetime.fromisoformat(when.replace("Z", "+00:00")).astimezone().strftime("%H:%M:%S")
+        values = [json.loads(value) if value.startswith('"') else value for value in fields.values()]
+    except ValueError:
+        return ""
+    if message == "staleness":
+        return ""
+    if message == "synced":
+        said = f"{fields.get('target', '')}  {fields.get('written', '?')} written  {fields.get('ms', '?')} ms"
+    else:
+        named = ", ".join(f"{name} {value}" for name, value in zip(fields, values))
+        said = ": ".join([f"! {message}", *values]) if level == "WARNING" else f"{message} {named}"
+    return cut(visible(f"{at}  {said}").replace("~/.orchestra/projects/", ""), width)
+
+
+class LiveStatus:
+    """What `status --watch` shows. `scan` judges the codebases."""
+
+    MOST_EVENTS = 200
+    RESCAN = 2.0  # seconds, or this many times what the last scan took:
+    RESCAN_SHARE = 20
+
+    def __init__(self, home: str, scan: Callable[[], Status], clock: Clock = time.monotonic) -> None:
+        self._home = home
+        self._scan = scan
+        self._clock = clock
+        self._log = LogReader(stdout_log_path(home))
+        self._events = self._log.tail(self.MOST_EVENTS)
+        self._daemon: Mapping[str, Any] = {}
+        self._status = Status((), ())
+        self._scan_at = 0.0
+
+    def look(self) -> None:
+        """Ask the daemon, read its log, and judge the codebases if that is due."""
+        last_sync = self._daemon.get("last_sync_at_unix")
+        self._daemon = ask_daemon(self._home)
+        new = self._log.read()
+        self._events = b"".join((self._events + new).splitlines(True)[-self.MOST_EVENTS :])
+        now = self._clock()
+        if now >= self._scan_at or last_sync != self._daemon.get("last_sync_at_unix"):
+            self._status = self._scan()
+            took = self._clock() - now
+            self._scan_at = now + max(self.RESCAN, self.RESCAN_SHARE * took)
+
+    def frame(self, width: int, height: int) -> list[str]:
+        """Return the lines of the screen, as many as fit."""
+        daemon, width = self._daemon, width - 1  # a full line might scroll
+        title = describe_daemon(daemon) + (f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else "")
+        entries = StatusView(self._home, self._status, daemon).format_entries(width)
+        events = [format_event(line, width) for line in self._events.decode("utf-8", "replace").splitlines()]
+        events = [event for event in reversed(events) if event]
+        room = max(height - 5, 2)
+        fits = max(room // 2, room - len(events))
+        if len(entries) > fits:
+            entries[fits - 1 :] = [f"... and more: orchestra status ({len(entries) - fits + 1} lines)"]
+        rule = "-" * width
+        lines = [f"{title.ljust(width - 8)}  q quit", self._status.describe(), rule, *entries, rule, *events]
+        return [cut(line, width) for line in lines[:height]]
+
+
+@contextmanager
+def own_screen() -> Iterator[None]:
+    """Take the terminal over, key by key, and leave it as it was, come what may."""
+    import signal
+    import termios
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = termios.tcgetattr(0)
+    mode = [*before[:6], [*before[6]]]
+    mode[3] &= ~(termios.ICANON | termios.ECHO)
+    mode[6][termios.VSUSP] = bytes([os.fpathconf(0, "PC_VDISABLE")])  # a stopped one would keep the screen
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        sys.stdout.write("\033[?1049h\033[?25l")
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        with suppress(OSError, termios.error):  # the terminal is gone
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+            sys.stdout.write("\033[?25h\033[?1049l")
+            sys.stdout.flush()
+
+
+def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
+    """Keep a live status on the terminal until q is typed."""
+    import select
+
+    with own_screen():
+        shown: tuple[Any, ...] = ()
+        while True:
+            live.look()
+            size = os.get_terminal_size(sys.stdout.fileno())
+            lines = live.frame(size.columns, size.lines)
+            if (size, lines) != shown:
+                text = "\033[K\n".join(screen.paint_words(line, STATE_COLORS) for line in lines)
+                sys.stdout.write(f"\033[H{text}\033[K\033[J")
+                sys.stdout.flush()
+                shown = (size, lines)
+            if select.select([0], [], [], tick)[0]:
+                keys = os.read(0, 64)
+                if not keys or b"q" in keys.lower():
+                    return
+
+
 # ── 38 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and what mends it. A new check is a method of Doctor that
@@ -11901,6 +12029,8 @@ class Commands(NamedTuple):
         return keys, OK
 
     def cmd_status(self) -> int:
+        if self.args.watch:
+            return self._watch()
         registry = load_registry(self.home)
         keys, failed = self._choose_codebases(registry)
         status, daemon = scan_staleness(self.home, registry, keys), ask_daemon(self.home)
@@ -11920,6 +12050,16 @@ class Commands(NamedTuple):
         if failed or any(entry.status == State.ERROR for entry in status.codebases):
             return FAILED
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
+
+    def _watch(self) -> int:
+        def scan() -> Status:
+            registry = load_registry(self.home)
+            return scan_staleness(self.home, registry, self._choose_codebases(registry)[0])
+
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise UsageError("--watch needs a terminal", "orchestra status")
+        show_live(LiveStatus(self.home, scan), self.screen)
+        return OK
 
     def cmd_diff(self) -> int:
         registry = load_registry(self.home)
@@ -12165,6 +12305,7 @@ COMMANDS = {
             CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
             argument("--project", help="only this project's codebases"),
             switch("--all", help="list those that are current, too"),
+            switch("--watch", help="keep it on the screen, with what the daemon does"),
             switch("--check", help="exit 1 if sync would write anything"),
             JSON,
         ),

@@ -728,7 +728,7 @@ class Tty:
             self.read()
             return text in self.shown
 
-        wait_until(is_shown, timeout, lambda: f"for {text!r} in {self.shown!r}")
+        wait_until(is_shown, timeout, lambda: f"for {text!r} in {self.shown[-2000:]!r}")
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
@@ -12241,6 +12241,84 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
         listener.listen()
         started = time.monotonic()
         assert "daemon: " in live.run("status").out and time.monotonic() - started < 10
+
+
+# Live
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ("INFO synced target=api source=watcher codebases=1 written=2 errors=0 ms=6", "api  2 written  6 ms"),
+        ('WARNING problem error="~/.orchestra/projects/shop/a.yaml:4: \\"x\\""', '! problem: shop/a.yaml:4: "x"'),
+        ("INFO started pid=7 version=0.1.0", "started pid 7, version 0.1.0"),
+        ('WARNING odd error="\\u001b[2J"', r"! odd: \x1b[2J"),
+        ("INFO staleness current=3", ""),
+        ('WARNING broken error="\\q"', ""),
+    ],
+)
+def test_an_event_is_shortened_for_the_screen(line: str, event: str) -> None:
+    shown = orchestra.format_event(f"2026-11-29T01:53:37.123Z {line}", 60)
+    assert re.sub(r"^\d\d:53:37  ", "", shown) == event[:50]
+    assert orchestra.format_event(f"2026-11-29T01:53:37.123Z {line}", 12)[:12] == shown[:12]
+    assert orchestra.format_event("garbage", 60) == orchestra.format_event("", 60) == ""
+
+
+@pytest.mark.parametrize("size", [(80, 24), (40, 8), (10, 3), (200, 60)])
+def test_a_frame_fits_the_terminal(home: Home, size: tuple[int, int]) -> None:
+    make_troubled(home)
+    orchestra.Log(home.path).info("synced", target="shop/api", written=1, ms=3)
+    live = orchestra.LiveStatus(home.path, lambda: orchestra.scan_staleness(home.path, home.registry()))
+    live.look()
+    lines = live.frame(*size)
+    assert len(lines) <= size[1] and all(orchestra.text_width(line) < size[0] for line in lines)
+    if size == (80, 24):
+        assert lines[0].startswith("daemon: not running") and lines[0].endswith("  q quit")
+        assert lines[3].split() == ["CODEBASE", "STATE", "SYNCED", "WHAT"]
+        assert lines[-1].endswith("  shop/api  1 written  3 ms")
+
+
+def watch(home: Home) -> Tty:
+    live = Tty(home, home.command("status", "--watch"))
+    live.wait_for("q quit")
+    return live
+
+
+def test_a_live_status_shows_syncs_and_ends_with_q(served: Home) -> None:
+    live = watch(served)
+    assert live.has_changed
+    served.make_codebase(targets=["claude"])
+    live.wait_for("api  1 written")
+    live.wait_for("1 codebase in 1 project: 1 current")
+    edit(served.code / "shop/api/CLAUDE.md", "# api", "# mine")  # which no daemon sees
+    live.wait_for("1 edited by hand")
+    live.resize(10, 30)
+    live.wait_for("\r\n" + "-" * 29 + "\x1b[K")
+    live.type("q")
+    status, shown = live.finish()
+    assert status == 0 and shown.endswith("\x1b[?25h\x1b[?1049l") and not live.has_changed
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda home, live: live.type("\x03"), 130),
+        (lambda home, live: live.process.terminate(), 128 + signal.SIGTERM),
+        (lambda home, live: put_in("home/.orchestra/projects")(home), 2),  # an error
+        (lambda home, live: os.kill(live.process.pid, signal.SIGHUP), 128 + signal.SIGHUP),
+    ],
+)
+def test_however_a_live_status_ends_the_terminal_is_as_before(home: Home, end: Any, status: int) -> None:
+    put_files(Path(home.path), {".orchestra": None})
+    live = watch(home)
+    end(home, live)
+    found, shown = live.finish()
+    assert found == status and "\x1b[?25h\x1b[?1049l" in shown and not live.has_changed
+
+
+def test_a_live_status_needs_a_terminal(home: Home) -> None:
+    said = "orchestra: --watch needs a terminal\n  try: orchestra status\n"
+    assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
 
 
 # ── 38 Doctor ─────────────────────────────────────────────────────────────────
