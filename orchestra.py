@@ -11445,9 +11445,9 @@ class StatusView(NamedTuple):
 
 # Live
 
-# `status --watch` draws a frame whenever one differs from the last. At each tick it asks
-# the daemon and reads its log. The codebases are judged again after a sync, and now and
-# then, since the daemon does not see hand edits.
+# `status --watch` draws a frame whenever one differs from the last. At each tick it
+# asks the daemon and reads its log. The codebases are judged again after a sync, and
+# now and then, since the daemon does not see hand edits.
 
 
 def format_event(line: str, width: int) -> str:
