@@ -3336,6 +3336,7 @@ class RegistryFile(Document):
         )
         if said.name and said.name != name:
             self.complain(f"name: the {called}, but name says {said.name!r}", node)
+        self.notes.sort(key=lambda note: int(note.where.rpartition(":")[2]))
         return said
 
     def _belongs(self, name: YamlNode, kind: str) -> bool:
@@ -7197,6 +7198,7 @@ class SyncCodebaseResult(NamedTuple):
     errors: tuple[Problem, ...] = ()
     has_leftovers: bool = False  # a file is set aside, as it may still be written to
     is_absent: bool = False  # its folder is not on this machine
+    remarks: Sequence[Problem] = ()  # on its registry files, in which nothing is wrong
 
     @property
     def key(self) -> Key:
@@ -7514,8 +7516,10 @@ def run_pipeline(
         if key in registry.broken:
             results.append(SyncCodebaseResult(*key, errors=tuple(registry.broken[key])))
         else:
-            mode = SyncMode(dry_run, take_over=take_over)
-            results.append(sync_codebase(home, registry.codebases[key], registry.owners, mode))
+            mode, codebase = SyncMode(dry_run, take_over=take_over), registry.codebases[key]
+            result = sync_codebase(home, codebase, registry.owners, mode)
+            remarks = codebase.remarks
+            results.append(result._replace(remarks=remarks) if remarks else result)
     return results if scope.names is not None else pass_over_absent(results)
 
 
@@ -9677,6 +9681,7 @@ class JobLog:
         self._log = log
         self._notify = notify
         self._logged: dict[Key, Sequence[Problem]] = {}
+        self._noted: dict[Key, Sequence[Problem]] = {}
 
     def write(self, outcome: JobOutcome) -> None:
         if outcome.bug:
@@ -9707,15 +9712,21 @@ class JobLog:
                 **({"absent": absent} if absent else {}),
             )
             self.write_problems({STRAY: outcome.stray, **{r.key: r.errors for r in outcome.results}})
+            for note in self._take_new(self._noted, {r.key: r.remarks for r in outcome.results}):
+                self._log.info("note", text=note)
+
+    @staticmethod
+    def _take_new(known: dict[Key, Sequence[Problem]], found: Mapping[Key, Sequence[Problem]]) -> list[Problem]:
+        """Make what some codebases have now known; return what none had before."""
+        before = set(itertools.chain.from_iterable(known.values()))
+        known.update(found)
+        for key in [key for key, problems in found.items() if not problems]:
+            del known[key]
+        return [p for p in dict.fromkeys(itertools.chain.from_iterable(found.values())) if p not in before]
 
     def write_problems(self, found: Mapping[Key, Sequence[Problem]]) -> None:
-        """Log the problems that some codebases have now and did not have before."""
-        new: list[Problem] = []
-        for key, problems in found.items():
-            known = self._logged.pop(key, ())
-            new += [problem for problem in problems if problem not in known]
-            if problems:
-                self._logged[key] = problems
+        """Log the problems that some codebases have now and none had before."""
+        new = self._take_new(self._logged, found)
         for problem in new[:MAX_LOGGED_ERRORS]:
             self._log.warning("problem", error=problem)
             self._notify(str(problem))
@@ -11976,8 +11987,16 @@ class Commands(NamedTuple):
             self._print_results(results, dry_run)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
+        failed = max(failed, self._tell_remarks(remark for result in results for remark in result.remarks))
         is_outdated = args.check and any(file.writes for result in results for file in result.files)
         return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
+
+    def _tell_remarks(self, remarks: Iterable[Problem], is_strict: Optional[bool] = None) -> int:
+        """Print notes on registry files, which with --strict are a failure."""
+        found = list(dict.fromkeys(remarks))
+        for remark in found:
+            self._note(visible(str(remark)))
+        return FAILED if found and (self.args.strict if is_strict is None else is_strict) else OK
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
@@ -12012,6 +12031,7 @@ class Commands(NamedTuple):
             **pick(result, "project", "codebase", "written", "unchanged", "failed"),
             "files": [pick(file, "path", "action", "note") for file in result.files],
             "errors": [str(problem) for problem in result.errors],
+            "notes": [str(remark) for remark in result.remarks],
             "absent": result.is_absent,
         }
 
@@ -12034,20 +12054,23 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         keys, failed = self._choose_codebases(registry)
         status, daemon = scan_staleness(self.home, registry, keys), ask_daemon(self.home)
+        remarks = registry.remarks(keys)
         if self.args.json:
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
             codebases = [pick(entry, *names) for entry in status.codebases]
             state = {name: daemon[name] for name in ("running", "version", "pid") if name in daemon}
-            print_json({"summary": status.summary, "codebases": codebases, "daemon": state})
+            told = [str(remark) for remark in remarks]
+            print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": told})
         elif status.codebases:
-            notes = replaced_problems(self.home, set(keys), time.time())
+            notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
             view = StatusView(self.home, status, daemon, notes, self.args.all or bool(self.args.codebases))
             for line in view.format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
         elif not failed:
             say(NO_CODEBASES)
         failed = max(failed, report_all(status.stray))
-        if failed or any(entry.status == State.ERROR for entry in status.codebases):
+        is_broken = any(entry.status == State.ERROR for entry in status.codebases)
+        if failed or is_broken or (self.args.strict and remarks):
             return FAILED
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
 
@@ -12134,7 +12157,9 @@ class Commands(NamedTuple):
         if status:
             end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
             raise UsageError(f"the editor {end}")
-        return report_all(load_registry(self.home).broken.get(key, ()))
+        registry = load_registry(self.home)
+        self._tell_remarks(registry.remarks([key]), is_strict=False)
+        return report_all(registry.broken.get(key, ()))
 
     # Looking after the installation
 
@@ -12307,6 +12332,7 @@ COMMANDS = {
             switch("--all", help="list those that are current, too"),
             switch("--watch", help="keep it on the screen, with what the daemon does"),
             switch("--check", help="exit 1 if sync would write anything"),
+            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),
         heading=DAILY,
@@ -12319,6 +12345,7 @@ COMMANDS = {
             switch("--all", help="every registered codebase"),
             switch("--dry-run", help="only show what would be written"),
             switch("--check", help="write nothing; exit 1 if anything would be written"),
+            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),
         heading=DAILY,

@@ -2790,7 +2790,7 @@ def test_a_bad_layer_is_one_problem_and_stops_what_it_covers(home: Home, files: 
     ("name", "text", "notes"),
     [
         ("all.yaml", "path: /x\nname: all\n", ["1: path: ignored here: .* own file", "2: name: ignored here: .*"]),
-        ("shop/project.yaml", "a: b\nprojects: x\n", ["2: projects: ignored .*", "1: a: unknown key, ignored"]),
+        ("shop/project.yaml", "a: b\nprojects: x\n", ["1: a: unknown key, ignored", "2: projects: ignored .*"]),
         ("shop/api.local.yaml", "created_at: x\n", ["1: created_at: ignored here: .* file or project.yaml"]),
         (
             "shop/project.yaml",
@@ -2815,6 +2815,33 @@ def test_what_is_ignored_in_a_file_is_noted(home: Home, name: str, text: str, no
         assert registry.problems == [] and len(found) == len(notes)
         for note, expected in zip(found, notes):
             assert re.fullmatch(rf"~/\.orchestra/projects/{name}:{expected}", note), note
+
+
+def test_notes_are_told_by_every_command_and_with_strict_a_failure(home: Home) -> None:
+    note = "~/.orchestra/projects/all.yaml:1: convention: unknown key, ignored: did you mean conventions?"
+    home.write_registry("all.yaml", "convention: [a]\n")
+    for label in ("shop/api", "shop/web"):
+        home.make_codebase(label)
+    for argv in (["sync", "--all"], ["status"], ["sync", "api"], ["status", "web"]):
+        ran, strict, quiet = (home.run(*argv, *option) for option in ([], ["--strict"], ["-q"]))
+        assert (ran.status, strict.status, quiet.err) == (0, 2, ""), ran
+        assert (ran.out + ran.err).count(f"note: {note}\n") == 1 == (strict.out + strict.err).count(note)
+        (notes,) = [json.loads(home.run(*argv, "--json").out)]
+        assert (notes if isinstance(notes, dict) else notes[0])["notes"] == [note]
+    home.environ["EDITOR"] = "true"
+    assert home.run_fine("edit", "api").err == f"note: {note}\n"
+
+
+def test_the_daemon_logs_each_note_once_while_it_lasts(served: Home) -> None:
+    served.save("shop/api")
+    served.write_registry("shop/project.yaml", "note: [a]\n")
+    wait_until(lambda: served.log().count("INFO note text=") == 1)
+    for label in ("shop/web", "shop/new"):
+        served.save(label)
+        wait_until(lambda label=label: served.has("first", label))
+    served.write_registry("shop/project.yaml", "x: y\nnote: [a]\n")
+    wait_until(lambda: served.log().count("INFO note text=") == 3)
+    assert served.log().count("project.yaml:1: note: unknown key, ignored: did you mean notes?") == 1
 
 
 @pytest.mark.parametrize(
