@@ -8,12 +8,12 @@
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (20) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (21, 22)
+    Codebase ── rendered (21) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (22, 23)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (24, 5 to 7)
+                                 ▼  backed up, then replaced in one step (25, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
     The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (26)
@@ -41,34 +41,35 @@ Contents
     16 Node and Python    their package managers, environments and tools
     17 Ecosystems         how a language's table is read, and what none can say
     18 Languages          a table per language: its commands, and the evidence for them
-    19 Detection          what a folder holds: the first draft of its registry file
+    19 Detection          what a folder holds, by its manifests
+    20 Drafting           the first draft of a registry file, and silence
 
   III Sync
-    20 Text               what agents read, rendered from a codebase
-    21 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    22 Records            what was last written, which proves that it is Orchestra's
-    23 Plan               what is to be written now, and what becomes of what is there
-    24 Sync               carrying a plan out, and bringing replaced text back
-    25 Status and diff    a plan put into a word, and into a diff
+    21 Text               what agents read, rendered from a codebase
+    22 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    23 Records            what was last written, which proves that it is Orchestra's
+    24 Plan               what is to be written now, and what becomes of what is there
+    25 Sync               carrying a plan out, and bringing replaced text back
+    26 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    26 Watching           events say where to look; the tree, what changed
-    27 Logs               the daemon's log files, written and followed
-    28 Programs           other programs, started and waited for
-    29 Control socket     lines of JSON, the client, the server
-    30 Worker             jobs, one at a time, beside the loop
-    31 Daemon             the loop: watcher, socket, signals and timers
+    27 Watching           events say where to look; the tree, what changed
+    28 Logs               the daemon's log files, written and followed
+    29 Programs           other programs, started and waited for
+    30 Control socket     lines of JSON, the client, the server
+    31 Worker             jobs, one at a time, beside the loop
+    32 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    32 Installing         PyYAML and the installed program
-    33 Services           the daemon at login: launchd
-    34 Registering        a folder becomes a codebase
-    35 Output             messages, tables and colors for a terminal or a pipe
-    36 Arguments          the rows of the table of commands
-    37 Status screen      what status shows, once or live
-    38 Doctor             looks for what commonly goes wrong
-    39 Commands           one method per command
-    40 Command line       the table of commands, and main
+    33 Installing         PyYAML and the installed program
+    34 Services           the daemon at login: launchd
+    35 Registering        a folder becomes a codebase
+    36 Output             messages, tables and colors for a terminal or a pipe
+    37 Arguments          the rows of the table of commands
+    38 Status screen      what status shows, once or live
+    39 Doctor             looks for what commonly goes wrong
+    40 Commands           one method per command
+    41 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -1982,7 +1983,8 @@ class Agent(NamedTuple):
 
     target: str
     path: str
-    traces: tuple[str, ...]  # other paths that show it is in use; "x/" is a folder
+    traces: tuple[str, ...] = ()  # other files that instruct it; "x/" is a folder of them
+    folders: tuple[str, ...] = ()  # others that it is set up by
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
@@ -1995,17 +1997,19 @@ AGENTS = {
         Agent(
             "claude",
             "CLAUDE.md",
+            (".claude/CLAUDE.md",),
             (".claude",),
             budget=Budget(200, "lines", "Anthropic recommends at most"),
             hides="AGENTS.md",
         ),
-        Agent("codex", "AGENTS.md", (".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
-        Agent("gemini", "GEMINI.md", (".gemini",)),
-        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions",)),
+        Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
+        Agent("gemini", "GEMINI.md", folders=(".gemini",)),
+        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions/",)),
         Agent(
             "cursor",
             ".cursor/rules/orchestra.mdc",
-            (".cursor", ".cursorrules"),
+            (".cursorrules", ".cursor/rules/"),
+            (".cursor",),
             owned=True,
             header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
             budget=Budget(500, "lines", "Cursor recommends at most"),
@@ -2013,7 +2017,8 @@ AGENTS = {
         Agent(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            (".windsurf", ".windsurfrules", ".devin/rules"),
+            (".windsurfrules", ".windsurf/rules/", ".devin/rules/"),
+            (".windsurf",),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Windsurf reads at most"),
@@ -2023,7 +2028,7 @@ AGENTS = {
         Agent(
             "antigravity",
             ".agents/rules/orchestra.md",
-            (".agents/rules", ".agent/rules"),
+            (".agents/rules/", ".agent/rules/"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(24000, "bytes", "Antigravity reads at most"),
@@ -5778,18 +5783,6 @@ ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
-RUNNERS = frozenset(  # the words that a command of the user's own may begin with
-    (
-        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
-        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
-        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
-        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
-        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
-        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
-        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
-        *("stack", "terraform", "docker"),
-    )
-)
 
 
 class Detected(NamedTuple):
@@ -5801,7 +5794,6 @@ class Detected(NamedTuple):
     built_with: Optional[Found] = None
     packages: Optional[Found] = None  # of a workspace
     commands: tuple[Found, ...] = ()
-    targets: tuple[str, ...] = ()
 
 
 COMMAND_NAMES = (
@@ -5994,13 +5986,156 @@ def detect(path: str, home: str = "") -> Detected:
         detect_versions(found),
         next((item for item in items if item.name == "packages"), detect_packages(folder)),
         tuple(detect_commands(folder, found)),
-        tuple(a.target for a in AGENTS.values() if any(map(folder.find, (a.path, *a.traces)))),
+    )
+
+
+# ── 20 Drafting ───────────────────────────────────────────────────────────────
+
+# What `init` makes of what was found. Where the user has told the agents commands,
+# nothing is drafted: what repeats their own text costs attention, and what contradicts
+# it does harm.
+
+SPOKEN = 2  # commands of the user's own that are enough
+RUNNERS = frozenset(  # the words that a command of the user's own may begin with
+    (
+        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
+        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
+        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
+        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
+        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
+        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
+        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
+        *("stack", "terraform", "docker"),
+    )
+)
+ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # commands in one word
+SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
+IMPORTS_AGENTS = re.compile(r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b")
+GENERATED = re.compile(r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)")
+
+
+class Draft(NamedTuple):
+    """What to register of a folder, and what to tell of it.
+
+    `targets` is empty if nothing there says which. `found` is told, and `notes` warn.
+    """
+
+    description: str
+    commands: Pairs
+    targets: tuple[str, ...]
+    defaults: tuple[str, ...]
+    found: tuple[Found, ...]
+    notes: tuple[str, ...]
+
+
+def read_own_texts(root: str) -> dict[str, str]:
+    """Read the files that instruct agents, without a block of Orchestra's."""
+    texts = {}
+    for agent in AGENTS.values():
+        for path in () if agent.owned else (agent.path, *agent.traces):
+            with suppress(IoError):
+                data = read_disk(real_path(f"{root}/{path}"), 1 << 20).data
+                with suppress(SyncError):  # half a block: all of it may be the user's
+                    block = find_block(data)
+                    data = data if block is None else data[: block.start] + data[block.stop :]
+                if data:
+                    texts[path] = data.decode("utf-8", "replace")
+    return texts
+
+
+def is_command(text: str, is_fenced: bool) -> bool:
+    """Recognize a command of a known runner; a runner's bare name may be just that."""
+    words = [*itertools.dropwhile(lambda word: "=" in word, text.strip().removeprefix("$ ").split())]
+    return bool(words) and words[0] in RUNNERS and (len(words) > 1 or is_fenced or words[0] in ALONE)
+
+
+def count_commands(text: str) -> int:
+    """Count the different commands in a text's code spans and fenced lines."""
+    found: set[str] = set()
+    fence, is_shell = "", False
+    for line in map(str.strip, text.split("\n")):
+        inner = line.lstrip("-*+>.) 0123456789")  # a fence may be in a list item
+        mark = inner[:3]
+        if mark in ("```", "~~~") and mark not in inner[3:] and fence in ("", mark):
+            fence = "" if fence else mark
+            is_shell = inner.strip("`~").strip().lower() in SHELLS
+        elif not fence:
+            spans = re.findall("`([^`]+)`", re.sub("`{2,}", "`", line))
+            found.update(span.strip() for span in spans if is_command(span, False))
+        elif is_shell and is_command(line, True):
+            found.add(line)
+    return len(found)
+
+
+def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Find the agents whose instruction files are there.
+
+    One is left out if its file imports AGENTS.md, or is a link to another's file: it
+    reads the text there, and would read it twice.
+    """
+
+    def has(path: str) -> bool:
+        return os.path.exists(f"{root}/{path}")
+
+    def is_link(path: str) -> bool:
+        return os.path.islink(f"{root}/{path}") and any(
+            is_same_file(f"{root}/{path}", f"{root}/{other}") for other in AGENTS_BY_PATH if other != path
+        )
+
+    importing = {
+        agent.target
+        for agent in AGENTS.values()
+        if agent.path != "AGENTS.md"
+        and any(IMPORTS_AGENTS.search(texts.get(path, "")) for path in (agent.path, *agent.traces))
+    }
+    imported = {"AGENTS.md"} if importing else set()
+    return tuple(
+        agent.target
+        for agent in AGENTS.values()
+        if agent.target not in importing
+        and not is_link(agent.path)
+        and (agent.path in imported or any(map(has, (agent.path, *agent.traces))))
+    )
+
+
+def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
+    """Tell what shows that another tool writes instruction files too."""
+    notes = [
+        f"{path} says that another tool generates it, which would overwrite Orchestra's block"
+        for path, text in texts.items()
+        if GENERATED.search(text[:1000])
+    ]
+    if os.path.isdir(f"{root}/.ruler"):
+        notes.append(".ruler/ is there: ruler writes the same files, so let one of the two do it")
+    return notes
+
+
+def make_draft(root: str, found: Detected) -> Draft:
+    """Draft what to register of a folder in which something was detected."""
+    texts = read_own_texts(root)
+    counts = {path: count_commands(text) for path, text in texts.items()}
+    most = max(counts, key=lambda path: counts[path], default="")
+    told = [found.description, found.built_with, found.packages, *found.commands]
+    if most and counts[most] >= SPOKEN:
+        found = found._replace(description=None, built_with=None, packages=None, commands=())
+        told = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
+    paragraphs = [found.description and found.description.text]
+    paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
+    paragraphs += [found.packages and f"Packages: {found.packages.text}."]
+    in_use = [agent.target for agent in AGENTS.values() if any(os.path.isdir(f"{root}/{f}") for f in agent.folders)]
+    return Draft(
+        "\n\n".join(filter(None, paragraphs)),
+        tuple((command.name, command.text) for command in found.commands),
+        find_targets(root, texts),
+        tuple(target for target in AGENTS if target in (*DEFAULT_TARGETS, *in_use)),
+        tuple(filter(None, told)),
+        tuple(find_other_tools(root, texts)),
     )
 
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 20 Text ───────────────────────────────────────────────────────────────────
+# ── 21 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -6176,34 +6311,46 @@ def _render_role(role: AgentRole) -> str:
     return f"- {one_line(role.agent_id)}{entry}{skills}"
 
 
-def _render_stack(codebase: Codebase) -> list[str]:
-    """List the parts, unless all they say is that the codebase is a backend."""
-    parts = [(part.name, part.project_type) for part in codebase.projects]
-    return [] if parts == [(codebase.name, "backend")] else [f"- {one_line(name)}: {kind}" for name, kind in parts]
+def _render_section(title: str, lines: Sequence[str]) -> str:
+    return (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _render_stack(parts: Iterable[Component]) -> list[str]:
+    return [f"- {one_line(part.name)}: {part.project_type}" for part in parts]
+
+
+def _is_simple(codebase: Codebase) -> bool:
+    """Return whether a codebase has one part at most, and that is all of it."""
+    return all(part.name == codebase.name for part in codebase.projects) and len(codebase.projects) < 2
 
 
 def render_head(codebase: Codebase) -> str:
-    """Write what a file begins with, unless the user's own text is there to say it."""
-    description = paragraphs(codebase.description)
-    return f"# {one_line(codebase.name)}\n" + (f"\n{description}\n" if description else "")
+    """Write what a codebase is, unless the user's own text is there to say it.
+
+    A type is worth telling if it is not the one that is taken without evidence.
+    """
+    text = [f"# {one_line(codebase.name)}\n"]
+    if codebase.description.strip():
+        text.append(f"{paragraphs(codebase.description)}\n")
+    if _is_simple(codebase) and any(part.project_type != "backend" for part in codebase.projects):
+        text.append(_render_section("Stack", _render_stack(codebase.projects)))
+    return "\n".join(text)
 
 
 def render_body(codebase: Codebase) -> str:
     """Write all else that an agent is told about a codebase, "" if that is nothing."""
+    parts = codebase.projects
     sections = (
-        ("Stack", _render_stack(codebase)),
+        ("Stack", [] if _is_simple(codebase) else _render_stack(parts)),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
         ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
         *(("", [prose.text]) for prose in codebase.prose),
-        ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
+        ("Tasks", [_render_task(task) for c in parts for task in c.tasks if task.status != "done"]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
-        ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
+        ("Agents", [_render_role(role) for c in parts for role in c.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
-    parts = [
-        (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n" for title, lines in sections if any(lines)
-    ]
-    return "\n".join(parts)
+    return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
 
 
 def targets_of(codebase: Codebase) -> tuple[str, ...]:
@@ -6256,7 +6403,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 21 Blocks ─────────────────────────────────────────────────────────────────
+# ── 22 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -6468,7 +6615,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the {noun} on line {line} is never closed: agents may take Orchestra's text below it for {reading}"
 
 
-# ── 22 Records ────────────────────────────────────────────────────────────────
+# ── 23 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -6612,7 +6759,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 23 Plan ───────────────────────────────────────────────────────────────────
+# ── 24 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -7154,7 +7301,7 @@ class Planner:
         )
 
 
-# ── 24 Sync ───────────────────────────────────────────────────────────────────
+# ── 25 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -7523,7 +7670,7 @@ def run_pipeline(
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 25 Status and diff ────────────────────────────────────────────────────────
+# ── 26 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -7747,7 +7894,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 26 Watching ───────────────────────────────────────────────────────────────
+# ── 27 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -8334,7 +8481,7 @@ class Watcher:
             return False
 
 
-# ── 27 Logs ───────────────────────────────────────────────────────────────────
+# ── 28 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -8498,7 +8645,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 28 Programs ───────────────────────────────────────────────────────────────
+# ── 29 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -8658,7 +8805,7 @@ def start_apart(work: Callable[[], int]) -> int:
         os._exit(status)
 
 
-# ── 29 Control socket ─────────────────────────────────────────────────────────
+# ── 30 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -9216,7 +9363,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 30 Worker ─────────────────────────────────────────────────────────────────
+# ── 31 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -9545,7 +9692,7 @@ class Worker:
         return counts
 
 
-# ── 31 Daemon ─────────────────────────────────────────────────────────────────
+# ── 32 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -10009,7 +10156,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 32 Installing ─────────────────────────────────────────────────────────────
+# ── 33 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -10276,7 +10423,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 33 Services ───────────────────────────────────────────────────────────────
+# ── 34 Services ───────────────────────────────────────────────────────────────
 
 # The daemon in the background: started by launchd or systemd, now and at each login, or
 # detached from the terminal.
@@ -10675,7 +10822,7 @@ def uninstall_systemd(systemd: Systemd) -> bool:
     return was_installed
 
 
-# ── 34 Registering ────────────────────────────────────────────────────────────
+# ── 35 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -10685,13 +10832,25 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #   4 If it is registered, change its type if asked to; otherwise create its file.
 
 
+class Registered(NamedTuple):
+    """A codebase as registered, what was done, and notes, by line."""
+
+    codebase: Codebase
+    lines: list[str]
+    notes: list[str]
+
+
 class Registration(NamedTuple):
-    """A folder to register under a name. A `project_type` of None is detected."""
+    """A folder to register under a name. A `project_type` of None is detected.
+
+    A `dry_run` changes nothing on the disk, and says the same.
+    """
 
     home: str
     key: Key
     path: str
     project_type: Optional[str]
+    dry_run: bool = False
 
     @property
     def label(self) -> str:
@@ -10701,30 +10860,30 @@ class Registration(NamedTuple):
     def file(self) -> str:
         return shorten_home(self.home, codebase_path(self.home, self.key))
 
-    def run(self) -> tuple[Key, list[str], list[str]]:
-        """Return the key as the registry has it, what was done, and notes, by line.
-
-        Raises OrchestraError.
-        """
+    def run(self) -> Registered:
+        """Register the folder; raises OrchestraError."""
         self._check_folder(Owners())
         check_name("project", self.key[0])
         check_name("codebase", self.key[1])
         self._check_is_folder()
-        clear_registry(self.home)
+        if not self.dry_run:
+            clear_registry(self.home)
         registry = load_registry(self.home)
         listed = self._replace(key=listed_key(self.home, self.key))
         listed._check_is_free(registry)
         listed._check_folder(registry.owners)
         codebase = registry.codebases.get(listed.key)
         if codebase and not is_absent(self.home, codebase):
-            done = listed._update()
-            accept_empty_folder(self.home, codebase)
-            return listed.key, done, listed._suggest_gitignore()
+            lines = listed._update()
+            if not self.dry_run:
+                accept_empty_folder(self.home, codebase)
+            return Registered(codebase, lines, listed._suggest_gitignore())
         listed._check_has_not_moved(registry)
         if codebase:
             raise RegistryError(f"{listed.label} already exists, for the folder {codebase_root(self.home, codebase)}")
-        done, outer = listed._create(), listed._find_outer_codebases(registry)
-        return listed.key, done, outer + listed._suggest_gitignore()
+        registered = listed._create()
+        notes = [*registered.notes, *listed._find_outer_codebases(registry), *listed._suggest_gitignore()]
+        return registered._replace(notes=notes)
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -10797,37 +10956,47 @@ class Registration(NamedTuple):
             first = first._replace(project_type=self.project_type or "")
             changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
             try:
-                save_codebase(self.home, changed)
+                if not self.dry_run:
+                    save_codebase(self.home, changed)
             except FileChanged:
                 continue
-            return [f"{self.label}: type changed to {self.project_type} ({self.file})"]
+            changes = "would change" if self.dry_run else "changed"
+            return [f"{self.label}: type {changes} to {self.project_type} ({self.file})"]
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
-    def _create(self) -> list[str]:
+    def _create(self) -> Registered:
         base = LayerReader(self.home).read_base(self.key[0])
         problems = [problem for layer in base.layers for problem in layer.problems]
         if problems:
             raise error_for(problems)
-        found = detect(self.path, self.home)
-        targets, source = found.targets, "already used in this folder"
-        inherits = not targets and base.targets is not None
-        if inherits:
+        detected = detect(self.path, self.home)
+        draft = make_draft(self.path, detected)
+        targets: Optional[tuple[str, ...]] = draft.targets
+        source = "already used in this folder"
+        if not targets and base.targets is not None:
             layer = next(layer for layer in reversed(base.layers) if layer.said.targets is not None)
-            targets, source = base.targets or (), f"from {os.path.basename(layer.path)}.yaml"
+            targets, source = None, f"from {os.path.basename(layer.path)}.yaml"
         elif not targets:
-            targets, source = DEFAULT_TARGETS, "default"
+            targets, source = draft.defaults, "default"
         now = now_rfc3339()
-        component = Component(self.key[1], self.project_type or found.project_type)
-        codebase = Codebase(*self.key, self._spell_path(), found.description.text if found.description else "")
-        codebase = codebase._replace(targets=None if inherits else targets, projects=(component,))
-        codebase = codebase._replace(commands=tuple((c.name, c.text) for c in found.commands))
-        self._save(codebase._replace(created_at=now, updated_at=now))
-        evidence = "from --type" if self.project_type else visible(found.evidence)
-        return [
-            f"registered {self.label}: {component.project_type} ({evidence})",
-            f"  targets: {', '.join(targets) or 'none'} ({source})",
-            f"  edit:    {self.file}",
-        ]
+        component = Component(self.key[1], self.project_type or detected.project_type)
+        codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
+        codebase = codebase._replace(projects=(component,), created_at=now, updated_at=now)
+        if not self.dry_run:
+            self._save(codebase)
+        evidence = "from --type" if self.project_type else detected.evidence
+        joined = CODEBASE_SCHEMA.join(base, codebase)._replace(layers=base.layers)
+        names = ", ".join(targets_of(joined)) or "none"
+        rows = [*draft.found, Found("targets", names, source), Found("edit", self.file, "")]
+        verb = "would register" if self.dry_run else "registered"
+        first = f"{verb} {self.label}: {component.project_type} ({evidence})"
+        return Registered(joined, [*map(visible, [first, *self._format(rows)])], list(draft.notes))
+
+    @staticmethod
+    def _format(rows: Sequence[Found]) -> Iterator[str]:
+        width = max(len(row.name) for row in rows) + 1
+        for row in rows:
+            yield f"  {row.name + ':':{width}} {row.text}" + (f" ({row.source})" if row.source else "")
 
     def _spell_path(self) -> str:
         try:
@@ -10863,7 +11032,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 35 Output ─────────────────────────────────────────────────────────────────
+# ── 36 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -11052,7 +11221,7 @@ def format_age(seconds: Optional[int]) -> str:
     return "never" if seconds is None else f"{format_duration(seconds)} ago"
 
 
-# ── 36 Arguments ──────────────────────────────────────────────────────────────
+# ── 37 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands serve the parser, the help and the completion.
 # argparse would cost 7 ms of each start, and could do less.
@@ -11372,7 +11541,7 @@ def complete(
     yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 38 Status screen ──────────────────────────────────────────────────────────
 
 # What `status` shows: a summary, the daemon, and what needs attention.
 
@@ -11577,7 +11746,7 @@ def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
                     return
 
 
-# ── 38 Doctor ─────────────────────────────────────────────────────────────────
+# ── 39 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and what mends it. A new check is a method of Doctor that
 # yields findings, and a name in CHECKS. Nothing is changed.
@@ -11793,7 +11962,7 @@ class Doctor:
     )
 
 
-# ── 39 Commands ───────────────────────────────────────────────────────────────
+# ── 40 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -11883,7 +12052,7 @@ class Commands(NamedTuple):
     def cmd_init(self) -> int:
         path = self._absolute(self.args.path)
         name = self.args.name if self.args.name is not None else os.path.basename(path)
-        return self._register((self.args.project, name), path, self.args.sync)
+        return self._register((self.args.project, name), path, self.args.sync, self.args.dry_run)
 
     def cmd_project_add(self) -> int:
         name = self.args.name
@@ -11896,12 +12065,18 @@ class Commands(NamedTuple):
         with blame("the current folder"):
             return absolute_path(self.home, path)
 
-    def _register(self, key: Key, path: str, sync: bool = False) -> int:
-        key, done, notes = Registration(self.home, key, path, self.args.type).run()
-        for line in done:
+    def _register(self, key: Key, path: str, sync: bool = False, dry_run: bool = False) -> int:
+        registered = Registration(self.home, key, path, self.args.type, dry_run).run()
+        for line in registered.lines:
             print(line)
-        for note in notes:
+        for note in registered.notes:
             self._note(note)
+        key = registered.codebase.key
+        if dry_run:
+            if sync:
+                mode = SyncMode(dry_run=True, take_over=True)
+                self._print_results([sync_codebase(self.home, registered.codebase, None, mode)], dry_run)
+            return OK
         registry = load_registry(self.home)
         if sync:
             results = self._sync(registry, SyncScope.codebase(label_for(key)))
@@ -12291,7 +12466,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 40 Command line ───────────────────────────────────────────────────────────
+# ── 41 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS.
 
@@ -12319,6 +12494,7 @@ COMMANDS = {
             TYPE,
             argument("--name", help="the codebase's name; default: the folder's"),
             switch("--sync", help="write the instruction files at once"),
+            switch("--dry-run", help="only show what was found, and would be registered"),
         ),
         heading=START,
     ),

@@ -3769,27 +3769,6 @@ def test_the_type_of_a_codebase_comes_from_its_manifests(home: Home, files: Any,
 
 
 @pytest.mark.parametrize(
-    ("files", "targets"),
-    [
-        ({}, ()),
-        ({"CLAUDE.md": ""}, ("claude",)),
-        ({".claude": None}, ("claude",)),
-        ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
-        ({".github/workflows/ci.yml": ""}, ()),
-        ({".github/copilot-instructions.md": ""}, ("copilot",)),
-        ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
-        ({".clinerules/a.md": ""}, ("cline",)),
-        ({".clinerules": "plain file"}, ()),
-        ({".agent/rules": None}, ("antigravity",)),
-        ({".agents/skills": None}, ()),
-    ],
-)
-def test_the_targets_are_the_agents_in_use(home: Home, files: Any, targets: tuple[str, ...]) -> None:
-    put_files(home.code, files)
-    assert orchestra.detect(str(home.code)).targets == targets
-
-
-@pytest.mark.parametrize(
     ("files", "description", "built_with"),
     [
         ({"pyproject.toml": PEP_621}, 'A "fine" tool', "Python 3.10+"),
@@ -3813,9 +3792,135 @@ def test_description_and_versions_come_from_the_manifests(
     assert (found.built_with.text if found.built_with else "") == built_with
 
 
+# ── 20 Drafting ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("Run `make test`, then `npm run lint`.", 2),
+        ("`make test` and `make test`", 1),
+        ("We use `npm`, `go` and `node`; `make`", 1),
+        ("`Makefile` `makes x` `my make` `src/go test` make test", 0),
+        ("```sh\n$ npm ci\nnpm\n\n  # npm x\nCI=1 uv run pytest\n```\nnpm test", 3),
+        ("```go\ngo func() {}\n```\n~~~\ngo test ./...\n```\n~~~", 1),
+        ("- ```\n  cargo test\n  ```\n- `cargo fmt`", 2),
+        ("```npm test``` `npm ci`", 2),
+        ("```\nmake a\nmake b", 2),
+        ("`A=1` `A=1 B=2 tox -e x` ` poetry run x `", 2),
+    ],
+)
+def test_the_users_own_commands_are_counted(text: str, count: int) -> None:
+    assert orchestra.count_commands(text) == count
+    assert orchestra.count_commands(text.replace("\n", "\r\n")) == count
+
+
+SPEAKING = "# Ours\n\n`make test`, `make lint`\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"AGENTS.md": SPEAKING}, "AGENTS.md has its own (2)"),
+        ({"CLAUDE.md": SPEAKING, "AGENTS.md": f"{SPEAKING}`make x`"}, "AGENTS.md has its own (3)"),
+        ({".claude/CLAUDE.md": SPEAKING}, ".claude/CLAUDE.md has its own (2)"),
+        ({"GEMINI.md": SPEAKING}, "GEMINI.md has its own (2)"),
+        ({COPILOT: SPEAKING}, f"{COPILOT} has its own (2)"),
+        ({"CLAUDE.md": link_to("docs.md"), "docs.md": SPEAKING}, "CLAUDE.md has its own (2)"),
+        ({"AGENTS.md": SPEAKING + BEGIN.decode()}, "AGENTS.md has its own (2)"),
+        ({"AGENTS.md": "mine: `make test`"}, ""),
+        ({"AGENTS.md": block(SPEAKING).decode()}, ""),
+        ({"AGENTS.md": f"`make x`\n{block(SPEAKING).decode()}"}, ""),
+        ({"README.md": SPEAKING, ".cursor/rules/a.md": SPEAKING}, ""),
+        ({"AGENTS.md": b"\xff\0"}, ""),
+    ],
+)
+def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, files: Any, told: str) -> None:
+    put_files(home.code, {"Makefile": "test:\n\tpytest\n", "package.json": '{"description": "Web"}', **files})
+    draft = orchestra.make_draft(str(home.code), orchestra.detect(str(home.code)))
+    if told:
+        assert (draft.description, draft.commands) == ("", ())
+        assert draft.found == (orchestra.Found("commands", f"left out, {told}", ""),)
+    else:
+        assert draft.description == "Web\n\nBuilt with: Node.js." and ("test", "make test") in draft.commands
+        assert {found.name for found in draft.found} >= {"description", "built with", "test"}
+
+
+@pytest.mark.parametrize(
+    ("files", "targets"),
+    [
+        ({}, ()),
+        ({"CLAUDE.md": ""}, ("claude",)),
+        ({".claude/CLAUDE.md": ""}, ("claude",)),
+        ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
+        ({".github/workflows/ci.yml": ""}, ()),
+        ({COPILOT: ""}, ("copilot",)),
+        ({".github/instructions/a.md": ""}, ("copilot",)),
+        ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
+        ({".cursor/rules": None, ".windsurf/rules": None}, ("cursor", "windsurf")),
+        ({".clinerules/a.md": ""}, ("cline",)),
+        ({".clinerules": "plain file"}, ()),
+        ({".agent/rules": None}, ("antigravity",)),
+        ({".agents/skills": None}, ()),
+        # Folders say less than files.
+        ({".claude/settings.json": "", ".gemini": None, ".cursor": None, ".windsurf": None, ".codex": None}, ()),
+        ({".claude/settings.json": "", "AGENTS.md": ""}, ("codex",)),
+        # The same text is not to arrive twice.
+        ({"CLAUDE.md": "@AGENTS.md\n", "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "# Claude\n\nSee @./AGENTS.md.\n"}, ("codex",)),
+        ({".claude/CLAUDE.md": "@../AGENTS.md", "GEMINI.md": "x"}, ("codex", "gemini")),
+        ({"GEMINI.md": "@./AGENTS.md", "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude",)),
+        ({"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"}, ("claude", "codex")),
+        ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude",)),
+        ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude",)),
+    ],
+)
+def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any, targets: tuple[str, ...]) -> None:
+    put_files(home.code, files)
+    assert orchestra.find_targets(str(home.code), orchestra.read_own_texts(str(home.code))) == targets
+
+
+@pytest.mark.parametrize(
+    ("files", "defaults"),
+    [
+        ({}, ("claude", "codex")),
+        ({".gemini": None}, ("claude", "codex", "gemini")),
+        ({".claude": None, ".cursor/mcp.json": "", ".windsurf": None}, ("claude", "codex", "cursor", "windsurf")),
+        ({".gemini": "a file"}, ("claude", "codex")),
+    ],
+)
+def test_the_folders_of_agents_add_to_the_default(home: Home, files: Any, defaults: tuple[str, ...]) -> None:
+    put_files(home.code, files)
+    draft = orchestra.make_draft(str(home.code), orchestra.Detected("backend", ""))
+    assert (draft.targets, draft.defaults) == ((), defaults)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({".ruler/AGENTS.md": "x"}, [".ruler/"]),
+        ({"AGENTS.md": "<!-- Source: .ruler/AGENTS.md -->\nx"}, ["AGENTS.md"]),
+        (
+            {"CLAUDE.md": "<!--\nAI-RULEZ :: GENERATED FILE\n-->", "GEMINI.md": "Generated by rulesync"},
+            ["CLAUDE.md", "GEMINI.md"],
+        ),
+        ({"AGENTS.md": "<!-- do not edit directly -->"}, ["AGENTS.md"]),
+        ({"AGENTS.md": "x\n" * 1000 + "generated by y", "CLAUDE.md": "Do not edit generated files."}, []),
+        ({"AGENTS.md": block("<!-- generated by x -->").decode()}, []),
+    ],
+)
+def test_other_tools_that_write_the_same_files_are_told(home: Home, files: Any, told: list[str]) -> None:
+    put_files(home.code, files)
+    notes = orchestra.find_other_tools(str(home.code), orchestra.read_own_texts(str(home.code)))
+    assert [note.split()[0] for note in notes] == told
+
+
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 20 Text ───────────────────────────────────────────────────────────────────
+# ── 21 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3983,19 +4088,25 @@ def sealed_block(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("parts", "stack"),
+    ("parts", "stack", "is_said_beside_the_users_text"),
     [
-        ([], ""),
-        ([("api", "backend")], ""),
-        ([("api", "frontend")], "- api: frontend\n"),
-        ([("server", "backend")], "- server: backend\n"),
-        ([("api", "backend"), ("web", "frontend")], "- api: backend\n- web: frontend\n"),
-        ([("api", "backend"), ("api", "backend")], "- api: backend\n- api: backend\n"),
+        ([], "", False),
+        ([("api", "backend")], "", False),
+        ([("api", "frontend")], "- api: frontend\n", False),
+        ([("server", "backend")], "- server: backend\n", True),
+        ([("api", "backend"), ("web", "frontend")], "- api: backend\n- web: frontend\n", True),
+        ([("api", "backend"), ("api", "backend")], "- api: backend\n- api: backend\n", True),
     ],
 )
-def test_the_stack_is_told_where_it_says_more_than_that_this_is_a_backend(parts: Any, stack: str) -> None:
+def test_the_stack_is_told_where_it_says_more_than_that_this_is_a_backend(
+    parts: Any, stack: str, is_said_beside_the_users_text: bool
+) -> None:
     codebase = codebase_with(projects=tuple(orchestra.Component(*part) for part in parts))
-    assert orchestra.render_body(codebase) == (f"## Stack\n\n{stack}" if stack else "")
+    head, body = orchestra.render_head(codebase), orchestra.render_body(codebase)
+    told = f"## Stack\n\n{stack}" if stack else ""
+    assert (head, body) == (
+        ("# api\n", told) if is_said_beside_the_users_text or not told else (f"# api\n\n{told}", "")
+    )
 
 
 @pytest.mark.parametrize(
@@ -4148,7 +4259,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
     assert home.staleness()["detail"] == "; ".join(notes)
 
 
-# ── 21 Blocks ─────────────────────────────────────────────────────────────────
+# ── 22 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4255,6 +4366,8 @@ CODEX = orchestra.AGENTS["codex"]
 TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "tidy": orchestra.tidy,
     "Toml": or_value_error(lambda text: orchestra.Toml(text).read()),
+    "count_commands": orchestra.count_commands,
+    "count_commands, fenced": lambda text: orchestra.count_commands(f"```\n{text}"),
     "defuse": orchestra.defuse,
     "one_line": orchestra.one_line,
     "many_lines": orchestra.many_lines,
@@ -4822,7 +4935,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 22 Records ────────────────────────────────────────────────────────────────
+# ── 23 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -5043,7 +5156,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 23 Plan ───────────────────────────────────────────────────────────────────
+# ── 24 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -5565,7 +5678,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 24 Sync ───────────────────────────────────────────────────────────────────
+# ── 25 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -6344,7 +6457,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 25 Status and diff ────────────────────────────────────────────────────────
+# ── 26 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -6588,7 +6701,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 26 Watching ───────────────────────────────────────────────────────────────
+# ── 27 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -7766,7 +7879,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 27 Logs ───────────────────────────────────────────────────────────────────
+# ── 28 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -7961,7 +8074,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 28 Programs ───────────────────────────────────────────────────────────────
+# ── 29 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -8076,7 +8189,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started_and_delays_nothing(h
         wait_until(lambda: os.killpg(process.pid, 0), 2)
 
 
-# ── 29 Control socket ─────────────────────────────────────────────────────────
+# ── 30 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -8809,7 +8922,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 30 Worker ─────────────────────────────────────────────────────────────────
+# ── 31 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -8932,7 +9045,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 31 Daemon ─────────────────────────────────────────────────────────────────
+# ── 32 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -9958,7 +10071,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 32 Installing ─────────────────────────────────────────────────────────────
+# ── 33 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -11040,7 +11153,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 33 Services ───────────────────────────────────────────────────────────────
+# ── 34 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -11740,7 +11853,7 @@ def test_a_real_systemd_runs_the_daemon(machine: Machine) -> None:
     assert list(machine.home.rglob("*.service")) == [] and "Traceback" not in machine.errors()
 
 
-# ── 34 Registering ────────────────────────────────────────────────────────────
+# ── 35 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -11748,8 +11861,10 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
     assert ran.out.splitlines() == [
         "registered shop/web: frontend (react in package.json)",
-        "  targets: gemini (already used in this folder)",
-        "  edit:    ~/.orchestra/projects/shop/web.yaml",
+        "  built with: Node.js, React 18 (package.json)",
+        "  install:    npm install (package.json)",
+        "  targets:    gemini (already used in this folder)",
+        "  edit:       ~/.orchestra/projects/shop/web.yaml",
         "append   shop/web GEMINI.md",
         "1 written, 0 unchanged in 1 codebase",
     ]
@@ -11757,6 +11872,35 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     assert values["path"] == f"{home.code}/web" and values["targets"] == ["gemini"]
     assert values["projects"] == [{"name": "web", "project_type": "frontend"}]
     assert Path(orchestra.project_path(home.path, "shop")).exists()
+
+
+@pytest.mark.parametrize("sync", [(), ("--sync",)])
+def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: Any) -> None:
+    put_files(home.code / "web", {"pyproject.toml": "[project]\ndescription = 'Shop'\n", "uv.lock": "", ".ruler": None})
+    argv = ("init", str(home.code / "web"), "-p", "shop", *sync)
+    before = take_picture(home.folder)
+    dry = home.run_fine(*argv, "--dry-run")
+    assert without_age(take_picture(home.folder)) == without_age(before)
+    real = home.run_fine(*argv)
+    assert dry.out.replace("would register", "registered").replace("to write", "written") == real.out
+    assert dry.err == real.err and ".ruler/ is there" in real.err
+    assert "  description: Shop (pyproject.toml)\n" in real.out and "  install:     uv sync (uv.lock)\n" in real.out
+    assert "description: |-\n  Shop\n\n  Built with: Python, uv.\n" in home.file("shop/web").read_text()
+    before = take_picture(home.folder)
+    assert home.run_fine(*argv, "--dry-run", "-t", "ml").lines[0].startswith("shop/web: type would change to ml (")
+    assert without_age(take_picture(home.folder)) == without_age(before)
+
+
+def test_init_adds_nothing_to_a_file_that_has_commands_of_its_own(home: Home) -> None:
+    files = {"AGENTS.md": SPEAKING, "package.json": '{"dependencies": {"react": "^18"}, "scripts": {"test": "x"}}'}
+    put_files(home.code / "web", files)
+    ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
+    assert ran.lines[1:3] == [
+        "  commands: left out, AGENTS.md has its own (2)",
+        "  targets:  codex (already used in this folder)",
+    ]
+    assert contents(home.code / "web") == {path: data.encode() for path, data in files.items()}
+    assert home.status_of("shop/web") == "current"
 
 
 def test_init_again_changes_nothing(home: Home) -> None:
@@ -11852,7 +11996,7 @@ def test_project_move_changes_the_path_alone(home: Home, text: str, old: str, ne
     root = home.make_codebase(files={"CLAUDE.md": "mine\n"})
     file = home.write_registry("shop/api.yaml", text.format(**places))
     home.sync()
-    edit(root / "CLAUDE.md", "# api", "# my api")
+    edit(root / "CLAUDE.md", "- a", "- my a")
     home.sync()
     backups, before = home.backups(), contents(root)
     root.rename(places["new"])
@@ -11919,7 +12063,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 35 Output ─────────────────────────────────────────────────────────────────
+# ── 36 Output ─────────────────────────────────────────────────────────────────
 
 
 class Terminal(io.StringIO):
@@ -11996,7 +12140,7 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 36 Arguments ──────────────────────────────────────────────────────────────
+# ── 37 Arguments ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -12160,7 +12304,7 @@ def test_zsh_completes(on_path: Machine) -> None:
     assert zsh.process.wait(30) == 0
 
 
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 38 Status screen ──────────────────────────────────────────────────────────
 
 
 def make_troubled(home: Home) -> None:
@@ -12348,7 +12492,7 @@ def test_a_live_status_needs_a_terminal(home: Home) -> None:
     assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
 
 
-# ── 38 Doctor ─────────────────────────────────────────────────────────────────
+# ── 39 Doctor ─────────────────────────────────────────────────────────────────
 
 
 def break_yaml(home: Home) -> None:
@@ -12481,7 +12625,7 @@ def test_doctor_says_so_where_there_is_no_pyyaml(home: Home, monkeypatch: Any) -
     assert contents(home.folder) == {}
 
 
-# ── 39 Commands ───────────────────────────────────────────────────────────────
+# ── 40 Commands ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -12706,7 +12850,7 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
 
 
-# ── 40 Command line ───────────────────────────────────────────────────────────
+# ── 41 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -14553,7 +14697,7 @@ def test_a_busy_file_that_is_to_lose_its_block_loses_it_later(scene: Scene, fold
     name = "CLAUDE.md" if folder == "shop/api" else scene.file
     assert (ran.status, ran.complaints) == (2, [f"orchestra: shop/api: {name}: {BUSY}"])
     assert folder == "other" or home.status_of() == "orphan"
-    assert home.sync().lines[-1] == f"remove   shop/api {name}"
+    assert home.sync().lines[-1] == f"remove block shop/api {name}"
     assert scene.file.read_text() == "mine\n" and home.sync().lines == []
 
 
@@ -14570,7 +14714,7 @@ def test_a_purge_that_meets_a_busy_file_says_how_to_finish_it(scene: Scene) -> N
 
 @needs_leases
 def test_a_restore_of_a_busy_file_names_it(scene: Scene) -> None:
-    edit(scene.file, "# api", "# mine")
+    edit(scene.file, "- first", "- mine")
     scene.home.sync()
     with open(scene.file, "ab"):
         assert scene.home.run("restore", "api").complaints == [f"orchestra: {scene.file}: {BUSY}"]
