@@ -11984,7 +11984,7 @@ def test_init_takes_the_targets_its_project_names(home: Home) -> None:
 # How a codebase's file has its path, before it is moved and after.
 MOVES = {
     "plain": ("# mine\nname: api\npath: {old}  # where it is\nnotes: [a]\n", "path: {old}", "path: {new}"),
-    "quoted, CRLF": ("path: '{old}'\r\nname: api\r\n", "path: '{old}'", "path: {new}"),
+    "quoted, CRLF": ("path: '{old}'\r\nname: api\r\nnotes: [a]\r\n", "path: '{old}'", "path: {new}"),
     "flow": ("{{name: api, path: {old}, notes: [a]}}\n", "path: {old}", "path: {new}"),
     "folded": ("name: api\npath: >-\n  {old}\nnotes: [a]\n", "path: >-\n  {old}", "path: {new}"),
 }
