@@ -4307,8 +4307,8 @@ class Row(NamedTuple):
     """What evidence shows; {} in `text` is the text that the evidence leads to.
 
     Without evidence, the ecosystem's sign is it. These names are no commands:
-    `description`, `version` (of the language) and `tool` (another thing that is built
-    with).
+    `description`, `type` (of the codebase), `version` (of the language) and `tool`
+    (another thing that is built with).
     """
 
     name: str
@@ -4316,7 +4316,7 @@ class Row(NamedTuple):
     evidence: str = ""
 
 
-NO_COMMANDS = ("description", "version", "tool", "packages")
+NO_COMMANDS = ("description", "type", "version", "tool", "packages")
 
 
 def shorten_version(text: str) -> str:
@@ -4348,11 +4348,17 @@ SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . cou
     "install": ("install-dev", "dev-install", "setup-dev", "dev-setup", "setup", "bootstrap", "install", "deps"),
     "build": ("build", "compile"),
     "test": ("test", "tests", "test-run", "test-once", "test-unit", "unit-test", "unit-tests", "unit"),
-    "lint": ("lint", "lint-check", "check-lint", "lint-ci", "eslint", "ruff", "flake8"),
-    "format": ("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "lint-fix"),
+    "lint": (
+        *("lint", "lint-check", "check-lint", "lint-ci", "eslint", "ruff", "flake8"),
+        *("cs", "cs-check", "check-cs", "check-style", "phpcs"),
+    ),
+    "format": (
+        *("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "lint-fix"),
+        *("cs-fix", "fix-cs", "fix-style", "phpcbf", "pint"),
+    ),
     "type check": (
         *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types", "test-types"),
-        *("typing", "mypy", "pyright"),
+        *("typing", "mypy", "pyright", "phpstan", "stan", "static-analysis", "analyse", "analyze", "psalm"),
     ),
     "run": ("dev", "develop", "start", "serve", "run", "runserver"),
     "check": ("check", "verify", "ci", "precommit", "check-all", "validate"),
@@ -4364,18 +4370,8 @@ class Script:
 
     CALLERS = frozenset(
         (
-            "npm",
-            "pnpm",
-            "yarn",
-            "bun",
-            "run-s",
-            "run-p",
-            "npm-run-all",
-            "npm-run-all2",
-            "make",
-            "$(MAKE)",
-            "just",
-            "task",
+            *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all", "npm-run-all2"),
+            *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
         )
     )
     INSTALLS = re.compile(
@@ -4387,14 +4383,15 @@ class Script:
         r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b|\brubocop [^|]{0,99}-[aA]\b"
         r"|\b(?:sed|clang-format|yapf|autopep8) [^|]{0,99}-i\b"
         r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format|terraform fmt|docformatter)\b"
+        r"|\b(?:php-cs-fixer fix|phpcbf|pint|rector process|mago (?:format|fmt))\b"
     )
     CHECKS = re.compile(
-        r"-(?:check|-diff|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
+        r"-(?:check|-diff|-test\b|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
     )
     KINDS = {  # what a script called `check` does, by the words in it
         "test": re.compile(r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b"),
         "type check": re.compile(
-            r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty|type-?check|check-types)\b"
+            r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty|type-?check|check-types|phpstan|psalm)\b"
         ),
         "lint": re.compile(r"\b(?:eslint|biome|oxlint|ruff check|ruff|flake8|pylint|xo|standard|clippy|lint)\b"),
         "format": re.compile(r"\b(?:prettier|black|fmt|format)\b"),
@@ -4464,7 +4461,7 @@ class Script:
             return False
         if command == "install":
             return bool(self.INSTALLS.search(self.text))
-        if command == "type check" and self.name == "types":
+        if command == "type check" and self.name in ("types", "analyze"):
             return bool(self.KINDS[command].search(self.text))
         if command == "run":
             return not (self.watches and re.search(r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b", self.text))
@@ -5069,20 +5066,22 @@ def use_composer_bin(folder: Folder, command: str) -> str:
 
 
 def read_composer_scripts(folder: Folder) -> Iterator[Scripts]:
-    bodies = folder.table("composer.json", "scripts")
-    yield Scripts("composer.json", "composer {}", {name: str(body) for name, body in bodies.items()})
+    """Read composer's scripts, of which @name calls another one."""
+    scripts = {name: flatten(body) for name, body in folder.table("composer.json", "scripts").items()}
+    bodies = {name: re.sub("(?m)^@(?!php)(?:composer )?", "composer ", body) for name, body in scripts.items()}
+    yield Scripts("composer.json", "composer {}", bodies, " -- ")
 
 
 def read_deno_tasks(folder: Folder) -> Iterator[Scripts]:
     name = folder.find("deno.json", "deno.jsonc")
     bodies = folder.table(name, "tasks")
-    yield Scripts(name, "deno task {}", {task: str(body) for task, body in bodies.items()})
+    yield Scripts(name, "deno task {}", {task: flatten(body) for task, body in bodies.items()})
 
 
 def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
     for name, *keys in (("melos.yaml", "scripts"), ("pubspec.yaml", "melos", "scripts")):
         bodies = folder.table(name, *keys)
-        yield Scripts(name, "melos run {}", {script: str(body) for script, body in bodies.items()})
+        yield Scripts(name, "melos run {}", {script: flatten(body) for script, body in bodies.items()})
 
 
 def find_go(folder: Folder) -> Iterator[Found]:
@@ -5399,6 +5398,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         "gradle",
         ("settings.gradle* + not mvnw", "build.gradle* + not mvnw"),
         (
+            Row("type", "mobile", "app*/src/main/AndroidManifest.xml"),
             Row("description", "{}", r"""build.gradle* ~ ^description[ \t]*=?[ \t]*["']([^"'\n]+)"""),
             Row("version", "Java {}", ".java-version"),
             Row("version", "Java {}", ".tool-versions java"),
@@ -5420,6 +5420,11 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
                 "settings.gradle* include + not app*/src/main/AndroidManifest.xml",
             ),
             Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
+            Row(
+                "one test",
+                "gradle :app:testDebugUnitTest --tests 'ClassName.method'",
+                "app/build.gradle* + not app/build.gradle* productFlavors + not build-logic",
+            ),
             Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
             Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
             Row("lint", "gradle detekt", "build.gradle* detekt"),
@@ -5464,6 +5469,10 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             "Tuist.swift",
         ),
         (
+            Row(
+                "type", "mobile", "*.xcodeproj + not Package.swift + not *.xcodeproj/project.pbxproj ~ SDKROOT = macosx"
+            ),
+            Row("type", "mobile", "*.xcworkspace + not *.xcodeproj + not Package.swift"),
             Row("version", "Swift {}", ".swift-version"),
             Row("version", "Swift {}+", "Package.swift ~ swift-tools-version: *([0-9.]+)"),
             Row("version", "Swift"),
@@ -5487,6 +5496,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         "flutter",
         ("pubspec.yaml dependencies flutter",),
         (
+            Row("type", "mobile"),
             Row("description", "{}", "pubspec.yaml description"),
             Row("version", "Flutter {}", '.fvmrc ~ "flutter": *"([^"]+)"'),
             Row("version", "Flutter {}", "pubspec.yaml environment flutter"),
@@ -5894,8 +5904,11 @@ def detect_commands(folder: Folder, found: dict[str, list[Found]]) -> list[Found
     return [commands[name] for name in order if name in commands]
 
 
-def detect_type(folder: Folder, first: Optional[Ecosystem]) -> tuple[str, str]:
+def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Found]) -> tuple[str, str]:
     """Detect the type, and the evidence for it; `first` is the first ecosystem."""
+    typed = next((item for item in items if item.name == "type"), None)
+    if typed:
+        return typed.text, typed.source
 
     def package(kind: str, *sections: str) -> str:
         names = {name for section in sections for name in folder.table("package.json", section)}
@@ -5905,8 +5918,6 @@ def detect_type(folder: Folder, first: Optional[Ecosystem]) -> tuple[str, str]:
     is_node = bool(first and first.name == "javascript")
     used = ("dependencies", "peerDependencies")
     rules = (
-        ("mobile", folder.holds("pubspec.yaml dependencies flutter")),
-        ("mobile", folder.find("AndroidManifest.xml", "*.xcodeproj", "*.xcworkspace", "Podfile")),
         ("mobile", package("mobile", *used)),
         ("ml", find_ml_evidence(folder)),
         ("frontend", package("frontend", *used, "devDependencies")),
@@ -5981,7 +5992,7 @@ def detect(path: str, home: str = "") -> Detected:
     found = {system.name: list(system.read(folder)) for system in systems}
     items = [item for system in found.values() for item in system]
     return Detected(
-        *detect_type(folder, systems[0] if systems else None),
+        *detect_type(folder, systems[0] if systems else None, items),
         detect_description(folder, items),
         detect_versions(found),
         next((item for item in items if item.name == "packages"), detect_packages(folder)),

@@ -3461,6 +3461,15 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"mix.exs": MIX}, "run: -"),  # a library for Phoenix
         ({"mix.exs": MIX, ".tool-versions": "elixir 1.17.2-otp-27\n"}, "built with: Elixir 1.17.2, Phoenix 1.8.1+"),
         (composer(), "install: composer install | test: - | lint: - | built with: PHP"),
+        (
+            composer(scripts={"test": ["@cs", "@php x"], "cs": "pint", "analyze": "phpstan", "cs:fix": "phpcbf"}),
+            "test (rewrites files): composer test | lint (rewrites files): composer cs | "
+            "format: composer cs:fix | type check: composer analyze",
+        ),
+        (
+            composer(scripts={"setup": ["composer install"], "analyze": "webpack"}),
+            "install: composer setup | type check: -",
+        ),
         (composer(scripts={"test": ["@a", "@b"]}, description="Pays"), "test: composer test | description: Pays"),
         (
             {**composer(**{"require-dev": PHP_TOOLS}), "phpunit.xml.dist": "", "phpstan.neon": ""},
@@ -3570,7 +3579,15 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         (
             {"settings.gradle": "include ':app'", "app/src/main/AndroidManifest.xml": "", "gradlew": ""},
-            "build: ./gradlew assembleDebug | test: ./gradlew test | lint: ./gradlew lint | one test: -",
+            "type: mobile | build: ./gradlew assembleDebug | test: ./gradlew test | lint: ./gradlew lint | one test: -",
+        ),
+        (
+            {"settings.gradle": "", "app/src/main/AndroidManifest.xml": "", "app/build.gradle": "", "gradlew": ""},
+            "one test: ./gradlew :app:testDebugUnitTest --tests 'ClassName.method'",
+        ),
+        (
+            {"settings.gradle": "", "app/src/main/AndroidManifest.xml": "", "app/build.gradle": "productFlavors {"},
+            "one test: -",
         ),
         (
             {"Shop.sln": SLN, ".editorconfig": "", "global.json": '{"sdk": {"version": "9.0.100"}}'},
@@ -3610,9 +3627,9 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         (
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("macosx"), "App.xcworkspace": None},
-            "test: xcodebuild test -workspace App.xcworkspace -scheme App",
+            "type: backend | test: xcodebuild test -workspace App.xcworkspace -scheme App",
         ),
-        ({"App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos")}, "build: - | test: -"),
+        ({"App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos")}, "type: mobile | build: - | test: -"),
         (
             {"pubspec.yaml": "description: Sells\nenvironment: {sdk: ^3.5.0}\ndependencies: {flutter: {}}\n"},
             "install: flutter pub get | lint: flutter analyze | format: dart format . | test: - | run: - | "
@@ -3622,7 +3639,8 @@ def composer(**keys: Any) -> dict[str, str]:
             {"pubspec.yaml": "dependencies: {flutter: x}", ".fvmrc": '{"flutter": "3.24.1"}', "test/a_test.dart": ""},
             "test: fvm flutter test | built with: Flutter 3.24.1",
         ),
-        ({"pubspec.yaml": "dev_dependencies: {test: any}", "test/a_test.dart": ""}, "test: dart test"),
+        ({"pubspec.yaml": "dependencies: {flutter: {}}", "lib/main.dart": ""}, "type: mobile | run: flutter run"),
+        ({"pubspec.yaml": "dev_dependencies: {test: any}", "test/a_test.dart": ""}, "type: backend | test: dart test"),
         ({"pubspec.yaml": "name: x", "test/a_test.dart": ""}, "test: - | lint: dart analyze"),
         (
             {"pubspec.yaml": "name: x", "melos.yaml": "scripts: {test: {run: x}, format: dart format}"},
@@ -3706,6 +3724,7 @@ def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expect
     put_files(home.code, files)
     detected = orchestra.detect(str(home.code))
     found = {item.name: item.text for item in (detected.description, detected.built_with, *detected.commands) if item}
+    found["type"] = detected.project_type
     names = [part.partition(": ")[0] for part in expected.split(" | ")]
     assert " | ".join(f"{name}: {found.get(name, '-')}" for name in names) == expected
 
