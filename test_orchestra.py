@@ -15512,8 +15512,8 @@ def meaning_of(value: Any) -> Any:
 def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> None:
     """Check that no text for agents gets out of its block."""
     importing = ["CLAUDE.md"] if has_import else []
-    files = orchestra.render_files(codebase, importing)
-    assert files == orchestra.render_files(codebase, importing)
+    files = orchestra.render_files(codebase, importing=importing)
+    assert files == orchestra.render_files(codebase, importing=importing)
     for path, data in files.items():
         agent = orchestra.AGENTS_BY_PATH[path]
         if agent.owned:
