@@ -8,16 +8,16 @@
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
         │  read and checked (9 to 13)
         ▼
-    Codebase ── rendered (20) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (21, 22)
+    Codebase ── rendered (21) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (22, 23)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (24, 5 to 7)
+                                 ▼  backed up, then replaced in one step (25, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (25)
-                ─► job (32) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (26)
+                ─► job (30) ─► Plan, as above
 
 Contents
   I Ground
@@ -41,34 +41,35 @@ Contents
     16 Node and Python    their package managers, environments and tools
     17 Ecosystems         how a language's table is read, and what none can say
     18 Languages          a table per language: its commands, and the evidence for them
-    19 Detection          what a folder holds: the first draft of its registry file
+    19 Detection          what a folder holds, by its manifests
+    20 Drafting           the first draft of a registry file, and silence
 
   III Sync
-    20 Text               what agents read, rendered from a codebase
-    21 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    22 Records            what was last written, which proves that it is Orchestra's
-    23 Plan               what is to be written now, and what becomes of what is there
-    24 Sync               carrying a plan out, and bringing replaced text back
-    25 Status and diff    a plan put into a word, and into a diff
+    21 Text               what agents read, rendered from a codebase
+    22 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    23 Records            what was last written, which proves that it is Orchestra's
+    24 Plan               what is to be written now, and what becomes of what is there
+    25 Sync               carrying a plan out, and bringing replaced text back
+    26 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    26 Watching           events say where to look; the tree, what changed
-    27 Logs               the daemon's log files, written and followed
-    28 Programs           other programs, started and waited for
-    29 Control socket     lines of JSON, the client, the server
-    30 Worker             jobs, one at a time, beside the loop
-    31 Daemon             the loop: watcher, socket, signals and timers
+    27 Watching           events say where to look; the tree, what changed
+    28 Logs               the daemon's log files, written and followed
+    29 Programs           other programs, started and waited for
+    30 Control socket     lines of JSON, the client, the server
+    31 Worker             jobs, one at a time, beside the loop
+    32 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    32 Installing         PyYAML and the installed program
-    33 Services           the daemon at login: launchd
-    34 Registering        a folder becomes a codebase
-    35 Output             messages, tables and colors for a terminal or a pipe
-    36 Arguments          the rows of the table of commands
-    37 Status screen      what status shows, once or live
-    38 Doctor             looks for what commonly goes wrong
-    39 Commands           one method per command
-    40 Command line       the table of commands, and main
+    33 Installing         PyYAML and the installed program
+    34 Services           the daemon at login: launchd
+    35 Registering        a folder becomes a codebase
+    36 Output             messages, tables and colors for a terminal or a pipe
+    37 Arguments          the rows of the table of commands
+    38 Status screen      what status shows, once or live
+    39 Doctor             looks for what commonly goes wrong
+    40 Commands           one method per command
+    41 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -1982,7 +1983,8 @@ class Agent(NamedTuple):
 
     target: str
     path: str
-    traces: tuple[str, ...]  # other paths that show it is in use; "x/" is a folder
+    traces: tuple[str, ...] = ()  # other files that instruct it; "x/" is a folder of them
+    folders: tuple[str, ...] = ()  # others that it is set up by
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
@@ -1995,17 +1997,19 @@ AGENTS = {
         Agent(
             "claude",
             "CLAUDE.md",
+            (".claude/CLAUDE.md",),
             (".claude",),
             budget=Budget(200, "lines", "Anthropic recommends at most"),
             hides="AGENTS.md",
         ),
-        Agent("codex", "AGENTS.md", (".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
-        Agent("gemini", "GEMINI.md", (".gemini",)),
-        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions",)),
+        Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
+        Agent("gemini", "GEMINI.md", folders=(".gemini",)),
+        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions/",)),
         Agent(
             "cursor",
             ".cursor/rules/orchestra.mdc",
-            (".cursor", ".cursorrules"),
+            (".cursorrules", ".cursor/rules/"),
+            (".cursor",),
             owned=True,
             header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
             budget=Budget(500, "lines", "Cursor recommends at most"),
@@ -2013,7 +2017,8 @@ AGENTS = {
         Agent(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            (".windsurf", ".windsurfrules", ".devin/rules"),
+            (".windsurfrules", ".windsurf/rules/", ".devin/rules/"),
+            (".windsurf",),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Windsurf reads at most"),
@@ -2023,7 +2028,7 @@ AGENTS = {
         Agent(
             "antigravity",
             ".agents/rules/orchestra.md",
-            (".agents/rules", ".agent/rules"),
+            (".agents/rules/", ".agent/rules/"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
             budget=Budget(24000, "bytes", "Antigravity reads at most"),
@@ -3356,6 +3361,7 @@ class RegistryFile(Document):
         )
         if said.name and said.name != name:
             self.complain(f"name: the {called}, but name says {said.name!r}", node)
+        self.notes.sort(key=lambda note: int(note.where.rpartition(":")[2]))
         return said
 
     def _belongs(self, name: YamlNode, kind: str) -> bool:
@@ -4185,9 +4191,18 @@ class Folder:
         for pattern in patterns:
             if pattern in self._names or ("/" in pattern and os.path.exists(f"{self.path}/{pattern}")):
                 return pattern
-            for name in fnmatch.filter(self.names, pattern) if set(pattern) & set("*?[") else ():
-                return name
+            if set(pattern) & set("*?["):
+                names = self.expand(pattern) if "/" in pattern else fnmatch.filter(self.names, pattern)
+                for name in names:
+                    return name
         return ""
+
+    def expand(self, glob: str) -> list[str]:
+        """List the paths below that a glob names."""
+        found = [""]
+        for part in glob.removeprefix("./").strip("/").split("/"):
+            found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
+        return [path[1:] for path in found if os.path.exists(self.path + path)]
 
     def text(self, name: str) -> str:
         if name not in self._texts:
@@ -4242,10 +4257,7 @@ class Folder:
         paths: dict[str, None] = {}
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         for glob in (glob for glob in globs if not glob.startswith("!")):
-            found = [""]
-            for part in glob.removeprefix("./").strip("/").split("/"):
-                found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
-            paths.update(dict.fromkeys(path[1:] for path in found))
+            paths.update(dict.fromkeys(self.expand(glob)))
         wanted = [path for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded)]
         has_manifest = (path for path in wanted if os.path.isfile(f"{self.path}/{path}/{manifest}"))
         return [Folder(f"{self.path}/{path}") for path in itertools.islice(has_manifest, self.MAX_MEMBERS)]
@@ -5050,14 +5062,6 @@ class Ecosystem(NamedTuple):
                 yield Found(row.name, self.spell(folder, text) if is_command else text, source)
 
 
-def list_paths(folder: Folder, pattern: str) -> list[str]:
-    """List what matches a pattern in a folder below, named from here."""
-    import glob
-
-    paths = glob.glob(f"{glob.escape(folder.path)}/{pattern}")
-    return sorted(path[len(folder.path) + 1 :] for path in paths)
-
-
 def use_wrapper(folder: Folder, command: str) -> str:
     """Call the script in the folder that gets the tool in the right version."""
     wrappers = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
@@ -5102,7 +5106,7 @@ def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
 
 def find_go(folder: Folder) -> Iterator[Found]:
     """Find a workspace's modules where it is none itself, and the only program."""
-    programs = {os.path.dirname(path) for path in list_paths(folder, "cmd/*/*.go")}
+    programs = {os.path.dirname(path) for path in folder.expand("cmd/*/*.go")}
     if len(programs) == 1:
         yield Found("run", f"go run ./{min(programs)}", min(programs))
     modules = re.findall(r"(?m)^(?:use)?[ \t]+(\./[\w./-]+)[ \t]*$", folder.text("go.work"))
@@ -5116,14 +5120,16 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
     """Find the solution, or else the project; one of several must be named."""
     import shlex
 
-    kinds = [[name for name in folder.names if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
+    here = [name for name in folder.names if name.endswith((".slnx", ".sln", "proj"))]
+    places = here or folder.expand("src/*.sln*")
+    kinds = [[name for name in places if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
     names = next(filter(None, kinds), [])
     own = [name for name in names if os.path.splitext(name)[0] == os.path.basename(folder.path)]
     chosen = names if len(names) == 1 else own
     if len(chosen) != 1:
         return
     name = chosen[0]
-    argument = "" if sum(map(len, kinds)) == 1 else f" {shlex.quote(name)}"
+    argument = "" if here == [name] else f" {shlex.quote(name)}"
     yield Found("install", f"dotnet restore{argument}", name)
     yield Found("build", f"dotnet build{argument}", name)
     if re.search(r"(?i)test", folder.text(name)):
@@ -5150,7 +5156,7 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
 
     project = folder.find("*.xcodeproj")
     place = folder.find("*.xcworkspace") or project
-    paths = list_paths(folder, "*.xc*/xcshareddata/xcschemes/*.xcscheme")
+    paths = folder.expand("*.xc*/xcshareddata/xcschemes/*.xcscheme")
     schemes = {os.path.basename(path)[: -len(".xcscheme")] for path in paths}
     scheme = next(iter(schemes), "") if len(schemes) == 1 else os.path.splitext(project)[0]
     text = folder.text(f"{project}/project.pbxproj")
@@ -5181,14 +5187,17 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
             yield Found("one test", f"ctest --preset {test} -R NAME", source)
         return
     off = re.findall(r'(?i)\boption\s*\(\s*(\w+)\s+"[^"]*"\s+OFF\s*\)', text)
-    wanted = re.compile(r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$")
+    wanted = re.compile(
+        r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$|_DEVELOPER_MODE$"
+    )
     needed = [option for option in off if wanted.search(option)]
     # An option of tests may depend on another, which is off.
     depends = r'(?i)\bcmake_dependent_option\s*\(\s*\w*TEST\w*\s+"[^"]*"\s+ON\s+"(\w+)"\s+OFF'
     needed += [option for option in re.findall(depends, text) if option in off]
     options = "".join(f" -D{option}=ON" for option in sorted({*needed}))
     yield Found("build", f"cmake -B build{options} && cmake --build build", name)
-    if re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
+    has_tests = re.search(r"(?i)\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\([^\s)]*\btests?\b", text)
+    if has_tests and re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
         yield Found("test", "ctest --test-dir build", name)
         yield Found("one test", "ctest --test-dir build -R NAME", name)
 
@@ -5208,17 +5217,6 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
 # add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
 
 ECOSYSTEMS = (  # those further up come first where several are in one folder
-    Ecosystem(
-        "tree-sitter",
-        ("grammar.js + package.json",),
-        (
-            Row("description", "{}", "package.json description"),
-            Row("install", "npm install"),
-            Row("build", "npx tree-sitter generate"),
-            Row("test", "npx tree-sitter test"),
-            Row("one test", "npx tree-sitter test --include NAME"),
-        ),
-    ),
     Ecosystem(
         "elixir",
         ("mix.exs",),
@@ -5257,13 +5255,17 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("install", "composer install"),
             Row("test", "php artisan test", "artisan + phpunit*.xml*"),
             Row("test", "vendor/bin/pest", 'composer.json ~ "pestphp/pest"'),
+            Row("test", "php bin/phpunit", "bin/phpunit + phpunit*.xml*"),
             Row("test", "vendor/bin/phpunit", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
             Row("test", "vendor/bin/simple-phpunit", 'composer.json ~ "symfony/phpunit-bridge" + phpunit*.xml*'),
             Row("test", "vendor/bin/tester tests", 'composer.json ~ "nette/tester" + tests'),
             Row("test", "vendor/bin/codecept run", 'codeception*.yml + composer.json ~ "codeception/'),
             Row("one test", "php artisan test --filter=NAME", "artisan + phpunit*.xml*"),
             Row("one test", "vendor/bin/pest --filter=NAME", 'composer.json ~ "pestphp/pest"'),
+            Row("one test", "php bin/phpunit --filter NAME", "bin/phpunit + phpunit*.xml*"),
             Row("one test", "vendor/bin/phpunit --filter NAME", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
+            Row("one test", "vendor/bin/simple-phpunit --filter NAME", 'composer.json ~ "symfony/phpunit-bridge"'),
+            Row("one test", "vendor/bin/tester tests/FILE", 'composer.json ~ "nette/tester" + tests'),
             Row("lint", "vendor/bin/pint --test", 'composer.json ~ "laravel/pint"'),
             Row("lint", "vendor/bin/phpcs", "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"),
             Row("lint", "vendor/bin/ecs check", "ecs.php + composer.json ~ easy-coding-standard"),
@@ -5305,6 +5307,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("test", "bin/rails test", "bin/rails + test"),
             Row("test", "script/test", "script/test"),
             Row("test", "bundle exec rake test", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?test\b"),
+            Row("test", "bin/test", "bin/test"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
             Row("one test", "bin/rails test test/path/to/file_test.rb:LINE", "bin/rails + test"),
@@ -5314,6 +5318,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
                 r"Rakefile ~ Minitest::TestTask\.\w+\b(?![ (]*:(?!test\b))",
             ),
             Row("one test", "bundle exec rake test TEST=test/FILE", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
+            Row("one test", "bin/test test/FILE", "bin/test"),
             Row("lint", "bundle exec standardrb", ".standard.yml"),
             Row("lint", "bundle exec standardrb", r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""),
             Row("lint", "bin/rubocop", "bin/rubocop"),
@@ -5424,7 +5429,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
             Row("tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.*version ["']([^"'\n]+)"""),
             Row("tool", "Gradle {}", "gradle/wrapper/gradle-wrapper.properties ~ gradle-([0-9.]+[0-9])"),
-            Row("build", "gradle assembleDebug", "app/src/main"),
+            Row("build", "gradle assembleDebug", "app*/src/main/AndroidManifest.xml"),
             Row("build", "gradle assemble"),
             Row("test", "gradle test allTests", "build.gradle* multiplatform kotlin.jvm"),
             Row("test", "gradle allTests", "build.gradle* multiplatform"),
@@ -5432,7 +5437,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row(
                 "one test",
                 "gradle :MODULE:test --tests 'ClassName.method'",
-                "settings.gradle* include + not app/src/main",
+                "settings.gradle* include + not app*/src/main/AndroidManifest.xml",
             ),
             Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
             Row(
@@ -5443,13 +5448,13 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
             Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
             Row("lint", "gradle detekt", "build.gradle* detekt"),
-            Row("lint", "gradle lint", "app/src/main"),
+            Row("lint", "gradle lint", "app*/src/main/AndroidManifest.xml"),
             Row("format", "gradle spotlessApply", "build.gradle* spotless"),
             Row("format", "gradle ktlintFormat", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
             Row("run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.*apply false)"""),
             Row("run", "gradle runIde", "build.gradle* org.jetbrains.intellij"),
             Row("run", "gradle run", r"build.gradle* ~ ^[ \t]*(?:application$|id[ (]+[\"']application[\"'])"),
-            Row("check", "gradle check", "*.gradle* + not app/src/main"),
+            Row("check", "gradle check", "*.gradle* + not app*/src/main/AndroidManifest.xml"),
         ),
         spell=use_wrapper,
     ),
@@ -5457,6 +5462,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ".net",
         (
             r"*.slnx ~ \.(?:cs|fs|vb)proj",
+            r"src/*.slnx ~ \.(?:cs|fs|vb)proj",
+            r"src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
             r"*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
             "*.csproj + not ProjectSettings",
             "*.fsproj",
@@ -5474,7 +5481,13 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "swift",
-        ("Package.swift + not package.json", "*.xcodeproj", "*.xcworkspace", "Tuist.swift"),
+        (
+            "Package.swift + not package.json + not CMakeLists.txt",
+            "Package.swift .testTarget + not package.json",
+            "*.xcodeproj",
+            "*.xcworkspace",
+            "Tuist.swift",
+        ),
         (
             Row(
                 "type", "mobile", "*.xcodeproj + not Package.swift + not *.xcodeproj/project.pbxproj ~ SDKROOT = macosx"
@@ -5547,7 +5560,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("install", "deno install"),
             Row("test", "deno test -A", "*_test.ts"),
             Row("test", "deno test -A", "tests"),
-            Row("one test", "deno test -A path/to/file_test.ts --filter NAME"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "*_test.ts"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "tests"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "deno.json* tasks test"),
             Row("lint", "deno lint", "deno.json* + not eslint.config.* + not biome.json*"),
             Row("format", "deno fmt", "deno.json* + not .prettierrc* + not biome.json*"),
             Row("type check", "deno check {}", r"mod.ts ~ \A"),
@@ -5640,7 +5655,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "foundry",
-        ("foundry.toml",),
+        ("foundry.toml + not hardhat.config.*",),
         (
             Row("version", "Solidity {}", "foundry.toml profile default solc"),
             Row("version", "Solidity"),
@@ -5798,18 +5813,6 @@ ML_PACKAGES = (
     *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
     *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
-RUNNERS = frozenset(  # the words that a command of the user's own may begin with
-    (
-        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
-        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
-        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
-        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
-        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
-        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
-        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
-        *("stack", "terraform", "docker"),
-    )
-)
 
 
 class Detected(NamedTuple):
@@ -5821,7 +5824,6 @@ class Detected(NamedTuple):
     built_with: Optional[Found] = None
     packages: Optional[Found] = None  # of a workspace
     commands: tuple[Found, ...] = ()
-    targets: tuple[str, ...] = ()
 
 
 COMMAND_NAMES = (
@@ -6015,13 +6017,156 @@ def detect(path: str, home: str = "") -> Detected:
         detect_versions(found),
         next((item for item in items if item.name == "packages"), detect_packages(folder)),
         tuple(detect_commands(folder, found)),
-        tuple(a.target for a in AGENTS.values() if any(map(folder.find, (a.path, *a.traces)))),
+    )
+
+
+# ── 20 Drafting ───────────────────────────────────────────────────────────────
+
+# What `init` makes of what was found. Where the user has told the agents commands,
+# nothing is drafted: what repeats their own text costs attention, and what contradicts
+# it does harm.
+
+SPOKEN = 2  # commands of the user's own that are enough
+RUNNERS = frozenset(  # the words that a command of the user's own may begin with
+    (
+        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
+        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
+        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
+        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
+        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
+        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
+        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
+        *("stack", "terraform", "docker"),
+    )
+)
+ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # commands in one word
+SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
+IMPORTS_AGENTS = re.compile(r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b")
+GENERATED = re.compile(r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)")
+
+
+class Draft(NamedTuple):
+    """What to register of a folder, and what to tell of it.
+
+    `targets` is empty if nothing there says which. `found` is told, and `notes` warn.
+    """
+
+    description: str
+    commands: Pairs
+    targets: tuple[str, ...]
+    defaults: tuple[str, ...]
+    found: tuple[Found, ...]
+    notes: tuple[str, ...]
+
+
+def read_own_texts(root: str) -> dict[str, str]:
+    """Read the files that instruct agents, without a block of Orchestra's."""
+    texts = {}
+    for agent in AGENTS.values():
+        for path in () if agent.owned else (agent.path, *agent.traces):
+            with suppress(IoError):
+                data = read_disk(real_path(f"{root}/{path}"), 1 << 20).data
+                with suppress(SyncError):  # half a block: all of it may be the user's
+                    block = find_block(data)
+                    data = data if block is None else data[: block.start] + data[block.stop :]
+                if data:
+                    texts[path] = data.decode("utf-8", "replace")
+    return texts
+
+
+def is_command(text: str, is_fenced: bool) -> bool:
+    """Recognize a command of a known runner; a runner's bare name may be just that."""
+    words = [*itertools.dropwhile(lambda word: "=" in word, text.strip().removeprefix("$ ").split())]
+    return bool(words) and words[0] in RUNNERS and (len(words) > 1 or is_fenced or words[0] in ALONE)
+
+
+def count_commands(text: str) -> int:
+    """Count the different commands in a text's code spans and fenced lines."""
+    found: set[str] = set()
+    fence, is_shell = "", False
+    for line in map(str.strip, text.split("\n")):
+        inner = line.lstrip("-*+>.) 0123456789")  # a fence may be in a list item
+        mark = inner[:3]
+        if mark in ("```", "~~~") and mark not in inner[3:] and fence in ("", mark):
+            fence = "" if fence else mark
+            is_shell = inner.strip("`~").strip().lower() in SHELLS
+        elif not fence:
+            spans = re.findall("`([^`]+)`", re.sub("`{2,}", "`", line))
+            found.update(span.strip() for span in spans if is_command(span, False))
+        elif is_shell and is_command(line, True):
+            found.add(line)
+    return len(found)
+
+
+def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """Find the agents whose instruction files are there.
+
+    One is left out if its file imports AGENTS.md, or is a link to another's file: it
+    reads the text there, and would read it twice.
+    """
+
+    def has(path: str) -> bool:
+        return os.path.exists(f"{root}/{path}")
+
+    def is_link(path: str) -> bool:
+        return os.path.islink(f"{root}/{path}") and any(
+            is_same_file(f"{root}/{path}", f"{root}/{other}") for other in AGENTS_BY_PATH if other != path
+        )
+
+    importing = {
+        agent.target
+        for agent in AGENTS.values()
+        if agent.path != "AGENTS.md"
+        and any(IMPORTS_AGENTS.search(texts.get(path, "")) for path in (agent.path, *agent.traces))
+    }
+    imported = {"AGENTS.md"} if importing else set()
+    return tuple(
+        agent.target
+        for agent in AGENTS.values()
+        if agent.target not in importing
+        and not is_link(agent.path)
+        and (agent.path in imported or any(map(has, (agent.path, *agent.traces))))
+    )
+
+
+def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
+    """Tell what shows that another tool writes instruction files too."""
+    notes = [
+        f"{path} says that another tool generates it, which would overwrite Orchestra's block"
+        for path, text in texts.items()
+        if GENERATED.search(text[:1000])
+    ]
+    if os.path.isdir(f"{root}/.ruler"):
+        notes.append(".ruler/ is there: ruler writes the same files, so let one of the two do it")
+    return notes
+
+
+def make_draft(root: str, found: Detected) -> Draft:
+    """Draft what to register of a folder in which something was detected."""
+    texts = read_own_texts(root)
+    counts = {path: count_commands(text) for path, text in texts.items()}
+    most = max(counts, key=lambda path: counts[path], default="")
+    told = [found.description, found.built_with, found.packages, *found.commands]
+    if most and counts[most] >= SPOKEN:
+        found = found._replace(description=None, built_with=None, packages=None, commands=())
+        told = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
+    paragraphs = [found.description and found.description.text]
+    paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
+    paragraphs += [found.packages and f"Packages: {found.packages.text}."]
+    in_use = [agent.target for agent in AGENTS.values() if any(os.path.isdir(f"{root}/{f}") for f in agent.folders)]
+    return Draft(
+        "\n\n".join(filter(None, paragraphs)),
+        tuple((command.name, command.text) for command in found.commands),
+        find_targets(root, texts),
+        tuple(target for target in AGENTS if target in (*DEFAULT_TARGETS, *in_use)),
+        tuple(filter(None, told)),
+        tuple(find_other_tools(root, texts)),
     )
 
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 20 Text ───────────────────────────────────────────────────────────────────
+# ── 21 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -6197,34 +6342,46 @@ def _render_role(role: AgentRole) -> str:
     return f"- {one_line(role.agent_id)}{entry}{skills}"
 
 
-def _render_stack(codebase: Codebase) -> list[str]:
-    """List the parts, unless all they say is that the codebase is a backend."""
-    parts = [(part.name, part.project_type) for part in codebase.projects]
-    return [] if parts == [(codebase.name, "backend")] else [f"- {one_line(name)}: {kind}" for name, kind in parts]
+def _render_section(title: str, lines: Sequence[str]) -> str:
+    return (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _render_stack(parts: Iterable[Component]) -> list[str]:
+    return [f"- {one_line(part.name)}: {part.project_type}" for part in parts]
+
+
+def _is_simple(codebase: Codebase) -> bool:
+    """Return whether a codebase has one part at most, and that is all of it."""
+    return all(part.name == codebase.name for part in codebase.projects) and len(codebase.projects) < 2
 
 
 def render_head(codebase: Codebase) -> str:
-    """Write what a file begins with, unless the user's own text is there to say it."""
-    description = paragraphs(codebase.description)
-    return f"# {one_line(codebase.name)}\n" + (f"\n{description}\n" if description else "")
+    """Write what a codebase is, unless the user's own text is there to say it.
+
+    A type is worth telling if it is not the one that is taken without evidence.
+    """
+    text = [f"# {one_line(codebase.name)}\n"]
+    if codebase.description.strip():
+        text.append(f"{paragraphs(codebase.description)}\n")
+    if _is_simple(codebase) and any(part.project_type != "backend" for part in codebase.projects):
+        text.append(_render_section("Stack", _render_stack(codebase.projects)))
+    return "\n".join(text)
 
 
 def render_body(codebase: Codebase) -> str:
     """Write all else that an agent is told about a codebase, "" if that is nothing."""
+    parts = codebase.projects
     sections = (
-        ("Stack", _render_stack(codebase)),
+        ("Stack", [] if _is_simple(codebase) else _render_stack(parts)),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
         ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
         *(("", [prose.text]) for prose in codebase.prose),
-        ("Tasks", [_render_task(task) for c in codebase.projects for task in c.tasks if task.status != "done"]),
+        ("Tasks", [_render_task(task) for c in parts for task in c.tasks if task.status != "done"]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
-        ("Agents", [_render_role(role) for c in codebase.projects for role in c.agents]),
+        ("Agents", [_render_role(role) for c in parts for role in c.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
-    parts = [
-        (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n" for title, lines in sections if any(lines)
-    ]
-    return "\n".join(parts)
+    return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
 
 
 def targets_of(codebase: Codebase) -> tuple[str, ...]:
@@ -6277,7 +6434,7 @@ def describe_excess(agent: Agent, data: bytes) -> str:
     return f"{count} {unit}; {rule} {limit}" if count > limit else ""
 
 
-# ── 21 Blocks ─────────────────────────────────────────────────────────────────
+# ── 22 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -6489,7 +6646,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the {noun} on line {line} is never closed: agents may take Orchestra's text below it for {reading}"
 
 
-# ── 22 Records ────────────────────────────────────────────────────────────────
+# ── 23 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -6633,7 +6790,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 23 Plan ───────────────────────────────────────────────────────────────────
+# ── 24 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -7175,7 +7332,7 @@ class Planner:
         )
 
 
-# ── 24 Sync ───────────────────────────────────────────────────────────────────
+# ── 25 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -7219,6 +7376,7 @@ class SyncCodebaseResult(NamedTuple):
     errors: tuple[Problem, ...] = ()
     has_leftovers: bool = False  # a file is set aside, as it may still be written to
     is_absent: bool = False  # its folder is not on this machine
+    remarks: Sequence[Problem] = ()  # on its registry files, in which nothing is wrong
 
     @property
     def key(self) -> Key:
@@ -7536,12 +7694,14 @@ def run_pipeline(
         if key in registry.broken:
             results.append(SyncCodebaseResult(*key, errors=tuple(registry.broken[key])))
         else:
-            mode = SyncMode(dry_run, take_over=take_over)
-            results.append(sync_codebase(home, registry.codebases[key], registry.owners, mode))
+            mode, codebase = SyncMode(dry_run, take_over=take_over), registry.codebases[key]
+            result = sync_codebase(home, codebase, registry.owners, mode)
+            remarks = codebase.remarks
+            results.append(result._replace(remarks=remarks) if remarks else result)
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 25 Status and diff ────────────────────────────────────────────────────────
+# ── 26 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -7765,7 +7925,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 26 Watching ───────────────────────────────────────────────────────────────
+# ── 27 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -8352,7 +8512,7 @@ class Watcher:
             return False
 
 
-# ── 27 Logs ───────────────────────────────────────────────────────────────────
+# ── 28 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -8516,7 +8676,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 28 Programs ───────────────────────────────────────────────────────────────
+# ── 29 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs (the user's editor excepted) are started here alone, through one runner
 # that tests replace, and never in the current folder.
@@ -8676,7 +8836,7 @@ def start_apart(work: Callable[[], int]) -> int:
         os._exit(status)
 
 
-# ── 29 Control socket ─────────────────────────────────────────────────────────
+# ── 30 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -9234,7 +9394,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 30 Worker ─────────────────────────────────────────────────────────────────
+# ── 31 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -9581,7 +9741,7 @@ class Worker:
         return counts
 
 
-# ── 31 Daemon ─────────────────────────────────────────────────────────────────
+# ── 32 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -9712,6 +9872,7 @@ class JobLog:
         self._log = log
         self._notify = notify
         self._logged: dict[Key, Sequence[Problem]] = {}
+        self._noted: dict[Key, Sequence[Problem]] = {}
 
     def write(self, outcome: JobOutcome) -> None:
         if outcome.bug:
@@ -9742,15 +9903,21 @@ class JobLog:
                 **({"absent": absent} if absent else {}),
             )
             self.write_problems({STRAY: outcome.stray, **{r.key: r.errors for r in outcome.results}})
+            for note in self._take_new(self._noted, {r.key: r.remarks for r in outcome.results}):
+                self._log.info("note", text=note)
+
+    @staticmethod
+    def _take_new(known: dict[Key, Sequence[Problem]], found: Mapping[Key, Sequence[Problem]]) -> list[Problem]:
+        """Make what some codebases have now known; return what none had before."""
+        before = set(itertools.chain.from_iterable(known.values()))
+        known.update(found)
+        for key in [key for key, problems in found.items() if not problems]:
+            del known[key]
+        return [p for p in dict.fromkeys(itertools.chain.from_iterable(found.values())) if p not in before]
 
     def write_problems(self, found: Mapping[Key, Sequence[Problem]]) -> None:
-        """Log the problems that some codebases have now and did not have before."""
-        new: list[Problem] = []
-        for key, problems in found.items():
-            known = self._logged.pop(key, ())
-            new += [problem for problem in problems if problem not in known]
-            if problems:
-                self._logged[key] = problems
+        """Log the problems that some codebases have now and none had before."""
+        new = self._take_new(self._logged, found)
         for problem in new[:MAX_LOGGED_ERRORS]:
             self._log.warning("problem", error=problem)
             self._notify(str(problem))
@@ -10033,7 +10200,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 32 Installing ─────────────────────────────────────────────────────────────
+# ── 33 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -10300,7 +10467,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 33 Services ───────────────────────────────────────────────────────────────
+# ── 34 Services ───────────────────────────────────────────────────────────────
 
 # The daemon in the background: started by launchd or systemd, now and at each login, or
 # detached from the terminal.
@@ -10699,7 +10866,7 @@ def uninstall_systemd(systemd: Systemd) -> bool:
     return was_installed
 
 
-# ── 34 Registering ────────────────────────────────────────────────────────────
+# ── 35 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -10709,13 +10876,25 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #   4 If it is registered, change its type if asked to; otherwise create its file.
 
 
+class Registered(NamedTuple):
+    """A codebase as registered, what was done, and notes, by line."""
+
+    codebase: Codebase
+    lines: list[str]
+    notes: list[str]
+
+
 class Registration(NamedTuple):
-    """A folder to register under a name. A `project_type` of None is detected."""
+    """A folder to register under a name. A `project_type` of None is detected.
+
+    A `dry_run` changes nothing on the disk, and says the same.
+    """
 
     home: str
     key: Key
     path: str
     project_type: Optional[str]
+    dry_run: bool = False
 
     @property
     def label(self) -> str:
@@ -10725,30 +10904,30 @@ class Registration(NamedTuple):
     def file(self) -> str:
         return shorten_home(self.home, codebase_path(self.home, self.key))
 
-    def run(self) -> tuple[Key, list[str], list[str]]:
-        """Return the key as the registry has it, what was done, and notes, by line.
-
-        Raises OrchestraError.
-        """
+    def run(self) -> Registered:
+        """Register the folder; raises OrchestraError."""
         self._check_folder(Owners())
         check_name("project", self.key[0])
         check_name("codebase", self.key[1])
         self._check_is_folder()
-        clear_registry(self.home)
+        if not self.dry_run:
+            clear_registry(self.home)
         registry = load_registry(self.home)
         listed = self._replace(key=listed_key(self.home, self.key))
         listed._check_is_free(registry)
         listed._check_folder(registry.owners)
         codebase = registry.codebases.get(listed.key)
         if codebase and not is_absent(self.home, codebase):
-            done = listed._update()
-            accept_empty_folder(self.home, codebase)
-            return listed.key, done, listed._suggest_gitignore()
+            lines = listed._update()
+            if not self.dry_run:
+                accept_empty_folder(self.home, codebase)
+            return Registered(codebase, lines, listed._suggest_gitignore())
         listed._check_has_not_moved(registry)
         if codebase:
-            return listed.key, listed._fill_in(), listed._suggest_gitignore()
-        done, outer = listed._create(), listed._find_outer_codebases(registry)
-        return listed.key, done, outer + listed._suggest_gitignore()
+            return listed._fill_in(codebase)
+        registered = listed._create()
+        notes = [*registered.notes, *listed._find_outer_codebases(registry), *listed._suggest_gitignore()]
+        return registered._replace(notes=notes)
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -10812,11 +10991,15 @@ class Registration(NamedTuple):
                     f"{move} if it is here now; otherwise orchestra project remove {label_for(key)} first",
                 )
 
-    def _fill_in(self) -> list[str]:
+    def _fill_in(self, codebase: Codebase) -> Registered:
         """Give a codebase that other machines have its folder on this one."""
-        file = save_path(self.home, self.key, self._spell_path(), is_local=True)
-        done = self._update() if self.project_type else []
-        return [f"{self.label} is on this machine now: {shorten_home(self.home, file)}", *done]
+        path, verb = self._spell_path(), "would be" if self.dry_run else "is"
+        file = codebase_path(self.home, (self.key[0], f"{self.key[1]}.local"))
+        if not self.dry_run:
+            file = save_path(self.home, self.key, path, is_local=True)
+        lines = [f"{self.label} {verb} on this machine: {path} ({shorten_home(self.home, file)})"]
+        lines += self._update() if self.project_type else []
+        return Registered(codebase._replace(path=path), lines, self._suggest_gitignore())
 
     def _update(self) -> list[str]:
         for _ in range(MAX_TRIES):
@@ -10827,37 +11010,47 @@ class Registration(NamedTuple):
             first = first._replace(project_type=self.project_type or "")
             changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
             try:
-                save_codebase(self.home, changed)
+                if not self.dry_run:
+                    save_codebase(self.home, changed)
             except FileChanged:
                 continue
-            return [f"{self.label}: type changed to {self.project_type} ({self.file})"]
+            changes = "would change" if self.dry_run else "changed"
+            return [f"{self.label}: type {changes} to {self.project_type} ({self.file})"]
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
-    def _create(self) -> list[str]:
+    def _create(self) -> Registered:
         base = LayerReader(self.home).read_base(self.key[0])
         problems = [problem for layer in base.layers for problem in layer.problems]
         if problems:
             raise error_for(problems)
-        found = detect(self.path, self.home)
-        targets, source = found.targets, "already used in this folder"
-        inherits = not targets and base.targets is not None
-        if inherits:
+        detected = detect(self.path, self.home)
+        draft = make_draft(self.path, detected)
+        targets: Optional[tuple[str, ...]] = draft.targets
+        source = "already used in this folder"
+        if not targets and base.targets is not None:
             layer = next(layer for layer in reversed(base.layers) if layer.said.targets is not None)
-            targets, source = base.targets or (), f"from {os.path.basename(layer.path)}.yaml"
+            targets, source = None, f"from {os.path.basename(layer.path)}.yaml"
         elif not targets:
-            targets, source = DEFAULT_TARGETS, "default"
+            targets, source = draft.defaults, "default"
         now = now_rfc3339()
-        component = Component(self.key[1], self.project_type or found.project_type)
-        codebase = Codebase(*self.key, self._spell_path(), found.description.text if found.description else "")
-        codebase = codebase._replace(targets=None if inherits else targets, projects=(component,))
-        codebase = codebase._replace(commands=tuple((c.name, c.text) for c in found.commands))
-        self._save(codebase._replace(created_at=now, updated_at=now))
-        evidence = "from --type" if self.project_type else visible(found.evidence)
-        return [
-            f"registered {self.label}: {component.project_type} ({evidence})",
-            f"  targets: {', '.join(targets) or 'none'} ({source})",
-            f"  edit:    {self.file}",
-        ]
+        component = Component(self.key[1], self.project_type or detected.project_type)
+        codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
+        codebase = codebase._replace(projects=(component,), created_at=now, updated_at=now)
+        if not self.dry_run:
+            self._save(codebase)
+        evidence = "from --type" if self.project_type else detected.evidence
+        joined = CODEBASE_SCHEMA.join(base, codebase)._replace(layers=base.layers)
+        names = ", ".join(targets_of(joined)) or "none"
+        rows = [*draft.found, Found("targets", names, source), Found("edit", self.file, "")]
+        verb = "would register" if self.dry_run else "registered"
+        first = f"{verb} {self.label}: {component.project_type} ({evidence})"
+        return Registered(joined, [*map(visible, [first, *self._format(rows)])], list(draft.notes))
+
+    @staticmethod
+    def _format(rows: Sequence[Found]) -> Iterator[str]:
+        width = max(len(row.name) for row in rows) + 1
+        for row in rows:
+            yield f"  {row.name + ':':{width}} {row.text}" + (f" ({row.source})" if row.source else "")
 
     def _spell_path(self) -> str:
         try:
@@ -10893,7 +11086,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 35 Output ─────────────────────────────────────────────────────────────────
+# ── 36 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -10988,6 +11181,11 @@ def pieces(word: str, width: int) -> Iterator[str]:
         word = word[len(piece) :]
 
 
+def cut(text: str, width: int) -> str:
+    """Return as much of a text as fits into some columns."""
+    return next(pieces(text, width), "")
+
+
 def wrap(text: str, width: int) -> list[str]:
     """Break a text at spaces, and words that are too long where they must be."""
     lines = [""]
@@ -11077,7 +11275,7 @@ def format_age(seconds: Optional[int]) -> str:
     return "never" if seconds is None else f"{format_duration(seconds)} ago"
 
 
-# ── 36 Arguments ──────────────────────────────────────────────────────────────
+# ── 37 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands serve the parser, the help and the completion.
 # argparse would cost 7 ms of each start, and could do less.
@@ -11397,7 +11595,7 @@ def complete(
     yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 38 Status screen ──────────────────────────────────────────────────────────
 
 # What `status` shows: a summary, the daemon, and what needs attention.
 
@@ -11479,7 +11677,130 @@ class StatusView(NamedTuple):
         return lines
 
 
-# ── 38 Doctor ─────────────────────────────────────────────────────────────────
+# Live
+
+# `status --watch` draws a frame whenever one differs from the last. At each tick it
+# asks the daemon and reads its log. The codebases are judged again after a sync, and
+# now and then, since the daemon does not see hand edits.
+
+
+def format_event(line: str, width: int) -> str:
+    """Shorten a line of the daemon's log; "" for one that says nothing to a user."""
+    from datetime import datetime
+
+    when, _, rest = line.partition(" ")
+    level, _, text = rest.partition(" ")
+    message = re.split(r" \w+=", text, maxsplit=1)[0]
+    fields = dict(re.findall(r' (\w+)=("(?:[^"\\]|\\.)*"|[^\s"]+)', text))
+    try:
+        at = datetime.fromisoformat(when.replace("Z", "+00:00")).astimezone().strftime("%H:%M:%S")
+        values = [json.loads(value) if value.startswith('"') else value for value in fields.values()]
+    except ValueError:
+        return ""
+    if message == "staleness":
+        return ""
+    if message == "synced":
+        said = f"{fields.get('target', '')}  {fields.get('written', '?')} written  {fields.get('ms', '?')} ms"
+    else:
+        named = ", ".join(f"{name} {value}" for name, value in zip(fields, values))
+        said = ": ".join([f"! {message}", *values]) if level == "WARNING" else f"{message} {named}"
+    return cut(visible(f"{at}  {said}").replace("~/.orchestra/projects/", ""), width)
+
+
+class LiveStatus:
+    """What `status --watch` shows. `scan` judges the codebases."""
+
+    MOST_EVENTS = 200
+    RESCAN = 2.0  # seconds, or this many times what the last scan took:
+    RESCAN_SHARE = 20
+
+    def __init__(self, home: str, scan: Callable[[], Status], clock: Clock = time.monotonic) -> None:
+        self._home = home
+        self._scan = scan
+        self._clock = clock
+        self._log = LogReader(stdout_log_path(home))
+        self._events = self._log.tail(self.MOST_EVENTS)
+        self._daemon: Mapping[str, Any] = {}
+        self._status = Status((), ())
+        self._scan_at = 0.0
+
+    def look(self) -> None:
+        """Ask the daemon, read its log, and judge the codebases if that is due."""
+        last_sync = self._daemon.get("last_sync_at_unix")
+        self._daemon = ask_daemon(self._home)
+        new = self._log.read()
+        self._events = b"".join((self._events + new).splitlines(True)[-self.MOST_EVENTS :])
+        now = self._clock()
+        if now >= self._scan_at or last_sync != self._daemon.get("last_sync_at_unix"):
+            self._status = self._scan()
+            took = self._clock() - now
+            self._scan_at = now + max(self.RESCAN, self.RESCAN_SHARE * took)
+
+    def frame(self, width: int, height: int) -> list[str]:
+        """Return the lines of the screen, as many as fit."""
+        daemon, width = self._daemon, width - 1  # a full line might scroll
+        title = describe_daemon(daemon) + (f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else "")
+        entries = StatusView(self._home, self._status, daemon).format_entries(width)
+        events = [format_event(line, width) for line in self._events.decode("utf-8", "replace").splitlines()]
+        events = [event for event in reversed(events) if event]
+        room = max(height - 5, 2)
+        fits = max(room // 2, room - len(events))
+        if len(entries) > fits:
+            entries[fits - 1 :] = [f"... and more: orchestra status ({len(entries) - fits + 1} lines)"]
+        rule = "-" * width
+        lines = [f"{title.ljust(width - 8)}  q quit", self._status.describe(), rule, *entries, rule, *events]
+        return [cut(line, width) for line in lines[:height]]
+
+
+@contextmanager
+def own_screen() -> Iterator[None]:
+    """Take the terminal over, key by key, and leave it as it was, come what may."""
+    import signal
+    import termios
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = termios.tcgetattr(0)
+    mode = [*before[:6], [*before[6]]]
+    mode[3] &= ~(termios.ICANON | termios.ECHO)
+    mode[6][termios.VSUSP] = bytes([os.fpathconf(0, "PC_VDISABLE")])  # a stopped one would keep the screen
+    handlers = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        sys.stdout.write("\033[?1049h\033[?25l")
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        with suppress(OSError, termios.error):  # the terminal is gone
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+            sys.stdout.write("\033[?25h\033[?1049l")
+            sys.stdout.flush()
+
+
+def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
+    """Keep a live status on the terminal until q is typed."""
+    import select
+
+    with own_screen():
+        shown: tuple[Any, ...] = ()
+        while True:
+            live.look()
+            size = os.get_terminal_size(sys.stdout.fileno())
+            lines = live.frame(size.columns, size.lines)
+            if (size, lines) != shown:
+                text = "\033[K\n".join(screen.paint_words(line, STATE_COLORS) for line in lines)
+                sys.stdout.write(f"\033[H{text}\033[K\033[J")
+                sys.stdout.flush()
+                shown = (size, lines)
+            if select.select([0], [], [], tick)[0]:
+                keys = os.read(0, 64)
+                if not keys or b"q" in keys.lower():
+                    return
+
+
+# ── 39 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and what mends it. A new check is a method of Doctor that
 # yields findings, and a name in CHECKS. Nothing is changed.
@@ -11695,7 +12016,7 @@ class Doctor:
     )
 
 
-# ── 39 Commands ───────────────────────────────────────────────────────────────
+# ── 40 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -11785,7 +12106,7 @@ class Commands(NamedTuple):
     def cmd_init(self) -> int:
         path = self._absolute(self.args.path)
         name = self.args.name if self.args.name is not None else os.path.basename(path)
-        return self._register((self.args.project, name), path, self.args.sync)
+        return self._register((self.args.project, name), path, self.args.sync, self.args.dry_run)
 
     def cmd_project_add(self) -> int:
         name = self.args.name
@@ -11798,12 +12119,18 @@ class Commands(NamedTuple):
         with blame("the current folder"):
             return absolute_path(self.home, path)
 
-    def _register(self, key: Key, path: str, sync: bool = False) -> int:
-        key, done, notes = Registration(self.home, key, path, self.args.type).run()
-        for line in done:
+    def _register(self, key: Key, path: str, sync: bool = False, dry_run: bool = False) -> int:
+        registered = Registration(self.home, key, path, self.args.type, dry_run).run()
+        for line in registered.lines:
             print(line)
-        for note in notes:
+        for note in registered.notes:
             self._note(note)
+        key = registered.codebase.key
+        if dry_run:
+            if sync:
+                mode = SyncMode(dry_run=True, take_over=True)
+                self._print_results([sync_codebase(self.home, registered.codebase, None, mode)], dry_run)
+            return OK
         registry = load_registry(self.home)
         if sync:
             results = self._sync(registry, SyncScope.codebase(label_for(key)))
@@ -11889,8 +12216,16 @@ class Commands(NamedTuple):
             self._print_results(results, dry_run)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
+        failed = max(failed, self._tell_remarks(remark for result in results for remark in result.remarks))
         is_outdated = args.check and any(file.writes for result in results for file in result.files)
         return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
+
+    def _tell_remarks(self, remarks: Iterable[Problem], is_strict: Optional[bool] = None) -> int:
+        """Print notes on registry files, which with --strict are a failure."""
+        found = list(dict.fromkeys(remarks))
+        for remark in found:
+            self._note(visible(str(remark)))
+        return FAILED if found and (self.args.strict if is_strict is None else is_strict) else OK
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
@@ -11925,6 +12260,7 @@ class Commands(NamedTuple):
             **pick(result, "project", "codebase", "written", "unchanged", "failed"),
             "files": [pick(file, "path", "action", "note") for file in result.files],
             "errors": [str(problem) for problem in result.errors],
+            "notes": [str(remark) for remark in result.remarks],
             "absent": result.is_absent,
         }
 
@@ -11942,25 +12278,40 @@ class Commands(NamedTuple):
         return keys, OK
 
     def cmd_status(self) -> int:
+        if self.args.watch:
+            return self._watch()
         registry = load_registry(self.home)
         keys, failed = self._choose_codebases(registry)
         status, daemon = scan_staleness(self.home, registry, keys), ask_daemon(self.home)
+        remarks = registry.remarks(keys)
         if self.args.json:
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
             codebases = [pick(entry, *names) for entry in status.codebases]
             state = {name: daemon[name] for name in ("running", "version", "pid") if name in daemon}
-            print_json({"summary": status.summary, "codebases": codebases, "daemon": state})
+            told = [str(remark) for remark in remarks]
+            print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": told})
         elif status.codebases:
-            notes = replaced_problems(self.home, set(keys), time.time())
+            notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
             view = StatusView(self.home, status, daemon, notes, self.args.all or bool(self.args.codebases))
             for line in view.format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
         elif not failed:
             say(NO_CODEBASES)
         failed = max(failed, report_all(status.stray))
-        if failed or any(entry.status == State.ERROR for entry in status.codebases):
+        is_broken = any(entry.status == State.ERROR for entry in status.codebases)
+        if failed or is_broken or (self.args.strict and remarks):
             return FAILED
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
+
+    def _watch(self) -> int:
+        def scan() -> Status:
+            registry = load_registry(self.home)
+            return scan_staleness(self.home, registry, self._choose_codebases(registry)[0])
+
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise UsageError("--watch needs a terminal", "orchestra status")
+        show_live(LiveStatus(self.home, scan), self.screen)
+        return OK
 
     def cmd_diff(self) -> int:
         registry = load_registry(self.home)
@@ -12035,7 +12386,9 @@ class Commands(NamedTuple):
         if status:
             end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
             raise UsageError(f"the editor {end}")
-        return report_all(load_registry(self.home).broken.get(key, ()))
+        registry = load_registry(self.home)
+        self._tell_remarks(registry.remarks([key]), is_strict=False)
+        return report_all(registry.broken.get(key, ()))
 
     # Looking after the installation
 
@@ -12167,7 +12520,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 40 Command line ───────────────────────────────────────────────────────────
+# ── 41 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS.
 
@@ -12195,6 +12548,7 @@ COMMANDS = {
             TYPE,
             argument("--name", help="the codebase's name; default: the folder's"),
             switch("--sync", help="write the instruction files at once"),
+            switch("--dry-run", help="only show what was found, and would be registered"),
         ),
         heading=START,
     ),
@@ -12206,7 +12560,9 @@ COMMANDS = {
             CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
             argument("--project", help="only this project's codebases"),
             switch("--all", help="list those that are current, too"),
+            switch("--watch", help="keep it on the screen, with what the daemon does"),
             switch("--check", help="exit 1 if sync would write anything"),
+            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),
         heading=DAILY,
@@ -12219,6 +12575,7 @@ COMMANDS = {
             switch("--all", help="every registered codebase"),
             switch("--dry-run", help="only show what would be written"),
             switch("--check", help="write nothing; exit 1 if anything would be written"),
+            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),
         heading=DAILY,

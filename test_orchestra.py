@@ -728,7 +728,7 @@ class Tty:
             self.read()
             return text in self.shown
 
-        wait_until(is_shown, timeout, lambda: f"for {text!r} in {self.shown!r}")
+        wait_until(is_shown, timeout, lambda: f"for {text!r} in {self.shown[-2000:]!r}")
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
@@ -2790,7 +2790,7 @@ def test_a_bad_layer_is_one_problem_and_stops_what_it_covers(home: Home, files: 
     ("name", "text", "notes"),
     [
         ("all.yaml", "path: /x\nname: all\n", ["1: path: ignored here: .* own file", "2: name: ignored here: .*"]),
-        ("shop/project.yaml", "a: b\nprojects: x\n", ["2: projects: ignored .*", "1: a: unknown key, ignored"]),
+        ("shop/project.yaml", "a: b\nprojects: x\n", ["1: a: unknown key, ignored", "2: projects: ignored .*"]),
         ("shop/api.local.yaml", "created_at: x\n", ["1: created_at: ignored here: .* file or project.yaml"]),
         (
             "shop/project.yaml",
@@ -2815,6 +2815,33 @@ def test_what_is_ignored_in_a_file_is_noted(home: Home, name: str, text: str, no
         assert registry.problems == [] and len(found) == len(notes)
         for note, expected in zip(found, notes):
             assert re.fullmatch(rf"~/\.orchestra/projects/{name}:{expected}", note), note
+
+
+def test_notes_are_told_by_every_command_and_with_strict_a_failure(home: Home) -> None:
+    note = "~/.orchestra/projects/all.yaml:1: convention: unknown key, ignored: did you mean conventions?"
+    home.write_registry("all.yaml", "convention: [a]\n")
+    for label in ("shop/api", "shop/web"):
+        home.make_codebase(label)
+    for argv in (["sync", "--all"], ["status"], ["sync", "api"], ["status", "web"]):
+        ran, strict, quiet = (home.run(*argv, *option) for option in ([], ["--strict"], ["-q"]))
+        assert (ran.status, strict.status, quiet.err) == (0, 2, ""), ran
+        assert (ran.out + ran.err).count(f"note: {note}\n") == 1 == (strict.out + strict.err).count(note)
+        (notes,) = [json.loads(home.run(*argv, "--json").out)]
+        assert (notes if isinstance(notes, dict) else notes[0])["notes"] == [note]
+    home.environ["EDITOR"] = "true"
+    assert home.run_fine("edit", "api").err == f"note: {note}\n"
+
+
+def test_the_daemon_logs_each_note_once_while_it_lasts(served: Home) -> None:
+    served.save("shop/api")
+    served.write_registry("shop/project.yaml", "note: [a]\n")
+    wait_until(lambda: served.log().count("INFO note text=") == 1)
+    for label in ("shop/web", "shop/new"):
+        served.save(label)
+        wait_until(lambda label=label: served.has("first", label))
+    served.write_registry("shop/project.yaml", "x: y\nnote: [a]\n")
+    wait_until(lambda: served.log().count("INFO note text=") == 3)
+    assert served.log().count("project.yaml:1: note: unknown key, ignored: did you mean notes?") == 1
 
 
 @pytest.mark.parametrize(
@@ -3471,6 +3498,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "install: bundle install | test: bundle exec rake test | built with: Ruby 3.1+ | "
             "one test: bundle exec rake test TEST=test/FILE | description: Bakes | lint: -",
         ),
+        (
+            {"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:a)\ntask test: :a"},
+            "test: bundle exec rake test | one test: -",
+        ),
+        ({"x.gemspec": "", "bin/test": ""}, "test: bin/test | one test: bin/test test/FILE"),
         ({"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:unit)"}, "test: -"),
         ({"x.gemspec": "", "Rakefile": "Minitest::TestTask.create"}, "one test: bundle exec rake test N=/NAME/"),
         (
@@ -3566,6 +3598,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"A.slnx": SOLUTION, "B.slnx": SOLUTION}, "build: - | test: -"),  # which one?
         ({"A.sln": SLN.replace(".csproj", ".vcxproj")}, "build: -"),
         ({"A.sln": SLN.replace("Tests", "Web")}, "build: dotnet build | test: -"),
+        ({"src/A.sln": SLN}, "test: dotnet test src/A.sln"),
         ({"A.sln": SLN, "ProjectSettings/x": ""}, "build: -"),  # Unity's
         (
             {"A.slnx": SOLUTION, "A.csproj": "", "global.json": '{"test": {"runner": "Microsoft.Testing.Platform"}}'},
@@ -3582,6 +3615,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         ({"Package.swift": "platforms: [.iOS(.v16)], .testTarget()"}, "build: - | test: -"),
         ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],"}, "build: swift build | test: -"),
+        ({"Package.swift": "", "CMakeLists.txt": ""}, "build: cmake -B build && cmake --build build"),
         ({"Package.swift": ".executableTarget()"}, "run: swift run"),
         (
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos"), "Podfile": ""},
@@ -3636,15 +3670,17 @@ def composer(**keys: Any) -> dict[str, str]:
             {"build.zig": 'b.step("test", "x")', "build.zig.zon": '.{ .minimum_zig_version = "0.14.0" }'},
             "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
         ),
+        ({"foundry.toml": "", "hardhat.config.ts": "", **package(scripts={"test": "hardhat test"})}, "test: npm test"),
         ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
         ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
         ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
         ({"Project.toml": 'name = "x"'}, "install: -"),
         (
-            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\nset(CMAKE_CXX_STANDARD 17)\nenable_testing()\n"},
+            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\ncxx_std_17\nenable_testing()\nadd_test(x)"},
             "build: cmake -B build && cmake --build build | test: ctest --test-dir build | "
             "one test: ctest --test-dir build -R NAME | built with: C++17, CMake 3.14+",
         ),
+        ({"CMakeLists.txt": "enable_testing()\n"}, "test: -"),  # those of its parts, if any
         ({"CMakeLists.txt": "project(x)\n"}, "test: -"),
         (
             {"CMakeLists.txt": 'option(X_BUILD_TESTS "t" OFF)\noption(X_CUDA_TEST "c" OFF)\n  include(CTest)\n'},
@@ -3682,7 +3718,6 @@ def composer(**keys: Any) -> dict[str, str]:
             "install: terraform init | lint: tflint | format: terraform fmt -recursive | test: - | "
             "check: terraform validate | built with: Terraform 1.5+",
         ),
-        ({"grammar.js": "", **package(name="x"), "Cargo.toml": ""}, "test: npx tree-sitter test"),
     ],
 )
 def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expected: str) -> None:
@@ -3753,27 +3788,6 @@ def test_the_type_of_a_codebase_comes_from_its_manifests(home: Home, files: Any,
 
 
 @pytest.mark.parametrize(
-    ("files", "targets"),
-    [
-        ({}, ()),
-        ({"CLAUDE.md": ""}, ("claude",)),
-        ({".claude": None}, ("claude",)),
-        ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
-        ({".github/workflows/ci.yml": ""}, ()),
-        ({".github/copilot-instructions.md": ""}, ("copilot",)),
-        ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
-        ({".clinerules/a.md": ""}, ("cline",)),
-        ({".clinerules": "plain file"}, ()),
-        ({".agent/rules": None}, ("antigravity",)),
-        ({".agents/skills": None}, ()),
-    ],
-)
-def test_the_targets_are_the_agents_in_use(home: Home, files: Any, targets: tuple[str, ...]) -> None:
-    put_files(home.code, files)
-    assert orchestra.detect(str(home.code)).targets == targets
-
-
-@pytest.mark.parametrize(
     ("files", "description", "built_with"),
     [
         ({"pyproject.toml": PEP_621}, 'A "fine" tool', "Python 3.10+"),
@@ -3797,9 +3811,135 @@ def test_description_and_versions_come_from_the_manifests(
     assert (found.built_with.text if found.built_with else "") == built_with
 
 
+# ── 20 Drafting ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("Run `make test`, then `npm run lint`.", 2),
+        ("`make test` and `make test`", 1),
+        ("We use `npm`, `go` and `node`; `make`", 1),
+        ("`Makefile` `makes x` `my make` `src/go test` make test", 0),
+        ("```sh\n$ npm ci\nnpm\n\n  # npm x\nCI=1 uv run pytest\n```\nnpm test", 3),
+        ("```go\ngo func() {}\n```\n~~~\ngo test ./...\n```\n~~~", 1),
+        ("- ```\n  cargo test\n  ```\n- `cargo fmt`", 2),
+        ("```npm test``` `npm ci`", 2),
+        ("```\nmake a\nmake b", 2),
+        ("`A=1` `A=1 B=2 tox -e x` ` poetry run x `", 2),
+    ],
+)
+def test_the_users_own_commands_are_counted(text: str, count: int) -> None:
+    assert orchestra.count_commands(text) == count
+    assert orchestra.count_commands(text.replace("\n", "\r\n")) == count
+
+
+SPEAKING = "# Ours\n\n`make test`, `make lint`\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"AGENTS.md": SPEAKING}, "AGENTS.md has its own (2)"),
+        ({"CLAUDE.md": SPEAKING, "AGENTS.md": f"{SPEAKING}`make x`"}, "AGENTS.md has its own (3)"),
+        ({".claude/CLAUDE.md": SPEAKING}, ".claude/CLAUDE.md has its own (2)"),
+        ({"GEMINI.md": SPEAKING}, "GEMINI.md has its own (2)"),
+        ({COPILOT: SPEAKING}, f"{COPILOT} has its own (2)"),
+        ({"CLAUDE.md": link_to("docs.md"), "docs.md": SPEAKING}, "CLAUDE.md has its own (2)"),
+        ({"AGENTS.md": SPEAKING + BEGIN.decode()}, "AGENTS.md has its own (2)"),
+        ({"AGENTS.md": "mine: `make test`"}, ""),
+        ({"AGENTS.md": block(SPEAKING).decode()}, ""),
+        ({"AGENTS.md": f"`make x`\n{block(SPEAKING).decode()}"}, ""),
+        ({"README.md": SPEAKING, ".cursor/rules/a.md": SPEAKING}, ""),
+        ({"AGENTS.md": b"\xff\0"}, ""),
+    ],
+)
+def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, files: Any, told: str) -> None:
+    put_files(home.code, {"Makefile": "test:\n\tpytest\n", "package.json": '{"description": "Web"}', **files})
+    draft = orchestra.make_draft(str(home.code), orchestra.detect(str(home.code)))
+    if told:
+        assert (draft.description, draft.commands) == ("", ())
+        assert draft.found == (orchestra.Found("commands", f"left out, {told}", ""),)
+    else:
+        assert draft.description == "Web\n\nBuilt with: Node.js." and ("test", "make test") in draft.commands
+        assert {found.name for found in draft.found} >= {"description", "built with", "test"}
+
+
+@pytest.mark.parametrize(
+    ("files", "targets"),
+    [
+        ({}, ()),
+        ({"CLAUDE.md": ""}, ("claude",)),
+        ({".claude/CLAUDE.md": ""}, ("claude",)),
+        ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
+        ({".github/workflows/ci.yml": ""}, ()),
+        ({COPILOT: ""}, ("copilot",)),
+        ({".github/instructions/a.md": ""}, ("copilot",)),
+        ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
+        ({".cursor/rules": None, ".windsurf/rules": None}, ("cursor", "windsurf")),
+        ({".clinerules/a.md": ""}, ("cline",)),
+        ({".clinerules": "plain file"}, ()),
+        ({".agent/rules": None}, ("antigravity",)),
+        ({".agents/skills": None}, ()),
+        # Folders say less than files.
+        ({".claude/settings.json": "", ".gemini": None, ".cursor": None, ".windsurf": None, ".codex": None}, ()),
+        ({".claude/settings.json": "", "AGENTS.md": ""}, ("codex",)),
+        # The same text is not to arrive twice.
+        ({"CLAUDE.md": "@AGENTS.md\n", "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "# Claude\n\nSee @./AGENTS.md.\n"}, ("codex",)),
+        ({".claude/CLAUDE.md": "@../AGENTS.md", "GEMINI.md": "x"}, ("codex", "gemini")),
+        ({"GEMINI.md": "@./AGENTS.md", "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude",)),
+        ({"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"}, ("claude", "codex")),
+        ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
+        ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude",)),
+        ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude",)),
+    ],
+)
+def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any, targets: tuple[str, ...]) -> None:
+    put_files(home.code, files)
+    assert orchestra.find_targets(str(home.code), orchestra.read_own_texts(str(home.code))) == targets
+
+
+@pytest.mark.parametrize(
+    ("files", "defaults"),
+    [
+        ({}, ("claude", "codex")),
+        ({".gemini": None}, ("claude", "codex", "gemini")),
+        ({".claude": None, ".cursor/mcp.json": "", ".windsurf": None}, ("claude", "codex", "cursor", "windsurf")),
+        ({".gemini": "a file"}, ("claude", "codex")),
+    ],
+)
+def test_the_folders_of_agents_add_to_the_default(home: Home, files: Any, defaults: tuple[str, ...]) -> None:
+    put_files(home.code, files)
+    draft = orchestra.make_draft(str(home.code), orchestra.Detected("backend", ""))
+    assert (draft.targets, draft.defaults) == ((), defaults)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({".ruler/AGENTS.md": "x"}, [".ruler/"]),
+        ({"AGENTS.md": "<!-- Source: .ruler/AGENTS.md -->\nx"}, ["AGENTS.md"]),
+        (
+            {"CLAUDE.md": "<!--\nAI-RULEZ :: GENERATED FILE\n-->", "GEMINI.md": "Generated by rulesync"},
+            ["CLAUDE.md", "GEMINI.md"],
+        ),
+        ({"AGENTS.md": "<!-- do not edit directly -->"}, ["AGENTS.md"]),
+        ({"AGENTS.md": "x\n" * 1000 + "generated by y", "CLAUDE.md": "Do not edit generated files."}, []),
+        ({"AGENTS.md": block("<!-- generated by x -->").decode()}, []),
+    ],
+)
+def test_other_tools_that_write_the_same_files_are_told(home: Home, files: Any, told: list[str]) -> None:
+    put_files(home.code, files)
+    notes = orchestra.find_other_tools(str(home.code), orchestra.read_own_texts(str(home.code)))
+    assert [note.split()[0] for note in notes] == told
+
+
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 20 Text ───────────────────────────────────────────────────────────────────
+# ── 21 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -3967,19 +4107,25 @@ def sealed_block(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("parts", "stack"),
+    ("parts", "stack", "is_said_beside_the_users_text"),
     [
-        ([], ""),
-        ([("api", "backend")], ""),
-        ([("api", "frontend")], "- api: frontend\n"),
-        ([("server", "backend")], "- server: backend\n"),
-        ([("api", "backend"), ("web", "frontend")], "- api: backend\n- web: frontend\n"),
-        ([("api", "backend"), ("api", "backend")], "- api: backend\n- api: backend\n"),
+        ([], "", False),
+        ([("api", "backend")], "", False),
+        ([("api", "frontend")], "- api: frontend\n", False),
+        ([("server", "backend")], "- server: backend\n", True),
+        ([("api", "backend"), ("web", "frontend")], "- api: backend\n- web: frontend\n", True),
+        ([("api", "backend"), ("api", "backend")], "- api: backend\n- api: backend\n", True),
     ],
 )
-def test_the_stack_is_told_where_it_says_more_than_that_this_is_a_backend(parts: Any, stack: str) -> None:
+def test_the_stack_is_told_where_it_says_more_than_that_this_is_a_backend(
+    parts: Any, stack: str, is_said_beside_the_users_text: bool
+) -> None:
     codebase = codebase_with(projects=tuple(orchestra.Component(*part) for part in parts))
-    assert orchestra.render_body(codebase) == (f"## Stack\n\n{stack}" if stack else "")
+    head, body = orchestra.render_head(codebase), orchestra.render_body(codebase)
+    told = f"## Stack\n\n{stack}" if stack else ""
+    assert (head, body) == (
+        ("# api\n", told) if is_said_beside_the_users_text or not told else (f"# api\n\n{told}", "")
+    )
 
 
 @pytest.mark.parametrize(
@@ -4132,7 +4278,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
     assert home.staleness()["detail"] == "; ".join(notes)
 
 
-# ── 21 Blocks ─────────────────────────────────────────────────────────────────
+# ── 22 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4239,6 +4385,8 @@ CODEX = orchestra.AGENTS["codex"]
 TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "tidy": orchestra.tidy,
     "Toml": or_value_error(lambda text: orchestra.Toml(text).read()),
+    "count_commands": orchestra.count_commands,
+    "count_commands, fenced": lambda text: orchestra.count_commands(f"```\n{text}"),
     "defuse": orchestra.defuse,
     "one_line": orchestra.one_line,
     "many_lines": orchestra.many_lines,
@@ -4806,7 +4954,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 22 Records ────────────────────────────────────────────────────────────────
+# ── 23 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -5027,7 +5175,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 23 Plan ───────────────────────────────────────────────────────────────────
+# ── 24 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -5549,7 +5697,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 24 Sync ───────────────────────────────────────────────────────────────────
+# ── 25 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -6328,7 +6476,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 25 Status and diff ────────────────────────────────────────────────────────
+# ── 26 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -6572,7 +6720,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 26 Watching ───────────────────────────────────────────────────────────────
+# ── 27 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -7750,7 +7898,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 27 Logs ───────────────────────────────────────────────────────────────────
+# ── 28 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -7945,7 +8093,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 28 Programs ───────────────────────────────────────────────────────────────
+# ── 29 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -8060,7 +8208,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started_and_delays_nothing(h
         wait_until(lambda: os.killpg(process.pid, 0), 2)
 
 
-# ── 29 Control socket ─────────────────────────────────────────────────────────
+# ── 30 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -8793,7 +8941,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 30 Worker ─────────────────────────────────────────────────────────────────
+# ── 31 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -8916,7 +9064,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 31 Daemon ─────────────────────────────────────────────────────────────────
+# ── 32 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -10004,7 +10152,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 32 Installing ─────────────────────────────────────────────────────────────
+# ── 33 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -10693,6 +10841,49 @@ def test_tools_that_read_the_header_run_the_script(machine: Machine, tool: list[
         assert done.returncode == 0 and "fetching PyYAML" not in done.stderr, done
 
 
+# Tools that read pyproject.toml
+
+INSTALLS_A_PACKAGE = {
+    "pip": 'python -m venv "$HOME/v" && "$HOME/v/bin/pip" install --quiet . && ln -s ../v/bin/orchestra "$HOME/bin/"',
+    "uv": "uv tool install --quiet --python python .",
+    "pipx": "pipx install --quiet --python python .",
+}
+# A systemd that starts the daemon and no more.
+ONE_START = """
+case "$2" in is-system-running) echo running;; restart)
+    sed -n 's/^ExecStart="\\(.*\\)" daemon start/\\1/p' "$HOME/.config/systemd/user/orchestra.service" >"$HOME/program"
+    setsid "$(cat "$HOME/program")" daemon start >/dev/null 2>&1 & ;;
+esac
+"""
+
+
+@pytest.mark.skipif(not shutil.which("setsid"), reason="no setsid here")
+@pytest.mark.parametrize("tool", INSTALLS_A_PACKAGE)
+def test_a_package_works_and_its_daemon_survives_it(machine: Machine, tool: str) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"no {tool} here")
+    need_pypi()
+    put_files(machine.home, {"bin": None})
+    put_files(machine.tools, {"python": link_to(BASE_PYTHON)})
+    where = {"UV_TOOL_BIN_DIR": f"{machine.home}/bin", "PIPX_BIN_DIR": f"{machine.home}/bin", "PIPX_HOME": None}
+    checkout = sorted(os.listdir(HERE))
+    machine.run_well("sh", "-c", INSTALLS_A_PACKAGE[tool], cwd=HERE, environ=where)
+    assert sorted(os.listdir(HERE)) == checkout
+    program = machine.home / "bin/orchestra"
+    assert machine.run_well(program, "--version") == VERSION_LINE
+    assert machine.run_well(program, "init", machine.code, "-p", "demo", "--sync").startswith("registered demo/code")
+    machine.make_tool("systemctl", ONE_START)
+    assert machine.run_program(program, "daemon", "install", "--systemd").returncode == 0
+    try:
+        for folder in (machine.home / "v", machine.home / ".local", machine.home / "bin"):
+            shutil.rmtree(folder, ignore_errors=True)
+        installed = machine.run_program(orchestra.binary_path(machine.path), "sync", "--all", environ=FORBIDDEN)
+        assert installed.returncode == 0 and machine.answers()
+    finally:
+        orchestra.request_stop(machine.path)
+        wait_until(lambda: not os.path.lexists(machine.socket))
+
+
 # install.sh
 
 every_shell = pytest.mark.parametrize("shell", [name for name in SHELLS if name != "sh"])
@@ -11043,7 +11234,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 33 Services ───────────────────────────────────────────────────────────────
+# ── 34 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -11743,7 +11934,7 @@ def test_a_real_systemd_runs_the_daemon(machine: Machine) -> None:
     assert list(machine.home.rglob("*.service")) == [] and "Traceback" not in machine.errors()
 
 
-# ── 34 Registering ────────────────────────────────────────────────────────────
+# ── 35 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -11751,8 +11942,10 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
     assert ran.out.splitlines() == [
         "registered shop/web: frontend (react in package.json)",
-        "  targets: gemini (already used in this folder)",
-        "  edit:    ~/.orchestra/projects/shop/web.yaml",
+        "  built with: Node.js, React 18 (package.json)",
+        "  install:    npm install (package.json)",
+        "  targets:    gemini (already used in this folder)",
+        "  edit:       ~/.orchestra/projects/shop/web.yaml",
         "append   shop/web GEMINI.md",
         "1 written, 0 unchanged in 1 codebase",
     ]
@@ -11760,6 +11953,35 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     assert values["path"] == f"{home.code}/web" and values["targets"] == ["gemini"]
     assert values["projects"] == [{"name": "web", "project_type": "frontend"}]
     assert Path(orchestra.project_path(home.path, "shop")).exists()
+
+
+@pytest.mark.parametrize("sync", [(), ("--sync",)])
+def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: Any) -> None:
+    put_files(home.code / "web", {"pyproject.toml": "[project]\ndescription = 'Shop'\n", "uv.lock": "", ".ruler": None})
+    argv = ("init", str(home.code / "web"), "-p", "shop", *sync)
+    before = take_picture(home.folder)
+    dry = home.run_fine(*argv, "--dry-run")
+    assert without_age(take_picture(home.folder)) == without_age(before)
+    real = home.run_fine(*argv)
+    assert dry.out.replace("would register", "registered").replace("to write", "written") == real.out
+    assert dry.err == real.err and ".ruler/ is there" in real.err
+    assert "  description: Shop (pyproject.toml)\n" in real.out and "  install:     uv sync (uv.lock)\n" in real.out
+    assert "description: |-\n  Shop\n\n  Built with: Python, uv.\n" in home.file("shop/web").read_text()
+    before = take_picture(home.folder)
+    assert home.run_fine(*argv, "--dry-run", "-t", "ml").lines[0].startswith("shop/web: type would change to ml (")
+    assert without_age(take_picture(home.folder)) == without_age(before)
+
+
+def test_init_adds_nothing_to_a_file_that_has_commands_of_its_own(home: Home) -> None:
+    files = {"AGENTS.md": SPEAKING, "package.json": '{"dependencies": {"react": "^18"}, "scripts": {"test": "x"}}'}
+    put_files(home.code / "web", files)
+    ran = home.run_fine("init", str(home.code / "web"), "-p", "shop", "--sync")
+    assert ran.lines[1:3] == [
+        "  commands: left out, AGENTS.md has its own (2)",
+        "  targets:  codex (already used in this folder)",
+    ]
+    assert contents(home.code / "web") == {path: data.encode() for path, data in files.items()}
+    assert home.status_of("shop/web") == "current"
 
 
 def test_init_again_changes_nothing(home: Home) -> None:
@@ -11859,9 +12081,13 @@ def test_init_of_an_absent_codebase_writes_its_path_beside_it(
         home.write_registry("shop/api.local.yaml", local)
     root = home.code / "api"
     root.mkdir()
+    before = contents(home.projects)
+    dry = home.run_fine("init", str(root), "-p", "shop", "--sync", "--dry-run")
+    assert contents(home.projects) == before and not (root / "CLAUDE.md").exists()
     ran = home.run_fine("init", str(root), "-p", "shop", "--sync")
-    said = "shop/api is on this machine now: ~/.orchestra/projects/shop/api.local.yaml"
+    said = f"shop/api is on this machine: {root} (~/.orchestra/projects/shop/api.local.yaml)"
     assert ran.out.splitlines()[:2] == [said, "create   shop/api CLAUDE.md"] and ran.err == ""
+    assert dry.out.splitlines()[:2] == [said.replace(" is ", " would be "), "create   shop/api CLAUDE.md"]
     assert (home.projects / "shop/api.local.yaml").read_text() == expected.format(path=root)
     assert file.read_text() == f"name: api\n{text}description: d\n"
     assert "already registered" in home.run_fine("init", str(root), "-p", "shop").out
@@ -11880,7 +12106,7 @@ def test_init_of_an_absent_codebase_may_change_its_type(home: Home) -> None:
 # How a codebase's file has its path, before it is moved and after.
 MOVES = {
     "plain": ("# mine\nname: api\npath: {old}  # where it is\nnotes: [a]\n", "path: {old}", "path: {new}"),
-    "quoted, CRLF": ("path: '{old}'\r\nname: api\r\n", "path: '{old}'", "path: {new}"),
+    "quoted, CRLF": ("path: '{old}'\r\nname: api\r\nnotes: [a]\r\n", "path: '{old}'", "path: {new}"),
     "flow": ("{{name: api, path: {old}, notes: [a]}}\n", "path: {old}", "path: {new}"),
     "folded": ("name: api\npath: >-\n  {old}\nnotes: [a]\n", "path: >-\n  {old}", "path: {new}"),
 }
@@ -11959,7 +12185,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 35 Output ─────────────────────────────────────────────────────────────────
+# ── 36 Output ─────────────────────────────────────────────────────────────────
 
 
 class Terminal(io.StringIO):
@@ -12036,7 +12262,7 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 36 Arguments ──────────────────────────────────────────────────────────────
+# ── 37 Arguments ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -12200,7 +12426,7 @@ def test_zsh_completes(on_path: Machine) -> None:
     assert zsh.process.wait(30) == 0
 
 
-# ── 37 Status screen ──────────────────────────────────────────────────────────
+# ── 38 Status screen ──────────────────────────────────────────────────────────
 
 
 def make_troubled(home: Home) -> None:
@@ -12310,7 +12536,85 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
         assert "daemon: " in live.run("status").out and time.monotonic() - started < 10
 
 
-# ── 38 Doctor ─────────────────────────────────────────────────────────────────
+# Live
+
+
+@pytest.mark.parametrize(
+    ("line", "event"),
+    [
+        ("INFO synced target=api source=watcher codebases=1 written=2 errors=0 ms=6", "api  2 written  6 ms"),
+        ('WARNING problem error="~/.orchestra/projects/shop/a.yaml:4: \\"x\\""', '! problem: shop/a.yaml:4: "x"'),
+        ("INFO started pid=7 version=0.1.0", "started pid 7, version 0.1.0"),
+        ('WARNING odd error="\\u001b[2J"', r"! odd: \x1b[2J"),
+        ("INFO staleness current=3", ""),
+        ('WARNING broken error="\\q"', ""),
+    ],
+)
+def test_an_event_is_shortened_for_the_screen(line: str, event: str) -> None:
+    shown = orchestra.format_event(f"2026-11-29T01:53:37.123Z {line}", 60)
+    assert re.sub(r"^\d\d:53:37  ", "", shown) == event[:50]
+    assert orchestra.format_event(f"2026-11-29T01:53:37.123Z {line}", 12)[:12] == shown[:12]
+    assert orchestra.format_event("garbage", 60) == orchestra.format_event("", 60) == ""
+
+
+@pytest.mark.parametrize("size", [(80, 24), (40, 8), (10, 3), (200, 60)])
+def test_a_frame_fits_the_terminal(home: Home, size: tuple[int, int]) -> None:
+    make_troubled(home)
+    orchestra.Log(home.path).info("synced", target="shop/api", written=1, ms=3)
+    live = orchestra.LiveStatus(home.path, lambda: orchestra.scan_staleness(home.path, home.registry()))
+    live.look()
+    lines = live.frame(*size)
+    assert len(lines) <= size[1] and all(orchestra.text_width(line) < size[0] for line in lines)
+    if size == (80, 24):
+        assert lines[0].startswith("daemon: not running") and lines[0].endswith("  q quit")
+        assert lines[3].split() == ["CODEBASE", "STATE", "SYNCED", "WHAT"]
+        assert lines[-1].endswith("  shop/api  1 written  3 ms")
+
+
+def watch(home: Home) -> Tty:
+    live = Tty(home, home.command("status", "--watch"))
+    live.wait_for("q quit")
+    return live
+
+
+def test_a_live_status_shows_syncs_and_ends_with_q(served: Home) -> None:
+    live = watch(served)
+    assert live.has_changed
+    served.make_codebase(targets=["claude"])
+    live.wait_for("api  1 written")
+    live.wait_for("1 codebase in 1 project: 1 current")
+    edit(served.code / "shop/api/CLAUDE.md", "# api", "# mine")  # which no daemon sees
+    live.wait_for("1 edited by hand")
+    live.resize(10, 30)
+    live.wait_for("\r\n" + "-" * 29 + "\x1b[K")
+    live.type("q")
+    status, shown = live.finish()
+    assert status == 0 and shown.endswith("\x1b[?25h\x1b[?1049l") and not live.has_changed
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda home, live: live.type("\x03"), 130),
+        (lambda home, live: live.process.terminate(), 128 + signal.SIGTERM),
+        (lambda home, live: put_in("home/.orchestra/projects")(home), 2),  # an error
+        (lambda home, live: os.kill(live.process.pid, signal.SIGHUP), 128 + signal.SIGHUP),
+    ],
+)
+def test_however_a_live_status_ends_the_terminal_is_as_before(home: Home, end: Any, status: int) -> None:
+    put_files(Path(home.path), {".orchestra": None})
+    live = watch(home)
+    end(home, live)
+    found, shown = live.finish()
+    assert found == status and "\x1b[?25h\x1b[?1049l" in shown and not live.has_changed
+
+
+def test_a_live_status_needs_a_terminal(home: Home) -> None:
+    said = "orchestra: --watch needs a terminal\n  try: orchestra status\n"
+    assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
+
+
+# ── 39 Doctor ─────────────────────────────────────────────────────────────────
 
 
 def break_yaml(home: Home) -> None:
@@ -12443,7 +12747,7 @@ def test_doctor_says_so_where_there_is_no_pyyaml(home: Home, monkeypatch: Any) -
     assert contents(home.folder) == {}
 
 
-# ── 39 Commands ───────────────────────────────────────────────────────────────
+# ── 40 Commands ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -12668,7 +12972,7 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
 
 
-# ── 40 Command line ───────────────────────────────────────────────────────────
+# ── 41 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -14515,7 +14819,7 @@ def test_a_busy_file_that_is_to_lose_its_block_loses_it_later(scene: Scene, fold
     name = "CLAUDE.md" if folder == "shop/api" else scene.file
     assert (ran.status, ran.complaints) == (2, [f"orchestra: shop/api: {name}: {BUSY}"])
     assert folder == "other" or home.status_of() == "orphan"
-    assert home.sync().lines[-1] == f"remove   shop/api {name}"
+    assert home.sync().lines[-1] == f"remove block shop/api {name}"
     assert scene.file.read_text() == "mine\n" and home.sync().lines == []
 
 
@@ -14532,7 +14836,7 @@ def test_a_purge_that_meets_a_busy_file_says_how_to_finish_it(scene: Scene) -> N
 
 @needs_leases
 def test_a_restore_of_a_busy_file_names_it(scene: Scene) -> None:
-    edit(scene.file, "# api", "# mine")
+    edit(scene.file, "- first", "- mine")
     scene.home.sync()
     with open(scene.file, "ab"):
         assert scene.home.run("restore", "api").complaints == [f"orchestra: {scene.file}: {BUSY}"]
