@@ -2,7 +2,8 @@
 # Install Orchestra for this user, or upgrade it:
 #
 #   sh install.sh                                              from a checkout
-#   curl -fsSL URL/install.sh | ORCHESTRA_URL=URL sh           from a web server that has orchestra.py beside it
+#   curl -fsSLO URL/install.sh && ORCHESTRA_URL=URL sh install.sh
+#                                                              from a web server that has orchestra.py beside it
 #   sh install.sh --uninstall                                  remove it; the registry, backups and hashes stay
 #
 # ORCHESTRA_SHA256 is compared with the download's; ORCHESTRA_PYTHON is the Python to use.
@@ -47,7 +48,7 @@ found_python3() {
     if is_placeholder python3; then
         echo "Apple's placeholder: xcode-select --install"
     else
-        python3 --version 2>/dev/null || echo none
+        { command -v python3 >/dev/null && python3 --version 2>&1; } || echo none
     fi
 }
 
@@ -125,14 +126,65 @@ install() {
     check_script "$temporary"
     version=$("$python" -I "$temporary" --version 2>&1) || die "orchestra.py does not start: $version"
     "$python" -I "$temporary" self-install || exit 2
-    [ "$(uname)" != Darwin ] || "$root/bin/orchestra" daemon install || exit 2
     say "$version, with $python"
+    start_at_login
+    program=orchestra
     case ":$PATH:" in
     *":$HOME/.local/bin:"*) ;;
-    *) say "add it to your PATH:  export PATH=\"\$HOME/.local/bin:\$PATH\"" ;;
+    *)
+        program=\~/.local/bin/orchestra
+        tell_path
+        ;;
     esac
-    say "next:  orchestra init PATH -p PROJECT --sync"
-    [ "$(uname)" = Darwin ] || say "then:  orchestra daemon start    (already running? first: orchestra daemon stop)"
+    tell_next
+}
+
+# Where launchd or systemd runs, it starts the daemon; else `tell_next` says how.
+start_at_login() {
+    starts=
+    if [ "$(uname)" = Darwin ]; then
+        "$root/bin/orchestra" daemon install || exit 2
+        starts=yes
+    elif has_user_manager && "$root/bin/orchestra" daemon install --systemd; then
+        starts=yes
+    fi
+}
+
+has_user_manager() {
+    case $(systemctl --user is-system-running 2>/dev/null) in
+    initializing | starting | running | degraded | maintenance) ;;
+    *) return 1 ;;
+    esac
+}
+
+# No startup file is changed: say which line to add to which.
+tell_path() {
+    # shellcheck disable=SC2016 # for the user's shell
+    line='export PATH="$HOME/.local/bin:$PATH"'
+    shell=${SHELL:-}
+    case ${shell##*/}-$(uname) in
+    fish-*)
+        line='fish_add_path ~/.local/bin'
+        file=\~/.config/fish/config.fish
+        ;;
+    zsh-*) file=\~/.zshrc ;;
+    bash-Darwin) file=\~/.bash_profile ;;
+    bash-*) file=\~/.bashrc ;;
+    *) file=\~/.profile ;;
+    esac
+    say "your PATH lacks ~/.local/bin: add this line to $file, and open a new terminal"
+    say "  $line"
+}
+
+tell_next() {
+    say "next:  $program init PATH -p PROJECT --sync"
+    if [ -z "$starts" ]; then
+        running=$([ ! -S "$root/daemon.sock" ] || "$root/bin/orchestra" daemon status --short 2>/dev/null) || running=
+        case $running in
+        '' | *'not running'*) say "then:  $program daemon start --detach" ;;
+        *) say "then:  $program daemon restart    (the running daemon may be older)" ;;
+        esac
+    fi
 }
 
 uninstall() {
@@ -143,6 +195,7 @@ uninstall() {
             rm -f -- "$plist"
         fi
     elif [ -x "$root/bin/orchestra" ]; then
+        [ ! -e "$HOME/.config/systemd/user/orchestra.service" ] || "$root/bin/orchestra" daemon uninstall --systemd || :
         "$root/bin/orchestra" daemon stop || say "a daemon that is still running ends with its session"
     fi
     ! is_own_link "$HOME/.local/bin/orchestra" || rm -f -- "$HOME/.local/bin/orchestra"

@@ -3108,7 +3108,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
             elif data.startswith(b"<!--", place) and data.find(b"-->", place, end) < 0:
                 fence, depth, opened = b"-->", len(items), start
     is_open = fence and not depth  # in a list item, it would end before what is appended
-    return (*found, *hidden), *((opened, fence) if is_open else (-1, b""))
+    return ((*found, *hidden), *((opened, fence) if is_open else (-1, b"")))
 
 
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
@@ -12422,8 +12422,9 @@ class Commands(NamedTuple):
     def cmd_daemon_restart(self) -> int:
         has_plist = sys.platform == "darwin" and os.path.exists(launchd_plist_path(self.home))
         if not has_plist and not os.path.exists(systemd_unit_path(self.home)):
+            verb = "restarted" if is_locked(daemon_lock_path(self.home)) else "started"
             Service(self.home).stop_daemon()
-            return self._start_detached("restarted")
+            return self._start_detached(verb)
         service = self._supervise(by_systemd=not has_plist)  # of this version
         print(f"daemon restarted, pid {service.daemon_pid()}")
         return OK

@@ -667,6 +667,12 @@ class Home:
         orchestra.request_stop(self.path)
         self.expect_end(daemon)
 
+    def stop_detached(self) -> None:
+        """Stop a daemon that is no child of this process, if one runs, and wait for its end."""
+        with contextlib.suppress(orchestra.DaemonNotRunning):
+            orchestra.request_stop(self.path)
+        wait_until(lambda: not orchestra.is_locked(orchestra.daemon_lock_path(self.path)))
+
     def expect_end(self, daemon: subprocess.Popen[Any], status: int = 0) -> None:
         assert daemon.wait(60) == status, self.said()
         assert not os.path.lexists(self.socket)
@@ -9783,13 +9789,11 @@ def test_status_waits_for_a_daemon_that_is_starting(live: Home, monkeypatch: Any
 def detached(live: Home) -> Iterator[Home]:
     """A home whose detached daemon ends with the test."""
     yield live
-    with contextlib.suppress(orchestra.DaemonNotRunning):
-        orchestra.request_stop(live.path)
-    wait_until(lambda: not os.path.lexists(live.socket))
+    live.stop_detached()
 
 
 def test_a_detached_daemon_outlives_what_started_it_and_is_restarted(detached: Home) -> None:
-    for argv, verb in ((["start", "--detach"], "started"), (["restart"], "restarted"), (["restart"], "restarted")):
+    for argv, verb in ((["restart"], "started"), (["restart"], "restarted"), (["restart"], "restarted")):
         ran = detached.run_script("daemon", *argv)
         assert (ran.status, ran.out, ran.err) == (0, f"daemon {verb}, pid {detached.answers()}\n", "")
     assert detached.log().count(" started ") == 3 and detached.log().count(" stopped ") == 2
@@ -10812,18 +10816,29 @@ def test_what_reads_no_registry_needs_no_pyyaml(machine: Machine, bare_python: s
 # Pythons that are too old
 
 
-def old_python() -> str:
-    found = Path.home() / ".pyenv/versions/3.8.18/bin/python"
-    if not found.exists():
-        pytest.skip("no Python 3.8 here")
-    return str(found)
+def old_python(version: str) -> str:
+    found = [*Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    if not found:
+        pytest.skip(f"no Python {version} here")
+    return str(found[0])
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["sync", "--all"], []])
-def test_on_python_3_8_one_clear_line_is_said(machine: Machine, argv: list[str]) -> None:
-    done = machine.run_program(old_python(), SCRIPT, *argv)
-    expected = f"orchestra: needs Python 3.9 or newer on macOS or Linux (found Python 3.8 on {sys.platform})\n"
+@pytest.mark.parametrize("version", ["3.6", "3.7", "3.8"])
+def test_on_an_old_python_one_clear_line_is_said(machine: Machine, version: str, argv: list[str]) -> None:
+    done = machine.run_program(old_python(version), SCRIPT, *argv)
+    expected = f"orchestra: needs Python 3.9 or newer on macOS or Linux (found Python {version} on {sys.platform})\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+def test_python_3_7_can_parse_the_script_to_say_that_it_is_too_old() -> None:
+    ast.parse(SOURCE, feature_version=(3, 7))
+    # What that does not refuse: `return *a, b` without parentheses.
+    tuples = [
+        n.value for n in ast.walk(MODULE) if isinstance(n, (ast.Return, ast.Yield)) and isinstance(n.value, ast.Tuple)
+    ]
+    bare = [n for n in tuples if n.elts and n.elts[0].col_offset == n.col_offset]
+    assert [n.lineno for n in bare if any(isinstance(item, ast.Starred) for item in n.elts)] == []
 
 
 # Tools that read the PEP 723 header
@@ -10880,8 +10895,7 @@ def test_a_package_works_and_its_daemon_survives_it(machine: Machine, tool: str)
         installed = machine.run_program(orchestra.binary_path(machine.path), "sync", "--all", environ=FORBIDDEN)
         assert installed.returncode == 0 and machine.answers()
     finally:
-        orchestra.request_stop(machine.path)
-        wait_until(lambda: not os.path.lexists(machine.socket))
+        machine.stop_detached()
 
 
 # install.sh
@@ -10920,13 +10934,90 @@ def test_install_sh_from_a_pipe_leaves_a_working_program(machine: Machine, shell
     assert_works(machine)
 
 
-def test_install_sh_piped_from_curl_as_the_readme_says_fetches_all_it_needs(machine: Machine, server: Any) -> None:
-    need_pypi()
-    if not shutil.which("curl"):
-        pytest.skip("no curl here")
-    done = machine.run_program("sh", "-c", f"curl -fsSL {server[0]}/install.sh | ORCHESTRA_URL={server[0]} sh")
-    assert done.returncode == 0, done
-    assert_works(machine)
+README = (HERE / "README.md").read_text(encoding="utf-8")
+TERMINALS = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"], "dash": ["dash", "-i"], "fish": ["fish"]}
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["works", "download fails"])
+@pytest.mark.parametrize("shell", TERMINALS)
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_the_readmes_download_installs_or_fails(machine: Machine, server: Any, shell: str, is_there: bool) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    machine.give_yaml()
+    url, folder = server
+    if not is_there:
+        (folder / "install.sh").unlink()
+    (line,) = re.findall("(?m)^curl .*", README)
+    done = machine.run_program(shell, "-c", line.replace("http://HOST:8000", url), cwd=machine.code)
+    assert (done.returncode == 0, machine.link.exists()) == (is_there, is_there), done
+    if is_there:
+        assert_works(machine)
+
+
+@pytest.mark.parametrize("shell", TERMINALS)
+def test_the_readmes_first_minute_can_be_pasted(machine: Machine, shell: str) -> None:
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    machine.give_yaml()
+    part = README.partition("## The first minute")[2].partition("\n## ")[0]
+    typed = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```", part))
+    shown = "".join(re.findall(r"(?ms)^```text\n(.*?)^```", part))
+    environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, "SHELL": f"/bin/{shell}"}
+    done = machine.run_program(*TERMINALS[shell], input=typed, cwd=HERE, environ=environ)
+    machine.stop_detached()
+    said = done.stdout[done.stdout.index("registered ") :]
+    assert [re.sub(r"pid \d+|\d+ s$", "N", line) for line in said.splitlines()] == [
+        re.sub(r"pid \d+|\d+ s$", "N", line) for line in shown.splitlines()
+    ], done
+
+
+LINE = 'export PATH="$HOME/.local/bin:$PATH"'
+
+
+@pytest.mark.parametrize(
+    ("shell", "system", "file", "line"),
+    [
+        ("/bin/bash", "Linux", "~/.bashrc", LINE),
+        ("/usr/bin/zsh", "Linux", "~/.zshrc", LINE),
+        ("/opt/fish/bin/fish", "Linux", "~/.config/fish/config.fish", "fish_add_path ~/.local/bin"),
+        ("/bin/dash", "Linux", "~/.profile", LINE),
+        (None, "Linux", "~/.profile", LINE),
+        ("/bin/bash", "Linux", "", ""),
+    ],
+)
+def test_install_sh_tells_the_line_for_path_and_its_file(
+    machine: Machine, shell: Optional[str], system: str, file: str, line: str
+) -> None:
+    machine.give_yaml()
+    path = f"{machine.tools}:{'' if file else f'{machine.home}/.local/bin:'}{os.environ['PATH']}"
+    said = machine.install_well(environ={"SHELL": shell, "PATH": path}).splitlines()[2:]
+    program = "~/.local/bin/orchestra" if file else "orchestra"
+    told = [f"your PATH lacks ~/.local/bin: add this line to {file}, and open a new terminal", f"  {line}"]
+    assert said == [
+        *(told if file else []),
+        f"next:  {program} init PATH -p PROJECT --sync",
+        f"then:  {program} daemon start --detach",
+    ]
+
+
+def test_install_sh_has_systemd_run_the_daemon_where_it_runs(machine: Machine) -> None:
+    machine.give_yaml()
+    machine.make_tool("systemctl", ONE_START)
+    try:
+        said = machine.install().stdout
+        assert "installed orchestra.service" in said and "then: " not in said and machine.answers()
+        assert machine.install("sh", "--uninstall").stdout.endswith("\nuninstalled\n")
+        assert not machine.answers() and list(machine.home.rglob("*.service")) == []
+    finally:
+        machine.stop_detached()
+
+
+def test_install_sh_installs_where_systemd_cannot_start_the_daemon(machine: Machine) -> None:
+    machine.give_yaml()
+    machine.make_tool("systemctl", '[ "$2" = is-system-running ] && echo degraded || exit 1')
+    done = machine.install()
+    assert done.returncode == 0 and "systemd error" in done.stderr and "daemon start --detach" in done.stdout
 
 
 def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, server: Any) -> None:
@@ -10936,7 +11027,8 @@ def test_install_sh_upgrades_in_place_while_a_daemon_runs(machine: Machine, serv
     machine.register(path=str(machine.code), targets=["claude"])
     (folder / "orchestra.py").write_bytes(new_version())
     with machine.daemon() as daemon:
-        machine.install_well(url=url)
+        said = machine.install_well(url=url)
+        assert re.search("(?m)^then: .*orchestra daemon restart  ", said)
         assert machine.orchestra("--version").stdout == "orchestra 9.9.10\n"
         assert machine.answers()
         assert machine.orchestra("daemon", "stop").returncode == 0
@@ -11023,16 +11115,18 @@ def test_install_sh_cut_short_runs_nothing(machine: Machine, shell: str, step: i
 OLD_PYTHON = '[ "$1" = --version ] || exit 1\necho Python 3.8.10'
 
 
-@pytest.mark.parametrize("found", ["none", "Python 3.8.", "a real Python 3.8."])
+@pytest.mark.parametrize("found", ["none", "a stand-in", "2.7", "3.6", "3.8"])
 def test_install_sh_without_a_python_says_which_it_wants(machine: Machine, found: str) -> None:
     path = machine.only_tools()
-    if found == "Python 3.8.":
+    if found == "a stand-in":
         machine.make_tool("python3", OLD_PYTHON, "only")
+        found = "3.8"
     elif found != "none":
-        (machine.folder / "only/python3").symlink_to(old_python())
+        (machine.folder / "only/python3").symlink_to(old_python(found))
+    found = found if found == "none" else f"Python {found}."
     done = machine.install(environ={"PATH": path, "ORCHESTRA_PYTHON": None})
     way_out = ". Debian: sudo apt install python3; macOS: brew install python"
-    assert_refused(done, f"needs Python 3.9 or newer (found {found.replace('a real ', '')}", way_out)
+    assert_refused(done, f"needs Python 3.9 or newer (found {found}", way_out)
     assert machine.listing() == {}
 
 
