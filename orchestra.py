@@ -1617,6 +1617,50 @@ def time_name(now: float, step: int = 0) -> str:
     return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) + f".{micro:06d}Z"
 
 
+def local_time(when: str) -> str:
+    """Write the time of a version as a clock on the wall had it."""
+    from datetime import datetime, timezone
+
+    try:
+        at = datetime.strptime(when, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc)
+        return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError):
+        return ""
+
+
+def parse_when(text: str, clock: Clock = time.time) -> Callable[[str], bool]:
+    """Return what tells whether a version's name is of a time that a user typed.
+
+    That is the beginning of a name, in UTC; a day or a time of the day, local if no Z
+    follows; or an age, for all versions at least as old. Raises UsageError.
+    """
+    from datetime import datetime, timedelta, timezone
+
+    words = " ".join(text.lower().replace("t", " ").split()) if re.match(r"\d+-", text) else text.lower().strip()
+    if re.fullmatch(r"\d{4,8}(t\d{0,6}(\.\d*)?)?z?", words):
+        return lambda when: when.startswith(words.upper().rstrip("Z"))
+    units = "s|sec|seconds?|m|min|minutes?|h|hours?|d|days?|w|weeks?"
+    age = re.fullmatch(rf"(\d{{1,6}}) ?({units}) ago", words)
+    if age:
+        sizes = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+        latest = time_name(clock() - int(age[1]) * sizes[age[2][0]])
+        return lambda when: when <= latest
+    zone = timezone.utc if words.endswith("z") else None
+    now = datetime.fromtimestamp(clock(), zone)
+    days = {"today": now, "yesterday": now - timedelta(days=1)}
+    if words in days:
+        words = f"{days[words]:%Y-%m-%d}"
+    for form, size in (("%Y-%m-%d", 86400), ("%Y-%m-%d %H:%M", 60), ("%Y-%m-%d %H:%M:%S", 1)):
+        for typed in (words.rstrip("z").strip(), f"{now:%Y-%m-%d} {words.rstrip('z').strip()}"):
+            try:
+                start = datetime.strptime(typed, form).replace(tzinfo=zone).timestamp()
+            except (ValueError, OverflowError):
+                continue
+            return lambda when: time_name(start) <= when < time_name(start + size)
+    hint = "10 min ago, yesterday, 2026-11-29, 14:05, or a time from --list"
+    raise UsageError(f"--at: expected a time, got {excerpt(text)}", hint)
+
+
 def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
     """Choose the versions to drop of a file's, oldest first; `now` is a `time_name`.
 
@@ -8678,8 +8722,8 @@ class LogReader:
 
 # ── 29 Programs ───────────────────────────────────────────────────────────────
 
-# Other programs (the user's editor excepted) are started here alone, through one runner
-# that tests replace, and never in the current folder.
+# Other programs are started here alone: by one runner that tests replace, and never in
+# the current folder, except for the user's editor and pager.
 
 
 class Completed(NamedTuple):
@@ -8834,6 +8878,49 @@ def start_apart(work: Callable[[], int]) -> int:
         sys.stdout.flush()
     finally:
         os._exit(status)
+
+
+# The user's own programs, on the terminal
+
+
+def run_editor(environ: Mapping[str, str], path: str) -> None:
+    """Let the user edit a file; raises UsageError if that does not end well."""
+    import shlex
+    import subprocess
+
+    editor = environ.get("VISUAL") or environ.get("EDITOR") or "vi"
+    hint = "set VISUAL or EDITOR"
+    try:
+        status = subprocess.call([*shlex.split(editor), path])
+    except FileNotFoundError:
+        raise UsageError(f'editor "{editor}" not found', hint) from None
+    except OSError as error:
+        raise UsageError(f'editor "{editor}": {explain_os_error(error)}', hint) from None
+    except ValueError:
+        raise UsageError(f'editor "{editor}": a quote is not closed', hint) from None
+    if status:
+        end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
+        raise UsageError(f"the editor {end}")
+
+
+def run_pager(environ: Mapping[str, str], text: str) -> bool:
+    """Show a text in the user's pager; return False if there is none."""
+    import shlex
+    import subprocess
+
+    try:
+        argv = shlex.split(environ.get("PAGER", "less"))
+        if not argv or argv[0] == "cat":
+            return False
+        pager = subprocess.Popen(argv, stdin=subprocess.PIPE, env={"LESS": "FRX", "LV": "-c", **environ})
+    except (OSError, ValueError):
+        return False
+    rest: Optional[bytes] = text.encode("utf-8", "backslashreplace")
+    while True:
+        with suppress(KeyboardInterrupt, BrokenPipeError):  # Ctrl-C is the pager's
+            pager.communicate(rest)
+            return True
+        rest = None
 
 
 # ── 30 Control socket ─────────────────────────────────────────────────────────
@@ -11147,6 +11234,16 @@ def attempt(act: Callable[..., object], *arguments: Any) -> int:
     return OK
 
 
+def ask(question: str, default: bool) -> bool:
+    """Ask a yes-or-no question; no terminal, or no answer, is a no."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"{question} [{'Y/n' if default else 'y/N'}] ")
+    sys.stderr.flush()
+    answer = sys.stdin.readline()
+    return default if answer == "\n" else answer.strip().lower() in ("y", "yes")
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
@@ -11245,6 +11342,17 @@ class Screen(NamedTuple):
         """Print a table, and the words in it that are keys of `colors` in color."""
         for line in format_table(rows, self.width):
             print(self.paint_words(line, colors))
+
+    def paint_diff(self, text: str) -> str:
+        """Paint the lines of a unified diff by how they begin."""
+        if not self.has_colors:
+            return text
+        colors = {"--- ": "1", "+++ ": "1", "@@": "36", "-": "31", "+": "32"}
+        lines = []
+        for line in text.split("\n"):
+            color = next((color for start, color in colors.items() if line.startswith(start)), "")
+            lines.append(self.paint(line, color))
+        return "\n".join(lines)
 
     def paint_words(self, line: str, colors: Mapping[str, str]) -> str:
         """Paint the first of the words that stands between two columns."""
@@ -11625,7 +11733,7 @@ def ask_daemon(home: str) -> dict[str, Any]:
 
 def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
     if not daemon["running"]:
-        return "daemon: not running (orchestra daemon start)"
+        return "daemon: not running (orchestra daemon start --detach)"
     if "problem" in daemon:
         return f"daemon: {daemon['problem']}"
     words = f"daemon: running {format_duration(max(0, int(clock() - daemon.get('started_at_unix', clock()))))}"
@@ -11909,7 +12017,7 @@ class Doctor:
     def _check_daemon(self) -> Iterator[Finding]:
         daemon = self._daemon
         if not daemon["running"]:
-            yield Finding(Level.WARNING, "the daemon is not running", "orchestra daemon start")
+            yield Finding(Level.WARNING, "the daemon is not running", "orchestra daemon start --detach")
         elif "problem" in daemon:
             yield Finding(Level.FAILURE, f"the daemon does not answer: {daemon['problem']}", "orchestra daemon stop")
         elif daemon.get("version") != __version__:
@@ -11932,6 +12040,8 @@ class Doctor:
         registry = self._registry
         for problem in registry.problems:
             yield Finding(Level.FAILURE, str(problem), problem.hint)
+        for remark in registry.remarks(registry.keys):
+            yield Finding(Level.WARNING, str(remark), remark.hint or "edit that file")
         projects = {project for project, _ in registry.keys}
         places = f"{count_of(len(registry.keys), 'codebase')} in {count_of(len(projects), 'project')}"
         yield Finding(Level.OK, f"registry: {places}")
@@ -12181,12 +12291,23 @@ class Commands(NamedTuple):
             if result.errors:
                 hint = "fix that, then purge again; nothing was changed"
                 raise SyncError("\n".join(map(str, result.errors)), hint)
+            count = count_of(sum(file.writes for file in result.files), "file")
+            root = shorten_home(self.home, codebase_root(self.home, codebase))
+            question = f"remove {label_for(key)} from the registry, and Orchestra's text from {count} in {root}?"
+            if sys.stdin.isatty() and not self.args.yes and not ask(question, default=False):
+                raise UsageError("nothing was changed")
         if key in registry.codebases:
             clean_up_codebase(self.home, registry.codebases[key])
+        left = self._list_written(key, registry) if not self.args.purge else []
         # It is deregistered first, so that no sync writes again what is purged.
-        kept = shorten_home(self.home, retire_codebase(self.home, key))
-        print(f"removed {label_for(key)} from the registry; its YAML is kept as {kept}")
+        kept = retire_codebase(self.home, key)
+        print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept)}")
         if not self.args.purge:
+            import shlex
+
+            if left:
+                print(f"  left in its folder: {', '.join(left)} (--purge would have taken Orchestra's text out)")
+            print(f"  undo: {shlex.join(['cp', kept, codebase_path(self.home, key)])}")
             return OK
         result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
         self._print_result(result)
@@ -12196,6 +12317,12 @@ class Commands(NamedTuple):
         path = shorten_home(self.home, codebase_root(self.home, codebase))
         again = f"orchestra init {path} -p {key[0]} --name {key[1]}, then remove it again"
         return report_all(error._replace(hint=f"fix that; {again}") for error in result.errors)
+
+    def _list_written(self, key: Key, registry: Registry) -> list[str]:
+        """List the files with Orchestra's text in a codebase's folder."""
+        codebase, record = registry.codebases.get(key), load_record(self.home, key)
+        root = codebase_root(self.home, codebase) if codebase else ""
+        return [path for path in sorted(record.files if record else ()) if root and os.path.lexists(f"{root}/{path}")]
 
     # Syncing
 
@@ -12324,23 +12451,33 @@ class Commands(NamedTuple):
             more, found = diff_codebase(self.home, registry.codebases[key], registry.owners)
             text += more
             problems += found
-        sys.stdout.write(text)
+        self._show(self.screen.paint_diff(text))
         return max(failed, report_all(problems)) or (OUT_OF_DATE if self.args.exit_code and text else OK)
+
+    def _show(self, text: str) -> None:
+        """Print a long text, on a terminal by the user's pager."""
+        is_paged = text and sys.stdout.isatty() and not self.args.no_pager
+        if not (is_paged and run_pager(self.environ, text)):
+            sys.stdout.write(text)
 
     # Restoring and editing
 
     def cmd_restore(self) -> int:
-        codebase = self._readable(load_registry(self.home), self.args.codebase)
+        name, path = self.args.codebase, self.args.path
+        if path is None and name in AGENTS_BY_PATH:
+            name, path = None, name
+        codebase = self._readable(load_registry(self.home), name)
         backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
         if self.args.list:
-            if backups:
-                rows = [(backup.when, backup.path, backup.why) for backup in backups]
-                self.screen.print_table([("WHEN", "FILE", "WHY"), *rows])
-            else:
+            if not backups:
                 say(f"{label}: no backups yet")
+                return OK
+            rows = [("WHEN (UTC)", "LOCAL TIME", "FILE", "WHY")]
+            rows += [(backup.when, local_time(backup.when), backup.path, backup.why) for backup in backups]
+            self.screen.print_table(rows)
             return OK
-        for backup in self._choose_backups(codebase.key, backups):
+        for backup in self._choose_backups(codebase.key, backups, path):
             changed = restore_file(self.home, codebase, backup)
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
@@ -12348,10 +12485,11 @@ class Commands(NamedTuple):
         self._note(f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
         return OK
 
-    def _choose_backups(self, key: Key, backups: Sequence[Backup]) -> list[Backup]:
-        """Choose the latest backups that PATH and --at allow; raises SyncError."""
-        path, at = self.args.path, self.args.at
-        found = [b for b in backups if b.path in AGENTS_BY_PATH and b.when.startswith(at or "")]
+    def _choose_backups(self, key: Key, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
+        """Choose the latest backups of a path that --at allows; raises SyncError."""
+        at = self.args.at
+        is_wanted = parse_when(at) if at else lambda when: True
+        found = [b for b in backups if b.path in AGENTS_BY_PATH and is_wanted(b.when)]
         if path is not None:
             found = [backup for backup in found if backup.path == os.path.normpath(path)]
         if found:
@@ -12370,25 +12508,18 @@ class Commands(NamedTuple):
         raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {label} --list")
 
     def cmd_edit(self) -> int:
-        import shlex
-        import subprocess
-
+        """Open the file in the editor until it is right, or the user gives up."""
         key = self._find(load_registry(self.home), self.args.codebase)
-        editor = self.environ.get("VISUAL") or self.environ.get("EDITOR") or "vi"
-        try:
-            status = subprocess.call([*shlex.split(editor), codebase_path(self.home, key)])
-        except FileNotFoundError:
-            raise UsageError(f'editor "{editor}" not found', "set VISUAL or EDITOR") from None
-        except OSError as error:
-            raise UsageError(f'editor "{editor}": {explain_os_error(error)}', "set VISUAL or EDITOR") from None
-        except ValueError:
-            raise UsageError(f'editor "{editor}": a quote is not closed', "set VISUAL or EDITOR") from None
-        if status:
-            end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
-            raise UsageError(f"the editor {end}")
-        registry = load_registry(self.home)
-        self._tell_remarks(registry.remarks([key]), is_strict=False)
-        return report_all(registry.broken.get(key, ()))
+        while True:
+            run_editor(self.environ, codebase_path(self.home, key))
+            registry = load_registry(self.home)
+            self._tell_remarks(registry.remarks([key]), is_strict=False)
+            if key not in registry.broken:
+                print(f"ok {label_for(key)}")
+                return OK
+            failed = report_all(registry.broken[key])
+            if not ask("open it again?", default=True):
+                return failed
 
     # Looking after the installation
 
@@ -12532,6 +12663,7 @@ CODEBASE = argument("codebase", metavar="CODEBASE", nargs="?", help=A_CODEBASE)
 CODEBASES = argument("codebases", metavar="CODEBASE", nargs="*", help=A_CODEBASE)
 TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help=f"{' | '.join(PROJECT_TYPES)}; default: detected")
 JSON = switch("--json", help="print JSON")
+NO_PAGER = switch("--no-pager", help="print it at once, also on a terminal")
 SYSTEMD = switch("--systemd", help="with the systemd of Linux instead")
 COMMANDS = {
     "": Command(
@@ -12584,7 +12716,7 @@ COMMANDS = {
     "diff": Command(
         "show what sync would write",
         Commands.cmd_diff,
-        (CODEBASES, switch("--exit-code", help="exit 1 if there is a difference")),
+        (CODEBASES, switch("--exit-code", help="exit 1 if there is a difference"), NO_PAGER),
         heading=DAILY,
     ),
     "restore": Command(
@@ -12594,7 +12726,7 @@ COMMANDS = {
             CODEBASE,
             argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
             switch("--list", help="list the backups"),
-            argument("--at", metavar="TIME", help="a time from --list, or its beginning (20261129)"),
+            argument("--at", metavar="TIME", help="'10 min ago', yesterday, 2026-11-29, 14:05, or from --list"),
         ),
         heading=DAILY,
     ),
@@ -12624,6 +12756,7 @@ COMMANDS = {
         (
             argument("codebase", metavar="CODEBASE", help="a name (api), PROJECT/name or a path"),
             switch("--purge", help="also remove Orchestra's files and blocks from it"),
+            switch("-y", "--yes", help="ask nothing before a purge"),
         ),
     ),
     "daemon": Command("sync automatically in the background", heading=MANAGE),

@@ -923,7 +923,7 @@ def test_files_are_opened_for_writing_in_few_sections() -> None:
 def test_sockets_and_programs_have_their_sections() -> None:
     assert sections_where(lambda node: dotted(node).startswith("socket.")) <= {"Control socket", "Daemon"}
     assert sections_that_import("socket", "_socket", "selectors") <= {"Watching", "Control socket", "Daemon", "Worker"}
-    assert sections_that_import("subprocess") <= {"Programs", "Commands"}
+    assert sections_that_import("subprocess") <= {"Programs"}
     assert sections_where(lambda node: dotted(node) in ("os.system", "os.popen", "os.posix_spawn")) == set()
     assert sections_where(lambda node: dotted(node) == "os.fork") == {"Programs"}
 
@@ -1802,6 +1802,57 @@ def test_a_temporary_folder_that_cannot_be_removed_stops_nothing(home: Home, mon
 def test_a_folder_in_the_backups_that_is_named_by_no_time_is_left_out(home: Home, name: str) -> None:
     put_files(backups_folder(home), {f"{name}/CLAUDE.md": "by hand"})
     assert keep(home, b"new").startswith("2001")
+
+
+# 2026-11-29 12:00:00 UTC, and some versions' names
+NOON = 1795953600.0
+KEPT_AT = ("20261127T090000.000000Z", "20261128T235959.000000Z", "20261129T000000.000000Z", "20261129T114930.500000Z")
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("20261129", (2, 3)),
+        ("20261129T1149", (3,)),
+        ("20261129t114930.5Z", (3,)),
+        ("2026", (0, 1, 2, 3)),
+        ("today", (2, 3)),
+        ("Yesterday ", (1,)),
+        ("2026-11-27", (0,)),
+        ("2026-11-29 11:49", (3,)),
+        ("2026-11-29T11:49:30Z", (3,)),
+        ("11:49", (3,)),
+        ("11:49:31", ()),
+        ("10 min ago", (0, 1, 2, 3)),
+        ("11 minutes ago", (0, 1, 2)),
+        ("1d ago", (0,)),
+        ("2 weeks ago", ()),
+    ],
+)
+def test_a_version_is_found_by_what_people_type(monkeypatch: Any, typed: str, found: tuple[int, ...]) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    is_wanted = orchestra.parse_when(typed, lambda: NOON)
+    assert tuple(i for i, when in enumerate(KEPT_AT) if is_wanted(when)) == found
+
+
+def test_a_time_of_the_day_is_local_unless_z_follows(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TZ", "UTC-9")
+    time.tzset()
+    try:
+        for typed, when in (("08:59", KEPT_AT[1]), ("23:59 Z", KEPT_AT[1]), ("today", KEPT_AT[2])):
+            day = NOON - 86400 if "Z" in typed else NOON
+            assert orchestra.parse_when(typed, lambda day=day: day)(when), typed
+        assert orchestra.local_time(KEPT_AT[1]) == "2026-11-29 08:59:59"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("typed", ["tomorrow", "10 months ago", "25:00", "2026-13-01", "-1", "9" * 30, "\x1b"])
+def test_what_is_no_time_is_one_line(typed: str) -> None:
+    with pytest.raises(orchestra.UsageError, match=r"^--at: expected a time, got '"):
+        orchestra.parse_when(typed)
 
 
 # ── 7 Turns ───────────────────────────────────────────────────────────────────
@@ -5815,9 +5866,10 @@ def test_restore_lists_and_chooses(home: Home) -> None:
     edit(root / "AGENTS.md", "# api", "# agents")
     home.sync()
     rows = [line.split() for line in home.run_fine("restore", "api", "--list").out.splitlines()]
-    assert rows[0] == ["WHEN", "FILE", "WHY"]
-    assert sorted(row[1] for row in rows[1:]) == ["AGENTS.md", "CLAUDE.md", "CLAUDE.md"]
-    times = [row[0] for row in rows[1:] if row[1] == "CLAUDE.md"]
+    assert rows[0] == ["WHEN", "(UTC)", "LOCAL", "TIME", "FILE", "WHY"]
+    assert sorted(row[3] for row in rows[1:]) == ["AGENTS.md", "CLAUDE.md", "CLAUDE.md"]
+    times = [row[0] for row in rows[1:] if row[3] == "CLAUDE.md"]
+    assert len(times) == len(edited)
     for when, text in zip(times, edited):
         home.run_fine("restore", "api", "./CLAUDE.md", "--at", when)
         assert (root / "CLAUDE.md").read_bytes() == text
@@ -12544,7 +12596,7 @@ def make_troubled(home: Home) -> None:
 TROUBLED = """\
 8 codebases in 3 projects: 2 current, 3 to sync, 1 edited by hand, 1 absent, 1
 broken
-daemon: not running (orchestra daemon start)
+daemon: not running (orchestra daemon start --detach)
 
 CODEBASE    STATE    SYNCED   WHAT
 shop/infra  broken   2 h ago  infra.yaml:6: conventions[0]: needs quotes,
@@ -12590,13 +12642,13 @@ def test_status_says_what_to_type_next(home: Home, state: str) -> None:
     for step in steps:
         step(home)
     last = home.run("status").out.splitlines()[-1]
-    assert last == (said or "daemon: not running (orchestra daemon start)")
+    assert last == (said or "daemon: not running (orchestra daemon start --detach)")
 
 
 @pytest.mark.parametrize(
     ("reply", "line"),
     [
-        ({"running": False}, "daemon: not running (orchestra daemon start)"),
+        ({"running": False}, "daemon: not running (orchestra daemon start --detach)"),
         ({"running": True, "started_at_unix": 0, "version": orchestra.__version__}, "daemon: running 16 min"),
         (
             {"running": True, "started_at_unix": 2000, "version": "0.0.1"},
@@ -12747,7 +12799,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "FAIL ~/.orchestra/bin/orchestra does not run: permission denied",
         "run install.sh again",
     ),
-    "no daemon": ([], "warn the daemon is not running", "orchestra daemon start"),
+    "no daemon": ([], "warn the daemon is not running", "orchestra daemon start --detach"),
     "no login": ([], "warn the daemon will not start after a reboot", "orchestra daemon install"),
     "registry": ([add_it(), sync_it], "ok registry: 1 codebase in 1 project", ""),
     "broken": ([break_yaml], "FAIL ~/.orchestra/projects/shop/bad.yaml:2: notes: ", "orchestra edit shop/bad"),
@@ -13064,6 +13116,89 @@ def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
     assert "\x1b" not in ran.err
     assert not any(line.startswith("orchestra: forged") for line in ran.err.splitlines())
     assert r"it is a symbolic link to x\x1b[31m\norchestra: forged" in ran.err
+
+
+# On a terminal
+
+SHOW = "import sys; print('PAGED', sys.stdin.read().replace('\x1b', 'ESC'))"
+
+
+def test_a_diff_is_painted_and_paged_on_a_terminal(home: Home) -> None:
+    home.make_codebase(files={CLINE: "old \x1b[2J\n"}, targets=["cline"])
+    pager = f"{sys.executable} -c {shlex.quote(SHOW)}"
+    for argv, environ, shown in (
+        ([], {"PAGER": pager}, "PAGED ESC[1m--- a/.clinerules/orchestra.mdESC[0m\r\n"),
+        ([], {"PAGER": pager}, "ESC[31m-old \\x1b[2JESC[0m\r\n"),
+        ([], {"PAGER": pager, "NO_COLOR": "1"}, "\r\n-old \\x1b[2J\r\n"),
+        (["--no-pager"], {"PAGER": pager}, "\x1b[31m-old \\x1b[2J\x1b[0m\r\n"),
+        ([], {"PAGER": "cat"}, "\x1b[31m-old"),
+        ([], {"PAGER": "/no/such/pager -x"}, "\x1b[31m-old"),
+        ([], {"PAGER": "'"}, "\x1b[31m-old"),
+        ([], {"PAGER": "true"}, ""),  # a pager that reads nothing
+    ):
+        tty = Tty(home, home.command("diff", "api", *argv), **environ)
+        status, out = tty.finish()
+        assert status == 0 and shown in out and "Traceback" not in out, (environ, out)
+    assert "\x1b[" not in home.run_script("diff", "api").out
+
+
+def test_edit_offers_to_open_a_broken_file_again(home: Home) -> None:
+    home.make_codebase()
+    good = home.file().read_text()
+    (home.code / "editor.py").write_text(
+        f"import os, sys\nnew = {good!r} if os.path.exists('/{home.code}/seen') else 'tasks: ['\n"
+        f"open(sys.argv[1], 'w').write(new)\nopen('/{home.code}/seen', 'w')\n"
+    )
+    environ = {"VISUAL": f"{sys.executable} {home.code}/editor.py"}
+    tty = Tty(home, home.command("edit", "api"), **environ)
+    tty.type("\r", after="open it again? [Y/n] ")
+    assert tty.finish() == (0, "\r\nok shop/api\r\n")
+    home.file().write_text("x: [")
+    os.unlink(home.code / "seen")
+    tty = Tty(home, home.command("edit", "api"), **environ)
+    tty.type("n\r", after="open it again? [Y/n] ")
+    assert tty.finish()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "answer", "status", "said"),
+    [
+        ([], "y", 0, "remove   shop/api"),
+        ([], "n", 2, "orchestra: nothing was changed"),
+        ([], "", 2, "orchestra: nothing was changed"),
+        (["-y"], None, 0, "remove   shop/api"),
+    ],
+)
+def test_a_purge_asks_on_a_terminal(home: Home, argv: list[str], answer: Any, status: int, said: str) -> None:
+    root = home.make_synced(targets=["cline"])
+    tty = Tty(home, home.command("project", "remove", "api", "--purge", *argv))
+    if answer is not None:
+        question = f"remove shop/api from the registry, and Orchestra's text from 1 file in {root}? [y/N] "
+        tty.type(f"{answer}\r", after=question)
+    found, shown = tty.finish()
+    assert (found, said in shown) == (status, True), shown
+    assert (home.registry().keys == [API], (root / CLINE).exists()) == (status == 2, status == 2)
+
+
+def test_a_removal_says_what_it_leaves_and_how_to_undo_it(home: Home) -> None:
+    root = home.make_synced()
+    before = contents(root)
+    first, left, undo = home.run_fine("project", "remove", "api").out.splitlines()
+    assert first.startswith("removed shop/api from the registry; its YAML is kept as ~/.orchestra/backups/shop/api/")
+    assert left.startswith("  left in its folder: AGENTS.md, CLAUDE.md (")
+    subprocess.run(undo.partition("undo: ")[2], shell=True, check=True)
+    assert home.status_of() == "current" and contents(root) == before
+
+
+def test_a_file_of_this_folder_is_restored_by_its_name_alone(home: Home, monkeypatch: Any) -> None:
+    root = home.make_synced(targets=["claude"])
+    edited = edit(root / "CLAUDE.md", "noted", "mine")
+    home.sync()
+    monkeypatch.chdir(root)
+    assert home.run_fine("restore", "CLAUDE.md", "--at", "today").out.startswith("restored shop/api CLAUDE.md (")
+    assert (root / "CLAUDE.md").read_bytes() == edited
+    ran = home.run("restore", "--at", "3 days ago")
+    assert ran.status == 2 and "no backup of any instruction file at 3 days ago; times look like 20" in ran.err
 
 
 # ── 41 Command line ───────────────────────────────────────────────────────────
