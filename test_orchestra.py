@@ -9518,7 +9518,7 @@ def wait_for_words(live: Home, api: str, web: str) -> None:
 
 
 # What is saved, or removed (None), beside two codebases, and the words that they have then.
-LAYERED: list[tuple[dict[str, Optional[str]], str, str]] = [
+LAYER_SAVES: list[tuple[dict[str, Optional[str]], str, str]] = [
     ({"shop/api.md": "w-api\n"}, "w-api", ""),
     ({"shop/api.md": "w-again\n"}, "w-again", ""),
     ({"shop/api.local.md": "w-local\n", "shop/README.md": "w-readme\n"}, "w-again w-local", ""),
@@ -9553,7 +9553,7 @@ def test_every_layer_and_its_prose_drive_the_daemon(live: Home, kind: str) -> No
         live.save(f"shop/{name}")
     daemon = live.start_daemon(kind)
     live.wait_for_start_job()
-    for files, api, web in LAYERED:
+    for files, api, web in LAYER_SAVES:
         put_or_remove(live, files)
         wait_for_words(live, api, web)
     live.stop(daemon)
@@ -15635,6 +15635,32 @@ def test_two_who_edit_one_registry_at_once_have_the_same_files(team: list[Home],
     for clone in (one.projects, one.code / "shop/api"):
         share(one, clone)
     check_same(team, "payments", "- second")
+
+
+def test_the_readmes_way_to_share_a_registry_works(home: Home) -> None:
+    text = (HERE / "README.md").read_text().partition("## Sharing a registry\n")[2]
+    (home.folder / "other").mkdir()
+    other = Home(str(home.folder / "other"))
+    other.cleanup.pop_all()  # its folder goes with that of the first
+    remote = str(home.folder / "shop.git")
+    assert finish(home.launch(["git", "init", "-q", "--bare", remote])).status == 0
+    put_files(home.projects, {"shop/api.md": "Ask before you drop a table.\n"})
+    put_files(Path(home.path), {"code/api/README.md": ""})
+    put_files(Path(other.path), {"work/api/README.md": ""})
+    put_files(home.folder, {"bin/orchestra": f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n'})
+    (home.folder / "bin/orchestra").chmod(0o755)
+    home.run_fine("init", f"{home.path}/code/api", "-p", "shop")
+    for at, script in zip((home, other), re.findall(r"(?s)```sh\n(.*?)```", text)):
+        environ: dict[str, Optional[str]] = {"PATH": f"{home.folder}/bin:{os.environ['PATH']}"}
+        environ.update({f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")})
+        script_here = script.replace("git@example.com:team/shop.git", remote)
+        ran = finish(at.launch(["sh", "-euc", script_here], environ=environ))
+        assert ran.status == 0, ran
+    assert "absent" in ran.out and "Ask before" in Path(other.path, "work/api/CLAUDE.md").read_text()
+    clone = other.projects / "shop"
+    assert subprocess.check_output(["git", "status", "--porcelain"], cwd=clone) == b""
+    assert (clone / "api.local.yaml").read_text() == "path: ~/work/api\n"
+    assert other.run_fine("init", f"{other.path}/work/api", "-p", "shop").err == ""
 
 
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
