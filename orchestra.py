@@ -16,8 +16,8 @@
                                  ▼  backed up, then replaced in one step (25, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (26)
-                ─► job (30) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (27)
+                ─► job (31) ─► Plan, as above
 
 Contents
   I Ground
@@ -42,7 +42,7 @@ Contents
     17 Ecosystems         how a language's table is read, and what none can say
     18 Languages          a table per language: its commands, and the evidence for them
     19 Detection          what a folder holds, by its manifests
-    20 Drafting           the first draft of a registry file, and silence
+    20 Drafting           what init registers, where the user has not spoken already
 
   III Sync
     21 Text               what agents read, rendered from a codebase
