@@ -2032,7 +2032,8 @@ class Agent(NamedTuple):
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
-    hides: str = ""  # a file that the agent reads only where its own is missing
+    twin: str = ""  # a file of the user's that the agent reads as well as this one
+    hides: str = ""  # a file that the agent reads only where both of these are missing
 
 
 AGENTS = {
@@ -2044,6 +2045,7 @@ AGENTS = {
             (".claude/CLAUDE.md",),
             (".claude",),
             budget=Budget(200, "lines", "Anthropic recommends at most"),
+            twin=".claude/CLAUDE.md",
             hides="AGENTS.md",
         ),
         Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
@@ -6113,7 +6115,7 @@ def read_own_texts(root: str) -> dict[str, str]:
                 with suppress(SyncError):  # half a block: all of it may be the user's
                     block = find_block(data)
                     data = data if block is None else data[: block.start] + data[block.stop :]
-                if data:
+                if data.strip():
                     texts[path] = data.decode("utf-8", "replace")
     return texts
 
@@ -6188,12 +6190,14 @@ def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
 def make_draft(root: str, found: Detected) -> Draft:
     """Draft what to register of a folder in which something was detected."""
     texts = read_own_texts(root)
+    targets = find_targets(root, texts)
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
     told = [found.description, found.built_with, found.packages, *found.commands]
     if most and counts[most] >= SPOKEN:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         told = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
+        targets = tuple(target for target in targets if not AGENTS[target].owned) or targets
     paragraphs = [found.description and found.description.text]
     paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
     paragraphs += [found.packages and f"Packages: {found.packages.text}."]
@@ -6201,7 +6205,7 @@ def make_draft(root: str, found: Detected) -> Draft:
     return Draft(
         "\n\n".join(filter(None, paragraphs)),
         tuple((command.name, command.text) for command in found.commands),
-        find_targets(root, texts),
+        targets,
         tuple(target for target in AGENTS if target in (*DEFAULT_TARGETS, *in_use)),
         tuple(filter(None, told)),
         tuple(find_other_tools(root, texts)),
@@ -7194,7 +7198,7 @@ class Planner:
         self._owners = owners
         self._mode = mode
         self._targets = [AGENTS[target].path for target in targets_of(codebase)]
-        self._beside: list[str] = []  # files that have the user's own text
+        self._beside: list[str] = []  # files that have the user's own text in or beside them
         self._importing: list[str] = []  # files that import the one they hide
         self._root = ""
         self._record = Record()
@@ -7221,7 +7225,7 @@ class Planner:
         former = self._plan_former()
         wanted = [] if is_purge else self._targets
         looks = self._look_at_files(wanted)
-        self._beside = [path for path in wanted if looks[path].has_own_text]
+        self._beside = [path for path in wanted if looks[path].has_own_text or self._has_twin(path)]
         self._importing = self._find_importing(wanted, looks)
         surroundings = ",".join([*self._beside, "", *self._importing])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
@@ -7293,6 +7297,10 @@ class Planner:
                     f" --name {codebase.name} --sync",
                 )
 
+    def _has_twin(self, path: str) -> bool:
+        twin = AGENTS_BY_PATH[path].twin
+        return bool(twin) and os.path.isfile(f"{self._root}/{twin}")
+
     def _find_importing(self, wanted: Sequence[str], looks: Mapping[str, Look]) -> list[str]:
         """Find the files that would hide a hand-written one from their agent.
 
@@ -7301,7 +7309,7 @@ class Planner:
         found = []
         for path in wanted:
             hidden = AGENTS_BY_PATH[path].hides
-            if hidden and not looks[path].has_own_text:
+            if hidden and path not in self._beside:
                 look = looks.get(hidden) or look_at(self._root, hidden)
                 found += [path] if look.has_own_text else []
         return found

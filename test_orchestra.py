@@ -3959,6 +3959,17 @@ def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any
     assert orchestra.find_targets(str(home.code), orchestra.read_own_texts(str(home.code))) == targets
 
 
+def test_a_file_of_orchestras_own_is_not_made_only_to_say_nothing(home: Home) -> None:
+    for files, targets in (
+        ({"AGENTS.md": SPEAKING, ".cursorrules": "x", "GEMINI.md": ""}, ("codex", "gemini")),
+        ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude",)),
+        ({"AGENTS.md": "x", ".cursorrules": "x"}, ("codex", "cursor")),
+    ):
+        root = Path(tempfile.mkdtemp(dir=home.code))
+        put_files(root, files)
+        assert orchestra.make_draft(str(root), orchestra.Detected("backend", "")).targets == targets
+
+
 @pytest.mark.parametrize(
     ("files", "defaults"),
     [
@@ -5563,6 +5574,7 @@ def test_an_edited_orphan_is_released_and_stays(home: Home) -> None:
         ({"AGENTS.md": "  \n"}, ["claude", "codex"], False),
         ({}, ["claude", "codex"], False),
         ({"AGENTS.md": link_to("docs.md"), "docs.md": "mine"}, ["claude"], False),
+        ({"AGENTS.md": "mine", ".claude/CLAUDE.md": "mine too"}, ["claude"], False),
     ],
 )
 def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: Any, targets: Any, imports: bool) -> None:
@@ -5666,6 +5678,19 @@ def test_a_block_of_an_older_version_is_replaced_without_a_word(home: Home) -> N
     assert home.sync() == Ran(0, "update   shop/api AGENTS.md\n1 written, 0 unchanged in 1 codebase\n", "")
     assert (root / "AGENTS.md").read_text() == f"mine\n\n{sealed_block('## Notes' + older.partition('## Notes')[2])}\n"
     assert (home.sync().lines, home.backups()) == ([], {})
+
+
+def test_claude_md_says_nothing_twice_beside_the_users_other_one(home: Home) -> None:
+    files = {".claude/CLAUDE.md": "mine\n"}
+    root = home.make_synced("shop/api", files, targets=["claude"], notes=[])
+    assert contents(root) == {".claude/CLAUDE.md": b"mine\n"} and home.status_of() == "current"
+    home.make_synced("shop/api", targets=["claude"], notes=["n"])
+    assert home.read() == f"{sealed_block(chr(10).join(['## Notes', '', '- n', '']))}\n"
+    (root / ".claude/CLAUDE.md").unlink()
+    assert home.sync().lines == ["update   shop/api CLAUDE.md"] and "# api\n" in home.read()
+    put_files(root, files)
+    home.make_synced("shop/api", targets=["claude"], notes=[])
+    assert contents(root) == {".claude/CLAUDE.md": b"mine\n"} and home.backups() == {}
 
 
 # Other registries
