@@ -4411,20 +4411,32 @@ def shorten_version(text: str) -> str:
 # rewrites files says so.
 
 SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . count as -
-    "install": ("install-dev", "dev-install", "setup-dev", "dev-setup", "setup", "bootstrap", "install", "deps"),
-    "build": ("build", "compile"),
+    "install": (
+        "install-dev",
+        "dev-install",
+        "setup-dev",
+        "dev-setup",
+        "setup",
+        "bootstrap",
+        "install",
+        "deps",
+        "init",
+    ),
+    "build": ("build", "compile", "build-dev", "dev-build"),
     "test": ("test", "tests", "test-run", "test-once", "test-unit", "unit-test", "unit-tests", "unit"),
     "lint": (
-        *("lint", "lint-check", "check-lint", "lint-ci", "eslint", "ruff", "flake8"),
+        *("lint", "lint-check", "check-lint", "lint-ci", "eslint", "test-eslint", "test-lint"),
+        *("ruff", "flake8"),
         *("cs", "cs-check", "check-cs", "check-style", "phpcs"),
     ),
     "format": (
-        *("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "lint-fix"),
-        *("cs-fix", "fix-cs", "fix-style", "phpcbf", "pint"),
+        *("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "black"),
+        *("fix", "lint-fix", "cs-fix", "fix-cs", "fix-style", "phpcbf", "pint"),
     ),
     "type check": (
-        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types", "test-types"),
-        *("typing", "mypy", "pyright", "phpstan", "stan", "static-analysis", "analyse", "analyze", "psalm"),
+        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types"),
+        *("test-types", "lint-typecheck", "typing", "mypy", "pyright", "phpstan", "psalm"),
+        *("stan", "static-analysis", "analyse", "analyze"),
     ),
     "run": ("dev", "develop", "start", "serve", "run", "runserver"),
     "check": ("check", "verify", "ci", "precommit", "check-all", "validate"),
@@ -4476,7 +4488,7 @@ class Script:
         for command in self._split(body):
             caller, *words = re.sub("^([a-z]+) run ", r"\1 ", command).split() or [""]
             names = [word for word in words if word in bodies and word not in done] if caller in self.CALLERS else []
-            arguments = " ".join(word for word in words if word not in bodies) if len(names) == 1 else ""
+            arguments = " ".join(words[words.index(names[0]) + 1 :]) if len(names) == 1 else ""
             done.update(names)
             yield from (f"{bodies[name]} {arguments}" for name in names)
 
@@ -4501,7 +4513,8 @@ class Script:
     @property
     def watches(self) -> bool:
         """Whether it is made to go on until it is stopped."""
-        return bool(re.search(r"(?m)(?:^| )(?:--watch(?:All|=true)?|-w|watch|--stub)(?: |$)", self.text))
+        text = self.text.replace("pnpm -w", "pnpm")
+        return bool(re.search(r"(?m)(?:^| )(?:--watch(?:All|=true)?|-w|watch|--stub)(?: |$)", text))
 
     @property
     def cure(self) -> Optional[str]:
@@ -4523,12 +4536,14 @@ class Script:
 
     def serves(self, command: str) -> bool:
         """Return whether it is what a command of this name should be."""
-        if self.does_nothing:
+        if self.does_nothing or (self.watches and command not in ("run", "format")):
             return False
         if command == "install":
             return bool(self.INSTALLS.search(self.text))
         if command == "type check" and self.name in ("types", "analyze"):
             return bool(self.KINDS[command].search(self.text))
+        if command == "format" and self.name == "fix":
+            return self.rewrites
         if command == "run":
             return not (self.watches and re.search(r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b", self.text))
         if command == "check":
@@ -4633,9 +4648,10 @@ def read_justfile(folder: Folder) -> Scripts:
             head, colon, rest = bare.lstrip("@").partition(":")
             recipe, *parameters = head.split() or [""]
             is_free = all("=" in word or word[0] == "*" for word in parameters) and recipe[:1].isalpha()
+            is_free = is_free and not (parameters and recipe == "run")  # it waits to be told what
             current = []
             if colon and not rest.startswith("=") and is_free and "private" not in attributes:
-                needs = rest.partition("#")[0]
+                needs = rest.partition("#")[0].replace("(", " ").replace(")", " ")
                 current = lines.setdefault(recipe, [f"just {needs}" if needs.strip() else ""])
             attributes = "" if line[0] != "#" else attributes
     return Scripts(name, "just {}", {recipe: "\n".join(body) for recipe, body in lines.items()})
@@ -4685,14 +4701,14 @@ class Node:
         "bun": ("bun.lock", "bun.lockb"),
         "npm": ("package-lock.json", "npm-shrinkwrap.json"),
     }
-    ONE_TEST = (  # test runners, and how they take one file, and one name
+    ONE_TEST = (  # test runners, how each takes one file, or one name beside its files
         ("vitest", "path/to/file.test.{}", '-t "name"'),
         ("jest", "path/to/file.test.{}", '-t "name"'),
         ("react-scripts", "path/to/file.test.{}", '-t "name"'),
         ("playwright", "path/to/file.spec.{}", '-g "name"'),
         ("mocha", "path/to/test.{}", '-g "name"'),
         ("ava", "path/to/test.{}", '--match "name"'),
-        ("ng", "", "--include path/to/file.spec.ts"),
+        ("ng", "--include path/to/file.spec.{}", ""),
         ("--test", "path/to/file.test.{}", ""),  # of Node itself
         ("tap", "path/to/test.{}", ""),
     )
@@ -4765,7 +4781,8 @@ class Node:
             ("lint", "eslint .", "eslint.config.*"),
         ):
             source = self.folder.find(config)
-            if source and command.partition(" ")[0] in self.packages:
+            is_alone = not self.folder.find("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
+            if source and is_alone and command.partition(" ")[0] in self.packages:
                 yield Found(name, self.exec + command, source)
         yield from self._find_tools()
 
@@ -4781,15 +4798,13 @@ class Node:
                 # A word after an option may be its value.
                 files = [w for w, b in zip(rest, before) if w[0] != "-" and (b[0] != "-" or "=" in b or b == runner)]
                 has_files = any(word not in ("run", "test", "watch", "--") for word in files)
-                arguments = name if has_files else f"{file.format('ts' if is_typed else 'js')} {name}".strip()
+                arguments = name if has_files else file.format("ts" if is_typed else "js")
                 if arguments:
                     call = scripts.spell(script, f"{script.cure or ''} {arguments}".strip())
                     yield Found("one test", call, "package.json")
                 return
-        if words[:2] == ["bun", "test"]:
-            yield Found(
-                "one test", f'bun test path/to/file.test.{"ts" if is_typed else "js"} -t "name"', "package.json"
-            )
+        if script and any(command.startswith("bun test") for command in script.commands):
+            yield Found("one test", f"bun test path/to/file.test.{'ts' if is_typed else 'js'}", "package.json")
 
     def _find_tools(self) -> Iterator[Found]:
         if self.manager != "npm":
@@ -4824,6 +4839,8 @@ class Python:
         ("pdm", "pyproject.toml tool pdm dev-dependencies", "pdm run "),
         ("hatch", "pyproject.toml tool hatch envs", ""),
         ("hatch", "hatch.toml", ""),
+        ("uv", r"[jJ]ustfile ~ \buv run\b", "uv run "),
+        ("uv", r"Makefile ~ \buv run\b", "uv run "),
     )
     TITLES = {"poetry": "Poetry", "pdm": "PDM", "pipenv": "Pipenv", "hatch": "Hatch"}
     INSTALLS = {  # for the place that asks for the test runner; {} is its name
@@ -4877,9 +4894,10 @@ class Python:
         places = (folder, *folder.above)
         self.manager, self.manager_source, self.prefix = next(
             (
-                (manager, evidence.split()[0], prefix)
+                (manager, place.holds(evidence), prefix)
                 for manager, evidence, prefix in self.MANAGERS
-                if any(place.holds(evidence) for place in (places if ".lock" in evidence else places[:1]))
+                for place in (places if evidence.endswith(".lock") else places[:1])
+                if place.holds(evidence)
             ),
             ("", "", ""),
         )
@@ -4924,6 +4942,10 @@ class Python:
                 for key in ("dependencies", "extra-dependencies"):
                     yield f"env {name}", self.folder.texts(file, *keys, name, key)
 
+    def _has_hatch(self, name: str) -> bool:
+        rows = ("pyproject.toml tool hatch envs", "hatch.toml envs")
+        return any(self.folder.holds(f"{evidence} {name}") for evidence in rows)
+
     def _list_setuptools(self) -> Iterator[tuple[str, Iterable[str]]]:
         options = self.folder.table("setup.cfg", "options")
         yield "", str(options.get("install_requires", "")).split("\n")
@@ -4937,9 +4959,12 @@ class Python:
         yield from self._find_scripts()
         sessions = self._read_noxfile()
         if not self.manager:  # else its environment is nearer at hand
-            yield from sessions.find()
+            yield from self._find_sessions(sessions)
         yield from self._find_install()
         yield from self._find_tests()
+        if self._has_hatch("hatch-static-analysis"):
+            yield Found("lint", "hatch fmt --check", self.manager_source)
+            yield Found("format", "hatch fmt", self.manager_source)
         for row in self.TOOLS:
             source = self.folder.holds(row.evidence)
             command = source and self.spell(row.text)
@@ -4947,9 +4972,13 @@ class Python:
                 yield Found(row.name, command, source)
         if "ruff" in self.packages:
             yield Found("lint", self.spell("ruff check ."), self.TOML)
-        if "pre-commit" in self.packages and self.folder.find(".pre-commit-config.yaml"):
-            yield Found("before a commit", self.spell("pre-commit run --all-files"), ".pre-commit-config.yaml")
-        yield from sessions.find()
+        hooks, in_prefix = ".pre-commit-config.yaml", re.escape(f"{self.prefix}pre-commit")
+        is_prefixed = self.prefix and any(
+            self.folder.holds(f"{file} ~ {in_prefix}") for file in ("Makefile", "[jJ]ustfile")
+        )
+        if self.folder.find(hooks) and ("pre-commit" in self.packages or is_prefixed):
+            yield Found("before a commit", f"{self.prefix}pre-commit run --all-files", hooks)
+        yield from self._find_sessions(sessions)
         yield from self._find_tox()
         if self.manager:
             yield Found("tool", self.TITLES.get(self.manager, self.manager), self.manager_source)
@@ -4962,6 +4991,8 @@ class Python:
         program, _, rest = command.partition(" ")
         if program in self.packages:
             kind, _, place = self.packages[program].partition(" ")
+            if kind == "env" and place not in ("default", "lint", "style", "types", "typing"):
+                return ""
             prefix = f"hatch run {place}:" if kind == "env" else self.prefix
             command = f"{program} {rest or self._find_sources()}" if program == "mypy" else command
             return (prefix + command).replace("hatch run default:", "hatch run ").strip()
@@ -4989,9 +5020,11 @@ class Python:
         for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
             for name in self.folder.table(file, *keys):
                 bodies = {s: flatten(b) for s, b in self.folder.table(file, *keys, name, "scripts").items()}
-                yield from Scripts(
-                    file, "hatch run {}" if name == "default" else f"hatch run {name}:{{}}", bodies
-                ).find()
+                for item in Scripts(file, f"hatch run {name}:{{}}".replace("default:", ""), bodies).find():
+                    if name in ("types", "typing") and item.name == "check":
+                        yield item._replace(name="type check")
+                    elif name == "default" or item.name.startswith(("test", "lint", "format", "type check")):
+                        yield item
 
     def _read_noxfile(self) -> Scripts:
         bodies: dict[str, str] = {}
@@ -5011,6 +5044,15 @@ class Python:
             if function:
                 bodies[function] = bodies.get(function, "") + line + "\n"
         return Scripts("noxfile.py", "nox -s {}", bodies)
+
+    def _find_sessions(self, sessions: Scripts) -> Iterator[Found]:
+        yield from sessions.find()
+        for command, script in sessions.pick():
+            if command == "test" and "posargs" in script.text:
+                call = f"{sessions.spell(script)} -- path/to/test_file.py::test_name"
+                yield Found("one test", call, sessions.source)
+        if sessions.bodies and self.folder.holds("noxfile.py ~ options[.]sessions|default=False"):
+            yield Found("check", "nox", sessions.source)
 
     def _find_install(self) -> Iterator[Found]:
         folder, installs = self.folder, self.INSTALLS[self.manager]
@@ -5044,6 +5086,9 @@ class Python:
             yield Found("test", f"{python} test", "manage.py")
             yield Found("one test", f"{python} test app.tests.TestCase.test_name", "manage.py")
             yield Found("run", f"{python} runserver", "manage.py")
+        elif self.manager == "hatch" and ("pytest" not in self.packages or self._has_hatch("hatch-test")):
+            yield Found("test", "hatch test", self.manager_source)
+            yield Found("one test", "hatch test path/to/test_file.py::test_name", self.manager_source)
         elif "pytest" in self.packages or (source and not folder.find("tox.ini", "noxfile.py")):
             prefix = self.prefix if "pytest" not in self.packages else self.spell("pytest")[: -len("pytest")]
             source = source or folder.find(self.TOML, "setup.cfg", "setup.py", "requirements*.txt", "Pipfile")
@@ -5052,6 +5097,8 @@ class Python:
 
     def _find_tox(self) -> Iterator[Found]:
         folder, prefix = self.folder, self.prefix if "tox" in self.packages else ""
+        if self.manager and "tox" not in self.packages:  # then it may well be out of date
+            return
         environments = folder.table("tox.ini")
         is_pytest = "pytest" in flatten(environments.get("testenv", {}))
         if is_pytest:
@@ -5872,47 +5919,54 @@ class Detected(NamedTuple):
     commands: tuple[Found, ...] = ()
 
 
-COMMAND_NAMES = (
-    *("install", "build", "test", "one test", "lint", "format", "type check", "run", "check"),
-    "before a commit",
-)
-
-
 PLACEHOLDER = re.compile(r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)")
 
 
-NO_PROSE = (
-    *("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t", "**Note", "Note", "NOTE"),
-    *("**Warning", "WARNING", "**Important", "Sponsor"),
+NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
+NO_DESCRIPTION = re.compile(  # what a first sentence begins with that says something else
+    r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
+    r"|looking|you|first|begin|install|sponsor\w*|deprecated|this repository is|an extra special)\b|\[[^]]+\]: "
 )
 MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
     (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
-    (r"<[^<>]*>(?!`)", ""),
+    (r"<[^<>]*>(?!`)|&nbsp;", ""),
     (r"`([^`<>]*) <[^<>`]*>`_{1,2}", r"\1"),
     (r"\*{2,3}|__", ""),
 )
 
 
-def first_sentence(text: str) -> str:
-    """Find the first sentence of prose in a README: no heading, badge or list."""
+def first_sentence(text: str, name: str) -> str:
+    """Find the first sentence of prose in the README of what is called `name`.
+
+    No heading, badge or list is prose. Later on, it must be what defines the name.
+    """
     parts = text[:20000].split("```")[::2]  # outside code
     first, *others = "\n".join(parts).split("<!--")
     text = first + "".join(other.partition("-->")[2] for other in others)
-    for paragraph in re.split(r"\n[ \t\r]*\n", text):
+    headings = 0
+    is_early = True
+    for paragraph in re.split(r"\n[ \t\r]*\n", re.sub(r"(?m)^(#[^\n]*)$", r"\n\1\n", text)):
         unquoted = re.sub("(?m)^> ?", "", paragraph.strip("\r\n"))
         lines = [line.strip() for line in unquoted.split("\n")]
-        is_heading = any(line and not line.strip("=-~^*") for line in lines[1:])
-        if is_heading or unquoted.startswith(NO_PROSE):
-            continue
-        prose = " ".join(lines)
-        for markup, plain in MARKUP:
-            prose = re.sub(markup, plain, prose)
-        # Text outside links, of which a list of links has none.
-        own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
-        prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
-        sentence = re.split(r"(?<=[.!?])[ ](?=[A-Z`(])", tidy(prose))[0]
-        if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
-            return sentence
+        if unquoted.startswith("#") or any(line and not line.strip("=-~^*") for line in lines[1:]):
+            headings += 1
+            name += f" {lines[0]}" if headings == 1 else ""
+            is_early = headings == 1
+        elif not unquoted.startswith(NO_PROSE):
+            prose = " ".join(lines)
+            for markup, plain in MARKUP:
+                prose = re.sub(markup, plain, prose)
+            # Text outside links, of which a list of links has none.
+            own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
+            prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
+            sentence = re.split(r"(?<=[.!?])[ ](?=[A-Z`(])", tidy(prose))[0]
+            if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
+                subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
+                if subject and subject[1].casefold() in name.casefold():
+                    return sentence
+                if is_early and not NO_DESCRIPTION.match(sentence):
+                    return sentence
+                is_early = False
     return ""
 
 
@@ -5945,29 +5999,63 @@ def open_folder(path: str, home: str) -> Folder:
     return Folder(path)
 
 
-def detect_commands(folder: Folder, found: dict[str, list[Found]]) -> list[Found]:
-    """Choose a command for each name, in the order in which they are told."""
-    commands: dict[str, Found] = {}
+class Selection:
+    """The commands of a folder, the first of each name, and how they are labelled."""
 
-    def add(item: Found, ecosystem: str = "") -> None:
+    NAMES = ("install", "build", "test", "one test", "lint", "format", "type check", "run", "check", "before a commit")
+    TESTERS = re.compile(
+        r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
+    )
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.found: dict[tuple[str, str], Found] = {}  # by ecosystem ("" for the first) and name
+        self.covered: set[str] = set()  # by a task runner
+
+    def add(self, item: Found, ecosystem: str = "") -> None:
         name, _, note = item.name.partition(" (")
-        notes = [text for text in (ecosystem, note.rstrip(")")) if text]
-        label = f"{name} ({', '.join(notes)})" if notes else name
-        commands.setdefault(f"{name} {ecosystem}", item._replace(name=label))
+        notes = ", ".join(filter(None, (ecosystem, note.rstrip(")"))))
+        self.found.setdefault((ecosystem, name), item._replace(name=f"{name} ({notes})" if notes else name))
 
-    for read_runner in TASK_RUNNERS:
-        for item in read_runner(folder).find():
-            add(item)
-    order = [f"{name} " for name in COMMAND_NAMES]
-    for index, (ecosystem, items) in enumerate(found.items()):
+    def add_runners(self, found: Mapping[str, list[Found]]) -> None:
+        """Add what task runners run, and one test of what theirs tests with."""
+        for read_runner in TASK_RUNNERS:
+            scripts = read_runner(self.folder)
+            for command, script in scripts.pick():
+                if command == "test" and ("", "test") not in self.found:
+                    tester = self.TESTERS.search(script.text)
+                    items = itertools.chain.from_iterable(found.values())
+                    one = (i for i in items if i.name == "one test" and tester and tester[0] in i.text)
+                    for item in itertools.islice(one, 1):
+                        self.add(item)
+            for item in scripts.find():
+                self.add(item)
+        self.covered = {name for _, name in self.found}
+
+    def add_ecosystem(self, name: str, items: Iterable[Found]) -> None:
+        """Add what an ecosystem says: of a second one, only what no runner covers."""
+        covered = self.covered if name else ()
         told = [item for item in items if item.name not in NO_COMMANDS and item.text]
-        for item in told if index == 0 or len(told) > 1 else ():  # a lone install helps nobody
-            add(item, ecosystem if index else "")
-        order += [f"{name} {ecosystem}" for name in COMMAND_NAMES] if index else []
+        told = [item for item in told if item.name.partition(" (")[0] not in covered]
+        if not name or any(item.name != "install" for item in told):  # a lone install helps nobody
+            for item in told:
+                self.add(item, "" if item.name == "before a commit" else name)
+
+    def list(self, ecosystems: Iterable[str]) -> tuple[Found, ...]:
+        """List them in the order in which they are told."""
+        keys = ((ecosystem, name) for ecosystem in ecosystems for name in self.NAMES)
+        return tuple(self.found[key] for key in keys if key in self.found)
+
+
+def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[Found, ...]:
+    selection = Selection(folder)
+    selection.add_runners(found)
+    for index, (ecosystem, items) in enumerate(found.items()):
+        selection.add_ecosystem(ecosystem if index else "", items)
     hooks = ".pre-commit-config.yaml"
     if folder.find(hooks):
-        add(Found("before a commit", "pre-commit run --all-files", hooks))
-    return [commands[name] for name in order if name in commands]
+        selection.add(Found("before a commit", "pre-commit run --all-files", hooks))
+    return selection.list(["", *[*found][1:]])
 
 
 def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Found]) -> tuple[str, str]:
@@ -6033,7 +6121,7 @@ def detect_description(folder: Folder, items: Iterable[Found]) -> Optional[Found
     """Choose a manifest's description, or else the README's first sentence."""
     described = (item for item in items if item.name == "description" and not PLACEHOLDER.search(item.text))
     readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
-    sentence = first_sentence(folder.text(readme)) if readme else ""
+    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
     return next(described, Found("description", sentence, readme) if sentence else None)
 
 
@@ -6062,7 +6150,7 @@ def detect(path: str, home: str = "") -> Detected:
         detect_description(folder, items),
         detect_versions(found),
         next((item for item in items if item.name == "packages"), detect_packages(folder)),
-        tuple(detect_commands(folder, found)),
+        detect_commands(folder, found),
     )
 
 
