@@ -4858,7 +4858,7 @@ class Python:
         "": {"extra": "pip install -e '.[{}]'", "group": "pip install -e . --group {}", "file": "pip install -r {}"},
     }
     PYTEST = (
-        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg [tool:pytest]", "tox.ini [pytest]", "conftest.py"),
+        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg tool:pytest", "tox.ini pytest", "conftest.py"),
         *("tests/conftest.py", "test/conftest.py"),
     )
     TOOLS = (
@@ -4866,14 +4866,14 @@ class Python:
         Row("lint", "ruff check .", "ruff.toml"),
         Row("lint", "ruff check .", ".ruff.toml"),
         Row("lint", "flake8", ".flake8"),
-        Row("lint", "flake8", "setup.cfg [flake8]"),
-        Row("lint", "flake8", "tox.ini [flake8]"),
+        Row("lint", "flake8", "setup.cfg flake8"),
+        Row("lint", "flake8", "tox.ini flake8"),
         Row("format", "ruff format .", "pyproject.toml tool ruff format"),
         Row("format", "black .", "pyproject.toml tool black"),
         Row("type check", "mypy", "mypy.ini"),
         Row("type check", "mypy", ".mypy.ini"),
         Row("type check", "mypy", "pyproject.toml tool mypy"),
-        Row("type check", "mypy", "setup.cfg [mypy]"),
+        Row("type check", "mypy", "setup.cfg mypy"),
         Row("type check", "ty check", "pyproject.toml tool ty"),
         Row("type check", "ty check", "ty.toml"),
         Row("type check", "pyright", "pyrightconfig.json"),
@@ -5925,7 +5925,7 @@ PLACEHOLDER = re.compile(r"(?i)^(?:add your description here|a new \w+ project|t
 NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
 NO_DESCRIPTION = re.compile(  # what a first sentence begins with that says something else
     r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
-    r"|looking|you|first|begin|install|sponsor\w*|deprecated|this repository is|an extra special)\b|\[[^]]+\]: "
+    r"|looking|you|first|begin|install|sponsor\w*|deprecated|this repository is|an extra special)\b"
 )
 MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
     (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
@@ -5952,7 +5952,7 @@ def first_sentence(text: str, name: str) -> str:
             headings += 1
             name += f" {lines[0]}" if headings == 1 else ""
             is_early = headings == 1
-        elif not unquoted.startswith(NO_PROSE):
+        elif not unquoted.startswith(NO_PROSE) and not re.match(r"\[[^\[\]]*\]: ", unquoted):
             prose = " ".join(lines)
             for markup, plain in MARKUP:
                 prose = re.sub(markup, plain, prose)
@@ -6117,12 +6117,16 @@ def detect_packages(folder: Folder) -> Optional[Found]:
     return None
 
 
-def detect_description(folder: Folder, items: Iterable[Found]) -> Optional[Found]:
-    """Choose a manifest's description, or else the README's first sentence."""
-    described = (item for item in items if item.name == "description" and not PLACEHOLDER.search(item.text))
+def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
+    """Choose the first ecosystem's, the README's first sentence, or another's."""
+    described = [
+        next((i for i in items if i.name == "description" and not PLACEHOLDER.search(i.text)), None)
+        for items in found.values()
+    ]
     readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
     sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
-    return next(described, Found("description", sentence, readme) if sentence else None)
+    described.insert(1, Found("description", sentence, readme) if sentence else None)
+    return next(filter(None, described), None)
 
 
 def detect_versions(found: Mapping[str, list[Found]]) -> Optional[Found]:
@@ -6147,7 +6151,7 @@ def detect(path: str, home: str = "") -> Detected:
     items = [item for system in found.values() for item in system]
     return Detected(
         *detect_type(folder, systems[0] if systems else None, items),
-        detect_description(folder, items),
+        detect_description(folder, found),
         detect_versions(found),
         next((item for item in items if item.name == "packages"), detect_packages(folder)),
         detect_commands(folder, found),

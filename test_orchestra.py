@@ -3336,9 +3336,20 @@ def package(**sections: Any) -> dict[str, str]:
     return {"package.json": json.dumps(sections)}
 
 
-def commands_in(home: Home, files: Any) -> dict[str, str]:
+def commands_in(home: Home, files: Any, folder: str = "") -> dict[str, str]:
     put_files(home.code, files)
-    return {command.name: command.text for command in orchestra.detect(str(home.code)).commands}
+    return {command.name: command.text for command in orchestra.detect(str(home.code / folder)).commands}
+
+
+def check_found(home: Home, files: Any, expected: str) -> None:
+    """Compare what is found with "name: text | ...": - stands for nothing, and names left out are not looked at."""
+    put_files(home.code, files)
+    detected = orchestra.detect(str(home.code))
+    texts = (detected.description, detected.built_with, detected.packages, *detected.commands)
+    found = {item.name: item.text for item in texts if item}
+    found["type"] = detected.project_type
+    names = [part.partition(": ")[0] for part in expected.split(" | ")]
+    assert " | ".join(f"{name}: {found.get(name, '-')}" for name in names) == expected
 
 
 @pytest.mark.parametrize(
@@ -3455,6 +3466,210 @@ def test_task_runners_come_first(home: Home, files: Any, commands: dict[str, str
 
 
 # ── 16 Node and Python ────────────────────────────────────────────────────────
+
+
+WORKSPACE = {".git": None, "package.json": '{"packageManager": "pnpm@9.1.0+sha512.abc"}', "package-lock.json": ""}
+MEMBER = {"packages/a/package.json": '{"scripts": {"test": "vitest", "build": "x"}}'}
+
+
+@pytest.mark.parametrize(
+    ("files", "folder", "manager"),
+    [
+        (package(), "", "npm"),
+        ({**package(), "package-lock.json": ""}, "", "npm"),
+        ({**package(), "yarn.lock": ""}, "", "yarn"),
+        ({**package(), "bun.lockb": ""}, "", "bun"),
+        ({**package(), "pnpm-workspace.yaml": ""}, "", "pnpm"),
+        (package(packageManager="yarn@4.0.0"), "", "yarn"),
+        ({**package(packageManager="pnpm@9"), "yarn.lock": ""}, "", "pnpm"),
+        (package(packageManager="constructor@1"), "", "npm"),
+        (package(packageManager=7), "", "npm"),
+        ({**WORKSPACE, **MEMBER}, "packages/a", "pnpm"),
+        ({**WORKSPACE, **MEMBER, "packages/a/yarn.lock": ""}, "packages/a", "pnpm"),
+        ({".git": None, "yarn.lock": "", **MEMBER}, "packages/a", "yarn"),
+        ({".git": None, "yarn.lock": "", **MEMBER, "packages/a/bun.lock": ""}, "packages/a", "bun"),
+        ({"yarn.lock": "", **MEMBER}, "packages/a", "npm"),  # above it is no repository
+        ({"yarn.lock": "", "packages/.git": None, **MEMBER}, "packages/a", "npm"),
+        ({"yarn.lock": "", "packages/a/.git": "gitdir: x", **MEMBER}, "packages/a", "npm"),
+    ],
+)
+def test_the_package_manager_is_the_repositorys(home: Home, files: Any, folder: str, manager: str) -> None:
+    assert commands_in(home, files, folder)["install"] == f"{manager} install"
+
+
+def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
+    put_files(home.code, {".git": None, "yarn.lock": "", **MEMBER})
+    commands = orchestra.detect(str(home.code / "packages/a"), str(home.code)).commands
+    assert commands[0].text == "npm install"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (package(scripts={"test": "jest", "lint": "x"}), "test: npm test | lint: npm run lint"),
+        ({**package(scripts={"test": "x"}), "yarn.lock": ""}, "test: yarn test"),
+        ({**package(scripts={"test": "x"}), "bun.lock": ""}, "test: bun run test"),
+        (package(scripts={"test": "vitest"}), "test: npm test -- --run"),
+        ({**package(scripts={"test": "vitest"}), "pnpm-lock.yaml": ""}, "test: pnpm test --run"),
+        (package(scripts={"install": "node-gyp rebuild && npm install"}), "install: npm install"),
+        (package(scripts={"test": "jest"}), "one test: npm test -- path/to/file.test.js"),
+        (
+            {**package(scripts={"test": "vitest"}), "tsconfig.json": ""},
+            "one test: npm test -- --run path/to/file.test.ts",
+        ),
+        (
+            {**package(scripts={"test": "jest --ci -c x.js"}), "yarn.lock": ""},
+            "one test: yarn test path/to/file.test.js",
+        ),
+        (package(scripts={"test": "mocha test/**/*.js"}), 'one test: npm test -- -g "name"'),
+        (package(scripts={"test": "node --test test/a.js"}), "one test: -"),
+        (
+            package(scripts={"test": "npm run unit", "unit": "tsc && jest"}),
+            "one test: npm run unit -- path/to/file.test.js",
+        ),
+        (package(scripts={"test": "jest && tsc"}), "one test: -"),
+        ({**package(scripts={"test": "bun test"}), "bun.lock": ""}, "one test: bun test path/to/file.test.js"),
+        (package(scripts={"test": "turbo run test"}), "test: npm test | one test: -"),
+        ({**package(), "turbo.json": '{"tasks": {"test": {}, "x": {}}}'}, "test: npx turbo run test | build: -"),
+        ({**package(), "turbo.json": '{"pipeline": {"lint": {}}}'}, "lint: npx turbo run lint"),
+        ({**package(), "nx.json": '{"targetDefaults": {"test": {}}}'}, "test: npx nx run-many -t test"),
+        (
+            {**package(devDependencies={"vitest": "1", "eslint": "9"}), "vitest.config.ts": "", "eslint.config.js": ""},
+            "test: npx vitest run | lint: npx eslint .",
+        ),
+        ({**package(), "vitest.config.ts": "", "eslint.config.js": ""}, "test: - | lint: -"),
+        ({**package(devDependencies={"eslint": "9"}), "eslint.config.js": "", "nx.json": "{}"}, "lint: -"),
+        (
+            package(dependencies={"react": "^18.2.0", "x": "1"}, devDependencies={"typescript": "catalog:"}),
+            "built with: Node.js, TypeScript, React 18.2+",
+        ),
+        ({**package(packageManager="pnpm@9.1.0"), ".nvmrc": "v20\n"}, "built with: Node.js 20, pnpm 9"),
+        ({**package(engines={"node": ">=18"}), ".tool-versions": "nodejs 22.1.0\n"}, "built with: Node.js 22.1.0"),
+        ({**package(), ".nvmrc": "lts/*", "mise.toml": "[tools]\nnode = '20'\n"}, "built with: Node.js 20"),
+    ],
+)
+def test_node_has_the_commands_of_its_scripts_and_tools(home: Home, files: Any, expected: str) -> None:
+    check_found(home, files, expected)
+
+
+def pyproject(text: str, *tools: str, **files: str) -> dict[str, str]:
+    """Make a pyproject.toml with a development group of tools, and other files, with _ for a dot."""
+    group = f"[dependency-groups]\ndev = {json.dumps(list(tools))}\n"
+    return {
+        "pyproject.toml": f"[project]\nname = 'shop'\n{group}{text}",
+        **{n.replace("_", "."): t for n, t in files.items()},
+    }
+
+
+SETUP_CFG = "[metadata]\nname = x\n[options.extras_require]\ntest =\n    pytest>=7\n[flake8]\nmax = 1\n"
+NOXFILE = """\
+nox.options.sessions = ["tests"]
+@nox.session(python=["3.12"])
+def tests(session):
+    session.run("pytest", *session.posargs)
+
+@nox.session(name="lint")
+def check_style(session):
+    session.run("ruff", "check")
+
+def build(session):
+    pass
+"""
+POETRY = "[tool.poetry]\nname = 'x'\n[tool.poetry.dependencies]\npython = '^3.9'\n"
+HATCH = "[tool.hatch.envs.default]\ndependencies = ['pytest', 'ruff']\n[tool.hatch.envs.default.scripts]\ncov = 'x'\n"
+TOX = "[tox]\nenvlist = py,lint\n[testenv]\ndeps = pytest\ncommands = pytest {posargs}\n[testenv:lint]\ncommands = x\n"
+DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            pyproject("[tool.ruff]\n[tool.mypy]\nfiles = 'x'\n", "pytest", "ruff", "mypy>=1", uv_lock=""),
+            "install: uv sync | test: uv run pytest | one test: uv run pytest path/to/test_file.py::test_name | "
+            "lint: uv run ruff check . | format: - | type check: uv run mypy | built with: Python, uv",
+        ),
+        (pyproject("[tool.ruff.format]\n", "ruff", uv_lock=""), "test: - | format: uv run ruff format ."),
+        (pyproject("[tool.ruff]\n", uv_lock=""), "lint: uvx ruff check ."),
+        (pyproject("[tool.ruff]\n[tool.mypy]\n"), "lint: ruff check . | type check: -"),
+        ({**pyproject("[tool.ruff]\n"), ".pre-commit-config.yaml": "- id: ruff"}, "lint: -"),
+        ({**pyproject("[tool.mypy]\n", "mypy"), "src": None}, "type check: mypy src"),
+        ({**pyproject("[tool.mypy]\n", "mypy"), "shop": None}, "type check: mypy shop"),
+        ({**pyproject("[tool.black]\n[tool.ty]\n", "black", "ty")}, "format: black . | type check: ty check"),
+        ({**pyproject("", "pyright"), "pyrightconfig.json": ""}, "type check: pyright"),
+        (
+            {**pyproject("", "pytest", "pre-commit", uv_lock=""), ".pre-commit-config.yaml": ""},
+            "before a commit: uv run pre-commit run --all-files",
+        ),
+        ({**pyproject("", "pytest"), ".pre-commit-config.yaml": ""}, "before a commit: pre-commit run --all-files"),
+        (pyproject("", "pytest"), "install: pip install -e . --group dev | test: pytest"),
+        (pyproject(DEPENDABLE), "install: pip install -e '.[dev]' | test: pytest"),
+        (pyproject(DEPENDABLE, uv_lock=""), "install: uv sync --extra dev"),
+        ({**pyproject(""), "requirements-dev.txt": "pytest\n"}, "install: pip install -e . -r requirements-dev.txt"),
+        ({"requirements.txt": "flask\npytest==8\n"}, "install: pip install -r requirements.txt | test: pytest"),
+        ({"setup.cfg": SETUP_CFG}, "install: pip install -e '.[test]' | test: pytest | lint: -"),
+        ({"setup.py": "extras_require={'dev': ['pytest']}"}, "install: pip install -e '.[dev]' | test: pytest"),
+        ({"setup.py": "", "tests": None}, "install: pip install -e . | test: -"),
+        ({"setup.py": "", "tests/conftest.py": ""}, "test: pytest"),
+        (
+            {"pyproject.toml": POETRY + "[tool.poetry.group.test.dependencies]\npytest = '*'\n"},
+            "test: poetry run pytest",
+        ),
+        (
+            {
+                "pyproject.toml": POETRY
+                + "[tool.poetry.group.t]\noptional = true\n[tool.poetry.group.t.dependencies]\npytest = 1\n"
+            },
+            "install: poetry install --with t | built with: Python 3.9+, Poetry",
+        ),
+        (pyproject("", "pytest", pdm_lock=""), "install: pdm install | test: pdm run pytest"),
+        (pyproject("[tool.pdm.build]\nx = 1\n", "pytest"), "test: pytest"),
+        ({"Pipfile": "[dev-packages]\npytest = '*'\n"}, "install: pipenv install --dev | test: pipenv run pytest"),
+        ({"pyproject.toml": HATCH}, "install: - | test: hatch run pytest | lint: hatch run ruff check ."),
+        ({"pyproject.toml": HATCH.replace("cov", "test")}, "test: hatch run test"),
+        ({"pyproject.toml": "[tool.hatch.envs.docs.scripts]\nbuild = 'x'\n"}, "build: - | test: hatch test"),
+        (
+            {"pyproject.toml": "[tool.hatch.envs.types.scripts]\ncheck = 'mypy x'\n"},
+            "type check: hatch run types:check",
+        ),
+        (
+            pyproject("[tool.poe.tasks]\ntest = 'x'\nlint = {cmd = 'y'}\n", uv_lock=""),
+            "test: uv run poe test | lint: uv run poe lint",
+        ),
+        ({"pixi.toml": "[tasks]\ntest = 'x'\n", "setup.py": ""}, "test: pixi run test"),
+        (
+            {"noxfile.py": NOXFILE, "setup.py": ""},
+            "test: nox -s tests | one test: nox -s tests -- path/to/test_file.py::test_name | lint: nox -s lint | "
+            "build: - | check: nox",
+        ),
+        ({"noxfile.py": NOXFILE, **pyproject("", "pytest", uv_lock="")}, "test: uv run pytest | lint: nox -s lint"),
+        (
+            {"tox.ini": TOX, "setup.py": ""},
+            "test: tox -e py | one test: tox -e py -- path/to/test_file.py::test_name | lint: tox -e lint | check: tox",
+        ),
+        ({"tox.ini": TOX, **pyproject("", "pytest", "tox", uv_lock="")}, "test: uv run pytest | check: uv run tox"),
+        ({"tox.ini": TOX, **pyproject("", "pytest", uv_lock="")}, "lint: - | check: -"),
+        ({"tox.ini": "[flake8]\n", "setup.py": ""}, "check: -"),
+        (
+            {"manage.py": "", "requirements.txt": "django\n"},
+            "test: python manage.py test | one test: python manage.py test app.tests.TestCase.test_name | "
+            "run: python manage.py runserver",
+        ),
+        ({"manage.py": "", **pyproject("", "pytest-django", "pytest", uv_lock="")}, "test: uv run pytest | run: -"),
+        (pyproject("", "pytest", Makefile="x:\n\tuv run pytest\n"), "test: uv run pytest"),
+        ({**pyproject(""), ".python-version": "3.14\n"}, "built with: Python 3.14"),
+        ({"setup.py": "setup(\n    python_requires='>=3.8',\n)"}, "built with: Python 3.8+"),
+    ],
+)
+def test_python_has_the_commands_of_its_environment(home: Home, files: Any, expected: str) -> None:
+    check_found(home, files, expected)
+
+
+def test_a_member_of_a_python_workspace_uses_its_lock(home: Home) -> None:
+    put_files(
+        home.code, {".git": None, "uv.lock": "", "libs/a/pyproject.toml": pyproject("", "pytest")["pyproject.toml"]}
+    )
+    assert commands_in(home, {}, "libs/a")["test"] == "uv run pytest"
 
 
 # ── 17 Ecosystems ─────────────────────────────────────────────────────────────
@@ -3778,12 +3993,7 @@ def composer(**keys: Any) -> dict[str, str]:
     ],
 )
 def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expected: str) -> None:
-    put_files(home.code, files)
-    detected = orchestra.detect(str(home.code))
-    found = {item.name: item.text for item in (detected.description, detected.built_with, *detected.commands) if item}
-    found["type"] = detected.project_type
-    names = [part.partition(": ")[0] for part in expected.split(" | ")]
-    assert " | ".join(f"{name}: {found.get(name, '-')}" for name in names) == expected
+    check_found(home, files, expected)
 
 
 # ── 19 Detection ──────────────────────────────────────────────────────────────
@@ -3866,6 +4076,100 @@ def test_description_and_versions_come_from_the_manifests(
     found = orchestra.detect(str(home.code))
     assert (found.description.text if found.description else "") == description
     assert (found.built_with.text if found.built_with else "") == built_with
+
+
+@pytest.mark.parametrize(
+    ("readme", "sentence"),
+    [
+        ("# shop\n\nSells *things*. And more.\n", "Sells *things*."),
+        ("# shop\n> Sells many things, online\n", "Sells many things, online"),
+        ("shop\n====\n\n[![ci](x)](y) ![logo](z)\n\nIt sells **many** [things](http://x).\n", "It sells many things."),
+        (
+            "<p align=center>\n  <b>An old shop it is</b>\n</p>\n\n<!-- a\n\nb c d -->\nSells things now.\n",
+            "Sells things now.",
+        ),
+        (
+            "# shop\n[Docs are here](x) | [Blog](y) | [Chat](z)\n\n- one of two\n\nSells many things.\n",
+            "Sells many things.",
+        ),
+        ("# shop\n```\nnpm install this shop\n\nand so on\n```\nSells many things.\n", "Sells many things."),
+        ("# shop\n\nSee the site for more.\n\nIt is fast and nice.\n", ""),
+        ("# shop\n\n## Usage\n\nRun it in your folder.\n", ""),
+        (
+            "# Web shop\n\n## News\n\nWe have news today.\n\n## About\n\nWeb shop is a shop. It is.\n",
+            "Web shop is a shop.",
+        ),
+        ("# shop\n\nFeatures of this shop:\n\n- x\n", ""),
+        ("[ci badge]: http://x/y of the z\n", ""),
+        (
+            "Name\n----\n\n.. image:: x\n   :alt: of the shop\n\nThe `shop <http://x>`_ sells things.\n",
+            "The shop sells things.",
+        ),
+        ("", ""),
+    ],
+)
+def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: str, sentence: str) -> None:
+    check_found(home, {"README.md": readme}, f"description: {sentence or '-'}")
+    assert orchestra.detect(str(home.code)).description in (None, orchestra.Found("description", sentence, "README.md"))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({**package(description="A shop"), "README.md": "# x\n\nAnother nice shop.\n"}, "description: A shop"),
+        ({"pyproject.toml": "[project]\ndescription = 'Add your description here'\n"}, "description: -"),
+        (
+            {**package(description="UI of it"), "go.mod": "", "README.md": "A shop in Go.\n"},
+            "description: A shop in Go.",
+        ),
+        (
+            {**package(scripts={"test": "x", "lint": "y"}), "pyproject.toml": "[project]\n"},
+            "test: - | install: pip install -e . | test (javascript): npm test | install (javascript): npm install",
+        ),
+        ({**package(), "go.mod": ""}, "install (javascript): -"),
+        ({**package(scripts={"lint": "x --fix"}), "go.mod": ""}, "lint (javascript, rewrites files): npm run lint"),
+        (
+            {**package(scripts={"test": "x"}), "go.mod": "", "Makefile": "test: x\n"},
+            "test: make test | test (javascript): -",
+        ),
+        (
+            {"Cargo.toml": "[package]\n", **pyproject("", "pytest"), "Makefile": "test:\n\tpytest\n"},
+            "test: make test | one test: pytest path/to/test_file.py::test_name",
+        ),
+        ({**package(), "go.mod": "go 1.22\n", ".nvmrc": "20"}, "built with: Go 1.22, Node.js 20"),
+        (
+            {
+                **package(workspaces=["packages/*"]),
+                "packages/a/package.json": '{"name": "@x/a"}',
+                "packages/b/package.json": "{}",
+            },
+            "packages: @x/a, b (one of them: `npm run SCRIPT -w NAME`)",
+        ),
+        (
+            {
+                "pnpm-workspace.yaml": "packages: ['p/*']\n",
+                **package(),
+                **{f"p/{n}/package.json": "" for n in range(13)},
+            },
+            "packages: 13 in p/* (one of them: `pnpm --filter NAME run SCRIPT`)",
+        ),
+        (
+            {
+                "Cargo.toml": "[workspace]\nmembers = ['a', 'b']\nexclude = ['b']\n",
+                "a/Cargo.toml": "[package]\nname = 'x'\n",
+                "b/Cargo.toml": "",
+            },
+            "packages: x (one of them: `cargo test -p NAME`)",
+        ),
+        (
+            {"pyproject.toml": "[tool.uv.workspace]\nmembers = ['a']\n", "a/pyproject.toml": "[project]\nname = 'x'\n"},
+            "packages: x (one of them: `uv run --package NAME pytest`) | install: uv sync --all-packages",
+        ),
+        (package(workspaces=["nowhere/*"]), "packages: -"),
+    ],
+)
+def test_of_several_the_first_ecosystem_speaks_for_the_whole(home: Home, files: Any, expected: str) -> None:
+    check_found(home, files, expected)
 
 
 # ── 20 Drafting ───────────────────────────────────────────────────────────────
