@@ -361,6 +361,7 @@ class Problem(NamedTuple):
 #
 #   ~/.orchestra/                      private (mode 0700)
 #     projects/PROJECT/NAME.yaml       the registry; project.yaml is shared
+#     schema.json                      their JSON Schema, for editors
 #     hashes/PROJECT/NAME.json         the record of what was last written to a codebase
 #     backups/PROJECT/NAME/TIME/PATH   what was replaced
 #     run/                             lock files, the cache of parsed files
@@ -392,6 +393,10 @@ def project_path(home: str, project: str) -> str:
 
 def codebase_path(home: str, key: Key) -> str:
     return f"{projects_root(home)}/{key[0]}/{key[1]}.yaml"
+
+
+def schema_path(home: str) -> str:
+    return f"{orchestra_root(home)}/schema.json"
 
 
 def hashes_root(home: str) -> str:
@@ -2099,7 +2104,7 @@ MANAGED_FOLDERS = {  # and the managed files in each
 #   read     from a YAML node; the Document collects the problems
 #   restore  from JSON, in which parsed files are cached
 #   write    as a YAML node
-# and how what two layers say becomes one (`join`).
+# and `join` makes one of what two layers say, `describe` a JSON Schema for editors.
 # A Schema is the Kind of a mapping: the fields of a record are its keys.
 #
 # A file is changed by edit_yaml, which leaves alone all that need not change.
@@ -2404,6 +2409,8 @@ class Kind:
 
     def write(self, value: Any) -> YamlNode: ...
 
+    def describe(self) -> Any: ...
+
     def join(self, weaker: Any, stronger: Any) -> Any:
         """Return what two layers say together: the stronger one counts if it speaks."""
         return stronger or weaker
@@ -2420,9 +2427,15 @@ class Text(Kind):
     def write(self, value: str) -> YamlNode:
         return _text_node(value)
 
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string", "number", "boolean"]}  # as other readers see 1.10 and no
+
 
 class AbsolutePath(Text):
     """An absolute path, or one below the home folder: ~/..."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": r"^(/|~/)[^\x00]*$"}
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
         path = doc.read_text(node, key)
@@ -2433,6 +2446,9 @@ class AbsolutePath(Text):
 
 class MarkdownPath(Text):
     """A Markdown file, by its path below a folder of the registry."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": r"^((?!\.\.?/)[^/\x00]+/)*[^/\x00]*\.md$"}
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
         path = doc.read_text(node, key)
@@ -2448,6 +2464,9 @@ class OneOf(Text):
     def __init__(self, options: Collection[str], aliases: Mapping[str, str] = {}) -> None:
         self.options = options
         self.aliases = aliases
+
+    def describe(self) -> dict[str, Any]:
+        return {"enum": [*self.options, *self.aliases]}
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
         text = doc.read_text(node, key)
@@ -2476,6 +2495,9 @@ class ListOf(Kind):
         is_inline = isinstance(self.item, Text)
         return yaml.SequenceNode(yaml.SafeLoader.DEFAULT_SEQUENCE_TAG, nodes, flow_style=is_inline)
 
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["array"], "items": self.item.describe()}
+
     def join(self, weaker: Any, stronger: Any) -> Any:
         """Join two lists; of records with the same first field one stays."""
         if not weaker or not stronger:
@@ -2503,6 +2525,9 @@ class TextMap(Kind):
 
     def write(self, value: Pairs) -> YamlNode:
         return _mapping_node({name: _text_node(text) for name, text in value})
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["object"], "additionalProperties": Text().describe()}
 
     def join(self, weaker: Pairs, stronger: Pairs) -> Pairs:
         return tuple({**dict(weaker), **dict(stronger)}.items()) if weaker and stronger else stronger or weaker
@@ -2561,6 +2586,20 @@ class Schema(Kind):
             if field != default and (field or default is None):
                 nodes[name] = kind.write(field)
         return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the mapping as it is read without problems and notes."""
+        properties = {}
+        for name, kind in self.kinds.items():
+            value = kind.describe()
+            if name not in self.defaults:
+                value["minLength"] = 1
+            else:  # null means nothing
+                kinds = "enum" if "enum" in value else "type"
+                value[kinds] = [*value[kinds], None if kinds == "enum" else "null"]
+            properties[name] = value
+        required = [name for name in self.kinds if name not in self.defaults]
+        return {"type": ["object"], "properties": properties, "required": required, "additionalProperties": False}
 
     def join(self, weaker: Any, stronger: Any) -> Any:
         """Join two records; what is not a key is the stronger one's."""
@@ -3923,6 +3962,7 @@ class RegistryTurn(Turn):
         if leftover.swap:
             folders.append(os.path.dirname(leftover.swap.path))
         self.clean_up(folders, self.find_name, leftover)
+        sweep_folder(os.path.dirname(schema_path(self.home)), leftover.token)
 
     def write(self, file: str, backup_name: str, text: str, expected: Disk) -> None:
         with blame(file):
@@ -4016,13 +4056,29 @@ def save_path(home: str, key: Key, path: str, is_local: bool) -> str:
     return file
 
 
+def describe_registry() -> str:
+    """Write a JSON Schema of registry files, for editors.
+
+    It cannot tell one layer from another, so it requires none of their keys.
+    """
+    head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Orchestra's registry"}
+    return json.dumps({**head, **LAYER_SCHEMA.describe()}, indent=2) + "\n"
+
+
 def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
-    """Write a registry file unless there is one; return whether there was none."""
+    """Write a registry file unless there is one; return whether there was none.
+
+    It begins with what tells editors its schema, which is kept up to date.
+    """
+    schema, comment = describe_registry().encode(), "# yaml-language-server: $schema="
+    comment += os.path.relpath(schema_path(home), os.path.dirname(file))
     with RegistryTurn(home, clock) as turn:
         if os.path.lexists(file):
             return False
+        if read_disk(schema_path(home)).data != schema:
+            save_private(schema_path(home), schema, turn.token, durable=False)
         with turn.refusing_changes(file):
-            turn.write(file, turn.find_name(file), dump_yaml(root), ABSENT)
+            turn.write(file, turn.find_name(file), f"{comment}\n{dump_yaml(root)}", ABSENT)
     return True
 
 
@@ -6524,6 +6580,12 @@ def render_body(codebase: Codebase) -> str:
     return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
 
 
+def render_text(codebase: Codebase) -> str:
+    """Write all that an agent is told about a codebase."""
+    head, body = render_head(codebase), render_body(codebase)
+    return f"{head}\n{body}" if body else head
+
+
 def targets_of(codebase: Codebase) -> tuple[str, ...]:
     return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
 
@@ -6565,13 +6627,15 @@ def show_hidden(text: str) -> str:
     )
 
 
-def describe_excess(agent: Agent, data: bytes) -> str:
-    """Compare a file with its agent's budget, "" if it fits."""
-    if agent.budget is None or len(data) <= agent.budget.limit:
+def describe_size(agent: Agent, data: bytes, only_excess: bool = False) -> str:
+    """Compare a file with its agent's budget; `only_excess` leaves out what fits."""
+    if only_excess and (agent.budget is None or len(data) <= agent.budget.limit):
         return ""
-    limit, unit, rule = agent.budget
+    limit, unit, rule = agent.budget or Budget(0, "bytes", "")
     count = {"bytes": len(data), "lines": data.count(b"\n"), "characters": len(data.decode("utf-8", "replace"))}[unit]
-    return f"{count} {unit}; {rule} {limit}" if count > limit else ""
+    if only_excess and count <= limit:
+        return ""
+    return f"{count} {unit}" + (f"; {rule} {limit}" if rule else "")
 
 
 # ── 22 Blocks ─────────────────────────────────────────────────────────────────
@@ -6684,8 +6748,8 @@ def render_files(codebase: Codebase, beside: Container[str] = (), importing: Con
     def seal(text: str) -> str:
         return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
 
-    head, body = render_head(codebase), render_body(codebase)
-    whole = seal(f"{head}\n{body}" if body else head)
+    body = render_body(codebase)
+    whole = seal(render_text(codebase))
     title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
     files = {}
     for agent in (AGENTS[target] for target in targets_of(codebase)):
@@ -6773,7 +6837,7 @@ def remove_managed_text(agent: Agent, before: Disk, join: Optional[str]) -> Opti
 
 def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str]) -> Iterator[str]:
     """Yield what a user should know: excess, hidden characters, an open fence."""
-    excess = describe_excess(agent, after)
+    excess = describe_size(agent, after, only_excess=True)
     if excess:
         yield excess
     if not after.isascii():
@@ -8016,6 +8080,37 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     problems = tuple(problem.below(label_for(codebase.key)) for problem in plan.problems(home))
     return show_hidden("".join(parts)), problems
+
+
+# What an agent is told
+
+
+def preview_files(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> dict[str, bytes]:
+    """Return the codebase's files as a sync would leave them, with the user's own text.
+
+    Where there is no folder, or a file cannot be written, it is what would be new.
+    """
+    files = render_files(codebase)
+    with suppress(OrchestraError, OSError):
+        for file in Planner(home, codebase, owners, SyncMode(take_over=True)).plan().files:
+            if file.path in files and file.after is not None:
+                files[file.path] = file.after
+    return files
+
+
+def trace_origins(home: str, codebase: Codebase) -> Iterator[tuple[str, str, str]]:
+    """Iterate over the pieces of a codebase: key, text, and the files that say it."""
+    start = len(projects_root(home)) + 1
+    for key in ("path", "description", "targets", "commands", "conventions", "notes", "skills", "projects"):
+        value = getattr(codebase, key)
+        is_list = isinstance(value, tuple) and key != "targets"
+        for item in value if is_list else filter(None, [value]):
+            said = ((layer.path[start:], getattr(layer.said, key)) for layer in codebase.layers)
+            files = [f"{path}.yaml" for path, own in said if (item in own if is_list else item == own)]
+            parts = (item,) if isinstance(item, str) else item if key == "targets" else filter(None, item[:2])
+            yield key, (", " if key == "targets" else ": ").join(parts), ", ".join(files if is_list else files[-1:])
+    for prose in codebase.prose:
+        yield "prose", prose.text, prose.file[start:]
 
 
 # Replaced text
@@ -12560,6 +12655,27 @@ class Commands(NamedTuple):
         if not (is_paged and run_pager(self.environ, text)):
             sys.stdout.write(text)
 
+    def cmd_show(self) -> int:
+        registry = load_registry(self.home)
+        codebase = self._readable(registry, self.args.codebase)
+        if self.args.origin:
+            rows = [(key, text.partition("\n")[0], file) for key, text, file in trace_origins(self.home, codebase)]
+            texts = [(key, text if len(text) <= 60 else f"{text[:57]}...", file) for key, text, file in rows]
+            self.screen.print_table([("WHAT", "TEXT", "FROM"), *texts])
+            return OK
+        target = self.args.target
+        shown = codebase._replace(targets=(target,)) if target else codebase
+        files = preview_files(self.home, shown, registry.owners)
+        text = files[AGENTS[target].path].decode("utf-8", "replace") if target else render_text(codebase)
+        self._show(show_hidden(text))
+        for agent in (AGENTS[target] for target in targets_of(shown)):
+            self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
+        return OK
+
+    def cmd_schema(self) -> int:
+        print(describe_registry(), end="")
+        return OK
+
     # Restoring and editing
 
     def cmd_restore(self) -> int:
@@ -12819,6 +12935,17 @@ COMMANDS = {
         (CODEBASES, switch("--exit-code", help="exit 1 if there is a difference"), NO_PAGER),
         heading=DAILY,
     ),
+    "show": Command(
+        "show what an agent is told, and its size",
+        Commands.cmd_show,
+        (
+            CODEBASE,
+            argument("--target", choices=AGENTS, help="the whole file of this agent"),
+            switch("--origin", help="list which file of the registry each piece is from"),
+            NO_PAGER,
+        ),
+        heading=DAILY,
+    ),
     "restore": Command(
         "bring back a file that a sync replaced",
         Commands.cmd_restore,
@@ -12895,6 +13022,7 @@ COMMANDS = {
     "doctor": Command(
         "check this installation, and say what mends it", Commands.cmd_doctor, (JSON,), needs_yaml=False, heading=MANAGE
     ),
+    "schema": Command("print the JSON Schema of registry files", Commands.cmd_schema, needs_yaml=False, heading=MANAGE),
     "help": Command(
         "explain a command",
         Commands.cmd_help,

@@ -99,7 +99,8 @@ def run_in_own_environment() -> None:
         if importlib.util.find_spec("ensurepip") is None:
             give_up("this Python cannot make virtual environments: apt install python3-venv")
         print(f"making {folder} with pytest and PyYAML", file=sys.stderr)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "pytest", "PyYAML"]
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip += ["pytest", "PyYAML", "jsonschema"]
         for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], pip):
             if subprocess.call(command, stdin=subprocess.DEVNULL):
                 give_up(f"this failed: {' '.join(command)}")
@@ -2872,6 +2873,20 @@ def test_what_is_ignored_in_a_file_is_noted(home: Home, name: str, text: str, no
         assert registry.problems == [] and len(found) == len(notes)
         for note, expected in zip(found, notes):
             assert re.fullmatch(rf"~/\.orchestra/projects/{name}:{expected}", note), note
+
+
+def test_init_keeps_the_schema_where_new_files_say_that_it_is(home: Home) -> None:
+    for name in ("api", "web"):
+        folder = home.code / name
+        folder.mkdir()
+        home.run_fine("init", str(folder), "-p", "shop")
+        schema = Path(orchestra.schema_path(home.path))
+        assert schema.read_text() == home.run_fine("schema").out
+        schema.write_text("{}")  # an older version's
+    for name in ("api", "web", "project"):
+        head, _, text = home.file(f"shop/{name}").read_text().partition("\n")
+        assert head.startswith("# yaml-language-server: $schema=") and text.startswith("name: ")
+        assert (home.projects / "shop" / head.partition("=")[2]).samefile(schema)
 
 
 def test_notes_are_told_by_every_command_and_with_strict_a_failure(home: Home) -> None:
@@ -7096,6 +7111,56 @@ def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Call
     entry = home.staleness()
     assert (entry["status"], entry["last_sync_at"]) == ("error", at) and at
     assert entry["last_sync_age"] in range(60)
+
+
+def test_show_prints_what_an_agent_is_told_and_where_it_is_from(home: Home) -> None:
+    put_files(home.projects, LAYERED)
+    root = home.code / "api"
+    put_files(root, {"AGENTS.md": "mine\n"})
+    home.write_registry("shop/api.local.yaml", f"path: {root}\ntargets: [codex, cursor]\nnotes: [{'x' * 99}]\n")
+    plain, codex, cursor = (
+        home.run_fine("show", "api", *argv) for argv in ((), ("--target", "codex"), ("--target", "cursor"))
+    )
+    text = orchestra.render_text(home.registry().codebases[API])
+    assert plain.out == text and plain.err.splitlines() == [
+        f"note: AGENTS.md: {len(codex.out)} bytes; Codex reads at most 32768",
+        f"note: .cursor/rules/orchestra.mdc: {cursor.out.count(chr(10))} lines; Cursor recommends at most 500",
+    ]
+    home.sync("api")
+    assert (root / "AGENTS.md").read_text() == codex.out and codex.out.startswith("mine\n")
+    assert (root / ".cursor/rules/orchestra.mdc").read_text() == cursor.out
+    assert "shop's python" in plain.out.partition("## Conventions")[2].partition("## Skills")[0]
+    rows = home.run_fine("show", "api", "--origin").lines
+    expected = f"""\
+WHAT         TEXT                FROM
+path         {root}              shop/api.local.yaml
+description  all                 all.yaml
+targets      codex, cursor       shop/api.local.yaml
+commands     lint: all           all.yaml
+commands     test: shop          shop/project.yaml
+commands     build: api          shop/api.yaml
+conventions  all                 all.yaml
+conventions  same                all.yaml, shop/project.yaml
+conventions  mine                all.local.yaml
+conventions  shop                shop/project.yaml
+notes        n                   all.local.yaml
+notes        {"x" * 57}...       shop/api.local.yaml
+skills       sql: api            shop/api.yaml
+skills       css                 shop/api.yaml
+prose        root's python       python.md
+prose        of all              all.md
+prose        of shop             shop/project.md
+prose        of my shop          shop/project.local.md
+prose        deep                shop/sub/deep.md
+prose        shop's python       shop/python.md
+prose          of api            shop/api.md
+prose        of my api           shop/api.local.md"""
+    assert [row.split() for row in rows] == [row.split() for row in expected.splitlines()]
+
+
+def test_show_needs_no_folder(home: Home) -> None:
+    home.write_registry("shop/api.yaml", "name: api\nnotes: [a]\n")
+    assert home.run_fine("show", "api", "--target", "claude").out.count("\n- a\n") == 1
 
 
 def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
@@ -16269,6 +16334,57 @@ def check_registry(home: str, dice: random.Random) -> bool:
     if is_readable and dice.random() < 0.5:
         check_save(home, changed_at_random(dice, check_save(home, orchestra.load_codebase(home, *API))))
     return is_readable
+
+
+# What a JSON Schema cannot say of a file that it accepts.
+BEYOND_SCHEMAS = re.compile(
+    r".*(duplicate key|name: required, but missing|name says '|levels of nesting|aliases expanded|half a surrogate"
+    r"|expected at most|merge keys|NUL|name: expected a value|ignored here)"
+)
+
+
+def value_of(node: yaml.Node) -> Any:
+    """Make of a node what YAML 1.2 does where all scalars are text."""
+    if isinstance(node, yaml.ScalarNode):
+        return None if orchestra.is_null(node) else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [value_of(item) for item in node.value]
+    return {str(key.value): value_of(value) for key, value in node.value}
+
+
+def test_the_schema_accepts_what_is_read_without_a_note_and_nothing_else(live: Home, dose: Dose) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(live.run_fine("schema").out)
+    jsonschema.Draft7Validator.check_schema(schema)
+    validator = jsonschema.Draft7Validator(schema)
+    texts = [
+        *(text for text, _ in BAD_FILES.values()),
+        GOOD,
+        TYPED,
+        FROM_RUST,
+        b"name: api\npath: /x\ninclude: [a/../b.md]",
+    ]
+    texts += [
+        f"{GOOD}include: ['{path}']"
+        for path in ("a.md", "b/a.md", "../a.md", "./a.md", "/a.md", "a//b.md", "a.txt", ".md")
+    ]
+    random_texts = (odd_registry_text(dice) for dice in dose.inputs(150))
+    accepted = 0
+    for text in itertools.chain(texts, random_texts):
+        data = text.encode() if isinstance(text, str) else text
+        live.write_registry("shop/api.yaml", data)
+        file = orchestra.RegistryFile(live.path, str(live.file("shop/api")))
+        file.read_layer("codebase", API)
+        found = [str(problem) for problem in (*file.problems, *file.notes)]
+        try:
+            root = orchestra.Document("").compose(data.decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            root = None
+        if root is not None:
+            is_valid = validator.is_valid(value_of(root))
+            accepted += is_valid
+            assert is_valid == (not found) or (is_valid and all(map(BEYOND_SCHEMAS.match, found))), (found, data)
+    assert accepted > 10
 
 
 LONG_FRAMES = (b"%b", b"notes: %b", b"notes: [%b", b"notes:\n- '%b", b'notes: "%b', b"notes: |\n  %b", b"- %b", b"{%b")
