@@ -11677,7 +11677,9 @@ class CommandLine:
     def __init__(self, table: Mapping[str, Command], argv: Sequence[str]) -> None:
         self.table = table
         self.name = ""
-        self.rest = list(argv)
+        names = [name for argument in COMMON for name in argument.names]
+        first = [*itertools.takewhile(lambda word: word in names, argv)]
+        self.rest = [*argv[len(first) :], *first]  # those in front are the command's too
         while self.rest and self._longer_name in table:
             self.name = self._longer_name
             del self.rest[0]
@@ -11957,6 +11959,16 @@ class StatusView(NamedTuple):
     notes: Sequence[Problem] = ()
     is_full: bool = False  # or only what needs attention
 
+    @property
+    def all_notes(self) -> list[str]:
+        """List the notes, and what else the daemon has trouble with."""
+        told = [str(note) for note in (*self.notes, *self.status.stray)]
+        known = "\n".join([*told, *(entry.detail for entry in self.status.codebases)])
+        problems = [Problem(p["where"], p["message"]) for p in self.daemon.get("problems", ())]
+        return [f"note: {note}" for note in self.notes] + [
+            f"daemon: {problem}" for problem in problems if problem.message not in known
+        ]
+
     def format_entries(self, width: int) -> list[str]:
         """List the codebases in a table, and the notes below it."""
         entries = [entry for entry in self.status.codebases if self.is_full or entry.needs_attention]
@@ -11966,7 +11978,7 @@ class StatusView(NamedTuple):
             detail = entry.detail.replace(f"~/.orchestra/projects/{entry.project}/", "")
             rows.append((entry.label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
         lines = format_table(rows, width) if entries else []
-        return lines + [line for note in self.notes for line in hang("note: ", visible(str(note)), width)]
+        return lines + [line for note in self.all_notes for line in hang("", visible(note), width)]
 
     def format(self, width: int) -> list[str]:
         lines = [*hang("", self.status.describe(), width), *hang("", describe_daemon(self.daemon), width)]

@@ -12817,6 +12817,8 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
         ("init -p shop", {"path": ".", "project": "shop", "type": None}),
         ("daemon logs -fq --lines 3", {"follow": True, "quiet": True, "lines": 3}),
         ("edit -h", {"help": True}),
+        ("-q sync --all", {"all": True, "quiet": True}),
+        ("-h -q sync", {"help": True, "quiet": True, "codebases": []}),
         ("init --help", {"help": True}),
     ],
 )
@@ -13065,6 +13067,15 @@ def test_status_asks_the_daemon_and_tells_of_replaced_text(served: Home) -> None
     assert re.match("1 codebase in 1 project: 1 current\ndaemon: running \\d+ s\n", served.run("status").out)
     daemon = json.loads(served.run("status", "--json").out)["daemon"]
     assert daemon == {"running": True, "version": orchestra.__version__, "pid": served.answers()}
+
+
+def test_status_tells_what_the_daemon_has_trouble_with_once() -> None:
+    entry = orchestra.Staleness("shop", "api", "error", "CLAUDE.md: wrong")
+    problems = [{"where": "shop/api: CLAUDE.md", "message": "wrong"}, {"where": "socket", "message": "no descriptors"}]
+    daemon = {"running": True, "problems": problems, "version": orchestra.__version__}
+    notes = [orchestra.Problem("x", "noted")]
+    view = orchestra.StatusView("/h", orchestra.Status((entry,), ()), daemon, notes)
+    assert view.format_entries(80)[2:] == ["note: x: noted", "daemon: socket: no descriptors"]
 
 
 def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
