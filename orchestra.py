@@ -9165,10 +9165,14 @@ class LineBuffer:
 
 
 class Request(NamedTuple):
-    """A parsed line: `cmd` is status, sync or stop."""
+    """A parsed line: `cmd` is status, sync or stop.
+
+    A `pretty` status is indented, and so has several lines: `print_status` wants it.
+    """
 
     cmd: str
     codebase: Optional[str] = None
+    pretty: bool = False
 
 
 @functools.lru_cache(4)  # clients that poll send one line again and again
@@ -9191,7 +9195,7 @@ def parse_request(line: bytes) -> Request:
         raise ProtocolError(f"cmd: expected status, sync or stop, got {got}")
     if not isinstance(codebase, (str, type(None))):
         raise ProtocolError(f"codebase: expected text, got {excerpt(json.dumps(codebase))}")
-    return Request(cmd, codebase)
+    return Request(cmd, codebase, value.get("pretty") is True)
 
 
 def encode_line(value: Mapping[str, Any]) -> bytes:
@@ -9199,7 +9203,10 @@ def encode_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def encode_reply(data: Any) -> bytes:
+def encode_reply(data: Any, pretty: bool = False) -> bytes:
+    if pretty:
+        text = json.dumps(data, indent=2, ensure_ascii=False)
+        return b'{"ok":true,"data":%b}\n' % text.encode("utf-8", "backslashreplace")
     return encode_line({"ok": True, "data": data})
 
 
@@ -9274,6 +9281,36 @@ def _request_patiently(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
 def request_status(home: str) -> Any:
     """Request the daemon's status, with retries while it may still be starting."""
     return _request_patiently(home, "status", DaemonNotRunning, DaemonBusy)
+
+
+def print_status(path: bytes, version: bytes) -> bool:
+    """Print the status of a daemon of this version; return False if that is not all.
+
+    The launcher has a copy of this function, which uses built-in modules alone: scripts
+    poll the status, and loading all of Orchestra takes longer than Python's own start.
+    """
+    import _socket
+    import posix
+    import sys
+
+    start = b'{"ok":true,"data":'
+    try:
+        if sys.stdout.encoding != "utf-8":
+            return False
+        client = _socket.socket(_socket.AF_UNIX)
+        client.settimeout(10)
+        client.connect(path)
+        client.sendall(b'{"cmd":"status","pretty":true}\n')
+        client.shutdown(_socket.SHUT_WR)
+        reply = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        if not reply.startswith(start) or b'"version": "%b"' % version not in reply:
+            return False
+        text = reply[len(start) : -2] + b"\n"
+        while text:
+            text = text[posix.write(1, text) :]
+    except (OSError, AttributeError):  # nobody answers, or stdout is closed
+        return False
+    return True
 
 
 def request_sync(home: str, codebase: Optional[str] = None) -> Any:
@@ -10231,7 +10268,8 @@ class Daemon:
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
         self._stop_by = 0.0
-        self._told: Optional[tuple[RegistryCache, list[Any], bytes]] = None  # the last status
+        # The last status, as `_look` found it, and its replies, pretty or not.
+        self._told: tuple[Optional[RegistryCache], list[Any], dict[bool, bytes]] = (None, [], {})
         with ExitStack() as opened:
             self._socket = DaemonSocket(home, self._started_at)
             opened.callback(self._socket.close)
@@ -10412,7 +10450,7 @@ class Daemon:
 
     def handle_request(self, request: Request, client: Client) -> None:
         if request.cmd == "status":
-            client.unsent += self._encode_status()
+            client.unsent += self._encode_status(request.pretty)
         elif request.cmd == "stop":
             client.unsent += encode_reply({"stopping": True})
             self._stop("socket")
@@ -10434,12 +10472,15 @@ class Daemon:
         replaced = replaced_problems(self.home, cache.names, self._wall_clock())
         return cache, replaced, self._worker.jobs.qsize()
 
-    def _encode_status(self) -> bytes:
+    def _encode_status(self, pretty: bool = False) -> bytes:
         """Encode the status, or return the last reply if nothing has changed."""
         cache, *rest = found = self._look()
-        if self._told is None or self._told[0] is not cache or self._told[1] != rest:
-            self._told = cache, rest, encode_reply(self._describe(*found))
-        return self._told[2]
+        if self._told[0] is not cache or self._told[1] != rest:
+            self._told = cache, rest, {}
+        replies = self._told[2]
+        if pretty not in replies:
+            replies[pretty] = encode_reply(self._describe(*found), pretty)
+        return replies[pretty]
 
     def status(self) -> dict[str, Any]:
         return self._describe(*self._look())
@@ -10554,6 +10595,22 @@ def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exis
     found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
     stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
     return stable if exists(stable) else python
+
+
+LAUNCHER = """\
+import posix, sys
+
+{print_status}
+if sys.argv[1:] == ["daemon", "status"]:
+    home = posix.environ.get(b"HOME", b"")
+    if home[:1] == b"/" and print_status(home + b"/.orchestra/daemon.sock", b"{version}"):
+        sys.exit()
+import os
+sys.path.insert(0, os.path.realpath(__file__ + "/{lib}"))
+{packages}
+import orchestra
+sys.exit(orchestra.main())
+"""
 
 
 class Installer(NamedTuple):
@@ -10711,17 +10768,19 @@ class Installer(NamedTuple):
         itself, if Python is still the one that the folder is for.
         """
         lib = os.path.relpath(os.path.dirname(installed_script_path(self.home)), binary_path(self.home))
-        find_lib = f"import os, sys; sys.path.insert(0, os.path.realpath(%s + '/{lib}'))\n"
-        start = "import orchestra; sys.exit(orchestra.main())\n"
-        if packages:
-            start = f"if sys.version_info[:2] == {sys.version_info[:2]}: sys.path.append({packages})\n{start}"
+        import inspect
+
+        packages = f"if sys.version_info[:2] == {sys.version_info[:2]}: sys.path.append({packages})" if packages else ""
+        program = LAUNCHER.format(
+            print_status=inspect.getsource(print_status), version=__version__, lib=lib, packages=packages
+        )
         shebang = f"#!{python} -IS\n"
         # Linux allows 127 bytes, and no space; Python would look for an encoding in it.
         if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
-            return shebang + find_lib % "__file__" + start
+            return shebang + program
         import shlex
 
-        program = shlex.quote(find_lib % "sys.argv.pop(1)" + start)
+        program = shlex.quote(f"import sys; __file__ = sys.argv.pop(1)\n{program}")
         return f'#!/bin/sh\nexec {shlex.quote(python)} -IS -c {program} "$0" "$@"\n'
 
     def check_link(self) -> None:

@@ -8719,10 +8719,12 @@ def test_a_line_too_long_ends_the_conversation(end: bytes, size: int) -> None:
         (b'{"cmd":"sync","codebase":"\\ud800"}', ("sync", "\ud800")),
         ('{"cmd":"sync","codebase":"größe","more":[1]}'.encode(), ("sync", "größe")),
         (b'{"cmd":"stop","cmd":"status"}', ("status", None)),
+        (b'{"cmd":"status","pretty":true}', ("status", None, True)),
+        (b'{"cmd":"status","pretty":1}', ("status", None)),
     ],
 )
-def test_a_request_is_understood(line: bytes, request_: tuple[str, Optional[str]]) -> None:
-    assert orchestra.parse_request(line) == request_
+def test_a_request_is_understood(line: bytes, request_: tuple[Any, ...]) -> None:
+    assert orchestra.parse_request(line) == orchestra.Request(*request_)
 
 
 BAD_REQUESTS = [
@@ -10271,7 +10273,9 @@ def test_a_detached_daemon_that_cannot_start_says_why(detached: Home) -> None:
 def test_a_daemon_of_another_version_is_told_and_restarted(detached: Home) -> None:
     put_files(detached.folder, {"newer.py": new_version()})
     detached.start_daemon(command=[sys.executable, str(detached.folder / "newer.py"), "daemon", "start"])
-    ran = detached.run_script("daemon", "status")
+    python = orchestra.Installer(detached.path).choose_python()
+    binary = orchestra.Installer(detached.path).install_program(python, str(SCRIPT))
+    ran = finish(detached.launch([binary, "daemon", "status"]))
     assert json.loads(ran.out)["version"] == "9.9.10"
     assert "9.9.10" in ran.err and "orchestra daemon restart" in ran.err and ran.err.count("\n") == 1
     assert detached.run_script("daemon", "restart").status == 0
@@ -10879,6 +10883,33 @@ def test_installing_from_an_environment_that_may_vanish_keeps_its_pyyaml(machine
     orchestra.Installer(machine.path, FORBIDDEN, run=no_program)._copy_yaml(yaml.__file__)
     machine.run_well(bare_python, SCRIPT, "status", "--json", environ=FORBIDDEN)
     assert os.listdir(machine.home / ".orchestra/lib") == [PYTHON_XY]
+
+
+@pytest.mark.parametrize("folder", ["plain", "with space"])
+def test_the_launcher_prints_the_status_of_its_daemon_without_the_program(machine: Machine, folder: str) -> None:
+    machine.give_yaml()
+    machine.save("shop/größe 日本")
+    script = Path(orchestra.installed_script_path(machine.path))
+    binary = machine.install_program(folder)
+    plain = machine.run_well(binary, "daemon", "status")
+    with machine.daemon(binary):
+        wait_until(lambda: machine.status()["queue_depth"] == 0 and "staleness" in machine.log())
+        whole = machine.run_well(BASE_PYTHON, SCRIPT, "daemon", "status")
+        script.rename(script.with_name("away"))
+        assert machine.run_well(binary, "daemon", "status") == whole and "größe 日本" in whole
+        assert machine.run_program(binary, "daemon", "status", "--short").returncode == 1
+        assert machine.run_program(binary, "daemon", "status", environ={"HOME": "."}).returncode == 1
+        script.with_name("away").rename(script)
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([binary, "daemon", "status"], env=machine.variables(), stdout=full, check=False)
+        assert done.returncode == 2
+        closed = machine.run_program("sh", "-c", f'"{binary}" daemon status >&-')
+        assert (closed.returncode, closed.stderr) == (0, "")
+    assert (
+        plain
+        == machine.run_well(binary, "daemon", "status")
+        == f'{{\n  "running": false,\n  "socket": "{machine.socket}"\n}}\n'
+    )
 
 
 @pytest.mark.parametrize("folder", ["plain", "with space"])  # of Python: the launcher's two forms
