@@ -5323,6 +5323,43 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
         yield Found("one test", f"xcodebuild test {call}{device} -only-testing:TARGET/CLASS/METHOD", project)
 
 
+def find_test_options(text: str) -> Optional[list[str]]:
+    """Find what to switch on to have a CMakeLists.txt's tests; None if it has none."""
+    token = re.compile(
+        r"(?im)^[ \t]*(if|elseif|else|endif)[ \t]*\(((?:[^()]|\([^()]*\))*)\)"
+        r"|\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\(\s*[^\s)]*(?<![a-z])tests?\b"
+    )
+    uses_ctest = re.search(r"(?im)^[ \t]*include[ \t]*\([ \t]*CTest\b", text)
+    if not uses_ctest and not re.search(r"(?im)^[ \t]*enable_testing\b", text):
+        return None
+
+    def is_off(name: str) -> bool:
+        if name == "BUILD_TESTING":
+            return not uses_ctest and not re.search(r"(?i)option\s*\(\s*BUILD_TESTING\b", text)
+        return bool(re.search(rf'(?i)option\s*\(\s*{name}\s+(?:"[^"]*"\s+)?(?:OFF|FALSE)\b', text))
+
+    conditions = []  # that the first test stands under
+    for match in token.finditer(text):
+        word = (match[1] or "").lower()
+        if not word:
+            break
+        if word == "if":
+            conditions.append(match[2])
+        elif conditions:
+            conditions[-1:] = [] if word == "endif" else [match[2]]
+    else:
+        return None
+    needed = [name for name in re.findall(r"(?i)\boption\s*\(\s*(\w+_DEVELOPER_MODE)\b", text) if is_off(name)]
+    for condition in conditions:
+        names = re.findall(r"[A-Za-z_]\w*", re.sub(r"\bNOT\s+\w+|\b(?:AND|OR)\b", "", condition))
+        depends = (re.search(rf'dependent_option\s*\(\s*{name}\s+"[^"]*"\s+ON\s+"(\w+)"', text) for name in names)
+        names = [found[1] if found else name for name, found in zip(names, depends)]
+        off = [name for name in names if is_off(name)]
+        is_either = re.search(r"\bOR\b", condition)
+        needed += off if not is_either else off[:1] if len(off) == len(names) else []
+    return needed
+
+
 def find_cmake(folder: Folder) -> Iterator[Found]:
     """Find the default presets, or the options that tests need."""
     name, text = "CMakeLists.txt", folder.text("CMakeLists.txt")
@@ -5335,18 +5372,10 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
             yield Found("test", f"ctest --preset {test}", source)
             yield Found("one test", f"ctest --preset {test} -R NAME", source)
         return
-    off = re.findall(r'(?i)\boption\s*\(\s*(\w+)\s+"[^"]*"\s+OFF\s*\)', text)
-    wanted = re.compile(
-        r"(?:^|_)(?:BUILD|ENABLE|WITH)_(?:UNIT_?)?TEST(?:S|ING)?$|^[A-Z0-9]+_(?:UNIT_?)?TESTS?$|_DEVELOPER_MODE$"
-    )
-    needed = [option for option in off if wanted.search(option)]
-    # An option of tests may depend on another, which is off.
-    depends = r'(?i)\bcmake_dependent_option\s*\(\s*\w*TEST\w*\s+"[^"]*"\s+ON\s+"(\w+)"\s+OFF'
-    needed += [option for option in re.findall(depends, text) if option in off]
-    options = "".join(f" -D{option}=ON" for option in sorted({*needed}))
+    needed = find_test_options(text)
+    options = "".join(f" -D{option}=ON" for option in dict.fromkeys(needed or ()))
     yield Found("build", f"cmake -B build{options} && cmake --build build", name)
-    has_tests = re.search(r"(?i)\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\([^\s)]*\btests?\b", text)
-    if has_tests and re.search(r"(?im)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b", text):
+    if needed is not None:
         yield Found("test", "ctest --test-dir build", name)
         yield Found("one test", "ctest --test-dir build -R NAME", name)
 
@@ -5457,7 +5486,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("test", "script/test", "script/test"),
             Row("test", "bundle exec rake test", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
             Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?test\b"),
-            Row("test", "bin/test", "bin/test"),
+            Row("test", "bin/test", "bin/test rails/plugin/test"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
             Row("one test", "bin/rails test test/path/to/file_test.rb:LINE", "bin/rails + test"),
@@ -5467,7 +5496,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
                 r"Rakefile ~ Minitest::TestTask\.\w+\b(?![ (]*:(?!test\b))",
             ),
             Row("one test", "bundle exec rake test TEST=test/FILE", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
-            Row("one test", "bin/test test/FILE", "bin/test"),
+            Row("one test", "bin/test test/FILE", "bin/test rails/plugin/test"),
             Row("lint", "bundle exec standardrb", ".standard.yml"),
             Row("lint", "bundle exec standardrb", r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""),
             Row("lint", "bin/rubocop", "bin/rubocop"),
@@ -5528,9 +5557,10 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("build", "go build ./...", "go.mod"),
             Row("test", "go test ./...", "go.mod"),
             Row("one test", "go test ./path/to/package -run TestName"),
-            Row("lint", "golangci-lint run", ".golangci.* + go.mod"),
+            Row("lint", "golangci-lint run", ".golangci.y*ml + go.mod"),
+            Row("lint", "golangci-lint run", ".golangci.toml + go.mod"),
             Row("lint", "go vet ./...", "go.mod"),
-            Row("format", "golangci-lint fmt", r".golangci.* ~ ^formatters:"),
+            Row("format", "golangci-lint fmt", ".golangci.y*ml formatters"),
             Row("format", "go fmt ./...", "go.mod"),
             Row("run", "go run .", r"main.go ~ ^package main\b"),
         ),
@@ -5592,7 +5622,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row(
                 "one test",
                 "gradle :app:testDebugUnitTest --tests 'ClassName.method'",
-                "app/build.gradle* + not app/build.gradle* productFlavors + not build-logic",
+                "app/build.gradle* + not app/build.gradle* ~ lavor + not build-logic",
             ),
             Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
             Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
@@ -5631,7 +5661,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     Ecosystem(
         "swift",
         (
-            "Package.swift + not package.json + not CMakeLists.txt",
+            "Package.swift + Sources + not package.json",
             "Package.swift .testTarget + not package.json",
             "*.xcodeproj",
             "*.xcworkspace",
@@ -5867,8 +5897,11 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ),
         (
             Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^)]*\bDESCRIPTION\s+"([^"]+)"'),
-            Row("version", "C++{}", r"CMakeLists.txt ~ \b(?:CMAKE_CXX_STANDARD|cxx_std_)\s*(\d+)"),
-            Row("version", "C{}", r"CMakeLists.txt ~ \b(?:CMAKE_C_STANDARD|c_std_)\s*(\d+)"),
+            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_CXX_STANDARD +(\d+)"),
+            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^)]*\bcxx_std_(\d+)"),
+            Row("version", "C{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_C_STANDARD +(\d+)"),
+            Row("version", "C++", r"CMakeLists.txt ~ (?i)\bproject *\([^)]*\bCXX\b"),
+            Row("version", "C", r"CMakeLists.txt ~ (?i)\bproject *\([^)]*\sC\b"),
             Row("tool", "CMake {}+", r"CMakeLists.txt ~ (?i)cmake_minimum_required\s*\(\s*VERSION\s+(\d+\.\d+)"),
             Row("install", "git submodule update --init --recursive", ".gitmodules path"),
             Row("format", "clang-format -i path/to/file", ".clang-format"),

@@ -3715,6 +3715,12 @@ defmodule Shop.MixProject do
 end
 """
 GEMSPEC = 'Gem::Specification.new do |s|\n  s.summary     = "Bakes"\n  s.required_ruby_version = ">= 3.1"\nend\n'
+CMAKE = """
+cmake_minimum_required(VERSION 3.14)
+set(CMAKE_CXX_STANDARD 17)
+enable_testing()
+add_test(NAME all COMMAND x)
+"""
 CONFIGURE = "AC_INIT([x], [1])\nAC_PROG_CC\n"
 PHP_TOOLS = {"phpunit/phpunit": "^11", "laravel/pint": "^1", "phpstan/phpstan": "^2"}
 SLN = 'Project("{9A}") = "Shop", "src\\Shop\\Shop.csproj", "{1}"\nProject("{9A}") = "Tests", "t\\T.csproj", "{2}"\n'
@@ -3789,7 +3795,8 @@ def composer(**keys: Any) -> dict[str, str]:
             {"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:a)\ntask test: :a"},
             "test: bundle exec rake test | one test: -",
         ),
-        ({"x.gemspec": "", "bin/test": ""}, "test: bin/test | one test: bin/test test/FILE"),
+        ({"x.gemspec": "", "bin/test": ""}, "test: -"),
+        ({"x.gemspec": "", "bin/test": 'require "rails/plugin/test"'}, "test: bin/test | one test: bin/test test/FILE"),
         ({"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:unit)"}, "test: -"),
         ({"x.gemspec": "", "Rakefile": "Minitest::TestTask.create"}, "one test: bundle exec rake test N=/NAME/"),
         (
@@ -3873,7 +3880,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "one test: ./gradlew :app:testDebugUnitTest --tests 'ClassName.method'",
         ),
         (
-            {"settings.gradle": "", "app/src/main/AndroidManifest.xml": "", "app/build.gradle": "productFlavors {"},
+            {
+                "settings.gradle": "",
+                "app/src/main/AndroidManifest.xml": "",
+                "app/build.gradle": "apply '../flavors.gradle'",
+            },
             "one test: -",
         ),
         (
@@ -3901,9 +3912,9 @@ def composer(**keys: Any) -> dict[str, str]:
             "format: swiftformat . | run: - | built with: Swift 5.9+",
         ),
         ({"Package.swift": "platforms: [.iOS(.v16)], .testTarget()"}, "build: - | test: -"),
-        ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],"}, "build: swift build | test: -"),
+        ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],", "Sources": None}, "build: swift build | test: -"),
         ({"Package.swift": "", "CMakeLists.txt": ""}, "build: cmake -B build && cmake --build build"),
-        ({"Package.swift": ".executableTarget()"}, "run: swift run"),
+        ({"Package.swift": ".executableTarget()", "Sources": None}, "run: swift run"),
         (
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos"), "Podfile": ""},
             "install: pod install | "
@@ -3963,19 +3974,34 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
         ({"Project.toml": 'name = "x"'}, "install: -"),
         (
-            {"CMakeLists.txt": "cmake_minimum_required(VERSION 3.14)\ncxx_std_17\nenable_testing()\nadd_test(x)"},
+            {"CMakeLists.txt": CMAKE},
             "build: cmake -B build && cmake --build build | test: ctest --test-dir build | "
             "one test: ctest --test-dir build -R NAME | built with: C++17, CMake 3.14+",
         ),
         ({"CMakeLists.txt": "enable_testing()\n"}, "test: -"),  # those of its parts, if any
         ({"CMakeLists.txt": "project(x)\n"}, "test: -"),
-        (
-            {"CMakeLists.txt": 'option(X_BUILD_TESTS "t" OFF)\noption(X_CUDA_TEST "c" OFF)\n  include(CTest)\n'},
-            "build: cmake -B build -DX_BUILD_TESTS=ON && cmake --build build",
+        # What the first test stands under must be on.
+        *(
+            ({"CMakeLists.txt": f"include(CTest)\n{text}"}, f"build: cmake -B build{options} && cmake --build build")
+            for text, options in (
+                ('option(A "a" OFF)\nif(A)\n  add_subdirectory(tests)\nendif()', " -DA=ON"),
+                ('option(A "a" ON)\nif(A)\n  add_subdirectory(tests)\nendif()', ""),
+                ('option(A "a" OFF)\nif(A)\nendif()\nadd_subdirectory(tests)', ""),
+                ('option(A "a" OFF)\nif(A)\nelse()\nadd_test(x)\nendif()', ""),
+                ('option(A "a" OFF)\nif(NOT A)\nadd_test(x)\nendif()', ""),
+                ('option(A "a" OFF)\noption(B "b" OFF)\nif(A OR B)\nadd_test(x)\nendif()', " -DA=ON"),
+                ('option(A "a" OFF)\noption(B "b" ON)\nif(A OR B)\nadd_test(x)\nendif()', ""),
+                ('option(A "a" OFF)\nif(BUILD_TESTING AND A)\nif(B)\nx_discover_tests(y)', " -DA=ON"),
+                ("set_option(A FALSE BOOL)\nif((A))\nadd_subdirectory(src/test)", " -DA=ON"),
+                ('option(D "d" OFF)\ncmake_dependent_option(A "a" ON "D" OFF)\nif(A)\nadd_test(x)', " -DD=ON"),
+                ('option(X_DEVELOPER_MODE "d" OFF)\nadd_test(x)', " -DX_DEVELOPER_MODE=ON"),
+                ('option(A "a" OFF)\nif(A)\nadd_subdirectory(lib/googletest)', ""),
+                ("endif()\nelse()\nif(", ""),
+            )
         ),
         (
-            {"CMakeLists.txt": 'option(DEV "d" OFF)\ncmake_dependent_option(X_TESTING "t" ON "DEV" OFF)\n'},
-            "build: cmake -B build -DDEV=ON && cmake --build build",
+            {"CMakeLists.txt": "enable_testing()\nif(BUILD_TESTING)\nadd_test(x)"},
+            "build: cmake -B build -DBUILD_TESTING=ON && cmake --build build | test: ctest --test-dir build",
         ),
         (
             {"CMakeLists.txt": "", "CMakePresets.json": json.dumps(PRESETS), ".clang-format": ""},
