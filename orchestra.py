@@ -4129,7 +4129,7 @@ class Toml:
     COMMENT = re.compile(r"#[^\n]*")
     STRING = re.compile(r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
     KEY = re.compile(r"[\w-]+")
-    SCALAR = re.compile(r"[^\s,\]}#]+")
+    SCALAR = re.compile(r"\d{4}-\d\d-\d\d [\d:.Z+-]+|[^\s,\]}#]+")
     MAX_DEPTH = 50
 
     def __init__(self, text: str) -> None:
@@ -4220,16 +4220,25 @@ class Toml:
 
     def _read_string(self) -> str:
         quotes = self.text[self.at : self.at + 3]
-        if quotes in ('"""', "'''"):
-            end = self.text.index(quotes, self.at + 3)
-            text = self.text[self.at + 3 : end]
-            self.at = end + 3
-            return text.replace("\\\n", "")
-        text = self._match(self.STRING)
-        if text[0] == '"':
-            with suppress(ValueError):  # a basic string's escapes are JSON's, but for two
-                return str(json.loads(text, strict=False))
-        return text[1:-1]  # a literal string has none
+        if quotes not in ('"""', "'''"):
+            text = self._match(self.STRING)
+            return self._unescape(text[1:-1]) if text[0] == '"' else text[1:-1]
+        end = self.text.index(quotes, self.at + 3)
+        for _ in range(2):  # the string may end with one or two quotes of its own
+            end += self.text.startswith(quotes[0], end + 3)
+        text = self.text[self.at + 3 : end].removeprefix("\n")
+        self.at = end + 3
+        return self._unescape(text) if quotes == '"""' else text
+
+    @staticmethod
+    def _unescape(text: str) -> str:
+        """Replace escapes; they are JSON's, but for two, which stay as they are."""
+        text = re.sub(r"\\\r?\n\s*", "", text)
+        with suppress(ValueError):
+            return str(
+                json.loads('"' + re.sub(r'\\.|"', lambda m: m[0] if m[0] != '"' else '\\"', text) + '"', strict=False)
+            )
+        return text
 
 
 def tidy(text: str) -> str:
@@ -4491,7 +4500,7 @@ SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . cou
     ),
     "type check": (
         *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types"),
-        *("test-types", "lint-typecheck", "typing", "mypy", "pyright", "phpstan", "psalm"),
+        *("test-types", "lint-typecheck", "test-typecheck", "typing", "mypy", "pyright", "phpstan", "psalm"),
         *("stan", "static-analysis", "analyse", "analyze"),
     ),
     "run": ("dev", "develop", "start", "serve", "run", "runserver"),
@@ -4536,7 +4545,8 @@ class Script:
         called = [*self._expand(bodies[name], bodies)]
         self.text = "\n".join([bodies[name], *called])
         self.commands = self._split(self.text)
-        self.last = self._split(bodies[name])[-1:]  # what further arguments are passed to
+        self.own = self._split(bodies[name])
+        self.last = self.own[-1:]  # what further arguments are passed to
 
     def _expand(self, body: str, bodies: Mapping[str, str]) -> Iterator[str]:
         """Iterate over the scripts that one calls, with the arguments it gives."""
@@ -4598,7 +4608,7 @@ class Script:
             return bool(self.INSTALLS.search(self.text))
         if command == "type check" and self.name in ("types", "analyze"):
             return bool(self.KINDS[command].search(self.text))
-        if command == "format" and self.name == "fix":
+        if command == "format" and self.name in ("fix", "prettier"):
             return self.rewrites
         if command == "run":
             return not (self.watches and re.search(r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b", self.text))
@@ -4643,15 +4653,17 @@ class Scripts(NamedTuple):
             return command + " (checks only)" * (command == "format" and script.only_checks)
         return command + " (rewrites files)" * script.rewrites
 
-    def resolve(self, script: Script) -> Script:
-        """Follow a script that ends by calling another one."""
-        for _ in range(5):
-            words = script.last[0].split() if script.last else []
-            name = words[2:] if words[1:2] == ["run"] else words[1:]
-            if len(name) != 1 or words[0] not in Script.CALLERS or name[0] not in self.bodies:
-                break
-            script = Script(name[0], self.bodies)
-        return script
+    def leaves(self, script: Script, depth: int = 5) -> Iterator[Script]:
+        """Iterate over the scripts that one comes down to, itself if it calls none."""
+        is_leaf = True
+        for command in script.own:
+            words = re.sub("^([a-z]+) run ", r"\1 ", command).split()
+            is_call = len(words) == 2 and words[0] in Script.CALLERS and words[1] in self.bodies
+            if depth and is_call and command != "bun test":  # which is a program of its own
+                is_leaf = False
+                yield from self.leaves(Script(words[1], self.bodies), depth - 1)
+        if is_leaf:
+            yield script
 
     def spell(self, script: Script, arguments: str = "") -> str:
         """Spell the command line that runs a script; "" if it takes no arguments."""
@@ -4843,8 +4855,10 @@ class Node:
         yield from self._find_tools()
 
     def _find_one_test(self, scripts: Scripts) -> Iterator[Found]:
-        script = dict(scripts.pick()).get("test")
-        script = script and scripts.resolve(script)
+        whole = dict(scripts.pick()).get("test")
+        leaves = [*scripts.leaves(whole)] if whole else []
+        testing = [leaf for leaf in leaves if {name for name, _, _ in self.ONE_TEST} & {*" ".join(leaf.last).split()}]
+        script = testing[0] if len(testing) == 1 else whole if leaves == [whole] else None
         words = " ".join(script.last).split() if script else []
         is_typed = bool(self.folder.find("tsconfig.json")) or "typescript" in self.packages
         for runner, file, name in self.ONE_TEST:
@@ -4866,8 +4880,9 @@ class Node:
         if self.manager != "npm":
             version = shorten_version(self.manager_version).partition(".")[0]
             yield Found("tool", f"{self.manager} {version}".rstrip(), self.manager_source)
-        for package, name, _ in (("typescript", "TypeScript", ""), *self.FRAMEWORKS):
-            if package in self.packages:
+        used = self.folder.table("package.json", "dependencies")
+        for package, name, kind in (("typescript", "TypeScript", ""), *self.FRAMEWORKS):
+            if package in (used if kind == "backend" else self.packages):
                 version = self.packages[package]
                 version = shorten_version(version) if isinstance(version, str) else ""
                 yield Found("tool", f"{name} {version}".rstrip(), "package.json")
@@ -6059,12 +6074,18 @@ def first_sentence(text: str, name: str) -> str:
     return ""
 
 
-WORKSPACES = (  # the globs of one, its members' manifest and name, and how one is used
-    ("pnpm-workspace.yaml", "packages", "package.json", "name", ""),
-    ("package.json", "workspaces", "package.json", "name", ""),
-    ("package.json", "workspaces packages", "package.json", "name", ""),
-    ("Cargo.toml", "workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
-    ("pyproject.toml", "tool uv workspace members", "pyproject.toml", "project name", "uv run --package NAME pytest"),
+WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one is used
+    ("javascript", "pnpm-workspace.yaml packages", "package.json", "name", ""),
+    ("javascript", "package.json workspaces", "package.json", "name", ""),
+    ("javascript", "package.json workspaces packages", "package.json", "name", ""),
+    ("rust", "Cargo.toml workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
+    (
+        "python",
+        "pyproject.toml tool uv workspace members",
+        "pyproject.toml",
+        "project name",
+        "uv run --package NAME pytest",
+    ),
 )
 NODE_FILTERS = {
     "npm": "npm run SCRIPT -w NAME",
@@ -6188,14 +6209,14 @@ def find_ml_evidence(folder: Folder) -> str:
     return ""
 
 
-def detect_packages(folder: Folder) -> Optional[Found]:
+def detect_packages(folder: Folder, first: str) -> Optional[Found]:
     """Tell the packages of a workspace: up to 12 by name, more by their number."""
-    for source, keys, manifest, name, one in WORKSPACES:
-        if not folder.find(source):
-            continue
-        globs = [glob for glob in folder.texts(source, *keys.split()) if glob[:1] != "!"]
-        excluded = [glob for glob in folder.texts(source, *keys.split()) if glob[:1] == "!"]
-        excluded += [f"!{glob}" for glob in folder.texts(source, *keys.split()[:-1], "exclude")]
+    for _, evidence, manifest, name, one in sorted(WORKSPACES, key=lambda row: row[0] != first):
+        source, *keys = evidence.split()
+        items = folder.texts(source, *keys) if folder.find(source) else []
+        globs = [glob for glob in items if glob[:1] != "!"]
+        excluded = [glob for glob in items if glob[:1] == "!"]
+        excluded += [f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude")]
         members = folder.members([*globs, *excluded], manifest)
         names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
         names = sorted({tidy(name) for name in names if isinstance(name, str)})
@@ -6242,7 +6263,7 @@ def detect(path: str, home: str = "") -> Detected:
         *detect_type(folder, systems[0] if systems else None, items),
         detect_description(folder, found),
         detect_versions(found),
-        next((item for item in items if item.name == "packages"), detect_packages(folder)),
+        next((item for item in items if item.name == "packages"), detect_packages(folder, next(iter(found), ""))),
         detect_commands(folder, found),
     )
 
