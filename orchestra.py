@@ -5309,7 +5309,7 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
 
 def leave_out_ios(folder: Folder, command: str) -> str:
     """Leave out what builds for this computer, where a package is for iOS alone."""
-    platforms = re.search(r"platforms: *\[([^\]]*)\]", folder.text("Package.swift"))
+    platforms = re.search(r"platforms: *\[([^\[\]]*)\]", folder.text("Package.swift"))
     is_ios_only = platforms and re.findall(r"\.(\w+)\(", platforms[1]) == ["iOS"]
     return "" if is_ios_only and re.match("swift (build|test|run)", command) else command
 
@@ -5342,7 +5342,7 @@ def find_test_options(text: str) -> Optional[list[str]]:
     """Find what to switch on to have a CMakeLists.txt's tests; None if it has none."""
     token = re.compile(
         r"(?im)^[ \t]*(if|elseif|else|endif)[ \t]*\(((?:[^()]|\([^()]*\))*)\)"
-        r"|\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\(\s*[^\s)]*(?<![a-z])tests?\b"
+        r"|\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\(\s*[^\s()]*(?<![a-z])tests?\b"
     )
     uses_ctest = re.search(r"(?im)^[ \t]*include[ \t]*\([ \t]*CTest\b", text)
     if not uses_ctest and not re.search(r"(?im)^[ \t]*enable_testing\b", text):
@@ -5364,9 +5364,10 @@ def find_test_options(text: str) -> Optional[list[str]]:
             conditions[-1:] = [] if word == "endif" else [match[2]]
     else:
         return None
-    needed = [name for name in re.findall(r"(?i)\boption\s*\(\s*(\w+_DEVELOPER_MODE)\b", text) if is_off(name)]
-    for condition in conditions:
-        names = re.findall(r"[A-Za-z_]\w*", re.sub(r"\bNOT\s+\w+|\b(?:AND|OR)\b", "", condition))
+    modes = re.findall(r"(?i)\boption\s*\(\s*(\w+_DEVELOPER_MODE)\b", text)[:1]
+    needed = [name for name in modes if is_off(name)]
+    for condition in conditions[:9]:
+        names = re.findall(r"[A-Za-z_]\w*", re.sub(r"\bNOT\s+\w+|\b(?:AND|OR)\b", "", condition))[:9]
         depends = (re.search(rf'dependent_option\s*\(\s*{name}\s+"[^"]*"\s+ON\s+"(\w+)"', text) for name in names)
         names = [found[1] if found else name for name, found in zip(names, depends)]
         off = [name for name in names if is_off(name)]
@@ -5488,7 +5489,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("version", "Ruby {}", ".ruby-version"),
             Row("version", "Ruby {}", ".tool-versions ruby"),
             Row("version", "Ruby {}", r"""Gemfile ~ ^[ \t]*ruby[ (]+["']([^"'\n]+)"""),
-            Row("version", "Ruby {}", r"""*.gemspec ~ required_ruby_version[^"'\n]*["']([^"'\n]+)"""),
+            Row("version", "Ruby {}", r"""*.gemspec ~ required_ruby_version[^"'\n]{0,40}["']([^"'\n]+)"""),
             Row("version", "Ruby"),
             Row("tool", "Rails {}", r"""Gemfile ~ ^[ \t]*gem[ (]+["']rails["'], *["']([^"'\n]+)"""),
             Row("install", "bin/setup --skip-server", "bin/setup --skip-server"),
@@ -5613,15 +5614,17 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ("settings.gradle* + not mvnw", "build.gradle* + not mvnw"),
         (
             Row("type", "mobile", "app*/src/main/AndroidManifest.xml"),
-            Row("description", "{}", r"""build.gradle* ~ ^description[ \t]*=?[ \t]*["']([^"'\n]+)"""),
+            Row("description", "{}", r"""build.gradle* ~ ^description[ \t=]*["']([^"'\n]+)"""),
             Row("version", "Java {}", ".java-version"),
             Row("version", "Java {}", ".tool-versions java"),
             Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
             Row("version", "Java {}", r"build.gradle* ~ (?:JavaLanguageVersion\.of|jvmToolchain)\(\s*(\d+)"),
-            Row("version", "Java {}", r"build.gradle* ~ sourceCompatibility[ =]+\D*([\d.]+)"),
+            Row("version", "Java {}", r"build.gradle* ~ sourceCompatibility[ =][^\d\n]{0,40}([\d.]+)"),
             Row("tool", "Kotlin {}", "gradle/libs.versions.toml versions kotlin"),
             Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
-            Row("tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.*version ["']([^"'\n]+)"""),
+            Row(
+                "tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.{0,9}version ["']([^"'\n]+)"""
+            ),
             Row("tool", "Gradle {}", "gradle/wrapper/gradle-wrapper.properties ~ gradle-([0-9.]+[0-9])"),
             Row("build", "gradle assembleDebug", "app*/src/main/AndroidManifest.xml"),
             Row("build", "gradle assemble"),
@@ -5645,7 +5648,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("lint", "gradle lint", "app*/src/main/AndroidManifest.xml"),
             Row("format", "gradle spotlessApply", "build.gradle* spotless"),
             Row("format", "gradle ktlintFormat", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
-            Row("run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.*apply false)"""),
+            Row(
+                "run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.{0,40}apply false)"""
+            ),
             Row("run", "gradle runIde", "build.gradle* org.jetbrains.intellij"),
             Row("run", "gradle run", r"build.gradle* ~ ^[ \t]*(?:application$|id[ (]+[\"']application[\"'])"),
             Row("check", "gradle check", "*.gradle* + not app*/src/main/AndroidManifest.xml"),
@@ -5826,7 +5831,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ("dune-project",),
         (
             Row("description", "{}", r'dune-project ~ \(synopsis[ \n]+"([^"\n]+)"'),
-            Row("version", "OCaml {}", r"dune-project ~ \(ocaml[ \n]+\(>= ([^)\n]+)\)"),
+            Row("version", "OCaml {}", r"dune-project ~ \(ocaml[ \n]+\(>= ([\d.]+)\)"),
             Row("version", "OCaml"),
             Row("install", "opam install . --deps-only --with-test", "*.opam"),
             Row("build", "dune build"),
@@ -5911,12 +5916,12 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b",
         ),
         (
-            Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^)]*\bDESCRIPTION\s+"([^"]+)"'),
+            Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^()]*\bDESCRIPTION\s+"([^"]+)"'),
             Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_CXX_STANDARD +(\d+)"),
-            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^)]*\bcxx_std_(\d+)"),
+            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^()]*\bcxx_std_(\d+)"),
             Row("version", "C{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_C_STANDARD +(\d+)"),
-            Row("version", "C++", r"CMakeLists.txt ~ (?i)\bproject *\([^)]*\bCXX\b"),
-            Row("version", "C", r"CMakeLists.txt ~ (?i)\bproject *\([^)]*\sC\b"),
+            Row("version", "C++", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\bCXX\b"),
+            Row("version", "C", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\sC\b"),
             Row("tool", "CMake {}+", r"CMakeLists.txt ~ (?i)cmake_minimum_required\s*\(\s*VERSION\s+(\d+\.\d+)"),
             Row("install", "git submodule update --init --recursive", ".gitmodules path"),
             Row("format", "clang-format -i path/to/file", ".clang-format"),
@@ -5928,12 +5933,12 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         "meson",
         ("meson.build",),
         (
-            Row("version", "C++", "meson.build ~ project *\\([^)]*'cpp'"),
-            Row("version", "C", "meson.build ~ project *\\([^)]*'c'"),
+            Row("version", "C++", "meson.build ~ project *\\([^()]*'cpp'"),
+            Row("version", "C", "meson.build ~ project *\\([^()]*'c'"),
             Row("tool", "Meson {}", r"meson.build ~ meson_version *: *'([^'\n]+)'"),
             Row("build", "meson setup build && meson compile -C build"),
-            Row("test", "meson test -C build", r"meson.build ~ ^\s*(?:test *\(|subdir *\( *'tests?')"),
-            Row("one test", "meson test -C build NAME", r"meson.build ~ ^\s*(?:test *\(|subdir *\( *'tests?')"),
+            Row("test", "meson test -C build", r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"),
+            Row("one test", "meson test -C build NAME", r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"),
             Row("format", "clang-format -i path/to/file", ".clang-format"),
         ),
         only_first=True,

@@ -4048,6 +4048,39 @@ def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expect
     check_found(home, files, expected)
 
 
+@pytest.mark.parametrize(
+    ("file", "fragment"),
+    [
+        ("x.gemspec", "required_ruby_version "),
+        ("Gemfile", "gem 'rails',"),
+        ("Rakefile", "TestTask.x ("),
+        ("mix.exs", 'description: "x'),
+        ("build.gradle", "sourceCompatibility ="),
+        ("build.gradle", "description ="),
+        ("build.gradle", "'org.springframework.boot'"),
+        ("pom.xml", "<description>spring-boot-starter-parent</artifactId>"),
+        ("Package.swift", "platforms: ["),
+        ("dune-project", "(ocaml (>= 5"),
+        ("go.work", "use ./x"),
+        ("meson.build", "\n"),
+        ("meson.build", "project("),
+        ("CMakeLists.txt", 'enable_testing() project(x DESCRIPTION "'),
+        ("CMakeLists.txt", "enable_testing()\nif(A OR (B"),
+        ("CMakeLists.txt", "enable_testing()\nif(A OR B)\nif(C)\n"),
+        ("CMakeLists.txt", "enable_testing() add_subdirectory("),
+        ("CMakeLists.txt", 'enable_testing() option(X_DEVELOPER_MODE "'),
+        ("deno.jsonc", "/*"),
+        ("deno.jsonc", ",  "),
+    ],
+)
+def test_no_manifest_takes_long_to_read(home: Home, file: str, fragment: str) -> None:
+    """A search that went back to where it had been would take minutes."""
+    put_files(home.code, {file: fragment * (400_000 // len(fragment))})
+    start = time.process_time()
+    orchestra.detect(str(home.code))
+    assert time.process_time() - start < 5
+
+
 # ── 19 Detection ──────────────────────────────────────────────────────────────
 
 
