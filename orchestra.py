@@ -3366,6 +3366,25 @@ def has_prose(codebase: Codebase, files: Collection[str]) -> bool:
     return any(path in files for path in found)
 
 
+def has_lost_file(old: Codebase, new: Codebase) -> bool:
+    """Return whether a file that `old` was read from is gone, or emptied, in `new`."""
+    if old.digest == new.digest:
+        return False
+    none = ("", sha256_of(b""))
+    files, left = (
+        {path for layer in codebase.layers for path, digest in layer.digests.items() if digest not in none}
+        for codebase in (old, new)
+    )
+
+    def has_text(path: str) -> bool:
+        try:
+            return os.stat(path).st_size > 0
+        except OSError:
+            return False
+
+    return not all(map(has_text, files - left))
+
+
 def find_way_out(home: str, file: str) -> str:
     """Return where a registry file is if a link leads out of the registry, "" if not.
 
@@ -9936,27 +9955,39 @@ class SyncRun:
         return reload_codebases(self._home, self._old, keys)
 
     def _find_suspects(self) -> frozenset[Key]:
-        """Find the changed codebases whose files are broken or gone and not overdue."""
+        """Find the changed codebases whose files are broken or gone and not overdue.
+
+        A layer or Markdown file may be gone only until its editor writes it anew.
+        """
         if self._is_asked:
             return frozenset()
         suspects = {key for key in self._changed if key not in self.registry.codebases}
         if EVERYTHING not in self._job.overdue:
             broken, old = self.registry.broken, self._old.broken
             suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
+            codebases = self._old.codebases
+            suspects |= {
+                key
+                for key, codebase in self.registry.codebases.items()
+                if key in codebases and has_lost_file(codebases[key], codebase)
+            }
         return frozenset(suspects - self._job.overdue)
 
     def _keep_suspects(self) -> None:
-        """Leave broken suspects as they were, unless another has their folder now."""
-        suspects = self.suspects & self.registry.broken.keys()
+        """Leave suspects as they were, unless another has their folder now."""
+        suspects = self.suspects & {*self.registry.broken, *self.registry.codebases}
         if not suspects:
             return
         codebases, broken = dict(self.registry.codebases), dict(self.registry.broken)
         owners = dict(self.registry.owners)
         for key in suspects & self._old.codebases.keys():
             root = codebase_root(self._home, self._old.codebases[key])
-            if root not in owners:
+            if owners.get(root, key) == key:
+                new = codebases.pop(key, None)
+                if new:
+                    owners.pop(codebase_root(self._home, new), None)
                 codebases[key] = self._old.codebases[key]
-                del broken[key]
+                broken.pop(key, None)
                 if root:
                     owners[root] = key
         for key in suspects & broken.keys():

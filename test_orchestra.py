@@ -9730,6 +9730,29 @@ def test_a_file_caught_half_written_arrives_as_soon_as_it_is_whole(
     assert live.synced("watcher") == 1 and live.has("whole", label)
 
 
+@pytest.mark.parametrize("name", ["all.yaml", "shop/project.md", "shop/api.md", "shop/api.local.yaml", "python.md"])
+@pytest.mark.parametrize("save", [write_in_pieces, rename_away_and_write_anew])
+def test_a_layer_caught_half_written_never_takes_its_text_away(
+    live: Home, patient: orchestra.Daemon, kind: str, name: str, save: Callable[[Path, str], Iterator[None]]
+) -> None:
+    file, words = live.projects / name, "notes: [{}]\n" if name.endswith(".yaml") else "- {}\n"
+    keys = [API, orchestra.EVERYTHING, orchestra.prose_key(str(file))]
+
+    def turn_while_no_window_is_open(is_true: Callable[[], Any]) -> None:
+        turn_until(patient, lambda: patient._schedule._debouncer.end_window(keys) or is_true())
+
+    put_files(live.projects, {"python.md": "- python\n", name: words.format("old")})
+    replace(live.file(), live.text() + "include: [python.md]\n")
+    worker = patient._worker
+    turn_while_no_window_is_open(lambda: live.has("old") and worker.cache.registry.codebases[API].include)
+    told, before = live.errors(), worker.cache.registry.codebases[API]
+    for _ in save(file, words.format("whole")):
+        turn(patient)
+        assert live.has("old") and worker.cache.registry.codebases[API] == before
+    turn_while_no_window_is_open(lambda: live.has("whole"))
+    assert live.errors() == told and not live.has("old")
+
+
 def test_a_projects_file_caught_half_written_arrives_as_soon_as_it_is_whole(
     live: Home, patient: orchestra.Daemon
 ) -> None:
