@@ -9649,6 +9649,7 @@ def test_a_status_is_encoded_again_only_when_it_has_changed(live: Home, edited: 
     def told() -> Any:
         reply = daemon._encode_status()
         assert daemon._encode_status() is reply and json.loads(reply)["data"] == daemon.status()
+        assert json.loads(daemon._encode_status(pretty=True)) == json.loads(reply) and reply.count(b"\n") == 1
         return json.loads(reply)["data"]
 
     assert len(told()["problems"]) == 1
@@ -11352,12 +11353,13 @@ def test_a_failing_or_interrupted_pip_leaves_nothing_half_installed(
         orchestra.Installer(machine.path, {}, told.append, run).fetch_yaml("/x/python")
     if reason:
         assert str(caught.value) == f"could not fetch PyYAML: {reason}"
-        way_out = (
-            "apt install python3-yaml"
-            if "missing" in reason or "connection" in reason
-            else "/x/python -m pip install PyYAML"
-        )
-        assert way_out in getattr(caught.value, "hint", "")
+        package = next(filter(os.path.exists, orchestra.SYSTEM_PACKAGES), "")
+        way_out = orchestra.SYSTEM_PACKAGES.get(package, "install your system's package of PyYAML")
+        hint = str(getattr(caught.value, "hint", ""))
+        if "connection" in reason:
+            assert hint.endswith(f"or {way_out}")
+        else:
+            assert hint == way_out if "missing" in reason else "/x/python -m pip install PyYAML" in hint
     assert told == [FETCHING] and left_of_pyyaml(machine) == []
 
 
@@ -12538,6 +12540,19 @@ def test_a_failed_install_leaves_systemd_as_it_was(
     assert (systemctl.file.read_bytes() if is_upgrade else b"") == systemctl.loaded == old
     assert systemctl.is_enabled == is_upgrade and systemctl.calls[-1] == ("restart" if is_upgrade else "daemon-reload")
     assert is_upgrade or list(machine.home.rglob("*.service")) == []
+
+
+def test_systemd_takes_over_from_a_daemon_started_by_hand(machine: Machine, systemctl: FakeSystemctl) -> None:
+    machine.give_yaml()
+
+    def start() -> Answerer:
+        assert not orchestra.is_locked(orchestra.daemon_lock_path(machine.path))
+        return Answerer(orchestra.socket_path(machine.path))
+
+    systemctl.start_service = start
+    with machine.daemon(machine.install_program()) as daemon:
+        systemctl.install()
+        assert daemon.wait(20) == 0 and machine.answers() == systemctl.running.pid
 
 
 @pytest.mark.parametrize("home", ["/a\nb", "/\x1b", "/\udcff"])
