@@ -3506,7 +3506,7 @@ def is_current(home: str, codebase: Codebase) -> bool:
         known.update(layer.digests)
 
     def digest(path: str) -> str:
-        if not known[path] and not os.path.lexists(path):
+        if not (known[path] or os.access(path, os.F_OK)):
             return ""  # as most are
         disk = read_disk(follow_link(path), MAX_REGISTRY_FILE + 1)
         return sha256_of(disk.data) if disk.kind == "file" else ""
@@ -3573,6 +3573,12 @@ class ParsedFiles:
         self._used[name] = b""
         return said._replace(digest=file.digest)
 
+    def keep(self, file: RegistryFile, kind: str) -> None:
+        """Have a file's line saved again, if there is one, without reading it."""
+        name = f"{file.digest}:{kind}"
+        if name in self._known:
+            self._used.setdefault(name, b"")
+
     def add(self, file: RegistryFile, kind: str, said: Codebase) -> None:
         notes = [(note.message, int(note.where.rpartition(":")[2])) for note in file.notes]
         values = said[1 : 1 + len(CODEBASE_SCHEMA.kinds)]
@@ -3596,9 +3602,9 @@ class ParsedFiles:
 class LayerReader:
     """Reads the layers of codebases; what several of them share is read once.
 
-    `names` are those in each folder that has been listed. `known` is what an earlier
-    reader found to be shared, by path: what has not changed stays the same object, so
-    that a daemon does not keep it twice.
+    `names` are those in each folder that has been listed. `known` are what earlier
+    readers made: layers and prose by path, codebases by key. What has not changed stays
+    the same object, so that a daemon does not keep it twice.
     """
 
     def __init__(
@@ -3606,7 +3612,7 @@ class LayerReader:
         home: str,
         parsed: Optional[ParsedFiles] = None,
         names: Mapping[str, Container[str]] = {},
-        known: Mapping[str, Any] = {},
+        known: Mapping[Any, Any] = {},
     ) -> None:
         self.shared: dict[str, Any] = {}  # a Layer, Prose, or None for none
         self._home = home
@@ -3627,6 +3633,9 @@ class LayerReader:
         problems = [problem for layer in reversed(layers) for problem in layer.problems]
         if problems:
             return None, tuple(problems)
+        known: Optional[Codebase] = self._known.get(key)
+        if known and tuple(map(id, known.layers)) == tuple(map(id, layers)):
+            return known, ()
         said, digests = base, [base.digest]
         for layer in own:
             if layer:
@@ -3680,6 +3689,8 @@ class LayerReader:
     def _read_said(self, file: RegistryFile, kind: str, key: Key, known: Optional[Layer]) -> Codebase:
         if known and file.digest and known.said.digest == file.digest and not known.problems:
             file.notes += [note for note in known.notes if note.where.startswith(f"{file.place}:")]
+            if self._parsed:
+                self._parsed.keep(file, kind)
             return known.said
         said = self._parsed.find(file, kind, key) if self._parsed and file.digest else None
         if said is None:
@@ -3756,6 +3767,13 @@ class Registry(NamedTuple):
     @property
     def problems(self) -> list[Problem]:
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
+
+    @property
+    def known(self) -> dict[Any, Any]:
+        """What a LayerReader need not make again."""
+        layers = [layer for codebase in self.codebases.values() for layer in codebase.layers]
+        prose = {prose.file: prose for layer in layers for prose in layer.prose}
+        return {**self.shared, **self.codebases, **{layer.path: layer for layer in layers}, **prose}
 
     def remarks(self, keys: Iterable[Key]) -> list[Problem]:
         """List what a user should know of the files of some codebases, each once."""
@@ -3920,10 +3938,13 @@ def reload_codebases(
     return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared)
 
 
-def load_registry(home: str) -> Registry:
-    """Read the whole registry; raises IoError if it cannot be listed."""
+def load_registry(home: str, old: Optional[Registry] = None) -> Registry:
+    """Read the whole registry; raises IoError if it cannot be listed.
+
+    What has not changed since `old` stays the same object.
+    """
     scan, parsed = RegistryScan(home), ParsedFiles(home)
-    reader = LayerReader(home, parsed, scan.names)
+    reader = LayerReader(home, parsed, scan.names, old.known if old else {})
     idle = [layer.problems for project in scan.idle for layer in reader.read_base(project).layers]
     stray = (*scan.stray, *itertools.chain.from_iterable(idle))
     registry = reload_codebases(home, Registry({}, {}, stray, Owners()), scan.keys, reader)
@@ -9946,7 +9967,7 @@ class SyncRun:
     def _reload(self) -> Registry:
         names = self._job.target.names
         if names is None or STRAY in self._job.changed:
-            return load_registry(self._home)
+            return load_registry(self._home, self._old)
         if not self._is_asked:
             return reload_codebases(self._home, self._old, self._changed)
         # A client may name what was saved a moment ago, before the watcher's turn.

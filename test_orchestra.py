@@ -2779,6 +2779,10 @@ def test_what_codebases_share_is_read_once_and_kept_once(home: Home, monkeypatch
         shared = {id(prose) for prose in one.prose if "/api" not in prose.file and "/web" not in prose.file}
         assert shared <= {id(prose) for prose in other.prose}
         assert [a is b for a, b in zip(one.layers, other.layers)][:4] == [True] * 4
+    put_files(home.projects, {"shop/web.yaml": "name: web\n"})
+    again = orchestra.load_registry(home.path, before)
+    assert again == home.registry() and again.codebases[WEB] != before.codebases[WEB]
+    assert again.codebases[API] is before.codebases[API]
 
 
 BAD_LAYERS = {
@@ -3179,6 +3183,12 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
 
     monkeypatch.setattr(orchestra.Document, "compose", compose)
     assert home.registry().codebases == fresh and parsed == []
+    registry = home.registry()
+    for i in range(orchestra.ParsedFiles.FEW + 1):  # so many that the cache is saved
+        home.write_registry(f"shop/d{i}.yaml", f"name: d{i}\n")
+    orchestra.load_registry(home.path, registry)
+    parsed.clear()
+    assert home.registry().codebases.keys() > fresh.keys() and parsed == []
     home.write_registry("shop/c3.yaml", f"name: c3\npath: {home.code}/shop/c3\nnotes: [changed]\n")
     assert home.registry().codebases[("shop", "c3")].notes == ("changed",)
     assert parsed == ["~/.orchestra/projects/shop/c3.yaml"]
