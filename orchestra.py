@@ -9211,7 +9211,7 @@ def run_pager(environ: Mapping[str, str], text: str) -> bool:
         return False
     rest: Optional[bytes] = text.encode("utf-8", "backslashreplace")
     while True:
-        with suppress(KeyboardInterrupt, BrokenPipeError):  # Ctrl-C is the pager's
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the pager's
             pager.communicate(rest)
             return True
         rest = None

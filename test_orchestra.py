@@ -719,9 +719,12 @@ class Tty:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     @property
+    def settings(self) -> list[Any]:
+        return termios.tcgetattr(self._slave)
+
+    @property
     def has_changed(self) -> bool:
-        """Return whether the terminal's settings differ from those at the start."""
-        return termios.tcgetattr(self._slave) != self.before
+        return self.settings != self.before
 
     def read(self, seconds: float = 0.02) -> None:
         while select.select([self.master], [], [], seconds)[0]:
@@ -13287,6 +13290,8 @@ def test_a_live_status_shows_syncs_and_ends_with_q(served: Home) -> None:
     live.wait_for("1 edited by hand")
     live.resize(10, 30)
     live.wait_for("\r\n" + "-" * 29 + "\x1b[K")
+    suspend = [settings[6][termios.VSUSP] for settings in (live.before, live.settings)]
+    assert suspend[0] != suspend[1]  # Ctrl-Z would leave the screen behind
     live.type("q")
     status, shown = live.finish()
     assert status == 0 and shown.endswith("\x1b[?25h\x1b[?1049l") and not live.has_changed
@@ -13385,7 +13390,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "drop the target cursor: orchestra edit shop/api",
     ),
     "temporary file": (
-        [put_in(f"home/.orchestra/hashes/.orchestra-{DEAD}-aa.tmp")],
+        [put_in(f"home/.orchestra/hashes/.orchestra-{pid}-aa.tmp") for pid in (DEAD, os.getpid())],
         f"warn killed commands left 1 file: ~/.orchestra/hashes/.orchestra-{DEAD}-aa.tmp",
         "orchestra sync --all",
     ),
@@ -13656,6 +13661,7 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
     home.environ["VISUAL"] = f"{sys.executable} {editor}"
     ran = home.run("edit", "api")
     assert ran.status == 2 and re.match(r"orchestra: ~/.*/api.yaml:\d: yaml: ", ran.err)
+    assert "[Y/n]" not in ran.err
     home.environ["VISUAL"] = "/no/such/editor"
     assert 'editor "/no/such/editor" not found' in home.run("edit", "api").err
     home.environ["VISUAL"] = "'unclosed"
