@@ -9987,12 +9987,9 @@ class SyncRun:
         if EVERYTHING not in self._job.overdue:
             broken, old = self.registry.broken, self._old.broken
             suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
-            codebases = self._old.codebases
-            suspects |= {
-                key
-                for key, codebase in self.registry.codebases.items()
-                if key in codebases and has_lost_file(codebases[key], codebase)
-            }
+            known = self._old.codebases
+            read = [(key, new) for key, new in self.registry.codebases.items() if new is not known.get(key, new)]
+            suspects |= {key for key, new in read if has_lost_file(known[key], new)}
         return frozenset(suspects - self._job.overdue)
 
     def _keep_suspects(self) -> None:

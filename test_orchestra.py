@@ -17325,6 +17325,7 @@ BENCH_FOLDER = os.environ.get("ORCHESTRA_BENCH_IN", "/tmp")  # on the file syste
 WINDOW = orchestra.DEBOUNCE_WINDOW
 SAVES_TIMED = 30  # of which the median is shown
 BULK = "all YAML files changed at once"
+BULK_BY_LAYER = "all.yaml saved"
 GROWTH = {"save to file written": "0", "sync --all, first": "1", "sync --all, unchanged": "1", BULK: "1"}
 BENCH_YAML = """\
 name: {name}
@@ -17563,11 +17564,14 @@ class Bench(Machine):
     def log_bytes(self) -> int:
         return sum(log.stat().st_size for log in Path(orchestra.logs_dir(self.path)).iterdir())
 
-    def prepare_changes(self, note: str) -> tuple[Callable[[], None], Callable[[], bool]]:
-        """Return functions that change every registry file, and test if all was written."""
-        files = [(self.file(label).with_name(f".{label.split('/')[1]}.new"), self.file(label)) for label in self.labels]
-        for label, (temporary, _) in zip(self.labels, files):
-            temporary.write_text(self.text(label, note))
+    def prepare_changes(self, note: str, by_layer: bool = False) -> tuple[Callable[[], None], Callable[[], bool]]:
+        """Return functions that change every registry file, or all.yaml, and test if all was written."""
+        texts = {self.file(label): self.text(label, note) for label in self.labels}
+        if by_layer:
+            texts = {self.projects / "all.yaml": f"notes: [{note}]\n"}
+        files = [(file.with_name(f".{file.stem}.new"), file) for file in texts]
+        for (temporary, _), text in zip(files, texts.values()):
+            temporary.write_text(text)
         waiting = {self.written(label): self.written(label).stat().st_ino for label in self.labels}
 
         def change() -> None:
@@ -17631,15 +17635,21 @@ def bench_sync(bench: Bench, runs: int) -> Iterator[Row]:
         yield timed(work, bench.count, cost, limit, (yardstick, bare))
 
 
-def bench_save(bench: Bench) -> Iterator[Row]:
+def bench_saves(bench: Bench) -> Iterator[Row]:
+    label = bench.labels[0]
+    yield bench_save(bench, "save to file written", bench.file(label), lambda note: bench.text(label, note))
+    markdown = bench.file(label).with_suffix(".md")
+    yield bench_save(bench, "save of its Markdown", markdown, lambda note: f"{note}\n")
+
+
+def bench_save(bench: Bench, work: str, file: Path, make_text: Callable[[str], str]) -> Row:
     """Measure from a save to the last file written, polled every 0.05 ms."""
     label = bench.labels[0]
-    file, written = bench.file(label), bench.written(label)
-    temporary = file.with_name(".save")
+    written, temporary = bench.written(label), file.with_name(".save")
     took = []
     for number in range(SAVES_TIMED):
         time.sleep(WINDOW * 1.2)
-        temporary.write_text(bench.text(label, f"Save {number}"))
+        temporary.write_text(make_text(f"Save {number}"))
         inode = written.stat().st_ino
         started = time.perf_counter()
         temporary.replace(file)
@@ -17650,7 +17660,7 @@ def bench_save(bench: Bench) -> Iterator[Row]:
     limit = {10: "4 ms", 1000: "5 ms"}.get(bench.count, "")
     bare = Cost(statistics.median(bare_save(bench, label) for _ in range(SAVES_TIMED)))
     cost = Cost(statistics.median(took))
-    yield timed("save to file written", bench.count, cost, limit, ("yaml.load, replacing", bare))
+    return timed(work, bench.count, cost, limit, ("yaml.load, replacing", bare))
 
 
 def bare_save(bench: Bench, label: str) -> float:
@@ -17669,23 +17679,23 @@ def bare_save(bench: Bench, label: str) -> float:
     return took
 
 
-def bench_bulk(bench: Bench) -> Iterator[Row]:
-    """Measure all registry files changed at once."""
+def bench_bulk(bench: Bench, work: str = BULK) -> Iterator[Row]:
+    """Measure all registry files changed at once, or a layer of all."""
     bench.measure_bare_sync("cold")
     bare = "yaml.load, replacing", bench.measure_bare_sync("update")
     cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
     rounds = bench.log().count("staleness")
-    change, is_done = bench.prepare_changes("All at once")
+    change, is_done = bench.prepare_changes("All at once", by_layer=work == BULK_BY_LAYER)
     started = time.perf_counter()
     change()
     wait_until(is_done, 120)
     cost = Cost(time.perf_counter() - started, cpu_seconds(bench.pid) - cpu)
     wait_until(lambda: bench.log().count("staleness") > rounds, 60)
     limits = ("2 s", "1 MB") if bench.count == 1000 else ("", "")
-    yield timed(BULK, bench.count, cost, limits[0], bare)
-    yield Row(f"{BULK}: log", bench.count, format_bytes(bench.log_bytes() - logged), limits[1])
+    yield timed(work, bench.count, cost, limits[0], bare)
+    yield Row(f"{work}: log", bench.count, format_bytes(bench.log_bytes() - logged), limits[1])
     with_scan = format_seconds(cpu_seconds(bench.pid) - cpu)
-    yield Row(f"{BULK}: CPU with the staleness scan", bench.count, with_scan, limits[0])
+    yield Row(f"{work}: CPU with the staleness scan", bench.count, with_scan, limits[0])
 
 
 def bench_burst(bench: Bench) -> Iterator[Row]:
@@ -17812,13 +17822,14 @@ def measure_all(make: Callable[[int], Bench]) -> Iterator[Row]:
         with bench.watched():
             yield from bench_memory(bench)
             if bench.count != 100:
-                yield from bench_save(bench)
+                yield from bench_saves(bench)
                 yield from bench_requests(bench)
             yield from bench_bulk(bench)
             if bench.count == 1000:
                 yield from bench_memory(bench, "after changing all")
                 yield from bench_status_under_load(bench)
                 yield from bench_burst(bench)
+                yield from bench_bulk(bench, BULK_BY_LAYER)
     yield from bench_idle(homes)
     if MOST_CODEBASES > 1000:
         yield from bench_sync(make(MOST_CODEBASES), 1)
