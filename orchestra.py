@@ -4152,7 +4152,7 @@ def clear_registry(home: str) -> None:
 # of it at most, and one that is broken says nothing. Evidence is written in words, a
 # file and what is in it:
 #
-#   mix.exs                          the file is there; * and ? stand for any text
+#   mix.exs|test/*.exs               one of the files is there; * stands for any text
 #   package.json engines node        JSON, TOML, YAML, INI: a value under these keys
 #   mix.exs :credo                   other text: the words occur outside comment lines
 #   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches, lines apart
@@ -4433,7 +4433,7 @@ class Folder:
             is_wanted = not condition.startswith("not ")
             where, _, pattern = condition[0 if is_wanted else 4 :].partition(" ~ ")
             name_pattern, *keys = where.split()
-            name = self.find(name_pattern)
+            name = self.find(*name_pattern.split("|"))
             is_there = name and (self._search(name, pattern) if pattern else self._has(name, keys))
             if bool(is_there) != is_wanted:
                 return ""
@@ -4448,7 +4448,7 @@ class Folder:
         """
         where, _, pattern = evidence.partition(" + ")[0].partition(" ~ ")
         name_pattern, *keys = where.split()
-        name = self.find(name_pattern)
+        name = self.find(*name_pattern.split("|"))
         if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
@@ -5433,7 +5433,8 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
     yield Found("build", f"cmake -B build{options} && cmake --build build", name)
     if needed is not None:
         yield Found("test", "ctest --test-dir build", name)
-        yield Found("one test", "ctest --test-dir build -R NAME", name)
+        if not folder.find("Makefile"):  # which may call another test by `test`
+            yield Found("one test", "ctest --test-dir build -R NAME", name)
 
 
 def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
@@ -5449,6 +5450,8 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
 
 # What is customary in each ecosystem, and the evidence that it is so here. To add one,
 # add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
+
+NO_PYTHON = " + not pyproject.toml build-system + not pyproject.toml project + not setup.py"
 
 ECOSYSTEMS = (  # those further up come first where several are in one folder
     Ecosystem(
@@ -5518,10 +5521,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     Ecosystem(
         "ruby",
         (
-            "*.gemspec",
-            "bin/rails",
-            "Gemfile + .rspec",
-            "Gemfile + config.ru",
+            "*.gemspec|bin/rails",
+            "Gemfile + .rspec|config.ru",
             "Gemfile + Rakefile ~ TestTask|RSpec::Core|load_tasks",
         ),
         (
@@ -5541,7 +5542,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("test", "bin/rails test", "bin/rails + test"),
             Row("test", "script/test", "script/test"),
             Row("test", "bundle exec rake test", r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"),
-            Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?test\b"),
+            Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?(?:test|default\b.*\btest)\b"),
             Row("test", "bin/test", "bin/test rails/plugin/test"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
             Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
@@ -5606,15 +5607,13 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "go",
-        ("go.mod", "go.work"),
+        ("go.mod|go.work",),
         (
-            Row("version", "Go {}", "go.mod go"),
-            Row("version", "Go {}", "go.work go"),
+            Row("version", "Go {}", "go.mod|go.work go"),
             Row("build", "go build ./...", "go.mod"),
             Row("test", "go test ./...", "go.mod"),
             Row("one test", "go test ./path/to/package -run TestName"),
-            Row("lint", "golangci-lint run", ".golangci.y*ml + go.mod"),
-            Row("lint", "golangci-lint run", ".golangci.toml + go.mod"),
+            Row("lint", "golangci-lint run", ".golangci.yml|.golangci.yaml|.golangci.toml + go.mod"),
             Row("lint", "go vet ./...", "go.mod"),
             Row("format", "golangci-lint fmt", ".golangci.y*ml formatters"),
             Row("format", "go fmt ./...", "go.mod"),
@@ -5651,7 +5650,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "gradle",
-        ("settings.gradle* + not mvnw", "build.gradle* + not mvnw"),
+        ("settings.gradle*|build.gradle* + not mvnw",),
         (
             Row("type", "mobile", "app*/src/main/AndroidManifest.xml"),
             Row("description", "{}", r"""build.gradle* ~ ^description[ \t=]*["']([^"'\n]+)"""),
@@ -5660,7 +5659,11 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
             Row("version", "Java {}", r"build.gradle* ~ (?:JavaLanguageVersion\.of|jvmToolchain)\(\s*(\d+)"),
             Row("version", "Java {}", r"build.gradle* ~ sourceCompatibility[ =][^\d\n]{0,40}([\d.]+)"),
-            Row("tool", "Kotlin {}", "gradle/libs.versions.toml versions kotlin"),
+            Row(
+                "tool",
+                "Kotlin {}",
+                "gradle/libs.versions.toml versions kotlin + build.gradle* ~ kotlin.{1,3}(?:jvm|android|multi)",
+            ),
             Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
             Row(
                 "tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.{0,9}version ["']([^"'\n]+)"""
@@ -5700,16 +5703,11 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     Ecosystem(
         ".net",
         (
-            r"*.slnx ~ \.(?:cs|fs|vb)proj",
-            r"src/*.slnx ~ \.(?:cs|fs|vb)proj",
-            r"src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
-            r"*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
-            "*.csproj + not ProjectSettings",
-            "*.fsproj",
+            r"*.slnx|*.sln|src/*.slnx|src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
+            "*.csproj|*.fsproj + not ProjectSettings",
         ),
         (
-            Row("description", "{}", "Directory.Build.props ~ <Description>([^<$]+)</Description>"),
-            Row("description", "{}", "*.csproj ~ <Description>([^<$]+)</Description>"),
+            Row("description", "{}", "*.csproj|Directory.Build.props ~ <Description>([^<$]+)</Description>"),
             Row("version", ".NET {}", "global.json sdk version"),
             Row("version", ".NET {}", "Directory.Build.props ~ <TargetFrameworks?>net([^<]+)<"),
             Row("version", ".NET {}", "*.csproj ~ <TargetFrameworks?>net([^<]+)<"),
@@ -5723,9 +5721,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         (
             "Package.swift + Sources + not package.json",
             "Package.swift .testTarget + not package.json",
-            "*.xcodeproj",
-            "*.xcworkspace",
-            "Tuist.swift",
+            "*.xcodeproj|*.xcworkspace|Tuist.swift",
         ),
         (
             Row(
@@ -5783,8 +5779,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("install", "melos bootstrap", "melos.yaml"),
             Row("install", "flutter pub get", ".fvmrc"),
             Row("install", "dart pub get"),
-            Row("test", "dart test", "pubspec.yaml dev_dependencies test + test"),
-            Row("one test", "dart test test/FILE --plain-name 'NAME'", "pubspec.yaml dev_dependencies test + test"),
+            Row("test", "dart test", "pubspec.yaml ~ ^ +test: + test"),
+            Row("one test", "dart test test/FILE --plain-name 'NAME'", "pubspec.yaml ~ ^ +test: + test"),
             Row("lint", "dart analyze"),
             Row("format", "dart format ."),
         ),
@@ -5793,18 +5789,15 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "deno",
-        ("deno.json + not package.json", "deno.jsonc + not package.json", "deno.lock"),
+        ("deno.json|deno.jsonc + not package.json", "deno.lock"),
         (
             Row("version", "Deno"),
             Row("install", "deno install"),
-            Row("test", "deno test -A", "*_test.ts"),
-            Row("test", "deno test -A", "tests"),
-            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "*_test.ts"),
-            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "tests"),
+            Row("test", "deno test -A", "*_test.ts|src/*_test.ts|tests"),
+            Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "*_test.ts|src/*_test.ts|tests"),
             Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "deno.json* tasks test"),
             Row("lint", "deno lint", "deno.json* + not eslint.config.* + not biome.json*"),
             Row("format", "deno fmt", "deno.json* + not .prettierrc* + not biome.json*"),
-            Row("type check", "deno check {}", r"mod.ts ~ \A"),
         ),
         read_deno_tasks,
     ),
@@ -5850,7 +5843,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     Ecosystem(
         "haskell",
-        ("cabal.project", "stack.yaml", "*.cabal"),
+        ("cabal.project|stack.yaml|*.cabal",),
         (
             Row("description", "{}", "*.cabal synopsis:"),
             Row("description", "{}", "package.yaml synopsis"),
@@ -5859,9 +5852,11 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
             Row("build", "cabal build all", "cabal.project"),
             Row("build", "stack build", "stack.yaml"),
             Row("build", "cabal build", "*.cabal"),
-            Row("test", "cabal test all", "cabal.project"),
-            Row("test", "stack test", "stack.yaml"),
-            Row("test", "cabal test", "*.cabal ~ ^test-suite"),
+            Row("test", "cabal test all", "cabal.project + *.cabal ~ (?i)^test-suite"),
+            Row("test", "cabal test all", "cabal.project + not *.cabal"),
+            Row("test", "stack test", "stack.yaml + not cabal.project + *.cabal ~ (?i)^test-suite"),
+            Row("test", "stack test", "stack.yaml + not cabal.project + not *.cabal"),
+            Row("test", "cabal test", "*.cabal ~ (?i)^test-suite"),
             Row("lint", "hlint .", ".hlint.yaml"),
             Row("format", "fourmolu -i .", "fourmolu.yaml"),
         ),
@@ -5928,6 +5923,64 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ),
     ),
     Ecosystem(
+        "cmake",
+        (
+            "CMakeLists.txt + not meson.build" + NO_PYTHON,
+            r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b" + NO_PYTHON,
+            r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b"
+            " + not */__init__.py + not src/*/__init__.py",
+        ),
+        (
+            Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^()]*\bDESCRIPTION\s+"([^"]+)"'),
+            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_CXX_STANDARD +(\d+)"),
+            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^()]*\bcxx_std_(\d+)"),
+            Row("version", "C{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_C_STANDARD +(\d+)"),
+            Row("version", "C++", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\bCXX\b"),
+            Row("version", "C", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\sC\b"),
+            Row("tool", "CMake {}+", r"CMakeLists.txt ~ (?i)cmake_minimum_required\s*\(\s*VERSION\s+(\d+\.\d+)"),
+            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
+            Row("format", "clang-format -i path/to/file", ".clang-format"),
+        ),
+        find=find_cmake,
+        only_first=True,
+    ),
+    Ecosystem(
+        "meson",
+        ("meson.build" + NO_PYTHON,),
+        (
+            Row("version", "C++", "meson.build ~ project *\\([^()]*'cpp'"),
+            Row("version", "C", "meson.build ~ project *\\([^()]*'c'"),
+            Row("tool", "Meson {}", r"meson.build ~ meson_version *: *'([^'\n]+)'"),
+            Row("build", "meson setup build && meson compile -C build"),
+            Row("test", "meson test -C build", r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"),
+            Row(
+                "one test",
+                "meson test -C build NAME",
+                r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?') + not [Mm]akefile",
+            ),
+            Row("format", "clang-format -i path/to/file", ".clang-format"),
+        ),
+        only_first=True,
+    ),
+    Ecosystem(
+        "autotools",
+        ("configure.ac" + NO_PYTHON, "configure + Makefile.in" + NO_PYTHON),
+        (
+            Row("version", "C++", "configure.ac AC_PROG_CXX"),
+            Row("version", "C", "configure.ac AC_PROG_CC"),
+            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
+            Row("build", "./configure && make", "configure"),
+            Row("build", "./autogen.sh && ./configure && make", "autogen.sh"),
+            Row("build", "./bootstrap && ./configure && make", "bootstrap"),
+            Row("build", "autoreconf -i && ./configure && make", "configure.ac"),
+            Row("test", "make check", r"Makefile.am ~ ^(?:TESTS|check-local)\b"),
+            Row("test", "make check", r"Makefile.am ~ ^SUBDIRS *\+?=.*\btests?\b"),
+            Row("test", "make check", "Makefile.in ~ ^check:"),
+            Row("one test", "make check TESTS=path/to/test", r"Makefile.am ~ ^TESTS\b"),
+        ),
+        only_first=True,
+    ),
+    Ecosystem(
         "python",
         (
             *("pyproject.toml project", "pyproject.toml tool poetry", "pyproject.toml build-system", "setup.py"),
@@ -5950,60 +6003,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         find=lambda folder: Python(folder).read(),
     ),
     Ecosystem(
-        "cmake",
-        (
-            "CMakeLists.txt + not meson.build",
-            r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b",
-        ),
-        (
-            Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^()]*\bDESCRIPTION\s+"([^"]+)"'),
-            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_CXX_STANDARD +(\d+)"),
-            Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^()]*\bcxx_std_(\d+)"),
-            Row("version", "C{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_C_STANDARD +(\d+)"),
-            Row("version", "C++", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\bCXX\b"),
-            Row("version", "C", r"CMakeLists.txt ~ (?i)\bproject *\([^()]*\sC\b"),
-            Row("tool", "CMake {}+", r"CMakeLists.txt ~ (?i)cmake_minimum_required\s*\(\s*VERSION\s+(\d+\.\d+)"),
-            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
-            Row("format", "clang-format -i path/to/file", ".clang-format"),
-        ),
-        find=find_cmake,
-        only_first=True,
-    ),
-    Ecosystem(
-        "meson",
-        ("meson.build",),
-        (
-            Row("version", "C++", "meson.build ~ project *\\([^()]*'cpp'"),
-            Row("version", "C", "meson.build ~ project *\\([^()]*'c'"),
-            Row("tool", "Meson {}", r"meson.build ~ meson_version *: *'([^'\n]+)'"),
-            Row("build", "meson setup build && meson compile -C build"),
-            Row("test", "meson test -C build", r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"),
-            Row("one test", "meson test -C build NAME", r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"),
-            Row("format", "clang-format -i path/to/file", ".clang-format"),
-        ),
-        only_first=True,
-    ),
-    Ecosystem(
-        "autotools",
-        ("configure.ac", "configure + Makefile.in"),
-        (
-            Row("version", "C++", "configure.ac AC_PROG_CXX"),
-            Row("version", "C", "configure.ac AC_PROG_CC"),
-            Row("install", "git submodule update --init --recursive", ".gitmodules path"),
-            Row("build", "./configure && make", "configure"),
-            Row("build", "./autogen.sh && ./configure && make", "autogen.sh"),
-            Row("build", "./bootstrap && ./configure && make", "bootstrap"),
-            Row("build", "autoreconf -i && ./configure && make", "configure.ac"),
-            Row("test", "make check", r"Makefile.am ~ ^(?:TESTS|check-local)\b"),
-            Row("test", "make check", r"Makefile.am ~ ^SUBDIRS *\+?=.*\btests?\b"),
-            Row("test", "make check", "Makefile.in ~ ^check:"),
-            Row("one test", "make check TESTS=path/to/test", r"Makefile.am ~ ^TESTS\b"),
-        ),
-        only_first=True,
-    ),
-    Ecosystem(
         "bazel",
-        ("MODULE.bazel", "WORKSPACE"),
+        ("MODULE.bazel|WORKSPACE",),
         (
             Row("build", "bazel build //..."),
             Row("test", "bazel test //..."),
@@ -6031,8 +6032,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         ("*.tf",),
         (
             Row("version", "Terraform {}", ".terraform-version"),
-            Row("version", "Terraform {}", r'versions.tf ~ \brequired_version *= *"([^"\n]+)"'),
-            Row("version", "Terraform {}", r'main.tf ~ \brequired_version *= *"([^"\n]+)"'),
+            Row("version", "Terraform {}", r'versions.tf|terraform.tf|main.tf ~ \brequired_version *= *"([^"\n]+)"'),
             Row("version", "Terraform"),
             Row("install", "terraform init"),
             Row("test", "terraform test", "*.tftest.hcl"),

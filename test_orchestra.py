@@ -3819,6 +3819,7 @@ def composer(**keys: Any) -> dict[str, str]:
             {"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:a)\ntask test: :a"},
             "test: bundle exec rake test | one test: -",
         ),
+        ({"x.gemspec": "", "Rakefile": "task default: %w[test rubocop]"}, "test: bundle exec rake test | one test: -"),
         ({"x.gemspec": "", "bin/test": ""}, "test: -"),
         ({"x.gemspec": "", "bin/test": 'require "rails/plugin/test"'}, "test: bin/test | one test: bin/test test/FILE"),
         ({"x.gemspec": "", "Rakefile": "Rake::TestTask.new(:unit)"}, "test: -"),
@@ -3892,6 +3893,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "one test: ./gradlew :MODULE:test --tests 'ClassName.method' | lint: - | run: -",
         ),
         (
+            {"build.gradle.kts": 'kotlin("jvm")', "gradle/libs.versions.toml": '[versions]\nkotlin = "2.1.0"'},
+            "built with: Kotlin 2.1.0",
+        ),
+        ({"build.gradle.kts": "java", "gradle/libs.versions.toml": '[versions]\nkotlin = "2.1.0"'}, "built with: -"),
+        (
             {"build.gradle": 'alias(libs.plugins.kotlin.multiplatform)\n"org.springframework.boot" apply false'},
             "test: gradle allTests | run: -",
         ),
@@ -3962,7 +3968,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "test: fvm flutter test | built with: Flutter 3.24.1",
         ),
         ({"pubspec.yaml": "dependencies: {flutter: {}}", "lib/main.dart": ""}, "type: mobile | run: flutter run"),
-        ({"pubspec.yaml": "dev_dependencies: {test: any}", "test/a_test.dart": ""}, "type: backend | test: dart test"),
+        (
+            {"pubspec.yaml": "dev_dependencies:\n  test: any\n", "test/a_test.dart": ""},
+            "type: backend | test: dart test",
+        ),
+        ({"pubspec.yaml": "dependencies:\n  test: any\n", "test/a_test.dart": ""}, "test: dart test"),
         ({"pubspec.yaml": "name: x", "test/a_test.dart": ""}, "test: - | lint: dart analyze"),
         (
             {"pubspec.yaml": "name: x", "melos.yaml": "scripts: {test: {run: x}, format: dart format}"},
@@ -3973,6 +3983,7 @@ def composer(**keys: Any) -> dict[str, str]:
             {"deno.jsonc": '// A comment\n{"tasks": {"test": "x", /* no */ }, "a": "// yes",}', "biome.json": "{}"},
             "test: deno task test | lint: - | format: -",
         ),
+        ({"deno.json": "{}", "src/x_test.ts": ""}, "test: deno test -A"),
         ({"deno.json": "{}", "x_test.ts": ""}, "test: deno test -A | lint: deno lint | format: deno fmt"),
         ({"deno.json": "{}", **package(scripts={"test": "x"})}, "test: npm test | lint: -"),
         ({"gleam.toml": 'gleam = ">= 1.4.0"', "test": None}, "test: gleam test | built with: Gleam 1.4.0+"),
@@ -3986,6 +3997,7 @@ def composer(**keys: Any) -> dict[str, str]:
             "build: stack build | test: stack test | description: Parses | built with: Haskell, Stackage LTS 22.43",
         ),
         ({"x.cabal": "library\n"}, "build: cabal build | test: -"),
+        ({"cabal.project": "", "x.cabal": "library\n"}, "build: cabal build all | test: -"),
         ({"cabal.project": "", "stack.yaml": ""}, "build: cabal build all | test: cabal test all"),
         ({"dune-project": "", "x.opam": "", ".ocamlformat": ""}, "test: dune test | format: dune fmt"),
         (
@@ -4032,6 +4044,11 @@ def composer(**keys: Any) -> dict[str, str]:
             "build: cmake --preset default && cmake --build --preset default | test: ctest --preset quick | "
             "format: clang-format -i path/to/file",
         ),
+        ({"CMakeLists.txt": CMAKE, "Makefile": "test:\n\tx\n"}, "test: make test | one test: -"),
+        ({"CMakeLists.txt": CMAKE, "setup.py": ""}, "test: ctest --test-dir build"),  # bindings, elsewhere
+        ({"CMakeLists.txt": CMAKE, "setup.py": "", "x/__init__.py": ""}, "test: - | build: -"),
+        ({"CMakeLists.txt": "", "pyproject.toml": "[tool.ruff]"}, "build: cmake -B build && cmake --build build"),
+        ({"meson.build": "", "pyproject.toml": "[build-system]\n[project]\n"}, "build: -"),
         ({"CMakeLists.txt": "", "CMakePresets.json": "[1]"}, "build: cmake -B build && cmake --build build"),
         ({"CMakeLists.txt": "enable_testing()", "Cargo.toml": ""}, "build: cargo build | build (cmake): -"),
         (
