@@ -3339,6 +3339,12 @@ class Layer(NamedTuple):
         return {f"{self.path}.yaml": self.said.digest, **dict.fromkeys(self.missing, ""), **files}
 
 
+def layer_stem(name: str) -> str:
+    """Return what the name of a layer's file says it belongs to: api for api.local.md."""
+    stem = os.path.splitext(name)[0]
+    return stem[: -len(".local")] if stem.endswith(".local") else stem
+
+
 def layer_paths(home: str, key: Key) -> list[str]:
     """Return the path of each of LAYERS, without suffix."""
     root = projects_root(home)
@@ -3352,8 +3358,7 @@ def find_layer_key(home: str, path: str) -> Optional[Key]:
     It is None for a file that is no layer's.
     """
     folder, name = os.path.split(path)
-    stem = os.path.splitext(name)[0]
-    stem = stem[: -len(".local")] if stem.endswith(".local") else stem
+    stem = layer_stem(name)
     above, project = os.path.split(folder)
     if folder == projects_root(home):
         return ("", "") if stem == "all" else None
@@ -3877,7 +3882,7 @@ class RegistryScan:
             if suffix == ".yaml":
                 try:
                     check_name("project", project)
-                    whole = stem[: -len(".local")] if stem.endswith(".local") else ""
+                    whole = layer_stem(entry.name) if stem.endswith(".local") else ""
                     if whole and whole != "project" and f"{whole}.yaml" not in names:
                         self._reject(entry, f"ignored: it belongs to {whole}.yaml, which is missing")
                     elif stem != "project" and not whole:
@@ -3989,7 +3994,7 @@ class RegistryTurn(Turn):
     def find_name(self, path: str) -> str:
         """Find a file's backup name by its path; in unknown/unknown if it is stray."""
         folder, name = os.path.split(path)
-        key = (os.path.basename(folder), os.path.splitext(name)[0])
+        key = (os.path.basename(folder), layer_stem(name))
         name = name if can_be_kept_as(name) else "leftover.yaml"
         return self.name_of(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
@@ -4122,22 +4127,30 @@ def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = ti
     return True
 
 
-def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> str:
-    """Move a codebase's file to the backups; return its path there. Raises IoError."""
-    file = codebase_path(home, key)
+def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> list[str]:
+    """Move a codebase's files to the backups; return their paths there.
+
+    The first is that of the YAML file, without which the others are nobody's. Raises
+    RegistryError if there is none, IoError.
+    """
+    main, kept = codebase_path(home, key), []
+    stem = main[: -len(".yaml")]
     with RegistryTurn(home, clock) as turn:
-        name = turn.name_of(key, file)
-        disk = read_disk(real_path(file))
-        if disk.kind != "file":
-            raise RegistryError(f"{file}: expected a file, got {disk.noun}", "move it away")
-        when = turn.back_up(name, disk, Reason.RETIRED)
-        with turn.refusing_changes(file):
-            if os.path.islink(file):
-                remove_private(file)  # its target stays: another registry may have it
-            else:
-                with open_place(file, name) as place:
-                    remove_file(place, disk, turn)
-    return os.path.join(backups_of(home, key), when, os.path.basename(file))
+        for file in (main, *(f"{stem}{suffix}" for suffix in (".md", ".local.yaml", ".local.md"))):
+            name, disk = turn.name_of(key, file), read_disk(real_path(file))
+            if disk.kind != "file":
+                if file == main:
+                    raise RegistryError(f"{file}: expected a file, got {disk.noun}", "move it away")
+                continue
+            when = turn.back_up(name, disk, Reason.RETIRED)
+            kept.append(os.path.join(backups_of(home, key), when, os.path.basename(file)))
+            with turn.refusing_changes(file):
+                if os.path.islink(file):
+                    remove_private(file)  # its target stays: another registry may have it
+                else:
+                    with open_place(file, name) as place:
+                        remove_file(place, disk, turn)
+    return kept
 
 
 def clear_registry(home: str) -> None:
@@ -12676,13 +12689,13 @@ class Commands(NamedTuple):
         left = self._list_written(key, registry) if not self.args.purge else []
         # It is deregistered first, so that no sync writes again what is purged.
         kept = retire_codebase(self.home, key)
-        print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept)}")
+        print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept[0])}")
         if not self.args.purge:
             import shlex
 
             if left:
                 print(f"  left in its folder: {', '.join(left)} (--purge would have taken Orchestra's text out)")
-            print(f"  undo: {shlex.join(['cp', kept, codebase_path(self.home, key)])}")
+            print(f"  undo: {shlex.join(['cp', *kept, os.path.dirname(codebase_path(self.home, key))])}")
             return OK
         result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
         self._print_result(result)

@@ -2145,6 +2145,8 @@ BAD_FILES = {
     "open list": (GOOD + "targets: [claude\n", r"\d: yaml: (did not find )?expected .*"),
     "tab": ("name: api\n\tpath: /x\n", "2: yaml: tabs cannot indent YAML"),
     "at sign": (GOOD + "notes: [@x]\n", "3: yaml: put quotes around text that starts with @"),
+    "backtick": (GOOD + "description: `x` is it\n", "3: yaml: put quotes around text that starts with `"),
+    "at sign at first": (GOOD + "description: @x is it\n", "3: yaml: put quotes around text that starts with @"),
     "colon": (
         GOOD + "description: a: b\n",
         '3: yaml: this line is indented .*, or text that contains ": " needs quotes',
@@ -3150,7 +3152,7 @@ def test_a_registry_file_that_is_a_link_stays_one(home: Home) -> None:
 
 def test_removing_a_codebase_whose_file_is_a_link_removes_only_the_link(home: Home) -> None:
     file, real = linked_registry_file(home)
-    kept = orchestra.retire_codebase(home.path, API)
+    (kept,) = orchestra.retire_codebase(home.path, API)
     assert not os.path.lexists(file) and real.read_text() == Path(kept).read_text() == GOOD
 
 
@@ -13759,12 +13761,16 @@ def test_a_purge_asks_on_a_terminal(home: Home, argv: list[str], answer: Any, st
 
 def test_a_removal_says_what_it_leaves_and_how_to_undo_it(home: Home) -> None:
     root = home.make_synced()
-    before = contents(root)
+    more = {"shop/api.md": "of api", "shop/api.local.yaml": "notes: [mine]", "shop/api.local.md": "of my api"}
+    put_files(home.projects, {**more, "shop/project.md": "of shop"})
+    home.sync()
+    before, registry = contents(root), contents(home.projects)
     first, left, undo = home.run_fine("project", "remove", "api").out.splitlines()
     assert first.startswith("removed shop/api from the registry; its YAML is kept as ~/.orchestra/backups/shop/api/")
     assert left.startswith("  left in its folder: AGENTS.md, CLAUDE.md (")
+    assert [path.name for path in home.projects.glob("*/*")] == ["project.md"]
     subprocess.run(undo.partition("undo: ")[2], shell=True, check=True)
-    assert home.status_of() == "current" and contents(root) == before
+    assert home.status_of() == "current" and (contents(root), contents(home.projects)) == (before, registry)
 
 
 def test_a_file_of_this_folder_is_restored_by_its_name_alone(home: Home, monkeypatch: Any) -> None:
