@@ -6,18 +6,18 @@
 """Keep AI coding agents' instruction files in sync, from one registry.
 
     ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
-        │  read and checked (9 to 13)
+        │  read and checked (9 to 14)
         ▼
-    Codebase ── rendered (21) ──► the text each agent should see
-                                 │  compared with the disk and the last sync (22, 23)
+    Codebase ── rendered (22) ──► the text each agent should see
+                                 │  compared with the disk and the last sync (23, 24)
                                  ▼
                                Plan ──► status, diff, sync --dry-run    (looks only)
                                  │
-                                 ▼  backed up, then replaced in one step (25, 5 to 7)
+                                 ▼  backed up, then replaced in one step (26, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (27)
-                ─► job (31) ─► Plan, as above
+    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (28)
+                ─► job (32) ─► Plan, as above
 
 Contents
   I Ground
@@ -31,45 +31,46 @@ Contents
 
   II Registry
      8 Agents             one row per agent: its file, and how to write it
-     9 YAML               reading nodes by a schema, and editing a file in place
-    10 Codebases          their records, schema and names; whose folder is whose
-    11 Markdown           markers, code fences and unfinished merges in a text
-    12 Layers             what one registry file says, and what codebases share
-    13 Registry           listing, loading and writing its files
-    14 Manifests          what the manifests in a folder say
-    15 Scripts            what a file lets one run by name: make's targets
-    16 Node and Python    their package managers, environments and tools
-    17 Ecosystems         how a language's table is read, and what none can say
-    18 Languages          a table per language: its commands, and the evidence for them
-    19 Detection          what a folder holds, by its manifests
-    20 Drafting           what init registers, where the user has not spoken already
+     9 YAML               reading nodes, and editing a file in place
+    10 Kinds              what a key may hold: read, cached, written, joined
+    11 Codebases          their records, schema and names; whose folder is whose
+    12 Markdown           markers, code fences and unfinished merges in a text
+    13 Layers             what one registry file says, and what codebases share
+    14 Registry           listing, loading and writing its files
+    15 Manifests          what the manifests in a folder say
+    16 Scripts            what a file lets one run by name: make's targets
+    17 Node and Python    their package managers, environments and tools
+    18 Ecosystems         how a language's table is read, and what none can say
+    19 Languages          a table per language: its commands, and the evidence for them
+    20 Detection          what a folder holds, by its manifests
+    21 Drafting           what init registers, where the user has not spoken already
 
   III Sync
-    21 Text               what agents read, rendered from a codebase
-    22 Blocks             Orchestra's part of a shared file: markers, seals, merging
-    23 Records            what was last written, which proves that it is Orchestra's
-    24 Plan               what is to be written now, and what becomes of what is there
-    25 Sync               carrying a plan out, and bringing replaced text back
-    26 Status and diff    a plan put into a word, and into a diff
+    22 Text               what agents read, rendered from a codebase
+    23 Blocks             Orchestra's part of a shared file: markers, seals, merging
+    24 Records            what was last written, which proves that it is Orchestra's
+    25 Plan               what is to be written now, and what becomes of what is there
+    26 Sync               carrying a plan out, and bringing replaced text back
+    27 Status and diff    a plan put into a word, and into a diff
 
   IV Daemon
-    27 Watching           events say where to look; the tree, what changed
-    28 Logs               the daemon's log files, written and followed
-    29 Programs           other programs, started and waited for
-    30 Control socket     lines of JSON, the client, the server
-    31 Worker             jobs, one at a time, beside the loop
-    32 Daemon             the loop: watcher, socket, signals and timers
+    28 Watching           events say where to look; the tree, what changed
+    29 Logs               the daemon's log files, written and followed
+    30 Programs           other programs, started and waited for
+    31 Control socket     lines of JSON, the client, the server
+    32 Worker             jobs, one at a time, beside the loop
+    33 Daemon             the loop: watcher, socket, signals and timers
 
   V Program
-    33 Installing         PyYAML and the installed program
-    34 Services           the daemon at login: launchd
-    35 Registering        a folder becomes a codebase
-    36 Output             messages, tables and colors for a terminal or a pipe
-    37 Arguments          the rows of the table of commands
-    38 Status screen      what status shows, once or live
-    39 Doctor             looks for what commonly goes wrong
-    40 Commands           one method per command
-    41 Command line       the table of commands, and main
+    34 Installing         PyYAML and the installed program
+    35 Services           the daemon at login: launchd
+    36 Registering        a folder becomes a codebase
+    37 Output             messages, tables and colors for a terminal or a pipe
+    38 Arguments          the rows of the table of commands
+    39 Status screen      what status shows, once or live
+    40 Doctor             looks for what commonly goes wrong
+    41 Commands           one method per command
+    42 Command line       the table of commands, and main
 
 Each section uses only those above it.
 """
@@ -2100,17 +2101,9 @@ MANAGED_FOLDERS = {  # and the managed files in each
 # them: a node knows its line and has the text as typed, so `no`, `1.10` and `12:30` are
 # text. Only null means nothing.
 #
-# A Kind describes what a key may hold, in its three forms:
-#   read     from a YAML node; the Document collects the problems
-#   restore  from JSON, in which parsed files are cached
-#   write    as a YAML node
-# and `join` makes one of what two layers say, `describe` a JSON Schema for editors.
-# A Schema is the Kind of a mapping: the fields of a record are its keys.
-#
 # A file is changed by edit_yaml, which leaves alone all that need not change.
 
 YamlNode = Any  # a yaml.Node, whose attributes PyYAML's stubs leave out
-Pairs = tuple[tuple[str, str], ...]
 
 
 def find_yaml() -> Optional[str]:
@@ -2397,7 +2390,112 @@ def dump_yaml(node: YamlNode) -> str:
     return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1000))
 
 
-# Kinds
+# Editing in place
+
+
+def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
+    """Hash what a node means, whatever its style and the order of its keys."""
+    done = {} if done is None else done
+    if id(node) not in done:
+        if node.id == "scalar":
+            parts = ["null"] if is_null(node) else ["text", node.value]
+        elif node.id == "sequence":
+            parts = ["list", *(digest_node(item, done) for item in node.value)]
+        else:
+            pairs = ((digest_node(key, done), digest_node(value, done)) for key, value in node.value)
+            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
+        done[id(node)] = sha256_of(json.dumps(parts).encode())
+    return done[id(node)]
+
+
+class NotSpliced(Exception):
+    """Two nodes differ in more than scalars."""
+
+
+def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
+    """Iterate over the scalars that differ: start, end, new text.
+
+    Raises NotSpliced if more than scalars differ.
+    """
+    if new is None or old.id != new.id:
+        raise NotSpliced
+    if digest_node(old) == digest_node(new):
+        return
+    if old.id == "scalar":
+        entry = dump_yaml(_mapping_node({"k": new}))[3:-1]
+        if "\n" in entry or old.style in ("|", ">"):
+            raise NotSpliced
+        yield old.start_mark.index, old.end_mark.index, entry
+    elif old.id == "mapping":
+        wanted = {key.value: value for key, value in new.value}
+        if wanted.keys() - {key.value for key, _ in old.value}:
+            raise NotSpliced
+        for key, value in old.value:
+            if key.value in wanted:
+                yield from _scalar_edits(value, wanted[key.value])
+    elif len(old.value) == len(new.value):
+        for one, other in zip(old.value, new.value):
+            yield from _scalar_edits(one, other)
+    else:
+        raise NotSpliced
+
+
+def _end_of_value(text: str, value: YamlNode) -> int:
+    # A block collection ends behind the comments below it, which belong to the next
+    # key.
+    end = int(value.end_mark.index)
+    while True:
+        line = text.rfind("\n", 0, end - 1) + 1
+        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
+            return end
+        end = line
+
+
+def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[YamlNode], YamlNode]) -> Optional[str]:
+    """Change a YAML text only where it differs from `new`; None if that cannot be.
+
+    1 If the values of a top-level key differ in scalars only, these are replaced; if in
+      more, the key's whole entry is.
+    2 A key that is not in `new` is removed, unless it says nothing: `normalize` drops
+      it.
+    3 Keys that are only in `new` are added at the end.
+    4 The result is parsed and compared: anchors, flow style, document markers or a key
+      that is dropped deep inside can defeat these edits.
+    """
+    wanted = {key.value: value for key, value in new.value}
+    said = {key.value for key, _ in normalize(old).value}
+    newline = "\r\n" if "\r\n" in text else "\n"
+    edits = []
+    for key, value in old.value:
+        node = wanted.pop(key.value, None)
+        if node is None and key.value not in said:
+            continue
+        try:
+            edits += [*_scalar_edits(value, node)]
+        except NotSpliced:
+            start, end = key.start_mark.index, _end_of_value(text, value)
+            entry = "" if node is None else dump_yaml(_mapping_node({key.value: node}))
+            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
+    for start, end, entry in sorted(edits, reverse=True):
+        text = text[:start] + entry.replace("\n", newline) + text[end:]
+    if wanted:
+        text += "" if text.endswith("\n") else newline
+        text += dump_yaml(_mapping_node(wanted)).replace("\n", newline)
+    again = Document("").compose(text)
+    is_done = again is not None and digest_node(normalize(again)) == digest_node(normalize(new))
+    return text if is_done else None
+
+
+# ── 10 Kinds ──────────────────────────────────────────────────────────────────
+
+# A Kind describes what a key of a registry file may hold, in three forms:
+#   read     from a YAML node; the Document collects the problems
+#   restore  from JSON, in which parsed files are cached
+#   write    as a YAML node
+# and `join` makes one of what two layers say, `describe` a JSON Schema for editors.
+# A Schema is the Kind of a mapping: the fields of a record are its keys.
+
+Pairs = tuple[tuple[str, str], ...]
 
 
 class Kind:
@@ -2611,103 +2709,7 @@ class Schema(Kind):
         return stronger._replace(**joined) if joined else stronger
 
 
-# Editing in place
-
-
-def digest_node(node: YamlNode, done: Optional[dict[int, str]] = None) -> str:
-    """Hash what a node means, whatever its style and the order of its keys."""
-    done = {} if done is None else done
-    if id(node) not in done:
-        if node.id == "scalar":
-            parts = ["null"] if is_null(node) else ["text", node.value]
-        elif node.id == "sequence":
-            parts = ["list", *(digest_node(item, done) for item in node.value)]
-        else:
-            pairs = ((digest_node(key, done), digest_node(value, done)) for key, value in node.value)
-            parts = ["mapping", *(digest for pair in sorted(pairs) for digest in pair)]
-        done[id(node)] = sha256_of(json.dumps(parts).encode())
-    return done[id(node)]
-
-
-class NotSpliced(Exception):
-    """Two nodes differ in more than scalars."""
-
-
-def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
-    """Iterate over the scalars that differ: start, end, new text.
-
-    Raises NotSpliced if more than scalars differ.
-    """
-    if new is None or old.id != new.id:
-        raise NotSpliced
-    if digest_node(old) == digest_node(new):
-        return
-    if old.id == "scalar":
-        entry = dump_yaml(_mapping_node({"k": new}))[3:-1]
-        if "\n" in entry or old.style in ("|", ">"):
-            raise NotSpliced
-        yield old.start_mark.index, old.end_mark.index, entry
-    elif old.id == "mapping":
-        wanted = {key.value: value for key, value in new.value}
-        if wanted.keys() - {key.value for key, _ in old.value}:
-            raise NotSpliced
-        for key, value in old.value:
-            if key.value in wanted:
-                yield from _scalar_edits(value, wanted[key.value])
-    elif len(old.value) == len(new.value):
-        for one, other in zip(old.value, new.value):
-            yield from _scalar_edits(one, other)
-    else:
-        raise NotSpliced
-
-
-def _end_of_value(text: str, value: YamlNode) -> int:
-    # A block collection ends behind the comments below it, which belong to the next
-    # key.
-    end = int(value.end_mark.index)
-    while True:
-        line = text.rfind("\n", 0, end - 1) + 1
-        if line <= value.start_mark.index or (text[line:end].strip() and text[line] != "#"):
-            return end
-        end = line
-
-
-def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[YamlNode], YamlNode]) -> Optional[str]:
-    """Change a YAML text only where it differs from `new`; None if that cannot be.
-
-    1 If the values of a top-level key differ in scalars only, these are replaced; if in
-      more, the key's whole entry is.
-    2 A key that is not in `new` is removed, unless it says nothing: `normalize` drops
-      it.
-    3 Keys that are only in `new` are added at the end.
-    4 The result is parsed and compared: anchors, flow style, document markers or a key
-      that is dropped deep inside can defeat these edits.
-    """
-    wanted = {key.value: value for key, value in new.value}
-    said = {key.value for key, _ in normalize(old).value}
-    newline = "\r\n" if "\r\n" in text else "\n"
-    edits = []
-    for key, value in old.value:
-        node = wanted.pop(key.value, None)
-        if node is None and key.value not in said:
-            continue
-        try:
-            edits += [*_scalar_edits(value, node)]
-        except NotSpliced:
-            start, end = key.start_mark.index, _end_of_value(text, value)
-            entry = "" if node is None else dump_yaml(_mapping_node({key.value: node}))
-            edits.append((start, end, entry if text[end - 1 : end] == "\n" else entry.rstrip("\n")))
-    for start, end, entry in sorted(edits, reverse=True):
-        text = text[:start] + entry.replace("\n", newline) + text[end:]
-    if wanted:
-        text += "" if text.endswith("\n") else newline
-        text += dump_yaml(_mapping_node(wanted)).replace("\n", newline)
-    again = Document("").compose(text)
-    is_done = again is not None and digest_node(normalize(again)) == digest_node(normalize(new))
-    return text if is_done else None
-
-
-# ── 10 Codebases ──────────────────────────────────────────────────────────────
+# ── 11 Codebases ──────────────────────────────────────────────────────────────
 
 # A codebase is known by its key, (project, name), and owns one folder. Its record says
 # what its registry files say, and never changes: a file that changed is read again.
@@ -3080,7 +3082,7 @@ def listed_key(home: str, key: Key) -> Key:
     return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
-# ── 11 Markdown ───────────────────────────────────────────────────────────────
+# ── 12 Markdown ───────────────────────────────────────────────────────────────
 
 # How Markdown is read, where Orchestra's markers may stand in it:
 #
@@ -3280,7 +3282,7 @@ def check_merge(data: bytes, start: int, end: int) -> None:
             opened = -1
 
 
-# ── 12 Layers ─────────────────────────────────────────────────────────────────
+# ── 13 Layers ─────────────────────────────────────────────────────────────────
 
 # What several codebases share is written once. For shop/api these layers count, the
 # weakest first; each is a YAML file, a Markdown file or both, and only the codebase's
@@ -3340,7 +3342,7 @@ class Layer(NamedTuple):
 
 
 def layer_stem(name: str) -> str:
-    """Return what the name of a layer's file says it belongs to: api for api.local.md."""
+    """Return what a layer's file belongs to, by its name: api for api.local.md."""
     stem = os.path.splitext(name)[0]
     return stem[: -len(".local")] if stem.endswith(".local") else stem
 
@@ -3733,7 +3735,7 @@ class LayerReader:
         return prose
 
 
-# ── 13 Registry ───────────────────────────────────────────────────────────────
+# ── 14 Registry ───────────────────────────────────────────────────────────────
 
 # A broken file stops only its own codebase. From files to a Registry:
 #
@@ -4159,7 +4161,7 @@ def clear_registry(home: str) -> None:
         pass
 
 
-# ── 14 Manifests ──────────────────────────────────────────────────────────────
+# ── 15 Manifests ──────────────────────────────────────────────────────────────
 
 # What the manifests in a folder say. No program is run; each file is read once, 1 MiB
 # of it at most, and one that is broken says nothing. Evidence is written in words, a
@@ -4521,7 +4523,7 @@ def shorten_version(text: str) -> str:
     return " or ".join(dict.fromkeys(versions))
 
 
-# ── 15 Scripts ────────────────────────────────────────────────────────────────
+# ── 16 Scripts ────────────────────────────────────────────────────────────────
 
 # What a file lets one run by name, and which of it builds or tests: a Makefile's
 # targets, a justfile's recipes, npm's scripts. The name proposes, the text disposes: a
@@ -4800,7 +4802,7 @@ def read_mise(folder: Folder) -> Scripts:
 TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the first that has a command counts
 
 
-# ── 16 Node and Python ────────────────────────────────────────────────────────
+# ── 17 Node and Python ────────────────────────────────────────────────────────
 
 # Two ecosystems in which much depends on the tool that makes the environment.
 
@@ -5237,7 +5239,7 @@ class Python:
             yield Found("check", f"{prefix}tox", source)
 
 
-# ── 17 Ecosystems ─────────────────────────────────────────────────────────────
+# ── 18 Ecosystems ─────────────────────────────────────────────────────────────
 
 # How a language's table is read, and what none can say: which of several solutions is
 # meant, which options the tests need.
@@ -5459,7 +5461,7 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
     return "default" if "default" in names else names[0] if len(names) == 1 else ""
 
 
-# ── 18 Languages ──────────────────────────────────────────────────────────────
+# ── 19 Languages ──────────────────────────────────────────────────────────────
 
 # What is customary in each ecosystem, and the evidence that it is so here. To add one,
 # add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
@@ -6057,7 +6059,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
 )
 
 
-# ── 19 Detection ──────────────────────────────────────────────────────────────
+# ── 20 Detection ──────────────────────────────────────────────────────────────
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. A wrong command is worse than none: where the evidence is weak, nothing is
@@ -6326,7 +6328,7 @@ def detect(path: str, home: str = "") -> Detected:
     )
 
 
-# ── 20 Drafting ───────────────────────────────────────────────────────────────
+# ── 21 Drafting ───────────────────────────────────────────────────────────────
 
 # What `init` makes of what was found. Where the user has told the agents commands,
 # nothing is drafted: what repeats their own text costs attention, and what contradicts
@@ -6474,7 +6476,7 @@ def make_draft(root: str, found: Detected) -> Draft:
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 21 Text ───────────────────────────────────────────────────────────────────
+# ── 22 Text ───────────────────────────────────────────────────────────────────
 
 # What agents read is a pure function of the registry: no time, no counter, no look at
 # the disk. So a second sync writes nothing. Text from the registry is made harmless by
@@ -6750,7 +6752,7 @@ def describe_size(agent: Agent, data: bytes, only_excess: bool = False) -> str:
     return f"{count} {unit}" + (f"; {rule} {limit}" if rule else "")
 
 
-# ── 22 Blocks ─────────────────────────────────────────────────────────────────
+# ── 23 Blocks ─────────────────────────────────────────────────────────────────
 
 # Managed text is what is Orchestra's in a managed file: all of an owned file, and of a
 # shared one the block between two markers. The rest of a shared file is the user's, and
@@ -6962,7 +6964,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
         yield f"the {noun} on line {line} is never closed: agents may take Orchestra's text below it for {reading}"
 
 
-# ── 23 Records ────────────────────────────────────────────────────────────────
+# ── 24 Records ────────────────────────────────────────────────────────────────
 
 # A codebase's record holds what Orchestra last wrote into its folder. It is what proves
 # a text to be Orchestra's, so it is saved before the files are; one that is missing or
@@ -7106,7 +7108,7 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
-# ── 24 Plan ───────────────────────────────────────────────────────────────────
+# ── 25 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
 # managed text decide what happens to a file (`decide`): of the text on the disk, of
@@ -7652,7 +7654,7 @@ class Planner:
         )
 
 
-# ── 25 Sync ───────────────────────────────────────────────────────────────────
+# ── 26 Sync ───────────────────────────────────────────────────────────────────
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
@@ -8021,7 +8023,7 @@ def run_pipeline(
     return results if scope.names is not None else pass_over_absent(results)
 
 
-# ── 26 Status and diff ────────────────────────────────────────────────────────
+# ── 27 Status and diff ────────────────────────────────────────────────────────
 
 # Status is sync without its last step: the same plan, put into a word and its detail.
 
@@ -8276,7 +8278,7 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 27 Watching ───────────────────────────────────────────────────────────────
+# ── 28 Watching ───────────────────────────────────────────────────────────────
 
 # An event says only where to look. What counts is how the tree differs from its last
 # snapshot, so lost, repeated and merged events do no harm. A watch is set before what
@@ -8863,7 +8865,7 @@ class Watcher:
             return False
 
 
-# ── 28 Logs ───────────────────────────────────────────────────────────────────
+# ── 29 Logs ───────────────────────────────────────────────────────────────────
 
 # Logging never stops the work that it reports: on a full disk, or without a reader,
 # lines are lost.
@@ -9027,7 +9029,7 @@ class LogReader:
             return b"".join(iter(lambda: os.read(fd, self.STEP), b""))
 
 
-# ── 29 Programs ───────────────────────────────────────────────────────────────
+# ── 30 Programs ───────────────────────────────────────────────────────────────
 
 # Other programs are started here alone: by one runner that tests replace, and never in
 # the current folder, except for the user's editor and pager.
@@ -9230,7 +9232,7 @@ def run_pager(environ: Mapping[str, str], text: str) -> bool:
         rest = None
 
 
-# ── 30 Control socket ─────────────────────────────────────────────────────────
+# ── 31 Control socket ─────────────────────────────────────────────────────────
 
 # One request per line, one reply per line, both JSON. Lines are cut and parsed without
 # a socket, and the server takes its listener and selector as arguments, so that both
@@ -9826,7 +9828,7 @@ class DaemonSocket:
         os.close(self._lock)
 
 
-# ── 31 Worker ─────────────────────────────────────────────────────────────────
+# ── 32 Worker ─────────────────────────────────────────────────────────────────
 
 # One thread does the syncing, one job after the other, so that a hung network mount or
 # a thousand codebases never keep `status` or `stop` waiting. It shares three things
@@ -10182,7 +10184,7 @@ class Worker:
         return counts
 
 
-# ── 32 Daemon ─────────────────────────────────────────────────────────────────
+# ── 33 Daemon ─────────────────────────────────────────────────────────────────
 
 # From a save to a sync:
 #
@@ -10645,7 +10647,7 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 33 Installing ─────────────────────────────────────────────────────────────
+# ── 34 Installing ─────────────────────────────────────────────────────────────
 
 # A new copy is tested before it replaces a working one.
 
@@ -10930,7 +10932,7 @@ class Installer(NamedTuple):
         return os.path.relpath(binary, folder) if is_in_place else binary
 
 
-# ── 34 Services ───────────────────────────────────────────────────────────────
+# ── 35 Services ───────────────────────────────────────────────────────────────
 
 # The daemon in the background: started by launchd or systemd, now and at each login, or
 # detached from the terminal.
@@ -11329,7 +11331,7 @@ def uninstall_systemd(systemd: Systemd) -> bool:
     return was_installed
 
 
-# ── 35 Registering ────────────────────────────────────────────────────────────
+# ── 36 Registering ────────────────────────────────────────────────────────────
 
 # A folder is registered under one name, and a name has one folder:
 #
@@ -11549,7 +11551,7 @@ class Registration(NamedTuple):
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
 
 
-# ── 36 Output ─────────────────────────────────────────────────────────────────
+# ── 37 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
 # is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
@@ -11759,7 +11761,7 @@ def format_age(seconds: Optional[int]) -> str:
     return "never" if seconds is None else f"{format_duration(seconds)} ago"
 
 
-# ── 37 Arguments ──────────────────────────────────────────────────────────────
+# ── 38 Arguments ──────────────────────────────────────────────────────────────
 
 # The rows of the table of commands serve the parser, the help and the completion.
 # argparse would cost 7 ms of each start, and could do less.
@@ -12081,7 +12083,7 @@ def complete(
     yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
-# ── 38 Status screen ──────────────────────────────────────────────────────────
+# ── 39 Status screen ──────────────────────────────────────────────────────────
 
 # What `status` shows: a summary, the daemon, and what needs attention.
 
@@ -12296,7 +12298,7 @@ def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
                     return
 
 
-# ── 39 Doctor ─────────────────────────────────────────────────────────────────
+# ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and what mends it. A new check is a method of Doctor that
 # yields findings, and a name in CHECKS. Nothing is changed.
@@ -12514,7 +12516,7 @@ class Doctor:
     )
 
 
-# ── 40 Commands ───────────────────────────────────────────────────────────────
+# ── 41 Commands ───────────────────────────────────────────────────────────────
 
 
 class Commands(NamedTuple):
@@ -13061,7 +13063,7 @@ class Commands(NamedTuple):
         return max(statuses)
 
 
-# ── 41 Command line ───────────────────────────────────────────────────────────
+# ── 42 Command line ───────────────────────────────────────────────────────────
 
 # A new command is a method `cmd_...` above and a row in COMMANDS.
 

@@ -2367,7 +2367,10 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     assert without_digest(orchestra.load_codebase(home.path, *API)) == codebase
 
 
-# ── 10 Codebases ──────────────────────────────────────────────────────────────
+# ── 10 Kinds ──────────────────────────────────────────────────────────────────
+
+
+# ── 11 Codebases ──────────────────────────────────────────────────────────────
 
 
 def test_a_file_of_the_rust_original_loads(home: Home, loader: str) -> None:
@@ -2704,10 +2707,10 @@ def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, 
     assert orchestra.codebase_root(home_folder, orchestra.Codebase(*API, written)) == path
 
 
-# ── 11 Markdown ───────────────────────────────────────────────────────────────
+# ── 12 Markdown ───────────────────────────────────────────────────────────────
 
 
-# ── 12 Layers ─────────────────────────────────────────────────────────────────
+# ── 13 Layers ─────────────────────────────────────────────────────────────────
 
 
 LAYERED = {
@@ -2959,7 +2962,7 @@ def test_prose_stays_as_typed_but_cannot_be_taken_for_orchestras(home: Home, typ
     assert text.startswith("mine\n") and text.endswith("\nmine\n") and text.count("\nmore\n") == 1
 
 
-# ── 13 Registry ───────────────────────────────────────────────────────────────
+# ── 14 Registry ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3235,7 +3238,7 @@ def test_a_file_that_vanishes_while_it_is_read_is_no_bug(home: Home, monkeypatch
     assert list(home.registry().codebases) == [("shop", "one")]
 
 
-# ── 14 Manifests ──────────────────────────────────────────────────────────────
+# ── 15 Manifests ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -3360,7 +3363,7 @@ def test_the_members_of_a_workspace_have_a_manifest(home: Home, globs: list[str]
     assert [os.path.basename(member.path) for member in orchestra.Folder(str(home.code)).members(globs, "m")] == members
 
 
-# ── 15 Scripts ────────────────────────────────────────────────────────────────
+# ── 16 Scripts ────────────────────────────────────────────────────────────────
 
 
 def package(**sections: Any) -> dict[str, str]:
@@ -3496,7 +3499,7 @@ def test_task_runners_come_first(home: Home, files: Any, commands: dict[str, str
     assert commands_in(home, files) == commands
 
 
-# ── 16 Node and Python ────────────────────────────────────────────────────────
+# ── 17 Node and Python ────────────────────────────────────────────────────────
 
 
 WORKSPACE = {".git": None, "package.json": '{"packageManager": "pnpm@9.1.0+sha512.abc"}', "package-lock.json": ""}
@@ -3713,10 +3716,10 @@ def test_a_member_of_a_python_workspace_uses_its_lock(home: Home) -> None:
     assert commands_in(home, {}, "libs/a")["test"] == "uv run pytest"
 
 
-# ── 17 Ecosystems ─────────────────────────────────────────────────────────────
+# ── 18 Ecosystems ─────────────────────────────────────────────────────────────
 
 
-# ── 18 Languages ──────────────────────────────────────────────────────────────
+# ── 19 Languages ──────────────────────────────────────────────────────────────
 
 
 MIX = """
@@ -4113,7 +4116,7 @@ def test_no_manifest_takes_long_to_read(home: Home, file: str, fragment: str) ->
     assert time.process_time() - start < 5
 
 
-# ── 19 Detection ──────────────────────────────────────────────────────────────
+# ── 20 Detection ──────────────────────────────────────────────────────────────
 
 
 PEP_621 = r"""
@@ -4289,7 +4292,7 @@ def test_of_several_the_first_ecosystem_speaks_for_the_whole(home: Home, files: 
     check_found(home, files, expected)
 
 
-# ── 20 Drafting ───────────────────────────────────────────────────────────────
+# ── 21 Drafting ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -4428,7 +4431,7 @@ def test_other_tools_that_write_the_same_files_are_told(home: Home, files: Any, 
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
 
-# ── 21 Text ───────────────────────────────────────────────────────────────────
+# ── 22 Text ───────────────────────────────────────────────────────────────────
 
 
 def outside_fences(text: str) -> str:
@@ -4767,7 +4770,7 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
     assert home.staleness()["detail"] == "; ".join(notes)
 
 
-# ── 22 Blocks ─────────────────────────────────────────────────────────────────
+# ── 23 Blocks ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -5443,7 +5446,7 @@ def test_only_the_chosen_targets_are_rendered(targets: Any, files: list[str]) ->
     assert list(orchestra.render_files(codebase_with(targets=targets))) == files
 
 
-# ── 23 Records ────────────────────────────────────────────────────────────────
+# ── 24 Records ────────────────────────────────────────────────────────────────
 
 
 def test_a_lost_record_proves_nothing_so_what_differs_is_backed_up(home: Home) -> None:
@@ -5664,7 +5667,7 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
-# ── 24 Plan ───────────────────────────────────────────────────────────────────
+# ── 25 Plan ───────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -6200,7 +6203,7 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     assert home.sync("--all").lines == []
 
 
-# ── 25 Sync ───────────────────────────────────────────────────────────────────
+# ── 26 Sync ───────────────────────────────────────────────────────────────────
 
 
 def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home) -> None:
@@ -6980,7 +6983,7 @@ def test_an_interrupted_sync_ends_quietly_and_leaves_nothing_half(home: Home) ->
     assert_all_complete(home, roots)
 
 
-# ── 26 Status and diff ────────────────────────────────────────────────────────
+# ── 27 Status and diff ────────────────────────────────────────────────────────
 
 
 def sync_it(home: Home) -> None:
@@ -7274,7 +7277,7 @@ def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
 
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
-# ── 27 Watching ───────────────────────────────────────────────────────────────
+# ── 28 Watching ───────────────────────────────────────────────────────────────
 
 # kqueue off macOS: a stand-in over inotify that follows kqueue(2) and xnu's behaviour.
 
@@ -8452,7 +8455,7 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
-# ── 28 Logs ───────────────────────────────────────────────────────────────────
+# ── 29 Logs ───────────────────────────────────────────────────────────────────
 
 
 def test_a_foreground_run_leaves_both_logs(live: Home) -> None:
@@ -8647,7 +8650,7 @@ def test_two_rotations_between_two_looks_lose_no_line_that_is_kept(live: Home) -
     assert follower.read() == b""
 
 
-# ── 29 Programs ───────────────────────────────────────────────────────────────
+# ── 30 Programs ───────────────────────────────────────────────────────────────
 
 
 def test_a_program_is_ended_when_its_time_is_over() -> None:
@@ -8762,7 +8765,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started_and_delays_nothing(h
         wait_until(lambda: os.killpg(process.pid, 0), 2)
 
 
-# ── 30 Control socket ─────────────────────────────────────────────────────────
+# ── 31 Control socket ─────────────────────────────────────────────────────────
 
 STATUS = b'{"cmd":"status"}'
 NOT_UTF8 = b'{"ok":false,"error":"request: expected UTF-8, got the byte 0xff"}\n'
@@ -9497,7 +9500,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     time.tzset()
 
 
-# ── 31 Worker ─────────────────────────────────────────────────────────────────
+# ── 32 Worker ─────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("is_read_before", [False, True])
@@ -9620,7 +9623,7 @@ def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     assert live.read() == first
 
 
-# ── 32 Daemon ─────────────────────────────────────────────────────────────────
+# ── 33 Daemon ─────────────────────────────────────────────────────────────────
 
 # In this process
 
@@ -10732,7 +10735,7 @@ def test_a_daemon_whose_lock_was_removed_ends_and_leaves_the_next_ones_socket(li
 
 # ══ V Program ═════════════════════════════════════════════════════════════════
 
-# ── 33 Installing ─────────────────────────────────────────────────────────────
+# ── 34 Installing ─────────────────────────────────────────────────────────────
 
 INSTALLER = HERE / "install.sh"
 ORCHESTRA_PY = SCRIPT.read_bytes()
@@ -11932,7 +11935,7 @@ def test_shellcheck_finds_nothing_in_install_sh(machine: Machine) -> None:
     machine.run_well("shellcheck", INSTALLER)
 
 
-# ── 34 Services ───────────────────────────────────────────────────────────────
+# ── 35 Services ───────────────────────────────────────────────────────────────
 
 # The property list
 
@@ -12645,7 +12648,7 @@ def test_a_real_systemd_runs_the_daemon(machine: Machine) -> None:
     assert list(machine.home.rglob("*.service")) == [] and "Traceback" not in machine.errors()
 
 
-# ── 35 Registering ────────────────────────────────────────────────────────────
+# ── 36 Registering ────────────────────────────────────────────────────────────
 
 
 def test_init_registers_detects_and_syncs(home: Home) -> None:
@@ -12896,7 +12899,7 @@ def test_project_add_registers_a_folder_below_the_current_one(home: Home, monkey
     assert home.run("project", "add", "nowhere").status == 2
 
 
-# ── 36 Output ─────────────────────────────────────────────────────────────────
+# ── 37 Output ─────────────────────────────────────────────────────────────────
 
 
 class Terminal(io.StringIO):
@@ -12973,7 +12976,7 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
     assert "1/21 shop/api" in err.getvalue() and "web" not in err.getvalue()
 
 
-# ── 37 Arguments ──────────────────────────────────────────────────────────────
+# ── 38 Arguments ──────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -13139,7 +13142,7 @@ def test_zsh_completes(on_path: Machine) -> None:
     assert zsh.process.wait(30) == 0
 
 
-# ── 38 Status screen ──────────────────────────────────────────────────────────
+# ── 39 Status screen ──────────────────────────────────────────────────────────
 
 
 def make_troubled(home: Home) -> None:
@@ -13338,7 +13341,7 @@ def test_a_live_status_needs_a_terminal(home: Home) -> None:
     assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
 
 
-# ── 39 Doctor ─────────────────────────────────────────────────────────────────
+# ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
 
 def break_yaml(home: Home) -> None:
@@ -13471,7 +13474,7 @@ def test_doctor_says_so_where_there_is_no_pyyaml(home: Home, monkeypatch: Any) -
     assert contents(home.folder) == {}
 
 
-# ── 40 Commands ───────────────────────────────────────────────────────────────
+# ── 41 Commands ───────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -13784,7 +13787,7 @@ def test_a_file_of_this_folder_is_restored_by_its_name_alone(home: Home, monkeyp
     assert ran.status == 2 and "no backup of any instruction file at 3 days ago; times look like 20" in ran.err
 
 
-# ── 41 Command line ───────────────────────────────────────────────────────────
+# ── 42 Command line ───────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
