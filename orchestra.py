@@ -4311,7 +4311,7 @@ def whole_word(word: str) -> str:
 def strip_comments(text: str) -> str:
     """Take comments, and the commas that nothing follows, out of JSON."""
     for pattern in (r"//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/)?", r",(?=\s*[]}])"):
-        text = re.sub(rf'("(?:[^"\\\n]|\\.)*")|{pattern}', lambda match: match[1] or "", text)
+        text = re.sub(rf'("(?:[^"\\\n]|\\.)*"?)|{pattern}', lambda match: match[1] or "", text)
     return text
 
 
@@ -4416,10 +4416,11 @@ class Folder:
             return [self._plain(item, count) for item in node.value]
         return {key.value: self._plain(value, count) for key, value in node.value if isinstance(key.value, str)}
 
-    def members(self, globs: Iterable[str], manifest: str) -> "list[Folder]":
+    def members(self, globs: Sequence[str], manifest: str) -> "list[Folder]":
         """Open the folders that globs of a workspace name, if they have a manifest."""
         import fnmatch
 
+        globs = globs[:100]
         paths: dict[str, None] = {}
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         for glob in (glob for glob in globs if not glob.startswith("!")):
@@ -4608,7 +4609,8 @@ class Script:
         done = {self.name}
         for command in self._split(body):
             caller, *words = re.sub("^([a-z]+) run ", r"\1 ", command).split() or [""]
-            names = [word for word in words if word in bodies and word not in done] if caller in self.CALLERS else []
+            called = dict.fromkeys(words) if caller in self.CALLERS else ()
+            names = [word for word in called if word in bodies and word not in done]
             arguments = " ".join(words[words.index(names[0]) + 1 :]) if len(names) == 1 else ""
             done.update(names)
             yield from (f"{bodies[name]} {arguments}" for name in names)
@@ -4708,17 +4710,24 @@ class Scripts(NamedTuple):
             return command + " (checks only)" * (command == "format" and script.only_checks)
         return command + " (rewrites files)" * script.rewrites
 
-    def leaves(self, script: Script, depth: int = 5) -> Iterator[Script]:
+    def leaves(self, script: Script) -> Iterator[Script]:
         """Iterate over the scripts that one comes down to, itself if it calls none."""
-        is_leaf = True
+        waiting, seen = [script], {script.name}
+        while waiting:
+            script = waiting.pop()
+            calls = [*self._called(script)]
+            if not calls:
+                yield script
+            new = [name for name in dict.fromkeys(calls) if name not in seen][:20]
+            seen.update(new)
+            waiting += [Script(name, self.bodies) for name in new] if len(seen) < 100 else []
+
+    def _called(self, script: Script) -> Iterator[str]:
         for command in script.own:
             words = re.sub("^([a-z]+) run ", r"\1 ", command).split()
             is_call = len(words) == 2 and words[0] in Script.CALLERS and words[1] in self.bodies
-            if depth and is_call and command != "bun test":  # which is a program of its own
-                is_leaf = False
-                yield from self.leaves(Script(words[1], self.bodies), depth - 1)
-        if is_leaf:
-            yield script
+            if is_call and command != "bun test":  # which is a program of its own
+                yield words[1]
 
     def spell(self, script: Script, arguments: str = "") -> str:
         """Spell the command line that runs a script; "" if it takes no arguments."""
@@ -4731,9 +4740,15 @@ class Scripts(NamedTuple):
 
 def flatten(value: Any) -> str:
     """Join all texts in a value, by lines."""
-    if isinstance(value, (dict, list)):
-        return "\n".join(map(flatten, value.values() if isinstance(value, dict) else value))
-    return value if isinstance(value, str) else ""
+    texts: list[str] = []
+    waiting = [value]  # not recursion: JSON may be nested deeper than Python calls
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (dict, list)):
+            waiting.extend(reversed([*item.values()] if isinstance(item, dict) else item))
+        elif isinstance(item, str):
+            texts.append(item)
+    return "\n".join(texts)
 
 
 def read_makefile(folder: Folder) -> Scripts:
@@ -4748,7 +4763,7 @@ def read_makefile(folder: Folder) -> Scripts:
                 lines[target].append(line)
         elif line and line[0] not in " #":
             is_rule = colon and not rest.startswith("=") and not set(head) & set("=$%(")
-            current = head.split() if is_rule else []
+            current = head.split()[:20] if is_rule else []
             for target in current:
                 needs = rest.strip(":").partition("#")[0]
                 lines.setdefault(target, []).append(f"make {needs}" if needs.strip() else "")
@@ -4796,7 +4811,8 @@ def read_taskfile(folder: Folder) -> Scripts:
 def read_mise(folder: Folder) -> Scripts:
     name = folder.find("mise.toml", ".mise.toml", ".config/mise.toml", "mise/config.toml")
     tasks = folder.table(name, "tasks").items()
-    return Scripts(name, "mise run {}", {task: flatten(value) for task, value in tasks if "usage" not in (value or {})})
+    bodies = {task: flatten(value) for task, value in tasks if not (isinstance(value, dict) and "usage" in value)}
+    return Scripts(name, "mise run {}", bodies)
 
 
 TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the first that has a command counts
@@ -5031,7 +5047,7 @@ class Python:
         for place, requirements in self._list_requirements():
             for requirement in requirements:
                 name = re.match(r"[\w.-]+", requirement.strip())
-                if name:
+                if name and re.fullmatch(r"[\w ./-]*", place):  # it becomes part of a command
                     self.packages.setdefault(re.sub("[_.]", "-", name[0].lower()), place)
 
     def _list_requirements(self) -> Iterator[tuple[str, Iterable[str]]]:
@@ -5040,9 +5056,9 @@ class Python:
         groups = folder.table(toml, "dependency-groups")
         for group in sorted(groups, key=lambda name: name != "dev"):
             yield f"group {group}", folder.texts(toml, "dependency-groups", group)
-            included = [item.get("include-group") for item in groups[group] if isinstance(item, dict)]
-            for other in filter(None, included if group == "dev" else ()):
-                yield f"group {group}", folder.texts(toml, "dependency-groups", str(other))
+            items = groups[group] if group == "dev" and isinstance(groups[group], list) else ()
+            for other in (item.get("include-group") for item in items if isinstance(item, dict)):
+                yield "group dev", folder.texts(toml, "dependency-groups", str(other))
         yield "group dev", folder.texts(toml, "tool", "uv", "dev-dependencies")
         for extra in folder.table(toml, "project", "optional-dependencies"):
             yield f"extra {extra}", folder.texts(toml, "project", "optional-dependencies", extra)
@@ -5136,7 +5152,7 @@ class Python:
             return ""
         name = folder.value(self.TOML, "project", "name")
         package = re.sub("[-.]", "_", name).lower() if isinstance(name, str) else ""
-        return folder.find("src", package) if package else folder.find("src") or "."
+        return folder.find("src", *[package] * package.isidentifier()) or "."
 
     def _find_scripts(self) -> Iterator[Found]:
         for source, call, keys in self.SCRIPTS:
@@ -5146,7 +5162,8 @@ class Python:
         for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
             for name in self.folder.table(file, *keys):
                 bodies = {s: flatten(b) for s, b in self.folder.table(file, *keys, name, "scripts").items()}
-                for item in Scripts(file, f"hatch run {name}:{{}}".replace("default:", ""), bodies).find():
+                place = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
+                for item in Scripts(file, f"hatch run {place}:{{}}".replace("default:", ""), bodies).find():
                     if name in ("types", "typing") and item.name == "check":
                         yield item._replace(name="type check")
                     elif name == "default" or item.name.startswith(("test", "lint", "format", "type check")):

@@ -4877,6 +4877,14 @@ CODEX = orchestra.AGENTS["codex"]
 TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "tidy": orchestra.tidy,
     "Toml": or_value_error(lambda text: orchestra.Toml(text).read()),
+    "read_ini": orchestra.read_ini,
+    "strip_comments": orchestra.strip_comments,
+    "shorten_version": orchestra.shorten_version,
+    "first_sentence": lambda text: orchestra.first_sentence(text, "shop"),
+    "Scripts": lambda text: list(
+        orchestra.Scripts("x", "x {}", {"test": text, "a": text, "lint": "run-s " + text}).find()
+    ),
+    "Script.rewrites": lambda text: orchestra.Script("a", {"a": text}).rewrites,
     "count_commands": orchestra.count_commands,
     "count_commands, fenced": lambda text: orchestra.count_commands(f"```\n{text}"),
     "defuse": orchestra.defuse,
@@ -5068,6 +5076,38 @@ def faults_of_pattern(pattern: str) -> list[str]:
 )
 def test_the_helper_tells_patterns_apart(pattern: str, is_fine: bool) -> None:
     assert (faults_of_pattern(pattern) == []) is is_fine
+
+
+def example_of(pattern: str) -> str:
+    """Make a text that a pattern matches, each of its repeats once."""
+
+    def walk(nodes: Any) -> Iterator[str]:
+        for op, arg in nodes:
+            name = str(op)
+            if name in ("MAX_REPEAT", "MIN_REPEAT"):
+                yield from list(walk(arg[2])) * max(1, arg[0])
+            elif name in ("SUBPATTERN", "BRANCH"):
+                yield from walk(arg[-1] if name == "SUBPATTERN" else arg[1][0])
+            elif name != "AT" and not name.startswith("ASSERT"):
+                yield min(chars_of(op, arg), key=lambda char: (not char.isalnum(), char))
+
+    return "".join(walk(sre_parse.parse(pattern, re.M)))
+
+
+def test_no_evidence_takes_more_than_linear_time() -> None:
+    evidence = [
+        text for system in orchestra.ECOSYSTEMS for text in (*system.signs, *(row.evidence for row in system.rows))
+    ]
+    parts = (part.partition(" ~ ")[2] for text in evidence for part in text.split(" + "))
+    patterns = dict.fromkeys(filter(None, parts))
+    assert len(patterns) > 50
+    for pattern in patterns:
+        example = example_of(pattern)
+        for end in range(1, len(example) + 1):
+            for piece in (example[:end], example[:end] + "\n"):
+                text = piece * (30_000 // len(piece))
+                took = min(time_of(lambda text, p=pattern: re.search(p, text, re.M), text) for _ in range(2))  # type: ignore[misc]
+                assert took < 0.2, (pattern, piece)
 
 
 def test_no_pattern_takes_more_than_linear_time() -> None:
