@@ -5413,7 +5413,7 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
 def find_test_options(text: str) -> Optional[list[str]]:
     """Find what to switch on to have a CMakeLists.txt's tests; None if it has none."""
     token = re.compile(
-        r"(?im)^[ \t]*(if|elseif|else|endif)[ \t]*\(((?:[^()]|\([^()]*\))*)\)"
+        r"(?im)^[ \t]*(if|elseif|else|endif)[ \t]*\(((?:[^()]|\([^()]{0,200}\))*)\)"
         r"|\badd_test\s*\(|_discover_tests\s*\(|\badd_subdirectory\s*\(\s*[^\s()]*(?<![a-z])tests?\b"
     )
     uses_ctest = re.search(r"(?im)^[ \t]*include[ \t]*\([ \t]*CTest\b", text)
