@@ -4544,7 +4544,19 @@ SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . cou
         "init",
     ),
     "build": ("build", "compile", "build-dev", "dev-build"),
-    "test": ("test", "tests", "test-run", "test-once", "test-unit", "unit-test", "unit-tests", "unit"),
+    "test": (
+        "test",
+        "tests",
+        "test-run",
+        "test-once",
+        "test-unit",
+        "unit-test",
+        "unit-tests",
+        "unit",
+        "test-lib",
+        "test-vitest",
+        "test-jest",
+    ),
     "lint": (
         *("lint", "lint-check", "check-lint", "lint-ci", "eslint", "test-eslint", "test-lint"),
         *("ruff", "flake8"),
@@ -6100,6 +6112,16 @@ class Detected(NamedTuple):
     commands: tuple[Found, ...] = ()
 
 
+def whole_sentences(text: str) -> str:
+    """Leave out the sentences that do not fit; a long first one ends after a word."""
+    first, *others = re.split(r"(?<=[.!?]) (?=[A-Z`(])", text)
+    for sentence in others:
+        if len(first) + len(sentence) > 200:
+            break
+        first += f" {sentence}"
+    return first if len(first) < 300 else f"{first.rpartition(' ')[0]} ..."
+
+
 PLACEHOLDER = re.compile(r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)")
 
 
@@ -6140,7 +6162,7 @@ def first_sentence(text: str, name: str) -> str:
             # Text outside links, of which a list of links has none.
             own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
             prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
-            sentence = re.split(r"(?<=[.!?])[ ](?=[A-Z`(])", tidy(prose))[0]
+            sentence = re.split(r"(?<=[.!?]) (?=[A-Z`(])", tidy(prose))[0]
             if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
                 subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
                 if subject and subject[1].casefold() in name.casefold():
@@ -6297,8 +6319,10 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
         members = folder.members([*globs, *excluded], manifest)
         names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
         names = sorted({tidy(name) for name in names if isinstance(name, str)})
+        places = Counter(os.path.dirname(os.path.relpath(member.path, folder.path)) + "/" for member in members)
         if names:
-            told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(', '.join(globs))}"
+            most = ", ".join(place for place, _ in places.most_common(4)) + ", ..." * (len(places) > 4)
+            told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"
             call = one or NODE_FILTERS[Node(folder).manager]
             return Found("packages", f"{told} (one of them: `{call}`)", source)
     return None
@@ -6313,7 +6337,8 @@ def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Opti
     readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
     sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
     described.insert(1, Found("description", sentence, readme) if sentence else None)
-    return next(filter(None, described), None)
+    found_first = next(filter(None, described), None)
+    return found_first and found_first._replace(text=whole_sentences(found_first.text))
 
 
 def detect_versions(found: Mapping[str, list[Found]]) -> Optional[Found]:

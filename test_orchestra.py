@@ -4238,6 +4238,8 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
     [
         ({**package(description="A shop"), "README.md": "# x\n\nAnother nice shop.\n"}, "description: A shop"),
         ({"pyproject.toml": "[project]\ndescription = 'Add your description here'\n"}, "description: -"),
+        (package(description="A shop. " * 60), f"description: {' '.join(['A shop.'] * 25)}"),
+        (package(description="shop " * 70), f"description: {'shop ' * 60}..."),
         (
             {**package(description="UI of it"), "go.mod": "", "README.md": "A shop in Go.\n"},
             "description: A shop in Go.",
@@ -4271,7 +4273,7 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
                 **package(),
                 **{f"p/{n}/package.json": "" for n in range(13)},
             },
-            "packages: 13 in p/* (one of them: `pnpm --filter NAME run SCRIPT`)",
+            "packages: 13 in p/ (one of them: `pnpm --filter NAME run SCRIPT`)",
         ),
         (
             {
