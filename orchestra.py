@@ -12612,7 +12612,7 @@ class Commands(NamedTuple):
     def cmd_help(self) -> int:
         args = self.args
         if getattr(args, "version", False):
-            print(f"orchestra {__version__}")
+            print(f"orchestra {__version__}", flush=True)
             return OK
         line = args.line
         if line.name == "help" and not args.help:

@@ -11568,7 +11568,7 @@ def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, s
     first, second, *lines = machine.install_well(shell=shell).splitlines()
     assert first == "installed ~/.local/bin/orchestra"
     assert second == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
-    assert [line for line in lines if line.startswith("next:  orchestra init")]
+    assert [line for line in lines if line.startswith("next:  ~/.local/bin/orchestra init")]
     assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -IS\n")
     assert os.path.samefile(machine.link, orchestra.binary_path(machine.path))
     assert sorted(os.listdir(machine.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
