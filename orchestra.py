@@ -7455,7 +7455,8 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
     path = codebase_root(home, codebase)
     edit = f"orchestra edit {label_for(codebase.key)}"
     if not path:
-        raise FolderAbsent("it has no path on this machine", _hint_for_absent(home, codebase.key))
+        file = shorten_home(home, codebase_path(home, codebase.key))
+        raise FolderAbsent(f"{file}: no path on this machine", _hint_for_absent(home, codebase.key))
     with blame(path):
         try:
             info = os.stat(path)
@@ -11493,8 +11494,9 @@ class Registration(NamedTuple):
             texts = ((path, look_at(self.path, path).digest) for path in record.files if path in AGENTS_BY_PATH)
             if key == self.key or any(digest in record.known(path) for path, digest in texts):
                 move = f"orchestra project move {label_for(key)} {self.path}"
+                place = shorten_home(self.home, folder) or "another folder"
                 raise RegistryError(
-                    f"{label_for(key)} was in {folder or 'another folder'}, which is gone",
+                    f"{label_for(key)} was in {place}, which is gone",
                     f"{move} if it is here now; otherwise orchestra project remove {label_for(key)} first",
                 )
 
@@ -12484,8 +12486,11 @@ class Doctor:
             label = label_for(key)
             try:
                 plan = Planner(self.home, codebase, self._registry.owners).plan()
-            except FolderAbsent:
-                absent.append(label)
+            except FolderAbsent as error:
+                if load_record(self.home, key):
+                    yield Finding(Level.WARNING, f"{label}: was synced here, but {error}", error.hint)
+                else:
+                    absent.append(label)
                 continue
             except (OrchestraError, OSError) as error:
                 problem = Problem.from_error(error)
@@ -12811,7 +12816,7 @@ class Commands(NamedTuple):
         failed = sum(len(result.failed) or bool(result.errors) for result in results)
         totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
         totals += f", {failed} failed" if failed else ""
-        absent = sum(result.is_absent for result in results)
+        absent = sum(result.is_absent and not result.errors for result in results)
         print(f"{totals} in {count_of(len(results) - absent, 'codebase')}{f', {absent} absent' if absent else ''}")
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:

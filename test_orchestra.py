@@ -6632,7 +6632,7 @@ ABSENT: dict[str, tuple[Callable[[Home], Any], str, str]] = {
     ),
     "no path": (
         lambda home: home.write_registry("shop/api.yaml", "name: api\npath: ~\n"),
-        "it has no path on this machine",
+        "~/.orchestra/projects/shop/api.yaml: no path on this machine",
         "orchestra init PATH -p shop --name api",
     ),
     "a dead link": (
@@ -6668,6 +6668,7 @@ def test_an_absent_codebase_is_an_error_only_to_who_names_it(home: Home, take: A
     assert (status["summary"]["stale"], home.status_of(), home.staleness()["detail"]) == (0, "absent", problem)
     ran = home.run("sync", "api")
     assert (ran.status, ran.err) == (2, f"orchestra: shop/api: {problem}\n  try: {hint}\n")
+    assert ran.out == "0 written, 0 unchanged, 1 failed in 1 codebase\n"
     assert home.run("sync", "shop/api", "--check").status == home.run("diff", "api").status == 2
     assert take_picture(home.code) == disk and contents(Path(orchestra.hashes_root(home.path))) == records
 
@@ -8328,10 +8329,10 @@ class Churn:
         time.sleep(self.random.choice((0, 0, 0.001, 0.003)))
 
     def folder(self) -> Path:
-        return self.root / self.random.choice(("p", "q", "r"))
+        return self.root / self.random.choice(("p", "q", "r", "p/more"))
 
     def file(self) -> Path:
-        return self.folder() / self.random.choice(("a.yaml", "b.yaml", "c.yaml"))
+        return self.folder() / self.random.choice(("a.yaml", "b.yaml", "c.yaml", "a.md"))
 
 
 def is_stale_after_churn(lookout: Lookout, seed: int, seconds: float) -> bool:
@@ -10246,7 +10247,7 @@ def test_to_name_an_absent_codebase_on_the_socket_is_an_error(served: Home) -> N
     served.write_registry("shop/api.yaml", "name: api\n")
     wait_until(lambda: served.status()["absent"] == ["api"])
     assert orchestra.request_sync(served.path)["codebases"] == []
-    with pytest.raises(orchestra.ProtocolError, match="shop/api: it has no path on this machine"):
+    with pytest.raises(orchestra.ProtocolError, match=r"shop/api: ~/.*/api\.yaml: no path on this machine"):
         orchestra.request_sync(served.path, "api")
     assert served.status()["problems"] == [] and served.status()["absent"] == ["api"]
 
@@ -13448,6 +13449,11 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "orchestra edit shop/api",
     ),
     "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "ok not on this machine: shop/api", ""),
+    "gone": (
+        [add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api")],
+        "warn shop/api: was synced here, but ",
+        "orchestra project move shop/api PATH",
+    ),
     "doubles": (
         [add_it(["codex", "cursor"]), sync_it],
         f"warn Cursor reads the same text in AGENTS.md and {CURSOR}: shop/api",
