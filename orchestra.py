@@ -12205,7 +12205,10 @@ class StatusView(NamedTuple):
             detail = entry.detail.replace(f"~/.orchestra/projects/{entry.project}/", "")
             rows.append((entry.label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
         lines = format_table(rows, width) if entries else []
-        return lines + [line for note in self.all_notes for line in hang("", visible(note), width)]
+        for note in self.all_notes:
+            said, _, way_out = visible(note).partition("; to get it back: ")
+            lines += [*hang("", said, width), *([f"  try: {way_out}"] if way_out else [])]  # to be pasted: not wrapped
+        return lines
 
     def format(self, width: int) -> list[str]:
         lines = [*hang("", self.status.describe(), width), *hang("", describe_daemon(self.daemon), width)]
@@ -12281,8 +12284,11 @@ class LiveStatus:
     def frame(self, width: int, height: int) -> list[str]:
         """Return the lines of the screen, as many as fit."""
         daemon, width = self._daemon, width - 1  # a full line might scroll
-        title = describe_daemon(daemon) + (f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else "")
-        entries = StatusView(self._home, self._status, daemon).format_entries(width)
+        facts = [f"pid {daemon['pid']}", daemon["watcher"]] if "watcher" in daemon else []
+        title = ", ".join([describe_daemon(daemon), *facts]) + (
+            f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else ""
+        )
+        entries = StatusView(self._home, self._status, daemon, self._status.stray).format_entries(width)
         events = [format_event(line, width) for line in self._events.decode("utf-8", "replace").splitlines()]
         events = [event for event in reversed(events) if event]
         room = max(height - 5, 2)

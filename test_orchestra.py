@@ -13290,9 +13290,10 @@ def test_status_tells_what_the_daemon_has_trouble_with_once() -> None:
     entry = orchestra.Staleness("shop", "api", "error", "CLAUDE.md: wrong")
     problems = [{"where": "shop/api: CLAUDE.md", "message": "wrong"}, {"where": "socket", "message": "no descriptors"}]
     daemon = {"running": True, "problems": problems, "version": orchestra.__version__}
-    notes = [orchestra.Problem("x", "noted")]
+    notes = [orchestra.Problem("x", "noted; to get it back: orchestra " + "y" * 90)]
     view = orchestra.StatusView("/h", orchestra.Status((entry,), ()), daemon, notes)
-    assert view.format_entries(80)[2:] == ["note: x: noted", "daemon: socket: no descriptors"]
+    told = ["note: x: noted", "  try: orchestra " + "y" * 90, "daemon: socket: no descriptors"]
+    assert view.format_entries(80)[2:] == told
 
 
 def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
@@ -13328,6 +13329,7 @@ def test_an_event_is_shortened_for_the_screen(line: str, event: str) -> None:
 @pytest.mark.parametrize("size", [(80, 24), (40, 8), (10, 3), (200, 60)])
 def test_a_frame_fits_the_terminal(home: Home, size: tuple[int, int]) -> None:
     make_troubled(home)
+    home.write_registry("shop/x.yml", "")
     orchestra.Log(home.path).info("synced", target="shop/api", written=1, ms=3)
     live = orchestra.LiveStatus(home.path, lambda: orchestra.scan_staleness(home.path, home.registry()))
     live.look()
@@ -13336,6 +13338,7 @@ def test_a_frame_fits_the_terminal(home: Home, size: tuple[int, int]) -> None:
     if size == (80, 24):
         assert lines[0].startswith("daemon: not running") and lines[0].endswith("  q quit")
         assert lines[3].split() == ["CODEBASE", "STATE", "SYNCED", "WHAT"]
+        assert "note: ~/.orchestra/projects/shop/x.yml: ignored: rename it to x.yaml" in lines
         assert lines[-1].endswith("  shop/api  1 written  3 ms")
 
 
