@@ -9789,12 +9789,14 @@ def describe_lock_holder(home: str) -> str:
     """
     for _ in range(STATUS_TRIES):
         with suppress(OSError, IoError, ValueError, OverflowError):  # localtime raises three of them
-            pid, started_at = map(int, read_disk(daemon_lock_path(home)).data.split())
+            first, second, *versions = read_disk(daemon_lock_path(home)).data.decode().split()
+            pid, started_at = int(first), int(second)
             if not has_exited(pid):
                 when = time.localtime(started_at)
                 is_today = time.strftime("%x", when) == time.strftime("%x")
                 since = time.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M", when)
-                return f" (running since {since}, pid {pid})"
+                others = "".join(f", {v}: orchestra daemon restart" for v in versions if v != __version__)
+                return f" (running since {since}, pid {pid}{others})"
         time.sleep(STATUS_PAUSE)
     return ""
 
@@ -9814,7 +9816,7 @@ class DaemonSocket:
             raise DaemonError(f"daemon socket already in use: {socket_path(home)}", hint)
         self._lock = lock
         with suppress(OSError):  # a full disk
-            write_lock(lock, f"{os.getpid()} {started_at}\n".encode())
+            write_lock(lock, f"{os.getpid()} {started_at} {__version__}\n".encode())
 
     @property
     def has_lock(self) -> bool:

@@ -9520,9 +9520,11 @@ def test_another_user_gets_nothing(served: Home, is_open: bool) -> None:
     ("data", "described"),
     [
         (f"{os.getpid()} 0", f" (running since 1970-01-01 00:00, pid {os.getpid()})"),
-        (f"{os.getpid()} NOW", f" (running since HH:MM, pid {os.getpid()})"),
+        (f"{os.getpid()} NOW {orchestra.__version__}", f" (running since HH:MM, pid {os.getpid()})"),
+        (f"{os.getpid()} NOW 9.9", f" (running since HH:MM, pid {os.getpid()}, 9.9: orchestra daemon restart)"),
         ("", ""),
         ("x y\n", ""),
+        ("\udcff 0", ""),
         (f"{DEAD} 0", ""),  # it was killed
         *((f"{os.getpid()} {10**digits}", "") for digits in (17, 30)),  # no such time
     ],
@@ -9535,7 +9537,7 @@ def test_the_holder_of_the_daemons_lock_is_described(live: Home, monkeypatch: An
     lock = orchestra.try_lock(orchestra.daemon_lock_path(live.path))
     assert lock is not None
     orchestra.write_lock(lock, b"longer than what follows, and older")
-    orchestra.write_lock(lock, data.replace("NOW", str(now)).encode())
+    orchestra.write_lock(lock, data.replace("NOW", str(now)).encode("utf-8", "surrogateescape"))
     found = orchestra.describe_lock_holder(live.path)
     os.close(lock)
     assert found == described.replace("HH:MM", time.strftime("%H:%M", time.localtime(now)))
