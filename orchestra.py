@@ -6377,17 +6377,11 @@ def detect(path: str, home: str = "") -> Detected:
 # it does harm.
 
 SPOKEN = 2  # commands of the user's own that are enough
-RUNNERS = frozenset(  # the words that a command of the user's own may begin with
-    (
-        *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "deno", "node", "nx"),
-        *("turbo", "make", "just", "task", "mise", "uv", "uvx", "poetry", "pdm"),
-        *("hatch", "tox", "nox", "pytest", "python", "python3", "pip"),
-        *("pre-commit", "cargo", "go", "mix", "composer", "php"),
-        *("./vendor/bin/phpunit", "bundle", "bin/rails", "rake", "rspec", "mvn"),
-        *("./mvnw", "gradle", "./gradlew", "dotnet", "swift", "xcodebuild"),
-        *("flutter", "dart", "cmake", "ctest", "meson", "ninja", "zig", "cabal"),
-        *("stack", "terraform", "docker"),
-    )
+RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
+    *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "node", "nx", "turbo", "make", "just", "task"),
+    *("mise", "uv", "uvx", "poetry", "pdm", "hatch", "tox", "nox", "pytest", "python", "python3"),
+    *("pip", "pre-commit", "php", "bundle", "rake", "rspec", "mvn", "gradle", "fvm", "ninja"),
+    *("gofmt", "docker"),
 )
 ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # commands in one word
 SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
@@ -6424,10 +6418,20 @@ def read_own_texts(root: str) -> dict[str, str]:
     return texts
 
 
+@functools.lru_cache(1)
+def known_runners() -> frozenset[str]:
+    rows = (row for system in ECOSYSTEMS for row in system.rows if row.name not in NO_COMMANDS)
+    return frozenset((*RUNNERS, *(row.text.split()[0] for row in rows))) - {"git", "clang-format"}
+
+
 def is_command(text: str, is_fenced: bool) -> bool:
     """Recognize a command of a known runner; a runner's bare name may be just that."""
     words = [*itertools.dropwhile(lambda word: "=" in word, text.strip().removeprefix("$ ").split())]
-    return bool(words) and words[0] in RUNNERS and (len(words) > 1 or is_fenced or words[0] in ALONE)
+    if not words or words[1:2] == ["#"]:
+        return False
+    is_script = len(words) > 1 and re.match(r"(?:\./|bin/|scripts?/|vendor/bin/)\w", words[0])
+    is_known = words[0] in known_runners() and (len(words) > 1 or is_fenced or words[0] in ALONE)
+    return bool(is_script or is_known)
 
 
 def count_commands(text: str) -> int:
