@@ -4242,8 +4242,8 @@ class Toml:
         keys: list[str] = []
         while not keys or self._take("."):
             keys.append(self._read_string() if self._peek() in ('"', "'") else self._match(self.KEY))
-        if len(keys) > self.MAX_DEPTH:
-            raise ValueError("too deep")
+            if len(keys) > self.MAX_DEPTH:
+                raise ValueError("too deep")
         return keys
 
     def _read_pair(self, table: dict[str, Any], depth: int) -> None:
@@ -4339,7 +4339,8 @@ class Folder:
 
     STRUCTURED = (".json", ".jsonc", ".toml", "Pipfile", ".yaml", ".yml", ".cfg", ".ini")
     MAX_MEMBERS = 1000
-    MAX_NODES = 20000  # of YAML, aliases expanded
+    MAX_YAML = 128 << 10  # characters, since its parser is slow
+    MAX_NODES = 20000  # aliases expanded
 
     def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
         with blame(path):
@@ -4403,7 +4404,7 @@ class Folder:
         with suppress(ValueError):
             if name.endswith((".toml", "Pipfile")):
                 return Toml(self.text(name)).read()
-            if name.endswith((".yaml", ".yml")):
+            if name.endswith((".yaml", ".yml")) and len(self.text(name)) <= self.MAX_YAML:
                 return self._plain(Document(name).compose(self.text(name)), itertools.count())
         return read_ini(self.text(name)) if name.endswith((".cfg", ".ini")) else {}
 

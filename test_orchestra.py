@@ -16654,6 +16654,75 @@ def test_no_file_of_64_kib_takes_long_to_read(live: Home, loader: str, dose: Dos
             check_registry(live.path, dice)
 
 
+# Manifests
+
+MANIFEST_TEXTS = {
+    name: text.encode()
+    for name, text in {
+        **package(
+            scripts={"test": "npm run a && vitest", "a": "x --fix", "lint": "run-s a test"},
+            packageManager="pnpm@9",
+            workspaces=["p/*", "!p/b"],
+            devDependencies={"react": "^18 || >=19"},
+        ),
+        **composer(scripts={"test": ["@a", "phpunit"]}),
+        "p/a/package.json": '{"name": "a"}',
+        "pyproject.toml": PEP_621
+        + POETRY
+        + HATCH
+        + "[dependency-groups]\ndev = ['a', {include-group = 'b'}]\nb = ['pytest']\n",
+        "Cargo.toml": "[workspace]\nmembers = ['p/*']\n[workspace.package]\nedition = '2021'\n",
+        "Makefile": "test lint: x\n\tgo ; black .\n.PHONY: x\nbuild::\n\t@echo\n",
+        "justfile": JUSTFILE,
+        "Taskfile.yml": TASKFILE,
+        "mise.toml": "[tasks]\ntest = 'x'\n[tasks.lint]\nrun = ['y']\n[tools]\nnode = '20'\n",
+        "pnpm-workspace.yaml": "packages: &a [p/*, *a]\n".replace(", *a", ""),
+        "turbo.json": '{"tasks": {"test": {}}}',
+        "setup.cfg": SETUP_CFG,
+        "tox.ini": TOX,
+        "noxfile.py": NOXFILE,
+        "mix.exs": MIX,
+        "x.gemspec": GEMSPEC,
+        "configure.ac": CONFIGURE,
+        "README.md": "# shop\n\n> Sells *many* [things](x) <b>now</b>.\n\n```\nx\n```\n\n## More\n\nshop is a shop.\n",
+        ".pre-commit-config.yaml": "repos: [{id: ruff}]\n",
+        ".python-version": "3.14\n",
+    }.items()
+}
+MANIFEST_TOKENS = (
+    *(*ODD_BYTES, *YAML_PIECES, b'"""', b"'''", b"[[", b"]]", b"[tool.x]\n", b" = ", b"true", b"\n\t", b"&&", b"||"),
+    *(b"pnpm run test", b"../", b"*/", b"**", b'{"a": ', b"[" * 2000, b"a." * 60, b"test: ", b"    ", b"<!--", b"\n#"),
+)
+
+
+def test_any_bytes_in_the_manifests_make_one_line_of_each_thing_found(home: Home, dose: Dose) -> None:
+    found_any = 0
+    with bounded():
+        for dice in dose.inputs(60):
+            chosen = dice.sample(sorted(MANIFEST_TEXTS), dice.choice((1, 3, len(MANIFEST_TEXTS))))
+            shutil.rmtree(home.code)
+            for name in chosen:
+                others = tuple(MANIFEST_TEXTS.values())
+                put_files(home.code, {name: mutate(dice, MANIFEST_TEXTS[name], MANIFEST_TOKENS, others)})
+            started = time.process_time()
+            found = orchestra.detect(str(home.code))
+            assert time.process_time() - started < MOST_SECONDS
+            assert orchestra.detect(str(home.code)) == found
+            for item in filter(None, (found.description, found.built_with, found.packages, *found.commands)):
+                assert item.text and item.text.isprintable() and item.source, item
+            names = [command.name for command in found.commands]
+            assert len(names) == len(set(names))
+            found_any += bool(names)
+    assert found_any > dose.tried / 3
+
+
+@pytest.mark.parametrize("piece", ["[", '{"a":', "a: &a [*a, ", "[a.", "\\", "a."])
+def test_no_manifest_of_a_mebibyte_takes_long(home: Home, piece: str) -> None:
+    names = (*MANIFEST_TEXTS, "GNUmakefile", "deno.json", "Pipfile", "mypy.ini")
+    put_files(home.code, dict.fromkeys(names, piece * ((1 << 20) // len(piece))))
+    assert time_of(lambda text: orchestra.detect(str(home.code)), "") < 20  # for all of them
+
+
 # Managed files
 
 MANAGED_TEXTS = (
