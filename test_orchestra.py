@@ -2681,9 +2681,9 @@ KEYS = [("blog", "api"), API, ("shop", "web")]
         ("shop/api", "--- /dev/null"),
         ("blog/api", "--- /dev/null"),
         ("api", 'orchestra: "api" is in 2 projects: blog/api, shop/api'),
-        ("blog/web", 'orchestra: no codebase is called "blog/web"'),
+        ("blog/web", 'orchestra: no codebase is called "blog/web" (did you mean "shop/web"?)'),
         ("", 'orchestra: no codebase is called ""'),
-        ("/api", 'orchestra: no codebase is called "/api"'),
+        ("/api", "orchestra: /api is not in a registered codebase"),
     ],
 )
 def test_a_short_name_is_enough_while_it_is_unique(home: Home, name: str, expected: str) -> None:
@@ -13350,7 +13350,7 @@ def test_a_frame_fits_the_terminal(home: Home, size: tuple[int, int]) -> None:
         assert lines[3].split() == ["CODEBASE", "STATE", "SYNCED", "WHAT"]
         assert lines[-1].endswith("  shop/api  1 written  3 ms")
     if size == (200, 60):
-        assert "note: ~/.orchestra/projects/shop/x.yml: ignored: rename it to x.yaml" in lines
+        assert "note: ~/.orchestra/projects/shop/x.yml:1: ignored: rename it to x.yaml" in lines
 
 
 def watch(home: Home) -> Tty:
