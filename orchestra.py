@@ -10032,7 +10032,7 @@ class SyncRun:
 
     def _reload(self) -> Registry:
         names = self._job.target.names
-        if names is None or STRAY in self._job.changed:
+        if names is None or STRAY in self._job.changed or self._concerns_stray_files():
             return load_registry(self._home, self._old)
         if not self._is_asked:
             return reload_codebases(self._home, self._old, self._changed)
@@ -10040,6 +10040,15 @@ class SyncRun:
         stems = {name.rpartition("/")[2] for name in names}
         keys = [key for key in RegistryScan(self._home).keys if key[1] in stems or key not in self._old.codebases]
         return reload_codebases(self._home, self._old, keys)
+
+    def _concerns_stray_files(self) -> bool:
+        """Return whether a local sister may have lost its codebase, or found one."""
+        if self._old.stray and not self._changed <= {*self._old.codebases, *self._old.broken}:
+            return True
+        files = [
+            [codebase_path(self._home, (key[0], key[1] + end)) for end in ("", ".local")] for key in self._job.overdue
+        ]
+        return any(os.path.lexists(local) and not os.path.lexists(own) for own, local in files)
 
     def _find_suspects(self) -> frozenset[Key]:
         """Find the changed codebases whose files are broken or gone and not overdue.

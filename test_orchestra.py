@@ -10262,6 +10262,18 @@ def test_to_name_an_absent_codebase_on_the_socket_is_an_error(served: Home) -> N
     assert served.status()["problems"] == [] and served.status()["absent"] == ["api"]
 
 
+def test_a_local_sister_that_is_left_alone_is_a_problem(live: Home, turned: orchestra.Daemon) -> None:
+    live.save()
+    live.write_registry("shop/api.local.yaml", "notes: [mine]\n")
+    turn_until(turned, lambda: live.has("mine"))
+    text = live.file().read_text()
+    live.file().unlink()
+    turn_until(turned, lambda: turned.status()["problems"])
+    assert turned.status()["problems"][0]["message"].startswith("ignored: it belongs to api.yaml, which is missing")
+    live.file().write_text(text)
+    turn_until(turned, lambda: turned.status()["problems"] == [])
+
+
 def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Home) -> None:
     served.save("shop/api")
     served.save("team/api")
@@ -16283,6 +16295,19 @@ def test_two_who_edit_one_registry_at_once_have_the_same_files(team: list[Home],
     for clone in (one.projects, one.code / "shop/api"):
         share(one, clone)
     check_same(team, "payments", "- second")
+
+
+def test_what_git_clean_takes_away_makes_a_codebase_absent_and_nothing_worse(home: Home) -> None:
+    home.projects.mkdir(parents=True)
+    make_repository(home.projects, {"shop/api.yaml": "name: api\npath: ~/their/api\n", ".gitignore": "*.local.*\n"})
+    root = home.code / "api"
+    root.mkdir()
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    before = contents(root)
+    run_git(home.projects, "clean", "-qfdX")
+    assert home.sync().lines == [] and home.status_of() == "absent" and contents(root) == before
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    assert home.status_of() == "current" and contents(root) == before and home.backups() == {}
 
 
 def test_the_readmes_way_to_share_a_registry_works(home: Home) -> None:
