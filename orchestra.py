@@ -10510,18 +10510,16 @@ class Daemon:
 
     def step(self, timeout: Optional[float] = None) -> None:
         """Wait for what comes next, at most `timeout` seconds, and do it."""
-        for key, mask in self._selector.select(self._time_left() if timeout is None else timeout):
+        left = self._time_left()
+        for key, mask in self._selector.select(left if timeout is None else min(left, timeout)):
             key.data(mask)
-        if not self._is_stopping and self._clock() >= self._next_due():
+        if left <= 0 and not self._is_stopping:
             self._do_due()
 
     def _time_left(self) -> float:
+        """Return in how many seconds `_do_due` will have something to do."""
         if self._is_stopping:
-            return 0.05  # seconds: the worker ends a moment after its last wake-up
-        return max(0.0, self._next_due() - self._clock())
-
-    def _next_due(self) -> float:
-        """Return when `_do_due` will have something to do, in the clock's seconds."""
+            return 0.05  # the worker ends a moment after its last wake-up
         deadlines = [
             self._rescan_at,
             self._staleness_at,
@@ -10530,7 +10528,7 @@ class Daemon:
             self._server.next_expiry(),
             self._notifier.next_due(),
         ]
-        return min(at for at in deadlines if at is not None)
+        return max(0.0, min(at for at in deadlines if at is not None) - self._clock())
 
     def _do_due(self) -> None:
         now = self._clock()
