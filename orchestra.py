@@ -12892,7 +12892,7 @@ class Commands(NamedTuple):
             registry = load_registry(self.home)
             return scan_staleness(self.home, registry, self._choose_codebases(registry)[0])
 
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not (sys.stdin.isatty() and sys.stdout.isatty()) or self.environ.get("TERM") == "dumb":
             raise UsageError("--watch needs a terminal", "orchestra status")
         show_live(LiveStatus(self.home, scan), self.screen)
         return OK
@@ -12900,16 +12900,18 @@ class Commands(NamedTuple):
     def cmd_diff(self) -> int:
         registry = load_registry(self.home)
         keys, failed = self._find_all(registry, self.args.codebases)
-        text, problems = "", list[Problem]()
-        for key in keys:
-            if key in registry.broken:
-                problems += registry.broken[key]
-                continue
-            more, found = diff_codebase(self.home, registry.codebases[key], registry.owners)
-            text += more
-            problems += found
+        parts: list[str] = []
+
+        def compare(key: Key) -> None:
+            text, problems = diff_codebase(self.home, registry.readable(label_for(key)), registry.owners)
+            parts.append(text)
+            if problems:
+                raise error_for(problems)
+
+        failed = max([failed, *(attempt(compare, key) for key in keys)])
+        text = "".join(parts)
         self._show(self.screen.paint_diff(text))
-        return max(failed, report_all(problems)) or (OUT_OF_DATE if self.args.exit_code and text else OK)
+        return failed or (OUT_OF_DATE if self.args.exit_code and text else OK)
 
     def _show(self, text: str) -> None:
         """Print a long text, on a terminal by the user's pager."""

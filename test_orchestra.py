@@ -13406,6 +13406,7 @@ def test_however_a_live_status_ends_the_terminal_is_as_before(home: Home, end: A
 
 
 def test_a_live_status_needs_a_terminal(home: Home) -> None:
+    assert Tty(home, home.command("status", "--watch"), TERM="dumb").finish()[0] == 2
     said = "orchestra: --watch needs a terminal\n  try: orchestra status\n"
     assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
 
@@ -13595,6 +13596,20 @@ def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, 
     monkeypatch.chdir(home.code)
     ran = home.run(*command.format(code=home.code).split())
     assert (ran.status, ran.complaints) == (2, [f"orchestra: {said.format(code=home.code)}"])
+
+
+@pytest.mark.parametrize("command", [["sync"], ["diff"], ["status"], ["sync", "--check"]])
+def test_of_several_codebases_all_are_tried(home: Home, command: list[str]) -> None:
+    for label in ("shop/a", "shop/gone", "shop/z"):
+        home.make_codebase(label, targets=["claude"])
+    shutil.rmtree(home.code / "shop/gone")
+    home.write_registry("shop/broken.yaml", "{")
+    ran = home.run(*command, "a", "broken", "nope", "gone", "z")
+    assert ran.status == 2 and "nope" in ran.err
+    if command == ["diff"]:
+        assert ran.out.count("--- /dev/null") == 2 and len(ran.complaints) == 3
+    else:
+        assert "shop/a " in ran.out and "shop/z " in ran.out
 
 
 def test_quiet_commands_print_nothing_but_errors(home: Home) -> None:
