@@ -4823,7 +4823,9 @@ def read_taskfile(folder: Folder) -> Scripts:
 
 def read_mise(folder: Folder) -> Scripts:
     name = folder.find("mise.toml", ".mise.toml", ".config/mise.toml", "mise/config.toml")
-    tasks = folder.table(name, "tasks").items()
+    includes = [file for file in folder.texts(name, "task_config", "includes") if file.endswith(".toml")]
+    tables = [folder.table(name, "tasks"), *(folder.table(file) for file in includes if ".." not in file)]
+    tasks = [item for table in tables[:10] for item in table.items()]
     bodies = {task: flatten(value) for task, value in tasks if not (isinstance(value, dict) and "usage" in value)}
     return Scripts(name, "mise run {}", bodies)
 
@@ -5073,8 +5075,6 @@ class Python:
             for other in (item.get("include-group") for item in items if isinstance(item, dict)):
                 yield "group dev", folder.texts(toml, "dependency-groups", str(other))
         yield "group dev", folder.texts(toml, "tool", "uv", "dev-dependencies")
-        for extra in folder.table(toml, "project", "optional-dependencies"):
-            yield f"extra {extra}", folder.texts(toml, "project", "optional-dependencies", extra)
         yield "", folder.table(toml, "tool", "poetry", "dependencies")
         yield "group dev", folder.table(toml, "tool", "poetry", "dev-dependencies")
         for group in folder.table(toml, "tool", "poetry", "group"):
@@ -5083,6 +5083,8 @@ class Python:
             yield f"{kind} {group}", folder.table(toml, "tool", "poetry", "group", group, "dependencies")
         for group in folder.table(toml, "tool", "pdm", "dev-dependencies"):
             yield f"group {group}", folder.texts(toml, "tool", "pdm", "dev-dependencies", group)
+        for extra in folder.table(toml, "project", "optional-dependencies"):
+            yield f"extra {extra}", folder.texts(toml, "project", "optional-dependencies", extra)
         yield "", {**folder.table("Pipfile", "packages"), **folder.table("Pipfile", "dev-packages")}
         files = [name for name in folder.names if re.match(r"[\w-]*requirements[\w-]*\.txt$", name)]
         files += [f"requirements/{name}" for name in ("dev.txt", "test.txt", "tests.txt")]
@@ -6320,7 +6322,9 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
         members = folder.members([*globs, *excluded], manifest)
         names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
         names = sorted({tidy(name) for name in names if isinstance(name, str)})
-        places = Counter(os.path.dirname(os.path.relpath(member.path, folder.path)) + "/" for member in members)
+        places = Counter(
+            (os.path.dirname(os.path.relpath(member.path, folder.path)) or ".") + "/" for member in members
+        )
         if names:
             most = ", ".join(place for place, _ in places.most_common(4)) + ", ..." * (len(places) > 4)
             told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"

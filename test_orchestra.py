@@ -3492,6 +3492,10 @@ tasks:
             {"mise.toml": '[tasks]\ntest = "x"\n[tasks.lint]\nrun = ["y"]\n'},
             {"test": "mise run test", "lint": "mise run lint"},
         ),
+        (
+            {"mise.toml": "[task_config]\nincludes = ['t.toml', 'x', '../t.toml']\n", "t.toml": "[lint]\nrun = 'x'\n"},
+            {"lint": "mise run lint"},
+        ),
         ({".mise.toml": "[tasks.build]\nusage = 'x'\nrun = 'y'\n"}, {}),
     ],
 )
@@ -3667,6 +3671,8 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
             "install: poetry install --with t | built with: Python 3.9+, Poetry",
         ),
         (pyproject("", "pytest", pdm_lock=""), "install: pdm install | test: pdm run pytest"),
+        (pyproject(DEPENDABLE, "pytest", pdm_lock=""), "install: pdm install"),
+        (pyproject(DEPENDABLE, pdm_lock=""), "install: pdm install -G dev"),
         (pyproject("[tool.pdm.build]\nx = 1\n", "pytest"), "test: pytest"),
         ({"Pipfile": "[dev-packages]\npytest = '*'\n"}, "install: pipenv install --dev | test: pipenv run pytest"),
         ({"pyproject.toml": HATCH}, "install: - | test: hatch run pytest | lint: hatch run ruff check ."),
