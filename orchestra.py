@@ -3787,8 +3787,11 @@ class Registry(NamedTuple):
         found = (self.codebases[key].remarks for key in keys if key in self.codebases)
         return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
-    def find(self, name: str) -> Key:
-        """Find a codebase by name, api or shop/api; raises RegistryError."""
+    def find(self, name: str, way_out: str = "give its project too:") -> Key:
+        """Find a codebase by name, api or shop/api; raises RegistryError.
+
+        `way_out` precedes a whole name where a short one is not unique.
+        """
         project, slash, codebase = name.rpartition("/")
         if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
             return (project, codebase)
@@ -3797,7 +3800,7 @@ class Registry(NamedTuple):
             return found[0]
         if found:
             labels = ", ".join(map(label_for, found))
-            hint = f"give its project too: {label_for(found[0])}"
+            hint = f"{way_out} {label_for(found[0])}"
             raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
         shown = name if len(name) <= 200 else excerpt(name)
         like = did_you_mean(name, [*map(label_for, self.keys), *(key[1] for key in self.keys)])
@@ -12610,7 +12613,11 @@ class Commands(NamedTuple):
         if name is None or name.startswith((".", "/", "~")) or name.endswith("/"):
             return self._find_at(registry, name)
         is_name = any(name in (key[1], label_for(key)) for key in registry.keys)
-        return self._find_at(registry, name) if not is_name and os.path.isdir(name) else registry.find(name)
+        return (
+            self._find_at(registry, name)
+            if not is_name and os.path.isdir(name)
+            else registry.find(name, f"orchestra {self.args.line.name}")
+        )
 
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
         """Find the codebase that a folder is in; raises UsageError."""

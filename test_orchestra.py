@@ -13678,6 +13678,7 @@ def test_two_projects_may_have_a_codebase_of_the_same_name(home: Home) -> None:
     for command in (["sync"], ["diff"], ["restore"], ["edit"], ["project", "remove"]):
         ran = home.run(*command, "api")
         assert (ran.status, ran.complaints) == (2, ['orchestra: "api" is in 2 projects: blog/api, shop/api'])
+        assert ran.err.splitlines()[1] == f"  try: orchestra {' '.join(command)} blog/api"
     assert home.sync("blog/api").lines == ["replace  blog/api CLAUDE.md"]
     assert home.backups("shop/api") == {} and home.backups("blog/api") == {"CLAUDE.md": edited}
     home.run_fine("project", "remove", "blog/api", "--purge")
