@@ -16841,6 +16841,43 @@ def check_text_left(dice: random.Random, agent: orchestra.Agent, data: bytes) ->
     assert left.count(b"\n") + 3 >= (head + tail).count(b"\n")
 
 
+PROSE_TOKENS = (
+    *(*MANAGED_TOKENS, b"- ", b"    ", b"\n  ", b"~~~~\n", b"\n```sh\n", b"\n<!-- a\n", b"-->\n", b"> ", b"10. "),
+    *(b"\n<<<<<<< a\n", b"\n>>>>>>> b\n", b"\n||||||| c\n", b"<!-- Written by Orchestra (", b"\n\n", b"\t", b"# B\n"),
+)
+
+
+def read_prose(home: str, data: bytes) -> orchestra.Prose:
+    return orchestra.RegistryFile(home, f"{home}/x.md", disk=file_of(data)).read_prose()
+
+
+def test_any_bytes_as_prose_stay_in_their_block_and_leave_nothing_open(home: Home, dose: Dose) -> None:
+    read = 0
+    for dice in dose.inputs(1000):
+        data = mutate(dice, dice.choice(MANAGED_TEXTS), PROSE_TOKENS, MANAGED_TEXTS)
+        prose = read_prose(home.path, data)
+        if prose.problems:
+            continue
+        read += 1
+        again = read_prose(home.path, prose.text.encode())
+        assert (again.text, again.problems, again.notes) == (prose.text, (), ())
+        assert orchestra.find_open_block(f"{prose.text}\n\n## Next\n".encode()) == (0, "")
+        codebase = codebase_with(layers=(orchestra.Layer("", codebase_with(), (prose,)),))
+        text = orchestra.render_files(codebase)["CLAUDE.md"]
+        assert orchestra.find_block(b"mine\n\n" + text + b"\n\nmine\n") == slice(6, 6 + len(text))
+        assert orchestra.managed_text(orchestra.AGENTS["claude"], text) == text
+    assert read > dose.tried / 3
+
+
+@pytest.mark.parametrize(
+    "piece", ["<!-- ", "- ", "```\n", "<!--\n", "~", "<<<<<<< a\n", ">", "<!--" + " " * 99, "- ```\n"]
+)
+def test_no_prose_of_a_mebibyte_takes_long_to_read(home: Home, piece: str) -> None:
+    started = time.process_time()
+    read_prose(home.path, piece.encode() * ((1 << 20) // len(piece)))
+    assert time.process_time() - started < MOST_SECONDS
+
+
 def test_any_three_hashes_lead_to_a_fate_that_destroys_nothing(dose: Dose) -> None:
     for dice in dose.inputs(500):
         disk, wanted = (dice.choice((None, "a", "b", "c")) for _ in range(2))
