@@ -2991,6 +2991,18 @@ def test_an_unreadable_file_is_one_problem_and_the_others_go_on(home: Home) -> N
     assert (home.code / "shop/good/CLAUDE.md").exists()
 
 
+@pytest.mark.parametrize("name", ["all.yaml", "shop/project.md", "shop/bad.local.yaml", "shop/bad.md", "python.md"])
+def test_an_unreadable_layer_is_one_problem_and_the_others_go_on(home: Home, name: str) -> None:
+    home.make_codebase("blog/good")
+    home.make_codebase("shop/bad", include=["python.md"])
+    put_files(home.projects, {"python.md": "x", name: "notes: [x]"})
+    (home.projects / name).chmod(0)
+    ran = home.run_as_nobody("sync", "--all")
+    problem = f"orchestra: ~/.orchestra/projects/{name}:1: file: cannot be read: permission denied"
+    assert (ran.status, ran.complaints) == (2, [problem])
+    assert (home.code / "blog/good/CLAUDE.md").exists() == (name != "all.yaml")
+
+
 def test_a_sync_reports_each_broken_file_in_one_line_and_syncs_the_rest(home: Home) -> None:
     root = home.make_codebase("shop/good")
     for number, (text, _) in enumerate(BAD_FILES.values()):
