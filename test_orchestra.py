@@ -11691,6 +11691,7 @@ def test_install_sh_tells_the_line_for_path_and_its_file(
     ]
 
 
+@pytest.mark.skipif(not shutil.which("setsid"), reason="no setsid here")
 def test_install_sh_has_systemd_run_the_daemon_where_it_runs(machine: Machine) -> None:
     machine.give_yaml()
     machine.make_tool("systemctl", ONE_START)
