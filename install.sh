@@ -200,7 +200,7 @@ uninstall() {
     fi
     ! is_own_link "$HOME/.local/bin/orchestra" || rm -f -- "$HOME/.local/bin/orchestra"
     [ ! -d "$root/run" ] || clear_up_syncs
-    for part in bin lib logs daemon.sock; do
+    for part in bin lib logs daemon.sock schema.json; do
         rm -rf -- "${root:?}/$part"
     done
     for folder in "$root/projects" "$root/backups" "$root/hashes" "$root"; do
