@@ -7201,7 +7201,7 @@ def test_a_dry_run_lists_exactly_what_sync_then_writes(home: Home, status: str) 
     files = tree(home.code)
     real = home.run("sync", "--all")
     assert dry.lines == check.lines == real.lines
-    written = [line.split()[2] for line in real.lines if not line.startswith("release")]
+    written = [line.split()[-1] for line in real.lines if not line.startswith("release")]
     assert [path for result in json_dry for path in result["written"]] == written
     assert dry.status == real.status == (2 if status == "error" else 0)
     assert check.status == (2 if status == "error" else 1 if real.lines else 0)
