@@ -3667,7 +3667,8 @@ class LayerReader:
     def _open(self, path: str, hint: str = "", must_exist: bool = False) -> Optional[RegistryFile]:
         """Open a file of the registry; None if there is none."""
         folder, _, name = path.rpartition("/")
-        if not must_exist and name not in self._names.get(folder, (name,)):
+        # A name in Unicode may be listed in another form of it (macOS).
+        if not must_exist and name.isascii() and name not in self._names.get(folder, (name,)):
             return None
         file = RegistryFile(self._home, path, hint)
         return None if file.problems and not must_exist and not os.path.lexists(path) else file

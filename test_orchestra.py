@@ -2710,6 +2710,76 @@ def test_a_path_is_spelled_from_the_home_and_read_as_the_same(home_folder: str, 
 # ── 12 Markdown ───────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"", None),
+        (b"text\n", None),
+        (block(), block()),
+        (b"a\n" + block() + b"\nb", block()),
+        (b"a\r\n" + block().replace(b"\n", b"\r\n") + b"\r\n", block().replace(b"\n", b"\r\n")),
+        (BEGIN + b"  \nx\n" + END + b"\t\n", BEGIN + b"  \nx\n" + END),
+        (b"inline " + block(), "found orchestra:end on line 3 without orchestra:begin: put the begin marker back"),
+        (b"> " + BEGIN + b"\n`" + END + b"`\n", None),
+        (block() + b"\n" + block(), "begin on line 1, end on line 3, begin on line 4, end on line 6"),
+        (
+            BEGIN + b"\nx",
+            "found orchestra:begin on line 1 without orchestra:end: put the end marker back,"
+            " or delete the begin marker",
+        ),
+        (b"x\n" + END, "found orchestra:end on line 2 without orchestra:begin: put the begin marker back"),
+        (END + b"\n" + BEGIN, "end on line 1, begin on line 2"),
+        (BEGIN + b"\n" + block(), "begin on line 1, begin on line 2, end on line 4"),
+    ],
+)
+def test_a_block_is_found_whole_or_refused(data: bytes, found: Any) -> None:
+    try:
+        span = orchestra.find_block(data)
+    except orchestra.SyncError as error:
+        assert isinstance(found, str) and found in str(error)
+    else:
+        assert (data[span] if span else None) == found
+
+
+FENCED = b"```\n" + block("example") + b"\n```\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "blocks"),
+    [
+        (FENCED, 0),
+        (FENCED.replace(b"```", b"~~~"), 0),
+        (FENCED.replace(b"```\n<", b"```md x=1\n<"), 0),
+        (FENCED.replace(b"```", b"   ```"), 0),
+        (FENCED.replace(b"\n```\n", b"\n````` \n"), 0),
+        (b"````\n```\n" + block() + b"\n```\n````\n", 0),
+        (FENCED + block(), 1),
+        (block() + b"\n" + FENCED, 1),
+        (b"```\n" + BEGIN + b"\n```\n" + block(), 1),
+        (block() + b"\n~~~\n" + END + b"\n~~~\n", 1),
+        (b"- x\n  ```\n  code\n  ```\n" + FENCED, 0),
+        (b"- ```sh\n  code\n  ```\n" + FENCED, 0),
+        (b"1. - ```\n     code\n" + block() + b"\n```\n", 1),
+        (b"- ```\n  left open\n\n" + block() + b"\n  ```\n", 1),
+        (b"> ```\n" + block() + b"\n", 1),
+        (b"```\n" + block(), 1),
+        (b"```\n" + block() + b"\n    ```\n", 1),
+        (b"```\n" + block() + b"\n~~~\n", 1),
+        (b"````\n" + block() + b"\n```\n", 1),
+        (b"```\n" + block() + b"\n``` sh\n", 1),
+        (b"``` a`b\n" + block() + b"\n```\n", 1),
+        (b"    ```\n" + block() + b"\n```\n", 1),
+        (b"<!-- a\n```\n-->\n" + block() + b"\n```\n", 1),
+        (b"<!-- a -->\n" + FENCED, 0),
+        (b"<!-- a\n" + FENCED, 1),  # its marker ends the comment
+    ],
+)
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_markers_in_a_code_fence_do_not_count_once_it_is_closed(data: bytes, blocks: int, newline: bytes) -> None:
+    span = orchestra.find_block(data.replace(b"\n", newline))
+    assert (span is not None) == bool(blocks)
+
+
 # ── 13 Layers ─────────────────────────────────────────────────────────────────
 
 
@@ -4801,37 +4871,6 @@ def test_hidden_characters_are_reported_with_their_file(home: Home, text: str, t
 # ── 23 Blocks ─────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("data", "found"),
-    [
-        (b"", None),
-        (b"text\n", None),
-        (block(), block()),
-        (b"a\n" + block() + b"\nb", block()),
-        (b"a\r\n" + block().replace(b"\n", b"\r\n") + b"\r\n", block().replace(b"\n", b"\r\n")),
-        (BEGIN + b"  \nx\n" + END + b"\t\n", BEGIN + b"  \nx\n" + END),
-        (b"inline " + block(), "found orchestra:end on line 3 without orchestra:begin: put the begin marker back"),
-        (b"> " + BEGIN + b"\n`" + END + b"`\n", None),
-        (block() + b"\n" + block(), "begin on line 1, end on line 3, begin on line 4, end on line 6"),
-        (
-            BEGIN + b"\nx",
-            "found orchestra:begin on line 1 without orchestra:end: put the end marker back,"
-            " or delete the begin marker",
-        ),
-        (b"x\n" + END, "found orchestra:end on line 2 without orchestra:begin: put the begin marker back"),
-        (END + b"\n" + BEGIN, "end on line 1, begin on line 2"),
-        (BEGIN + b"\n" + block(), "begin on line 1, begin on line 2, end on line 4"),
-    ],
-)
-def test_a_block_is_found_whole_or_refused(data: bytes, found: Any) -> None:
-    try:
-        span = orchestra.find_block(data)
-    except orchestra.SyncError as error:
-        assert isinstance(found, str) and found in str(error)
-    else:
-        assert (data[span] if span else None) == found
-
-
 # Linear in the length of their text
 
 
@@ -4928,6 +4967,7 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "render_files": lambda text: orchestra.render_files(codebase_with(description=text, notes=(text, "@a"))),
     "find_block": of_bytes(orchestra.find_block),
     "find_open_block": of_bytes(orchestra.find_open_block),
+    "read_prose": of_bytes(lambda data: read_prose("/h", data)),
     "managed_text, owned": of_bytes(lambda data: orchestra.managed_text(orchestra.AGENTS["cline"], data)),
     "managed_text, shared": of_bytes(lambda data: orchestra.managed_text(CODEX, sealed_with(b"") + b"\n" + data)),
     "remove_managed_text": of_bytes(
@@ -5295,41 +5335,6 @@ def test_what_an_older_version_wrote_is_known_and_an_edit_of_it_is_kept(home: Ho
 
 
 # Markers that do not count
-
-FENCED = b"```\n" + block("example") + b"\n```\n"
-
-
-@pytest.mark.parametrize(
-    ("data", "blocks"),
-    [
-        (FENCED, 0),
-        (FENCED.replace(b"```", b"~~~"), 0),
-        (FENCED.replace(b"```\n<", b"```md x=1\n<"), 0),
-        (FENCED.replace(b"```", b"   ```"), 0),
-        (FENCED.replace(b"\n```\n", b"\n````` \n"), 0),
-        (b"````\n```\n" + block() + b"\n```\n````\n", 0),
-        (FENCED + block(), 1),
-        (block() + b"\n" + FENCED, 1),
-        (b"```\n" + BEGIN + b"\n```\n" + block(), 1),
-        (block() + b"\n~~~\n" + END + b"\n~~~\n", 1),
-        (b"- x\n  ```\n  code\n  ```\n" + FENCED, 0),
-        (b"- ```sh\n  code\n  ```\n" + FENCED, 0),
-        (b"1. - ```\n     code\n" + block() + b"\n```\n", 1),
-        (b"- ```\n  left open\n\n" + block() + b"\n  ```\n", 1),
-        (b"> ```\n" + block() + b"\n", 1),
-        (b"```\n" + block(), 1),
-        (b"```\n" + block() + b"\n    ```\n", 1),
-        (b"```\n" + block() + b"\n~~~\n", 1),
-        (b"````\n" + block() + b"\n```\n", 1),
-        (b"```\n" + block() + b"\n``` sh\n", 1),
-        (b"``` a`b\n" + block() + b"\n```\n", 1),
-        (b"    ```\n" + block() + b"\n```\n", 1),
-    ],
-)
-@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_markers_in_a_code_fence_do_not_count_once_it_is_closed(data: bytes, blocks: int, newline: bytes) -> None:
-    span = orchestra.find_block(data.replace(b"\n", newline))
-    assert (span is not None) == bool(blocks)
 
 
 @pytest.mark.parametrize("head", ["```\n", "- x\n  ```\n", "~~~\n", "```\n```\n````\n", "text\n"])
