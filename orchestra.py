@@ -10780,9 +10780,10 @@ SYSTEM_PACKAGES = {
 
 
 def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exists) -> str:
-    """Name Homebrew's Python by its `opt` link: an upgrade removes the Cellar path."""
-    found = re.match(r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?bin/([^/]+)$", python)
-    stable = f"{found[1]}/opt/{found[2]}/bin/{found[3]}" if found else python
+    """Name Homebrew's or uv's Python by a link: an upgrade removes its own folder."""
+    homebrew = r"(.*)/Cellar/(python@[\d.]+)/[^/]+/(?:.*/)?(bin/[^/]+)$", r"\1/opt/\2/\3"
+    uv = r"(.*/cpython-\d+\.\d+)\.\d+(-[^/]+/bin/[^/]+)$", r"\1\2"  # its "minor version link"
+    stable = re.sub(*uv, re.sub(*homebrew, python))
     return stable if exists(stable) else python
 
 

@@ -11007,11 +11007,15 @@ def server(machine: Machine) -> Any:
             "/opt/homebrew/opt/python@3.13/bin/python3.13",
         ),
         ("/usr/local/Cellar/python@3.9/3.9.1/bin/python3", "/usr/local/opt/python@3.9/bin/python3"),
+        (
+            "/u/uv/python/cpython-3.13.1-linux-x86_64-gnu/bin/python3",
+            "/u/uv/python/cpython-3.13-linux-x86_64-gnu/bin/python3",
+        ),
         ("/usr/bin/python3", "/usr/bin/python3"),
         ("/Users/me/Cellar/bin/python3", "/Users/me/Cellar/bin/python3"),
     ],
 )
-def test_homebrews_python_is_named_by_the_link_that_survives_an_upgrade(python: str, stable: str) -> None:
+def test_a_python_is_named_by_the_link_that_survives_an_upgrade(python: str, stable: str) -> None:
     assert orchestra.stable_python_path(python, exists=lambda path: True) == stable
     assert orchestra.stable_python_path(python, exists=lambda path: path == python) == python
 
