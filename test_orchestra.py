@@ -4080,6 +4080,8 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"deno.json": "{}", "x_test.ts": ""}, "test: deno test -A | lint: deno lint | format: deno fmt"),
         ({"deno.json": "{}", **package(scripts={"test": "x"})}, "test: npm test | lint: -"),
         ({"gleam.toml": 'gleam = ">= 1.4.0"', "test": None}, "test: gleam test | built with: Gleam 1.4.0+"),
+        ({"rebar.config": "", "test/x_SUITE.erl": ""}, "test: rebar3 ct | one test: rebar3 ct --suite=test/NAME_SUITE"),
+        ({"rebar.config": "", "erlang.mk": "", "test/x_tests.erl": ""}, "build: make | test: make tests | one test: -"),
         ({"rebar.config": "{plugins, [erlfmt]}."}, "build: rebar3 compile | format: rebar3 fmt"),
         (
             {"build.sbt": 'ThisBuild / scalaVersion := "3.3.1"', "project/plugins.sbt": '"sbt-scalafmt"'},
