@@ -4176,6 +4176,9 @@ def clear_registry(home: str) -> None:
 #   mix.exs :credo                   other text: the words occur outside comment lines
 #   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches, lines apart
 #   setup.py + not pyproject.toml    the one, and not the other
+#
+# Patterns are kept as text, here and below: `re` compiles and keeps one at its first
+# use, and commands that detect nothing start faster.
 
 
 class Toml:
@@ -4184,11 +4187,11 @@ class Toml:
     Numbers and dates stay as written. What TOML forbids may be accepted.
     """
 
-    BLANKS = re.compile(r"[ \t\r\n]*")
-    COMMENT = re.compile(r"#[^\n]*")
-    STRING = re.compile(r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'""")
-    KEY = re.compile(r"[\w-]+")
-    SCALAR = re.compile(r"\d{4}-\d\d-\d\d [\d:.Z+-]+|[^\s,\]}#]+")
+    BLANKS = r"[ \t\r\n]*"
+    COMMENT = r"#[^\n]*"
+    STRING = r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
+    KEY = r"[\w-]+"
+    SCALAR = r"\d{4}-\d\d-\d\d [\d:.Z+-]+|[^\s,\]}#]+"
     MAX_DEPTH = 50
 
     def __init__(self, text: str) -> None:
@@ -4226,8 +4229,8 @@ class Toml:
         self.at += is_next
         return is_next
 
-    def _match(self, pattern: "re.Pattern[str]") -> str:
-        found = pattern.match(self.text, self.at)
+    def _match(self, pattern: str) -> str:
+        found = re.compile(pattern).match(self.text, self.at)
         if not found:
             raise ValueError("unexpected text")
         self.at = found.end()
@@ -4590,27 +4593,25 @@ class Script:
             *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
         )
     )
-    INSTALLS = re.compile(
+    INSTALLS = (
         r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|pre-commit|mise) (?:install|ci|sync|i)"
         r"|uv (?:sync|pip|venv)|go mod download|mix deps\.get)\b"
     )
-    REWRITES = re.compile(
+    REWRITES = (
         r"--(?:fix|write|apply|autocorrect|autocorrect-all|autofix|in-place|inplace)(?![\w-])"
         r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b|\brubocop [^|]{0,99}-[aA]\b"
         r"|\b(?:sed|clang-format|yapf|autopep8) [^|]{0,99}-i\b"
         r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format|terraform fmt|docformatter)\b"
         r"|\b(?:php-cs-fixer fix|phpcbf|pint|rector process|mago (?:format|fmt))\b"
     )
-    CHECKS = re.compile(
-        r"-(?:check|-diff|-test\b|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
-    )
+    CHECKS = r"-(?:check|-diff|-test\b|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
     KINDS = {  # what a script called `check` does, by the words in it
-        "test": re.compile(r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b"),
-        "type check": re.compile(
+        "test": r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b",
+        "type check": (
             r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty|type-?check|check-types|phpstan|psalm)\b"
         ),
-        "lint": re.compile(r"\b(?:eslint|biome|oxlint|ruff check|ruff|flake8|pylint|xo|standard|clippy|lint)\b"),
-        "format": re.compile(r"\b(?:prettier|black|fmt|format)\b"),
+        "lint": r"\b(?:eslint|biome|oxlint|ruff check|ruff|flake8|pylint|xo|standard|clippy|lint)\b",
+        "format": r"\b(?:prettier|black|fmt|format)\b",
     }
 
     def __init__(self, name: str, bodies: Mapping[str, str]) -> None:
@@ -4644,11 +4645,11 @@ class Script:
 
     @property
     def rewrites(self) -> bool:
-        return any(self.REWRITES.search(part) and not self.CHECKS.search(part) for part in self.commands)
+        return any(re.search(self.REWRITES, part) and not re.search(self.CHECKS, part) for part in self.commands)
 
     @property
     def only_checks(self) -> bool:
-        return not self.rewrites and bool(self.CHECKS.search(self.text) or "biome format" in self.text)
+        return not self.rewrites and bool(re.search(self.CHECKS, self.text) or "biome format" in self.text)
 
     @property
     def watches(self) -> bool:
@@ -4679,9 +4680,9 @@ class Script:
         if self.does_nothing or (self.watches and command not in ("run", "format")):
             return False
         if command == "install":
-            return bool(self.INSTALLS.search(self.text))
+            return bool(re.search(self.INSTALLS, self.text))
         if command == "type check" and self.name in ("types", "analyze"):
-            return bool(self.KINDS[command].search(self.text))
+            return bool(re.search(self.KINDS[command], self.text))
         if command == "format" and self.name in ("fix", "prettier"):
             return self.rewrites
         if command == "run":
@@ -4711,7 +4712,7 @@ class Scripts(NamedTuple):
                 taken[command] = min(scripts, key=lambda script: bool(getattr(script, is_worse)))
         if "check" in taken:
             text = taken["check"].text
-            kinds = [kind for kind, pattern in Script.KINDS.items() if pattern.search(text)]
+            kinds = [kind for kind, pattern in Script.KINDS.items() if re.search(pattern, text)]
             if len(kinds) == 1:
                 taken.setdefault(kinds[0], taken["check"])
                 del taken["check"]
@@ -6136,11 +6137,11 @@ def whole_sentences(text: str) -> str:
     return first if len(first) < 300 else f"{first.rpartition(' ')[0]} ..."
 
 
-PLACEHOLDER = re.compile(r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)")
+PLACEHOLDER = r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)"
 
 
 NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
-NO_DESCRIPTION = re.compile(  # what a first sentence begins with that says something else
+NO_DESCRIPTION = (  # what a first sentence begins with that says something else
     r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
     r"|looking|you|first|begin|install|sponsor\w*|deprecated|this repository is|an extra special)\b"
 )
@@ -6181,7 +6182,7 @@ def first_sentence(text: str, name: str) -> str:
                 subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
                 if subject and subject[1].casefold() in name.casefold():
                     return sentence
-                if is_early and not NO_DESCRIPTION.match(sentence):
+                if is_early and not re.match(NO_DESCRIPTION, sentence):
                     return sentence
                 is_early = False
     return ""
@@ -6226,9 +6227,7 @@ class Selection:
     """The commands of a folder, the first of each name, and how they are labelled."""
 
     NAMES = ("install", "build", "test", "one test", "lint", "format", "type check", "run", "check", "before a commit")
-    TESTERS = re.compile(
-        r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
-    )
+    TESTERS = r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -6246,7 +6245,7 @@ class Selection:
             scripts = read_runner(self.folder)
             for command, script in scripts.pick():
                 if command == "test" and ("", "test") not in self.found:
-                    tester = self.TESTERS.search(script.text)
+                    tester = re.search(self.TESTERS, script.text)
                     items = itertools.chain.from_iterable(found.values())
                     one = (i for i in items if i.name == "one test" and tester and tester[0] in i.text)
                     for item in itertools.islice(one, 1):
@@ -6347,7 +6346,7 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
 def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
     """Choose the first ecosystem's, the README's first sentence, or another's."""
     described = [
-        next((i for i in items if i.name == "description" and not PLACEHOLDER.search(i.text)), None)
+        next((i for i in items if i.name == "description" and not re.search(PLACEHOLDER, i.text)), None)
         for items in found.values()
     ]
     readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
@@ -6401,8 +6400,8 @@ RUNNERS = (  # a command of the user's own may begin with one of these, or as on
 )
 ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # commands in one word
 SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
-IMPORTS_AGENTS = re.compile(r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b")
-GENERATED = re.compile(r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)")
+IMPORTS_AGENTS = r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b"
+GENERATED = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
 
 
 class Draft(NamedTuple):
@@ -6487,7 +6486,7 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
         agent.target
         for agent in AGENTS.values()
         if agent.path != "AGENTS.md"
-        and any(IMPORTS_AGENTS.search(texts.get(path, "")) for path in (agent.path, *agent.traces))
+        and any(re.search(IMPORTS_AGENTS, texts.get(path, "")) for path in (agent.path, *agent.traces))
     }
     imported = {"AGENTS.md"} if importing else set()
     return tuple(
@@ -6504,7 +6503,7 @@ def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
     notes = [
         f"{path} says that another tool generates it, which would overwrite Orchestra's block"
         for path, text in texts.items()
-        if GENERATED.search(text[:1000])
+        if re.search(GENERATED, text[:1000])
     ]
     if os.path.isdir(f"{root}/.ruler"):
         notes.append(".ruler/ is there: ruler writes the same files, so let one of the two do it")
