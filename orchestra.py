@@ -12229,10 +12229,15 @@ class StatusView(NamedTuple):
         """List the codebases in a table, and the notes below it."""
         entries = [entry for entry in self.status.codebases if self.is_full or entry.needs_attention]
         entries.sort(key=lambda entry: list(State.WORDS)[::-1].index(entry.status))
-        rows = [("CODEBASE", "STATE", "SYNCED", "WHAT")]
+        alike: dict[str, list[Staleness]] = {}  # a broken layer stops all that it covers
         for entry in entries:
+            is_one = self.is_full or entry.status != State.ERROR
+            alike.setdefault(entry.label if is_one else entry.detail, []).append(entry)
+        rows = [("CODEBASE", "STATE", "SYNCED", "WHAT")]
+        for entry, *others in alike.values():
             detail = entry.detail.replace(f"~/.orchestra/projects/{entry.project}/", "")
-            rows.append((entry.label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
+            label = f"{entry.label} and {len(others)} more" if others else entry.label
+            rows.append((label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
         lines = format_table(rows, width) if entries else []
         for note in self.all_notes:
             said, _, way_out = visible(note).partition("; to get it back: ")

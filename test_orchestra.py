@@ -13290,6 +13290,17 @@ def test_status_shows_what_needs_attention_in_80_columns(home: Home) -> None:
     assert len(more.splitlines()) == 4 + 8 + 2  # in a pipe, nothing is wrapped
 
 
+def test_status_tells_the_problem_of_a_shared_layer_once(home: Home) -> None:
+    for label in ("shop/api", "shop/web", "blog/c"):
+        home.make_codebase(label)
+    home.write_registry("all.yaml", "notes: x\n")
+    problem = "~/.orchestra/projects/all.yaml:1: notes: expected a list, got 'x'"
+    ran = home.run("status")
+    assert f"blog/c and 2 more  broken  never   {problem}\n" in ran.out and ran.out.count("all.yaml:1:") == 1
+    assert ran.out.endswith("next: edit ~/.orchestra/projects/all.yaml\n")
+    assert home.run("status", "--all").out.count(problem) == 3
+
+
 STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "nothing to do": ([add_it(), sync_it], ""),
     "never synced": ([add_it()], "next: orchestra sync shop/api"),
