@@ -12715,16 +12715,18 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
 done
 systemctl --user is-system-running >/dev/null 2>&1 || exit 77
 set -eux
-"$1" daemon install --systemd
 pid() { "$1" daemon status | sed -n 's/.*"pid": //p'; }
-first=$(pid "$1"); systemctl --user is-active orchestra; systemctl --user is-enabled orchestra
+becomes() { until [ "$(systemctl --user is-active orchestra)" = "$1" ]; do sleep 0.2; done; }
+"$1" daemon install --systemd
+first=$(pid "$1"); systemctl --user is-enabled orchestra; becomes active
 "$1" daemon restart
 second=$(pid "$1"); [ "$first" != "$second" ]
-kill -KILL "${second%,}"; sleep 6.5; systemctl --user is-active orchestra
-"$1" daemon stop; sleep 0.5; [ "$(systemctl --user is-active orchestra)" = inactive ]
+kill -KILL "${second%,}"
+until third=$(pid "$1"); [ -n "$third" ] && [ "$third" != "$second" ]; do sleep 0.2; done
+"$1" daemon stop; becomes inactive
 "$1" daemon start --detach
-"$1" daemon install --systemd; systemctl --user is-active orchestra
-"$1" daemon uninstall --systemd; [ "$(systemctl --user is-active orchestra)" = inactive ]
+"$1" daemon install --systemd; becomes active
+"$1" daemon uninstall --systemd; becomes inactive
 """
 
 
