@@ -12435,10 +12435,10 @@ REPLACING = (
 class Doctor:
     """Looks at a home's installation, its daemon, registry and codebases."""
 
-    def __init__(self, home: str, environ: Mapping[str, str], run: Runner = run_program) -> None:
+    def __init__(self, home: str, environ: Mapping[str, str]) -> None:
         self.home = home
         self._environ = environ
-        self._run = run
+        self._run = functools.partial(run_program, environ=environ)
         self._daemon = ask_daemon(home)
 
     @functools.cached_property
@@ -12506,9 +12506,15 @@ class Doctor:
         service = launchd_plist_path(self.home) if is_mac else systemd_unit_path(self.home)
         if os.path.exists(service):
             yield Finding(Level.OK, f"the daemon starts at login: {shorten_home(self.home, service)}")
-        else:
-            fix = f"orchestra daemon install{'' if is_mac else ' --systemd'}"
-            yield Finding(Level.WARNING, "the daemon will not start after a reboot", fix)
+            return
+        try:
+            if not is_mac:
+                Systemd(self.home, run=self._run).check_manager()
+        except SystemdError:  # a container, or no systemd
+            yield Finding(Level.OK, "nothing here could start the daemon at login: no systemd user manager runs")
+            return
+        fix = f"orchestra daemon install{'' if is_mac else ' --systemd'}"
+        yield Finding(Level.WARNING, "the daemon will not start after a reboot", fix)
 
     def _check_registry(self) -> Iterator[Finding]:
         registry = self._registry

@@ -13474,6 +13474,16 @@ def put_in(path: str, content: str = "x\n") -> Callable[[Home], None]:
     return lambda home: put_files(home.folder, {path: content})
 
 
+def put_tool(name: str, script: str) -> Callable[[Home], None]:
+    """Put a program on the PATH that doctor is run with."""
+
+    def put(home: Home) -> None:
+        put_files(home.code, {f"bin/{name}": f"#!/bin/sh\n{script}\n"})
+        (home.code / "bin" / name).chmod(0o700)
+
+    return put
+
+
 # How a home came to be, and what doctor says of it: the finding and its fix.
 FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
     "program": ([], f"ok orchestra {orchestra.__version__}, {sys.executable} (", ""),
@@ -13494,7 +13504,12 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "run install.sh again",
     ),
     "no daemon": ([], "warn the daemon is not running", "orchestra daemon start --detach"),
-    "no login": ([], "warn the daemon will not start after a reboot", "orchestra daemon install"),
+    "no login": (
+        [put_tool("systemctl", "echo running")],
+        "warn the daemon will not start after a reboot",
+        "orchestra daemon install",
+    ),
+    **({"no systemd": ([], "ok nothing here could start the daemon at login: ", "")} if IS_LINUX else {}),
     "registry": ([add_it(), sync_it], "ok registry: 1 codebase in 1 project", ""),
     "broken": ([break_yaml], "FAIL ~/.orchestra/projects/shop/bad.yaml:2: notes: ", "orchestra edit shop/bad"),
     "half a block": ([add_it(files={"GEMINI.md": orchestra.BLOCK_BEGIN})], "FAIL shop/api: GEMINI.md: ", ""),
@@ -13552,7 +13567,7 @@ def test_doctor_finds_what_is_wrong_and_names_its_mend(home: Home, what: str) ->
     steps, text, fix = FINDINGS[what]
     for step in steps:
         step(home)
-    home.environ["PATH"] = "relative:/nowhere"
+    home.environ["PATH"] = f"relative:{home.code}/bin"
     home.run("status")  # makes the cache of parsed files
     before = contents(home.folder)
     ran = home.run("doctor", "--json")
