@@ -2013,7 +2013,8 @@ class Turn(Lock):
 # ── 8 Agents ──────────────────────────────────────────────────────────────────
 
 # One row per agent: a new agent is a new row here, and one in the README's table. The
-# facts are from the makers' documentation, as of October 2026.
+# facts are from the makers' documentation, as of November 2026. Agents that read
+# AGENTS.md, and need no file of their own, have no row.
 
 
 class Budget(NamedTuple):
@@ -2056,7 +2057,7 @@ AGENTS = {
         ),
         Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
         Agent("gemini", "GEMINI.md", folders=(".gemini",)),
-        Agent("copilot", ".github/copilot-instructions.md", (".github/instructions/",)),
+        Agent("copilot", ".github/copilot-instructions.md"),
         Agent(
             "cursor",
             ".cursor/rules/orchestra.mdc",
@@ -2069,7 +2070,7 @@ AGENTS = {
         Agent(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            (".windsurfrules", ".windsurf/rules/", ".devin/rules/"),
+            (".windsurfrules", ".windsurf/rules/"),
             (".windsurf",),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
@@ -2083,8 +2084,45 @@ AGENTS = {
             (".agents/rules/", ".agent/rules/"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            budget=Budget(24000, "bytes", "Antigravity reads at most"),
+            budget=Budget(12000, "characters", "Antigravity documents at most"),
         ),
+        # Loaded with the rank of CLAUDE.md, and hides no AGENTS.md.
+        Agent("claude-rules", ".claude/rules/orchestra.md", (".claude/rules/",), owned=True),
+        Agent(
+            "copilot-rules",
+            ".github/instructions/orchestra.instructions.md",
+            (".github/instructions/",),
+            owned=True,
+            header='---\napplyTo: "**"\n---\n\n',
+        ),
+        Agent(
+            "devin",
+            ".devin/rules/orchestra.md",
+            (".devin/rules/",),
+            owned=True,
+            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+        ),
+        Agent("kiro", ".kiro/steering/orchestra.md", (".kiro/steering/",), (".kiro",), owned=True),
+        Agent(
+            "augment",
+            ".augment/rules/orchestra.md",
+            (".augment/rules/", ".augment-guidelines"),
+            owned=True,
+            header="---\ntype: always_apply\n---\n\n",
+        ),
+        Agent(
+            "continue",
+            ".continue/rules/orchestra.md",
+            (".continue/rules/",),
+            owned=True,
+            header="---\nname: {title}\nalwaysApply: true\n---\n\n",
+        ),
+        Agent("amazonq", ".amazonq/rules/orchestra.md", (".amazonq/rules/",), (".amazonq",), owned=True),
+        Agent("aiassistant", ".aiassistant/rules/orchestra.md", (".aiassistant/rules/",), owned=True),
+        Agent("tabnine", ".tabnine/guidelines/orchestra.md", (".tabnine/guidelines/",), owned=True),
+        Agent("qwen", ".qwen/rules/orchestra.md", (".qwen/rules/",), (".qwen",), owned=True),
+        Agent("roo", ".roo/rules/orchestra.md", (".roo/rules/", ".roorules"), owned=True),
+        Agent("junie", ".junie/AGENTS.md", (".junie/guidelines.md",)),
     )
 }
 DEFAULT_TARGETS = ("claude", "codex")

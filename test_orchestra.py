@@ -132,7 +132,7 @@ SCRIPT = HERE / "orchestra.py"
 NOBODY = 65534
 IS_LINUX = sys.platform.startswith("linux")
 HAS_KQUEUE = hasattr(select, "kqueue")
-ALL_TARGETS = list(orchestra.AGENTS)
+ALL_TARGETS = ["claude", "codex", "gemini", "copilot", "cursor", "windsurf", "cline", "antigravity"]  # of all kinds
 SOAK_SECONDS = float(os.environ.get("ORCHESTRA_SOAK") or 300)
 SEED = int(os.environ.get("ORCHESTRA_SEED") or 0)  # 0: a new one for each soak
 
@@ -2044,8 +2044,13 @@ def test_each_agents_frontmatter_says_that_it_applies_always(text: str) -> None:
     title = found["cursor"].pop("description")
     assert isinstance(title, str) and title.endswith(": instructions")
     assert found["cursor"] == {"globs": None, "alwaysApply": True}
-    assert found["windsurf"] == found["antigravity"] == {"trigger": "always_on", "description": title}
-    assert found["cline"] is None and files[CLINE].startswith(b"<!-- Written")
+    always_on = {"trigger": "always_on", "description": title}
+    assert found["windsurf"] == found["antigravity"] == found["devin"] == always_on
+    assert found["continue"] == {"name": title, "alwaysApply": True}
+    assert found["copilot-rules"] == {"applyTo": "**"} and found["augment"] == {"type": "always_apply"}
+    plain = {"cline", "claude-rules", "kiro", "amazonq", "aiassistant", "tabnine", "qwen", "roo"}
+    assert {target for target, header in found.items() if header is None} == plain
+    assert all(files[orchestra.AGENTS[target].path].startswith(b"<!-- Written") for target in plain)
 
 
 # ── 9 YAML ────────────────────────────────────────────────────────────────────
@@ -4456,7 +4461,8 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         ({"AGENTS.md": "", "GEMINI.md": ""}, ("codex", "gemini")),
         ({".github/workflows/ci.yml": ""}, ()),
         ({COPILOT: ""}, ("copilot",)),
-        ({".github/instructions/a.md": ""}, ("copilot",)),
+        ({".github/instructions/a.md": ""}, ("copilot-rules",)),
+        ({".claude/rules/a.md": "", ".devin/rules/a.md": "", ".roorules": ""}, ("claude-rules", "devin", "roo")),
         ({".cursorrules": "", ".windsurfrules": ""}, ("cursor", "windsurf")),
         ({".cursor/rules": None, ".windsurf/rules": None}, ("cursor", "windsurf")),
         ({".clinerules/a.md": ""}, ("cline",)),
@@ -4749,14 +4755,14 @@ def test_rendering_twice_gives_the_same_bytes() -> None:
         ("claude", b"x\n" * 200, "201 lines; Anthropic recommends at most 200"),
         ("codex", b"x" * 32768, "32769 bytes; Codex reads at most 32768"),
         ("windsurf", "ä".encode() * 12000, "12001 characters; Windsurf reads at most 12000"),
-        ("antigravity", b"x" * 24000, "24001 bytes; Antigravity reads at most 24000"),
+        ("antigravity", "ä".encode() * 12000, "12001 characters; Antigravity documents at most 12000"),
         ("gemini", b"x\n" * 100_000, ""),
     ],
 )
 def test_only_an_excess_is_reported(target: str, fits: bytes, told: str) -> None:
     agent = orchestra.AGENTS[target]
-    assert orchestra.describe_excess(agent, fits) == ""
-    assert orchestra.describe_excess(agent, fits + (b"x\n" if target == "claude" else b"x")) == told
+    assert orchestra.describe_size(agent, fits, only_excess=True) == ""
+    assert orchestra.describe_size(agent, fits + (b"x\n" if target == "claude" else b"x"), only_excess=True) == told
 
 
 def test_a_text_over_its_budget_is_written_with_a_note(home: Home) -> None:
@@ -14803,7 +14809,7 @@ BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
 ONE_OR_TWO = (*NEWLINES, *(newline * 2 for newline in NEWLINES))
 IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
-MANAGED = list(IS_SHARED)
+MANAGED = [orchestra.AGENTS[target].path for target in ALL_TARGETS]
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
 Spot = tuple[str, str]  # a codebase's label, and a path in its folder
 
