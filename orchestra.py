@@ -3452,7 +3452,7 @@ def find_way_out(home: str, file: str) -> str:
 class RegistryFile(Document):
     """One file of the registry, on its way to a record or to prose."""
 
-    MARK = re.compile(r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())")
+    MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
     def __init__(self, home: str, file: str, hint: str = "", disk: Optional[Disk] = None) -> None:
         place = shorten_home(home, file)
@@ -3528,10 +3528,10 @@ class RegistryFile(Document):
         if conflict:
             self.complain(f"file: {UNFINISHED_MERGE}", line=conflict)
         text = blank_controls(text)
-        mark = self.MARK.search(text)
+        mark = re.search(self.MARK, text)
         if mark:
             self.note("a marker of Orchestra's own: agents see it as text", text.count("\n", 0, mark.start()) + 1)
-            text = self.MARK.sub("&lt;!--", text)
+            text = re.sub(self.MARK, "&lt;!--", text)
         # Part of an unfinished merge, which no sync would write over. Markdown does not
         # mind the space.
         text = re.sub(r"(?m)^(?=(?:<{7}|>{7}|\|{7})(?: |$))", " ", text)

@@ -14390,6 +14390,19 @@ def crowd_backups(home: Home) -> None:
         put_files(backups_folder(home) / minute, {"CLAUDE.md": minute + word, orchestra.Backups.NOTES: "{}"})
 
 
+def write_layers(home: Home) -> None:
+    """Register a codebase with all the files of the registry that can be its own."""
+    home.make_codebase("shop/api", targets=["claude"])
+    more = {
+        "project.yaml": "name: shop\n",
+        "api.md": "dunlin\n",
+        "api.local.yaml": "notes: [plover]\n",
+        "api.local.md": "redshank\n",
+    }
+    put_files(home.projects / "shop", more)
+    home.sync()
+
+
 def make_new_folder(home: Home) -> None:
     put_files(home.code / "shop/api", {"CLAUDE.md": "kestrel\n", ".cursor/rules/mine.mdc": "osprey\n"})
 
@@ -14434,6 +14447,7 @@ SCENARIOS = {
     "purge": Scenario(
         edit_everything, "project remove shop/api --purge", EDITED_WORDS, EDITED_FILES, register_again, False
     ),
+    "remove": Scenario(write_layers, "project remove shop/api", REGISTRY_WORDS, (), register_again, False),
     "crowded backups": Scenario(crowd_backups, "sync --all", {"merlin": "", "harrier": ""}, ("CLAUDE.md",)),
     # By its time: what the interrupted restore put away may be the newest by now.
     "restore": Scenario(
