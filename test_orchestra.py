@@ -9619,8 +9619,14 @@ def test_a_codebase_whose_path_is_cut_short_is_passed_over(live: Home) -> None:
         assert (cache.problems, outcome.summary.errors, outcome.summary.codebases) == ([], [], [])
         assert cache.absent == {API}
     assert outcome.suspects == {API}
+    for text in ("name: {}\n", "name: {}\npath: ["):  # two without a path
+        for name in ("api", "web"):
+            live.file(f"shop/{name}").write_text(text.format(name))
+        cache, outcome = run_watcher_job(live, cache, "api", "web")
+        assert cache.problems == [] and cache.absent == {API, ("shop", "web")}
+    live.file("shop/web").unlink()
     live.save(note="whole")
-    cache, outcome = run_watcher_job(live, cache, "api")
+    cache, outcome = run_watcher_job(live, cache, "api", "web", overdue=["web"])
     assert live.has("whole") and cache.absent == set()
 
 
