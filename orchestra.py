@@ -2039,8 +2039,8 @@ class Agent(NamedTuple):
     owned: bool = False
     header: str = ""  # frontmatter of an owned file
     budget: Optional[Budget] = None
-    twin: str = ""  # a file of the user's that the agent reads as well as this one
-    hides: str = ""  # a file that the agent reads only where both of these are missing
+    twins: tuple[str, ...] = ()  # files of the user's that the agent reads as well as this one
+    hides: str = ""  # a file that the agent reads only where this and its twins are missing
 
 
 AGENTS = {
@@ -2052,7 +2052,7 @@ AGENTS = {
             (".claude/CLAUDE.md",),
             (".claude",),
             budget=Budget(200, "lines", "Anthropic recommends at most"),
-            twin=".claude/CLAUDE.md",
+            twins=(".claude/CLAUDE.md",),
             hides="AGENTS.md",
         ),
         Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
@@ -2087,13 +2087,20 @@ AGENTS = {
             budget=Budget(12000, "characters", "Antigravity documents at most"),
         ),
         # Loaded with the rank of CLAUDE.md, and hides no AGENTS.md.
-        Agent("claude-rules", ".claude/rules/orchestra.md", (".claude/rules/",), owned=True),
+        Agent(
+            "claude-rules",
+            ".claude/rules/orchestra.md",
+            (".claude/rules/",),
+            owned=True,
+            twins=("CLAUDE.md", ".claude/CLAUDE.md"),
+        ),
         Agent(
             "copilot-rules",
             ".github/instructions/orchestra.instructions.md",
             (".github/instructions/",),
             owned=True,
             header='---\napplyTo: "**"\n---\n\n',
+            twins=(".github/copilot-instructions.md",),
         ),
         Agent(
             "devin",
@@ -6509,7 +6516,8 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
     """Find the agents whose instruction files are there.
 
     One is left out if its file imports AGENTS.md, or is a link to another's file: it
-    reads the text there, and would read it twice.
+    reads the text there, and would read it twice. A file of the user's is left alone
+    where the agent reads another one as well.
     """
 
     def has(path: str) -> bool:
@@ -6527,12 +6535,21 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
         and any(re.search(IMPORTS_AGENTS, texts.get(path, "")) for path in (agent.path, *agent.traces))
     }
     imported = {"AGENTS.md"} if importing else set()
-    return tuple(
-        agent.target
+    found = [
+        agent
         for agent in AGENTS.values()
         if agent.target not in importing
         and not is_link(agent.path)
         and (agent.path in imported or any(map(has, (agent.path, *agent.traces))))
+    ]
+    beside = {path: agent.target for agent in AGENTS.values() for path in agent.twins if agent.owned}
+    return tuple(
+        dict.fromkeys(
+            beside.get(agent.path, agent.target)
+            if any(path in texts for path in (agent.path, *agent.twins))
+            else agent.target
+            for agent in found
+        )
     )
 
 
@@ -6558,7 +6575,8 @@ def make_draft(root: str, found: Detected) -> Draft:
     if most and counts[most] >= SPOKEN:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         told = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
-        targets = tuple(target for target in targets if not AGENTS[target].owned) or targets
+        silent = (t for t in targets if not AGENTS[t].owned or any(twin in texts for twin in AGENTS[t].twins))
+        targets = tuple(silent) or targets
     paragraphs = [found.description and found.description.text]
     paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
     paragraphs += [found.packages and f"Packages: {found.packages.text}."]
@@ -7595,7 +7613,7 @@ class Planner:
         former = self._plan_former()
         wanted = [] if is_purge else self._targets
         looks = self._look_at_files(wanted)
-        self._beside = [path for path in wanted if looks[path].has_own_text or self._has_twin(path)]
+        self._beside = [path for path in wanted if looks[path].has_own_text or self._has_twin(path, looks)]
         self._importing = self._find_importing(wanted, looks)
         surroundings = ",".join([*self._beside, "", *self._importing])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
@@ -7667,9 +7685,15 @@ class Planner:
                     f" --name {codebase.name} --sync",
                 )
 
-    def _has_twin(self, path: str) -> bool:
-        twin = AGENTS_BY_PATH[path].twin
-        return bool(twin) and os.path.isfile(f"{self._root}/{twin}")
+    def _has_twin(self, path: str, looks: Mapping[str, Look]) -> bool:
+        """Return whether text of the user's is in another file that the agent reads."""
+        for twin in AGENTS_BY_PATH[path].twins:
+            if twin not in AGENTS_BY_PATH:
+                if os.path.isfile(f"{self._root}/{twin}"):
+                    return True
+            elif (looks.get(twin) or look_at(self._root, twin)).has_own_text:
+                return True
+        return False
 
     def _find_importing(self, wanted: Sequence[str], looks: Mapping[str, Look]) -> list[str]:
         """Find the files that would hide a hand-written one from their agent.
@@ -7707,7 +7731,8 @@ class Planner:
             note = f"{FOREIGN}; to replace it: orchestra sync {label_for(self._codebase.key)}"
             return FilePlan(path, Action.SKIP, before, note=note, is_foreign=True)
         if not digest:
-            return _plan_unwanted(path, look, self._record, evict=True)._replace(digest="")
+            plan = _plan_unwanted(path, look, self._record, evict=True)._replace(digest="")
+            return plan._replace(action=Action.KEEP) if plan.action == Action.RELEASE else plan
         if action == Action.KEEP:
             after, join = before.data, None
         else:

@@ -4477,11 +4477,18 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         ({"CLAUDE.md": "# Claude\n\nSee @./AGENTS.md.\n"}, ("codex",)),
         ({".claude/CLAUDE.md": "@../AGENTS.md", "GEMINI.md": "x"}, ("codex", "gemini")),
         ({"GEMINI.md": "@./AGENTS.md", "AGENTS.md": "x"}, ("codex",)),
-        ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude",)),
-        ({"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"}, ("claude", "codex")),
+        ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude-rules",)),
+        (
+            {"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"},
+            ("claude-rules", "codex"),
+        ),
         ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
-        ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude",)),
-        ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude",)),
+        ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude-rules",)),
+        ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude-rules",)),
+        # A file of the user's is not touched where the agent reads another.
+        ({"CLAUDE.md": "x", "AGENTS.md": "x", "GEMINI.md": "x"}, ("claude-rules", "codex", "gemini")),
+        ({".claude/CLAUDE.md": "x", ".claude/rules/a.md": "x", COPILOT: "x"}, ("claude-rules", "copilot-rules")),
+        ({"CLAUDE.md": block().decode(), COPILOT: block().decode()}, ("claude", "copilot")),
     ],
 )
 def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any, targets: tuple[str, ...]) -> None:
@@ -4492,7 +4499,7 @@ def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any
 def test_a_file_of_orchestras_own_is_not_made_only_to_say_nothing(home: Home) -> None:
     for files, targets in (
         ({"AGENTS.md": SPEAKING, ".cursorrules": "x", "GEMINI.md": ""}, ("codex", "gemini")),
-        ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude",)),
+        ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude-rules",)),
         ({"AGENTS.md": "x", ".cursorrules": "x"}, ("codex", "cursor")),
     ):
         root = Path(tempfile.mkdtemp(dir=home.code))
@@ -6196,6 +6203,31 @@ def test_claude_md_says_nothing_twice_beside_the_users_other_one(home: Home) -> 
     put_files(root, files)
     home.make_synced("shop/api", targets=["claude"], notes=[])
     assert contents(root) == {".claude/CLAUDE.md": b"mine\n"} and home.backups() == {}
+
+
+@pytest.mark.parametrize(("target", "other"), [("claude-rules", "claude"), ("copilot-rules", "copilot")])
+def test_a_file_beside_the_users_own_is_made_only_to_say_something(home: Home, target: str, other: str) -> None:
+    path, mine = (orchestra.AGENTS[name].path for name in (target, other))
+    root = home.make_synced("shop/api", {mine: "mine\n", "x": ""}, targets=[target], notes=[])
+    assert not (root / path).exists() and home.status_of() == "current"
+    (root / path).parent.mkdir(parents=True)
+    (root / path).write_text("mine too\n")
+    assert (home.sync().lines, home.status_of()) == ([], "current")
+    (root / path).unlink()
+    home.register("shop/api", targets=[target], notes=["n"])
+    assert home.sync().lines == [f"create   shop/api {path}"]
+    assert b"## Notes" in (root / path).read_bytes() and b"# api\n" not in (root / path).read_bytes()
+    home.register("shop/api", targets=[other], notes=["n"])
+    assert sorted(line.split()[0] for line in home.sync().lines) == ["append", "remove"]
+    home.register("shop/api", targets=[target], notes=["n"])
+    assert sorted(line.split()[0] for line in home.sync().lines) == ["create", "remove"]
+    assert (root / mine).read_bytes() == b"mine\n" and home.sync().lines == []
+    home.register("shop/api", targets=[target], notes=[])
+    assert home.sync().lines == [f"remove   shop/api {path}"] and home.sync().lines == []
+    (root / mine).write_text("")
+    assert home.sync().lines == [f"create   shop/api {path}"] and home.sync().lines == []
+    home.register("shop/api", targets=[other, target], notes=[])
+    assert len(home.sync().lines) == 1 and home.sync().lines == [] and home.backups() == {}
 
 
 # Other registries
