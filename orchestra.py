@@ -5203,7 +5203,7 @@ class Python:
             prefix = f"hatch run {place}:" if kind == "env" else self.prefix
             command = f"{program} {rest or self._find_sources()}" if program == "mypy" else command
             return (prefix + command).replace("hatch run default:", "hatch run ").strip()
-        is_elsewhere = self.folder.holds(f".pre-commit-config.yaml ~ {program}")
+        is_elsewhere = self.folder.holds(rf".pre-commit-config.yaml ~ \b{program}\b")
         if is_elsewhere or program not in ("ruff", "black", "ty"):
             return ""
         return f"uvx {command}" if self.manager == "uv" else "" if self.manager else command
@@ -5235,23 +5235,20 @@ class Python:
                         yield item
 
     def _read_noxfile(self) -> Scripts:
-        bodies: dict[str, str] = {}
-        is_session, name, function = False, "", ""
+        lines: dict[str, list[str]] = {}
+        current: list[str] = []
+        decorators = ""
         for line in self.folder.text("noxfile.py").split("\n"):
-            if line.startswith(("@nox.session", "@session", "@nox_uv", "@nox.")):
-                is_session = True
-                named = re.search(r"\bname=[\"']([\w.-]+)[\"']", line)
-                name = named[1] if named else ""
-            elif line.startswith("def "):
-                function = line[4:].partition("(")[0].strip()
-                function = (name or function) if is_session else ""
-                is_session, name = False, ""
-            elif is_session and not name:
-                named = re.search(r"\bname=[\"']([\w.-]+)[\"']", line)
-                name = named[1] if named else ""
-            if function:
-                bodies[function] = bodies.get(function, "") + line + "\n"
-        return Scripts("noxfile.py", "nox -s {}", bodies)
+            if line.startswith("def "):
+                named = re.search(r"\bname=[\"']([\w.-]+)", decorators)
+                name = named[1] if named else line[4:].partition("(")[0].strip()
+                current = lines.setdefault(name, []) if re.search(r"@(?:\w+\.)?session\b", decorators) else []
+                decorators = ""
+            elif decorators or line.startswith("@"):
+                decorators += line
+                current = []
+            current.append(line)
+        return Scripts("noxfile.py", "nox -s {}", {name: "\n".join(body) for name, body in lines.items()})
 
     def _find_sessions(self, sessions: Scripts) -> Iterator[Found]:
         yield from sessions.find()
@@ -5270,17 +5267,14 @@ class Python:
         if place == "group dev" or defaults == "all" or (isinstance(defaults, list) and name in defaults):
             kind = "" if self.manager else kind
         sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
-        is_package = (
-            folder.holds("pyproject.toml project") or folder.find("setup.py") or folder.holds("setup.cfg metadata")
-        )
-        if not self.manager and kind not in installs:
+        is_package = any(map(folder.holds, ("pyproject.toml project", "setup.py", "setup.cfg metadata")))
+        if self.manager or kind in installs:
+            text = installs.get(kind, installs.get("", "")).replace("{}", name)
+            text = text.replace("install", "install -e .") if kind == "file" and is_package else text
+        else:
             text = (
                 "pip install -e ." if is_package else "pip install -r requirements.txt" * bool(folder.find(sources[3]))
             )
-        else:
-            text = installs.get(kind, installs.get("", "")).replace("{}", name)
-            if kind == "file" and not self.manager and is_package:
-                text = text.replace("install", "install -e .")
         if text == "uv sync" and folder.holds("pyproject.toml tool uv workspace + not pyproject.toml project"):
             text = "uv sync --all-packages"
         if text:
