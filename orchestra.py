@@ -5420,10 +5420,9 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
     kinds = [[name for name in places if name.endswith(end)] for end in (".slnx", ".sln", "proj")]
     names = next(filter(None, kinds), [])
     own = [name for name in names if os.path.splitext(name)[0] == os.path.basename(folder.path)]
-    chosen = names if len(names) == 1 else own
-    if len(chosen) != 1:
+    name = (names if len(names) == 1 else [*own, ""])[0]
+    if not name:
         return
-    name = chosen[0]
     argument = "" if here == [name] else f" {shlex.quote(name)}"
     yield Found("install", f"dotnet restore{argument}", name)
     yield Found("build", f"dotnet build{argument}", name)

@@ -3854,6 +3854,10 @@ PRESETS = {
     "buildPresets": [{"name": "default", "configurePreset": "default"}],
     "testPresets": [{"name": "quick", "configurePreset": "default"}],
 }
+ONE_PRESET = {
+    "configurePresets": [{"name": "base", "hidden": True}, {"name": "dev"}],
+    "buildPresets": [{"name": "dev", "configurePreset": "dev"}],
+}
 
 
 def composer(**keys: Any) -> dict[str, str]:
@@ -3967,6 +3971,7 @@ def composer(**keys: Any) -> dict[str, str]:
             {"go.work": "go 1.23\n\nuse (\n\t./api\n\t./lib/x/\n)\n"},
             "test: go test ./api/... ./lib/x/... | built with: Go 1.23 | format: -",
         ),
+        ({"go.work": "use (\n\t.\n\t./api\n)\n", "go.mod": ""}, "test: go test ./..."),
         ({"go.work": "use ./api\n"}, "build: go build ./api/..."),
         (
             {"pom.xml": "<java.version>17</java.version>\n<description>\n Sells\n</description>", "mvnw": ""},
@@ -4022,6 +4027,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         ({"My Shop.slnx": SOLUTION, "Shop.sln": SLN}, "test: dotnet test 'My Shop.slnx'"),
         ({"A.slnx": SOLUTION, "B.slnx": SOLUTION}, "build: - | test: -"),  # which one?
+        ({"code.slnx": SOLUTION, "B.slnx": SOLUTION}, "test: dotnet test code.slnx"),  # called as its folder
         ({"A.sln": SLN.replace(".csproj", ".vcxproj")}, "build: -"),
         ({"A.sln": SLN.replace("Tests", "Web")}, "build: dotnet build | test: -"),
         ({"src/A.sln": SLN}, "test: dotnet test src/A.sln"),
@@ -4055,6 +4061,7 @@ def composer(**keys: Any) -> dict[str, str]:
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("macosx"), "App.xcworkspace": None},
             "type: backend | test: xcodebuild test -workspace App.xcworkspace -scheme App",
         ),
+        ({SCHEME: "", "App.xcodeproj/project.pbxproj": "SDKROOT = iphoneos;\nSDKROOT = macosx;\n"}, "build: -"),
         ({"App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos")}, "type: mobile | build: - | test: -"),
         (
             {"pubspec.yaml": "description: Sells\nenvironment: {sdk: ^3.5.0}\ndependencies: {flutter: {}}\n"},
@@ -4149,6 +4156,10 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"CMakeLists.txt": CMAKE, "setup.py": "", "x/__init__.py": ""}, "test: - | build: -"),
         ({"CMakeLists.txt": "", "pyproject.toml": "[tool.ruff]"}, "build: cmake -B build && cmake --build build"),
         ({"meson.build": "", "pyproject.toml": "[build-system]\n[project]\n"}, "build: -"),
+        (
+            {"CMakeLists.txt": "", "CMakePresets.json": json.dumps(ONE_PRESET)},
+            "build: cmake --preset dev && cmake --build --preset dev | test: -",
+        ),
         ({"CMakeLists.txt": "", "CMakePresets.json": "[1]"}, "build: cmake -B build && cmake --build build"),
         ({"CMakeLists.txt": "enable_testing()", "Cargo.toml": ""}, "build: cargo build | build (cmake): -"),
         (
