@@ -2132,6 +2132,23 @@ AGENTS = {
         Agent("junie", ".junie/AGENTS.md", (".junie/guidelines.md",)),
     )
 }
+
+
+class Hiding(NamedTuple):
+    """A file that, once it is there, is read by some agents in place of another."""
+
+    path: str
+    hidden: str
+    readers: str
+    mend: str
+
+
+HIDING = (  # as of November 2026
+    Hiding("AGENTS.md", "CLAUDE.md", "OpenCode, Kilo, Pi, Zed and Codebuff", "move that text into {prose}"),
+    Hiding(".github/copilot-instructions.md", "AGENTS.md", "Zed", "use the target copilot-rules"),
+    Hiding(".github/copilot-instructions.md", "CLAUDE.md", "Zed", "use the target copilot-rules"),
+    Hiding(".junie/AGENTS.md", "AGENTS.md", "Junie", "drop the target junie"),
+)
 DEFAULT_TARGETS = ("claude", "codex")
 AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
 MANAGED_FOLDERS = {  # and the managed files in each
@@ -7730,7 +7747,18 @@ class Planner:
             after, join = before.data, None
         else:
             after, join = insert_managed_text(agent, before, self._texts[path])
-        return FilePlan(path, action, before, after, digest, join, "; ".join(describe_text(agent, before, after, join)))
+        notes = [*describe_text(agent, before, after, join)]
+        if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
+            notes += self._describe_hiding(path)
+        return FilePlan(path, action, before, after, digest, join, "; ".join(notes))
+
+    def _describe_hiding(self, path: str) -> Iterator[str]:
+        """Tell which agents will read a new file in place of one of the user's."""
+        file = codebase_path(self._home, self._codebase.key)
+        prose = shorten_home(self._home, f"{os.path.splitext(file)[0]}.md")
+        for row in HIDING:
+            if row.path == path and look_at(self._root, row.hidden).has_own_text:
+                yield f"{row.readers} will read it instead of your {row.hidden}: {row.mend.format(prose=prose)}"
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
         """Make the record (step 8)."""

@@ -6106,6 +6106,28 @@ def test_claude_md_imports_an_agents_md_that_it_would_hide(home: Home, files: An
     assert home.sync().lines == []
 
 
+@pytest.mark.parametrize(
+    ("mine", "target", "told"),
+    [
+        (["CLAUDE.md"], "codex", ["OpenCode, Kilo, Pi, Zed and Codebuff will read it instead of your CLAUDE.md"]),
+        (["AGENTS.md", "CLAUDE.md"], "copilot", ["Zed will read it instead of your AGENTS.md", "Zed will read it"]),
+        (["AGENTS.md"], "junie", ["Junie will read it instead of your AGENTS.md: drop the target junie"]),
+        (["AGENTS.md"], "copilot-rules", []),
+        (["CLAUDE.md", "AGENTS.md"], "codex", []),  # it is there already
+        ([], "codex", []),
+    ],
+)
+def test_a_new_file_that_hides_the_users_own_from_an_agent_is_told_once(
+    home: Home, mine: list[str], target: str, told: list[str]
+) -> None:
+    home.make_codebase("shop/api", dict.fromkeys(mine, "mine\n"), targets=[target])
+    notes = home.sync().err.split("; ")
+    assert len(notes) == max(1, len(told)) and all(text in note for text, note in zip(told, notes))
+    assert ("~/.orchestra/projects/shop/api.md" in notes[0]) == (target == "codex" and bool(told))
+    home.register("shop/api", targets=[target], notes=["changed"])
+    assert home.sync().err == "" and home.status_of() == "current"
+
+
 def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
     root = home.make_synced()
     agents = root / "AGENTS.md"
@@ -7214,7 +7236,9 @@ def test_status_has_one_word_for_a_codebases_state(home: Home, status: str) -> N
     assert list(entry) == ["project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks"]
     assert entry["status"] == status
     assert bool(entry["detail"]) == (
-        status not in ("current", "never_synced") or (home.code / "shop/api/CLAUDE.md").is_symlink()
+        status not in ("current", "never_synced")
+        or (home.code / "shop/api/CLAUDE.md").is_symlink()
+        or "will read it instead" in entry["detail"]
     )
     assert ran.status == (2 if status == "error" else 0)
     assert home.run("status", "--check").status == {"current": 0, "absent": 0, "error": 2}.get(status, 1)
