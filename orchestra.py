@@ -7889,17 +7889,20 @@ class CodebaseTurn(Turn):
         self.clean_up(self._list_folders(root), functools.partial(self._find_name, root), leftover)
         sweep_folder(os.path.dirname(record_path(self.home, self.key)), leftover.token)
 
-    def _remove_temporaries(self, root: str) -> bool:
-        """Remove temporary files; return whether all are gone; raises IoError."""
-        return self.remove_temporaries(self._list_folders(root), functools.partial(self._find_name, root))
+    def _remove_temporaries(self, root: str, paths: Iterable[str] = AGENTS_BY_PATH) -> bool:
+        """Remove temporary files beside managed ones; return whether all are gone.
+
+        Raises IoError.
+        """
+        return self.remove_temporaries(self._list_folders(root, paths), functools.partial(self._find_name, root))
 
     @staticmethod
-    def _list_folders(root: str) -> list[str]:
+    def _list_folders(root: str, paths: Iterable[str] = AGENTS_BY_PATH) -> list[str]:
         """List the folders of managed files that can be reached inside the codebase."""
         folders = []
-        for paths in MANAGED_FOLDERS.values():
+        for path in {os.path.dirname(path): path for path in paths}.values():
             with suppress(SyncError, OSError):  # whoever writes there is told
-                folders.append(os.path.dirname(check_parents(root, paths[0])))
+                folders.append(os.path.dirname(check_parents(root, path)))
         return folders
 
     @staticmethod
@@ -8034,7 +8037,7 @@ class CodebaseTurn(Turn):
                 continue
             if tries == 0 or not plan.is_done:
                 try:
-                    self._remove_temporaries(plan.root)
+                    self._remove_temporaries(plan.root, [file.path for file in plan.files])
                 except IoError:
                     self.has_files_aside = True  # the next turn tries again
             if not plan.is_done:
