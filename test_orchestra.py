@@ -9965,7 +9965,7 @@ def test_what_stays_broken_is_reported_once_when_its_window_closes(
     live: Home, turned: orchestra.Daemon, label: str
 ) -> None:
     live.save()
-    turn_until(turned, lambda: live.has("first"))
+    turn_until(turned, lambda: live.has("first") and live.synced("watcher"))
     live.file(label).write_text("notes: [")
     started = time.monotonic()
     turn_until(turned, lambda: turned.status()["problems"])
