@@ -3445,7 +3445,8 @@ def test_a_version_is_told_as_short_as_it_can_be(text: str, version: str) -> Non
 )
 def test_the_members_of_a_workspace_have_a_manifest(home: Home, globs: list[str], members: list[str]) -> None:
     put_files(
-        home.code, {"packages/a/m": "", "packages/b/m": "", "packages/c/x": "", "packages/.d/m": "", "packages/e": ""}
+        home.code,
+        {"packages/a/m": "", "packages/b/m": "", "packages/c/x": "", "packages/.d/m": "", "node_modules/m": ""},
     )
     assert [os.path.basename(member.path) for member in orchestra.Folder(str(home.code)).members(globs, "m")] == members
 
@@ -3574,6 +3575,9 @@ tasks:
         ({"justfile": JUSTFILE}, {"test": "just test", "build": "just build"}),
         ({".justfile": "test:\n  x\n", "Makefile": "test: x\nlint: x\n"}, {"test": "just test", "lint": "make lint"}),
         ({"Taskfile.yml": TASKFILE}, {"test": "task test", "build": "task build", "run": "task run"}),
+        ({"Taskfile.yml": TASKFILE + "# long\n" * 30_000}, {}),
+        ({"justfile": "run *ARGS:\n  uv run -- {{ARGS}}\n"}, {}),
+        ({"mise.toml": "[task_config]\nincludes = ['x/../t.toml']\n", "x/y": "", "t.toml": "[lint]\nrun = 'x'\n"}, {}),
         ({"Taskfile.yml": "tasks: [x]\n"}, {}),
         (
             {"mise.toml": '[tasks]\ntest = "x"\n[tasks.lint]\nrun = ["y"]\n'},
@@ -3778,6 +3782,11 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
             {"noxfile.py": NOXFILE, "setup.py": ""},
             "test: nox -s tests | one test: nox -s tests -- path/to/test_file.py::test_name | lint: nox -s lint | "
             "build: - | check: nox",
+        ),
+        ({"noxfile.py": NOXFILE.replace(", *session.posargs", ""), "setup.py": ""}, "test: nox -s tests | one test: -"),
+        (
+            {"pyproject.toml": "[project]\n[dependency-groups]\n'x; y' = ['pytest']\n"},
+            "install: pip install -e . | test: -",
         ),
         ({"noxfile.py": NOXFILE, **pyproject("", "pytest", uv_lock="")}, "test: uv run pytest | lint: nox -s lint"),
         (
@@ -4325,6 +4334,7 @@ def test_description_and_versions_come_from_the_manifests(
             "# Web shop\n\n## News\n\nWe have news today.\n\n## About\n\nWeb shop is a shop. It is.\n",
             "Web shop is a shop.",
         ),
+        ("# shop\n\n## HTTP\n\nHTTP is a protocol of the web.\n", ""),
         ("# shop\n\nFeatures of this shop:\n\n- x\n", ""),
         ("[ci badge]: http://x/y of the z\n", ""),
         (
@@ -4392,6 +4402,15 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
         (
             {"pyproject.toml": "[tool.uv.workspace]\nmembers = ['a']\n", "a/pyproject.toml": "[project]\nname = 'x'\n"},
             "packages: x (one of them: `uv run --package NAME pytest`) | install: uv sync --all-packages",
+        ),
+        (
+            {
+                **package(workspaces=["p"]),
+                "p/package.json": "",
+                "Cargo.toml": "[workspace]\nmembers = ['c']\n",
+                "c/Cargo.toml": "",
+            },
+            "packages: c (one of them: `cargo test -p NAME`)",
         ),
         (package(workspaces=["nowhere/*"]), "packages: -"),
     ],
