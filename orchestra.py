@@ -7757,7 +7757,10 @@ class Planner:
         file = codebase_path(self._home, self._codebase.key)
         prose = shorten_home(self._home, f"{os.path.splitext(file)[0]}.md")
         for row in HIDING:
-            if row.path == path and look_at(self._root, row.hidden).has_own_text:
+            if row.path != path:
+                continue
+            is_target = row.hidden in self._targets
+            if row.hidden in self._beside if is_target else look_at(self._root, row.hidden).has_own_text:
                 yield f"{row.readers} will read it instead of your {row.hidden}: {row.mend.format(prose=prose)}"
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
