@@ -2150,11 +2150,14 @@ HIDING = (  # as of November 2026
     Hiding(".junie/AGENTS.md", "AGENTS.md", "Junie", "drop the target junie"),
 )
 DEFAULT_TARGETS = ("claude", "codex")
-AGENTS_BY_PATH = {agent.path: agent for agent in AGENTS.values()}
-MANAGED_FOLDERS = {  # and the managed files in each
-    folder: [path for path in AGENTS_BY_PATH if os.path.dirname(path) == folder]
-    for folder in dict.fromkeys(map(os.path.dirname, AGENTS_BY_PATH))
-}
+MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def is_managed_path(path: str) -> bool:
+    """Return whether Orchestra may write a file, by its path in a codebase's folder."""
+    names = path.casefold().split("/")
+    return not {"", ".", "..", ".git"} & {*names} and "\0" not in path and names[-1].endswith(MANAGED_SUFFIXES)
 
 
 # ── 9 YAML ────────────────────────────────────────────────────────────────────
@@ -6535,7 +6538,7 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
 
     def is_link(path: str) -> bool:
         return os.path.islink(f"{root}/{path}") and any(
-            is_same_file(f"{root}/{path}", f"{root}/{other}") for other in AGENTS_BY_PATH if other != path
+            is_same_file(f"{root}/{path}", f"{root}/{agent.path}") for agent in AGENTS.values() if agent.path != path
         )
 
     importing = {
@@ -6831,6 +6834,16 @@ def targets_of(codebase: Codebase) -> tuple[str, ...]:
     return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
 
 
+def managed_files(codebase: Codebase) -> dict[str, Agent]:
+    """Return the files that a codebase wants, by their paths in its folder."""
+    return {agent.path: agent for agent in (AGENTS[target] for target in targets_of(codebase))}
+
+
+def possible_files(codebase: Codebase) -> dict[str, Agent]:
+    """Return the files that a codebase would have with every target there is."""
+    return managed_files(codebase._replace(targets=tuple(AGENTS)))
+
+
 # What a user should know of a text
 
 
@@ -6993,7 +7006,7 @@ def render_files(codebase: Codebase, beside: Container[str] = (), importing: Con
     whole = seal(render_text(codebase))
     title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
     files = {}
-    for agent in (AGENTS[target] for target in targets_of(codebase)):
+    for agent in managed_files(codebase).values():
         text = whole
         if agent.path in importing:
             text = seal(f"{body}\n@{agent.hides}\n".lstrip("\n"))
@@ -7125,9 +7138,14 @@ class Record(NamedTuple):
     inputs: str = ""  # stands for all that `files` were rendered from; "source" on disk
     root: str = ""  # the folder's real path; "" in records of older versions
     seals: Sequence[str] = ()  # of all texts written
+    owned: Sequence[str] = ()  # those of the paths where the whole file is Orchestra's
 
     def known(self, path: str) -> tuple[str, ...]:
         return (*filter(None, [self.files.get(path)]), *self.earlier.get(path, ()))
+
+    def agent_at(self, path: str) -> Agent:
+        """Return what is known of a file, whose agent may be unknown by now."""
+        return Agent("", path, owned=path in self.owned)
 
 
 def load_record(home: str, key: Key) -> Optional[Record]:
@@ -7139,15 +7157,24 @@ def load_record(home: str, key: Key) -> Optional[Record]:
 
     try:
         values = json.loads(data)
+        files = {str(path): str(digest) for path, digest in values["files"].items() if is_managed_path(path)}
+        earlier = {
+            str(path): [str(digest) for digest in digests]
+            for path, digests in values["earlier"].items()
+            if is_managed_path(path)
+        }
+        # Records of older versions know only the files of this version's agents.
+        owned = values.get("owned", [agent.path for agent in AGENTS.values() if agent.owned])
         record = Record(
             str(values["synced_at"]),
-            {str(path): str(digest) for path, digest in values["files"].items()},
-            {str(path): [str(digest) for digest in digests] for path, digests in values["earlier"].items()},
+            files,
+            earlier,
             {str(path): str(join) for path, join in values["joins"].items()},
             [str(folder) for folder in values["folders"] if is_inside(folder)],
             str(values["source"]),
             str(values.get("root", "")),
             [str(seal) for seal in values.get("seals", ())],
+            [path for path in owned if path in files or path in earlier],
         )
         # Half a character was not written by Orchestra.
         os.fsencode("".join([record.root, *record.files, *record.earlier, *record.folders, *record.joins.values()]))
@@ -7208,6 +7235,12 @@ def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> No
             move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
     finally:
         os.close(turn)
+
+
+def known_files(codebase: Codebase, record: Record) -> dict[str, Agent]:
+    """Return all files that may be Orchestra's in a codebase's folder, by path."""
+    written = {path: record.agent_at(path) for path in {**record.files, **record.earlier}}
+    return {**written, **possible_files(codebase)}
 
 
 def accept_empty_folder(home: str, codebase: Codebase) -> None:
@@ -7298,6 +7331,7 @@ class FilePlan(NamedTuple):
 
     path: str
     action: str
+    agent: Agent
     before: Disk = ABSENT
     after: Optional[bytes] = None
     digest: Optional[str] = None  # of the text wanted there; "" if the user's says it all
@@ -7372,6 +7406,7 @@ def decide(disk: Optional[str], known: Sequence[str], wanted: Optional[str], evi
 class Look(NamedTuple):
     """What was found at a managed path."""
 
+    agent: Agent
     disk: Disk = ABSENT
     text: Optional[bytes] = None  # the managed text
     digest: Optional[str] = None  # its hash
@@ -7442,27 +7477,30 @@ def _read_link_text(path: str, data: bytes) -> str:
     return visible(os.fsdecode(data)) if os.path.lexists(target) else ""
 
 
-def look_at(root: str, path: str) -> Look:
+def look_at(root: str, agent: Agent) -> Look:
     """Look at one managed file; what keeps it from being managed is in the look."""
-    disk = ABSENT
+    disk, path = ABSENT, agent.path
     try:
         place = check_parents(root, path)
         disk = read_disk(place, MAX_MANAGED_FILE + 1)
         if disk.kind == "symlink":
-            return Look(disk, resolved=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}")
+            return Look(
+                agent, disk, resolved=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}"
+            )
         if disk.kind not in ("file", "absent"):
             raise SyncError(f"expected a file, got {disk.noun}")
         if len(disk.data) > MAX_MANAGED_FILE:
             raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
         link = _read_link_text(place, disk.data)
         if link:
-            return Look(disk, resolved=place, note=f"skipped: git wrote it in place of a symbolic link to {link}")
-        agent = AGENTS_BY_PATH[path]
+            return Look(
+                agent, disk, resolved=place, note=f"skipped: git wrote it in place of a symbolic link to {link}"
+            )
         text = managed_text(agent, disk.data) if disk.kind == "file" else None
         digest = None if text is None else digest_of(text)
-        return Look(disk, text, digest, place, not agent.owned and has_own_text(disk.data))
+        return Look(agent, disk, text, digest, place, not agent.owned and has_own_text(disk.data))
     except (OrchestraError, OSError) as error:
-        return Look(disk, problem=Problem.from_error(error, path))
+        return Look(agent, disk, problem=Problem.from_error(error, path))
 
 
 class Sparse(NamedTuple):
@@ -7571,18 +7609,18 @@ def _known_digests(record: Record, path: str, look: Look) -> Sequence[str]:
     return (*known, look.digest) if exact_digest_of(look.text) in known else known
 
 
-def _plan_unwanted(path: str, look: Look, record: Record, evict: bool = False) -> FilePlan:
+def _plan_unwanted(look: Look, record: Record, evict: bool = False) -> FilePlan:
     """Plan a file that is skipped, or in which nothing is wanted."""
+    agent, before, path = look.agent, look.disk, look.agent.path
     if look.note or look.problem:
-        return FilePlan(path, Action.SKIP, look.disk, note=look.note, problem=look.problem)
-    agent, before = AGENTS_BY_PATH[path], look.disk
+        return FilePlan(path, Action.SKIP, agent, before, note=look.note, problem=look.problem)
     # A block is Orchestra's by its markers; a file that only has the name may be the
     # user's own.
     action = decide(look.digest, _known_digests(record, path, look), None, evict and not agent.owned)
     after = before.data if before.kind == "file" else None
     if action in (Action.REMOVE, Action.EVICT):
         after = remove_managed_text(agent, before, record.joins.get(path))
-    return FilePlan(path, action, before, after)
+    return FilePlan(path, action, agent, before, after)
 
 
 class Planner:
@@ -7595,7 +7633,7 @@ class Planner:
         self._codebase = codebase
         self._owners = owners
         self._mode = mode
-        self._targets = [AGENTS[target].path for target in targets_of(codebase)]
+        self._wanted = {} if mode.purge else managed_files(codebase)
         self._beside: list[str] = []  # files that have the user's own text in or beside them
         self._importing: list[str] = []  # files that import the one they hide
         self._root = ""
@@ -7621,17 +7659,26 @@ class Planner:
         if not is_purge:
             self._check_is_not_above()
         former = self._plan_former()
-        wanted = [] if is_purge else self._targets
-        looks = self._look_at_files(wanted)
-        self._beside = [path for path in wanted if looks[path].has_own_text or self._has_twin(path, looks)]
-        self._importing = self._find_importing(wanted, looks)
+        looks = self._look_at_files()
+        self._beside = [
+            agent.path
+            for agent in self._wanted.values()
+            if looks[agent.path].has_own_text or any(self._has_own_text(twin, looks) for twin in agent.twins)
+        ]
+        # Files that would hide a hand-written one from their agent. If a file has the
+        # user's own text, that was so before Orchestra came.
+        self._importing = [
+            agent.path
+            for agent in self._wanted.values()
+            if agent.hides and agent.path not in self._beside and self._has_own_text(agent.hides, looks)
+        ]
         surroundings = ",".join([*self._beside, "", *self._importing])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
-        digests = self._digest_wanted(wanted, looks, inputs)
+        digests = self._digest_wanted(looks, inputs)
         files = tuple(
-            self._plan_wanted(path, look, digests[path])
-            if path in wanted and not (look.note or look.problem)
-            else _plan_unwanted(path, look, self._record, evict=is_purge)
+            self._plan_wanted(look, digests[path])
+            if path in self._wanted and not (look.note or look.problem)
+            else _plan_unwanted(look, self._record, evict=is_purge)
             for path, look in looks.items()
         )
         record = self._next_record(files)._replace(
@@ -7660,19 +7707,21 @@ class Planner:
             if old in ("", self._root) or not os.path.isdir(old) or os.path.samefile(old, self._root):
                 return None
         earlier = {path: record.known(path) for path in {**record.files, **record.earlier}}
-        self._record = Record(record.synced_at, earlier=earlier)
+        self._record = Record(record.synced_at, earlier=earlier, owned=record.owned)
         is_taken = self._owners is not None and self._owners.keys_at(identity_of(old))
         if real_path(old) != expand_home(real_path(self._home), record.root) or old == self._home or is_taken:
             return None
-        places = {look_at(self._root, path).resolved for path in AGENTS_BY_PATH}
-        looks = {path: look_at(old, path) for path in record.files if path in AGENTS_BY_PATH}
-        files = [_plan_unwanted(path, look, record) for path, look in looks.items() if look.resolved not in places]
+        places = {look_at(self._root, agent).resolved for agent in known_files(self._codebase, record).values()}
+        looks = [look_at(old, record.agent_at(path)) for path in record.files]
+        files = [_plan_unwanted(look, record) for look in looks if look.resolved not in places]
         return Plan(old, tuple(file for file in files if file.writes or file.problem), record, record)
 
-    def _look_at_files(self, wanted: Sequence[str]) -> dict[str, Look]:
+    def _look_at_files(self) -> dict[str, Look]:
         record, is_purge = self._record, self._mode.purge
-        unwanted = AGENTS_BY_PATH if is_purge else [path for path in record.files if path in AGENTS_BY_PATH]
-        looks = {path: look_at(self._root, path) for path in dict.fromkeys([*wanted, *unwanted])}
+        written = {path: record.agent_at(path) for path in record.files}
+        unwanted = known_files(self._codebase, record) if is_purge else written
+        files = {**self._wanted, **unwanted, **self._wanted}
+        looks = {path: look_at(self._root, agent) for path, agent in files.items()}
         is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
         if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
             self._check_not_emptied()
@@ -7681,7 +7730,7 @@ class Planner:
             twin = path if look.problem else first.setdefault(look.resolved, path)
             if twin != path:  # folders of several agents may be links to one: one file is written once
                 looks[path] = look._replace(note=f"skipped: it is {twin} by another name")
-            elif look.problem and is_purge and path not in {*record.files, *self._targets}:
+            elif look.problem and is_purge and path not in {*record.files, *managed_files(self._codebase)}:
                 looks[path] = look._replace(problem=None, note=f"skipped: {look.problem.message}")
         return looks
 
@@ -7695,53 +7744,34 @@ class Planner:
                     f" --name {codebase.name} --sync",
                 )
 
-    def _has_twin(self, path: str, looks: Mapping[str, Look]) -> bool:
-        """Return whether text of the user's is in another file that the agent reads."""
-        for twin in AGENTS_BY_PATH[path].twins:
-            if twin not in AGENTS_BY_PATH:
-                if os.path.isfile(f"{self._root}/{twin}"):
-                    return True
-            elif (looks.get(twin) or look_at(self._root, twin)).has_own_text:
-                return True
-        return False
+    def _has_own_text(self, path: str, looks: Mapping[str, Look]) -> bool:
+        """Return whether a file that agents share has text of the user's."""
+        return (looks.get(path) or look_at(self._root, Agent("", path))).has_own_text
 
-    def _find_importing(self, wanted: Sequence[str], looks: Mapping[str, Look]) -> list[str]:
-        """Find the files that would hide a hand-written one from their agent.
-
-        If a file has the user's own text, that was so before Orchestra came.
-        """
-        found = []
-        for path in wanted:
-            hidden = AGENTS_BY_PATH[path].hides
-            if hidden and path not in self._beside:
-                look = looks.get(hidden) or look_at(self._root, hidden)
-                found += [path] if look.has_own_text else []
-        return found
-
-    def _digest_wanted(self, wanted: Sequence[str], looks: Mapping[str, Look], inputs: str) -> Mapping[str, str]:
+    def _digest_wanted(self, looks: Mapping[str, Look], inputs: str) -> Mapping[str, str]:
         """Return the hashes of the wanted texts (step 6)."""
         recorded = self._record.files
         # The record may be damaged, so it counts only if it agrees with the disk.
         if inputs == self._record.inputs and all(
-            looks[path].note or recorded.get(path) == (looks[path].digest or "") for path in wanted
+            looks[path].note or recorded.get(path) == (looks[path].digest or "") for path in self._wanted
         ):
             return recorded
-        return {path: digest_of(text) if text else "" for path, text in self._texts.items()} if wanted else {}
+        return {path: digest_of(text) if text else "" for path, text in self._texts.items()} if self._wanted else {}
 
-    def _plan_wanted(self, path: str, look: Look, digest: str) -> FilePlan:
-        agent, before, text = AGENTS_BY_PATH[path], look.disk, look.text or b""
+    def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
+        agent, before, text, path = look.agent, look.disk, look.text or b"", look.agent.path
         action = decide(look.digest, _known_digests(self._record, path, look), digest or None, evict=True)
         if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.resolved):
-            return FilePlan(path, Action.SKIP, before, note="skipped: it is outside git's sparse checkout")
+            return FilePlan(path, Action.SKIP, agent, before, note="skipped: it is outside git's sparse checkout")
         if action == Action.REPLACE and is_reformatted(text, self._texts[path]):
             action = Action.KEEP
         is_unknown = action in Action.BACKED_UP
         is_foreign = is_unknown and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
             note = f"{FOREIGN}; to replace it: orchestra sync {label_for(self._codebase.key)}"
-            return FilePlan(path, Action.SKIP, before, note=note, is_foreign=True)
+            return FilePlan(path, Action.SKIP, agent, before, note=note, is_foreign=True)
         if not digest:
-            plan = _plan_unwanted(path, look, self._record, evict=True)._replace(digest="")
+            plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
             return plan._replace(action=Action.KEEP) if plan.action == Action.RELEASE else plan
         if action == Action.KEEP:
             after, join = before.data, None
@@ -7750,7 +7780,7 @@ class Planner:
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
             notes += self._describe_hiding(path)
-        return FilePlan(path, action, before, after, digest, join, "; ".join(notes))
+        return FilePlan(path, action, agent, before, after, digest, join, "; ".join(notes))
 
     def _describe_hiding(self, path: str) -> Iterator[str]:
         """Tell which agents will read a new file in place of one of the user's."""
@@ -7759,8 +7789,8 @@ class Planner:
         for row in HIDING:
             if row.path != path:
                 continue
-            is_target = row.hidden in self._targets
-            if row.hidden in self._beside if is_target else look_at(self._root, row.hidden).has_own_text:
+            is_target = row.hidden in self._wanted
+            if row.hidden in self._beside if is_target else self._has_own_text(row.hidden, {}):
                 yield f"{row.readers} will read it instead of your {row.hidden}: {row.mend.format(prose=prose)}"
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
@@ -7779,7 +7809,7 @@ class Planner:
         joins, folders = dict(record.joins), set(record.folders)
         for file in files:
             if file.action == Action.KEEP and file.digest and file.path not in record.files:
-                block = None if AGENTS_BY_PATH[file.path].owned else find_block(file.before.data)
+                block = None if file.agent.owned else find_block(file.before.data)
                 if block and file.before.data[: block.start].replace(BOM, b""):
                     # It came with the repository: another machine appended it, with the
                     # usual line in front.
@@ -7793,6 +7823,8 @@ class Planner:
                     above for above in folders_above(file.path) if not os.path.isdir(f"{self._root}/{above}")
                 )
         seals = [seal_in(file.after) for file in files if file.digest and file.after is not None]
+        is_owned = {path: path in record.owned for path in earlier}
+        is_owned.update({file.path: file.agent.owned for file in files if file.digest is not None})
         return Record(
             record.synced_at,
             new_files,
@@ -7800,6 +7832,7 @@ class Planner:
             joins,
             sorted(folders),
             seals=list(dict.fromkeys(filter(None, [*seals, *record.seals])))[:MAX_SEALS],
+            owned=sorted(path for path in is_owned if is_owned[path]),
         )
 
 
@@ -7889,40 +7922,44 @@ class CodebaseTurn(Turn):
 
     def _clean_up_below(self, root: str, leftover: Leftover) -> None:
         """Clean up after a turn that was killed or had trouble; raises IoError."""
-        self.clean_up(self._list_folders(root), functools.partial(self._find_name, root), leftover)
+        folders = self._list_folders(root, self._known_files())
+        self.clean_up(folders, functools.partial(self._find_name, root), leftover)
         sweep_folder(os.path.dirname(record_path(self.home, self.key)), leftover.token)
 
-    def _remove_temporaries(self, root: str, paths: Iterable[str] = AGENTS_BY_PATH) -> bool:
-        """Remove temporary files beside managed ones; return whether all are gone.
+    def _remove_temporaries(self, root: str, paths: Iterable[str]) -> bool:
+        """Remove temporary files beside some files; return whether all are gone.
 
         Raises IoError.
         """
         return self.remove_temporaries(self._list_folders(root, paths), functools.partial(self._find_name, root))
 
+    def _known_files(self) -> dict[str, Agent]:
+        return known_files(self.codebase, load_record(self.home, self.key) or Record())
+
     @staticmethod
-    def _list_folders(root: str, paths: Iterable[str] = AGENTS_BY_PATH) -> list[str]:
-        """List the folders of managed files that can be reached inside the codebase."""
+    def _list_folders(root: str, paths: Iterable[str]) -> list[str]:
+        """List the folders of files that can be reached inside the codebase."""
         folders = []
         for path in {os.path.dirname(path): path for path in paths}.values():
             with suppress(SyncError, OSError):  # whoever writes there is told
                 folders.append(os.path.dirname(check_parents(root, path)))
         return folders
 
-    @staticmethod
-    def _find_name(root: str, path: str) -> str:
+    def _find_name(self, root: str, path: str) -> str:
         """Find the managed path that leads to a file, its name alone if there is none.
 
         If its name is not known, it is the managed path in that folder, if there is
         only one.
         """
         folder, name = os.path.split(path)
-        real = real_path(folder)
-        here = [f for f in MANAGED_FOLDERS if real_path(os.path.join(root, f)) == real]
+        real, known = real_path(folder), self._known_files()
+        folders = dict.fromkeys(map(os.path.dirname, known))
+        here = [f for f in folders if real_path(os.path.join(root, f)) == real]
         if not can_be_kept_as(name):
             first = here[0] if here else ""
-            paths = MANAGED_FOLDERS[first]
+            paths = [path for path in known if os.path.dirname(path) == first]
             return paths[0] if len(paths) == 1 else os.path.join(first, "leftover.md")
-        named = [path for path in AGENTS_BY_PATH if os.path.basename(path) == name]
+        named = [path for path in known if os.path.basename(path) == name]
         return next((path for path in named if os.path.dirname(path) in here), named[0] if named else name)
 
     @staticmethod
@@ -7962,7 +7999,7 @@ class CodebaseTurn(Turn):
                 return file
             if before.kind == "file" and not before.data and place.age(self.clock) < 2.0:
                 time.sleep(0.2)  # an editor may have emptied it to write it anew; replace_file looks again
-            managed = managed_text(AGENTS_BY_PATH[file.path], before.data) or b""
+            managed = managed_text(file.agent, before.data) or b""
             has_user_text = bool(before.data) and managed.strip() != before.data.strip()
             replace_file(place, file.after, before, self, durable=has_user_text)
         return file
@@ -7993,7 +8030,7 @@ class CodebaseTurn(Turn):
         """Clean a folder that was left for `root`; return whether all is gone."""
         is_gone = not any(file.problem for file in former.files)
         with suppress(IoError):
-            is_gone = self._remove_temporaries(former.root) and is_gone
+            is_gone = self._remove_temporaries(former.root, self._known_files()) and is_gone
         if former.files:
             spare = [f for f in former.record.folders if not f"{root}/".startswith(f"{former.root}/{f}/")]
             there = {file.path: "" for file in former.files if file.problem}
@@ -8040,7 +8077,7 @@ class CodebaseTurn(Turn):
                 continue
             if tries == 0 or not plan.is_done:
                 try:
-                    self._remove_temporaries(plan.root, [file.path for file in plan.files])
+                    self._remove_temporaries(plan.root, [*(file.path for file in plan.files), *plan.record.earlier])
                 except IoError:
                     self.has_files_aside = True  # the next turn tries again
             if not plan.is_done:
@@ -8057,7 +8094,7 @@ class CodebaseTurn(Turn):
 
     def restore(self, root: str, backup: Backup) -> bool:
         """Put a backup back, as `restore_file`; also raises FileChanged."""
-        agent, kept = AGENTS_BY_PATH[backup.path], read_disk(backup.file)
+        agent, kept = self._known_files()[backup.path], read_disk(backup.file)
         if kept.kind != "file":
             raise SyncError(f"expected a backup, got {kept.noun} at {backup.file}")
         before = read_disk(check_parents(root, backup.path))
@@ -11610,7 +11647,7 @@ class Registration(NamedTuple):
             folder = expand_home(self.home, record.root) if record else ""
             if not record or os.path.exists(folder):
                 continue
-            texts = ((path, look_at(self.path, path).digest) for path in record.files if path in AGENTS_BY_PATH)
+            texts = ((path, look_at(self.path, record.agent_at(path)).digest) for path in record.files)
             if key == self.key or any(digest in record.known(path) for path, digest in texts):
                 move = f"orchestra project move {label_for(key)} {self.path}"
                 place = shorten_home(self.home, folder) or "another folder"
@@ -12643,11 +12680,10 @@ class Doctor:
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Yield what is to be said of the files that are written, or stay, by path."""
         for file in plan.files:
-            agent = AGENTS_BY_PATH.get(file.path)
             if file.note:
                 yield file.path, file.note
-            elif agent and file.action == Action.KEEP:
-                for note in describe_text(agent, ABSENT, file.before.data, None):
+            elif file.action == Action.KEEP:
+                for note in describe_text(file.agent, ABSENT, file.before.data, None):
                     yield file.path, note
         written = {file.path for file in plan.files if file.after is not None}
         for path, hidden, agent_name in REPLACING:
@@ -12656,9 +12692,10 @@ class Doctor:
 
     def _check_doubles(self) -> Iterator[Finding]:
         readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        by_path = {agent.path: agent.target for agent in AGENTS.values()}
         defaults = {AGENTS[target].path for target in DEFAULT_TARGETS}
         for key, codebase in sorted(self._registry.codebases.items()):
-            paths = {AGENTS[target].path for target in targets_of(codebase) if target in AGENTS}
+            paths = managed_files(codebase)
             for reader, joined in JOINED.items():
                 twice = tuple(path for path in joined if path in paths)
                 if len(twice) > 1 and not defaults.issuperset(twice):
@@ -12666,7 +12703,7 @@ class Doctor:
         for (reader, twice), labels in readers.items():
             text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(labels)}"
             extra = next(path for path in reversed(twice) if path not in defaults)
-            fix = f"drop the target {AGENTS_BY_PATH[extra].target}: orchestra edit {labels[0]}"
+            fix = f"drop the target {by_path[extra]}: orchestra edit {labels[0]}"
             yield Finding(Level.WARNING, text, fix)
 
     def _check_leftovers(self) -> Iterator[Finding]:
@@ -13052,7 +13089,7 @@ class Commands(NamedTuple):
         files = preview_files(self.home, shown, registry.owners)
         text = files[AGENTS[target].path].decode("utf-8", "replace") if target else render_text(codebase)
         self._show(show_hidden(text))
-        for agent in (AGENTS[target] for target in targets_of(shown)):
+        for agent in managed_files(shown).values():
             self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
         return OK
 
@@ -13064,7 +13101,7 @@ class Commands(NamedTuple):
 
     def cmd_restore(self) -> int:
         name, path = self.args.codebase, self.args.path
-        if path is None and name in AGENTS_BY_PATH:
+        if path is None and name and is_managed_path(name):
             name, path = None, name
         codebase = self._readable(load_registry(self.home), name)
         backups = Backups(self.home, codebase.key).versions()
@@ -13077,7 +13114,7 @@ class Commands(NamedTuple):
             rows += [(backup.when, local_time(backup.when), backup.path, backup.why) for backup in backups]
             self.screen.print_table(rows)
             return OK
-        for backup in self._choose_backups(codebase.key, backups, path):
+        for backup in self._choose_backups(codebase, backups, path):
             changed = restore_file(self.home, codebase, backup)
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
@@ -13085,18 +13122,19 @@ class Commands(NamedTuple):
         self._note(f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
         return OK
 
-    def _choose_backups(self, key: Key, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
+    def _choose_backups(self, codebase: Codebase, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
         """Choose the latest backups of a path that --at allows; raises SyncError."""
-        at = self.args.at
+        at, key = self.args.at, codebase.key
+        files = known_files(codebase, load_record(self.home, key) or Record())
         is_wanted = parse_when(at) if at else lambda when: True
-        found = [b for b in backups if b.path in AGENTS_BY_PATH and is_wanted(b.when)]
+        found = [b for b in backups if b.path in files and is_wanted(b.when)]
         if path is not None:
             found = [backup for backup in found if backup.path == os.path.normpath(path)]
         if found:
             return [backup for backup in found if backup.when == found[-1].when]
         label = label_for(key)
         for backup in reversed(backups):
-            if backup.path == path and path not in AGENTS_BY_PATH:
+            if backup.path == path and path not in files:
                 import shlex
 
                 problem = "only agents' instruction files are restored; this one is kept as"

@@ -288,6 +288,9 @@ HOSTILE = [
 ]
 
 
+AGENTS_BY_PATH = {agent.path: agent for agent in orchestra.AGENTS.values()}
+
+
 def hostile_codebase(text: str, targets: Any = tuple(orchestra.AGENTS)) -> orchestra.Codebase:
     name = " ".join(text.split())[:90].replace("/", "-") or "x"
     task = orchestra.Task(text, text, "pending", text)
@@ -4612,7 +4615,7 @@ def test_all_eight_targets_are_valid_whatever_the_registry_holds(text: str) -> N
     files = orchestra.render_files(hostile_codebase(text))
     assert sorted(files) == sorted(agent.path for agent in orchestra.AGENTS.values())
     for path, data in files.items():
-        agent = orchestra.AGENTS_BY_PATH[path]
+        agent = AGENTS_BY_PATH[path]
         assert b"\r" not in data and not data.startswith(b"\xef\xbb\xbf")
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]", data.decode())
         assert not re.search(rb"(?m)^ *- ?\n\n +\S", data), "what follows is in no list item"
@@ -6295,7 +6298,7 @@ def other_home(home: Home, **values: Any) -> Home:
 
 @pytest.mark.parametrize("path", ["AGENTS.md", CLINE, ".cursor/rules/orchestra.mdc"])
 def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, path: str) -> None:
-    target = orchestra.AGENTS_BY_PATH[path].target
+    target = AGENTS_BY_PATH[path].target
     root = home.make_codebase("shop/api", targets=[target], notes=["one"])
     other = other_home(home, targets=[target], notes=["two"])
     home.sync()
@@ -6442,7 +6445,7 @@ def test_an_edit_of_managed_text_is_backed_up_first_and_can_be_restored(
 
 def replace_edit(home: Home, path: str) -> bytes:
     """Sync a codebase, edit a file, and sync again; return the edited bytes."""
-    root = home.make_synced("shop/api", targets=[orchestra.AGENTS_BY_PATH[path].target])
+    root = home.make_synced("shop/api", targets=[AGENTS_BY_PATH[path].target])
     edited = edit(root / path, "# api", "# my api")
     home.sync()
     return edited
@@ -10830,7 +10833,10 @@ def test_a_sync_whose_error_may_pass_is_tried_again_and_logged_once(
         if codebase.name != "api" or tries.count(codebase.key) > 3:
             return sync_codebase(home, codebase, *args, **options)
         file = orchestra.FilePlan(
-            "CLAUDE.md", orchestra.Action.SKIP, problem=orchestra.Problem("CLAUDE.md", "open elsewhere", retry=True)
+            "CLAUDE.md",
+            orchestra.Action.SKIP,
+            orchestra.AGENTS["claude"],
+            problem=orchestra.Problem("CLAUDE.md", "open elsewhere", retry=True),
         )
         return orchestra.SyncCodebaseResult(*codebase.key, (file,), (orchestra.Problem("shop/api", "open elsewhere"),))
 
@@ -14914,7 +14920,7 @@ def test_a_real_process_killed_at_any_system_call_loses_nothing(stage: Stage) ->
 BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
 ONE_OR_TWO = (*NEWLINES, *(newline * 2 for newline in NEWLINES))
-IS_SHARED = {path: not agent.owned for path, agent in orchestra.AGENTS_BY_PATH.items()}
+IS_SHARED = {path: not agent.owned for path, agent in AGENTS_BY_PATH.items()}
 MANAGED = [orchestra.AGENTS[target].path for target in ALL_TARGETS]
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
 Spot = tuple[str, str]  # a codebase's label, and a path in its folder
@@ -16732,7 +16738,7 @@ def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> Non
     files = orchestra.render_files(codebase, importing=importing)
     assert files == orchestra.render_files(codebase, importing=importing)
     for path, data in files.items():
-        agent = orchestra.AGENTS_BY_PATH[path]
+        agent = AGENTS_BY_PATH[path]
         if agent.owned:
             assert orchestra.find_block(data) is None and data.count(b"<!--") == data.count(b"-->") == 1
             continue
@@ -17061,7 +17067,7 @@ def test_any_bytes_in_the_managed_files_survive_syncs_and_a_purge(live: Home, do
         for folder in (root, orchestra.backups_root(live.path), orchestra.hashes_root(live.path)):
             shutil.rmtree(folder, ignore_errors=True)
         root.mkdir()
-        put_files(root, {path: odd_managed_text(dice) for path in orchestra.AGENTS_BY_PATH if dice.random() < 0.6})
+        put_files(root, {path: odd_managed_text(dice) for path in AGENTS_BY_PATH if dice.random() < 0.6})
         check_syncs(live.path, codebase, root)
 
 
@@ -17077,7 +17083,7 @@ def check_syncs(home: str, codebase: orchestra.Codebase, root: Path) -> None:
     left = contents(root)
     kept = {backup.path: Path(backup.file).read_bytes() for backup in orchestra.Backups(home, codebase.key).versions()}
     for path, data in before.items():
-        has_block = not orchestra.AGENTS_BY_PATH[path].owned and END in data
+        has_block = not AGENTS_BY_PATH[path].owned and END in data
         if path in first.failed:
             assert synced[path] == left[path] == data
         elif path in kept:
@@ -17474,7 +17480,7 @@ class Turmoil:
     # The managed files
 
     def managed(self) -> Path:
-        path = self.random.choice(list(orchestra.AGENTS_BY_PATH))
+        path = self.random.choice(list(AGENTS_BY_PATH))
         return self.live.code / self.HANDS / f"c{self.random.randrange(5)}" / path
 
     def change(self, change: Callable[[str], str]) -> Callable[[], Any]:
