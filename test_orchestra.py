@@ -3400,7 +3400,7 @@ def test_evidence_is_a_file_and_what_is_in_it(home: Home, evidence: str, source:
         "a.yaml": "x: {y: no}\n",
         "setup.cfg": "[tool:pytest]\n[options.extras_require]\ndev =\n  a\n  b\n",
         "bomb.yaml": "a: &a [x, x]\n"
-        + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopq")),
+        + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}]\n" for a, b in zip("abcdefghijklmnop", "bcdefghijklmnopq")),
         "broken.json": "{",
         "broken.toml": "a = ",
         "mix.exs": '  elixir: "~> 1.15",\n  {:credo, 1}\n  # {:dialyxir, 1}\n',
