@@ -11696,7 +11696,8 @@ class Registration(NamedTuple):
             layer = next(layer for layer in reversed(base.layers) if layer.said.targets is not None)
             targets, source = None, f"from {os.path.basename(layer.path)}.yaml"
         elif not targets:
-            targets, source = draft.defaults, "default"
+            is_usual = draft.defaults == DEFAULT_TARGETS  # then a layer may say others later
+            targets, source = None if is_usual else draft.defaults, "default"
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or detected.project_type)
         codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
