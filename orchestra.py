@@ -177,7 +177,7 @@ else:
 
     Any = object
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 Clock = Callable[[], float]  # returns seconds
 Buffer = Any  # bytes or a memoryview; collections.abc.Buffer is newer than Python 3.9

@@ -37,6 +37,8 @@ Contents
                            A new trouble is an act of Turmoil.
   Start-up                 The modules that a command may load. A module that costs
                            time is a word in HEAVY.
+  The README               What it tells people to type, typed in four shells, and what
+                           it shows. A new section is a row of PASTED or of ELSEWHERE.
   Benchmarks               Figures, each beside a yardstick of the same minute. A new
                            one is a bench_ function that measure_all calls.
 """
@@ -11739,44 +11741,6 @@ def test_install_sh_from_a_pipe_leaves_a_working_program(machine: Machine, shell
     assert_works(machine)
 
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-TERMINALS = {"bash": ["bash", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"], "dash": ["dash", "-i"], "fish": ["fish"]}
-
-
-@pytest.mark.parametrize("is_there", [True, False], ids=["works", "download fails"])
-@pytest.mark.parametrize("shell", TERMINALS)
-@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
-def test_the_readmes_download_installs_or_fails(machine: Machine, server: Any, shell: str, is_there: bool) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    machine.give_yaml()
-    url, folder = server
-    if not is_there:
-        (folder / "install.sh").unlink()
-    (line,) = re.findall("(?m)^curl .*", README)
-    done = machine.run_program(shell, "-c", line.replace("http://HOST:8000", url), cwd=machine.code)
-    assert (done.returncode == 0, machine.link.exists()) == (is_there, is_there), done
-    if is_there:
-        assert_works(machine)
-
-
-@pytest.mark.parametrize("shell", TERMINALS)
-def test_the_readmes_first_minute_can_be_pasted(machine: Machine, shell: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    machine.give_yaml()
-    part = README.partition("## The first minute")[2].partition("\n## ")[0]
-    typed = "".join(re.findall(r"(?ms)^```sh\n(.*?)^```", part))
-    shown = "".join(re.findall(r"(?ms)^```text\n(.*?)^```", part))
-    environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, "SHELL": f"/bin/{shell}"}
-    done = machine.run_program(*TERMINALS[shell], input=typed, cwd=HERE, environ=environ)
-    machine.stop_detached()
-    said = done.stdout[done.stdout.index("registered ") :]
-    assert [re.sub(r"pid \d+|\d+ s$", "N", line) for line in said.splitlines()] == [
-        re.sub(r"pid \d+|\d+ s$", "N", line) for line in shown.splitlines()
-    ], done
-
-
 LINE = 'export PATH="$HOME/.local/bin:$PATH"'
 
 
@@ -16503,32 +16467,6 @@ def test_what_git_clean_takes_away_makes_a_codebase_absent_and_nothing_worse(hom
     assert home.status_of() == "current" and contents(root) == before and home.backups() == {}
 
 
-def test_the_readmes_way_to_share_a_registry_works(home: Home) -> None:
-    text = (HERE / "README.md").read_text().partition("## Sharing a registry\n")[2]
-    (home.folder / "other").mkdir()
-    other = Home(str(home.folder / "other"))
-    other.cleanup.pop_all()  # its folder goes with that of the first
-    remote = str(home.folder / "shop.git")
-    assert finish(home.launch(["git", "init", "-q", "--bare", remote])).status == 0
-    put_files(home.projects, {"shop/api.md": "Ask before you drop a table.\n"})
-    put_files(Path(home.path), {"code/api/README.md": ""})
-    put_files(Path(other.path), {"work/api/README.md": ""})
-    put_files(home.folder, {"bin/orchestra": f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n'})
-    (home.folder / "bin/orchestra").chmod(0o755)
-    home.run_fine("init", f"{home.path}/code/api", "-p", "shop")
-    for at, script in zip((home, other), re.findall(r"(?s)```sh\n(.*?)```", text)):
-        environ: dict[str, Optional[str]] = {"PATH": f"{home.folder}/bin:{os.environ['PATH']}"}
-        environ.update({f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")})
-        script_here = script.replace("git@example.com:team/shop.git", remote)
-        ran = finish(at.launch(["sh", "-euc", script_here], environ=environ))
-        assert ran.status == 0, ran
-    assert "absent" in ran.out and "Ask before" in Path(other.path, "work/api/CLAUDE.md").read_text()
-    clone = other.projects / "shop"
-    assert subprocess.check_output(["git", "status", "--porcelain"], cwd=clone) == b""
-    assert (clone / "api.local.yaml").read_text() == "path: ~/work/api\n"
-    assert other.run_fine("init", f"{other.path}/work/api", "-p", "shop").err == ""
-
-
 # ── Fuzzing ───────────────────────────────────────────────────────────────────
 
 # No bytes, however odd, make more than a problem. Each test tries some inputs whose
@@ -17723,6 +17661,170 @@ def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machi
     assert f"code object from '{cached}'" in done.stderr
     assert f"code object from {lib}/orchestra.py\n" not in done.stderr  # what -v says of a compilation
     assert (cached.stat().st_ino, cached.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+
+
+# ── The README ────────────────────────────────────────────────────────────────
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+TERMINALS = {
+    "bash": ["bash", "--norc", "--noediting", "-i"],
+    "zsh": ["zsh", "-f", "-i", "+o", "promptsp"],
+    "dash": ["dash", "-i"],
+    "fish": ["fish"],
+}
+
+# Sections whose shell blocks are pasted into one terminal, in this order, and why others are not.
+PASTED = ("The first minute", "Layers", "Any agent", "Safety")
+ELSEWHERE = {
+    "Installing": "needs a server: test_the_readmes_download_installs_or_fails",
+    "Sharing a registry": "needs two machines: test_the_readmes_way_to_share_a_registry_works",
+}
+
+
+class Pasted(NamedTuple):
+    """A shell block, and the output that the README shows for it: "" for none."""
+
+    section: str
+    typed: str
+    shown: str
+
+
+def readme_blocks() -> list[Pasted]:
+    parts = re.split(r"(?m)^##+ (.*)\n", README)
+    pairs = zip(parts[1::2], parts[2::2])
+    block = re.compile(r"(?ms)^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?")
+    return [Pasted(title, typed, shown) for title, text in pairs for typed, shown in block.findall(text)]
+
+
+def without_times(text: str) -> list[str]:
+    """Split into lines, without what differs from run to run, and the width of columns."""
+    stamps = r"\d{8}T[\d.]+Z|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|pid \d+|\b\d+ s\b"
+    return [re.sub(" {2,}", "  ", re.sub(stamps, "N", line)) for line in text.strip().splitlines()]
+
+
+@pytest.fixture(params=TERMINALS)
+def terminal(request: Any) -> str:
+    if not shutil.which(request.param):
+        pytest.skip(f"no {request.param} here")
+    return str(request.param)
+
+
+def test_each_shell_block_of_the_readme_is_tested() -> None:
+    assert {block.section for block in readme_blocks()} == {*PASTED, *ELSEWHERE}
+    for block in readme_blocks():
+        assert not re.search(r"(?m)(^|\s)#", block.typed), "an interactive zsh takes no comments"
+
+
+def test_the_readmes_blocks_can_be_pasted_and_print_what_it_shows(machine: Machine, terminal: str) -> None:
+    machine.give_yaml()
+    blocks = [block for section in PASTED for block in readme_blocks() if block.section == section]
+    typed = "".join(f"{block.typed}echo '=''=='\n" for block in blocks)
+    typed = typed.replace("sleep 1\n", "sleep 3\n")  # this machine may be busy
+    environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, "SHELL": f"/bin/{terminal}", "PS1": "", "PS2": ""}
+    done = machine.run_program(
+        *("sh", "-c", 'exec "$@" 2>&1', "sh"), *TERMINALS[terminal], input=typed, cwd=HERE, environ=environ
+    )
+    machine.stop_detached()
+    outputs = done.stdout.split("===\n")
+    assert len(outputs) == len(blocks) + 1, done
+    for block, output in zip(blocks, outputs):
+        if block.shown:
+            shown = without_times(block.shown)
+            assert without_times(output)[-len(shown) :] == shown, done.stdout
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["works", "download fails"])
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_the_readmes_download_installs_or_fails(machine: Machine, server: Any, terminal: str, is_there: bool) -> None:
+    machine.give_yaml()
+    url, folder = server
+    if not is_there:
+        (folder / "install.sh").unlink()
+    (line,) = re.findall("(?m)^curl .*", README)
+    done = machine.run_program(terminal, "-c", line.replace("http://HOST:8000", url), cwd=machine.code)
+    assert (done.returncode == 0, machine.link.exists()) == (is_there, is_there), done
+    if is_there:
+        assert_works(machine)
+
+
+def test_the_readmes_way_to_share_a_registry_works(home: Home, terminal: str) -> None:
+    (home.folder / "other").mkdir()
+    other = Home(str(home.folder / "other"))
+    other.cleanup.pop_all()  # its folder goes with that of the first
+    remote = str(home.folder / "shop.git")
+    assert finish(home.launch(["git", "init", "-q", "--bare", remote])).status == 0
+    put_files(home.projects, {"shop/api.md": "Ask before you drop a table.\n"})
+    put_files(Path(home.path), {"code/api/README.md": ""})
+    put_files(Path(other.path), {"work/api/README.md": ""})
+    put_files(home.folder, {"bin/orchestra": f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n'})
+    (home.folder / "bin/orchestra").chmod(0o755)
+    home.run_fine("init", f"{home.path}/code/api", "-p", "shop")
+    scripts = [block.typed for block in readme_blocks() if block.section == "Sharing a registry"]
+    for at, script in zip((home, other), scripts):
+        environ: dict[str, Optional[str]] = {"PATH": f"{home.folder}/bin:{os.environ['PATH']}"}
+        environ.update({f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")})
+        script_here = script.replace("git@example.com:team/shop.git", remote)
+        ran = finish(at.launch([terminal, "-c", script_here], environ=environ))
+        assert ran.status == 0, ran
+    assert "absent" in ran.out and "Ask before" in Path(other.path, "work/api/CLAUDE.md").read_text()
+    clone = other.projects / "shop"
+    assert subprocess.check_output(["git", "status", "--porcelain"], cwd=clone) == b""
+    assert (clone / "api.local.yaml").read_text() == "path: ~/work/api\n"
+    assert other.run_fine("init", f"{other.path}/work/api", "-p", "shop").err == ""
+
+
+def test_what_the_readme_makes_of_its_first_file(home: Home) -> None:
+    registry, made = re.findall(r"(?ms)^```(?:yaml|markdown)\n(.*?)^```", README)[:2]
+    put_files(home.projects, {"demo/hello.yaml": registry})
+    put_files(Path(home.path), {"code/hello/main.c": ""})
+    home.sync()
+    for name in ("CLAUDE.md", "AGENTS.md"):
+        assert Path(home.path, "code/hello", name).read_text() == made
+
+
+def test_the_readmes_picture_of_status(home: Home) -> None:
+    for name in ("api", "web", "infra", "site"):
+        home.make_codebase(f"shop/{name}", conventions=["first"])
+    home.sync()
+    edit(home.code / "shop/api/CLAUDE.md", "- first", "- third")
+    shutil.rmtree(home.code / "shop/site")
+    home.write_registry("shop/infra.yaml", "name: infra\nconventions: [Money: integer cents]\n")
+    edit(home.file("shop/web"), "conventions", "convention: [x]\nconventions")
+    edit(home.file("shop/web"), "noted", "changed")
+    (shown,) = re.findall(r"(?ms)^```text\n(4 codebases .*?)^```", README)
+    ran = home.run_script("status", stderr=subprocess.STDOUT)
+    assert without_times(ran.out) == without_times(shown)
+
+
+def test_the_readmes_registry_file_has_no_problem(home: Home) -> None:
+    (text,) = re.findall(r"(?ms)^```yaml\n(name: api .*?)^```", README)
+    put_files(home.projects, {"shop/api.yaml": text})
+    put_files(Path(home.path), {"code/api/main.c": ""})
+    assert home.run_fine("sync", "--all", "--strict").err == ""
+
+
+def test_the_readmes_tables_are_the_programs() -> None:
+    rows = re.findall(r"(?m)^\| `([a-z][^`]*)` \| [^|]+ \|$", README.partition("\n## Commands\n")[2])
+    commands = {name: row for name, row in orchestra.COMMANDS.items() if name and row.run and row.purpose}
+    assert rows == [" ".join([name, *(a.usage for a in row.arguments)]) for name, row in commands.items()]
+    limits = dict(re.findall(r"([¹²³⁴]) ([\d,]+ \w+)", README)) | {"": ""}
+    cells = re.findall(r"\| `([\w-]+)` ?([¹²³⁴]?) \| `(\S+)` \| (block|file)(?= \|)", README)
+    limit_of = {
+        agent.target: f"{agent.budget.limit:,} {agent.budget.unit}"
+        for agent in orchestra.AGENTS.values()
+        if agent.budget
+    }
+    assert {
+        (target, limits[mark].replace("32 KiB", "32,768 bytes"), path, kind) for target, mark, path, kind in cells
+    } == {
+        (agent.target, limit_of.get(agent.target, ""), agent.path, "file" if agent.owned else "block")
+        for agent in orchestra.AGENTS.values()
+    }
+
+
+@pytest.mark.parametrize("line", sorted({*re.findall(r"(?m)(?:^|`|\()orchestra ([a-z][^`)#;|\n]*)", README)}))
+def test_what_the_readme_says_to_type_exists(line: str) -> None:
+    orchestra.CommandLine(orchestra.COMMANDS, shlex.split(line)).parse()
 
 
 # ── Benchmarks ────────────────────────────────────────────────────────────────
