@@ -4663,13 +4663,16 @@ class Script:
         r"|uv (?:sync|pip|venv)|go mod download|mix deps\.get)\b"
     )
     REWRITES = (
-        r"--(?:fix|write|apply|autocorrect|autocorrect-all|autofix|in-place|inplace)(?![\w-])"
+        r"--(?:fix(?:-only|-unsafely)?|write|apply|autocorrect(?:-all)?|autofix|in-?place)(?![\w-])"
         r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b|\brubocop [^|]{0,99}-[aA]\b"
         r"|\b(?:sed|clang-format|yapf|autopep8) [^|]{0,99}-i\b"
         r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format|terraform fmt|docformatter)\b"
         r"|\b(?:php-cs-fixer fix|phpcbf|pint|rector process|mago (?:format|fmt))\b"
     )
-    CHECKS = r"-(?:check|-diff|-test\b|-dry-run|-list-different|-output[ =]none)|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
+    CHECKS = (
+        r"-(?:check|-diff|-test\b|-dry-run|-version|-help|-list-different|-output[ =]none)"
+        r"|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
+    )
     KINDS = {  # what a script called `check` does, by the words in it
         "test": r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b",
         "type check": (
@@ -5128,6 +5131,9 @@ class Python:
             ),
             ("", "", ""),
         )
+        self.hatch_source = folder.find("hatch.toml", self.TOML)
+        hatch = folder.table(self.TOML, "tool", "hatch", "envs") or folder.table("hatch.toml", "envs")
+        self.hatch = {name: table for name, table in hatch.items() if isinstance(table, dict)}
         self.packages: dict[str, str] = {}
         for place, requirements in self._list_requirements():
             for requirement in requirements:
@@ -5160,18 +5166,9 @@ class Python:
         files += [f"requirements/{name}" for name in ("dev.txt", "test.txt", "tests.txt")]
         for file in sorted(filter(folder.find, files), key=lambda name: "dev" not in name and "test" not in name):
             yield f"file {file}", folder.text(file).split("\n")
-        yield from self._list_hatch_environments()
+        for name, table in self.hatch.items():
+            yield f"env {name}", flatten([table.get("dependencies"), table.get("extra-dependencies")]).split("\n")
         yield from self._list_setuptools()
-
-    def _list_hatch_environments(self) -> Iterator[tuple[str, Iterable[str]]]:
-        for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
-            for name in self.folder.table(file, *keys):
-                for key in ("dependencies", "extra-dependencies"):
-                    yield f"env {name}", self.folder.texts(file, *keys, name, key)
-
-    def _has_hatch(self, name: str) -> bool:
-        rows = ("pyproject.toml tool hatch envs", "hatch.toml envs")
-        return any(self.folder.holds(f"{evidence} {name}") for evidence in rows)
 
     def _list_setuptools(self) -> Iterator[tuple[str, Iterable[str]]]:
         options = self.folder.table("setup.cfg", "options")
@@ -5189,7 +5186,7 @@ class Python:
             yield from self._find_sessions(sessions)
         yield from self._find_install()
         yield from self._find_tests()
-        if self._has_hatch("hatch-static-analysis"):
+        if "hatch-static-analysis" in self.hatch:
             yield Found("lint", "hatch fmt --check", self.manager_source)
             yield Found("format", "hatch fmt", self.manager_source)
         for row in self.TOOLS:
@@ -5244,15 +5241,15 @@ class Python:
             bodies = {name: flatten(body) for name, body in self.folder.table(source, *keys).items()}
             has_own_prefix = call.startswith(("pdm", "pixi", "pipenv"))
             yield from Scripts(source, call if has_own_prefix else self.prefix + call, bodies).find()
-        for file, keys in ((self.TOML, ("tool", "hatch", "envs")), ("hatch.toml", ("envs",))):
-            for name in self.folder.table(file, *keys):
-                bodies = {s: flatten(b) for s, b in self.folder.table(file, *keys, name, "scripts").items()}
-                place = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
-                for item in Scripts(file, f"hatch run {place}:{{}}".replace("default:", ""), bodies).find():
-                    if name in ("types", "typing") and item.name == "check":
-                        yield item._replace(name="type check")
-                    elif name == "default" or item.name.startswith(("test", "lint", "format", "type check")):
-                        yield item
+        for name, table in self.hatch.items():
+            scripts = table.get("scripts")
+            bodies = {s: flatten(body) for s, body in scripts.items()} if isinstance(scripts, dict) else {}
+            place = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
+            for item in Scripts(self.hatch_source, f"hatch run {place}:{{}}".replace("default:", ""), bodies).find():
+                if name in ("types", "typing") and item.name == "check":
+                    yield item._replace(name="type check")
+                elif name == "default" or item.name.startswith(("test", "lint", "format", "type check")):
+                    yield item
 
     def _read_noxfile(self) -> Scripts:
         lines: dict[str, list[str]] = {}
@@ -5308,7 +5305,7 @@ class Python:
             yield Found("test", f"{python} test", "manage.py")
             yield Found("one test", f"{python} test app.tests.TestCase.test_name", "manage.py")
             yield Found("run", f"{python} runserver", "manage.py")
-        elif self.manager == "hatch" and ("pytest" not in self.packages or self._has_hatch("hatch-test")):
+        elif self.manager == "hatch" and ("pytest" not in self.packages or "hatch-test" in self.hatch):
             yield Found("test", "hatch test", self.manager_source)
             yield Found("one test", "hatch test path/to/test_file.py::test_name", self.manager_source)
         elif "pytest" in self.packages or (source and not folder.find("tox.ini", "noxfile.py")):
