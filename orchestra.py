@@ -2611,13 +2611,14 @@ class MarkdownPath(Text):
     """A Markdown file, by its path below a folder of the registry."""
 
     def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": r"^((?!\.\.?/)[^/\x00]+/)*[^/\x00]*\.md$"}
+        return {"type": ["string"], "pattern": r"^((?![.#])(?![^/]*~/)[^/\x00]+/)*(?![.#])[^/\x00]*\.md$"}
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
         path = doc.read_text(node, key)
         names = (path or "").split("/")
-        if path is not None and (not path.endswith(".md") or "\0" in path or {"", ".", ".."} & {*names}):
-            doc.reject(node, key, "a relative path without .. that ends in .md")
+        is_fit = all(names) and not any(map(is_ignored, names))  # nor is one that climbs out
+        if path is not None and (not path.endswith(".md") or "\0" in path or not is_fit):
+            doc.reject(node, key, "a relative path without hidden names or .. that ends in .md")
         return path or ""
 
 
@@ -3638,8 +3639,8 @@ class ParsedFiles:
             notes = [(str(message), int(line)) for message, line in notes]
         except (KeyError, ValueError, TypeError):  # unknown, or damaged
             return None
-        if kind in OWN and said.name not in ("", key[1]):
-            return None
+        if said.name not in ("", key[1] if kind in OWN else key[0]):
+            return None  # the same file in another place
         for message, line in notes:
             file.note(message, line)
         self._used[name] = b""
@@ -3749,8 +3750,8 @@ class LayerReader:
         prose: list[Prose] = []
         missing: list[str] = []
         if file and not file.problems:
-            for name in said.include:
-                self._include(file, name, prose, missing)
+            lost = [name for name in said.include if not self._include(file, name, prose, missing)]
+            self._complain_of_lost(file, lost)
         prose += [own] if own else []
         found = [source for source in (file, *prose) if source]
         problems = tuple(problem for source in found for problem in source.problems)
@@ -3772,18 +3773,23 @@ class LayerReader:
                 self._parsed.add(file, kind, said)
         return said._replace(extra=()) if said.extra else said
 
-    def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> None:
+    def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> bool:
         """Add an included file to `prose`, and where it is not to `missing`."""
         for folder in dict.fromkeys((os.path.dirname(file.path), self._root)):
             found = self._read_prose(f"{folder}/{name}", is_shared=True)
             if found:
                 prose.append(found)
-                return
+                return True
             missing.append(f"{folder}/{name}")
-        root: YamlNode = file.parse()  # again: what was parsed before has no lines
-        items = next(node.value for key, node in root.value if key.value == "include")
-        index = [item.value for item in items].index(name)
-        file.complain(f"include[{index}]: no file {name} beside this one or in the registry's root", items[index])
+        return False
+
+    @staticmethod
+    def _complain_of_lost(file: RegistryFile, names: Sequence[str]) -> None:
+        root: YamlNode = file.parse() if names else None  # again: what was parsed before has no lines
+        items = next(node.value for key, node in root.value if key.value == "include") if root else ()
+        for i, item in enumerate(items):
+            if item.value in names:
+                file.complain(f"include[{i}]: no file {item.value} beside this one or in the registry's root", item)
 
     def _read_prose(self, path: str, is_shared: bool) -> Optional[Prose]:
         if path in self.shared:
@@ -8867,9 +8873,10 @@ WATCHED_FILE = re.compile(r"(?is)[^.#].*\.(?:ya?ml|md)")
 class Watcher:
     """Keeps a snapshot of the registry's files, and reports how the disk differs.
 
-    It looks into the projects' folders, and the folders in these: Markdown that is
-    included may be there. Whatever users and editors do to the tree meanwhile raises
-    nothing; what cannot be watched is polled.
+    It looks into the projects' folders, and all folders in these: Markdown that is
+    included may be there. Links to folders count only right in a project's folder, so
+    that none leads in a circle. Whatever users and editors do to the tree meanwhile
+    raises nothing; what cannot be watched is polled.
     """
 
     RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
@@ -8968,16 +8975,16 @@ class Watcher:
         files = [entry for entry in entries if entry.path in known or WATCHED_FILE.fullmatch(entry.name)]
         self._follow_links(files)
         self._look_at_files(folder, [entry.path for entry in files])
-        if os.path.dirname(folder) == self._root:
-            below = [entry for entry in entries if not is_ignored(entry.name) and self._is_folder(entry)]
-            self._follow_links(below)
-            self._folders.update(entry.path for entry in below)
-            for entry in below:
-                self._look_at_folder(entry.path)
+        is_project = os.path.dirname(folder) == self._root
+        below = [e for e in entries if not is_ignored(e.name) and self._is_folder(e, follow=is_project)]
+        self._follow_links(below)
+        self._folders.update(entry.path for entry in below)
+        for entry in below:
+            self._look_at_folder(entry.path)
 
     @staticmethod
-    def _is_folder(entry: os.DirEntry[str]) -> bool:
-        return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+    def _is_folder(entry: os.DirEntry[str], follow: bool) -> bool:
+        return entry.is_dir(follow_symlinks=False) or (follow and entry.is_symlink() and os.path.isdir(entry.path))
 
     def _follow_links(self, entries: list[os.DirEntry[str]]) -> None:
         for entry in entries:

@@ -2900,6 +2900,10 @@ BAD_LAYERS = {
         {"all.yaml": "include: [all.yaml]"},
         r"all.yaml:1: include\[0\]: expected .* that ends in .md, .*",
     ),
+    "include: hidden": (
+        {"all.yaml": "include: [.x.md]", ".x.md": "x"},
+        r"all.yaml:1: include\[0\]: expected .* without hidden names .*",
+    ),
     "include: not UTF-8": ({"all.yaml": "include: [x.md]", "x.md": b"\xff"}, "x.md:1: file: expected UTF-8, .*"),
     "include: a link out": (
         {"all.yaml": "include: [sub/x.md]", "sub": link_to("shop"), "shop/x.md": link_to("/etc/hostname")},
@@ -2934,6 +2938,13 @@ def test_a_bad_layer_is_one_problem_and_stops_what_it_covers(home: Home, files: 
     assert ran.status == 2 and ran.err.count("orchestra: ~") == 1
     assert home.has("new", "blog/api") == ("blog/api" in spared)
     assert all(home.read(label).startswith("<!--") for label in ("shop/api", "shop/web", "blog/api"))
+
+
+def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
+    home.make_codebase(include=["a.md", "b.md", "a.md"])
+    lost = "no file {} beside this one or in the registry's root"
+    expected = [f"include[{i}]: {lost.format(name)}" for i, name in enumerate(["a.md", "b.md", "a.md"])]
+    assert [problem.partition("yaml:")[2].partition(": ")[2] for problem in home.problems()] == expected
 
 
 @pytest.mark.parametrize(
@@ -3272,6 +3283,7 @@ def known_codebases(home: Home) -> dict[orchestra.Key, orchestra.Codebase]:
 
 def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypatch: Any) -> None:
     fill_registry(home, orchestra.ParsedFiles.FEW + 2)
+    put_files(home.projects, {"shop/project.yaml": "name: shop\n"})
     fresh = known_codebases(home)
     assert os.path.exists(f"{orchestra.run_dir(home.path)}/parsed.jsonl")
     parsed: list[str] = []
@@ -3294,6 +3306,8 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
     assert parsed == ["~/.orchestra/projects/shop/c3.yaml"]
     shutil.copy(home.file("shop/c4"), home.file("shop/other"))  # whose bytes are known
     assert ("shop", "other") in home.registry().broken
+    put_files(home.projects, {"blog/project.yaml": "name: shop\n"})
+    assert "name says 'shop'" in home.problems()[0]
 
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"[]", b'"', b"{}", b"\xff", b'["shop","c1",5]'])
@@ -10242,6 +10256,8 @@ LAYER_SAVES: list[tuple[dict[str, Optional[str]], str, str]] = [
     ({"some.md": "w-other\n"}, "w-other", ""),
     ({"shop/some.md": "w-beside\n"}, "w-beside", ""),
     ({"shop/some.md": None}, "w-other", ""),
+    ({"shop/a/b/c.md": "w-deep\n", "shop/api.local.yaml": "include: [a/b/c.md]\n"}, "w-deep", ""),
+    ({"shop/a/b/c.md": "w-deeper\n"}, "w-deeper", ""),
     ({"shop/more/some.md": "w-more\n", "shop/api.local.yaml": "include: [more/some.md]\n"}, "w-more", ""),
     ({"shop/more/some.md": "w-less\n", "shop/project.yaml": "include: [some.md]\n"}, "w-other w-less", "w-other"),
     ({"shop/project.yaml": None, "shop/api.local.yaml": None}, "", ""),
@@ -10253,7 +10269,7 @@ def put_or_remove(live: Home, files: dict[str, Optional[str]]) -> None:
         if text is None:
             (live.projects / name).unlink()
         else:
-            (live.projects / name).parent.mkdir(exist_ok=True)
+            (live.projects / name).parent.mkdir(parents=True, exist_ok=True)
             replace(live.projects / name, text)
 
 
@@ -16779,7 +16795,19 @@ def test_the_schema_accepts_what_is_read_without_a_note_and_nothing_else(live: H
     ]
     texts += [
         f"{GOOD}include: ['{path}']"
-        for path in ("a.md", "b/a.md", "../a.md", "./a.md", "/a.md", "a//b.md", "a.txt", ".md")
+        for path in (
+            "a.md",
+            "b/a.md",
+            "../a.md",
+            "./a.md",
+            "/a.md",
+            "a//b.md",
+            "a.txt",
+            ".md",
+            ".b/a.md",
+            "#a.md",
+            "b~/a.md",
+        )
     ]
     random_texts = (odd_registry_text(dice) for dice in dose.inputs(150))
     accepted = 0
