@@ -615,6 +615,11 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
+def is_ignored(name: str) -> bool:
+    """Return whether a name is hidden, or an editor's backup, swap or lock file's."""
+    return name.startswith((".", "#")) or name.endswith("~")
+
+
 def folders_below(path: str) -> list[str]:
     """List a folder and all below it; links are not followed."""
     return [folder for folder, _, _ in os.walk(path)]
@@ -2887,11 +2892,6 @@ LAYER_SCHEMA = CODEBASE_SCHEMA.without_required_keys()
 
 
 # Names
-
-
-def is_ignored(name: str) -> bool:
-    """Return whether a name is hidden, or an editor's backup, swap or lock file's."""
-    return name.startswith((".", "#")) or name.endswith("~")
 
 
 def check_name(kind: str, name: str) -> None:
@@ -7780,6 +7780,12 @@ class Planner:
             after, join = before.data, None
         else:
             after, join = insert_managed_text(agent, before, self._texts[path])
+        if len(after) > MAX_MANAGED_FILE:
+            message = (
+                f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got {len(after)} bytes with the text from the registry"
+            )
+            error = SyncError(message, f"orchestra show {label_for(self._codebase.key)} --origin")
+            return FilePlan(path, Action.SKIP, agent, before, problem=Problem.from_error(error, path))
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
             notes += self._describe_hiding(path)

@@ -6055,13 +6055,29 @@ def test_a_file_set_aside_in_the_folder_that_was_left_is_released_there(home: Ho
 @pytest.mark.parametrize("path", ["GEMINI.md", CLINE])
 def test_a_managed_file_that_is_too_large_is_an_error_for_it_alone(home: Home, path: str) -> None:
     target = "gemini" if path == "GEMINI.md" else "cline"
-    root = home.make_codebase("shop/api", {path: b"x" * orchestra.MAX_MANAGED_FILE}, targets=["claude", target])
+    root = home.make_codebase(
+        "shop/api", {path: b"x" * (orchestra.MAX_MANAGED_FILE - 1000)}, targets=["claude", target]
+    )
     assert home.run("sync", "--all").status == 0
     os.truncate(root / path, orchestra.MAX_MANAGED_FILE + 1)
     home.register("shop/api", targets=["claude", target], notes=["new"])
     ran = home.run("sync", "--all")
     assert ran.complaints == [f"orchestra: shop/api: {path}: expected at most 8 MiB, got more"]
     assert ran.lines == ["update   shop/api CLAUDE.md"]
+
+
+def test_a_text_larger_than_a_managed_file_can_be_is_not_written(home: Home) -> None:
+    pieces = {f"{i}.md": "x" * orchestra.MAX_REGISTRY_FILE for i in range(8)}
+    put_files(home.projects, pieces)
+    root = home.make_synced(targets=["claude"])
+    before = tree(root)
+    home.register(targets=["claude"], include=[*pieces])
+    for _ in range(2):
+        ran = home.run("sync", "--all")
+        assert ran.status == 2 and tree(root) == before
+        assert "CLAUDE.md: expected at most 8 MiB, got 8388" in ran.err and "show shop/api --origin" in ran.err
+    home.register(targets=["claude"], include=["0.md"])
+    home.sync()
 
 
 @pytest.mark.parametrize("link", [".cursor", ".cursor/rules"])
