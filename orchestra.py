@@ -3734,8 +3734,9 @@ class LayerReader:
         """Open a file of the registry; None if there is none."""
         folder, _, name = path.rpartition("/")
         # A name in Unicode may be listed in another form of it (macOS).
-        if not must_exist and name.isascii() and name not in self._names.get(folder, (name,)):
-            return None
+        names = self._names.get(folder) if name.isascii() else None
+        if not (must_exist or (os.path.lexists(path) if names is None else name in names)):
+            return None  # as most are
         file = RegistryFile(self._home, path, hint)
         return None if file.problems and not must_exist and not os.path.lexists(path) else file
 
@@ -7225,9 +7226,10 @@ def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Opt
 
 
 def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> None:
-    """Move record and backups to a new name, its lock held; raises OrchestraError."""
-    if os.path.lexists(record_path(home, key)):
-        return
+    """Move record and backups to a new name, its lock held; raises OrchestraError.
+
+    There is no record under the new name yet.
+    """
     former = find_former(home, key, root, owners)
     turn = try_lock(codebase_lock_path(home, former)) if former else None
     if former is None or turn is None:
@@ -8072,7 +8074,8 @@ class CodebaseTurn(Turn):
     def sync(self, owners: Optional[Owners], mode: SyncMode) -> Plan:
         """Plan and apply, again while a file is saved in between."""
         home, key, codebase = self.home, self.key, self.codebase
-        adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
+        if not os.path.lexists(record_path(home, key)):
+            adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
         written: dict[str, FilePlan] = {}
         former: Optional[Plan] = None
         for tries in range(MAX_TRIES):
