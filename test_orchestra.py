@@ -4529,6 +4529,7 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         ({"CLAUDE.md": "# Claude\n\nSee @./AGENTS.md.\n"}, ("codex",)),
         ({".claude/CLAUDE.md": "@../AGENTS.md", "GEMINI.md": "x"}, ("codex", "gemini")),
         ({"GEMINI.md": "@./AGENTS.md", "AGENTS.md": "x"}, ("codex",)),
+        ({"AGENTS.md": "This is @AGENTS.md."}, ("codex",)),
         ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude-rules",)),
         (
             {"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"},
@@ -6220,6 +6221,7 @@ def test_a_block_comes_where_there_is_something_to_add_and_goes_with_it(home: Ho
     ]
     for act, verbs, data in steps:
         act()
+        assert ("missing: AGENTS.md" in home.staleness()["detail"]) == (act == file.unlink)
         assert [line.split()[0] for line in home.sync().lines] == verbs
         assert file.read_bytes().rstrip(b"\n") == data.rstrip(b"\n")
         before = tree(home.folder)
@@ -6418,6 +6420,11 @@ def test_purge_leaves_nothing_of_orchestra_and_everything_of_the_user(home: Home
     assert contents(root) == mine
     assert sorted(os.listdir(root)) == [".cursor", ".github", "src"]
     assert home.registry().keys == []
+
+
+def test_purge_tells_of_a_link_though_there_is_nothing_to_do(home: Home) -> None:
+    home.make_synced("shop/api", {"CLAUDE.md": link_to("README.md")}, targets=["claude"])
+    assert home.sync().err == "" and "symbolic link" in home.run_fine("project", "remove", "api", "--purge").err
 
 
 def test_purge_keeps_an_edited_block_in_the_backups_and_an_edited_owned_file_in_place(home: Home) -> None:
@@ -12881,6 +12888,8 @@ def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: An
     assert dry.err == real.err and ".ruler/ is there" in real.err
     assert "  description: Shop (pyproject.toml)\n" in real.out and "  install:     uv sync (uv.lock)\n" in real.out
     assert "description: |-\n  Shop\n\n  Built with: Python, uv.\n" in home.file("shop/web").read_text()
+    shutil.rmtree(home.code / "web")
+    (home.code / "web").mkdir()  # which a real init would take for meant
     before = take_picture(home.folder)
     assert home.run_fine(*argv, "--dry-run", "-t", "ml").lines[0].startswith("shop/web: type would change to ml (")
     assert without_age(take_picture(home.folder)) == without_age(before)
