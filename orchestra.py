@@ -2156,13 +2156,24 @@ HIDING = (  # as of November 2026
 )
 DEFAULT_TARGETS = ("claude", "codex")
 MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
+PROGRAM_TEXTS = r"cmakelists\.txt|.*(?:requirements|constraints)"  # a text there is a program, or names some
 
 
 @functools.lru_cache(maxsize=1 << 10)
 def is_managed_path(path: str) -> bool:
     """Return whether Orchestra may write a file, by its path in a codebase's folder."""
     names = path.casefold().split("/")
-    return not {"", ".", "..", ".git"} & {*names} and "\0" not in path and names[-1].endswith(MANAGED_SUFFIXES)
+    is_inside = path.isprintable() and not {"", ".", "..", ".git"} & {*names}
+    return is_inside and names[-1].endswith(MANAGED_SUFFIXES) and not re.match(PROGRAM_TEXTS, names[-1])
+
+
+def spelled_alike(path: str) -> str:
+    """Return what all spellings of a path share, on a volume that ignores case."""
+    if not path.isascii():
+        from unicodedata import normalize
+
+        path = normalize("NFC", path)
+    return path.casefold()
 
 
 # ── 9 YAML ────────────────────────────────────────────────────────────────────
@@ -2627,6 +2638,61 @@ class MarkdownPath(Text):
         return path or ""
 
 
+class ManagedPath(Text):
+    """A file for agents, by its path below a codebase's folder."""
+
+    def describe(self) -> dict[str, Any]:
+        inside = r"(?!\.\.?/|\.[Gg][Ii][Tt]/)[^/\x00-\x1f]+/"
+        return {"type": ["string"], "pattern": rf"^({inside})*[^/\x00-\x1f]*\.(md|mdc|markdown|txt)$"}
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        path = doc.read_text(node, key)
+        taken = (agent.target for agent in AGENTS.values() if path and spelled_alike(agent.path) == spelled_alike(path))
+        target = next(taken, None)
+        if target:
+            doc.reject(node, key, f"a file that no target has (use {target})")
+        elif path is not None and not is_managed_path(path):
+            doc.reject(node, key, f"a relative path without .. to a text for agents ({' '.join(MANAGED_SUFFIXES)})")
+        return path or ""
+
+
+class Frontmatter(Text):
+    """Lines between --- and ---, at the top of a file."""
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        text = doc.read_text(node, key)
+        lines = (text or "").strip("\n").split("\n")
+        is_whole = len(lines) > 1 and lines[0] == lines[-1] == "---" and "---" not in map(str.strip, lines[1:-1])
+        if text is not None and not (is_whole and all(map(str.isprintable, lines))):
+            doc.reject(node, key, "frontmatter: --- on its first and its last line, and nowhere else")
+        return text or ""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": r"^\s*---\n[^\x00]*---\s*$"}
+
+
+class Limit(Text):
+    """How long a file may be: 12000 characters."""
+
+    PATTERN = r"^([1-9][0-9]{0,8}) (characters|bytes|lines)$"
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        text = doc.read_text(node, key)
+        if text is not None and not re.match(self.PATTERN, text):
+            doc.reject(node, key, "a number of characters, bytes or lines: 12000 characters")
+        return text or ""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": self.PATTERN}
+
+
+class TargetName(Text):
+    """An agent's target or a custom one, which any other layer may have."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"anyOf": [{"enum": [*AGENTS]}, {"type": "string"}]}
+
+
 class OneOf(Text):
     """One of some words; `aliases` are read as another."""
 
@@ -2675,6 +2741,35 @@ class ListOf(Kind):
         return tuple({item[0] if is_named else item: item for item in (*weaker, *stronger)}.values())
 
 
+class MapOf(ListOf):
+    """A mapping of names to records, each of which has its name as its first field."""
+
+    NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,49}$"
+
+    def __init__(self, item: "Schema", taken: Collection[str]) -> None:
+        super().__init__(item)
+        self._record = item
+        self._taken = taken
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+        found = []
+        for name, value in doc.read_mapping(node, key).items():
+            if name in self._taken or not re.match(self.NAME, name):
+                doc.complain(f"{key}: expected a new name of letters, digits, - _ and ., got {excerpt(name)}", value)
+            found.append(self._record.read(doc, value, f"{key}.{name}", **{self._record.make._fields[0]: name}))
+        return tuple(found)
+
+    def restore(self, value: Any) -> tuple[Any, ...]:
+        return tuple([self._record.restore(values[1:], sys.intern(values[0])) for values in value])
+
+    def write(self, value: Iterable[Any]) -> YamlNode:
+        return _mapping_node({item[0]: self._record.write(item) for item in value})
+
+    def describe(self) -> dict[str, Any]:
+        names = {"pattern": self.NAME, "not": {"enum": [*self._taken]}}
+        return {"type": ["object"], "propertyNames": names, "additionalProperties": self._record.describe()}
+
+
 class Choice(ListOf):
     """A list that replaces that of a weaker layer, even with none: []."""
 
@@ -2709,7 +2804,7 @@ class Schema(Kind):
     written back.
     """
 
-    NO_KEYS = ("project", "extra", "digest", "layers")  # fields that are not keys
+    NO_KEYS = ("project", "target", "extra", "digest", "layers")  # fields that are not keys
 
     def __init__(self, make: Any, **kinds: Kind) -> None:
         self.make = make
@@ -2744,7 +2839,7 @@ class Schema(Kind):
     def restore(self, value: Any, *first: str) -> Any:
         """Restore a record from its keys' values, behind its `first` fields."""
         if self.is_all_text:  # as tasks are: faster
-            return self.make(*map(sys.intern, value[: len(self.kinds)]))
+            return self.make(*first, *map(sys.intern, value[: len(self.kinds)]))
         return self.make(*first, *[kind.restore(v) for kind, v in zip(self.kinds.values(), value)])
 
     def write(self, value: Any) -> YamlNode:
@@ -2813,6 +2908,24 @@ class Skill(NamedTuple):
     extra: Extra = ()
 
 
+class CustomTarget(NamedTuple):
+    """The file of an agent that has no row in the table of agents."""
+
+    target: str
+    path: str
+    owns: str = "file"  # or a block
+    header: str = ""
+    limit: str = ""
+    extra: Extra = ()
+
+    @property
+    def agent(self) -> Agent:
+        limit, _, unit = self.limit.partition(" ")
+        budget = Budget(int(limit), unit, f"{self.target} may have at most") if limit else None
+        header = self.header and self.header.strip("\n") + "\n\n"
+        return Agent(self.target, self.path, owned=self.owns == "file", header=header, budget=budget)
+
+
 class Component(NamedTuple):
     """One entry of a codebase's `projects` list."""
 
@@ -2843,6 +2956,7 @@ class Codebase(NamedTuple):
     created_at: str = ""
     updated_at: str = ""
     include: tuple[str, ...] = ()
+    custom_targets: tuple[CustomTarget, ...] = ()
     extra: Extra = ()
     digest: str = ""  # of the files it was read from
     layers: "tuple[Layer, ...]" = ()  # the weakest first
@@ -2873,12 +2987,16 @@ TEXTS = ListOf(Text())
 CODEBASE_SCHEMA = Schema(
     Codebase,
     path=AbsolutePath(),
-    targets=Choice(OneOf(AGENTS)),
+    targets=Choice(TargetName()),
     commands=TextMap(),
     conventions=TEXTS,
     notes=TEXTS,
     skills=ListOf(Schema(Skill)),
     include=ListOf(MarkdownPath()),
+    custom_targets=MapOf(
+        Schema(CustomTarget, path=ManagedPath(), owns=OneOf(("file", "block")), header=Frontmatter(), limit=Limit()),
+        taken=AGENTS,
+    ),
     projects=ListOf(
         Schema(
             Component,
@@ -3714,7 +3832,42 @@ class LayerReader:
             if layer:
                 said = CODEBASE_SCHEMA.join(said, layer.said)
                 digests += [layer.said.digest, *(layer.digests.items() if layer.prose or layer.missing else ())]
-        return said._replace(digest=sha256_of(repr(digests).encode()), layers=layers), ()
+        said = said._replace(digest=sha256_of(repr(digests).encode()), layers=layers)
+        problems = self._check_targets(said)
+        return (None, tuple(problems)) if problems else (said, ())
+
+    def _check_targets(self, codebase: Codebase) -> list[Problem]:
+        """Check the targets, of which only all layers together know."""
+        custom = codebase.custom_targets
+        known = (*AGENTS, *(target.target for target in custom))
+        paths = {spelled_alike(target.path): target.target for target in reversed(custom)}
+        problems = []
+        for layer in codebase.layers:
+            bad = [i for i, target in enumerate(layer.said.targets or ()) if target not in known]
+            wrong = {}
+            for target in layer.said.custom_targets:
+                other = paths.get(spelled_alike(target.path), target.target)
+                if target in custom and other != target.target:
+                    wrong[target.target] = f"path: {other} has that file"
+                elif target.header and target.owns == "block":
+                    wrong[target.target] = "header: only a target that owns the file may have one"
+            if bad or wrong:
+                hint = f"orchestra edit {label_for(codebase.key)}" if layer is codebase.layers[-1] else ""
+                file = RegistryFile(self._home, f"{layer.path}.yaml", hint)
+                problems += self._blame(file, OneOf(known), bad, wrong)
+        return problems
+
+    @staticmethod
+    def _blame(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
+        """Complain of a file's targets at their lines, which parsed files have not."""
+        root = file.parse()
+        nodes = {name.value: value for name, value in root.value} if root is not None else {}
+        for i in bad if "targets" in nodes else ():
+            kind.read(file, nodes["targets"].value[i], f"targets[{i}]")
+        for name, value in nodes["custom_targets"].value if wrong and "custom_targets" in nodes else ():
+            if name.value in wrong:
+                file.complain(f"custom_targets.{name.value}.{wrong[name.value]}", value)
+        return file.problems
 
     def read_base(self, project: str) -> Codebase:
         """Read what all codebases of a project share."""
@@ -6840,12 +6993,15 @@ def targets_of(codebase: Codebase) -> tuple[str, ...]:
 
 def managed_files(codebase: Codebase) -> dict[str, Agent]:
     """Return the files that a codebase wants, by their paths in its folder."""
-    return {agent.path: agent for agent in (AGENTS[target] for target in targets_of(codebase))}
+    custom = {target.target: target.agent for target in codebase.custom_targets}
+    agents = {**AGENTS, **custom} if custom else AGENTS
+    return {agent.path: agent for agent in (agents[target] for target in targets_of(codebase) if target in agents)}
 
 
 def possible_files(codebase: Codebase) -> dict[str, Agent]:
     """Return the files that a codebase would have with every target there is."""
-    return managed_files(codebase._replace(targets=tuple(AGENTS)))
+    custom = [target.target for target in codebase.custom_targets]
+    return managed_files(codebase._replace(targets=(*AGENTS, *custom)))
 
 
 # What a user should know of a text
@@ -7017,7 +7173,8 @@ def render_files(codebase: Codebase, beside: Container[str] = (), importing: Con
         elif agent.path in beside:
             text = seal(body) if body else ""
         if text:
-            text = agent.header.format(title=title) + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
+            header = agent.header.replace("{title}", title)
+            text = header + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"
         files[agent.path] = text.encode("utf-8", "replace")
     return files
 
@@ -7691,6 +7848,11 @@ class Planner:
         )
         return Plan(self._root, files, old_record, record, former)
 
+    def _find_other(self, folder: str) -> str:
+        """Find another codebase whose folder is below this one's."""
+        found = self._owners.keys_at(identity_of(f"{self._root}/{folder}"), self._codebase.key) if self._owners else []
+        return label_for(found[0]) if found else ""
+
     def _check_is_not_above(self) -> None:
         """Refuse a folder above the one synced before: the path may be half-typed."""
         root, former = self._root, expand_home(self._home, self._record.root)
@@ -7727,6 +7889,15 @@ class Planner:
         unwanted = known_files(self._codebase, record) if is_purge else written
         files = {**self._wanted, **unwanted, **self._wanted}
         looks = {path: look_at(self._root, agent) for path, agent in files.items()}
+        for path, agent in files.items():  # where agents have no folder of their own
+            above = () if agent.target in AGENTS else folders_above(path)
+            other = next(filter(None, map(self._find_other, above)), "")
+            if other:
+                looks[path] = Look(agent, note=f"skipped: it is in the folder of {other}")
+        for path, agent in self._wanted.items():
+            if path in record.owned and not agent.owned:  # it was Orchestra's whole, and a block is wanted now
+                look = look_at(self._root, record.agent_at(path))
+                looks[path] = look._replace(agent=agent) if look.digest in record.known(path) else looks[path]
         is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
         if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
             self._check_not_emptied()
@@ -7781,7 +7952,8 @@ class Planner:
         if action == Action.KEEP:
             after, join = before.data, None
         else:
-            after, join = insert_managed_text(agent, before, self._texts[path])
+            is_whole = not agent.owned and path in self._record.owned and look.text == before.data
+            after, join = insert_managed_text(agent, ABSENT if is_whole else before, self._texts[path])
         if len(after) > MAX_MANAGED_FILE:
             message = (
                 f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got {len(after)} bytes with the text from the registry"
@@ -8416,7 +8588,18 @@ def preview_files(home: str, codebase: Codebase, owners: Optional[Owners] = None
 def trace_origins(home: str, codebase: Codebase) -> Iterator[tuple[str, str, str]]:
     """Iterate over the pieces of a codebase: key, text, and the files that say it."""
     start = len(projects_root(home)) + 1
-    for key in ("path", "description", "targets", "commands", "conventions", "notes", "skills", "projects"):
+    keys = (
+        "path",
+        "description",
+        "targets",
+        "commands",
+        "conventions",
+        "notes",
+        "skills",
+        "projects",
+        "custom_targets",
+    )
+    for key in keys:
         value = getattr(codebase, key)
         is_list = isinstance(value, tuple) and key != "targets"
         for item in value if is_list else filter(None, [value]):
@@ -12835,6 +13018,8 @@ class Commands(NamedTuple):
     def _list_known(self, kind: str) -> Iterable[str]:
         """List the registered names of a kind: the shortest, then the whole ones."""
         keys = find_keys(self.home) if kind in ("CODEBASE", "PROJECT") else []
+        if kind == "TARGET":
+            return AGENTS
         if kind == "PROJECT":
             return sorted({project for project, _ in keys})
         return [*short_names(keys).values(), *(map(label_for, keys) if self.args.words[-1:] != [""] else ())]
@@ -13101,7 +13286,12 @@ class Commands(NamedTuple):
         target = self.args.target
         shown = codebase._replace(targets=(target,)) if target else codebase
         files = preview_files(self.home, shown, registry.owners)
-        text = files[AGENTS[target].path].decode("utf-8", "replace") if target else render_text(codebase)
+        path = next((agent.path for agent in managed_files(shown).values() if agent.target == target), "")
+        if target and not path:
+            names = [*AGENTS, *(custom.target for custom in codebase.custom_targets)]
+            expected = f"expected {' | '.join(names)}, got {excerpt(target)}"
+            raise UsageError(f"--target: {expected}{did_you_mean(target, names)}")
+        text = files[path].decode("utf-8", "replace") if target else render_text(codebase)
         self._show(show_hidden(text))
         for agent in managed_files(shown).values():
             self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
@@ -13376,7 +13566,7 @@ COMMANDS = {
         Commands.cmd_show,
         (
             CODEBASE,
-            argument("--target", choices=AGENTS, help="the whole file of this agent"),
+            argument("--target", help="the whole file of this target"),
             switch("--origin", help="list which file of the registry each piece is from"),
             NO_PAGER,
         ),

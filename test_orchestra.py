@@ -2135,6 +2135,13 @@ TASK = r"7: projects\[0\]\.tasks\[0\]"
 NO_PATH = r"2: path: expected an absolute path or ~/\.\.\., got "
 TOO_DEEP = "1: yaml: expected at most 100 levels of nesting, got more"
 UNFINISHED = "found git's conflict markers: finish the merge first"
+
+
+def target_file(fields: str) -> str:
+    return f"{GOOD}custom_targets:\n  mine: {{{fields}}}\n"
+
+
+TARGET_PATH = r"4: custom_targets\.mine\.path: expected a relative path without \.\. to a text for agents .*"
 BAD_FILES = {
     "empty": (b"", "1: file: expected a mapping, got nothing"),
     "only a comment": ("# soon\n", "1: file: expected a mapping, got nothing"),
@@ -2203,6 +2210,55 @@ BAD_FILES = {
     "unknown status": (
         task_file("id: 1, title: t, status: later"),
         TASK + r"\.status: expected pending \| inprogress \| blocked \| done, got 'later'",
+    ),
+    **{
+        f"target's path {path}": (target_file(f"path: '{path}'"), TARGET_PATH)
+        for path in (
+            "/x.md",
+            "../x.md",
+            "a/../x.md",
+            "./x.md",
+            "a//x.md",
+            ".git/x.md",
+            ".GIT/x.md",
+            "docs/",
+            "x",
+            "x.py",
+        )
+    },
+    **{
+        f"target's path {path}": (target_file(f"path: {path}"), TARGET_PATH)
+        for path in ("CMakeLists.txt", "requirements-dev.txt", '"a\\nb.md"')
+    },
+    **{
+        f"target's path {path}": (target_file(f"path: {path}"), r".* expected a file that no target has \(use .*")
+        for path in ("AGENTS.md", "agents.md", ".cursor/Rules/orchestra.mdc")
+    },
+    **{
+        f"header {header}": (
+            target_file(f'path: x.md, header: "{header}"'),
+            r"4: custom_targets\.mine\.header: expected frontmatter: .*",
+        )
+        for header in ("x", "---", "--- a ---", "---\\na", "---\\n---\\nx\\n---", "---\\n\\e\\n---", "x\\n---")
+    },
+    "header of a block": (
+        target_file('path: x.md, owns: block, header: "---\\na: b\\n---"'),
+        r"4: custom_targets\.mine\.header: only a target that owns the file may have one",
+    ),
+    "two targets of one file": (
+        target_file("path: a/x.md") + "  other: {path: A/X.md}\n",
+        r"5: custom_targets\.other\.path: mine has that file",
+    ),
+    "target of an agent's name": (
+        GOOD + "custom_targets: {codex: {path: x.md}}",
+        "3: custom_targets: expected a new .*",
+    ),
+    "target without a path": (target_file("owns: file"), r"4: custom_targets\.mine\.path: required, but missing"),
+    "target with a limit": (target_file("path: x.md, limit: 3 words"), r"4: custom_targets\.mine\.limit: expected .*"),
+    "target that owns": (target_file("path: x.md, owns: all"), r"4: .*\.owns: expected file \| block, got 'all'"),
+    "unknown target beside a custom one": (
+        target_file("path: x.md") + "targets: [mine, mien]\n",
+        r"5: targets\[1\]: expected claude \| .* \| mine, got 'mien' \(did you mean \"mine\"\?\)",
     ),
     "unknown type": (
         GOOD + "projects: [{name: a, project_type: cloud}]\n",
@@ -6406,6 +6462,78 @@ def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
     ran = other.run_fine("init", str(root), "-p", "shop", "--sync")
     assert "replace  shop/api AGENTS.md" in ran.out and "orchestra restore shop/api AGENTS.md" in ran.err
     assert home.sync("--all").lines == []
+
+
+# Custom targets
+
+RULES = {"path": ".x/rules.md", "header": "---\nalways: true\n---", "limit": "10 characters"}
+NOTES = {"path": "docs/NOTES.txt", "owns": "block"}
+
+
+def test_a_custom_target_is_written_as_an_agents_is(home: Home) -> None:
+    home.write_registry(
+        "all.yaml", {"custom_targets": {"rules": RULES, "notes": {"path": "x.md"}}, "targets": ["rules"]}
+    )
+    root = home.make_codebase("shop/api", {"docs/NOTES.txt": "mine\n"}, custom_targets={"notes": NOTES})
+    ran = home.sync()
+    assert ran.lines == ["create   shop/api .x/rules.md"]
+    assert re.search(r"\.x/rules\.md: \d+ characters; rules may have at most 10$", ran.err.strip())
+    text = (root / ".x/rules.md").read_bytes()
+    assert text.startswith(b"---\nalways: true\n---\n\n<!-- Written by Orchestra") and b"- noted\n" in text
+    home.register(custom_targets={"notes": NOTES}, targets=["rules", "notes"])
+    assert home.sync().lines == ["append   shop/api docs/NOTES.txt"]
+    assert home.run_fine("show", "api", "--target", "notes").out == (root / "docs/NOTES.txt").read_text()
+    edited = edit(root / ".x/rules.md", "noted", "edited")
+    assert "restore shop/api .x/rules.md" in home.sync().err and (root / ".x/rules.md").read_bytes() == text
+    home.run_fine("restore", "api", ".x/rules.md")
+    assert (root / ".x/rules.md").read_bytes() == edited
+    home.sync()
+    home.run_fine("project", "remove", "api", "--purge")
+    assert contents(root) == {"docs/NOTES.txt": b"mine\n"}
+
+
+@pytest.mark.parametrize("owns", ["file", "block"])
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_custom_target_that_is_gone_leaves_only_what_was_edited(home: Home, owns: str, is_edited: bool) -> None:
+    target = {"path": "docs/x/mine.md", "owns": owns}
+    root = home.make_synced("shop/api", {"code.py": ""}, targets=["mine"], custom_targets={"mine": target})
+    if is_edited:
+        edit(root / "docs/x/mine.md", "noted", "kestrel")
+    home.register(targets=[])
+    assert home.status_of() == "orphan"
+    assert home.sync().lines == [f"{'release' if is_edited else 'remove':8} shop/api docs/x/mine.md"]
+    assert ("kestrel" in (root / "docs/x/mine.md").read_text()) if is_edited else contents(root) == {"code.py": b""}
+    assert home.run("restore", "api", "docs/x/mine.md").status == 2  # there is no backup
+
+
+def test_a_file_that_was_owned_turns_into_a_block_and_back(home: Home) -> None:
+    target = {"path": "MINE.md", "owns": "file"}
+    root = home.make_synced(targets=["mine"], custom_targets={"mine": target})
+    for owns, starts in (("block", BEGIN), ("file", b"<!-- Written"), ("block", BEGIN)):
+        home.register(targets=["mine"], custom_targets={"mine": {**target, "owns": owns}})
+        home.sync()
+        assert (root / "MINE.md").read_bytes().startswith(starts)
+        assert (root / "MINE.md").read_bytes().count(b"- noted\n") == 1
+        assert home.status_of() == "current"
+    edit(root / "MINE.md", "noted", "kestrel")
+    home.register(targets=["mine"], custom_targets={"mine": target})
+    home.sync()
+    assert b"kestrel" in home.backups()["MINE.md"]
+
+
+def test_the_file_of_a_codebase_inside_is_its_own(home: Home) -> None:
+    inner = home.make_synced("shop/web", {"x": ""}, path=str(home.code / "shop/api/web"), targets=["codex"])
+    inner = home.code / "shop/api/web"
+    put_files(inner, {"x": ""})
+    target = {"path": "web/AGENTS.md", "owns": "block"}
+    put_files(home.code / "shop/api/.git", {"HEAD": ""})
+    home.make_codebase(targets=["mine"], custom_targets={"mine": target}, notes=["outer"])
+    for _ in range(2):
+        home.sync()
+        assert home.staleness()["detail"] == "web/AGENTS.md: skipped: it is in the folder of shop/web"
+        assert b"outer" not in (inner / "AGENTS.md").read_bytes()
+    home.run_fine("project", "remove", "api", "--purge")
+    assert b"- noted" in (inner / "AGENTS.md").read_bytes()
 
 
 # ── 26 Sync ───────────────────────────────────────────────────────────────────
@@ -16793,7 +16921,7 @@ def check_registry(home: str, dice: random.Random) -> bool:
 # What a JSON Schema cannot say of a file that it accepts.
 BEYOND_SCHEMAS = re.compile(
     r".*(duplicate key|name: required, but missing|name says '|levels of nesting|aliases expanded|half a surrogate"
-    r"|expected at most|merge keys|NUL|name: expected a value|ignored here)"
+    r"|expected at most|merge keys|NUL|name: expected a value|ignored here|custom_targets\..*: expected)"
 )
 
 
