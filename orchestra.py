@@ -38,9 +38,9 @@ Contents
     13 Layers             what one registry file says, and what codebases share
     14 Registry           listing, loading and writing its files
     15 Manifests          what the manifests in a folder say
-    16 Scripts            what a file lets one run by name: make's targets
+    16 Scripts            what a file lets one run by name, as make's targets
     17 Node and Python    their package managers, environments and tools
-    18 Ecosystems         how a language's table is read, and what none can say
+    18 Ecosystems         how a language's table is read, and what takes code
     19 Languages          a table per language: its commands, and the evidence for them
     20 Detection          what a folder holds, by its manifests
     21 Drafting           what init registers, where the user has not spoken already
@@ -68,7 +68,7 @@ Contents
     37 Output             messages, tables and colors for a terminal or a pipe
     38 Arguments          the rows of the table of commands
     39 Status screen      what status shows, once or live
-    40 Doctor             looks for what commonly goes wrong
+    40 Doctor             checks for what commonly goes wrong
     41 Commands           one method per command
     42 Command line       the table of commands, and main
 
@@ -4393,21 +4393,21 @@ def clear_registry(home: str) -> None:
 # ── 15 Manifests ──────────────────────────────────────────────────────────────
 
 # What the manifests in a folder say. No program is run; each file is read once, 1 MiB
-# of it at most, and one that is broken says nothing. Evidence is written in words, a
-# file and what is in it:
+# of it at most, and one that is broken says nothing. Evidence is a condition on files,
+# written as text and decided by `Folder.holds`:
 #
 #   mix.exs|test/*.exs               one of the files is there; * stands for any text
 #   package.json engines node        JSON, TOML, YAML, INI: a value under these keys
 #   mix.exs :credo                   other text: the words occur outside comment lines
-#   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches, lines apart
-#   setup.py + not pyproject.toml    the one, and not the other
+#   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches; ^ and $ are a line's
+#   setup.py + not pyproject.toml    the first holds, and the second does not
 #
 # Patterns are kept as text, here and below: `re` compiles and keeps one at its first
 # use, and commands that detect nothing start faster.
 
 
 class Toml:
-    """Read the TOML that manifests are written in, which Python can since 3.11 only.
+    """Reads the TOML of manifests: Python's own reader came with 3.11.
 
     Numbers and dates stay as written. What TOML forbids may be accepted.
     """
@@ -4541,7 +4541,7 @@ def whole_word(word: str) -> str:
 
 
 def strip_comments(text: str) -> str:
-    """Take comments, and the commas that nothing follows, out of JSON."""
+    """Remove comments and trailing commas from JSON."""
     for pattern in (r"//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/)?", r",(?=\s*[]}])"):
         text = re.sub(rf'("(?:[^"\\\n]|\\.)*"?)|{pattern}', lambda match: match[1] or "", text)
     return text
@@ -4724,11 +4724,11 @@ class Found(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What evidence shows; {} in `text` is the text that the evidence leads to.
+    """What evidence shows; {} in `text` stands for what `quote` finds by it.
 
-    Without evidence, the ecosystem's sign is it. These names are no commands:
+    Without `evidence`, the ecosystem's sign counts. Four names are not commands:
     `description`, `type` (of the codebase), `version` (of the language) and `tool`
-    (another thing that is built with).
+    (what else it is built with).
     """
 
     name: str
@@ -4736,7 +4736,7 @@ class Row(NamedTuple):
     evidence: str = ""
 
 
-NO_COMMANDS = ("description", "type", "version", "tool", "packages")
+NO_COMMANDS = ("description", "type", "version", "tool")
 
 
 def shorten_version(text: str) -> str:
@@ -4761,8 +4761,11 @@ def shorten_version(text: str) -> str:
 
 # What a file lets one run by name, and which of it builds or tests: a Makefile's
 # targets, a justfile's recipes, npm's scripts. The name proposes, the text disposes: a
-# script that would watch, install elsewhere or do nothing is no answer, and one that
-# rewrites files says so.
+# script that would go on watching, or does nothing, is passed over, and one that
+# rewrites files is labelled so.
+#
+# A new name for what builds or tests is a word in SCRIPT_NAMES; a new task runner is a
+# function that returns Scripts, in TASK_RUNNERS.
 
 SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . count as -
     "install": (
@@ -4976,7 +4979,7 @@ class Scripts(NamedTuple):
                 yield words[1]
 
     def spell(self, script: Script, arguments: str = "") -> str:
-        """Spell the command line that runs a script; "" if it takes no arguments."""
+        """Spell the command line that runs a script; "" if it cannot take arguments."""
         line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", self.call.replace("{}", script.name))
         return line + (self.more and self.more + arguments) if arguments else line
 
@@ -5068,7 +5071,10 @@ TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the f
 
 # ── 17 Node and Python ────────────────────────────────────────────────────────
 
-# Two ecosystems in which much depends on the tool that makes the environment.
+# Two ecosystems in which the package manager decides how a command is spelled. A new
+# one of Node is a row in Node.MANAGERS, with its lock files in LOCKS; one of Python is
+# a row in Python.MANAGERS, with its ways to install in INSTALLS and, if it has them,
+# its scripts in SCRIPTS and its lists of requirements in `_list_requirements`.
 
 # Node
 
@@ -5076,11 +5082,13 @@ TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the f
 class Node:
     """A folder with a package.json: its package manager, scripts and packages."""
 
-    MANAGERS = {  # how each runs a script, what comes before arguments, its way to a package's program
-        "npm": ("npm run {}", " -- ", "npx "),
-        "pnpm": ("pnpm run {}", " ", "pnpm exec "),
-        "yarn": ("yarn run {}", " ", "yarn "),
-        "bun": ("bun run {}", " ", "bunx "),
+    MANAGERS = {
+        # How each runs a script, what comes before further arguments, how it runs a
+        # package's program, and how a script of one package of a workspace.
+        "npm": ("npm run {}", " -- ", "npx ", "npm run SCRIPT -w NAME"),
+        "pnpm": ("pnpm run {}", " ", "pnpm exec ", "pnpm --filter NAME run SCRIPT"),
+        "yarn": ("yarn run {}", " ", "yarn ", "yarn workspace NAME run SCRIPT"),
+        "bun": ("bun run {}", " ", "bunx ", "bun run --filter NAME SCRIPT"),
     }
     LOCKS = {
         "pnpm": ("pnpm-lock.yaml", "pnpm-workspace.yaml"),
@@ -5127,7 +5135,7 @@ class Node:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.manager, self.manager_source, self.manager_version = self._find_manager()
-        self.call, self.more, self.exec = self.MANAGERS[self.manager]
+        self.call, self.more, self.exec, self.call_member = self.MANAGERS[self.manager]
         dev = folder.table("package.json", "devDependencies")
         self.packages = {**dev, **folder.table("package.json", "dependencies")}
 
@@ -5494,8 +5502,8 @@ class Python:
 
 # ── 18 Ecosystems ─────────────────────────────────────────────────────────────
 
-# How a language's table is read, and what none can say: which of several solutions is
-# meant, which options the tests need.
+# How a language's table is read, and functions for what takes code to find: which of
+# several solutions is meant, which options the tests need.
 
 
 class Ecosystem(NamedTuple):
@@ -5716,7 +5724,8 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
 # ── 19 Languages ──────────────────────────────────────────────────────────────
 
 # What is customary in each ecosystem, and the evidence that it is so here. To add one,
-# add a row to ECOSYSTEMS, with a row of its own for each thing that is customary.
+# add an Ecosystem, with a Row for each command and each fact; where several rows have
+# one name, the first that holds counts.
 
 NO_PYTHON = " + not pyproject.toml build-system + not pyproject.toml project + not setup.py"
 
@@ -6332,10 +6341,10 @@ ML_PACKAGES = (
 
 
 class Detected(NamedTuple):
-    """What was found in a folder; `evidence` is what decided the type."""
+    """What was found in a folder; `reason` is what decided the type."""
 
     project_type: str
-    evidence: str
+    reason: str
     description: Optional[Found] = None
     built_with: Optional[Found] = None
     packages: Optional[Found] = None  # of a workspace
@@ -6416,12 +6425,6 @@ WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one 
         "uv run --package NAME pytest",
     ),
 )
-NODE_FILTERS = {
-    "npm": "npm run SCRIPT -w NAME",
-    "pnpm": "pnpm --filter NAME run SCRIPT",
-    "yarn": "yarn workspace NAME run SCRIPT",
-    "bun": "bun run --filter NAME SCRIPT",
-}
 
 
 def open_folder(path: str, home: str) -> Folder:
@@ -6496,7 +6499,7 @@ def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[F
 
 
 def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Found]) -> tuple[str, str]:
-    """Detect the type, and the evidence for it; `first` is the first ecosystem."""
+    """Detect the type, and what decided it; `first` is the first ecosystem."""
     typed = next((item for item in items if item.name == "type"), None)
     if typed:
         return typed.text, typed.source
@@ -6510,7 +6513,7 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
     used = ("dependencies", "peerDependencies")
     rules = (
         ("mobile", package("mobile", *used)),
-        ("ml", find_ml_evidence(folder)),
+        ("ml", find_ml_package(folder)),
         ("frontend", package("frontend", *used, "devDependencies")),
         ("backend", package("backend", *used)),
         ("frontend", folder.holds("index.html + package.json") if is_node else ""),
@@ -6520,10 +6523,10 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
         ("frontend", folder.find("index.html")),
         ("backend", "type unknown: set it with -t"),
     )
-    return next((kind, evidence) for kind, evidence in rules if evidence)
+    return next((kind, reason) for kind, reason in rules if reason)
 
 
-def find_ml_evidence(folder: Folder) -> str:
+def find_ml_package(folder: Folder) -> str:
     words = "|".join(map(re.escape, ML_PACKAGES))
     # A dependency stands at the start of a line or quoted string; extras and tables
     # of tools do not count.
@@ -6553,7 +6556,7 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
         if names:
             most = ", ".join(place for place, _ in places.most_common(4)) + ", ..." * (len(places) > 4)
             told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"
-            call = one or NODE_FILTERS[Node(folder).manager]
+            call = one or Node(folder).call_member
             return Found("packages", f"{told} (one of them: `{call}`)", source)
     return None
 
@@ -6595,7 +6598,7 @@ def detect(path: str, home: str = "") -> Detected:
         *detect_type(folder, systems[0] if systems else None, items),
         detect_description(folder, found),
         detect_versions(found),
-        next((item for item in items if item.name == "packages"), detect_packages(folder, next(iter(found), ""))),
+        detect_packages(folder, next(iter(found), "")),
         detect_commands(folder, found),
     )
 
@@ -11900,12 +11903,12 @@ class Registration(NamedTuple):
         codebase = codebase._replace(projects=(component,), created_at=now, updated_at=now)
         if not self.dry_run:
             self._save(codebase)
-        evidence = "from --type" if self.project_type else detected.evidence
+        reason = "from --type" if self.project_type else detected.reason
         joined = CODEBASE_SCHEMA.join(base, codebase)._replace(layers=base.layers)
         names = ", ".join(targets_of(joined)) or "none"
         rows = [*draft.found, Found("targets", names, source), Found("edit", self.file, "")]
         verb = "would register" if self.dry_run else "registered"
-        first = f"{verb} {self.label}: {component.project_type} ({evidence})"
+        first = f"{verb} {self.label}: {component.project_type} ({reason})"
         return Registered(joined, [*map(visible, [first, *self._format(rows)])], list(draft.notes))
 
     @staticmethod
@@ -11967,7 +11970,7 @@ More: orchestra help COMMAND"""
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 
 
-# Output
+# Messages
 
 
 def discard_output(stream: int) -> None:
@@ -12660,7 +12663,7 @@ class LiveStatus:
 
 @contextmanager
 def own_screen() -> Iterator[None]:
-    """Take the terminal over, key by key, and leave it as it was, come what may."""
+    """Take the terminal over, key by key, and leave it as it was, however that ends."""
     import signal
     import termios
 
@@ -12708,8 +12711,9 @@ def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
 
 # ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
-# What commonly goes wrong, and what mends it. A new check is a method of Doctor that
-# yields findings, and a name in CHECKS. Nothing is changed.
+# What commonly goes wrong, and how to fix it. Nothing is changed. A new check is a
+# method of Doctor that yields findings, and a name in CHECKS. A check that fails is a
+# finding itself, and the others go on.
 
 
 class Level:
@@ -12718,26 +12722,19 @@ class Level:
 
 
 class Finding(NamedTuple):
-    """What a check found, in one line; `fix` is its mend."""
+    """What a check found, in one line; `fix` is a command, or what else to do."""
 
     level: str
     text: str
     fix: str = ""
 
 
-class Mend(NamedTuple):
-    """What to do about a note on a file, by words in the note."""
-
-    words: str
-    fix: str
-
-
-MENDS = (
-    Mend(FOREIGN, "orchestra sync {label}"),
-    Mend("symbolic link", "put a file in its place, or drop its target: orchestra edit {label}"),
-    Mend("invisible characters", "type the text anew: orchestra edit {label}"),
-    Mend("", "orchestra edit {label}"),
-)
+NOTE_FIXES = {  # what to do about a note on a file, by words in the note; the first counts
+    FOREIGN: "orchestra sync {label}",
+    "symbolic link": "put a file in its place, or drop its target: orchestra edit {label}",
+    "invisible characters": "type the text anew: orchestra edit {label}",
+    "": "orchestra edit {label}",
+}
 # Who joins which files: what targets of both write, this agent reads twice. That of the
 # two defaults is no finding. As of November 2026.
 JOINED = {
@@ -12869,7 +12866,7 @@ class Doctor:
             for problem in plan.problems(self.home):
                 yield Finding(Level.FAILURE, str(problem.below(label)), problem.hint)
             for path, note in self._notes_on(plan):
-                fix = next(mend.fix for mend in MENDS if mend.words in note)
+                fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
                 yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix.format(label=label))
         if absent:
             yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
@@ -12934,6 +12931,9 @@ class Doctor:
 
 
 # ── 41 Commands ───────────────────────────────────────────────────────────────
+
+# A command finds what it is about in the registry, leaves the work to the sections
+# above, prints the result, and returns the exit status. Only here is anything asked.
 
 
 class Commands(NamedTuple):
@@ -13496,8 +13496,9 @@ class Commands(NamedTuple):
 
 # ── 42 Command line ───────────────────────────────────────────────────────────
 
-# A new command is a method `cmd_...` above and a row in COMMANDS.
-
+# A new command is a method `cmd_...` above and a row in COMMANDS; the help and the
+# completion follow from the row. A new option is an argument in the row, and its value
+# is `self.args.NAME` in the method. README.md lists both, and a test compares them.
 
 START, DAILY, MANAGE = "Start", "Every day", "Manage"
 A_CODEBASE = "a name (api), PROJECT/name or a path; default: this folder"
@@ -13646,7 +13647,7 @@ COMMANDS = {
         needs_yaml=False,
     ),
     "doctor": Command(
-        "check this installation, and say what mends it", Commands.cmd_doctor, (JSON,), needs_yaml=False, heading=MANAGE
+        "check this installation, and say how to fix it", Commands.cmd_doctor, (JSON,), needs_yaml=False, heading=MANAGE
     ),
     "schema": Command("print the JSON Schema of registry files", Commands.cmd_schema, needs_yaml=False, heading=MANAGE),
     "help": Command(
