@@ -7275,6 +7275,11 @@ def make_many(home: Home, count: int) -> list[Path]:
     return [home.make_codebase(f"p{i % 5}/c{i}", {"CLAUDE.md": f"mine {i}\n"}, notes=["d"]) for i in range(count)]
 
 
+def alarms_in(err: str) -> list[str]:
+    """List what was told but that AGENTS.md is new beside the user's CLAUDE.md."""
+    return [line for line in err.splitlines() if "AGENTS.md: OpenCode" not in line]
+
+
 def assert_all_complete(home: Home, roots: list[Path]) -> None:
     for i, root in enumerate(roots):
         claude, agents = (root / "CLAUDE.md").read_bytes(), (root / "AGENTS.md").read_bytes()
@@ -7290,7 +7295,7 @@ def assert_all_complete(home: Home, roots: list[Path]) -> None:
 def test_two_syncs_at_once_do_not_disturb_each_other(home: Home, round: int) -> None:
     roots = make_many(home, 100)
     both = [finish(process) for process in [home.start("sync", "--all") for _ in range(2)]]
-    assert [(ran.status, ran.err) for ran in both] == [(0, ""), (0, "")]
+    assert [(ran.status, alarms_in(ran.err)) for ran in both] == [(0, []), (0, [])]
     written = [line for ran in both for line in ran.lines]
     assert len(written) >= 200 and {line.split()[0] for line in written} == {"append", "create"}
     assert_all_complete(home, roots)
@@ -7306,7 +7311,7 @@ def test_a_sync_after_a_kill_completes_and_reports_no_hand_edit(home: Home, writ
     process.kill()
     finish(process)
     ran = home.sync()
-    assert {line.split()[0] for line in ran.lines} <= {"append", "create"} and ran.err == ""
+    assert {line.split()[0] for line in ran.lines} <= {"append", "create"} and alarms_in(ran.err) == []
     assert_all_complete(home, roots)
 
 
