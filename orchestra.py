@@ -6331,13 +6331,14 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
 
 # What `init` finds in a folder is the first draft of a registry file, which then is the
 # user's. A wrong command is worse than none: where the evidence is weak, nothing is
-# said. What lets one run commands by name comes first, then the first ecosystem; the
-# commands of the others are called by their names.
-
-ML_PACKAGES = (
-    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
-    *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
-)
+# said. `detect` takes these steps:
+#
+#   1 Open the folder, and those above it in its repository: a lock file may be there.
+#   2 Read the ecosystems that have a sign there, in the order of ECOSYSTEMS.
+#   3 Of the commands of one name, a task runner's counts, then the first ecosystem's.
+#     Those of the other ecosystems follow, with the ecosystem in their names.
+#   4 The type has the first of the reasons in `detect_type`. The description is the
+#     first ecosystem's, the README's or another ecosystem's.
 
 
 class Detected(NamedTuple):
@@ -6351,19 +6352,24 @@ class Detected(NamedTuple):
     commands: tuple[Found, ...] = ()
 
 
-def whole_sentences(text: str) -> str:
-    """Leave out the sentences that do not fit; a long first one ends after a word."""
-    first, *others = re.split(r"(?<=[.!?]) (?=[A-Z`(])", text)
-    for sentence in others:
-        if len(first) + len(sentence) > 200:
+def open_folder(path: str, home: str) -> Folder:
+    """Open a folder, and those above it up to its repository's root."""
+    if is_repository(path):
+        return Folder(path)
+    above = []
+    for outer in climb(os.path.dirname(path)):
+        if outer == home:
             break
-        first += f" {sentence}"
-    return first if len(first) < 300 else f"{first.rpartition(' ')[0]} ..."
+        above.append(outer)
+        if is_repository(outer):
+            return Folder(path, [Folder(folder) for folder in above])
+    return Folder(path)
 
 
+# Description
+
+SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
 PLACEHOLDER = r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)"
-
-
 NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
 NO_DESCRIPTION = (  # what a first sentence begins with that says something else
     r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
@@ -6377,10 +6383,21 @@ MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredTe
 )
 
 
-def first_sentence(text: str, name: str) -> str:
-    """Find the first sentence of prose in the README of what is called `name`.
+def whole_sentences(text: str) -> str:
+    """Leave out the sentences that do not fit; a long first one ends after a word."""
+    first, *others = re.split(SENTENCE_END, text)
+    for sentence in others:
+        if len(first) + len(sentence) > 200:
+            break
+        first += f" {sentence}"
+    return first if len(first) < 300 else f"{first.rpartition(' ')[0]} ..."
 
-    No heading, badge or list is prose. Later on, it must be what defines the name.
+
+def first_sentence(text: str, name: str) -> str:
+    """Find the sentence in a README that says what `name` is; "" if none does.
+
+    Headings, badges and lists are passed over. The first sentence of prose counts
+    unless it begins as in NO_DESCRIPTION; a later one must define the name.
     """
     parts = text[:20000].split("```")[::2]  # outside code
     first, *others = "\n".join(parts).split("<!--")
@@ -6401,7 +6418,7 @@ def first_sentence(text: str, name: str) -> str:
             # Text outside links, of which a list of links has none.
             own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
             prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
-            sentence = re.split(r"(?<=[.!?]) (?=[A-Z`(])", tidy(prose))[0]
+            sentence = re.split(SENTENCE_END, tidy(prose))[0]
             if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
                 subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
                 if subject and subject[1].casefold() in name.casefold():
@@ -6412,90 +6429,38 @@ def first_sentence(text: str, name: str) -> str:
     return ""
 
 
-WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one is used
-    ("javascript", "pnpm-workspace.yaml packages", "package.json", "name", ""),
-    ("javascript", "package.json workspaces", "package.json", "name", ""),
-    ("javascript", "package.json workspaces packages", "package.json", "name", ""),
-    ("rust", "Cargo.toml workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
-    (
-        "python",
-        "pyproject.toml tool uv workspace members",
-        "pyproject.toml",
-        "project name",
-        "uv run --package NAME pytest",
-    ),
+def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
+    """Choose the first ecosystem's, the README's first sentence, or another's."""
+    described = [
+        next((i for i in items if i.name == "description" and not re.search(PLACEHOLDER, i.text)), None)
+        for items in found.values()
+    ]
+    readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
+    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
+    described.insert(1, Found("description", sentence, readme) if sentence else None)
+    found_first = next(filter(None, described), None)
+    return found_first and found_first._replace(text=whole_sentences(found_first.text))
+
+
+# Type
+
+ML_PACKAGES = (
+    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
+    *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
 
 
-def open_folder(path: str, home: str) -> Folder:
-    """Open a folder, and those above it up to its repository's root."""
-    if is_repository(path):
-        return Folder(path)
-    above = []
-    for outer in climb(os.path.dirname(path)):
-        if outer == home:
-            break
-        above.append(outer)
-        if is_repository(outer):
-            return Folder(path, [Folder(folder) for folder in above])
-    return Folder(path)
-
-
-class Selection:
-    """The commands of a folder, the first of each name, and how they are labelled."""
-
-    NAMES = ("install", "build", "test", "one test", "lint", "format", "type check", "run", "check", "before a commit")
-    TESTERS = r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
-
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
-        self.found: dict[tuple[str, str], Found] = {}  # by ecosystem ("" for the first) and name
-        self.covered: set[str] = set()  # by a task runner
-
-    def add(self, item: Found, ecosystem: str = "") -> None:
-        name, _, note = item.name.partition(" (")
-        notes = ", ".join(filter(None, (ecosystem, note.rstrip(")"))))
-        self.found.setdefault((ecosystem, name), item._replace(name=f"{name} ({notes})" if notes else name))
-
-    def add_runners(self, found: Mapping[str, list[Found]]) -> None:
-        """Add what task runners run, and one test of what theirs tests with."""
-        for read_runner in TASK_RUNNERS:
-            scripts = read_runner(self.folder)
-            for command, script in scripts.pick():
-                if command == "test" and ("", "test") not in self.found:
-                    tester = re.search(self.TESTERS, script.text)
-                    items = itertools.chain.from_iterable(found.values())
-                    one = (i for i in items if i.name == "one test" and tester and tester[0] in i.text)
-                    for item in itertools.islice(one, 1):
-                        self.add(item)
-            for item in scripts.find():
-                self.add(item)
-        self.covered = {name for _, name in self.found}
-
-    def add_ecosystem(self, name: str, items: Iterable[Found]) -> None:
-        """Add what an ecosystem says: of a second one, only what no runner covers."""
-        covered = self.covered if name else ()
-        told = [item for item in items if item.name not in NO_COMMANDS and item.text]
-        told = [item for item in told if item.name.partition(" (")[0] not in covered]
-        if not name or any(item.name != "install" for item in told):  # a lone install helps nobody
-            for item in told:
-                self.add(item, "" if item.name == "before a commit" else name)
-
-    def list(self, ecosystems: Iterable[str]) -> tuple[Found, ...]:
-        """List them in the order in which they are told."""
-        keys = ((ecosystem, name) for ecosystem in ecosystems for name in self.NAMES)
-        return tuple(self.found[key] for key in keys if key in self.found)
-
-
-def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[Found, ...]:
-    selection = Selection(folder)
-    selection.add_runners(found)
-    for index, (ecosystem, items) in enumerate(found.items()):
-        selection.add_ecosystem(ecosystem if index else "", items)
-    hooks = ".pre-commit-config.yaml"
-    if folder.find(hooks):
-        selection.add(Found("before a commit", "pre-commit run --all-files", hooks))
-    return selection.list(["", *[*found][1:]])
+def find_ml_package(folder: Folder) -> str:
+    words = "|".join(map(re.escape, ML_PACKAGES))
+    # A dependency stands at the start of a line or quoted string; extras and tables
+    # of tools do not count.
+    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
+    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
+        texts = folder.texts(name, "project", "dependencies") if name == "pyproject.toml" else [folder.text(name)]
+        match = wanted.search("\n".join(texts))
+        if match:
+            return f"{match[1]} in {name}"
+    return ""
 
 
 def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Found]) -> tuple[str, str]:
@@ -6526,21 +6491,25 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
     return next((kind, reason) for kind, reason in rules if reason)
 
 
-def find_ml_package(folder: Folder) -> str:
-    words = "|".join(map(re.escape, ML_PACKAGES))
-    # A dependency stands at the start of a line or quoted string; extras and tables
-    # of tools do not count.
-    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
-        texts = folder.texts(name, "project", "dependencies") if name == "pyproject.toml" else [folder.text(name)]
-        match = wanted.search("\n".join(texts))
-        if match:
-            return f"{match[1]} in {name}"
-    return ""
+# The packages of a workspace
+
+WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one is used
+    ("javascript", "pnpm-workspace.yaml packages", "package.json", "name", ""),
+    ("javascript", "package.json workspaces", "package.json", "name", ""),
+    ("javascript", "package.json workspaces packages", "package.json", "name", ""),
+    ("rust", "Cargo.toml workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
+    (
+        "python",
+        "pyproject.toml tool uv workspace members",
+        "pyproject.toml",
+        "project name",
+        "uv run --package NAME pytest",
+    ),
+)
 
 
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
-    """Tell the packages of a workspace: up to 12 by name, more by their number."""
+    """List the packages of a workspace: up to 12 by name, more by their number."""
     for _, evidence, manifest, name, one in sorted(WORKSPACES, key=lambda row: row[0] != first):
         source, *keys = evidence.split()
         items = folder.texts(source, *keys) if folder.find(source) else []
@@ -6561,17 +6530,67 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
     return None
 
 
-def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
-    """Choose the first ecosystem's, the README's first sentence, or another's."""
-    described = [
-        next((i for i in items if i.name == "description" and not re.search(PLACEHOLDER, i.text)), None)
-        for items in found.values()
-    ]
-    readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
-    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
-    described.insert(1, Found("description", sentence, readme) if sentence else None)
-    found_first = next(filter(None, described), None)
-    return found_first and found_first._replace(text=whole_sentences(found_first.text))
+# Commands
+
+
+class Selection:
+    """The commands of a folder: the first of each name, with its label."""
+
+    NAMES = ("install", "build", "test", "one test", "lint", "format", "type check", "run", "check", "before a commit")
+    TESTERS = r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.found: dict[tuple[str, str], Found] = {}  # by ecosystem ("" for the first) and name
+        self.covered: set[str] = set()  # by a task runner
+
+    def add(self, item: Found, ecosystem: str = "") -> None:
+        name, _, note = item.name.partition(" (")
+        notes = ", ".join(filter(None, (ecosystem, note.rstrip(")"))))
+        self.found.setdefault((ecosystem, name), item._replace(name=f"{name} ({notes})" if notes else name))
+
+    def add_runners(self, found: Mapping[str, list[Found]]) -> None:
+        """Add task runners' commands, and how their tester runs one test."""
+        for read_runner in TASK_RUNNERS:
+            scripts = read_runner(self.folder)
+            for command, script in scripts.pick():
+                if command == "test" and ("", "test") not in self.found:
+                    tester = re.search(self.TESTERS, script.text)
+                    items = itertools.chain.from_iterable(found.values())
+                    one = (i for i in items if i.name == "one test" and tester and tester[0] in i.text)
+                    for item in itertools.islice(one, 1):
+                        self.add(item)
+            for item in scripts.find():
+                self.add(item)
+        self.covered = {name for _, name in self.found}
+
+    def add_ecosystem(self, name: str, items: Iterable[Found]) -> None:
+        """Add an ecosystem's commands: of a second one, only what no runner covers."""
+        covered = self.covered if name else ()
+        commands = [item for item in items if item.name not in NO_COMMANDS and item.text]
+        commands = [item for item in commands if item.name.partition(" (")[0] not in covered]
+        if not name or any(item.name != "install" for item in commands):  # alone, it helps nobody
+            for item in commands:
+                self.add(item, "" if item.name == "before a commit" else name)
+
+    def list(self, ecosystems: Iterable[str]) -> tuple[Found, ...]:
+        """List the commands by ecosystem, and in the order of NAMES."""
+        keys = ((ecosystem, name) for ecosystem in ecosystems for name in self.NAMES)
+        return tuple(self.found[key] for key in keys if key in self.found)
+
+
+def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[Found, ...]:
+    selection = Selection(folder)
+    selection.add_runners(found)
+    for index, (ecosystem, items) in enumerate(found.items()):
+        selection.add_ecosystem(ecosystem if index else "", items)
+    hooks = ".pre-commit-config.yaml"
+    if folder.find(hooks):
+        selection.add(Found("before a commit", "pre-commit run --all-files", hooks))
+    return selection.list(["", *[*found][1:]])
+
+
+# All together
 
 
 def detect_versions(found: Mapping[str, list[Found]]) -> Optional[Found]:
@@ -6605,9 +6624,9 @@ def detect(path: str, home: str = "") -> Detected:
 
 # ── 21 Drafting ───────────────────────────────────────────────────────────────
 
-# What `init` makes of what was found. Where the user has told the agents commands,
-# nothing is drafted: what repeats their own text costs attention, and what contradicts
-# it does harm.
+# What `init` makes of what was found. Where the user's own instruction files already
+# have commands, none are drafted: what repeats them costs attention, and what
+# contradicts them does harm.
 
 SPOKEN = 2  # commands of the user's own that are enough
 RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
@@ -6623,9 +6642,10 @@ GENERATED = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|dir
 
 
 class Draft(NamedTuple):
-    """What to register of a folder, and what to tell of it.
+    """What to register of a folder, and what `init` prints about it.
 
-    `targets` is empty if nothing there says which. `found` is told, and `notes` warn.
+    `targets` is empty if nothing there says which; then `defaults` are taken, unless a
+    layer has some. `found` is printed as results, `notes` as notes.
     """
 
     description: str
@@ -6727,7 +6747,7 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
-    """Tell what shows that another tool writes instruction files too."""
+    """Note what shows that another tool writes instruction files too."""
     notes = [
         f"{path} says that another tool generates it, which would overwrite Orchestra's block"
         for path, text in texts.items()
@@ -6744,10 +6764,10 @@ def make_draft(root: str, found: Detected) -> Draft:
     targets = find_targets(root, texts)
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
-    told = [found.description, found.built_with, found.packages, *found.commands]
+    shown = [found.description, found.built_with, found.packages, *found.commands]
     if most and counts[most] >= SPOKEN:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
-        told = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
+        shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
         silent = (t for t in targets if not AGENTS[t].owned or any(twin in texts for twin in AGENTS[t].twins))
         targets = tuple(silent) or targets
     paragraphs = [found.description and found.description.text]
@@ -6759,7 +6779,7 @@ def make_draft(root: str, found: Detected) -> Draft:
         tuple((command.name, command.text) for command in found.commands),
         targets,
         tuple(target for target in AGENTS if target in (*DEFAULT_TARGETS, *in_use)),
-        tuple(filter(None, told)),
+        tuple(filter(None, shown)),
         tuple(find_other_tools(root, texts)),
     )
 
@@ -11736,11 +11756,15 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #   1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
 #   2 Clean up after a killed command, and load the registry.
 #   3 Refuse a name that another folder has, and a folder that another name has.
-#   4 If it is registered, change its type if asked to; otherwise create its file.
+#   4 If it is registered with this folder, change its type if asked to, and stop.
+#   5 Refuse a folder to which another codebase may have moved: `project move` is for
+#     that. It takes steps 1 and 3, and saves the path.
+#   6 If it is registered, but has no folder on this machine, save this one as its own.
+#     Otherwise detect what is in the folder, draft the codebase's file, and create it.
 
 
 class Registered(NamedTuple):
-    """A codebase as registered, what was done, and notes, by line."""
+    """A codebase as registered, and lines for the user: what was done, and notes."""
 
     codebase: Codebase
     lines: list[str]
