@@ -3642,7 +3642,13 @@ class RegistryFile(Document):
         return None if text is None else self.compose(text)
 
     def read_layer(self, kind: str, key: Key) -> Codebase:
-        """Read what a YAML file says as a layer; `kind` is one of LAYERS."""
+        """Read what a YAML file says as a layer; `kind` is one of LAYERS.
+
+        Only a codebase's own file must say something.
+        """
+        lines = (self.decode() or "").split("\n")
+        if not self.problems and kind != "codebase" and all(line.strip()[:1] in ("", "#") for line in lines):
+            return Codebase(key[0], "", digest=self.digest)
         root = self.parse()
         if root is None:
             return Codebase(key[0], "", digest=self.digest)
@@ -4166,8 +4172,9 @@ def reload_codebases(
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
         if other != key:
             loser = codebases.pop(other if first == key else key)
-            place = shorten_home(home, codebase_path(home, loser.key))
-            doc = Document(place, f"orchestra edit {label_for(loser.key)}")
+            file = next(f"{layer.path}.yaml" for layer in reversed(loser.layers) if layer.said.path)
+            place, main = shorten_home(home, file), codebase_path(home, loser.key)
+            doc = Document(place, f"orchestra edit {label_for(loser.key)}" if file == main else f"edit {place}")
             doc.complain(f"path: {loser.path} already belongs to {label_for(first)}")
             broken[loser.key] = tuple(doc.problems)
     shared = {**registry.shared, **reader.shared}
@@ -9170,8 +9177,8 @@ class Watcher:
         entries = [entry for entry in entries if not is_ignored(entry.name)]
         self._follow_links(entries)
         self._folders = {entry.path for entry in entries if os.path.isdir(entry.path)}
-        others = [entry for entry in entries if entry.path not in self._folders]
-        self._look_at_files(self._root, [e.path for e in others if WATCHED_FILE.fullmatch(e.name)])
+        # A folder that is called all.yaml stops all codebases.
+        self._look_at_files(self._root, [entry.path for entry in entries if WATCHED_FILE.fullmatch(entry.name)])
         for folder in [*self._folders]:
             self._look_at_folder(folder)
         for folder in self._snapshot.keys() - self._folders - {self._root}:

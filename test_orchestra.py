@@ -2469,6 +2469,9 @@ def test_two_codebases_cannot_claim_one_path(home: Home, spelling: str, slashes:
     assert list(home.registry().codebases) == [("shop", "old")]
     (problem,) = home.problems()
     assert re.fullmatch(r"~/.*shop/api\.yaml:1: path: .* already belongs to shop/old", problem)
+    path = home.registry().codebases[("shop", "old")].path
+    put_files(home.projects, {"shop/api.yaml": "name: api\n", "shop/api.local.yaml": f"path: {path}\n"})
+    assert "shop/api.local.yaml:1: path: " in home.problems()[0]
 
 
 def test_of_two_links_to_one_folder_the_first_by_name_has_it(home: Home) -> None:
@@ -10407,6 +10410,7 @@ LAYER_SAVES: list[tuple[dict[str, Optional[str]], str, str]] = [
     ({"all.md": None, "shop/api.local.md": None}, "", ""),
     ({"all.local.yaml": "notes: [w-all]\n", "shop/project.yaml": "notes: [w-project]\n"}, *["w-all w-project"] * 2),
     ({"shop/api.local.yaml": "notes: [w-local]\n"}, "w-all w-project w-local", "w-all w-project"),
+    ({"all.local.yaml": "# notes: [w-all]\n"}, "w-project w-local", "w-project"),
     ({"all.local.yaml": None, "shop/project.yaml": None}, "w-local", ""),
     ({"some.md": "w-some\n", "shop/api.local.yaml": "include: [some.md]\n"}, "w-some", ""),
     ({"some.md": "w-other\n"}, "w-other", ""),
@@ -10437,8 +10441,11 @@ def test_every_layer_and_its_prose_drive_the_daemon(live: Home, kind: str) -> No
     for files, api, web in LAYER_SAVES:
         put_or_remove(live, files)
         wait_for_words(live, api, web)
-    live.stop(daemon)
     assert live.complaints() == []
+    (live.projects / "all.yaml").mkdir()
+    wait_until(lambda: "all.yaml:1: file: expected a file, got a folder" in "".join(live.complaints()))
+    (live.projects / "all.yaml").rmdir()
+    live.stop(daemon)
     put_or_remove(live, {"all.md": "w-down\n", "shop/api.md": "w-api\n", "shop/web.local.yaml": "notes: [w-web]\n"})
     daemon = live.start_daemon(kind)
     wait_for_words(live, "w-down w-api", "w-down w-web")
