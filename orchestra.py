@@ -3576,7 +3576,7 @@ def has_lost_file(old: Codebase, new: Codebase) -> bool:
     return not all(map(has_text, files - left))
 
 
-def find_way_out(home: str, file: str) -> str:
+def find_outside(home: str, file: str) -> str:
     """Return where a registry file is if a link leads out of the registry, "" if not.
 
     The registry itself and a project's folder may be links.
@@ -3608,9 +3608,9 @@ class RegistryFile(Document):
         self._data = b""
         real = follow_link(file)
         if disk is None and (real != file or file.count("/") > projects_root(home).count("/") + 2):
-            out = find_way_out(home, file)
-            if out:
-                self.complain(f"file: expected a file in the registry, got a link to {shorten_home(home, out)}")
+            outside = find_outside(home, file)
+            if outside:
+                self.complain(f"file: expected a file in the registry, got a link to {shorten_home(home, outside)}")
                 return
         try:
             disk = disk or read_disk(real, MAX_REGISTRY_FILE + 1)
@@ -4015,14 +4015,18 @@ class Registry(NamedTuple):
         return {**self.shared, **self.codebases, **{layer.path: layer for layer in layers}, **prose}
 
     def remarks(self, keys: Iterable[Key]) -> list[Problem]:
-        """List what a user should know of the files of some codebases, each once."""
+        """List what a user should know of the files of some codebases, each once.
+
+        They are notes in `status`, `sync`, `edit` and the daemon's log, and warnings in
+        `doctor`.
+        """
         found = (self.codebases[key].remarks for key in keys if key in self.codebases)
         return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
-    def find(self, name: str, way_out: str = "give its project too:") -> Key:
+    def find(self, name: str, hint: str = "give its project too:") -> Key:
         """Find a codebase by name, api or shop/api; raises RegistryError.
 
-        `way_out` precedes a whole name where a short one is not unique.
+        Where a name is not unique, a whole one follows the `hint`.
         """
         project, slash, codebase = name.rpartition("/")
         if slash and ((project, codebase) in self.codebases or (project, codebase) in self.broken):
@@ -4032,8 +4036,7 @@ class Registry(NamedTuple):
             return found[0]
         if found:
             labels = ", ".join(map(label_for, found))
-            hint = f"{way_out} {label_for(found[0])}"
-            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', hint)
+            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', f"{hint} {label_for(found[0])}")
         shown = name if len(name) <= 200 else excerpt(name)
         like = did_you_mean(name, [*map(label_for, self.keys), *(key[1] for key in self.keys)])
         raise RegistryError(f'no codebase is called "{shown}"{like}', "orchestra project list")
@@ -9485,11 +9488,11 @@ def run_program(
 
 
 class Notifier:
-    """Runs the user's own program with what the user should hear of.
+    """Runs the user's own program, ~/.orchestra/notify, with what went wrong.
 
     The loop calls `step`, and never waits. One program runs at a time, for at most
-    TIMEOUT; what comes while it runs, or in the PAUSE after its start, is told together
-    by the next one. The program is started by no shell, and only if nobody but the user
+    TIMEOUT; what comes while it runs, or in the PAUSE after its start, is collected for
+    the next one. The program is started by no shell, and only if nobody but the user
     could have written it.
     """
 
@@ -9649,9 +9652,10 @@ def run_pager(environ: Mapping[str, str], text: str) -> bool:
 
 # ── 31 Control socket ─────────────────────────────────────────────────────────
 
-# One request per line, one reply per line, both JSON. Lines are cut and parsed without
-# a socket, and the server takes its listener and selector as arguments, so that both
-# can be tested in memory.
+# One request per line, one reply per line, both JSON; only the status for the launcher
+# is indented, and has several. Lines are cut and parsed without a socket, and the
+# server takes its listener and selector as arguments, so that both can be tested in
+# memory.
 
 MAX_LINE = 64 << 10  # bytes
 STATUS_TRIES = 5
@@ -11146,6 +11150,8 @@ def stable_python_path(python: str, exists: Callable[[str], bool] = os.path.exis
     return stable if exists(stable) else python
 
 
+# What ~/.orchestra/bin/orchestra is made of. It imports the installed script, but for
+# `daemon status`, which scripts poll, it first tries a copy of `print_status`.
 LAUNCHER = """\
 import posix, sys
 
@@ -11360,7 +11366,8 @@ class Installer(NamedTuple):
 # ── 35 Services ───────────────────────────────────────────────────────────────
 
 # The daemon in the background: started by launchd or systemd, now and at each login, or
-# detached from the terminal.
+# detached from the terminal. A start has succeeded only when a new daemon answers. A
+# new supervisor is a class below Service and the functions that install and uninstall.
 
 
 class Service:
@@ -11374,7 +11381,7 @@ class Service:
     PAUSE = 0.05  # between tries
     HINT = "orchestra daemon logs --stderr-only"
     service = label = "daemon"  # its name in full, and in short
-    file = ""  # that has the supervisor start it
+    file = ""  # the plist or unit that the supervisor reads
     error: type[DaemonError] = DaemonError
 
     def __init__(
@@ -11422,8 +11429,10 @@ class Service:
     def has_new_daemon(self, old_pid: Optional[int]) -> bool:
         return self.daemon_pid(__version__) not in (None, old_pid)
 
-    def expect_to_stay(self, old_pid: Optional[int]) -> None:
-        """See that a daemon other than the old one keeps running."""
+    def expect_new_daemon(self, old_pid: Optional[int]) -> None:
+        """See that a daemon other than the old one answers, and keeps running."""
+        if not self.wait_until(lambda: self.has_new_daemon(old_pid)):
+            raise self.failure(f"does not answer on {socket_path(self.home)}")
         pid = self.daemon_pid(__version__)
         self._sleep(self.STAY_TIME)
         if pid in (None, old_pid) or self.daemon_pid() != pid:
@@ -11554,9 +11563,7 @@ class Launchd(Service):
         """Wait for a daemon other than the old one, and see that it stays."""
         if not self.wait_until(lambda: self.has_new_daemon(old_pid), self.START_TIMEOUT):
             self.call("kickstart", "-k", self.service)
-            if not self.wait_until(lambda: self.has_new_daemon(old_pid)):
-                raise self.failure(f"does not answer on {socket_path(self.home)}")
-        self.expect_to_stay(old_pid)
+        self.expect_new_daemon(old_pid)
 
 
 def generate_plist(binary_path: str, log_dir: str) -> bytes:
@@ -11644,7 +11651,7 @@ def uninstall_launchd(launchd: Launchd) -> bool:
 #   3 `start_daemon`: reload, enable, restart, and succeed only if a new daemon of this
 #     version answers on the socket, and again a second later.
 #
-# If step 2 or 3 fails, the old unit is back, and runs again if it did.
+# If step 2 or 3 fails, the old unit is put back and started again.
 
 
 class Systemd(Service):
@@ -11683,9 +11690,7 @@ class Systemd(Service):
         self.require("daemon-reload")
         self.require("enable", self.file)  # by its path: systemd may look elsewhere (XDG_CONFIG_HOME)
         self.require("restart", self.label)
-        if not self.wait_until(lambda: self.has_new_daemon(old_pid)):
-            raise self.failure(f"does not answer on {socket_path(self.home)}")
-        self.expect_to_stay(old_pid)
+        self.expect_new_daemon(old_pid)
 
     def forget(self) -> None:
         """Stop and disable the service, and remove its unit, manager or not."""
@@ -12350,17 +12355,17 @@ class CommandLine:
             setattr(args, argument.name, [] if argument.nargs == "*" else argument.default)
         if self.is_group and self.rest and not self.rest[0].startswith("-"):
             problem = f'there is no command "{visible(self._longer_name)}"'
-            raise UsageError(problem + did_you_mean(self.rest[0], self.subcommands()), self.way_out)
+            raise UsageError(problem + did_you_mean(self.rest[0], self.subcommands()), self.hint)
         try:
             positional = self._parse_options(args)
             if not args.help:
                 self._place(args, positional)
         except UsageError as error:
-            raise UsageError(f"{self.name}: {error}".removeprefix(": "), self.way_out) from None
+            raise UsageError(f"{self.name}: {error}".removeprefix(": "), self.hint) from None
         return args
 
     @property
-    def way_out(self) -> str:
+    def hint(self) -> str:
         return f"orchestra help {self.name}".rstrip()
 
     def _parse_options(self, args: SimpleNamespace) -> list[str]:
@@ -12576,8 +12581,8 @@ class StatusView(NamedTuple):
     @property
     def all_notes(self) -> list[str]:
         """List the notes, and what else the daemon has trouble with."""
-        told = [str(note) for note in (*self.notes, *self.status.stray)]
-        known = "\n".join([*told, *(entry.detail for entry in self.status.codebases)])
+        notes = map(str, (*self.notes, *self.status.stray))
+        known = "\n".join([*notes, *(entry.detail for entry in self.status.codebases)])
         problems = [Problem(p["where"], p["message"]) for p in self.daemon.get("problems", ())]
         return [f"note: {note}" for note in self.notes] + [
             f"daemon: {problem}" for problem in problems if problem.message not in known
@@ -12598,8 +12603,8 @@ class StatusView(NamedTuple):
             rows.append((label, State.WORDS[entry.status][0], format_age(entry.last_sync_age), detail))
         lines = format_table(rows, width) if entries else []
         for note in self.all_notes:
-            said, _, way_out = visible(note).partition("; to get it back: ")
-            lines += [*hang("", said, width), *([f"  try: {way_out}"] if way_out else [])]  # to be pasted: not wrapped
+            said, _, hint = visible(note).partition("; to get it back: ")
+            lines += [*hang("", said, width), *([f"  try: {hint}"] if hint else [])]  # to be pasted: not wrapped
         return lines
 
     def format(self, width: int) -> list[str]:
@@ -13187,16 +13192,16 @@ class Commands(NamedTuple):
             self._print_results(results, dry_run)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
-        failed = max(failed, self._tell_remarks(remark for result in results for remark in result.remarks))
+        failed = max(failed, self._note_remarks(remark for result in results for remark in result.remarks))
         is_outdated = args.check and any(file.writes for result in results for file in result.files)
         return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
 
-    def _tell_remarks(self, remarks: Iterable[Problem], is_strict: Optional[bool] = None) -> int:
+    def _note_remarks(self, remarks: Iterable[Problem]) -> int:
         """Print notes on registry files, which with --strict are a failure."""
         found = list(dict.fromkeys(remarks))
         for remark in found:
             self._note(visible(str(remark)))
-        return FAILED if found and (self.args.strict if is_strict is None else is_strict) else OK
+        return FAILED if found and getattr(self.args, "strict", False) else OK
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
@@ -13235,6 +13240,8 @@ class Commands(NamedTuple):
             "absent": result.is_absent,
         }
 
+    # Looking
+
     def _choose_codebases(self, registry: Registry) -> tuple[list[Key], int]:
         """Find the codebases of `status`: those named, of a project, or all."""
         project = self.args.project
@@ -13259,8 +13266,8 @@ class Commands(NamedTuple):
             names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
             codebases = [pick(entry, *names) for entry in status.codebases]
             state = {name: daemon[name] for name in ("running", "version", "pid") if name in daemon}
-            told = [str(remark) for remark in remarks]
-            print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": told})
+            notes_on_files = [str(remark) for remark in remarks]
+            print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": notes_on_files})
         elif status.codebases:
             notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
             view = StatusView(self.home, status, daemon, notes, self.args.all or bool(self.args.codebases))
@@ -13386,7 +13393,7 @@ class Commands(NamedTuple):
         while True:
             run_editor(self.environ, codebase_path(self.home, key))
             registry = load_registry(self.home)
-            self._tell_remarks(registry.remarks([key]), is_strict=False)
+            self._note_remarks(registry.remarks([key]))
             if key not in registry.broken:
                 print(f"ok {label_for(key)}")
                 return OK
