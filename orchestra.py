@@ -4583,6 +4583,8 @@ class Folder:
     MAX_MEMBERS = 1000
     MAX_YAML = 128 << 10  # characters, since its parser is slow
     MAX_NODES = 20000  # aliases expanded
+    MAX_GLOB = 200  # characters
+    MAX_LOOKS = 100000  # folders listed for globs, and the names in them
 
     def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
         with blame(path):
@@ -4592,6 +4594,7 @@ class Folder:
         self.above = above  # up to the repository's root, innermost first
         self._texts: dict[str, str] = {}
         self._values: dict[str, Any] = {}
+        self._looks = 0
 
     def find(self, *patterns: str) -> str:
         """Find the first name that matches the first pattern to match any."""
@@ -4663,7 +4666,7 @@ class Folder:
         """Open the folders that globs of a workspace name, if they have a manifest."""
         import fnmatch
 
-        globs = globs[:100]
+        globs = [glob for glob in globs if len(glob) <= self.MAX_GLOB][:100]
         paths: dict[str, None] = {}
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         for glob in (glob for glob in globs if not glob.startswith("!")):
@@ -4678,9 +4681,13 @@ class Folder:
 
         if not set(part) & set("*?["):
             return [part] if part not in ("", "..") else []
-        with suppress(OSError):
-            names = (name for name in sorted(os.listdir(f"{self.path}{above}")) if name[0] != ".")
-            return [name for name in names if name != "node_modules" and fnmatch.fnmatch(name, part)]
+        if self._looks > self.MAX_LOOKS:
+            return []  # a glob of the world, or links in a circle
+        with suppress(OSError, ValueError):
+            names = sorted(os.listdir(f"{self.path}{above}"))
+            self._looks += 1 + len(names)
+            wanted = (name for name in names if name[0] != "." and name != "node_modules")
+            return [name for name in wanted if fnmatch.fnmatch(name, part)]
         return []
 
     # Evidence
@@ -6528,7 +6535,8 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
         excluded += [f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude")]
         members = folder.members([*globs, *excluded], manifest)
         names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
-        names = sorted({tidy(name) for name in names if isinstance(name, str)})
+        # What is no name is not told: it could tell agents anything.
+        names = sorted({n for n in names if isinstance(n, str) and re.fullmatch(r"@?[\w./-]{1,200}", n)})
         places = Counter(
             (os.path.dirname(os.path.relpath(member.path, folder.path)) or ".") + "/" for member in members
         )
@@ -12299,7 +12307,7 @@ class CommandLine:
         names = [name for argument in COMMON for name in argument.names]
         first = [*itertools.takewhile(lambda word: word in names, argv)]
         self.rest = [*argv[len(first) :], *first]  # those in front are the command's too
-        while self.rest and self._longer_name in table:
+        while self.rest and self.rest[0] and self._longer_name in table:
             self.name = self._longer_name
             del self.rest[0]
 
@@ -12379,13 +12387,15 @@ class CommandLine:
             if not word.startswith("-") or word == "-":
                 positional.append(word)
                 continue
-            name, equals, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+            name, equals, value = word.partition("=")
+            if not word.startswith("--"):  # -p=shop, or -pshop
+                name, equals, value = word[:2], word[2:], word[2:].removeprefix("=")
             argument = options.get(name)
             if argument is None:
                 raise UsageError(f"there is no option {visible(name)}{did_you_mean(name, options)}")
             if argument.is_switch:
                 if equals and not word.startswith("--"):
-                    words.append(f"-{value}")  # several letters after one dash
+                    words.append(f"-{equals}")  # several letters after one dash
                 elif equals:
                     raise UsageError(f"{name} takes no value")
                 setattr(args, argument.name, True)
