@@ -4089,6 +4089,8 @@ class RegistryScan:
                     self._scan_project(entry)
                 elif is_registry_file(entry.name) and entry.name not in ("all.yaml", "all.local.yaml"):
                     self._reject(entry, "ignored: it belongs in a project's folder")
+                elif entry.is_symlink():
+                    entry.stat()  # raises OSError if it leads nowhere: a project's folder may
 
     def _list(self, folder: str) -> list[os.DirEntry[str]]:
         entries = [entry for entry in list_folder(folder) if not is_ignored(entry.name)]

@@ -3220,6 +3220,12 @@ def test_an_odd_entry_of_the_registry_stops_nothing_else(home: Home, name: str, 
     assert is_loop or ran.status == 2
 
 
+def test_a_project_whose_link_leads_nowhere_is_a_problem(home: Home) -> None:
+    home.register("shop/good")
+    put_files(home.projects, {"team": link_to("/gone/team"), "notes.md": link_to("/gone/notes.md")})
+    assert home.problems() == ["~/.orchestra/projects/team:1: cannot be listed: no such file or directory"]
+
+
 def test_a_broken_project_file_is_a_problem_even_without_codebases(home: Home) -> None:
     home.write_registry("shop/project.yaml", "{")
     assert len(home.problems()) == 1
