@@ -4007,12 +4007,12 @@ class Registry(NamedTuple):
     def problems(self) -> list[Problem]:
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
-    @property
-    def known(self) -> dict[Any, Any]:
-        """What a LayerReader need not make again."""
-        layers = [layer for codebase in self.codebases.values() for layer in codebase.layers]
+    def known_of(self, keys: Iterable[Key]) -> dict[Any, Any]:
+        """Return what a LayerReader of some codebases need not make again."""
+        codebases = {key: self.codebases[key] for key in keys if key in self.codebases}
+        layers = [layer for codebase in codebases.values() for layer in codebase.layers]
         prose = {prose.file: prose for layer in layers for prose in layer.prose}
-        return {**self.shared, **self.codebases, **{layer.path: layer for layer in layers}, **prose}
+        return {**self.shared, **codebases, **{layer.path: layer for layer in layers}, **prose}
 
     def remarks(self, keys: Iterable[Key]) -> list[Problem]:
         """List what a user should know of the files of some codebases, each once.
@@ -4154,7 +4154,7 @@ def reload_codebases(
     codebases = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
     broken: dict[Key, tuple[Problem, ...]] = {}
     owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
-    reader = reader or LayerReader(home, known=registry.shared)
+    reader = reader or LayerReader(home, known=registry.known_of(again))
 
     def is_missing(key: Key) -> bool:
         return not os.path.lexists(codebase_path(home, key))
@@ -4192,7 +4192,7 @@ def load_registry(home: str, old: Optional[Registry] = None) -> Registry:
     What has not changed since `old` stays the same object.
     """
     scan, parsed = RegistryScan(home), ParsedFiles(home)
-    reader = LayerReader(home, parsed, scan.names, old.known if old else {})
+    reader = LayerReader(home, parsed, scan.names, old.known_of(old.codebases) if old else {})
     idle = [layer.problems for project in scan.idle for layer in reader.read_base(project).layers]
     stray = (*scan.stray, *itertools.chain.from_iterable(idle))
     registry = reload_codebases(home, Registry({}, {}, stray, Owners()), scan.keys, reader)
