@@ -7928,13 +7928,13 @@ class Planner:
 
     def _look_at_files(self) -> dict[str, Look]:
         record, is_purge = self._record, self._mode.purge
-        written = {path: record.agent_at(path) for path in record.files}
-        unwanted = known_files(self._codebase, record) if is_purge else written
-        files = {**self._wanted, **unwanted, **self._wanted}
+        others = {path: record.agent_at(path) for path in record.files if path not in self._wanted}
+        files = {**self._wanted, **(known_files(self._codebase, record) if is_purge else others)}
         looks = {path: look_at(self._root, agent) for path, agent in files.items()}
-        for path, agent in files.items():  # where agents have no folder of their own
-            above = () if agent.target in AGENTS else folders_above(path)
-            other = next(filter(None, map(self._find_other, above)), "")
+        for path, agent in files.items():
+            if agent.target in AGENTS:  # in no folder but its own
+                continue
+            other = next(filter(None, map(self._find_other, folders_above(path))), "")
             if other:
                 looks[path] = Look(agent, note=f"skipped: it is in the folder of {other}")
         for path, agent in self._wanted.items():
@@ -8346,9 +8346,9 @@ class CodebaseTurn(Turn):
 
 
 def _without_bytes(file: FilePlan, is_news: bool) -> FilePlan:
-    """Drop the bytes, as there may be thousands of results, and a note told before."""
+    """Drop bytes and hash, of which there may be thousands, and a note told before."""
     note = file.note if is_news or file.is_foreign else ""
-    return file._replace(before=ABSENT, after=None if file.after is None else b"", note=note)
+    return file._replace(before=ABSENT, after=None if file.after is None else b"", digest=None, note=note)
 
 
 def sync_codebase(
