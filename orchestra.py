@@ -2046,6 +2046,14 @@ class Agent(NamedTuple):
     budget: Optional[Budget] = None
     twins: tuple[str, ...] = ()  # files of the user's that the agent reads as well as this one
     hides: str = ""  # a file that the agent reads only where this and its twins are missing
+    is_nested: bool = False  # the agent reads such a file in each folder
+    part_header: str = ""  # frontmatter of a second file that is for one folder alone
+    part: str = ""  # the folder, in a file that is for one alone
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether parts of a codebase have files of their own for the agent."""
+        return self.is_nested or self.part_header != ""
 
 
 AGENTS = {
@@ -2059,9 +2067,16 @@ AGENTS = {
             budget=Budget(200, "lines", "Anthropic recommends at most"),
             twins=(".claude/CLAUDE.md",),
             hides="AGENTS.md",
+            is_nested=True,
         ),
-        Agent("codex", "AGENTS.md", folders=(".codex",), budget=Budget(32 << 10, "bytes", "Codex reads at most")),
-        Agent("gemini", "GEMINI.md", folders=(".gemini",)),
+        Agent(
+            "codex",
+            "AGENTS.md",
+            folders=(".codex",),
+            budget=Budget(32 << 10, "bytes", "Codex reads at most"),
+            is_nested=True,
+        ),
+        Agent("gemini", "GEMINI.md", folders=(".gemini",), is_nested=True),
         Agent("copilot", ".github/copilot-instructions.md"),
         Agent(
             "cursor",
@@ -2070,6 +2085,7 @@ AGENTS = {
             (".cursor",),
             owned=True,
             header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
+            part_header="---\ndescription: {title}\nglobs: {glob}\nalwaysApply: false\n---\n\n",
             budget=Budget(500, "lines", "Cursor recommends at most"),
         ),
         Agent(
@@ -2079,16 +2095,24 @@ AGENTS = {
             (".windsurf",),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Windsurf reads at most"),
         ),
         # In old repositories .clinerules is a file: then there is no room for ours.
-        Agent("cline", ".clinerules/orchestra.md", (".clinerules/",), owned=True),
+        Agent(
+            "cline",
+            ".clinerules/orchestra.md",
+            (".clinerules/",),
+            owned=True,
+            part_header='---\npaths:\n  - "{glob}"\n---\n\n',
+        ),
         Agent(
             "antigravity",
             ".agents/rules/orchestra.md",
             (".agents/rules/", ".agent/rules/"),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
             budget=Budget(12000, "characters", "Antigravity documents at most"),
         ),
         # Loaded with the rank of CLAUDE.md, and hides no AGENTS.md.
@@ -2097,6 +2121,7 @@ AGENTS = {
             ".claude/rules/orchestra.md",
             (".claude/rules/",),
             owned=True,
+            part_header='---\npaths:\n  - "{glob}"\n---\n\n',
             twins=("CLAUDE.md", ".claude/CLAUDE.md"),
         ),
         Agent(
@@ -2105,6 +2130,7 @@ AGENTS = {
             (".github/instructions/",),
             owned=True,
             header='---\napplyTo: "**"\n---\n\n',
+            part_header='---\napplyTo: "{glob}"\n---\n\n',
             twins=(".github/copilot-instructions.md",),
         ),
         Agent(
@@ -2113,6 +2139,7 @@ AGENTS = {
             (".devin/rules/",),
             owned=True,
             header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
         ),
         Agent("kiro", ".kiro/steering/orchestra.md", (".kiro/steering/",), (".kiro",), owned=True),
         Agent(
@@ -2656,6 +2683,21 @@ class ManagedPath(Text):
         return path or ""
 
 
+class PartPath(Text):
+    """A folder, by its path below a codebase's, without what has a meaning in globs."""
+
+    PATTERN = r"^(?!(.*/)?(\.|\.\.|\.[Gg][Ii][Tt])(/|$))(?=\w)[\w@.+ -]+(/[\w@.+ -]+)*$"
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        path = doc.read_text(node, key)
+        if path is not None and not (re.match(self.PATTERN, path) and path.isprintable() and path == path.strip()):
+            doc.reject(node, key, "a folder's relative path, of letters, digits and - _ . + @, without ..")
+        return path or ""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": self.PATTERN}
+
+
 class Frontmatter(Text):
     """Lines between --- and ---, at the top of a file."""
 
@@ -2768,6 +2810,21 @@ class MapOf(ListOf):
     def describe(self) -> dict[str, Any]:
         names = {"pattern": self.NAME, "not": {"enum": [*self._taken]}}
         return {"type": ["object"], "propertyNames": names, "additionalProperties": self._record.describe()}
+
+
+class PartList(ListOf):
+    """The parts of a codebase; of those with folders, no two are called alike."""
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+        parts = super().read(doc, node, key)
+        seen: dict[str, str] = {}
+        for i, part in enumerate(parts):
+            for name in ({"path": part.path, "name": part.stem} if part.path else {}).items():
+                mark = f"{name[0]} {spelled_alike(name[1])}"
+                if mark in seen:
+                    doc.complain(f"{key}[{i}].{name[0]}: {seen[mark]} has the same", node.value[i])
+                seen[mark] = f"{key}[{i}]"
+        return parts
 
 
 class Choice(ListOf):
@@ -2933,7 +2990,28 @@ class Component(NamedTuple):
     project_type: str
     tasks: tuple[Task, ...] = ()
     agents: tuple[AgentRole, ...] = ()
+    path: str = ""  # of its folder below the codebase's, if it has files of its own there
+    description: str = ""
+    commands: Pairs = ()
+    conventions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     extra: Extra = ()
+
+    @property
+    def stem(self) -> str:
+        """Its name, as it can stand in a file's."""
+        return re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:60] or "part"
+
+    @property
+    def open_tasks(self) -> list[Task]:
+        return [task for task in self.tasks if task.status != "done"]
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there is something to be said in files of its own."""
+        return bool(self.path) and bool(
+            self.description.strip() or self.commands or self.conventions or self.notes or self.open_tasks
+        )
 
 
 class Codebase(NamedTuple):
@@ -2997,16 +3075,58 @@ CODEBASE_SCHEMA = Schema(
         Schema(CustomTarget, path=ManagedPath(), owns=OneOf(("file", "block")), header=Frontmatter(), limit=Limit()),
         taken=AGENTS,
     ),
-    projects=ListOf(
+    projects=PartList(
         Schema(
             Component,
             project_type=OneOf(PROJECT_TYPES),
+            path=PartPath(),
+            commands=TextMap(),
+            conventions=TEXTS,
+            notes=TEXTS,
             tasks=ListOf(Schema(Task, status=OneOf(TASK_STATUSES, TASK_STATUS_ALIASES))),
             agents=ListOf(Schema(AgentRole, skills=TEXTS)),
         )
     ),
 )
 LAYER_SCHEMA = CODEBASE_SCHEMA.without_required_keys()
+
+
+# Files
+
+
+def targets_of(codebase: Codebase) -> tuple[str, ...]:
+    return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
+
+
+def managed_files(codebase: Codebase) -> dict[str, Agent]:
+    """Return the files that a codebase wants, by their paths in its folder."""
+    custom = {target.target: target.agent for target in codebase.custom_targets}
+    agents = {**AGENTS, **custom} if custom else AGENTS
+    wanted = [agents[target] for target in targets_of(codebase) if target in agents]
+    files = {agent.path: agent for agent in wanted}
+    for part in codebase.projects:
+        if part.has_files:
+            files.update((agent.path, agent) for agent in _files_of_part(part, wanted))
+    return files
+
+
+def _files_of_part(part: Component, agents: Iterable[Agent]) -> Iterator[Agent]:
+    for agent in agents:
+        if agent.is_nested:
+            twins = tuple(f"{part.path}/{twin}" for twin in agent.twins)
+            hides = agent.hides and f"{part.path}/{agent.hides}"
+            yield agent._replace(path=f"{part.path}/{agent.path}", twins=twins, hides=hides, part=part.path)
+        elif agent.part_header:
+            folder, _, name = agent.path.rpartition("/")
+            path = f"{folder}/{name.replace('orchestra', f'orchestra-{part.stem}', 1)}"
+            header = agent.part_header.replace("{glob}", f"{part.path}/**")
+            yield agent._replace(path=path, twins=(), header=header, part=part.path)
+
+
+def possible_files(codebase: Codebase) -> dict[str, Agent]:
+    """Return the files that a codebase would have with every target there is."""
+    custom = [target.target for target in codebase.custom_targets]
+    return managed_files(codebase._replace(targets=(*AGENTS, *custom)))
 
 
 # Names
@@ -3195,6 +3315,23 @@ class Owners(dict[str, Key]):
             known.append(path)  # made or mounted since they were looked up
         others = self.keys_at(identity, key)
         return min(key, others[0], key=lambda key: claim_order(self._codebases, key)) if others else key
+
+    def why_not_part(self, root: str, path: str, key: Key) -> str:
+        """Return why a folder below a codebase's is not its own; "" if it is."""
+        names = path.split("/")
+        for folder in (os.path.join(root, *names[: i + 1]) for i in range(len(names))):
+            try:
+                info = os.lstat(folder)
+            except OSError:
+                return "is missing"
+            if not stat.S_ISDIR(info.st_mode):
+                return "is reached through a link" if stat.S_ISLNK(info.st_mode) else "is a file"
+            if is_repository(folder):
+                return "is in a repository of its own"
+            others = self.keys_at((info.st_dev, info.st_ino), key)
+            if others:
+                return f"belongs to {label_for(others[0])}"
+        return ""
 
     def key_inside(self, identity: Optional[Identity]) -> Optional[Key]:
         """Find a codebase whose folder is below a folder."""
@@ -3847,6 +3984,9 @@ class LayerReader:
         custom = codebase.custom_targets
         known = (*AGENTS, *(target.target for target in custom))
         paths = {spelled_alike(target.path): target.target for target in reversed(custom)}
+        if custom:
+            parts = (agent for agent in possible_files(codebase).values() if agent.part)
+            paths.update((spelled_alike(agent.path), f"the part in {agent.part}") for agent in parts)
         problems = []
         for layer in codebase.layers:
             bad = [i for i, target in enumerate(layer.said.targets or ()) if target not in known]
@@ -6986,13 +7126,16 @@ def _render_section(title: str, lines: Sequence[str]) -> str:
     return (title and f"## {title}\n\n") + "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _render_stack(parts: Iterable[Component]) -> list[str]:
-    return [f"- {one_line(part.name)}: {part.project_type}" for part in parts]
+def _render_stack(parts: Iterable[Component]) -> Iterator[str]:
+    for part in parts:
+        place = f", in {code_span(part.path)}" if part.path else ""
+        tasks = f" ({count_of(len(part.open_tasks), 'open task')})" if part.path and part.open_tasks else ""
+        yield f"- {one_line(part.name)}: {part.project_type}{place}{tasks}"
 
 
 def _is_simple(codebase: Codebase) -> bool:
     """Return whether a codebase has one part at most, and that is all of it."""
-    return all(part.name == codebase.name for part in codebase.projects) and len(codebase.projects) < 2
+    return len(codebase.projects) < 2 and all(p.name == codebase.name and not p.path for p in codebase.projects)
 
 
 def render_head(codebase: Codebase) -> str:
@@ -7004,19 +7147,23 @@ def render_head(codebase: Codebase) -> str:
     if codebase.description.strip():
         text.append(f"{paragraphs(codebase.description)}\n")
     if _is_simple(codebase) and any(part.project_type != "backend" for part in codebase.projects):
-        text.append(_render_section("Stack", _render_stack(codebase.projects)))
+        text.append(_render_section("Stack", [*_render_stack(codebase.projects)]))
     return "\n".join(text)
 
 
-def render_body(codebase: Codebase) -> str:
-    """Write all else that an agent is told about a codebase, "" if that is nothing."""
+def render_body(codebase: Codebase, is_split: bool = False) -> str:
+    """Write all else that an agent is told about a codebase, "" if that is nothing.
+
+    `is_split` leaves out the tasks of parts, which stand in files of their own.
+    """
     parts = codebase.projects
+    tasks = (task for part in parts if not (is_split and part.path) for task in part.open_tasks)
     sections = (
-        ("Stack", [] if _is_simple(codebase) else _render_stack(parts)),
+        ("Stack", [] if _is_simple(codebase) else [*_render_stack(parts)]),
         ("Commands", [_render_command(name, command) for name, command in codebase.commands]),
         ("Conventions", [f"- {many_lines(text)}" for text in codebase.conventions]),
         *(("", [prose.text]) for prose in codebase.prose),
-        ("Tasks", [_render_task(task) for c in parts for task in c.tasks if task.status != "done"]),
+        ("Tasks", [*map(_render_task, tasks)]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
         ("Agents", [_render_role(role) for c in parts for role in c.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
@@ -7024,27 +7171,20 @@ def render_body(codebase: Codebase) -> str:
     return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
 
 
-def render_text(codebase: Codebase) -> str:
+def render_text(codebase: Codebase, is_split: bool = False) -> str:
     """Write all that an agent is told about a codebase."""
-    head, body = render_head(codebase), render_body(codebase)
+    head, body = render_head(codebase), render_body(codebase, is_split)
     return f"{head}\n{body}" if body else head
 
 
-def targets_of(codebase: Codebase) -> tuple[str, ...]:
-    return DEFAULT_TARGETS if codebase.targets is None else codebase.targets
-
-
-def managed_files(codebase: Codebase) -> dict[str, Agent]:
-    """Return the files that a codebase wants, by their paths in its folder."""
-    custom = {target.target: target.agent for target in codebase.custom_targets}
-    agents = {**AGENTS, **custom} if custom else AGENTS
-    return {agent.path: agent for agent in (agents[target] for target in targets_of(codebase) if target in agents)}
-
-
-def possible_files(codebase: Codebase) -> dict[str, Agent]:
-    """Return the files that a codebase would have with every target there is."""
-    custom = [target.target for target in codebase.custom_targets]
-    return managed_files(codebase._replace(targets=(*AGENTS, *custom)))
+def codebase_of_part(codebase: Codebase, path: str) -> Codebase:
+    """Return what there is to say of the part in a folder, as if it were a codebase."""
+    part = next(part for part in codebase.projects if part.path == path)
+    alone = Component(part.name, "backend", part.tasks)
+    return Codebase(
+        *(codebase.project, part.name, "", part.description, (), part.commands, part.conventions, part.notes),
+        projects=(alone,),
+    )
 
 
 # What a user should know of a text
@@ -7205,14 +7345,18 @@ def render_files(codebase: Codebase, beside: Container[str] = (), importing: Con
     def seal(text: str) -> str:
         return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
 
-    body = render_body(codebase)
-    whole = seal(render_text(codebase))
-    title = json.dumps(" ".join(defuse(f"{codebase.name}: instructions").split()), ensure_ascii=False)
+    @functools.cache
+    def render(part: str, is_split: bool) -> tuple[str, str, str]:
+        told = codebase_of_part(codebase, part) if part else codebase
+        title = json.dumps(" ".join(defuse(f"{told.name}: instructions").split()), ensure_ascii=False)
+        return title, render_body(told, is_split), seal(render_text(told, is_split))
+
     files = {}
+    has_parts = any(part.path for part in codebase.projects)
     for agent in managed_files(codebase).values():
-        text = whole
+        title, body, text = render(agent.part, has_parts and not agent.part and agent.has_parts)
         if agent.path in importing:
-            text = seal(f"{body}\n@{agent.hides}\n".lstrip("\n"))
+            text = seal(f"{body}\n@{os.path.basename(agent.hides)}\n".lstrip("\n"))
         elif agent.path in beside:
             text = seal(body) if body else ""
         if text:
@@ -7837,8 +7981,10 @@ class Planner:
         self._home = home
         self._codebase = codebase
         self._owners = owners
+        self._inner = Owners() if owners is None else owners
         self._mode = mode
-        self._wanted = {} if mode.purge else managed_files(codebase)
+        self._wanted: dict[str, Agent] = {}
+        self._unfit: list[FilePlan] = []  # folders of parts that get no files
         self._beside: list[str] = []  # files that have the user's own text in or beside them
         self._importing: list[str] = []  # files that import the one they hide
         self._root = ""
@@ -7863,6 +8009,8 @@ class Planner:
         self._record = old_record or Record()
         if not is_purge:
             self._check_is_not_above()
+        self._pass_over_parts()
+        self._wanted = {} if is_purge else managed_files(self._codebase)
         former = self._plan_former()
         looks = self._look_at_files()
         self._beside = [
@@ -7877,7 +8025,7 @@ class Planner:
             for agent in self._wanted.values()
             if agent.hides and agent.path not in self._beside and self._has_own_text(agent.hides, looks)
         ]
-        surroundings = ",".join([*self._beside, "", *self._importing])
+        surroundings = ",".join([*self._beside, "", *self._importing, *(file.path for file in self._unfit)])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(looks, inputs)
         files = tuple(
@@ -7886,6 +8034,7 @@ class Planner:
             else _plan_unwanted(look, self._record, evict=is_purge)
             for path, look in looks.items()
         )
+        files = (*files, *(() if is_purge else self._unfit))
         record = self._next_record(files)._replace(
             inputs="" if any(file.problem for file in files) else inputs, root=spell_path(self._home, self._root)
         )
@@ -7895,6 +8044,18 @@ class Planner:
         """Find another codebase whose folder is below this one's."""
         found = self._owners.keys_at(identity_of(f"{self._root}/{folder}"), self._codebase.key) if self._owners else []
         return label_for(found[0]) if found else ""
+
+    def _pass_over_parts(self) -> None:
+        """Leave out the files of parts whose folders are not the codebase's own."""
+        parts = []
+        for part in self._codebase.projects:
+            reason = self._inner.why_not_part(self._root, part.path, self._codebase.key) if part.path else ""
+            if reason:
+                note = f"skipped: the part {visible(part.name)}'s folder {reason}"
+                self._unfit.append(FilePlan(part.path, Action.SKIP, Agent("", part.path), note=note))
+            parts.append(part._replace(path="") if reason else part)
+        if self._unfit:
+            self._codebase = self._codebase._replace(projects=tuple(parts))
 
     def _check_is_not_above(self) -> None:
         """Refuse a folder above the one synced before: the path may be half-typed."""
@@ -7932,11 +8093,14 @@ class Planner:
         files = {**self._wanted, **(known_files(self._codebase, record) if is_purge else others)}
         looks = {path: look_at(self._root, agent) for path, agent in files.items()}
         for path, agent in files.items():
-            if agent.target in AGENTS:  # in no folder but its own
+            if agent.target in AGENTS and not agent.part:  # in no folder but its own
                 continue
-            other = next(filter(None, map(self._find_other, folders_above(path))), "")
-            if other:
-                looks[path] = Look(agent, note=f"skipped: it is in the folder of {other}")
+            folders = [f"{self._root}/{folder}" for folder in folders_above(path)]
+            inner = (self._inner.keys_at(identity_of(folder), self._codebase.key) for folder in folders)
+            notes = [f"skipped: it is in the folder of {label_for(keys[0])}" for keys in inner if keys]
+            notes += [file.note for file in self._unfit if file.path in folders_above(path)]
+            if notes:
+                looks[path] = Look(agent, note=notes[0])
         for path, agent in self._wanted.items():
             if path in record.owned and not agent.owned:  # it was Orchestra's whole, and a block is wanted now
                 look = look_at(self._root, record.agent_at(path))
@@ -8219,7 +8383,8 @@ class CodebaseTurn(Turn):
             file = file._replace(note="; ".join(filter(None, [note, file.note])))
         if file.action == Action.RELEASE:
             return file._replace(note="you edited it, so it stays; Orchestra no longer manages it")
-        with open_managed(root, file.path, make=file.after is not None) as place:
+        is_in_part = file.agent.part != "" and file.agent.is_nested
+        with open_managed(root, file.path, make=file.after is not None and not is_in_part) as place:
             if file.after is None:
                 remove_file(place, before, self)
                 return file

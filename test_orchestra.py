@@ -2126,6 +2126,10 @@ def task_file(fields: str) -> str:
     return f"{GOOD}projects:\n- name: a\n  project_type: ml\n  tasks:\n  - {{{fields}}}\n"
 
 
+def parts_file(*parts: str) -> str:
+    return f"{GOOD}projects:\n" + "".join(f"- {{project_type: ml, {part}}}\n" for part in parts)
+
+
 def deep_lists(count: int) -> str:
     """Nest lists that are indented like their keys: two levels per column."""
     return f"{GOOD}x:\n" + "".join(f"{' ' * i}-\n{' ' * (i + 1)}a:\n" for i in range(count))
@@ -2241,6 +2245,41 @@ BAD_FILES = {
         )
         for header in ("x", "---", "--- a ---", "---\\na", "---\\n---\\nx\\n---", "---\\n\\e\\n---", "x\\n---")
     },
+    **{
+        f"part's path {path}": (
+            parts_file(f"name: a, path: '{path}'"),
+            r"4: projects\[0\]\.path: expected a folder's relative path, .*",
+        )
+        for path in (
+            "/x",
+            "..",
+            "a/../b",
+            ".",
+            "./a",
+            "a//b",
+            "a/",
+            ".git",
+            "a/.GIT",
+            "~/a",
+            "a*",
+            "a[b]",
+            "@a",
+            "a ",
+            ".x",
+        )
+    },
+    "two parts of one name": (
+        parts_file("name: a b, path: x", "name: a-B, path: y"),
+        r"5: projects\[1\]\.name: projects\[0\] has the same",
+    ),
+    "two parts of one folder": (
+        parts_file("name: a, path: x", "name: c", "name: b, path: X"),
+        r"6: projects\[2\]\.path: projects\[0\] has the same",
+    ),
+    "target in a part's place": (
+        parts_file("name: a, path: x, notes: [b]") + "custom_targets: {mine: {path: X/agents.md}}\n",
+        r"5: custom_targets\.mine\.path: the part in x has that file",
+    ),
     "header of a block": (
         target_file('path: x.md, owns: block, header: "---\\na: b\\n---"'),
         r"4: custom_targets\.mine\.header: only a target that owns the file may have one",
@@ -6564,6 +6603,151 @@ def test_the_file_of_a_codebase_inside_is_its_own(home: Home) -> None:
         assert b"outer" not in (inner / "AGENTS.md").read_bytes()
     home.run_fine("project", "remove", "api", "--purge")
     assert b"- noted" in (inner / "AGENTS.md").read_bytes()
+
+
+# Parts
+
+ALL_WITH_PARTS = [agent.target for agent in orchestra.AGENTS.values() if agent.has_parts]
+WEB_PART = {"name": "web", "project_type": "frontend", "path": "packages/web", "commands": {"test": "pnpm test"}}
+LIB_PART = {"name": "lib", "project_type": "backend", "path": "packages/lib", "conventions": ["Money is cents"]}
+TASKS = [{"id": "T-1", "title": "Ship it", "status": "pending"}, {"id": "T-2", "title": "Done", "status": "done"}]
+
+
+def test_a_part_gets_files_that_are_its_own_alone(home: Home) -> None:
+    assert len(ALL_WITH_PARTS) == 10
+    mine = {"packages/web/AGENTS.md": "mine\n", "packages/lib/x": ""}
+    parts = [{**WEB_PART, "tasks": TASKS}, LIB_PART]
+    root = home.make_synced("shop/api", mine, targets=[*ALL_WITH_PARTS, "copilot"], projects=parts)
+    files = contents(root)
+    of_web = {path: data for path, data in files.items() if "web" in path}
+    of_root = {path: data for path, data in files.items() if not re.search("web|lib", path)}
+    assert (len(of_web), len(of_root)) == (10, 11)
+    for data in of_web.values():
+        assert b"- test: `pnpm test`\n" in data and b"- T-1 (to do): Ship it\n" in data and b"noted" not in data
+    for path, data in of_root.items():
+        assert b"- web: frontend, in `packages/web` (1 open task)\n- lib: backend, in `packages/lib`\n" in data
+        assert b"pnpm" not in data and (b"T-1" in data) == (path == COPILOT)  # which has no other place for it
+    assert files["packages/web/AGENTS.md"].startswith(b"mine\n\n" + BEGIN)
+    assert home.sync().lines == [] and home.status_of() == "current"
+    home.run_fine("project", "remove", "api", "--purge")
+    assert contents(root) == {path: data.encode() for path, data in mine.items()}
+
+
+def test_each_agents_frontmatter_limits_a_file_to_its_part() -> None:
+    part = orchestra.Component(*("a: b", "ml"), path="x/a-b c.d/e", notes=("n",))
+    files = orchestra.render_files(codebase_with(targets=tuple(orchestra.AGENTS), projects=(part,)))
+    agents = {agent.target: agent for agent in orchestra.AGENTS.values() if agent.part_header}
+    found = {}
+    for target, agent in agents.items():
+        folder, name = os.path.split(agent.path)
+        found[target] = frontmatter_of(files[f"{folder}/{name.replace('orchestra', 'orchestra-a-b')}"])
+    glob, title = "x/a-b c.d/e/**", "a: b: instructions"
+    assert found["cursor"] == {"description": title, "globs": glob, "alwaysApply": False}
+    by_glob = {"trigger": "glob", "globs": glob, "description": title}
+    assert found["windsurf"] == found["devin"] == found["antigravity"] == by_glob
+    assert found["cline"] == found["claude-rules"] == {"paths": [glob]}
+    assert found["copilot-rules"] == {"applyTo": glob} and len(found) == 7
+
+
+def to_link(root: Path) -> None:
+    (root / "packages/web").rename(root / "web")
+    (root / "packages/web").symlink_to("../web")
+
+
+def register_inside(home: Home, root: Path) -> None:
+    put_files(root, {".git/HEAD": ""})
+    home.register("shop/web", path=str(root / "packages/web"), targets=[])
+
+
+PART_FILES = ["packages/web/AGENTS.md", ".cursor/rules/orchestra-web.mdc"]
+UNFIT = "packages/web: skipped: the part web's folder"
+OUTCOMES: dict[str, Any] = {  # what happens, the parts then, what is written, the state's detail, what is still there
+    "taken out": (None, [LIB_PART], {"remove": PART_FILES}, "", []),
+    "nothing left to say": (None, [{**WEB_PART, "commands": {}}, LIB_PART], {"remove": PART_FILES}, "", []),
+    "renamed": (
+        lambda home, root: (root / "packages/web").rename(root / "packages/site"),
+        [{**WEB_PART, "path": "packages/site"}, LIB_PART],
+        {"keep": ["packages/site/AGENTS.md"], "update": [".cursor/rules/orchestra-web.mdc"]},
+        "",
+        ["packages/site/AGENTS.md"],
+    ),
+    "called otherwise": (
+        None,
+        [{**WEB_PART, "name": "www"}, LIB_PART],
+        {"create": [".cursor/rules/orchestra-www.mdc"], "update": PART_FILES[:1], "remove": PART_FILES[1:]},
+        "",
+        PART_FILES[:1],
+    ),
+    "a part inside": (
+        lambda home, root: (root / "packages/web/src").mkdir(),
+        [WEB_PART, LIB_PART, {**WEB_PART, "name": "src", "path": "packages/web/src"}],
+        {"create": ["packages/web/src/AGENTS.md", ".cursor/rules/orchestra-src.mdc"]},
+        "",
+        PART_FILES,
+    ),
+    "a codebase of its own": (
+        register_inside,
+        [WEB_PART, LIB_PART],
+        {"remove": PART_FILES[1:]},
+        "belongs to shop/web",
+        PART_FILES[:1],
+    ),
+    "a repository": (
+        lambda home, root: put_files(root / "packages/web", {".git": "gitdir: x\n"}),
+        [WEB_PART, LIB_PART],
+        {"remove": PART_FILES[1:]},
+        "is in a repository of its own",
+        PART_FILES[:1],
+    ),
+    "a link": (
+        lambda home, root: to_link(root),
+        [WEB_PART, LIB_PART],
+        {"remove": PART_FILES[1:]},
+        "is reached through a link",
+        PART_FILES[:1],
+    ),
+    "missing": (
+        lambda home, root: shutil.rmtree(root / "packages/web"),
+        [WEB_PART, LIB_PART],
+        {"remove": PART_FILES[1:]},
+        "is missing",
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "parts", "written", "unfit", "left"), OUTCOMES.values(), ids=OUTCOMES)
+def test_what_becomes_of_a_part(home: Home, change: Any, parts: Any, written: Any, unfit: str, left: Any) -> None:
+    root = home.make_codebase("shop/api", {"packages/web/x": "", "packages/lib/x": ""})
+    home.register(targets=["codex", "cursor"], projects=[WEB_PART, LIB_PART])
+    home.sync()
+    if change:
+        change(home, root)
+    home.register(targets=["codex", "cursor"], projects=parts)
+    ran = home.run("sync", "api")
+    changed = {(verb, path) for verb, _, path in map(str.split, ran.lines)}
+    of_parts = {(verb, path) for verb, path in changed if re.search("web|www|src|site", path)}
+    assert of_parts == {(verb, path) for verb, paths in written.items() if verb != "keep" for path in paths}
+    assert ran.status == 0 and home.staleness()["detail"] == (f"{UNFIT} {unfit}" if unfit else "")
+    assert home.sync().lines == [] and home.backups() == {}
+    for path in PART_FILES:
+        assert (root / path).exists() == (path in left or ("update", path) in changed)
+    home.run_fine("project", "remove", "api", "--purge")
+    assert not [path for path in contents(root) if "orchestra" in path]
+
+
+def test_the_folder_of_a_part_is_never_made(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = home.make_codebase("shop/api", {"packages/web/x": "", "packages/lib/x": ""})
+    home.register(targets=["codex"], projects=[WEB_PART, LIB_PART])
+    apply = orchestra.CodebaseTurn.apply
+
+    def apply_late(turn: Any, plan: Any) -> Any:
+        shutil.rmtree(root / "packages/web", ignore_errors=True)
+        return apply(turn, plan)
+
+    monkeypatch.setattr(orchestra.CodebaseTurn, "apply", apply_late)
+    assert home.run("sync", "api").status == 2
+    assert not (root / "packages/web").exists() and (root / "packages/lib/AGENTS.md").exists()
 
 
 # ── 26 Sync ───────────────────────────────────────────────────────────────────
@@ -14626,13 +14810,27 @@ class Scenario(NamedTuple):
     stays_synced: bool = True  # a sync after the command has nothing to do
 
 
+WEB_FILES = {"pages/CLAUDE.md": "dipper\n", "docs/MINE.md": "siskin\n", "old/x": "", "new/x": ""}
+
+
+def web_with(word: str) -> dict[str, Any]:
+    """Return what a codebase with custom targets and parts says, one of each gone or new."""
+    custom = {"mine": {"path": "docs/MINE.md", "owns": "block"}, word: {"path": f".x/{word}.md"}}
+    parts = [
+        {"name": "pages", "project_type": "ml", "path": "pages", "notes": [word]},
+        {"name": "part", "project_type": "ml", "path": word, "notes": [word]},
+    ]
+    return {"targets": ["claude", "cline", *custom], "custom_targets": custom, "projects": parts}
+
+
 def edit_everything(home: Home) -> None:
     """Leave one of everything for a sync to do, between two plain updates."""
     kept = [target for target in ALL_TARGETS if target not in ("windsurf", "cline")]
     root = home.make_codebase("shop/api", {"AGENTS.md": "osprey\n", COPILOT: "kite\n"}, targets=ALL_TARGETS)
     home.write_registry("shop/project.yaml", {"name": "shop"})
     home.make_codebase("shop/aaa", {"CLAUDE.md": "finch\n"}, targets=["claude"])
-    home.make_synced("shop/web", {"CLAUDE.md": "wren\n"}, targets=["claude"])
+    home.make_synced("shop/web", {"CLAUDE.md": "wren\n", **WEB_FILES}, **web_with("old"))
+    edit(home.code / "shop/web/docs/MINE.md", "noted", "nuthatch")
     (root / "CLAUDE.md").write_text("kestrel\n")
     (root / "CLAUDE.md").chmod(0o640)
     (root / "AGENTS.md").write_bytes((root / "AGENTS.md").read_bytes().replace(END, b"merlin\n" + END))
@@ -14644,7 +14842,7 @@ def edit_everything(home: Home) -> None:
     file = home.register("shop/api", targets=kept, notes=["new"])
     file.write_text(file.read_text() + "# comment: dunlin\n")
     home.register("shop/aaa", targets=["claude"], notes=["new"])
-    home.register("shop/web", targets=["claude"], notes=["new"])
+    home.register("shop/web", **web_with("new"), notes=["new"])
 
 
 def say_nothing_more(home: Home) -> None:
@@ -14699,11 +14897,13 @@ def register_again(home: Home) -> None:
 EDITED_WORDS = {
     "finch": "aaa/CLAUDE.md",
     "wren": "web/CLAUDE.md",
+    "dipper": "web/pages/CLAUDE.md",
+    "siskin": "web/docs/MINE.md",
     "kestrel": "api/CLAUDE.md",
     "osprey": "api/AGENTS.md",
     **dict.fromkeys(("kite", "buzzard"), f"api/{COPILOT}"),
     "goshawk": f"api/{CLINE}",
-    **dict.fromkeys(("merlin", "harrier", "dunlin"), ""),
+    **dict.fromkeys(("merlin", "harrier", "dunlin", "nuthatch"), ""),
 }
 EDITED_FILES = ("AGENTS.md", CURSOR)
 NEW_WORDS = {"kestrel": "api/CLAUDE.md", "osprey": "api/.cursor/rules/mine.mdc"}
@@ -14878,7 +15078,8 @@ class Stage:
         for result in results:
             assert result.errors == ()
             edited = {file.path for file in result.files if file.action in orchestra.Action.BACKED_UP}
-            assert edited <= {path for path in self.scenario.edited if result.codebase == "api"}, result
+            allowed = {"api": self.scenario.edited, "web": ("docs/MINE.md",)}.get(result.codebase, ())
+            assert edited <= {*allowed}, result
         return [path for result in results for path in result.written]
 
 
@@ -16965,7 +17166,8 @@ def check_registry(home: str, dice: random.Random) -> bool:
 # What a JSON Schema cannot say of a file that it accepts.
 BEYOND_SCHEMAS = re.compile(
     r".*(duplicate key|name: required, but missing|name says '|levels of nesting|aliases expanded|half a surrogate"
-    r"|expected at most|merge keys|NUL|name: expected a value|ignored here|custom_targets\..*: expected)"
+    r"|expected at most|merge keys|NUL|name: expected a value|ignored here|custom_targets\..*: expected"
+    r"|projects\[.*path: expected|has the same)"
 )
 
 
