@@ -8396,8 +8396,9 @@ SCENES = {
         write shop/more/python.md -> +shop/more/python.md
         write shop/more/python.md -> +shop/more/python.md
         replace shop/more/python.md -> +shop/more/python.md
-        write shop/more/deep/python.md ->
         write shop/.git/python.md ->
+        write shop/more/deep/go.md -> +shop/more/deep/go.md
+        remove shop/more/deep -> -shop/more/deep/go.md
         move shop/more shop/pieces -> +shop/pieces/python.md -shop/more/python.md
         write shop/pieces/python.md -> +shop/pieces/python.md
         remove shop/pieces/python.md -> -shop/pieces/python.md
