@@ -3538,9 +3538,9 @@ def find_block(data: bytes) -> Optional[slice]:
         return slice(markers[0].start, markers[1].end)
     if not markers:
         return None
-    told = 4  # markers named in a message
-    lines = [_line_at(data, marker.start) for marker in markers[:told]]
-    if "" in kinds[:told]:
+    most = 4  # markers named in a message
+    lines = [_line_at(data, marker.start) for marker in markers[:most]]
+    if "" in kinds[:most]:
         at = kinds.index("")
         line = data[data.rfind(b"\n", 0, markers[at].start) + 1 : markers[at].end].decode("utf-8", "replace")
         marker = BLOCK_BEGIN if "begin" in line.lower() else BLOCK_END
@@ -5194,7 +5194,7 @@ def read_justfile(folder: Folder) -> Scripts:
             head, colon, rest = bare.lstrip("@").partition(":")
             recipe, *parameters = head.split() or [""]
             is_free = all("=" in word or word[0] == "*" for word in parameters) and recipe[:1].isalpha()
-            is_free = is_free and not (parameters and recipe == "run")  # it waits to be told what
+            is_free = is_free and not (parameters and recipe == "run")  # which waits for a name
             current = []
             if colon and not rest.startswith("=") and is_free and "private" not in attributes:
                 needs = rest.partition("#")[0].replace("(", " ").replace(")", " ")
@@ -5509,7 +5509,7 @@ class Python:
     def read(self) -> Iterator[Found]:
         yield from self._find_scripts()
         sessions = self._read_noxfile()
-        if not self.manager:  # else its environment is nearer at hand
+        if not self.manager:  # else its environment is used first
             yield from self._find_sessions(sessions)
         yield from self._find_install()
         yield from self._find_tests()
@@ -5672,13 +5672,13 @@ class Ecosystem(NamedTuple):
     makes a command of a row's text: it adds `uv run`, or "" leaves it out.
     """
 
-    name: str  # in lower case: "test (python)" where another ecosystem is first
+    name: str  # in lower case: it labels commands, as in "test (python)"
     signs: tuple[str, ...]
     rows: tuple[Row, ...] = ()
     scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
     find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
     spell: "Callable[[Folder, str], str]" = lambda folder, command: command
-    only_first: bool = False  # it says nothing where another comes before it
+    only_first: bool = False  # left out where another comes before it
 
     def find_sign(self, folder: Folder) -> str:
         """Return the evidence of the ecosystem in a folder; "" if there is none."""
@@ -6684,9 +6684,9 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
         )
         if names:
             most = ", ".join(place for place, _ in places.most_common(4)) + ", ..." * (len(places) > 4)
-            told = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"
+            listed = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"
             call = one or Node(folder).call_member
-            return Found("packages", f"{told} (one of them: `{call}`)", source)
+            return Found("packages", f"{listed} (one of them: `{call}`)", source)
     return None
 
 
@@ -6729,7 +6729,7 @@ class Selection:
         covered = self.covered if name else ()
         commands = [item for item in items if item.name not in NO_COMMANDS and item.text]
         commands = [item for item in commands if item.name.partition(" (")[0] not in covered]
-        if not name or any(item.name != "install" for item in commands):  # alone, it helps nobody
+        if not name or any(item.name != "install" for item in commands):  # alone, install is of no use
             for item in commands:
                 self.add(item, "" if item.name == "before a commit" else name)
 
@@ -6788,14 +6788,14 @@ def detect(path: str, home: str = "") -> Detected:
 # have commands, none are drafted: what repeats them costs attention, and what
 # contradicts them does harm.
 
-SPOKEN = 2  # commands of the user's own that are enough
+SPOKEN = 2  # commands of the user's own from which on none are drafted
 RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
     *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "node", "nx", "turbo", "make", "just", "task"),
     *("mise", "uv", "uvx", "poetry", "pdm", "hatch", "tox", "nox", "pytest", "python", "python3"),
     *("pip", "pre-commit", "php", "bundle", "rake", "rspec", "mvn", "gradle", "fvm", "ninja"),
     *("gofmt", "docker"),
 )
-ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # commands in one word
+ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # need no arguments
 SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
 IMPORTS_AGENTS = r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b"
 GENERATED = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
@@ -6869,8 +6869,8 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
     """Find the agents whose instruction files are there.
 
     One is left out if its file imports AGENTS.md, or is a link to another's file: it
-    reads the text there, and would read it twice. A file of the user's is left alone
-    where the agent reads another one as well.
+    reads the text there, and would read it twice. Where the user's own text is, the
+    agent's target with a file of Orchestra's alone is taken, if it has one.
     """
 
     def has(path: str) -> bool:
@@ -6887,23 +6887,15 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
         if agent.path != "AGENTS.md"
         and any(re.search(IMPORTS_AGENTS, texts.get(path, "")) for path in (agent.path, *agent.traces))
     }
-    imported = {"AGENTS.md"} if importing else set()
-    found = [
-        agent
-        for agent in AGENTS.values()
-        if agent.target not in importing
-        and not is_link(agent.path)
-        and (agent.path in imported or any(map(has, (agent.path, *agent.traces))))
-    ]
-    beside = {path: agent.target for agent in AGENTS.values() for path in agent.twins if agent.owned}
-    return tuple(
-        dict.fromkeys(
-            beside.get(agent.path, agent.target)
-            if any(path in texts for path in (agent.path, *agent.twins))
-            else agent.target
-            for agent in found
-        )
-    )
+    owned = {path: agent.target for agent in AGENTS.values() for path in agent.twins if agent.owned}
+    targets: dict[str, None] = {}
+    for agent in AGENTS.values():
+        is_imported = agent.path == "AGENTS.md" and bool(importing)
+        is_there = is_imported or any(map(has, (agent.path, *agent.traces)))
+        if is_there and agent.target not in importing and not is_link(agent.path):
+            has_text = any(path in texts for path in (agent.path, *agent.twins))
+            targets[owned.get(agent.path, agent.target) if has_text else agent.target] = None
+    return tuple(targets)
 
 
 def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
@@ -7141,7 +7133,7 @@ def _is_simple(codebase: Codebase) -> bool:
 def render_head(codebase: Codebase) -> str:
     """Write what a codebase is, unless the user's own text is there to say it.
 
-    A type is worth telling if it is not the one that is taken without evidence.
+    A type is shown unless it is the one that is taken without evidence.
     """
     text = [f"# {one_line(codebase.name)}\n"]
     if codebase.description.strip():
@@ -12698,7 +12690,8 @@ def complete(
 
 # ── 39 Status screen ──────────────────────────────────────────────────────────
 
-# What `status` shows: a summary, the daemon, and what needs attention.
+# What `status` shows: a summary, the daemon, and what needs attention. `StatusView`
+# formats it once; `LiveStatus` makes frames of it, which `show_live` draws.
 
 STATE_COLORS = {
     State.WORDS[state][0]: color
@@ -12747,13 +12740,13 @@ def next_steps(status: Status) -> list[str]:
 
 
 class StatusView(NamedTuple):
-    """What is to be shown of a scan, and what goes with it."""
+    """A scan of the codebases to show, with the daemon's status and notes."""
 
     home: str
     status: Status
     daemon: Mapping[str, Any]
     notes: Sequence[Problem] = ()
-    is_full: bool = False  # or only what needs attention
+    is_full: bool = False  # otherwise only what needs attention is listed
 
     @property
     def all_notes(self) -> list[str]:
@@ -12830,8 +12823,8 @@ class LiveStatus:
     """What `status --watch` shows. `scan` judges the codebases."""
 
     MOST_EVENTS = 200
-    RESCAN = 2.0  # seconds, or this many times what the last scan took:
-    RESCAN_SHARE = 20
+    RESCAN = 2.0  # seconds between two scans, or more if scans are slow:
+    RESCAN_SHARE = 20  # times what the last one took
 
     def __init__(self, home: str, scan: Callable[[], Status], clock: Clock = time.monotonic) -> None:
         self._home = home
@@ -13085,7 +13078,7 @@ class Doctor:
             yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
-        """Yield what is to be said of the files that are written, or stay, by path."""
+        """Iterate over notes on the files that are written, or stay, by path."""
         for file in plan.files:
             if file.note:
                 yield file.path, file.note
