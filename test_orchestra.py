@@ -18105,7 +18105,7 @@ TERMINALS = {
 }
 
 # Sections whose shell blocks are pasted into one terminal, in this order, and why others are not.
-PASTED = ("The first minute", "Layers", "Any agent", "Safety")
+PASTED = ("The first minute", "Layers", "Any agent", "Parts of a monorepo", "Safety")
 ELSEWHERE = {
     "Installing": "needs a server: test_the_readmes_download_installs_or_fails",
     "Sharing a registry": "needs two machines: test_the_readmes_way_to_share_a_registry_works",
