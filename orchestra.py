@@ -4283,6 +4283,15 @@ class RegistryScan:
 # Loading
 
 
+def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> tuple[Problem, ...]:
+    """Explain that a codebase's folder is another's, at the file that has its path."""
+    file = next(f"{layer.path}.yaml" for layer in reversed(codebase.layers) if layer.said.path)
+    place, main = shorten_home(home, file), codebase_path(home, codebase.key)
+    doc = Document(place, f"orchestra edit {label_for(codebase.key)}" if file == main else f"edit {place}")
+    doc.complain(f"path: {codebase.path} already belongs to {label_for(owner)}")
+    return tuple(doc.problems)
+
+
 def reload_codebases(
     home: str, registry: Registry, keys: Iterable[Key], reader: Optional[LayerReader] = None
 ) -> Registry:
@@ -4317,11 +4326,7 @@ def reload_codebases(
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
         if other != key:
             loser = codebases.pop(other if first == key else key)
-            file = next(f"{layer.path}.yaml" for layer in reversed(loser.layers) if layer.said.path)
-            place, main = shorten_home(home, file), codebase_path(home, loser.key)
-            doc = Document(place, f"orchestra edit {label_for(loser.key)}" if file == main else f"edit {place}")
-            doc.complain(f"path: {loser.path} already belongs to {label_for(first)}")
-            broken[loser.key] = tuple(doc.problems)
+            broken[loser.key] = _explain_lost_claim(home, loser, first)
     shared = {**registry.shared, **reader.shared}
     return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared)
 
@@ -11372,22 +11377,33 @@ class Installer(NamedTuple):
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
             raise OrchestraError(f"PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", hint)
+
+        def fetch(folder: str, token: str) -> None:
+            self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
+            done = self._run_pip(python, folder, token)
+            if done.code or not os.path.isdir(f"{folder}/yaml"):
+                problem, other_hint = self._explain_pip(done, hint)
+                raise OrchestraError(f"could not fetch PyYAML: {problem}", other_hint)
+
+        self._make_lib(fetch)
+
+    def _make_lib(self, fill: Callable[[str, str], None]) -> None:
+        """Make the folder of PyYAML as a whole or not at all, unless it is there.
+
+        `fill` is called with a folder beside it, and the token for temporary names.
+        """
+        lib = python_lib_dir(self.home)
+        temporary = f"{lib}.new"
         with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT) as lock:
             if os.path.isdir(f"{lib}/yaml"):
-                return  # another first run has just fetched it
-            self.say(f"orchestra: fetching PyYAML into {shorten_home(self.home, lib)}")
-            temporary = f"{lib}.new"
-            remove_private_folder(temporary)  # a killed fetch left it
+                return  # another first run has just made it
+            remove_private_folder(temporary)  # a killed run left it
             try:
-                done = self._run_pip(python, temporary, lock.token)
-                if done.code == 0 and os.path.isdir(f"{temporary}/yaml"):
-                    remove_private_folder(lib)
-                    move_private(temporary, lib)
-                    return
+                fill(temporary, lock.token)
+                remove_private_folder(lib)
+                move_private(temporary, lib)
             finally:
                 remove_private_folder(temporary)
-        problem, hint = self._explain_pip(done, hint)
-        raise OrchestraError(f"could not fetch PyYAML: {problem}", hint)
 
     def _run_pip(self, python: str, target: str, token: str) -> Completed:
         """Run pip; externally managed Pythons (PEP 668) allow `--target` too."""
@@ -11452,18 +11468,16 @@ class Installer(NamedTuple):
     def _copy_yaml(self, module: str) -> None:
         """Copy the PyYAML of the running Python, whose folder (pipx's) may not last."""
         package, name = os.path.split(module)
-        lib = python_lib_dir(self.home)
-        if name != "__init__.py" or os.path.isdir(f"{lib}/yaml"):
+        if name != "__init__.py" or os.path.isdir(f"{python_lib_dir(self.home)}/yaml"):
             return
-        with Lock(f"{run_dir(self.home)}/pip.lock", timeout=PIP_TIMEOUT) as lock:
-            temporary = f"{lib}.new"
-            remove_private_folder(temporary)
+
+        def copy(lib: str, token: str) -> None:
             for folder, _, names in os.walk(package):
                 for name in names:
                     path = os.path.join(folder, name)
-                    save_private(f"{temporary}/yaml{path[len(package) :]}", read_disk(path).data, lock.token)
-            remove_private_folder(lib)
-            move_private(temporary, lib)
+                    save_private(f"{lib}/yaml{path[len(package) :]}", read_disk(path).data, token)
+
+        self._make_lib(copy)
 
     def install_program(self, python: str, script: str, packages: str = "") -> str:
         """Copy the script to ~/.orchestra/lib, and make an executable that imports it.
