@@ -6874,8 +6874,9 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
     """Find the agents whose instruction files are there.
 
     One is left out if its file imports AGENTS.md, or is a link to another's file: it
-    reads the text there, and would read it twice. Where the user's own text is, the
-    agent's target with a file of Orchestra's alone is taken, if it has one.
+    reads the text there, and would read it twice. So is one whose new file would hide
+    the user's own. Where the user's own text is, the agent's target with a file of
+    Orchestra's alone is taken, if it has one.
     """
 
     def has(path: str) -> bool:
@@ -6885,6 +6886,9 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
         return os.path.islink(f"{root}/{path}") and any(
             is_same_file(f"{root}/{path}", f"{root}/{agent.path}") for agent in AGENTS.values() if agent.path != path
         )
+
+    def hides_own(path: str) -> bool:
+        return any(row.hidden in texts for row in HIDING if row.path == path)
 
     importing = {
         agent.target
@@ -6896,7 +6900,8 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
     targets: dict[str, None] = {}
     for agent in AGENTS.values():
         is_imported = agent.path == "AGENTS.md" and bool(importing)
-        is_there = is_imported or any(map(has, (agent.path, *agent.traces)))
+        is_used = any(map(has, agent.traces)) and not hides_own(agent.path)
+        is_there = is_imported or has(agent.path) or is_used
         if is_there and agent.target not in importing and not is_link(agent.path):
             has_text = any(path in texts for path in (agent.path, *agent.twins))
             targets[owned.get(agent.path, agent.target) if has_text else agent.target] = None
@@ -7331,31 +7336,34 @@ def is_sealed(agent: Agent, text: bytes) -> bool:
 # Rendering, reading, inserting and removing managed text
 
 
-def render_files(codebase: Codebase, beside: Container[str] = (), importing: Container[str] = ()) -> dict[str, bytes]:
+def render_files(codebase: Codebase, beside: Collection[str] = (), importing: Container[str] = ()) -> dict[str, bytes]:
     """Render each target's managed text: an owned file, or the block of a shared one.
 
     Blocks `beside` the user's own text are left without a head, and are b"" if nothing
-    remains. Those at `importing` get a line that imports the user's file which they
-    hide.
+    remains; so is any other file then that would have but a heading. Those at
+    `importing` get a line that imports the user's file which they hide.
     """
 
     def seal(text: str) -> str:
         return f"{BANNER.format(seal=seal_of(text.encode('utf-8', 'replace')))}\n\n{text}"
 
     @functools.cache
-    def render(part: str, is_split: bool) -> tuple[str, str, str]:
+    def render(part: str, is_split: bool) -> tuple[str, str, str, bool]:
         told = codebase_of_part(codebase, part) if part else codebase
         title = json.dumps(" ".join(defuse(f"{told.name}: instructions").split()), ensure_ascii=False)
-        return title, render_body(told, is_split), seal(render_text(told, is_split))
+        text = render_text(told, is_split)
+        return title, render_body(told, is_split), seal(text), text.count("\n") == 1
 
     files = {}
     has_parts = any(part.path for part in codebase.projects)
     for agent in managed_files(codebase).values():
-        title, body, text = render(agent.part, has_parts and not agent.part and agent.has_parts)
+        title, body, text, is_heading = render(agent.part, has_parts and not agent.part and agent.has_parts)
         if agent.path in importing:
             text = seal(f"{body}\n@{os.path.basename(agent.hides)}\n".lstrip("\n"))
         elif agent.path in beside:
             text = seal(body) if body else ""
+        elif beside and is_heading:
+            text = ""
         if text:
             header = agent.header.replace("{title}", title)
             text = header + text if agent.owned else f"{BLOCK_BEGIN}\n\n{text}\n{BLOCK_END}"

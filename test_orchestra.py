@@ -4665,6 +4665,10 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         ({"CLAUDE.md": "x", "AGENTS.md": "x", "GEMINI.md": "x"}, ("claude-rules", "codex", "gemini")),
         ({".claude/CLAUDE.md": "x", ".claude/rules/a.md": "x", COPILOT: "x"}, ("claude-rules", "copilot-rules")),
         ({"CLAUDE.md": block().decode(), COPILOT: block().decode()}, ("claude", "copilot")),
+        # No new file is to hide one of the user's.
+        ({".junie/guidelines.md": "x", "AGENTS.md": "x"}, ("codex",)),
+        ({".junie/AGENTS.md": "x", "AGENTS.md": "x"}, ("codex", "junie")),
+        ({".junie/guidelines.md": "x"}, ("junie",)),
     ],
 )
 def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any, targets: tuple[str, ...]) -> None:
@@ -6320,6 +6324,25 @@ def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
 
 
 # Files where the user has said it all
+
+
+@pytest.mark.parametrize(
+    ("mine", "targets"),
+    [
+        (["AGENTS.md"], ["codex", "claude-rules", "cursor"]),
+        (["AGENTS.md"], ["codex", "junie"]),
+        (["CLAUDE.md", "AGENTS.md"], ["claude", "codex"]),
+    ],
+)
+def test_no_file_is_made_where_the_users_own_says_it_all(home: Home, mine: list[str], targets: list[str]) -> None:
+    root = home.make_codebase("shop/api", dict.fromkeys(mine, "mine\n"), targets=targets, notes=[])
+    assert home.sync().lines == [] and home.status_of() == "current"
+    assert contents(root) == dict.fromkeys(mine, b"mine\n")
+    home.register("shop/api", targets=targets, notes=["something"])
+    assert len(home.sync().lines) == len(targets) and home.status_of() == "current"
+    home.register("shop/api", targets=targets, notes=[])
+    assert len(home.sync().lines) == len(targets) and home.status_of() == "current"
+    assert contents(root) == dict.fromkeys(mine, b"mine\n")
 
 
 def test_a_block_comes_where_there_is_something_to_add_and_goes_with_it(home: Home) -> None:
