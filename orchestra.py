@@ -219,7 +219,10 @@ class SyncError(OrchestraError):
 
 
 class FolderAbsent(SyncError):
-    """A codebase's folder is not on this machine, as is usual in a shared registry."""
+    """A codebase's folder is not on this machine, as is usual in a shared registry.
+
+    `find_root` raises it, with which every plan begins; `is_absent` asks before a plan.
+    """
 
 
 class DaemonError(OrchestraError):
@@ -3618,7 +3621,7 @@ def check_merge(data: bytes, start: int, end: int) -> None:
 #
 # A layer adds to the text the Markdown files that its YAML file includes, and then its
 # own. Markdown stays as it was typed, but cannot be taken for Orchestra's marks, and
-# leaves no fence or comment open.
+# leaves no fence or comment open. `render_body` puts it below the conventions.
 #
 # A layer that cannot be read stops the codebases it covers. `Schema.join` makes one
 # Codebase of what its layers say.
@@ -4109,7 +4112,7 @@ class LayerReader:
 
 # ── 14 Registry ───────────────────────────────────────────────────────────────
 
-# A broken file stops only its own codebase. From files to a Registry:
+# A broken file stops only the codebases whose layer it is. From files to a Registry:
 #
 #   1 RegistryScan lists the files of codebases, and stray ones, without reading them.
 #   2 A LayerReader makes a Codebase of its layers, or the problems that stop it. A file
