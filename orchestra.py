@@ -3910,12 +3910,6 @@ class ParsedFiles:
         self._used[name] = b""
         return said._replace(digest=file.digest)
 
-    def keep(self, file: RegistryFile, kind: str) -> None:
-        """Have a file's line saved again, if there is one, without reading it."""
-        name = f"{file.digest}:{kind}"
-        if name in self._known:
-            self._used.setdefault(name, b"")
-
     def add(self, file: RegistryFile, kind: str, said: Codebase) -> None:
         notes = [(note.message, int(note.where.rpartition(":")[2])) for note in file.notes]
         values = said[1 : 1 + len(CODEBASE_SCHEMA.kinds)]
@@ -4066,8 +4060,6 @@ class LayerReader:
     def _read_said(self, file: RegistryFile, kind: str, key: Key, known: Optional[Layer]) -> Codebase:
         if known and file.digest and known.said.digest == file.digest and not known.problems:
             file.notes += [note for note in known.notes if note.where.startswith(f"{file.place}:")]
-            if self._parsed:
-                self._parsed.keep(file, kind)
             return known.said
         said = self._parsed.find(file, kind, key) if self._parsed and file.digest else None
         if said is None:
@@ -4337,14 +4329,16 @@ def reload_codebases(
 def load_registry(home: str, old: Optional[Registry] = None) -> Registry:
     """Read the whole registry; raises IoError if it cannot be listed.
 
-    What has not changed since `old` stays the same object.
+    What has not changed since `old` stays the same object; the rest is parsed anew, as
+    what a daemon has read before is of no use to it.
     """
-    scan, parsed = RegistryScan(home), ParsedFiles(home)
+    scan, parsed = RegistryScan(home), None if old else ParsedFiles(home)
     reader = LayerReader(home, parsed, scan.names, old.known_of(old.codebases) if old else {})
     idle = [layer.problems for project in scan.idle for layer in reader.read_base(project).layers]
     stray = (*scan.stray, *itertools.chain.from_iterable(idle))
     registry = reload_codebases(home, Registry({}, {}, stray, Owners()), scan.keys, reader)
-    parsed.save_if_worth_it()
+    if parsed:
+        parsed.save_if_worth_it()
     return registry
 
 

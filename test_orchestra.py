@@ -3402,7 +3402,9 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
     registry = home.registry()
     for i in range(orchestra.ParsedFiles.FEW + 1):  # so many that the cache is saved
         home.write_registry(f"shop/d{i}.yaml", f"name: d{i}\n")
-    orchestra.load_registry(home.path, registry)
+    orchestra.load_registry(home.path, registry)  # as a daemon does, without the cache
+    assert len(parsed) == orchestra.ParsedFiles.FEW + 1
+    home.registry()
     parsed.clear()
     assert home.registry().codebases.keys() > fresh.keys() and parsed == []
     home.write_registry("shop/c3.yaml", f"name: c3\npath: {home.code}/shop/c3\nnotes: [changed]\n")
