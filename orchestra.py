@@ -3697,25 +3697,6 @@ def has_prose(codebase: Codebase, files: Collection[str]) -> bool:
     return any(path in files for path in found)
 
 
-def has_lost_file(old: Codebase, new: Codebase) -> bool:
-    """Return whether a file that `old` was read from is gone, or emptied, in `new`."""
-    if old.digest == new.digest:
-        return False
-    none = ("", sha256_of(b""))
-    files, left = (
-        {path for layer in codebase.layers for path, digest in layer.digests.items() if digest not in none}
-        for codebase in (old, new)
-    )
-
-    def has_text(path: str) -> bool:
-        try:
-            return os.stat(path).st_size > 0
-        except OSError:
-            return False
-
-    return not all(map(has_text, files - left))
-
-
 def find_outside(home: str, file: str) -> str:
     """Return where a registry file is if a link leads out of the registry, "" if not.
 
@@ -3849,6 +3830,29 @@ def is_current(home: str, codebase: Codebase) -> bool:
         return sha256_of(disk.data) if disk.kind == "file" else ""
 
     return all(digest(path) == known[path] for path in known)
+
+
+def has_lost_file(home: str, old: Codebase, new: Codebase) -> bool:
+    """Return whether a file that `old` was read from was gone, or empty, for `new`.
+
+    One that `new` does not include any more is not lost.
+    """
+    if old.digest == new.digest:
+        return False
+    none = ("", sha256_of(b""))
+    files, left = (
+        {path for layer in codebase.layers for path, digest in layer.digests.items() if digest not in none}
+        for codebase in (old, new)
+    )
+
+    def has_text(path: str) -> bool:
+        try:
+            return os.stat(path).st_size > 0
+        except OSError:
+            return False
+
+    lost = files - left
+    return bool(lost) and not (all(map(has_text, lost)) and is_current(home, new))  # it may be back since
 
 
 @functools.cache
@@ -10611,7 +10615,7 @@ class SyncRun:
             suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
             known = self._old.codebases
             read = [(key, new) for key, new in self.registry.codebases.items() if new is not known.get(key, new)]
-            suspects |= {key for key, new in read if has_lost_file(known[key], new)}
+            suspects |= {key for key, new in read if has_lost_file(self._home, known[key], new)}
         return frozenset(suspects - self._job.overdue)
 
     def _keep_suspects(self) -> None:

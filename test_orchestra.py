@@ -3045,6 +3045,21 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
     assert [problem.partition("yaml:")[2].partition(": ")[2] for problem in home.problems()] == expected
 
 
+def test_a_file_that_was_gone_while_its_codebase_was_read_is_lost_though_it_is_back(home: Home) -> None:
+    put_files(home.projects, {"all.yaml": "include: [python.md]\n", "python.md": "x", "shop/api.md": "x"})
+    home.make_codebase()
+    old = home.registry().codebases[API]
+    for name in ("all.yaml", "shop/api.md"):
+        text = (home.projects / name).read_text()
+        (home.projects / name).unlink()
+        new = home.registry().codebases[API]
+        assert orchestra.has_lost_file(home.path, old, new)
+        put_files(home.projects, {name: text})
+        assert orchestra.has_lost_file(home.path, old, new)
+    put_files(home.projects, {"all.yaml": "notes: [no include]\n"})
+    assert not orchestra.has_lost_file(home.path, old, home.registry().codebases[API])
+
+
 @pytest.mark.parametrize(
     ("name", "text", "notes"),
     [
