@@ -488,6 +488,11 @@ def label_for(key: Key) -> str:
     return f"{key[0]}/{key[1]}"
 
 
+def typed(text: str) -> str:
+    """Write a word as it is typed in a shell: a name may hold `$(...)`."""
+    return text if re.fullmatch(r"[\w@%+=:,./~-]+", text) else "'" + text.replace("'", "'\\''") + "'"
+
+
 def shorten_home(home: str, path: str) -> str:
     """Write a path below the home folder as ~/..."""
     return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
@@ -3999,7 +4004,7 @@ class LayerReader:
                 elif target.header and target.owns == "block":
                     wrong[target.target] = "header: only a target that owns the file may have one"
             if bad or wrong:
-                hint = f"orchestra edit {label_for(codebase.key)}" if layer is codebase.layers[-1] else ""
+                hint = f"orchestra edit {typed(label_for(codebase.key))}" if layer is codebase.layers[-1] else ""
                 file = RegistryFile(self._home, f"{layer.path}.yaml", hint)
                 problems += self._blame(file, OneOf(known), bad, wrong)
         return problems
@@ -4042,7 +4047,7 @@ class LayerReader:
 
     def _read_layer(self, kind: str, path: str, key: Key) -> Optional[Layer]:
         is_main = kind == "codebase"
-        file = self._open(f"{path}.yaml", f"orchestra edit {label_for(key)}" if is_main else "", is_main)
+        file = self._open(f"{path}.yaml", f"orchestra edit {typed(label_for(key))}" if is_main else "", is_main)
         own = self._read_prose(f"{path}.md", is_shared=kind in SHARED)
         if file is None and own is None:
             return None
@@ -4175,7 +4180,9 @@ class Registry(NamedTuple):
             return found[0]
         if found:
             labels = ", ".join(map(label_for, found))
-            raise RegistryError(f'"{name}" is in {len(found)} projects: {labels}', f"{hint} {label_for(found[0])}")
+            raise RegistryError(
+                f'"{name}" is in {len(found)} projects: {labels}', f"{hint} {typed(label_for(found[0]))}"
+            )
         shown = name if len(name) <= 200 else excerpt(name)
         like = did_you_mean(name, [*map(label_for, self.keys), *(key[1] for key in self.keys)])
         raise RegistryError(f'no codebase is called "{shown}"{like}', "orchestra project list")
@@ -4286,7 +4293,7 @@ def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> tuple[Prob
     """Explain that a codebase's folder is another's, at the file that has its path."""
     file = next(f"{layer.path}.yaml" for layer in reversed(codebase.layers) if layer.said.path)
     place, main = shorten_home(home, file), codebase_path(home, codebase.key)
-    doc = Document(place, f"orchestra edit {label_for(codebase.key)}" if file == main else f"edit {place}")
+    doc = Document(place, f"orchestra edit {typed(label_for(codebase.key))}" if file == main else f"edit {place}")
     doc.complain(f"path: {codebase.path} already belongs to {label_for(owner)}")
     return tuple(doc.problems)
 
@@ -4361,7 +4368,7 @@ def load_codebase(home: str, project: str, name: str, with_layers: bool = False)
     if with_layers:
         codebase, problems = LayerReader(home).read(key)
     else:
-        file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {label_for(key)}")
+        file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {typed(label_for(key))}")
         codebase, problems = file.read_layer("codebase", key), tuple(file.problems)
     if codebase is None or problems:
         raise error_for(problems)
@@ -7920,8 +7927,8 @@ class Sparse(NamedTuple):
 
 def _hint_for_absent(home: str, key: Key) -> str:
     if load_record(home, key):  # so its folder was here
-        return f"orchestra project move {label_for(key)} PATH, or bring the folder back"
-    return f"orchestra init PATH -p {key[0]} --name {key[1]}"
+        return f"orchestra project move {typed(label_for(key))} PATH, or bring the folder back"
+    return f"orchestra init PATH -p {typed(key[0])} --name {typed(key[1])}"
 
 
 def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, purge: bool = False) -> str:
@@ -7931,7 +7938,7 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
     an unfit folder may still be purged.
     """
     path = codebase_root(home, codebase)
-    edit = f"orchestra edit {label_for(codebase.key)}"
+    edit = f"orchestra edit {typed(label_for(codebase.key))}"
     if not path:
         file = shorten_home(home, codebase_path(home, codebase.key))
         raise FolderAbsent(f"{file}: no path on this machine", _hint_for_absent(home, codebase.key))
@@ -8070,7 +8077,7 @@ class Planner:
             raise SyncError(
                 f"{root}: this folder holds the codebase's former one, {former}, and is no repository itself:"
                 " nothing is written there",
-                f"orchestra edit {label_for(self._codebase.key)}",
+                f"orchestra edit {typed(label_for(self._codebase.key))}",
             )
 
     def _plan_former(self) -> Optional[Plan]:
@@ -8129,8 +8136,8 @@ class Planner:
             if next(entries, None) is None:
                 raise SyncError(
                     f"{self._root}: the folder is empty now, but was synced before: is its disk mounted?",
-                    f"if it is meant to be empty: orchestra init {codebase.path} -p {codebase.project}"
-                    f" --name {codebase.name} --sync",
+                    f"if it is meant to be empty: orchestra init {typed(codebase.path)}"
+                    f" -p {typed(codebase.project)} --name {typed(codebase.name)} --sync",
                 )
 
     def _has_own_text(self, path: str, looks: Mapping[str, Look]) -> bool:
@@ -8157,7 +8164,7 @@ class Planner:
         is_unknown = action in Action.BACKED_UP
         is_foreign = is_unknown and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
-            note = f"{FOREIGN}; to replace it: orchestra sync {label_for(self._codebase.key)}"
+            note = f"{FOREIGN}; to replace it: orchestra sync {typed(label_for(self._codebase.key))}"
             return FilePlan(path, Action.SKIP, agent, before, note=note, is_foreign=True)
         if not digest:
             plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
@@ -8171,7 +8178,7 @@ class Planner:
             message = (
                 f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got {len(after)} bytes with the text from the registry"
             )
-            error = SyncError(message, f"orchestra show {label_for(self._codebase.key)} --origin")
+            error = SyncError(message, f"orchestra show {typed(label_for(self._codebase.key))} --origin")
             return FilePlan(path, Action.SKIP, agent, before, problem=Problem.from_error(error, path))
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
@@ -8381,7 +8388,7 @@ class CodebaseTurn(Turn):
         before = file.before
         if file.action in Action.BACKED_UP:
             when = self.back_up(file.path, before, Reason.EDITED)
-            restore = f"orchestra restore {label_for(self.key)} {file.path} --at {when}"
+            restore = f"orchestra restore {typed(label_for(self.key))} {typed(file.path)} --at {when}"
             note = f"the replaced version is kept; to get it back: {restore}"
             if file.digest is None and file.action == Action.EVICT:  # in a purge: it is no longer registered
                 kept = os.path.join(backups_of(self.home, self.key), when, file.path)
@@ -12056,14 +12063,16 @@ class Registration(NamedTuple):
         if codebase:
             folder = codebase_root(self.home, codebase)
             if not (folder == self.path or identity_of(folder) == identity or is_absent(self.home, codebase)):
-                hint = f"orchestra init {self.path} -p {self.key[0]} --name ANOTHER_NAME"
+                hint = f"orchestra init {typed(self.path)} -p {typed(self.key[0])} --name ANOTHER_NAME"
                 raise RegistryError(f"{self.label} already exists, for the folder {folder}", hint)
         self._check_has_no_other_name(registry)
 
     def _check_has_no_other_name(self, registry: Registry) -> None:
         for other in registry.owners.keys_at(identity_of(self.path), self.key):
             problem = f"{self.path}: this folder is already registered as {label_for(other)}"
-            raise RegistryError(problem, f"orchestra project remove {label_for(other)} first, to move it elsewhere")
+            raise RegistryError(
+                problem, f"orchestra project remove {typed(label_for(other))} first, to move it elsewhere"
+            )
 
     def _check_has_not_moved(self, registry: Registry) -> None:
         """Raise RegistryError if a codebase that is absent now may have moved here."""
@@ -12074,11 +12083,11 @@ class Registration(NamedTuple):
                 continue
             texts = ((path, look_at(self.path, record.agent_at(path)).digest) for path in record.files)
             if key == self.key or any(digest in record.known(path) for path, digest in texts):
-                move = f"orchestra project move {label_for(key)} {self.path}"
+                move = f"orchestra project move {typed(label_for(key))} {typed(self.path)}"
                 place = shorten_home(self.home, folder) or "another folder"
                 raise RegistryError(
                     f"{label_for(key)} was in {place}, which is gone",
-                    f"{move} if it is here now; otherwise orchestra project remove {label_for(key)} first",
+                    f"{move} if it is here now; otherwise orchestra project remove {typed(label_for(key))} first",
                 )
 
     def _fill_in(self, codebase: Codebase) -> Registered:
@@ -12755,8 +12764,8 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 def next_steps(status: Status) -> list[str]:
     """Return the commands to type next, at most two."""
     steps = [entry.hint for entry in status.codebases if entry.status == State.ERROR and entry.hint][:1]
-    steps += [f"orchestra diff {entry.label}" for entry in status.codebases if entry.status == State.MODIFIED][:1]
-    outdated = [entry.label for entry in status.codebases if entry.status not in (*State.FINE, State.ERROR)]
+    steps += [f"orchestra diff {typed(e.label)}" for e in status.codebases if e.status == State.MODIFIED][:1]
+    outdated = [typed(entry.label) for entry in status.codebases if entry.status not in (*State.FINE, State.ERROR)]
     if outdated:
         steps.append("orchestra sync --all" if len(outdated) > 1 else f"orchestra sync {outdated[0]}")
     return steps[:2]
@@ -13096,7 +13105,7 @@ class Doctor:
                 yield Finding(Level.FAILURE, str(problem.below(label)), problem.hint)
             for path, note in self._notes_on(plan):
                 fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
-                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix.format(label=label))
+                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix.format(label=typed(label)))
         if absent:
             yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
 
@@ -13126,7 +13135,7 @@ class Doctor:
         for (reader, twice), labels in readers.items():
             text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(labels)}"
             extra = next(path for path in reversed(twice) if path not in defaults)
-            fix = f"drop the target {by_path[extra]}: orchestra edit {labels[0]}"
+            fix = f"drop the target {by_path[extra]}: orchestra edit {typed(labels[0])}"
             yield Finding(Level.WARNING, text, fix)
 
     def _check_leftovers(self) -> Iterator[Finding]:
@@ -13357,7 +13366,7 @@ class Commands(NamedTuple):
             remove_private(record_path(self.home, key))
             return OK
         path = shorten_home(self.home, codebase_root(self.home, codebase))
-        again = f"orchestra init {path} -p {key[0]} --name {key[1]}, then remove it again"
+        again = f"orchestra init {typed(path)} -p {typed(key[0])} --name {typed(key[1])}, then remove it again"
         return report_all(error._replace(hint=f"fix that; {again}") for error in result.errors)
 
     def _list_written(self, key: Key, registry: Registry) -> list[str]:
@@ -13554,7 +13563,9 @@ class Commands(NamedTuple):
             verb = "restored" if changed else "unchanged"
             print(f"{verb} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])
-        self._note(f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {label}")
+        self._note(
+            f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {typed(label)}"
+        )
         return OK
 
     def _choose_backups(self, codebase: Codebase, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
@@ -13578,7 +13589,7 @@ class Commands(NamedTuple):
         if not backups:
             raise SyncError(f"{label}: nothing to restore: no backups yet")
         wanted = f"{path or 'any instruction file'}{f' at {at}; times look like {backups[-1].when[:15]}' if at else ''}"
-        raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {label} --list")
+        raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
 
     def cmd_edit(self) -> int:
         """Open the file in the editor until it is right, or the user gives up."""

@@ -13961,6 +13961,14 @@ def test_a_live_status_needs_a_terminal(home: Home) -> None:
     assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
 
 
+@pytest.mark.parametrize("name", ["api", "日本", "my shop", "$(touch x)", "`id`", "a;b", "it's", 'say "hi"', "*"])
+def test_what_a_hint_says_to_type_can_be_pasted(home: Home, name: str) -> None:
+    put_files(home.projects, {f"shop/{name}.yaml": "name: other\n", "shop/b b.yaml": f"name: b b\npath: {home.code}\n"})
+    said = "\n".join(ran for words in ("status", "sync --all", "doctor") for ran in home.run(*words.split())[1:])
+    lines = re.findall(r"(?m)(?:next: |try: |fix: |then: )(orchestra (?:edit|sync) [^-\n].*?)(?:    |$)", said)
+    assert {shlex.split(line)[2] for line in lines} == {f"shop/{name}", "shop/b b"}
+
+
 # ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
 
