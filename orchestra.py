@@ -6680,15 +6680,43 @@ WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one 
 )
 
 
+OTHER_WORKSPACES = (  # the file, where in it members stand, and what each looks like
+    ("go.work", r"(?m)^[ \t]*(?:use[ \t(]+)?\./.*$", r"\./([^\s)]+)"),
+    ("settings.gradle.kts", r"(?m)^[ \t]*(?:include\b|\":).*$", r"\"(:?[\w.:-]+)\""),
+    ("settings.gradle", r"(?m)^[ \t]*(?:include\b|['\"]:).*$", r"['\"](:?[\w.:-]+)['\"]"),
+    ("pom.xml", r"<module>[^<]*</module>", r"<module>\s*([^<\s]+)\s*</module>"),
+)
+
+
+def find_members(folder: Folder, row: Sequence[str]) -> list[Folder]:
+    """Open the members of a workspace, by its row of WORKSPACES."""
+    source, *keys = row[1].split()
+    items = folder.texts(source, *keys) if folder.find(source) else []
+    globs = [glob for glob in items if glob[:1] != "!"]
+    excluded = [glob for glob in items if glob[:1] == "!"]
+    excluded += [f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude")]
+    return folder.members([*globs, *excluded], row[2])
+
+
+def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
+    """Find the members of the first workspace with any, and the file that says so."""
+    for row in WORKSPACES:
+        paths = [os.path.relpath(member.path, folder.path) for member in find_members(folder, row)]
+        if paths:
+            return row[1].split()[0], paths
+    for source, around, pattern in OTHER_WORKSPACES:
+        text = "".join(re.findall(around, folder.text(source)))
+        paths = [path.replace(":", "/").strip("./") for path in re.findall(pattern, text)]
+        if paths:
+            return source, paths
+    return "", []
+
+
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
-    """List the packages of a workspace: up to 12 by name, more by their number."""
-    for _, evidence, manifest, name, one in sorted(WORKSPACES, key=lambda row: row[0] != first):
-        source, *keys = evidence.split()
-        items = folder.texts(source, *keys) if folder.find(source) else []
-        globs = [glob for glob in items if glob[:1] != "!"]
-        excluded = [glob for glob in items if glob[:1] == "!"]
-        excluded += [f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude")]
-        members = folder.members([*globs, *excluded], manifest)
+    """Tell the packages of a workspace: up to 12 by name, more by their number."""
+    for row in sorted(WORKSPACES, key=lambda row: row[0] != first):
+        _, evidence, manifest, name, one = row
+        source, members = evidence.split()[0], find_members(folder, row)
         names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
         # What is no name is not told: it could tell agents anything.
         names = sorted({n for n in names if isinstance(n, str) and re.fullmatch(r"@?[\w./-]{1,200}", n)})
@@ -6801,7 +6829,12 @@ def detect(path: str, home: str = "") -> Detected:
 # have commands, none are drafted: what repeats them costs attention, and what
 # contradicts them does harm.
 
+<<<<<<< HEAD
 SPOKEN = 2  # commands of the user's own from which on none are drafted
+=======
+MAX_PARTS = 100  # of a codebase, that are proposed
+SPOKEN = 2  # commands of the user's own that are enough
+>>>>>>> 24b4f0d (init proposes the parts of a monorepo, and registers them with --parts)
 RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
     *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "node", "nx", "turbo", "make", "just", "task"),
     *("mise", "uv", "uvx", "poetry", "pdm", "hatch", "tox", "nox", "pytest", "python", "python3"),
@@ -6952,6 +6985,34 @@ def make_draft(root: str, found: Detected) -> Draft:
         tuple(filter(None, shown)),
         tuple(find_other_tools(root, texts)),
     )
+
+
+def name_parts(root: str) -> tuple[str, dict[str, str]]:
+    """Name the members of a workspace, by their paths; also return what lists them.
+
+    A part is called after its folder; those that would be called alike, by their paths.
+    """
+    source, found = find_part_paths(Folder(root))
+    paths = [path for path in sorted({*found}) if re.match(PartPath.PATTERN, path) and os.path.isdir(f"{root}/{path}")]
+    counts = Counter(os.path.basename(path).casefold() for path in paths)
+    names: dict[str, str] = {}
+    stems: set[str] = set()
+    for path in paths[:MAX_PARTS]:
+        name = os.path.basename(path) if counts[os.path.basename(path).casefold()] == 1 else path.replace("/", "-")
+        while spelled_alike(Component(name, "").stem) in stems:
+            name = f"{len(stems)}-{name}"  # in front: the stem is cut at its end
+        names[path] = name
+        stems.add(spelled_alike(Component(name, "").stem))
+    return source, names
+
+
+def draft_parts(root: str, home: str, names: Mapping[str, str], known: Pairs) -> Iterator[Component]:
+    """Draft a codebase's parts, without those commands that it has itself."""
+    for path, name in names.items():
+        detected = detect(f"{root}/{path}", home)
+        draft = make_draft(f"{root}/{path}", detected)
+        commands = tuple(command for command in draft.commands if command not in known)
+        yield Component(name, detected.project_type, (), (), path, draft.description, commands)
 
 
 # ══ III Sync ══════════════════════════════════════════════════════════════════
@@ -8052,11 +8113,6 @@ class Planner:
             inputs="" if any(file.problem for file in files) else inputs, root=spell_path(self._home, self._root)
         )
         return Plan(self._root, files, old_record, record, former)
-
-    def _find_other(self, folder: str) -> str:
-        """Find another codebase whose folder is below this one's."""
-        found = self._owners.keys_at(identity_of(f"{self._root}/{folder}"), self._codebase.key) if self._owners else []
-        return label_for(found[0]) if found else ""
 
     def _pass_over_parts(self) -> None:
         """Leave out the files of parts whose folders are not the codebase's own."""
@@ -11991,6 +12047,7 @@ class Registration(NamedTuple):
     path: str
     project_type: Optional[str]
     dry_run: bool = False
+    has_parts: bool = False  # what a workspace is made of is registered as its parts
 
     @property
     def label(self) -> str:
@@ -12017,7 +12074,10 @@ class Registration(NamedTuple):
             lines = listed._update()
             if not self.dry_run:
                 accept_empty_folder(self.home, codebase)
-            return Registered(codebase, lines, listed._suggest_gitignore())
+            notes = listed._suggest_gitignore()
+            if self.has_parts and not any(part.path for part in codebase.projects):
+                notes.append(f"--parts is for a new codebase; to add them to this one: orchestra edit {listed.label}")
+            return Registered(codebase, lines, notes)
         listed._check_has_not_moved(registry)
         if codebase:
             return listed._fill_in(codebase)
@@ -12135,13 +12195,19 @@ class Registration(NamedTuple):
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or detected.project_type)
         codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
-        codebase = codebase._replace(projects=(component,), created_at=now, updated_at=now)
+        origin, parts = name_parts(self.path)
+        drafted = draft_parts(self.path, self.home, parts if self.has_parts else {}, draft.commands)
+        codebase = codebase._replace(projects=(component, *drafted), created_at=now, updated_at=now)
         if not self.dry_run:
             self._save(codebase)
         reason = "from --type" if self.project_type else detected.reason
         joined = CODEBASE_SCHEMA.join(base, codebase)._replace(layers=base.layers)
         names = ", ".join(targets_of(joined)) or "none"
         rows = [*draft.found, Found("targets", names, source), Found("edit", self.file, "")]
+        if parts:
+            more = f" and {len(parts) - 12} more" if len(parts) > 12 else ""
+            hint = "" if self.has_parts else "; with --parts each gets files of its own"
+            rows.insert(-1, Found("parts", ", ".join([*parts.values()][:12]) + more, origin + hint))
         verb = "would register" if self.dry_run else "registered"
         first = f"{verb} {self.label}: {component.project_type} ({reason})"
         return Registered(joined, [*map(visible, [first, *self._format(rows)])], list(draft.notes))
@@ -13267,12 +13333,13 @@ class Commands(NamedTuple):
     def cmd_init(self) -> int:
         path = self._absolute(self.args.path)
         name = self.args.name if self.args.name is not None else os.path.basename(path)
-        return self._register((self.args.project, name), path, self.args.sync, self.args.dry_run)
+        key, args = (self.args.project, name), self.args
+        return self._register(Registration(self.home, key, path, args.type, args.dry_run, args.parts), args.sync)
 
     def cmd_project_add(self) -> int:
         name = self.args.name
         path = self._absolute(self.args.path if self.args.path is not None else name)
-        return self._register((self.args.project or name, name), path)
+        return self._register(Registration(self.home, (self.args.project or name, name), path, self.args.type))
 
     def _absolute(self, path: str) -> str:
         if not path:
@@ -13280,8 +13347,8 @@ class Commands(NamedTuple):
         with blame("the current folder"):
             return absolute_path(self.home, path)
 
-    def _register(self, key: Key, path: str, sync: bool = False, dry_run: bool = False) -> int:
-        registered = Registration(self.home, key, path, self.args.type, dry_run).run()
+    def _register(self, registration: Registration, sync: bool = False) -> int:
+        registered, dry_run = registration.run(), registration.dry_run
         for line in registered.lines:
             print(line)
         for note in registered.notes:
@@ -13766,6 +13833,7 @@ COMMANDS = {
             TYPE,
             argument("--name", help="the codebase's name; default: the folder's"),
             switch("--sync", help="write the instruction files at once"),
+            switch("--parts", help="give the packages of a workspace files of their own"),
             switch("--dry-run", help="only show what was found, and would be registered"),
         ),
         heading=START,

@@ -13297,6 +13297,62 @@ def test_init_adds_nothing_to_a_file_that_has_commands_of_its_own(home: Home) ->
     assert home.status_of("shop/web") == "current"
 
 
+PACKAGE = '{"name": "x", "description": "The thing.", "scripts": {"test": "vitest run"}}'
+BOTH = ["packages/api", "packages/web"]
+MONOREPOS: dict[str, tuple[Any, list[str]]] = {
+    "pnpm": (
+        {"pnpm-workspace.yaml": "packages: ['packages/*', '!packages/old']", "packages/old/package.json": "{}"},
+        BOTH,
+    ),
+    "npm": ({"package.json": '{"workspaces": ["packages/*"]}'}, BOTH),
+    "yarn": ({"package.json": '{"workspaces": {"packages": ["packages/*"]}}'}, BOTH),
+    "cargo": ({"Cargo.toml": '[workspace]\nmembers = ["packages/*"]\n'}, BOTH),
+    "uv": ({"pyproject.toml": '[tool.uv.workspace]\nmembers = ["packages/*"]\n'}, BOTH),
+    "go": ({"go.work": "go 1.22\nuse ./packages/api // x\nuse (\n\t./packages/web\n\t./no\n)\n"}, BOTH),
+    "gradle": ({"settings.gradle": "include ':packages:api', 'packages:web'\n"}, BOTH),
+    "gradle in Kotlin": (
+        {"settings.gradle.kts": 'rootProject.name = "packages"\ninclude(\n  ":packages:api",\n)\n'},
+        BOTH[:1],
+    ),
+    "maven": ({"pom.xml": "<modules><module> packages/web </module><module>../x</module></modules>"}, BOTH[1:]),
+    "none": ({"package.json": "{}"}, []),
+}
+
+
+@pytest.mark.parametrize(("files", "paths"), MONOREPOS.values(), ids=MONOREPOS)
+def test_init_proposes_the_parts_of_a_monorepo_and_writes_them_when_asked(home: Home, files: Any, paths: Any) -> None:
+    root = home.code / "mono"
+    manifests = {"Cargo.toml": "[package]\nname = 'x'", "pyproject.toml": "[project]\nname = 'x'"}
+    for path in BOTH:
+        put_files(root, {f"{path}/{file}": text for file, text in {**manifests, "package.json": PACKAGE}.items()})
+    put_files(root, files)
+    names = ", ".join(os.path.basename(path) for path in paths)
+    dry = home.run_fine("init", str(root), "-p", "shop", "--dry-run")
+    told = re.findall(r"parts: +(.*) \(.*; with --parts each gets files of its own\)", dry.out)
+    assert told == [names] * bool(paths)
+    home.run_fine("init", str(root), "-p", "shop", "--parts", "--sync")
+    parts = home.registry().codebases["shop", "mono"].projects[1:]
+    assert [part.path for part in parts] == paths and ", ".join(part.name for part in parts) == names
+    assert all("test: `" in (root / path / "AGENTS.md").read_text() for path in paths)
+    assert home.sync().lines == [] and home.run_fine("init", str(root), "-p", "shop", "--parts").lines
+
+
+def test_parts_that_would_be_called_alike_are_called_by_their_paths(home: Home) -> None:
+    root = home.code / "mono"
+    paths = ("a/web", "b/web", "a-web", "c/api")
+    put_files(root, {"package.json": json.dumps({"workspaces": ["*/web", "a-web", "c/*"]})})
+    put_files(root, {f"{path}/package.json": PACKAGE for path in paths})
+    home.run_fine("init", str(root), "-p", "shop", "--parts", "--sync")
+    parts = home.registry().codebases["shop", "mono"].projects[1:]
+    assert [(part.name, part.path) for part in parts] == [
+        *(("a-web", "a-web"), ("1-a-web", "a/web"), ("b-web", "b/web"), ("api", "c/api"))
+    ]
+    home.run_fine("project", "remove", "mono")
+    home.run_fine("init", str(root), "-p", "shop")
+    ran = home.run_fine("init", str(root), "-p", "shop", "--parts")
+    assert "--parts is for a new codebase; to add them to this one: orchestra edit shop/mono" in ran.err
+
+
 def test_init_again_changes_nothing(home: Home) -> None:
     home.run_fine("init", str(home.code), "-p", "shop")
     before = tree(home.folder)
