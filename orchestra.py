@@ -6829,12 +6829,8 @@ def detect(path: str, home: str = "") -> Detected:
 # have commands, none are drafted: what repeats them costs attention, and what
 # contradicts them does harm.
 
-<<<<<<< HEAD
-SPOKEN = 2  # commands of the user's own from which on none are drafted
-=======
 MAX_PARTS = 100  # of a codebase, that are proposed
-SPOKEN = 2  # commands of the user's own that are enough
->>>>>>> 24b4f0d (init proposes the parts of a monorepo, and registers them with --parts)
+SPOKEN = 2  # commands of the user's own from which on none are drafted
 RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
     *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "node", "nx", "turbo", "make", "just", "task"),
     *("mise", "uv", "uvx", "poetry", "pdm", "hatch", "tox", "nox", "pytest", "python", "python3"),
