@@ -4229,7 +4229,11 @@ class RegistryScan:
         self.idle: list[str] = []
         self.stray: list[Problem] = []
         self.names: dict[str, Container[str]] = {}
-        for entry in self._list(projects_root(home)):
+        root = projects_root(home)
+        if os.path.islink(root):
+            with blame(root):
+                os.stat(root)  # a link to nowhere, a disk that is not mounted, is no empty registry
+        for entry in self._list(root):
             with self._reject_unreadable(entry):
                 if entry.is_dir():
                     self._scan_project(entry)
@@ -11716,7 +11720,10 @@ class Service:
         for _ in self._tries(self.SETTLE_TIMEOUT):
             if self.daemon_pid() == pid:
                 return pid
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended and not status:
+                raise self.failure("was stopped at once")
+            if ended:
                 said = log.read().decode("utf-8", "replace").strip()
                 why = re.search(r"(?m)^orchestra: (.*)", said) or ["", said or "it ended at once"]
                 raise DaemonError(f"the daemon did not start: {why[1]}", self.HINT)
@@ -13635,7 +13642,7 @@ class Commands(NamedTuple):
         """Choose the latest backups of a path that --at allows; raises SyncError."""
         at, key = self.args.at, codebase.key
         files = known_files(codebase, load_record(self.home, key) or Record())
-        is_wanted = parse_when(at) if at else lambda when: True
+        is_wanted = parse_when(at) if at is not None else lambda when: True
         found = [b for b in backups if b.path in files and is_wanted(b.when)]
         if path is not None:
             found = [backup for backup in found if backup.path == os.path.normpath(path)]
@@ -13671,7 +13678,7 @@ class Commands(NamedTuple):
     # Looking after the installation
 
     def cmd_doctor(self) -> int:
-        findings = [*Doctor(self.home, self.environ).findings()]
+        findings = list(dict.fromkeys(Doctor(self.home, self.environ).findings()))
         levels = Counter(finding.level for finding in findings)
         failures, warnings = levels[Level.FAILURE], levels[Level.WARNING]
         if self.args.json:

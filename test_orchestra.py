@@ -1858,7 +1858,7 @@ def test_a_time_of_the_day_is_local_unless_z_follows(monkeypatch: Any) -> None:
         time.tzset()
 
 
-@pytest.mark.parametrize("typed", ["tomorrow", "10 months ago", "25:00", "2026-13-01", "-1", "9" * 30, "\x1b"])
+@pytest.mark.parametrize("typed", ["", "tomorrow", "10 months ago", "25:00", "2026-13-01", "-1", "9" * 30, "\x1b"])
 def test_what_is_no_time_is_one_line(typed: str) -> None:
     with pytest.raises(orchestra.UsageError, match=r"^--at: expected a time, got '"):
         orchestra.parse_when(typed)
@@ -13266,6 +13266,15 @@ def test_init_registers_detects_and_syncs(home: Home) -> None:
     assert Path(orchestra.project_path(home.path, "shop")).exists()
 
 
+def test_a_registry_that_is_a_link_to_nowhere_is_not_an_empty_one(home: Home) -> None:
+    home.projects.parent.mkdir(parents=True, exist_ok=True)
+    home.projects.symlink_to("unmounted")
+    for words in ("status", "sync --all", "project list", "doctor"):
+        ran = home.run(*words.split())
+        assert ran.status and f"{home.projects}: no such file" in ran.out + ran.err, ran
+    assert home.run("doctor").out.count("no such file") == 1
+
+
 @pytest.mark.parametrize("sync", [(), ("--sync",)])
 def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: Any) -> None:
     put_files(home.code / "web", {"pyproject.toml": "[project]\ndescription = 'Shop'\n", "uv.lock": "", ".ruler": None})
@@ -14502,6 +14511,7 @@ def test_a_file_of_this_folder_is_restored_by_its_name_alone(home: Home, monkeyp
     monkeypatch.chdir(root)
     assert home.run_fine("restore", "CLAUDE.md", "--at", "today").out.startswith("restored shop/api CLAUDE.md (")
     assert (root / "CLAUDE.md").read_bytes() == edited
+    assert "--at: expected a time, got ''" in home.run("restore", "--at", "").err
     ran = home.run("restore", "--at", "3 days ago")
     assert ran.status == 2 and "no backup of any instruction file at 3 days ago; times look like 20" in ran.err
 
