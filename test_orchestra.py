@@ -15414,8 +15414,21 @@ def test_a_real_process_killed_at_any_system_call_loses_nothing(stage: Stage) ->
 BOM = b"\xef\xbb\xbf"
 NEWLINES = (b"\n", b"\r\n")
 ONE_OR_TWO = (*NEWLINES, *(newline * 2 for newline in NEWLINES))
-IS_SHARED = {path: not agent.owned for path, agent in AGENTS_BY_PATH.items()}
-MANAGED = [orchestra.AGENTS[target].path for target in ALL_TARGETS]
+CUSTOM = {"mine": {"path": "docs/MINE.md", "owns": "block"}, "ours": {"path": ".x/ours.md"}}
+PATHS = {
+    **{target: orchestra.AGENTS[target].path for target in ALL_TARGETS},
+    "mine": "docs/MINE.md",
+    "ours": ".x/ours.md",
+}
+PART_PATHS = {
+    "claude": "pages/CLAUDE.md",
+    "codex": "pages/AGENTS.md",
+    "gemini": "pages/GEMINI.md",
+    **{target: PATHS[target].replace("orchestra", "orchestra-pages") for target in ("cursor", "windsurf", "cline")},
+    "antigravity": ".agents/rules/orchestra-pages.md",
+}
+MANAGED = [*PATHS.values(), *PART_PATHS.values()]
+IS_SHARED = {path: "orchestra" not in path and path != ".x/ours.md" for path in MANAGED}
 MANAGED_FOLDERS = {str(parent) for path in MANAGED for parent in Path(path).parents} - {"."}
 Spot = tuple[str, str]  # a codebase's label, and a path in its folder
 
@@ -15504,8 +15517,9 @@ class History(Home):
         put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
         for label in ("shop/api", "shop/web"):
             self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r"), "notes": []}
+            self.values[label].update(custom_targets=CUSTOM, projects=[])
             self.enter(label)
-            put_files(self.code / label, {"code.py": ""})
+            put_files(self.code / label, {"code.py": "", "pages/code.py": ""})
         self.cache = orchestra.RegistryCache.load(self.path)
 
     # Words and choices
@@ -15524,12 +15538,17 @@ class History(Home):
     def line(self, newline: bytes = b"\n") -> bytes:
         return f"{self.word()} of the user".encode() + newline
 
+    def paths_of(self, label: str) -> list[str]:
+        """Return the files that a codebase wants."""
+        targets, parts = self.values[label]["targets"], PART_PATHS if self.values[label]["projects"] else {}
+        return [PATHS[target] for target in targets] + [parts[target] for target in targets if target in parts]
+
     def pick(self) -> tuple[str, str, Path]:
         """Choose a managed file of a codebase."""
         label = self.choose(self.values)
         os.stat(self.code / label)  # no user makes it anew while it is away
-        targets = [orchestra.AGENTS[target].path for target in self.values[label]["targets"]]
-        path = self.choose(targets if targets and self.is_likely(0.8) else MANAGED)
+        wanted = self.paths_of(label)
+        path = self.choose(wanted if wanted and self.is_likely(0.8) else MANAGED)
         return label, path, self.code / label / path
 
     def write(self, file: Path, data: bytes) -> None:
@@ -15675,10 +15694,13 @@ class History(Home):
         self.broken.discard(label)
 
     def change_registry(self) -> None:
-        label, key = self.choose(self.values), self.choose(("targets", "notes", "conventions", "description"))
+        keys = ("targets", "notes", "conventions", "description", "projects")
+        label, key = self.choose(self.values), self.choose(keys)
         value: Any = self.word("r") if key == "description" else [self.word("r")] * self.choose((0, 1))
         if key == "targets":
-            value = self.random.sample(ALL_TARGETS, self.choose((0, 1, 2, 3, len(ALL_TARGETS))))
+            value = self.random.sample([*PATHS], self.choose((0, 1, 2, 3, len(PATHS))))
+        elif key == "projects":
+            value = [{"name": "pages", "project_type": "backend", "path": "pages", "notes": value}] if value else []
         self.values[label][key] = value
         if label in self.registered:
             self.enter(label)
@@ -15894,8 +15916,7 @@ class History(Home):
             assert root.exists() or not os.path.lexists(root)
             return
         assert not any(map(is_temporary, take_picture(root)))
-        for target in self.values[label]["targets"]:
-            path = orchestra.AGENTS[target].path
+        for path in self.paths_of(label):
             file = root / path
             if not file.is_file() or file.is_symlink() or file.parent.is_symlink():
                 assert os.path.lexists(file) or file.parent.is_symlink(), f"{file} is missing"
@@ -15909,8 +15930,11 @@ class History(Home):
         """Check that a block says all that is to be said there, or is gone if that is nothing."""
         values, block = self.values[label], parts.block or b""
         words = [*values.get("notes", ()), *values.get("conventions", ()), *self.project_words]
+        words += ["in `pages`"] if values["projects"] else []
+        if path in PART_PATHS.values():
+            words = values["projects"][0]["notes"]
         is_beside = IS_SHARED[path] and bool((parts.head + parts.tail).replace(BOM, b"").strip())
-        if not is_beside and b"\n@AGENTS.md\n" not in block:
+        if not is_beside and b"\n@AGENTS.md" not in block and path not in PART_PATHS.values():
             words.append(values["description"])
         assert all(word.encode() in block for word in words), f"{path}: {words}, {parts}"
         assert not is_beside or bool(words) == (parts.block is not None), f"{path}: {words}, {parts}"
