@@ -5952,6 +5952,18 @@ def test_a_copy_of_the_home_folder_is_on_its_own(home: Home) -> None:
     assert tree(code) == before and (other / "code/api/CLAUDE.md").exists()
 
 
+@pytest.mark.parametrize("path", ["../outside.md", ".git/x.md", "code.py", "a/../code.py", "CMakeLists.txt"])
+def test_a_record_never_leads_to_a_file_that_cannot_be_orchestras(home: Home, path: str) -> None:
+    root = home.make_synced("shop/api", {"a/x": ""}, targets=["codex"])
+    put_files(root, {path: "kestrel\n"})
+    values = json.loads(home.record.read_bytes())
+    values["files"][path], values["owned"] = orchestra.digest_of(b"kestrel\n"), [path]
+    home.record.write_text(json.dumps(values))
+    assert home.sync().lines == [] and (root / path).read_bytes() == b"kestrel\n"
+    home.run_fine("project", "remove", "api", "--purge")
+    assert (root / path).read_bytes() == b"kestrel\n"
+
+
 # ── 25 Plan ───────────────────────────────────────────────────────────────────
 
 
@@ -6768,6 +6780,7 @@ def test_what_becomes_of_a_part(home: Home, change: Any, parts: Any, written: An
     assert of_parts == {(verb, path) for verb, paths in written.items() if verb != "keep" for path in paths}
     assert ran.status == 0 and home.staleness()["detail"] == (f"{UNFIT} {unfit}" if unfit else "")
     assert home.sync().lines == [] and home.backups() == {}
+    assert not unfit or "packages/web" not in (root / "AGENTS.md").read_text()
     for path in PART_FILES:
         assert (root / path).exists() == (path in left or ("update", path) in changed)
     home.run_fine("project", "remove", "api", "--purge")
