@@ -7007,11 +7007,11 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
 
 
 def draft_parts(root: str, home: str, names: Mapping[str, str], known: Pairs) -> Iterator[Component]:
-    """Draft a codebase's parts, without those commands that it has itself."""
+    """Draft a codebase's parts, without what is installed once for all of it."""
     for path, name in names.items():
         detected = detect(f"{root}/{path}", home)
         draft = make_draft(f"{root}/{path}", detected)
-        commands = tuple(command for command in draft.commands if command not in known)
+        commands = tuple(pair for pair in draft.commands if pair[0] != "install" or pair not in known)
         yield Component(name, detected.project_type, (), (), path, draft.description, commands)
 
 

@@ -13362,13 +13362,16 @@ def test_init_proposes_the_parts_of_a_monorepo_and_writes_them_when_asked(home: 
 def test_parts_that_would_be_called_alike_are_called_by_their_paths(home: Home) -> None:
     root = home.code / "mono"
     paths = ("a/web", "b/web", "a-web", "c/api")
-    put_files(root, {"package.json": json.dumps({"workspaces": ["*/web", "a-web", "c/*"]})})
+    manifest = {"workspaces": ["*/web", "a-web", "c/*"], "scripts": {"test": "turbo run test"}}
+    put_files(root, {"package.json": json.dumps(manifest), "package-lock.json": ""})
     put_files(root, {f"{path}/package.json": PACKAGE for path in paths})
     home.run_fine("init", str(root), "-p", "shop", "--parts", "--sync")
     parts = home.registry().codebases["shop", "mono"].projects[1:]
     assert [(part.name, part.path) for part in parts] == [
         *(("a-web", "a-web"), ("1-a-web", "a/web"), ("b-web", "b/web"), ("api", "c/api"))
     ]
+    assert all({"test": "npm test"}.items() <= dict(part.commands).items() for part in parts)
+    assert not any("install" in dict(part.commands) for part in parts)
     home.run_fine("project", "remove", "mono")
     home.run_fine("init", str(root), "-p", "shop")
     ran = home.run_fine("init", str(root), "-p", "shop", "--parts")
