@@ -2189,6 +2189,9 @@ HIDING = (  # as of November 2026
     Hiding(".github/copilot-instructions.md", "CLAUDE.md", "Zed", "use the target copilot-rules"),
     Hiding(".junie/AGENTS.md", "AGENTS.md", "Junie", "drop the target junie"),
 )
+# A file of the user's, and the one that its agent then does not read. As of November
+# 2026.
+REPLACING = (("AGENTS.override.md", "AGENTS.md", "Codex"), ("WARP.md", "AGENTS.md", "Warp"))
 DEFAULT_TARGETS = ("claude", "codex")
 MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
 PROGRAM_TEXTS = r"cmakelists\.txt|.*(?:requirements|constraints)"  # a text there is a program, or names some
@@ -8779,6 +8782,14 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
     return state, "; ".join(f"{change}: {', '.join(paths[change])}" for change in found)
 
 
+def find_replacing(plan: Plan, rows: Iterable[tuple[str, str, str]] = REPLACING) -> Iterator[tuple[str, str]]:
+    """Find files of the user's that an agent reads in place of a planned one."""
+    written = {file.path for file in plan.files if file.after is not None}
+    for path, hidden, reader in rows:
+        if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
+            yield path, f"{reader} reads it instead of {hidden}"
+
+
 def _last_sync_at(home: str, key: Key) -> str:
     with suppress(OrchestraError):
         record = load_record(home, key)
@@ -8795,8 +8806,8 @@ def check_staleness(
         plan = Planner(home, codebase, owners).plan()
         problems = plan.problems(home)
         status, detail = (State.ERROR, "; ".join(map(str, problems))) if problems else judge_plan(home, plan)
-        notes = [f"{file.path}: {file.note}" for file in plan.files if file.note]
-        detail = "; ".join(filter(None, [detail, *notes]))
+        notes = [*((file.path, file.note) for file in plan.files if file.note), *find_replacing(plan)]
+        detail = "; ".join(filter(None, [detail, *map(": ".join, notes)]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
         problems = [Problem.from_error(error)]
@@ -13050,10 +13061,8 @@ JOINED = {
     "Cursor": ("AGENTS.md", ".cursor/rules/orchestra.mdc"),
     "Devin": ("CLAUDE.md", "AGENTS.md", ".cursor/rules/orchestra.mdc"),
 }
-# A file of the user's, and the one that its agent then does not read.
-REPLACING = (
-    ("AGENTS.override.md", "AGENTS.md", "Codex"),
-    ("WARP.md", "AGENTS.md", "Warp"),
+# Files of other agents that also keep one from reading a file: no news for a status.
+ALSO_REPLACING = (
     (".rules", "AGENTS.md", "Zed"),
     (".cursorrules", "AGENTS.md", "Zed"),
     (".junie/AGENTS.md", "AGENTS.md", "Junie"),
@@ -13186,10 +13195,7 @@ class Doctor:
             elif file.action == Action.KEEP:
                 for note in describe_text(file.agent, ABSENT, file.before.data, None):
                     yield file.path, note
-        written = {file.path for file in plan.files if file.after is not None}
-        for path, hidden, agent_name in REPLACING:
-            if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
-                yield path, f"{agent_name} reads it instead of {hidden}"
+        yield from find_replacing(plan, (*REPLACING, *ALSO_REPLACING))
 
     def _check_doubles(self) -> Iterator[Finding]:
         readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}

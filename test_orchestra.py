@@ -6844,6 +6844,16 @@ def test_notes_on_links_and_budgets_are_told_again_only_after_a_change(home: Hom
         files = {}
 
 
+def test_status_notes_a_file_that_an_agent_reads_in_place_of_a_managed_one(home: Home) -> None:
+    files = {"AGENTS.override.md": "mine", "WARP.md": "mine", ".cursorrules": "mine"}
+    home.make_synced("shop/api", files, targets=["codex"])
+    note = "AGENTS.override.md: Codex reads it instead of AGENTS.md; WARP.md: Warp reads it instead of AGENTS.md"
+    assert (home.status_of(), home.staleness()["detail"]) == ("current", note)
+    home.register("shop/api", targets=["claude"])
+    home.sync()
+    assert home.staleness()["detail"] == ""
+
+
 def test_a_hand_edit_outside_the_block_survives(home: Home) -> None:
     root = home.make_synced()
     file = root / "CLAUDE.md"
@@ -17131,7 +17141,7 @@ REGISTRY_TEXTS = (
 name: api
 path: /code/api   # another
 description: Orders and payments
-targets: [claude, codex, cursor]
+targets: [claude, codex, cursor, team]
 commands: {build: make, test: 'make test'}
 conventions: ["Money is integer cents", Never `rm`]
 notes:
@@ -17143,7 +17153,10 @@ notes:
   text
 skills: [{id: sql, description: Postgres 16}]
 colour: &c {deep: [1, 2.0, yes, *d]}
+custom_targets:
+  team: {path: .team/rules.md, owns: file, header: "---\\nalways: true\\n---\\n", limit: 9 lines}
 projects:
+- {name: web, project_type: frontend, path: packages/web, commands: {run: vite}, notes: [n]}
 - name: api
   project_type: backend
   tasks:
@@ -17197,11 +17210,20 @@ def odd_values(dice: random.Random) -> dict[str, Any]:
 
     def component() -> dict[str, Any]:
         kind = dice.choice(orchestra.PROJECT_TYPES)
-        return {"name": odd_text(dice) or "x", "project_type": kind, "tasks": [task()], "agents": [role()], "k": None}
+        own = {"path": dice.choice(("web", "packages/web", odd_text(dice))), "description": odd_text(dice)}
+        own.update({"commands": {"k": odd_text(dice)}, "conventions": texts(), "notes": texts()})
+        part = {"name": odd_text(dice) or "x", "project_type": kind, "tasks": [task()], "agents": [role()], "k": None}
+        return {**part, **(own if dice.random() < 0.3 else {})}
+
+    def custom_target() -> dict[str, Any]:
+        path = dice.choice((".team/rules.md", "TEAM.md", odd_text(dice)))
+        header = dice.choice(("", f"---\nx: {odd_text(dice)}\n---\n", odd_text(dice)))
+        return {"path": path, "owns": dice.choice(("file", "block")), "header": header, "limit": "9 lines"}
 
     values = {
         "description": odd_text(dice),
-        "targets": dice.sample(ALL_TARGETS, dice.randrange(9)),
+        "targets": [*dice.sample(ALL_TARGETS, dice.randrange(9)), *["team"] * dice.choice((0, 0, 0, 1))],
+        "custom_targets": {"team": custom_target()},
         "commands": {name or "k": odd_text(dice) for name in texts()},
         "conventions": texts(),
         "notes": texts(),
@@ -17246,8 +17268,9 @@ def check_text_for_agents(codebase: orchestra.Codebase, has_import: bool) -> Non
     importing = ["CLAUDE.md"] if has_import else []
     files = orchestra.render_files(codebase, importing=importing)
     assert files == orchestra.render_files(codebase, importing=importing)
+    managed = orchestra.managed_files(codebase)
     for path, data in files.items():
-        agent = AGENTS_BY_PATH[path]
+        agent = managed[path]
         if agent.owned:
             assert orchestra.find_block(data) is None and data.count(b"<!--") == data.count(b"-->") == 1
             continue
