@@ -10321,11 +10321,14 @@ def test_a_status_is_encoded_again_only_when_it_has_changed(live: Home, edited: 
     edited.run("restore", "api")  # by another process
     assert told()["problems"] == []
     live.save("shop/web")
-    turn_until(daemon, lambda: "web" in told()["codebases"] and told()["queue_depth"] == 0)
+    turn_until(daemon, lambda: "web" in daemon.status()["codebases"] and daemon.status()["queue_depth"] == 0)
+    assert "web" in told()["codebases"]
     with orchestra.Lock(orchestra.codebase_lock_path(live.path, API)):
         assert all(map(daemon._worker.submit, queue))
-        wait_until(lambda: told()["queue_depth"] == 1)
-    turn_until(daemon, lambda: told()["queue_depth"] == 0)
+        wait_until(lambda: daemon.status()["queue_depth"] == 1)
+        assert told()["queue_depth"] == 1
+    turn_until(daemon, lambda: daemon.status()["queue_depth"] == 0)
+    assert told()["queue_depth"] == 0
 
 
 def write_in_pieces(file: Path, *pieces: str) -> Iterator[None]:
@@ -13330,23 +13333,23 @@ def test_init_adds_nothing_to_a_file_that_has_commands_of_its_own(home: Home) ->
 
 
 PACKAGE = '{"name": "x", "description": "The thing.", "scripts": {"test": "vitest run"}}'
-BOTH = ["packages/api", "packages/web"]
+MEMBERS = ["packages/api", "packages/web"]
 MONOREPOS: dict[str, tuple[Any, list[str]]] = {
     "pnpm": (
         {"pnpm-workspace.yaml": "packages: ['packages/*', '!packages/old']", "packages/old/package.json": "{}"},
-        BOTH,
+        MEMBERS,
     ),
-    "npm": ({"package.json": '{"workspaces": ["packages/*"]}'}, BOTH),
-    "yarn": ({"package.json": '{"workspaces": {"packages": ["packages/*"]}}'}, BOTH),
-    "cargo": ({"Cargo.toml": '[workspace]\nmembers = ["packages/*"]\n'}, BOTH),
-    "uv": ({"pyproject.toml": '[tool.uv.workspace]\nmembers = ["packages/*"]\n'}, BOTH),
-    "go": ({"go.work": "go 1.22\nuse ./packages/api // x\nuse (\n\t./packages/web\n\t./no\n)\n"}, BOTH),
-    "gradle": ({"settings.gradle": "include ':packages:api', 'packages:web'\n"}, BOTH),
+    "npm": ({"package.json": '{"workspaces": ["packages/*"]}'}, MEMBERS),
+    "yarn": ({"package.json": '{"workspaces": {"packages": ["packages/*"]}}'}, MEMBERS),
+    "cargo": ({"Cargo.toml": '[workspace]\nmembers = ["packages/*"]\n'}, MEMBERS),
+    "uv": ({"pyproject.toml": '[tool.uv.workspace]\nmembers = ["packages/*"]\n'}, MEMBERS),
+    "go": ({"go.work": "go 1.22\nuse ./packages/api // x\nuse (\n\t./packages/web\n\t./no\n)\n"}, MEMBERS),
+    "gradle": ({"settings.gradle": "include ':packages:api', 'packages:web'\n"}, MEMBERS),
     "gradle in Kotlin": (
         {"settings.gradle.kts": 'rootProject.name = "packages"\ninclude(\n  ":packages:api",\n)\n'},
-        BOTH[:1],
+        MEMBERS[:1],
     ),
-    "maven": ({"pom.xml": "<modules><module> packages/web </module><module>../x</module></modules>"}, BOTH[1:]),
+    "maven": ({"pom.xml": "<modules><module> packages/web </module><module>../x</module></modules>"}, MEMBERS[1:]),
     "none": ({"package.json": "{}"}, []),
 }
 
@@ -13355,7 +13358,7 @@ MONOREPOS: dict[str, tuple[Any, list[str]]] = {
 def test_init_proposes_the_parts_of_a_monorepo_and_writes_them_when_asked(home: Home, files: Any, paths: Any) -> None:
     root = home.code / "mono"
     manifests = {"Cargo.toml": "[package]\nname = 'x'", "pyproject.toml": "[project]\nname = 'x'"}
-    for path in BOTH:
+    for path in MEMBERS:
         put_files(root, {f"{path}/{file}": text for file, text in {**manifests, "package.json": PACKAGE}.items()})
     put_files(root, files)
     names = ", ".join(os.path.basename(path) for path in paths)
