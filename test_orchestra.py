@@ -18788,7 +18788,7 @@ def bench_save(bench: Bench, work: str, file: Path, make_text: Callable[[str], s
 
 def bare_save(bench: Bench, label: str) -> float:
     """Measure the least that a save costs: parsing one file, replacing the managed ones."""
-    paths = [bench.code / label / agent.path for agent in orchestra.AGENTS.values()]
+    paths = [bench.code / label / orchestra.AGENTS[target].path for target in ALL_TARGETS]
     datas = [path.read_bytes() for path in paths]
     started = time.perf_counter()
     yaml.load(bench.file(label).read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
