@@ -16166,13 +16166,27 @@ every_way = pytest.mark.parametrize("save", WHOLE_SAVES, ids=name_of)
 class Scene:
     """A codebase whose file, with a block in the user's text, the next sync changes."""
 
+    PLACES = {  # by target: the file, and what the registry says for a note in it
+        "team": (".team/rules.md", {"custom_targets": {"team": {"path": ".team/rules.md", "owns": "block"}}}),
+        "part": ("packages/web/CLAUDE.md", {"targets": ["claude"]}),
+    }
+
     def __init__(self, home: Home, text: Optional[str] = "mine\n", target: str = "claude") -> None:
-        self.home, self.path = home, orchestra.AGENTS[target].path
-        files = {"README.md": ""} if text is None else {"README.md": "", "CLAUDE.md": text}
-        self.root = home.make_codebase("shop/api", files, targets=[target], notes=["first"])
+        self.home = home
+        self.path, self.fields = self.PLACES.get(target) or (orchestra.AGENTS[target].path, {})
+        self.fields = {"targets": [target], **self.fields}
+        place = "CLAUDE.md" if target in orchestra.AGENTS else self.path
+        files = {"README.md": ""} if text is None else {"README.md": "", place: text}
+        self.root = home.make_codebase("shop/api", files, **self.fields_with("first"))
         self.file = self.root / self.path
         home.sync()
-        home.register("shop/api", targets=[target], notes=["second"])
+        home.register("shop/api", **self.fields_with("second"))
+
+    def fields_with(self, note: str) -> dict[str, Any]:
+        if not self.path.startswith("packages/"):
+            return {**self.fields, "notes": [note]}
+        part = {"name": "web", "project_type": "frontend", "path": "packages/web", "notes": [note]}
+        return {**self.fields, "notes": [], "projects": [part]}
 
     def race(self, before: Acts = (), after: Acts = (), argv: Sequence[str] = ("sync", "--all")) -> Ran:
         """Run a command, with the user's acts around each replacing of the file."""
@@ -16190,7 +16204,8 @@ class Scene:
         """Return the user's words that are in the file or in what is kept of it."""
         now = self.file.read_bytes() if self.file.is_file() else b""
         # Where writers are unknown, the old file is set aside for a minute.
-        return user_words(now) | kept_words(self.home) | kept_words(self.home, name=".aside/*")
+        kept = kept_words(self.home, name=self.file.name) | kept_words(self.home, name=".aside/*")
+        return user_words(now) | kept
 
     def check_synced(self) -> None:
         """Sync, and check that the file is current and nothing temporary is left."""
@@ -16204,10 +16219,16 @@ def scene(home: Home) -> Scene:
     return Scene(home)
 
 
+@pytest.fixture(params=["claude", "team", "part"])
+def any_scene(home: Home, request: Any) -> Scene:
+    """Return the scene of an agent's file, of a custom target's, and of a part's."""
+    return Scene(home, target=request.param)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 1), (1, 1), (2, 0), (3, 0), (4, 0)])
 @pytest.mark.parametrize("save", [*WHOLE_SAVES, append], ids=name_of)
 def test_lines_added_in_the_instants_of_replacing_are_not_lost(
-    scene: Scene, save: Any, before: int, after: int
+    any_scene: Scene, save: Any, before: int, after: int
 ) -> None:
     if after and not IS_LINUX:
         pytest.skip("a save right after is found in the backups")
@@ -16215,15 +16236,15 @@ def test_lines_added_in_the_instants_of_replacing_are_not_lost(
 
     def save_one() -> None:
         words.append(b"u%dx" % len(words))
-        save(scene.file, add(words[-1]))
+        save(any_scene.file, add(words[-1]))
 
-    scene.race([save_one] * before, [save_one] * after)
+    any_scene.race([save_one] * before, [save_one] * after)
     assert len(words) == before + after
     for _ in range(2):
-        assert scene.words() == set(words) and b"mine\n" in scene.user_text()
-        assert words[-1] in scene.user_text() or before > 1
-        scene.check_synced()
-    assert sorted(scene.user_text().split()) == [b"mine", b"u0x"] or len(words) > 1
+        assert any_scene.words() == set(words) and b"mine\n" in any_scene.user_text()
+        assert words[-1] in any_scene.user_text() or before > 1
+        any_scene.check_synced()
+    assert sorted(any_scene.user_text().split()) == [b"mine", b"u0x"] or len(words) > 1
 
 
 @every_way
@@ -16237,19 +16258,19 @@ def test_an_edit_of_orchestras_text_in_the_instant_of_replacing_is_kept(home: Ho
 
 
 @every_way
-def test_a_file_saved_at_every_try_has_the_last_save_in_it(scene: Scene, save: Any) -> None:
-    saved = [scene.file.read_bytes()]
+def test_a_file_saved_at_every_try_has_the_last_save_in_it(any_scene: Scene, save: Any) -> None:
+    saved = [any_scene.file.read_bytes()]
 
     def save_again() -> None:
-        if scene.file.read_bytes() == saved[-1]:  # else it is being put back
+        if any_scene.file.read_bytes() == saved[-1]:  # else it is being put back
             saved.append(b"u%dx\n" % len(saved))
-            save(scene.file, lambda data: saved[-1])
+            save(any_scene.file, lambda data: saved[-1])
 
-    ran = scene.race(itertools.repeat(save_again))
+    ran = any_scene.race(itertools.repeat(save_again))
     assert (ran.status, ran.lines) == (2, []) and "it kept changing" in ran.complaints[0]
-    assert scene.file.read_bytes() == saved[-1] and len(saved) > 2
-    scene.check_synced()
-    assert scene.user_text().startswith(saved[-1])
+    assert any_scene.file.read_bytes() == saved[-1] and len(saved) > 2
+    any_scene.check_synced()
+    assert any_scene.user_text().startswith(saved[-1])
 
 
 def make_link_of(file: Path) -> None:
@@ -16263,17 +16284,17 @@ def make_folder_of(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [make_link_of, make_folder_of], ids=name_of)
-def test_what_is_no_file_any_more_in_the_instant_of_replacing_stays(scene: Scene, change: Any) -> None:
-    scene.race([lambda: change(scene.file)])
-    mine = scene.root / "mine.md" if scene.file.is_symlink() else scene.file / "mine.md"
+def test_what_is_no_file_any_more_in_the_instant_of_replacing_stays(any_scene: Scene, change: Any) -> None:
+    any_scene.race([lambda: change(any_scene.file)])
+    mine = any_scene.file.with_name("mine.md") if any_scene.file.is_symlink() else any_scene.file / "mine.md"
     assert b"mine\n" in mine.read_bytes() and b"second" not in mine.read_bytes()
-    assert scene.home.leftovers() == []
+    assert any_scene.home.leftovers() == []
 
 
-def test_a_file_deleted_in_the_instant_of_replacing_does_not_come_back(scene: Scene) -> None:
-    scene.race([scene.file.unlink])
-    scene.check_synced()
-    assert b"mine" not in scene.file.read_bytes()
+def test_a_file_deleted_in_the_instant_of_replacing_does_not_come_back(any_scene: Scene) -> None:
+    any_scene.race([any_scene.file.unlink])
+    any_scene.check_synced()
+    assert b"mine" not in any_scene.file.read_bytes()
 
 
 @pytest.mark.parametrize("save", [replace, Path.write_text], ids=name_of)
@@ -16516,19 +16537,19 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
 
 @pytest.mark.parametrize("instant", ["before", "after"])
 @pytest.mark.parametrize("save", [None, save_renaming, save_over, append], ids=name_of)
-def test_a_kill_in_the_instant_of_replacing_loses_no_save(scene: Scene, save: Any, instant: str) -> None:
+def test_a_kill_in_the_instant_of_replacing_loses_no_save(any_scene: Scene, save: Any, instant: str) -> None:
     def act() -> None:
         if save:
-            save(scene.file, add(b"u1x"))
+            save(any_scene.file, add(b"u1x"))
         if instant == "before":
             kill_now()
 
-    assert run_in_child(lambda: scene.race([act], [kill_now])) == KILLED
-    assert b"mine\n" in scene.file.read_bytes()
-    scene.home.sync()
-    assert scene.words() == ({b"u1x"} if save else set())
-    assert b"mine\n" in scene.user_text()
-    scene.check_synced()
+    assert run_in_child(lambda: any_scene.race([act], [kill_now])) == KILLED
+    assert b"mine\n" in any_scene.file.read_bytes()
+    any_scene.home.sync()
+    assert any_scene.words() == ({b"u1x"} if save else set())
+    assert b"mine\n" in any_scene.user_text()
+    any_scene.check_synced()
 
 
 @needs_leases
