@@ -8102,7 +8102,7 @@ class Planner:
             for agent in self._wanted.values()
             if agent.hides and agent.path not in self._beside and self._has_own_text(agent.hides, looks)
         ]
-        surroundings = ",".join([*self._beside, "", *self._importing, *(file.path for file in self._unfit)])
+        surroundings = ",".join([*self._beside, "", *self._importing, *(file.path + file.note for file in self._unfit)])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(looks, inputs)
         files = tuple(

@@ -6787,6 +6787,14 @@ def test_what_becomes_of_a_part(home: Home, change: Any, parts: Any, written: An
     assert not [path for path in contents(root) if "orchestra" in path]
 
 
+def test_a_part_that_is_passed_over_for_another_reason_is_told_of_again(home: Home) -> None:
+    root = home.make_codebase("shop/api", {"x": ""})
+    home.register(targets=["codex"], projects=[WEB_PART])
+    assert f"{UNFIT} is missing" in home.sync().err and home.sync().err == ""
+    put_files(root / "packages/web", {".git": "gitdir: x\n"})
+    assert f"{UNFIT} is in a repository of its own" in home.sync().err and home.sync().err == ""
+
+
 def test_the_folder_of_a_part_is_never_made(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     root = home.make_codebase("shop/api", {"packages/web/x": "", "packages/lib/x": ""})
     home.register(targets=["codex"], projects=[WEB_PART, LIB_PART])
