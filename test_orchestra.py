@@ -18475,9 +18475,15 @@ MOST_CODEBASES = int(os.environ.get("ORCHESTRA_MOST", "10000"))
 BENCH_FOLDER = os.environ.get("ORCHESTRA_BENCH_IN", "/tmp")  # on the file system to measure; a short path
 WINDOW = orchestra.DEBOUNCE_WINDOW
 SAVES_TIMED = 30  # of which the median is shown
-BULK = "all YAML files changed at once"
-BULK_BY_LAYER = "all.yaml saved"
-GROWTH = {"save to file written": "0", "sync --all, first": "1", "sync --all, unchanged": "1", BULK: "1"}
+GAPS = (0, 0.0005, 0.002, 0.01, 0.05)  # seconds for which a file is empty while it is saved in place
+NOTIFIERS = ["kqueue"] if HAS_KQUEUE else ["inotify", "kqueue (stand-in)"]
+PARTS = 20
+BULK, ALL_SAVED, PROJECT_SAVED = "all YAML files changed at once", "all.yaml saved", "project.md saved"
+GROWTH = {
+    **dict.fromkeys(["save to file written", "save of its Markdown"], "0"),
+    **dict.fromkeys(["sync --all, first", "sync --all, unchanged", BULK, ALL_SAVED, PROJECT_SAVED], "1"),
+    **dict.fromkeys(["status", "completion of a name"], "1"),
+}
 BENCH_YAML = """\
 name: {name}
 path: {path}
@@ -18506,6 +18512,15 @@ projects:
 created_at: 2026-03-01T00:00:00Z
 updated_at: 2026-03-01T00:00:00Z
 """
+BENCH_PART = """\
+- name: part{number}
+  path: parts/{number}
+  project_type: backend
+  description: Part {number} of the shop
+  commands: {{test: make test-{number}}}
+  conventions:
+  - {note}
+"""
 BENCH_TASK = """\
   - id: T-{number}
     title: Take the fees of payment provider {number} into the ledger
@@ -18522,7 +18537,7 @@ if kind != "look":
     sys.path[:0] = sys.argv[5:]
     import yaml
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-for file in glob.glob(f"{registry}/*/*.yaml"):
+for file in glob.glob(registry):
     with open(file, "rb") as stream:
         data = stream.read()
     if kind != "look":
@@ -18644,13 +18659,15 @@ def measure_process(argv: Sequence[str], environ: dict[str, str]) -> Cost:
 
 
 class Bench(Machine):
-    """A machine with so many codebases, whose Python has no .pth files."""
+    """A machine with so many codebases of so many parts, whose Python has no .pth files."""
 
-    def __init__(self, folder: str, python: str, count: int) -> None:
+    def __init__(self, folder: str, python: str, count: int, parts: int = 0) -> None:
         os.mkdir(f"{folder}/n{count}")
         super().__init__(f"{folder}/n{count}")
         self.python = python
         self.count = count
+        self.parts = parts
+        self.prefix = f"{parts} parts: " if parts else ""
         self.away = itertools.count()
         self.give_yaml()
         self.binary = orchestra.Installer(self.path).install_program(python, str(SCRIPT))
@@ -18663,17 +18680,21 @@ class Bench(Machine):
 
     def written(self, label: str) -> Path:
         """The file that a sync writes last."""
-        return self.code / label / orchestra.AGENTS[ALL_TARGETS[-1]].path
+        path = self.code / label / orchestra.AGENTS[ALL_TARGETS[-1]].path
+        return path.with_name(f"{path.stem}-part{self.parts - 1}.md") if self.parts else path
 
     def text(self, label: str = "", note: str = "") -> str:
         states = ("pending", "inprogress", "blocked", "done", "pending")
         tasks = "".join(BENCH_TASK.format(number=i, status=states[i % 5]) for i in range(10))
+        parts = "".join(BENCH_PART.format(number=i, note=note) for i in range(self.parts))
         name, path, targets = label.split("/")[1], self.code / label, ", ".join(ALL_TARGETS)
-        return BENCH_YAML.format(name=name, path=path, targets=targets, note=note, tasks=tasks.rstrip("\n"))
+        return BENCH_YAML.format(name=name, path=path, targets=targets, note=note, tasks=(tasks + parts).rstrip("\n"))
 
     def make_codebases(self) -> None:
         for label in self.labels:
             (self.code / label).mkdir(parents=True)
+            for number in range(self.parts):
+                (self.code / label / f"parts/{number}").mkdir(parents=True)
 
     def forget_syncs(self) -> None:
         """Make it as if nothing had ever been synced."""
@@ -18691,20 +18712,21 @@ class Bench(Machine):
     def measure_bare_start(self) -> Cost:
         return measure_process([self.python, "-I", "-c", "pass"], self.variables())
 
-    def measure_bare_sync(self, kind: str) -> Cost:
+    def measure_bare_sync(self, kind: str, project: str = "*") -> Cost:
         """Measure the least that can stand in for a sync: cold, update or look."""
-        copy = self.folder / "copy"
+        copy, code = self.folder / "copy", self.code / project.strip("*")
         if kind == "cold" and copy.exists():
             self.put_away(copy)
-        paths = (self.projects, self.code, copy, orchestra.python_lib_dir(self.path))
+        paths = (self.projects / project / "*.yaml", code, copy, orchestra.python_lib_dir(self.path))
         return measure_process([self.python, "-I", "-c", BARE_SYNC, kind, *map(str, paths)], self.variables())
 
     @contextmanager
-    def watched(self, kind: str = "", command: Sequence[str] = ()) -> Iterator[None]:
+    def watched(self, kind: str = "") -> Iterator[None]:
         """Run a daemon; begin when all is written, looked at once more, and quiet."""
         for log in (orchestra.stdout_log_path(self.path), orchestra.stderr_log_path(self.path)):
             Path(log).unlink(missing_ok=True)
-        with self.daemon(*(command or [self.binary]), kind=kind):
+        command = [sys.executable, "-c", DRIVER] if "stand-in" in kind else [self.binary]
+        with self.daemon(*command, kind=kind.partition(" ")[0]):
             wait_until(lambda: "staleness" in self.log(), 120)
             yield
 
@@ -18715,15 +18737,14 @@ class Bench(Machine):
     def log_bytes(self) -> int:
         return sum(log.stat().st_size for log in Path(orchestra.logs_dir(self.path)).iterdir())
 
-    def prepare_changes(self, note: str, by_layer: bool = False) -> tuple[Callable[[], None], Callable[[], bool]]:
-        """Return functions that change every registry file, or all.yaml, and test if all was written."""
-        texts = {self.file(label): self.text(label, note) for label in self.labels}
-        if by_layer:
-            texts = {self.projects / "all.yaml": f"notes: [{note}]\n"}
+    def prepare_changes(
+        self, labels: Sequence[str], texts: dict[Path, str]
+    ) -> tuple[Callable[[], None], Callable[[], bool]]:
+        """Return functions that change registry files, and test if some codebases were written."""
         files = [(file.with_name(f".{file.stem}.new"), file) for file in texts]
         for (temporary, _), text in zip(files, texts.values()):
             temporary.write_text(text)
-        waiting = {self.written(label): self.written(label).stat().st_ino for label in self.labels}
+        waiting = {self.written(label): self.written(label).stat().st_ino for label in labels}
 
         def change() -> None:
             for temporary, file in files:
@@ -18783,40 +18804,74 @@ def bench_sync(bench: Bench, runs: int) -> Iterator[Row]:
                 bench.forget_syncs()
             costs.append((bench.measure("sync", "--all"), bench.measure_bare_sync(kind)))
         cost, bare = (median_cost(column) for column in zip(*costs))
-        yield timed(work, bench.count, cost, limit, (yardstick, bare))
+        yield timed(bench.prefix + work, bench.count, cost, limit, (yardstick, bare))
+
+
+def bench_names(bench: Bench) -> Iterator[Row]:
+    """Measure the command `status`, and what a shell runs to complete a codebase's name."""
+    pairs = [(bench.measure_bare_start(), bench.measure("complete", "--", "sync", "c")) for _ in range(21)]
+    bare, cost = (median_cost(costs) for costs in zip(*pairs))
+    yield timed("completion of a name", bench.count, cost, "100 ms", ("bare start", bare))
+    pairs = [(bench.measure_bare_sync("look"), bench.measure("status")) for _ in range(5)]
+    bare, cost = (median_cost(costs) for costs in zip(*pairs))
+    yield timed("status", bench.count, cost, "", ("reading plainly, no YAML", bare))
 
 
 def bench_saves(bench: Bench) -> Iterator[Row]:
-    label = bench.labels[0]
-    yield bench_save(bench, "save to file written", bench.file(label), lambda note: bench.text(label, note))
-    markdown = bench.file(label).with_suffix(".md")
-    yield bench_save(bench, "save of its Markdown", markdown, lambda note: f"{note}\n")
-
-
-def bench_save(bench: Bench, work: str, file: Path, make_text: Callable[[str], str]) -> Row:
-    """Measure from a save to the last file written, polled every 0.05 ms."""
-    label = bench.labels[0]
-    written, temporary = bench.written(label), file.with_name(".save")
-    took = []
-    for number in range(SAVES_TIMED):
-        time.sleep(WINDOW * 1.2)
-        temporary.write_text(make_text(f"Save {number}"))
-        inode = written.stat().st_ino
-        started = time.perf_counter()
-        temporary.replace(file)
-        while written.stat().st_ino == inode:
-            assert time.perf_counter() < started + 60, "waited in vain"
-            time.sleep(0.00005)
-        took.append(time.perf_counter() - started)
     limit = {10: "4 ms", 1000: "5 ms"}.get(bench.count, "")
-    bare = Cost(statistics.median(bare_save(bench, label) for _ in range(SAVES_TIMED)))
-    cost = Cost(statistics.median(took))
-    return timed(work, bench.count, cost, limit, ("yaml.load, replacing", bare))
+    works = {"save to file written": ".yaml", **({} if bench.parts else {"save of its Markdown": ".md"})}
+    for work, suffix in works.items():
+        pairs = [(bare_save(bench, label), time_save(bench, label, suffix)) for label in rotate(bench)]
+        bare, cost = (Cost(statistics.median(column)) for column in zip(*pairs))
+        yield timed(bench.prefix + work, bench.count, cost, limit, ("yaml.load, replacing", bare))
+
+
+def bench_saves_in_place(bench: Bench) -> Iterator[Row]:
+    """Measure saves that leave a file empty for a while, each after an atomic save."""
+    for kind in NOTIFIERS:
+        with bench.watched(kind):
+            for gap in GAPS:
+                labels = rotate(bench)
+                pairs = [(time_save(bench, label), time_save(bench, next(labels), gap=gap)) for label in labels]
+                atomic, cost = (Cost(statistics.median(column)) for column in zip(*pairs))
+                work = f"{kind}: save in place, after {gap * 1000:g} ms empty"
+                yield timed(work, bench.count, cost, "1.0 ×", ("atomic save", atomic))
+
+
+def rotate(bench: Bench) -> Iterator[str]:
+    """Yield a codebase for each save, no sooner again than when its window has closed."""
+    some = bench.labels[:10]
+    for label in itertools.islice(itertools.cycle(some), SAVES_TIMED):
+        time.sleep(WINDOW * 1.2 / len(some))
+        yield label
+
+
+def time_save(bench: Bench, label: str, suffix: str = ".yaml", gap: Optional[float] = None) -> float:
+    """Measure from a save, atomic or after a gap, to the last file written, polled every 0.05 ms."""
+    written, note = bench.written(label), f"Save {time.monotonic()}"
+    text = bench.text(label, note) if suffix == ".yaml" else f"{note}\n"
+    file = bench.file(label).with_suffix(suffix)
+    inode = written.stat().st_ino
+    for _ in rename_over(file, text) if gap is None else write_in_pieces(file, text):
+        if gap:
+            time.sleep(gap)
+        started = time.perf_counter()
+    while written.stat().st_ino == inode:
+        assert time.perf_counter() < started + 60, "waited in vain"
+        time.sleep(0.00005)
+    return time.perf_counter() - started
+
+
+def rename_over(file: Path, text: str) -> Iterator[None]:
+    temporary = file.with_name(".save")
+    temporary.write_text(text)
+    yield
+    temporary.replace(file)
 
 
 def bare_save(bench: Bench, label: str) -> float:
     """Measure the least that a save costs: parsing one file, replacing the managed ones."""
-    paths = [bench.code / label / orchestra.AGENTS[target].path for target in ALL_TARGETS]
+    paths = [path for path in (bench.code / label).rglob("*") if path.is_file()]
     datas = [path.read_bytes() for path in paths]
     started = time.perf_counter()
     yaml.load(bench.file(label).read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -18831,12 +18886,19 @@ def bare_save(bench: Bench, label: str) -> float:
 
 
 def bench_bulk(bench: Bench, work: str = BULK) -> Iterator[Row]:
-    """Measure all registry files changed at once, or a layer of all."""
-    bench.measure_bare_sync("cold")
-    bare = "yaml.load, replacing", bench.measure_bare_sync("update")
+    """Measure all registry files changed at once, or a layer of all or of a tenth of them."""
+    project = bench.labels[0].split("/")[0] if work == PROJECT_SAVED else "*"
+    labels = [label for label in bench.labels if label.startswith(project.strip("*"))]
+    texts = {
+        BULK: {bench.file(label): bench.text(label, "All at once") for label in labels},
+        ALL_SAVED: {bench.projects / "all.yaml": "notes: [All at once]\n"},
+        PROJECT_SAVED: {bench.projects / project / "project.md": "All at once\n"},
+    }
+    bench.measure_bare_sync("cold", project)
+    bare = "yaml.load, replacing", bench.measure_bare_sync("update", project)
     cpu, logged = cpu_seconds(bench.pid), bench.log_bytes()
     rounds = bench.log().count("staleness")
-    change, is_done = bench.prepare_changes("All at once", by_layer=work == BULK_BY_LAYER)
+    change, is_done = bench.prepare_changes(labels, texts[work])
     started = time.perf_counter()
     change()
     wait_until(is_done, 120)
@@ -18844,9 +18906,10 @@ def bench_bulk(bench: Bench, work: str = BULK) -> Iterator[Row]:
     wait_until(lambda: bench.log().count("staleness") > rounds, 60)
     limits = ("2 s", "1 MB") if bench.count == 1000 else ("", "")
     yield timed(work, bench.count, cost, limits[0], bare)
-    yield Row(f"{work}: log", bench.count, format_bytes(bench.log_bytes() - logged), limits[1])
-    with_scan = format_seconds(cpu_seconds(bench.pid) - cpu)
-    yield Row(f"{work}: CPU with the staleness scan", bench.count, with_scan, limits[0])
+    if work == BULK:
+        yield Row(f"{work}: log", bench.count, format_bytes(bench.log_bytes() - logged), limits[1])
+        with_scan = format_seconds(cpu_seconds(bench.pid) - cpu)
+        yield Row(f"{work}: CPU with the staleness scan", bench.count, with_scan, limits[0])
 
 
 def bench_burst(bench: Bench) -> Iterator[Row]:
@@ -18893,7 +18956,9 @@ def rate_of(ask: Callable[[], bytes], seconds: float = 1.5) -> float:
 def bench_status_under_load(bench: Bench) -> Iterator[Row]:
     with connect(bench.socket) as ask:
         idle = times_of(ask, lambda: True)
-        change, is_done = bench.prepare_changes("And again")
+        change, is_done = bench.prepare_changes(
+            bench.labels, {bench.file(label): bench.text(label, "And again") for label in bench.labels}
+        )
         change()
         busy = times_of(ask, is_done)
     bare = "median when idle", Cost(statistics.median(idle))
@@ -18933,13 +18998,10 @@ def work_of(pid: int) -> tuple[int, float]:
 
 def bench_idle(homes: dict[int, Bench]) -> Iterator[Row]:
     """Leave a daemon of each watcher alone, all for the same time."""
-    benches = {"inotify" if IS_LINUX else "kqueue": homes[100], "polling": homes[1000]}
-    if IS_LINUX and not HAS_KQUEUE:
-        benches["kqueue (stand-in)"] = homes[10]
+    benches = {NOTIFIERS[-1]: homes[10], NOTIFIERS[0]: homes[100], "polling": homes[1000]}
     with ExitStack() as stack:
         for kind, bench in benches.items():
-            command = [sys.executable, "-c", DRIVER] if "stand-in" in kind else []
-            stack.enter_context(bench.watched(kind.partition(" ")[0], command))
+            stack.enter_context(bench.watched(kind))
         before = {kind: work_of(bench.pid) for kind, bench in benches.items()}
         time.sleep(IDLE_SECONDS)
         for kind, bench in benches.items():
@@ -18964,11 +19026,17 @@ def growths(rows: Sequence[Row]) -> Iterator[Row]:
             yield Row(f"growth of {work}", None, f"N^{slope:.2f}", limit, counts)
 
 
-def measure_all(make: Callable[[int], Bench]) -> Iterator[Row]:
+def measure_all(make: Callable[..., Bench]) -> Iterator[Row]:
     homes = {count: make(count) for count in (10, 100, 1000)}
+    whole = make(1, PARTS)
     yield from bench_starts(homes[10])
-    for bench, runs in zip(homes.values(), (5, 5, 3)):
+    for bench, runs in zip([*homes.values(), whole], (5, 5, 3, 5)):
         yield from bench_sync(bench, runs)
+    for bench in (homes[10], make(60), homes[1000]):
+        with bench.watched():
+            yield from bench_names(bench)
+    with whole.watched():
+        yield from bench_saves(whole)
     for bench in homes.values():
         with bench.watched():
             yield from bench_memory(bench)
@@ -18980,7 +19048,9 @@ def measure_all(make: Callable[[int], Bench]) -> Iterator[Row]:
                 yield from bench_memory(bench, "after changing all")
                 yield from bench_status_under_load(bench)
                 yield from bench_burst(bench)
-                yield from bench_bulk(bench, BULK_BY_LAYER)
+            yield from bench_bulk(bench, ALL_SAVED)
+            yield from bench_bulk(bench, PROJECT_SAVED)
+    yield from bench_saves_in_place(homes[10])
     yield from bench_idle(homes)
     if MOST_CODEBASES > 1000:
         yield from bench_sync(make(MOST_CODEBASES), 1)
@@ -18993,7 +19063,7 @@ def test_print_the_figures(bare_python: str) -> None:
     with tempfile.TemporaryDirectory(prefix="orb", dir=BENCH_FOLDER) as folder:
         print("\n" + describe_machine(folder))
         try:
-            for row in measure_all(lambda count: Bench(folder, bare_python, count)):
+            for row in measure_all(functools.partial(Bench, folder, bare_python)):
                 rows.append(row)
         finally:
             took = f"Figures are medians, from a run of {time.monotonic() - started:.0f} s."
