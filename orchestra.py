@@ -2025,7 +2025,7 @@ class Turn(Lock):
 
 # ── 8 Agents ──────────────────────────────────────────────────────────────────
 
-# One row per agent: a new agent is a new row here, and one in the README's table. The
+# One row per agent: a new agent is a new row here, and a word in the README. The
 # facts are from the makers' documentation, as of November 2026. Agents that read
 # AGENTS.md, and need no file of their own, have no row.
 
@@ -13758,7 +13758,7 @@ class Commands(NamedTuple):
 
 # A new command is a method `cmd_...` above and a row in COMMANDS; the help and the
 # completion follow from the row. A new option is an argument in the row, and its value
-# is `self.args.NAME` in the method. README.md lists both, and a test compares them.
+# is `self.args.NAME` in the method. README.md names each command, and a test compares them.
 
 START, DAILY, MANAGE = "Start", "Every day", "Manage"
 A_CODEBASE = "a name (api), PROJECT/name or a path; default: this folder"

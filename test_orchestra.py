@@ -18311,10 +18311,10 @@ TERMINALS = {
 }
 
 # Sections whose shell blocks are pasted into one terminal, in this order, and why others are not.
-PASTED = ("The first minute", "Layers", "Any agent", "Parts of a monorepo", "Safety")
+PASTED = ("The first minute", "Layers", "Any agent", "Parts of a monorepo")
 ELSEWHERE = {
     "Installing": "needs a server: test_the_readmes_download_installs_or_fails",
-    "Sharing a registry": "needs two machines: test_the_readmes_way_to_share_a_registry_works",
+    "Sharing a registry": "needs two homes: test_the_readmes_way_to_share_a_registry_works",
 }
 
 
@@ -18396,14 +18396,15 @@ def test_the_readmes_way_to_share_a_registry_works(home: Home, terminal: str) ->
     put_files(home.folder, {"bin/orchestra": f'#!/bin/sh\nexec {sys.executable} {SCRIPT} "$@"\n'})
     (home.folder / "bin/orchestra").chmod(0o755)
     home.run_fine("init", f"{home.path}/code/api", "-p", "shop")
-    scripts = [block.typed for block in readme_blocks() if block.section == "Sharing a registry"]
-    for at, script in zip((home, other), scripts):
+    (shared,) = [block.typed for block in readme_blocks() if block.section == "Sharing a registry"]
+    share = ["git init", "echo '*.local.*' > .gitignore", "git add .", "git commit -m shop", f"git push {remote} HEAD"]
+    for at, script in ((home, "\n".join(["cd ~/.orchestra/projects/shop", *share])), (other, shared)):
         environ: dict[str, Optional[str]] = {"PATH": f"{home.folder}/bin:{os.environ['PATH']}"}
         environ.update({f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")})
         script_here = script.replace("git@example.com:team/shop.git", remote)
         ran = finish(at.launch([terminal, "-c", script_here], environ=environ))
         assert ran.status == 0, ran
-    assert "absent" in ran.out and "Ask before" in Path(other.path, "work/api/CLAUDE.md").read_text()
+    assert "Ask before" in Path(other.path, "work/api/CLAUDE.md").read_text()
     clone = other.projects / "shop"
     assert subprocess.check_output(["git", "status", "--porcelain"], cwd=clone) == b""
     assert (clone / "api.local.yaml").read_text() == "path: ~/work/api\n"
@@ -18434,29 +18435,27 @@ def test_the_readmes_picture_of_status(home: Home) -> None:
 
 
 def test_the_readmes_registry_file_has_no_problem(home: Home) -> None:
-    (text,) = re.findall(r"(?ms)^```yaml\n(name: api .*?)^```", README)
+    (text,) = re.findall(r"(?ms)^```yaml\n(name: api\n.*?)^```", README)
     put_files(home.projects, {"shop/api.yaml": text})
     put_files(Path(home.path), {"code/api/main.c": ""})
     assert home.run_fine("sync", "--all", "--strict").err == ""
 
 
-def test_the_readmes_tables_are_the_programs() -> None:
-    rows = re.findall(r"(?m)^\| `([a-z][^`]*)` \| [^|]+ \|$", README.partition("\n## Commands\n")[2])
-    commands = {name: row for name, row in orchestra.COMMANDS.items() if name and row.run and row.purpose}
-    assert rows == [" ".join([name, *(a.usage for a in row.arguments)]) for name, row in commands.items()]
-    limits = dict(re.findall(r"([¹²³⁴]) ([\d,]+ \w+)", README)) | {"": ""}
-    cells = re.findall(r"\| `([\w-]+)` ?([¹²³⁴]?) \| `(\S+)` \| (block|file)(?= \|)", README)
-    limit_of = {
-        agent.target: f"{agent.budget.limit:,} {agent.budget.unit}"
-        for agent in orchestra.AGENTS.values()
-        if agent.budget
+def test_the_readme_names_every_command_and_every_agent() -> None:
+    commands = " ".join(README.partition("\n## Commands\n")[2].partition("\n## ")[0].split())
+    for name, row in orchestra.COMMANDS.items():
+        *group, word = name.split() or [""]
+        if word and row.purpose and name != "help":
+            listed = re.search(rf"`{group[0]}` \(([^)]*)\)", commands) if group else None
+            assert word in re.findall(r"\w+", listed[1]) if listed else f"`{name}`" in commands, name
+    agents = README.partition("\n## Any agent\n")[2].partition("If an agent is not here")[0]
+    blocks, owned, _ = re.split(r" is yours\. |Nearly", agents.replace("\n", " "))
+    assert {path: target for path, target in re.findall(r"`(\S+)` \(`([\w-]+)`\)", blocks)} == {
+        agent.path: agent.target for agent in orchestra.AGENTS.values() if not agent.owned
     }
-    assert {
-        (target, limits[mark].replace("32 KiB", "32,768 bytes"), path, kind) for target, mark, path, kind in cells
-    } == {
-        (agent.target, limit_of.get(agent.target, ""), agent.path, "file" if agent.owned else "block")
-        for agent in orchestra.AGENTS.values()
-    }
+    assert re.findall(r"`([\w-]+)`", owned) == [
+        agent.target for agent in orchestra.AGENTS.values() if agent.owned
+    ]
 
 
 @pytest.mark.parametrize("line", sorted({*re.findall(r"(?m)(?:^|`|\()orchestra ([a-z][^`)#;|\n]*)", README)}))
