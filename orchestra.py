@@ -13758,7 +13758,7 @@ class Commands(NamedTuple):
 
 # A new command is a method `cmd_...` above and a row in COMMANDS; the help and the
 # completion follow from the row. A new option is an argument in the row, and its value
-# is `self.args.NAME` in the method. README.md names each command, and a test compares them.
+# is `self.args.NAME` in the method. README.md names each command.
 
 START, DAILY, MANAGE = "Start", "Every day", "Manage"
 A_CODEBASE = "a name (api), PROJECT/name or a path; default: this folder"

@@ -18450,12 +18450,10 @@ def test_the_readme_names_every_command_and_every_agent() -> None:
             assert word in re.findall(r"\w+", listed[1]) if listed else f"`{name}`" in commands, name
     agents = README.partition("\n## Any agent\n")[2].partition("If an agent is not here")[0]
     blocks, owned, _ = re.split(r" is yours\. |Nearly", agents.replace("\n", " "))
-    assert {path: target for path, target in re.findall(r"`(\S+)` \(`([\w-]+)`\)", blocks)} == {
+    assert dict(re.findall(r"`(\S+)` \(`([\w-]+)`\)", blocks)) == {
         agent.path: agent.target for agent in orchestra.AGENTS.values() if not agent.owned
     }
-    assert re.findall(r"`([\w-]+)`", owned) == [
-        agent.target for agent in orchestra.AGENTS.values() if agent.owned
-    ]
+    assert re.findall(r"`([\w-]+)`", owned) == [agent.target for agent in orchestra.AGENTS.values() if agent.owned]
 
 
 @pytest.mark.parametrize("line", sorted({*re.findall(r"(?m)(?:^|`|\()orchestra ([a-z][^`)#;|\n]*)", README)}))
