@@ -3221,6 +3221,19 @@ def is_repository(folder: str) -> bool:
     return any(os.path.lexists(f"{folder}/{name}") for name in (".git", ".hg", ".svn", ".jj"))
 
 
+def find_main_worktree(folder: str) -> str:
+    """Find what a folder in a `git worktree` is in the repository's main one, or ""."""
+    for root in climb(folder):
+        with suppress(IoError):
+            link = read_disk(f"{root}/.git", 4096).data.decode("utf-8", "surrogateescape")
+            found = re.fullmatch(
+                r"(.*)/\.git/worktrees/[^/]+", os.path.join(root, link.removeprefix("gitdir:").strip())
+            )
+            if found:
+                return os.path.normpath(found[1] + folder[len(root) :])
+    return ""
+
+
 class Folders:
     """The folders that some paths lead to.
 
@@ -4749,14 +4762,22 @@ class Folder:
     MAX_LOOKS = 100000  # folders listed for globs, and the names in them
 
     def __init__(self, path: str, above: "Sequence[Folder]" = ()) -> None:
-        with blame(path):
-            self.names = sorted(os.listdir(path))
+        with blame(path), os.scandir(path) as entries:
+            self.names = sorted(entry.name for entry in entries if self._is_evidence(entry))
         self.path = path
         self._names = frozenset(self.names)
         self.above = above  # up to the repository's root, innermost first
         self._texts: dict[str, str] = {}
         self._values: dict[str, Any] = {}
         self._looks = 0
+
+    @staticmethod
+    def _is_evidence(entry: "os.DirEntry[str]") -> bool:
+        """Return whether it is a file or a folder, and not a pipe."""
+        try:
+            return entry.is_file() or entry.is_dir()
+        except OSError:  # a link to itself
+            return False
 
     def find(self, *patterns: str) -> str:
         """Find the first name that matches the first pattern to match any."""
@@ -6308,7 +6329,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ecosystem(
         "zig",
         ("build.zig",),
-        Row("version", "Zig {}", r'build.zig.zon ~ \.minimum_zig_version *= *"([^"\n]+)"'),
+        Row("version", "Zig {}", r'build.zig.zon ~ \.minimum_zig_version *= *"([\d.]+)"'),
         Row("version", "Zig"),
         Row("build", "zig build"),
         Row("test", "zig build test", r'build.zig ~ \.step\("test"'),
@@ -7681,6 +7702,7 @@ class SyncMode(NamedTuple):
     dry_run: bool = False  # only plan
     purge: bool = False  # nothing is wanted any more
     take_over: bool = False  # replace the text of another registry's Orchestra like a hand edit
+    accept_empty: bool = False  # a folder that was synced before is empty on purpose
 
 
 DEFAULT_MODE = SyncMode()
@@ -8112,15 +8134,18 @@ class Planner:
             folders = [f"{self._root}/{folder}" for folder in folders_above(path)]
             inner = (self._inner.keys_at(identity_of(folder), self._codebase.key) for folder in folders)
             notes = [f"skipped: it is in the folder of {label_for(keys[0])}" for keys in inner if keys]
-            notes += [file.note for file in self._unfit if file.path in folders_above(path)]
-            if notes:
-                looks[path] = Look(agent, note=notes[0])
+            unfit = [file.note for file in self._unfit if file.path in folders_above(path)]
+            if unfit and not is_purge and path not in self._wanted:
+                del looks[path]  # told once, of the part
+            elif notes or unfit:
+                looks[path] = Look(agent, resolved=f"{self._root}/{path}", note=[*notes, *unfit][0])
         for path, agent in self._wanted.items():
             if path in record.owned and not agent.owned:  # it was Orchestra's whole, and a block is wanted now
                 look = look_at(self._root, record.agent_at(path))
                 looks[path] = look._replace(agent=agent) if look.digest in record.known(path) else looks[path]
         is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
-        if record.files and is_same and all(look.disk.kind == "absent" for look in looks.values()):
+        is_gone = record.files and is_same and all(look.disk.kind == "absent" for look in looks.values())
+        if is_gone and not self._mode.accept_empty:
             self._check_not_emptied()
         first: dict[str, str] = {}
         for path, look in looks.items():
@@ -8183,19 +8208,21 @@ class Planner:
             return FilePlan(path, Action.SKIP, agent, before, problem=Problem.from_error(error, path))
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
-            notes += self._describe_hiding(path)
+            notes += self._describe_hiding(agent)
         return FilePlan(path, action, agent, before, after, digest, join, "; ".join(notes))
 
-    def _describe_hiding(self, path: str) -> Iterator[str]:
+    def _describe_hiding(self, agent: Agent) -> Iterator[str]:
         """Tell which agents will read a new file in place of one of the user's."""
+        folder = f"{agent.part}/" if agent.is_nested and agent.part else ""
         file = codebase_path(self._home, self._codebase.key)
         prose = shorten_home(self._home, f"{os.path.splitext(file)[0]}.md")
         for row in HIDING:
-            if row.path != path:
+            hidden = folder + row.hidden
+            if folder + row.path != agent.path:
                 continue
-            is_target = row.hidden in self._wanted
-            if row.hidden in self._beside if is_target else self._has_own_text(row.hidden, {}):
-                yield f"{row.readers} will read it instead of your {row.hidden}: {row.mend.format(prose=prose)}"
+            is_target = hidden in self._wanted
+            if hidden in self._beside if is_target else self._has_own_text(hidden, {}):
+                yield f"{row.readers} will read it instead of your {hidden}: {row.mend.format(prose=prose)}"
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
         """Make the record (step 8)."""
@@ -8727,9 +8754,12 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
 def find_replacing(plan: Plan, rows: Iterable[tuple[str, str, str]] = REPLACING) -> Iterator[tuple[str, str]]:
     """Find files of the user's that an agent reads in place of a planned one."""
     written = {file.path for file in plan.files if file.after is not None}
-    for path, hidden, reader in rows:
-        if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
-            yield path, f"{reader} reads it instead of {hidden}"
+    parts = sorted({f"{file.agent.part}/" for file in plan.files if file.agent.part})
+    for row in rows:
+        for folder in ("", *parts) if row in REPLACING else ("",):
+            path, hidden = folder + row[0], folder + row[1]
+            if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
+                yield path, f"{row[2]} reads it instead of {hidden}"
 
 
 def _last_sync_at(home: str, key: Key) -> str:
@@ -8838,7 +8868,8 @@ def trace_origins(home: str, codebase: Codebase) -> Iterator[tuple[str, str, str
             parts = (item,) if isinstance(item, str) else item if key == "targets" else filter(None, item[:2])
             yield key, (", " if key == "targets" else ": ").join(parts), ", ".join(files if is_list else files[-1:])
     for prose in codebase.prose:
-        yield "prose", prose.text, prose.file[start:]
+        if prose.text.strip():
+            yield "prose", prose.text.strip(), prose.file[start:]
 
 
 # Replaced text
@@ -9828,7 +9859,7 @@ def run_editor(environ: Mapping[str, str], path: str) -> None:
 
 
 def run_pager(environ: Mapping[str, str], text: str) -> bool:
-    """Show a text in the user's pager; return False if there is none."""
+    """Show a text in the user's pager; return False if it may not have been shown."""
     import shlex
     import subprocess
 
@@ -9840,11 +9871,12 @@ def run_pager(environ: Mapping[str, str], text: str) -> bool:
     except (OSError, ValueError):
         return False
     rest: Optional[bytes] = text.encode("utf-8", "backslashreplace")
+    is_interrupted = False
     while True:
         with suppress(KeyboardInterrupt):  # Ctrl-C is the pager's
             pager.communicate(rest)
-            return True
-        rest = None
+            return is_interrupted or pager.returncode <= 0  # otherwise it failed
+        rest, is_interrupted = None, True
 
 
 # ── 31 Control socket ─────────────────────────────────────────────────────────
@@ -9966,8 +9998,16 @@ def _read_reply(client: Any) -> Any:
         data += more
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ProtocolError(f"daemon: expected JSON, got {excerpt(data.decode('utf-8', 'replace'))}") from None
+
+
+def _is_reply(data: Any) -> bool:
+    """Return whether data may be a daemon's, of any version, and has its types."""
+    types = {"pid": int, "started_at_unix": int, "queue_depth": int, "version": str, "watcher": str, "problems": list}
+    if not isinstance(data, dict) or not all(isinstance(data.get(name, kind()), kind) for name, kind in types.items()):
+        return False
+    return all(isinstance(problem, dict) and {"where", "message"} <= {*problem} for problem in data.get("problems", ()))
 
 
 def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = 10.0) -> Any:
@@ -9996,7 +10036,10 @@ def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float]
     if not reply["ok"]:
         message = str(reply.get("error"))
         raise DaemonBusy(message) if message.startswith(TOO_MANY_CLIENTS) else ProtocolError(message)
-    return reply.get("data")
+    data = reply.get("data")
+    if not _is_reply(data):
+        raise ProtocolError(f"{path}: expected a daemon's reply, got {excerpt(json.dumps(data))}")
+    return data
 
 
 def _request_patiently(home: str, cmd: str, *passing: type[DaemonError]) -> Any:
@@ -11984,6 +12027,9 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #     Otherwise detect what is in the folder, draft the codebase's file, and create it.
 
 
+NO_PARTS = "--parts: no file here lists the packages of a workspace"
+
+
 class Registered(NamedTuple):
     """A codebase as registered, and lines for the user: what was done, and notes."""
 
@@ -12032,7 +12078,10 @@ class Registration(NamedTuple):
                 accept_empty_folder(self.home, codebase)
             notes = listed._suggest_gitignore()
             if self.has_parts and not any(part.path for part in codebase.projects):
-                notes.append(f"--parts is for a new codebase; to add them to this one: orchestra edit {listed.label}")
+                proposal = listed._propose_parts(codebase)
+                lines += proposal
+                hint = f"add these to its `projects`: orchestra edit {typed(listed.label)}"
+                notes.append(hint if proposal else NO_PARTS)
             return Registered(codebase, lines, notes)
         listed._check_has_not_moved(registry)
         if codebase:
@@ -12133,12 +12182,20 @@ class Registration(NamedTuple):
             return [f"{self.label}: type {changes} to {self.project_type} ({self.file})"]
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
+    def _propose_parts(self, codebase: Codebase) -> list[str]:
+        """Draft what to paste into a registered codebase's file."""
+        parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], codebase.commands),)
+        return dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts))).splitlines() if parts else []
+
     def _create(self) -> Registered:
         base = LayerReader(self.home).read_base(self.key[0])
         problems = [problem for layer in base.layers for problem in layer.problems]
         if problems:
             raise error_for(problems)
         detected = detect(self.path, self.home)
+        origin, parts = name_parts(self.path)
+        if parts and self.has_parts:
+            detected = detected._replace(packages=None)  # the list of the parts says it
         draft = make_draft(self.path, detected)
         targets: Optional[tuple[str, ...]] = draft.targets
         source = "already used in this folder"
@@ -12151,7 +12208,6 @@ class Registration(NamedTuple):
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or detected.project_type)
         codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
-        origin, parts = name_parts(self.path)
         drafted = draft_parts(self.path, self.home, parts if self.has_parts else {}, draft.commands)
         codebase = codebase._replace(projects=(component, *drafted), created_at=now, updated_at=now)
         if not self.dry_run:
@@ -12166,7 +12222,8 @@ class Registration(NamedTuple):
             rows.insert(-1, Found("parts", ", ".join([*parts.values()][:12]) + more, origin + hint))
         verb = "would register" if self.dry_run else "registered"
         first = f"{verb} {self.label}: {component.project_type} ({reason})"
-        return Registered(joined, [*map(visible, [first, *self._format(rows)])], list(draft.notes))
+        notes = [*draft.notes, *([NO_PARTS] if self.has_parts and not parts else [])]
+        return Registered(joined, [*map(visible, [first, *self._format(rows)])], notes)
 
     @staticmethod
     def _format(rows: Sequence[Found]) -> Iterator[str]:
@@ -12768,11 +12825,11 @@ def ask_daemon(home: str) -> dict[str, Any]:
         return {"running": False}
     except DaemonError as error:
         return {"running": True, "problem": str(error)}
-    return reply if isinstance(reply, dict) else {"running": True}
+    return {"running": True, **reply}
 
 
 def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
-    if not daemon["running"]:
+    if not daemon.get("running"):
         return "daemon: not running (orchestra daemon start --detach)"
     if "problem" in daemon:
         return f"daemon: {daemon['problem']}"
@@ -12905,7 +12962,7 @@ class LiveStatus:
     def frame(self, width: int, height: int) -> list[str]:
         """Return the lines of the screen, as many as fit."""
         daemon, width = self._daemon, width - 1  # a full line might scroll
-        facts = [f"pid {daemon['pid']}", daemon["watcher"]] if "watcher" in daemon else []
+        facts = [f"pid {daemon['pid']}", daemon["watcher"]] if {"pid", "watcher"} <= {*daemon} else []
         title = ", ".join([describe_daemon(daemon), *facts]) + (
             f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else ""
         )
@@ -13221,15 +13278,24 @@ class Commands(NamedTuple):
         """Find the codebase that a folder is in; raises UsageError."""
         with blame("the current folder"):
             folder = real_path(os.getcwd() if path is None else self._absolute(path))
-        for above in climb(folder):
-            for key in registry.owners.keys_at(identity_of(above)):
-                return key
+        keys = self._keys_above(registry, folder)
+        if keys:
+            return keys[0]
         shown = "this folder" if path is None else path
         if registry.broken:
             report_all(registry.problems)
             raise UsageError(f"no readable registry file names {shown}", "fix the files above first")
-        hint = f"orchestra init {path or '.'} -p PROJECT --sync"
+        for key in self._keys_above(registry, find_main_worktree(folder)):
+            hint = f"orchestra {self.args.line.name} {typed(label_for(key))}, or to register this one as well: "
+            hint += f"orchestra init {typed(path or '.')} -p {typed(key[0])} --sync"
+            raise UsageError(f"{shown} is in another git worktree of {label_for(key)}", hint)
+        hint = f"orchestra init {typed(path or '.')} -p PROJECT --sync"
         raise UsageError(f"{shown} is not in a registered codebase", hint)
+
+    def _keys_above(self, registry: Registry, folder: str) -> list[Key]:
+        """List the codebases that have this folder, or else one above it."""
+        found = (registry.owners.keys_at(identity_of(above)) for above in climb(folder) if above)
+        return next(filter(None, found), [])
 
     def _find_all(self, registry: Registry, names: Sequence[str]) -> tuple[list[Key], int]:
         """Find codebases, by default the current folder's; report what is not found."""
@@ -13305,10 +13371,12 @@ class Commands(NamedTuple):
         for note in registered.notes:
             self._note(note)
         key = registered.codebase.key
+        if dry_run and sync:
+            mode = SyncMode(dry_run=True, take_over=True, accept_empty=True)
+            result = sync_codebase(self.home, registered.codebase, None, mode)
+            self._print_results([result], dry_run)
+            return report_all(result.errors)
         if dry_run:
-            if sync:
-                mode = SyncMode(dry_run=True, take_over=True)
-                self._print_results([sync_codebase(self.home, registered.codebase, None, mode)], dry_run)
             return OK
         registry = load_registry(self.home)
         if sync:
@@ -13682,7 +13750,7 @@ class Commands(NamedTuple):
             print(describe_daemon(status))
             return OK
         print_json(status)
-        if status["running"] and status.get("version") != __version__:
+        if status.get("running") and status.get("version") != __version__:
             say(f"note: {describe_daemon(status)}")
         return OK
 

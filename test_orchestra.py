@@ -4274,6 +4274,7 @@ def composer(**keys: Any) -> dict[str, str]:
             {"build.zig": 'b.step("test", "x")', "build.zig.zon": '.{ .minimum_zig_version = "0.14.0" }'},
             "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
         ),
+        ({"build.zig": "", "build.zig.zon": '.minimum_zig_version = "0.17.0-dev.1+a"'}, "built with: Zig"),
         ({"foundry.toml": "", "hardhat.config.ts": "", **package(scripts={"test": "hardhat test"})}, "test: npm test"),
         ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
         ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
@@ -4422,7 +4423,8 @@ dependencies = [
         ({"package.json": "[" * 100_000}, ("backend", "package.json")),
         (package(dependencies=["react"]), ("backend", "package.json")),
         ({"package.json": None}, ("backend", "package.json")),
-        ({"package.json": os.mkfifo}, ("backend", "package.json")),
+        ({"package.json": os.mkfifo}, ("backend", "type unknown: set it with -t")),
+        ({"go.mod": make_socket, "Cargo.toml": link_to("Cargo.toml")}, ("backend", "type unknown: set it with -t")),
         ({"requirements.txt": "numpy\ntorch==2.1\n"}, ("ml", "torch in requirements.txt")),
         ({"requirements.txt": "torchless\nmy-torch\n"}, ("backend", "requirements.txt")),
         ({"pyproject.toml": PEP_621}, ("ml", "torch in pyproject.toml")),
@@ -6342,6 +6344,14 @@ def test_a_new_file_that_hides_the_users_own_from_an_agent_is_told_once(
     assert home.sync().err == "" and home.status_of() == "current"
 
 
+def test_so_is_one_of_a_part(home: Home) -> None:
+    home.make_codebase("shop/api", {"packages/web/CLAUDE.md": "mine\n"})
+    home.register(targets=["codex"], projects=[WEB_PART])
+    note = home.sync().err
+    assert "packages/web/AGENTS.md: OpenCode, Kilo" in note and "instead of your packages/web/CLAUDE.md: move " in note
+    assert home.sync().err == ""
+
+
 def test_the_import_comes_and_goes_with_the_users_text(home: Home) -> None:
     root = home.make_synced()
     agents = root / "AGENTS.md"
@@ -6779,6 +6789,7 @@ def test_what_becomes_of_a_part(home: Home, change: Any, parts: Any, written: An
     of_parts = {(verb, path) for verb, path in changed if re.search("web|www|src|site", path)}
     assert of_parts == {(verb, path) for verb, paths in written.items() if verb != "keep" for path in paths}
     assert ran.status == 0 and home.staleness()["detail"] == (f"{UNFIT} {unfit}" if unfit else "")
+    assert ran.err.count("packages/web") == bool(unfit)
     assert home.sync().lines == [] and home.backups() == {}
     assert not unfit or "packages/web" not in (root / "AGENTS.md").read_text()
     for path in PART_FILES:
@@ -6857,6 +6868,11 @@ def test_status_notes_a_file_that_an_agent_reads_in_place_of_a_managed_one(home:
     home.make_synced("shop/api", files, targets=["codex"])
     note = "AGENTS.override.md: Codex reads it instead of AGENTS.md; WARP.md: Warp reads it instead of AGENTS.md"
     assert (home.status_of(), home.staleness()["detail"]) == ("current", note)
+    put_files(home.code / "shop/api", {f"packages/web/{path}": text for path, text in files.items()})
+    home.register("shop/api", targets=["codex"], projects=[WEB_PART])
+    home.sync()
+    of_part = re.sub("(AGENTS|WARP)", r"packages/web/\1", note)
+    assert sorted(home.staleness()["detail"].split("; ")) == sorted(f"{note}; {of_part}".split("; "))
     home.register("shop/api", targets=["claude"])
     home.sync()
     assert home.staleness()["detail"] == ""
@@ -7852,6 +7868,7 @@ def test_show_prints_what_an_agent_is_told_and_where_it_is_from(home: Home) -> N
     root = home.code / "api"
     put_files(root, {"AGENTS.md": "mine\n"})
     home.write_registry("shop/api.local.yaml", f"path: {root}\ntargets: [codex, cursor]\nnotes: [{'x' * 99}]\n")
+    home.write_registry("all.local.md", " \n")
     plain, codex, cursor = (
         home.run_fine("show", "api", *argv) for argv in ((), ("--target", "codex"), ("--target", "cursor"))
     )
@@ -9532,8 +9549,11 @@ def test_replies_are_lines_of_ascii() -> None:
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
-        (b'{"ok":true,"data":[1]}\n', ""),
-        (b'{"ok":true}\n', ""),
+        (b'{"ok":true,"data":{"running":true}}\n', ""),
+        *(
+            (b'{"ok":true,"data":%b}\n' % data, "expected a daemon's reply, got ")
+            for data in (b"5", b"null", b"[1]", b'{"pid":"1"}', b'{"problems":[1]}', b'{"problems":[{"where":"x"}]}')
+        ),
         (b'{"ok":false,"error":"what now"}\n', "what now"),
         (b"", "expected a reply, got the end of the connection"),
         (b'{"ok":true', "expected a reply, got the end of the connection"),
@@ -9556,8 +9576,8 @@ def test_the_client_understands_replies(live: Home, reply: bytes, error: str) ->
 @pytest.mark.parametrize("request_", [orchestra.request_status, orchestra.request_stop])
 def test_the_client_asks_again_while_the_daemon_is_busy(live: Home, request_: Callable[[str], Any]) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
-    with answering(live, [busy, busy, b'{"ok":true,"data":7}\n']) as requests:
-        assert request_(live.path) == 7
+    with answering(live, [busy, busy, b'{"ok":true,"data":{"pid":7}}\n']) as requests:
+        assert request_(live.path) == {"pid": 7}
     assert len(requests) == 3
     with answering(live, [busy] * 5), pytest.raises(orchestra.DaemonBusy):
         request_(live.path)
@@ -13327,6 +13347,13 @@ def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: An
     assert without_age(take_picture(home.folder)) == without_age(before)
 
 
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+def test_an_init_whose_sync_fails_is_exit_status_2(home: Home, dry_run: Any) -> None:
+    put_files(home.code, {"GEMINI.md": orchestra.BLOCK_BEGIN})
+    ran = home.run("init", str(home.code), "-p", "shop", "--sync", *dry_run)
+    assert (ran.status, len(ran.complaints)) == (2, 1) and "GEMINI.md: found orchestra:begin" in ran.err
+
+
 def test_init_adds_nothing_to_a_file_that_has_commands_of_its_own(home: Home) -> None:
     files = {"AGENTS.md": SPEAKING, "package.json": '{"dependencies": {"react": "^18"}, "scripts": {"test": "x"}}'}
     put_files(home.code / "web", files)
@@ -13376,6 +13403,7 @@ def test_init_proposes_the_parts_of_a_monorepo_and_writes_them_when_asked(home: 
     parts = home.registry().codebases["shop", "mono"].projects[1:]
     assert [part.path for part in parts] == paths and ", ".join(part.name for part in parts) == names
     assert all("test: `" in (root / path / "AGENTS.md").read_text() for path in paths)
+    assert "Packages: " not in (root / "AGENTS.md").read_text()  # the list of the parts says it
     assert home.sync().lines == [] and home.run_fine("init", str(root), "-p", "shop", "--parts").lines
 
 
@@ -13395,7 +13423,19 @@ def test_parts_that_would_be_called_alike_are_called_by_their_paths(home: Home) 
     home.run_fine("project", "remove", "mono")
     home.run_fine("init", str(root), "-p", "shop")
     ran = home.run_fine("init", str(root), "-p", "shop", "--parts")
-    assert "--parts is for a new codebase; to add them to this one: orchestra edit shop/mono" in ran.err
+    assert ran.err == "note: add these to its `projects`: orchestra edit shop/mono\n"
+    first, proposal = ran.out.split("\n", 1)
+    assert "is already registered" in first
+    file = home.file("shop/mono")
+    file.write_text(file.read_text().replace("project_type: backend\n", f"project_type: backend\n{proposal[10:]}"))
+    assert home.registry().codebases["shop", "mono"].projects[1:] == parts
+    assert home.run_fine("init", str(root), "-p", "shop", "--parts").lines == [first]
+
+
+def test_parts_that_nothing_lists_are_told(home: Home) -> None:
+    for _ in range(2):
+        ran = home.run_fine("init", str(home.code), "-p", "shop", "--parts")
+        assert ran.err == "note: --parts: no file here lists the packages of a workspace\n"
 
 
 def test_init_again_changes_nothing(home: Home) -> None:
@@ -14263,13 +14303,28 @@ def test_codebases_are_names_or_paths(
         ("sync {code}", "{code} is not in a registered codebase"),
         ("restore", "this folder is not in a registered codebase"),
         ("project remove ..", ".. is not in a registered codebase"),
+        ("sync {code}/tree/src", "{code}/tree/src is in another git worktree of shop/api"),
+        ("sync {code}/near", "{code}/near is in another git worktree of shop/api"),
+        ("sync {code}/odd", "{code}/odd is not in a registered codebase"),
     ],
 )
 def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, command: str, said: str) -> None:
-    home.make_codebase("shop/api")
+    root = home.make_codebase("shop/api")
+    put_files(home.code, {"tree/.git": f"gitdir: {root}/.git/worktrees/tree\n", "tree/src": None})
+    put_files(home.code, {"near/.git": "gitdir: ../shop/api/.git/worktrees/near\n"})
+    put_files(home.code, {"odd/.git": b"gitdir: \xff/.git/modules/odd"})
     monkeypatch.chdir(home.code)
     ran = home.run(*command.format(code=home.code).split())
     assert (ran.status, ran.complaints) == (2, [f"orchestra: {said.format(code=home.code)}"])
+    if "worktree" in said:
+        path = command.format(code=home.code).split()[1]
+        hint = f"  try: orchestra sync shop/api, or to register this one as well: orchestra init {path}"
+        assert f"{hint} -p shop --sync\n" in ran.err
+
+
+def test_what_a_hint_says_to_type_is_one_word(home: Home) -> None:
+    put_files(home.code, {"my $(date)": None})
+    assert f"init '{home.code}/my $(date)' -p PROJECT" in home.run("sync", f"{home.code}/my $(date)").err
 
 
 @pytest.mark.parametrize("command", [["sync"], ["diff"], ["status"], ["sync", "--check"]])
@@ -14481,6 +14536,8 @@ def test_a_diff_is_painted_and_paged_on_a_terminal(home: Home) -> None:
         ([], {"PAGER": "/no/such/pager -x"}, "\x1b[31m-old"),
         ([], {"PAGER": "'"}, "\x1b[31m-old"),
         ([], {"PAGER": "true"}, ""),  # a pager that reads nothing
+        ([], {"PAGER": "false"}, "\x1b[31m-old"),
+        ([], {"PAGER": f"{pager[:-1]}; sys.exit(1)'"}, "PAGED ESC[1m"),
     ):
         tty = Tty(home, home.command("diff", "api", *argv), **environ)
         status, out = tty.finish()
