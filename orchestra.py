@@ -4707,9 +4707,8 @@ class Toml:
         """Replace escapes; they are JSON's, but for two, which stay as they are."""
         text = re.sub(r"\\\r?\n\s*", "", text)
         with suppress(ValueError):
-            return str(
-                json.loads('"' + re.sub(r'\\.|"', lambda m: m[0] if m[0] != '"' else '\\"', text) + '"', strict=False)
-            )
+            quoted = re.sub(r'(\\.)|"', lambda match: match[1] or '\\"', text)
+            return str(json.loads(f'"{quoted}"', strict=False))
         return text
 
 
@@ -4744,7 +4743,8 @@ def read_ini(text: str) -> dict[str, dict[str, str]]:
             sections.setdefault(section, {})
         elif words and words[0] not in "#;":
             if line[0] not in " \t":
-                key, _, words = (part.strip() for part in re.sub("[=:]", "=", words, count=1).partition("="))
+                name, *values = re.split("[=:]", words, maxsplit=1)
+                key, words = name.strip(), "".join(values).strip()
             lines.setdefault((section, key), []).append(words)
     for (section, key), values in lines.items():
         sections.setdefault(section, {})[key] = "\n".join(values).strip()
@@ -4784,11 +4784,12 @@ class Folder:
         import fnmatch
 
         for pattern in patterns:
-            if pattern in self._names or ("/" in pattern and os.path.exists(f"{self.path}/{pattern}")):
+            is_path, path = "/" in pattern, f"{self.path}/{pattern}"
+            if pattern in self._names or (is_path and os.path.exists(path)):
                 return pattern
             if set(pattern) & set("*?["):
-                names = self.expand(pattern) if "/" in pattern else fnmatch.filter(self.names, pattern)
-                for name in names:
+                names = () if is_path else fnmatch.filter(self.names, pattern)
+                for name in self.expand(pattern) if is_path else names:
                     return name
         return ""
 
@@ -4796,7 +4797,8 @@ class Folder:
         """List the paths below that a glob names."""
         found = [""]
         for part in glob.removeprefix("./").strip("/").split("/"):
-            found = [f"{above}/{name}" for above in found for name in self._match(above, part)][: self.MAX_MEMBERS]
+            steps = ((at, name) for at in found for name in self._match(at, part))
+            found = [*map("/".join, itertools.islice(steps, self.MAX_MEMBERS))]
         return [path[1:] for path in found if os.path.exists(self.path + path)]
 
     def text(self, name: str) -> str:
@@ -4824,17 +4826,19 @@ class Folder:
     def texts(self, name: str, *keys: str) -> list[str]:
         """Look up the texts in a list, as `value` does; [] where there is none."""
         value = self.value(name, *keys)
-        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+        items = value if isinstance(value, list) else []
+        return [item for item in items if isinstance(item, str)]
 
     def _parse(self, name: str) -> Any:
+        text = self.text(name)
         if name.endswith((".json", ".jsonc")):
-            return parse_object(self.text(name)) or parse_object(strip_comments(self.text(name)))
+            return parse_object(text) or parse_object(strip_comments(text))
         with suppress(ValueError):
             if name.endswith((".toml", "Pipfile")):
-                return Toml(self.text(name)).read()
-            if name.endswith((".yaml", ".yml")) and len(self.text(name)) <= self.MAX_YAML:
-                return self._plain(Document(name).compose(self.text(name)), itertools.count())
-        return read_ini(self.text(name)) if name.endswith((".cfg", ".ini")) else {}
+                return Toml(text).read()
+            if name.endswith((".yaml", ".yml")) and len(text) <= self.MAX_YAML:
+                return self._plain(Document(name).compose(text), itertools.count())
+        return read_ini(text) if name.endswith((".cfg", ".ini")) else {}
 
     def _plain(self, node: YamlNode, count: Iterator[int]) -> Any:
         if next(count) > self.MAX_NODES:
@@ -4843,7 +4847,8 @@ class Folder:
             return node and node.value
         if node.id == "sequence":
             return [self._plain(item, count) for item in node.value]
-        return {key.value: self._plain(value, count) for key, value in node.value if isinstance(key.value, str)}
+        named = ((key.value, value) for key, value in node.value if key.id == "scalar")
+        return {key: self._plain(value, count) for key, value in named}
 
     def members(self, globs: Sequence[str], manifest: str) -> "list[Folder]":
         """Open the folders that globs of a workspace name, if they have a manifest."""
@@ -4854,9 +4859,9 @@ class Folder:
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         for glob in (glob for glob in globs if not glob.startswith("!")):
             paths.update(dict.fromkeys(self.expand(glob)))
-        wanted = [path for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded)]
-        has_manifest = (path for path in wanted if os.path.isfile(f"{self.path}/{path}/{manifest}"))
-        return [Folder(f"{self.path}/{path}") for path in itertools.islice(has_manifest, self.MAX_MEMBERS)]
+        wanted = (f"{self.path}/{path}" for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded))
+        members = (path for path in wanted if os.path.isfile(f"{path}/{manifest}"))
+        return [Folder(path) for path in itertools.islice(members, self.MAX_MEMBERS)]
 
     def _match(self, above: str, part: str) -> list[str]:
         """List the names in a folder below that match one part of a glob."""
@@ -4869,8 +4874,8 @@ class Folder:
         with suppress(OSError, ValueError):
             names = sorted(os.listdir(f"{self.path}{above}"))
             self._looks += 1 + len(names)
-            wanted = (name for name in names if name[0] != "." and name != "node_modules")
-            return [name for name in wanted if fnmatch.fnmatch(name, part)]
+            found = fnmatch.filter(names, part)
+            return [n for n in found if n[0] != "." and n != "node_modules"]
         return []
 
     # Evidence
@@ -4883,8 +4888,8 @@ class Folder:
             where, _, pattern = condition[0 if is_wanted else 4 :].partition(" ~ ")
             name_pattern, *keys = where.split()
             name = self.find(*name_pattern.split("|"))
-            is_there = name and (self._search(name, pattern) if pattern else self._has(name, keys))
-            if bool(is_there) != is_wanted:
+            holds = self._search(name, pattern) if pattern else self._has(name, keys)
+            if bool(name and holds) != is_wanted:
                 return ""
             source = source or name
         return source
@@ -4911,7 +4916,8 @@ class Folder:
     def _has(self, name: str, keys: list[str]) -> bool:
         if name.endswith(self.STRUCTURED):
             return not keys or self.value(name, *keys) is not None
-        text = re.sub(r"(?m)^[ \t]*(?:#|//|;)[^\n]*", "", self.text(name)) if keys else ""
+        text = self.text(name) if keys else ""
+        text = re.sub(r"(?m)^[ \t]*(?:#|//|;)[^\n]*", "", text)
         return all(re.search(whole_word(key), text) for key in keys)
 
 
@@ -4944,16 +4950,17 @@ def shorten_version(text: str) -> str:
     if re.match(r"[a-z]+:", text):  # catalog: or workspace:
         return ""
     versions = []
-    for part in text.split("||")[:3]:
-        found = re.search(r"([><^~=]{0,2}) {0,3}v?(\d[\w.]*)", part)
+    for either in text.split("||")[:3]:
+        found = re.search(r"([><^~=]{0,2}) {0,3}v?(\d[\w.]*)", either)
         if found and not found[1].startswith("<"):
             operator = ">" if found[1] in ("~>", "~=") else found[1].rstrip("=") or "="
-            numbers = [number for number in found[2].split(".") if number not in ("", "x")]
+            numbers = [part for part in found[2].split(".") if part not in ("", "x")]
             if operator == "^" and numbers[1:2] in ([], ["0"]):
                 numbers = numbers[:1]
             elif operator in "^~>":
                 numbers = numbers[: 3 if operator == ">" else 2]
-            versions.append(".".join(numbers) + "+" * (operator == ">" or (operator == "^" and len(numbers) > 1)))
+            is_least = operator == ">" or (operator == "^" and len(numbers) > 1)
+            versions.append(".".join(numbers) + "+" * is_least)
     return " or ".join(dict.fromkeys(versions))
 
 
@@ -4994,17 +5001,19 @@ SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . cou
         "test-jest",
     ),
     "lint": (
-        *("lint", "lint-check", "check-lint", "lint-ci", "eslint", "test-eslint", "test-lint"),
-        *("ruff", "flake8"),
+        *("lint", "lint-check", "check-lint", "lint-ci"),
+        *("eslint", "test-eslint", "test-lint", "ruff", "flake8"),
         *("cs", "cs-check", "check-cs", "check-style", "phpcs"),
     ),
     "format": (
-        *("format", "fmt", "format-fix", "fix-format", "format-write", "prettier", "black"),
+        *("format", "fmt", "format-fix", "fix-format", "format-write"),
+        *("prettier", "black"),
         *("fix", "lint-fix", "cs-fix", "fix-cs", "fix-style", "phpcbf", "pint"),
     ),
     "type check": (
-        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check", "lint-types"),
-        *("test-types", "lint-typecheck", "test-typecheck", "typing", "mypy", "pyright", "phpstan", "psalm"),
+        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check"),
+        *("lint-types", "test-types", "lint-typecheck", "test-typecheck", "typing"),
+        *("mypy", "pyright", "phpstan", "psalm"),
         *("stan", "static-analysis", "analyse", "analyze"),
     ),
     "run": ("dev", "develop", "start", "serve", "run", "runserver"),
@@ -5017,31 +5026,38 @@ class Script:
 
     CALLERS = frozenset(
         (
-            *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all", "npm-run-all2"),
+            *("npm", "pnpm", "yarn", "bun"),
+            *("run-s", "run-p", "npm-run-all", "npm-run-all2"),
             *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
         )
     )
     INSTALLS = (
-        r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|pre-commit|mise) (?:install|ci|sync|i)"
+        r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|mise)"
+        r" (?:install|ci|sync|i)|pre-commit install"
         r"|uv (?:sync|pip|venv)|go mod download|mix deps\.get)\b"
     )
     REWRITES = (
-        r"--(?:fix(?:-only|-unsafely)?|write|apply|autocorrect(?:-all)?|autofix|in-?place)(?![\w-])"
-        r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b|\brubocop [^|]{0,99}-[aA]\b"
+        r"--(?:fix(?:-only|-unsafely)?|autocorrect(?:-all)?|autofix)(?![\w-])"
+        r"|--(?:write|apply|in-?place)(?![\w-])"
+        r"|\b(?:gofmt|goimports|gofumpt|prettier|shfmt) [^|]{0,99}-w\b"
+        r"|\brubocop [^|]{0,99}-[aA]\b"
         r"|\b(?:sed|clang-format|yapf|autopep8) [^|]{0,99}-i\b"
-        r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format|terraform fmt|docformatter)\b"
+        r"|\b(?:black|isort|ruff format|cargo fmt|go fmt|dart format|mix format)\b"
+        r"|\b(?:terraform fmt|docformatter)\b"
         r"|\b(?:php-cs-fixer fix|phpcbf|pint|rector process|mago (?:format|fmt))\b"
     )
     CHECKS = (
-        r"-(?:check|-diff|-test\b|-dry-run|-version|-help|-list-different|-output[ =]none)"
+        r"-(?:check|-diff|-test\b|-dry-run|-version|-help|-list-different)"
+        r"|--output[ =]none"
         r"|\b(?:gofmt -l|(?:isort|prettier) -c)\b"
     )
     KINDS = {  # what a script called `check` does, by the words in it
         "test": r"\b(?:test|tests|pytest|vitest|jest|mocha|ava|tox|nox)\b",
         "type check": (
-            r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty|type-?check|check-types|phpstan|psalm)\b"
+            r"\b(?:tsc|vue-tsc|tsgo|svelte-check|astro check|mypy|pyright|ty)\b"
+            r"|\b(?:type-?check|check-types|phpstan|psalm)\b"
         ),
-        "lint": r"\b(?:eslint|biome|oxlint|ruff check|ruff|flake8|pylint|xo|standard|clippy|lint)\b",
+        "lint": r"\b(?:(?:es|ox|py)?lint|biome|ruff|flake8|xo|standard|clippy)\b",
         "format": r"\b(?:prettier|black|fmt|format)\b",
     }
 
@@ -5052,6 +5068,7 @@ class Script:
         self.commands = self._split(self.text)
         self.own = self._split(bodies[name])
         self.last = self.own[-1:]  # what further arguments are passed to
+        self.last_words = " ".join(self.last).split()
 
     def _expand(self, body: str, bodies: Mapping[str, str]) -> Iterator[str]:
         """Iterate over the scripts that one calls, with the arguments it gives."""
@@ -5066,7 +5083,8 @@ class Script:
 
     @staticmethod
     def _split(text: str) -> list[str]:
-        return [part.strip() for part in re.split(r"&&|\|\||[;\n]", text) if part.strip()]
+        parts = map(str.strip, re.split(r"&&|\|\||[;\n]", text))
+        return [*filter(None, parts)]
 
     @property
     def does_nothing(self) -> bool:
@@ -5076,35 +5094,42 @@ class Script:
 
     @property
     def rewrites(self) -> bool:
-        return any(re.search(self.REWRITES, part) and not re.search(self.CHECKS, part) for part in self.commands)
+        found = filter(re.compile(self.REWRITES).search, self.commands)
+        return not all(re.search(self.CHECKS, command) for command in found)
 
     @property
     def only_checks(self) -> bool:
-        return not self.rewrites and bool(re.search(self.CHECKS, self.text) or "biome format" in self.text)
+        checks = re.search(self.CHECKS, self.text) or "biome format" in self.text
+        return bool(checks) and not self.rewrites
 
     @property
     def watches(self) -> bool:
         """Whether it is made to go on until it is stopped."""
         text = self.text.replace("pnpm -w", "pnpm")
-        return bool(re.search(r"(?m)(?:^| )(?:--watch(?:All|=true)?|-w|watch|--stub)(?: |$)", text))
+        options = r"(?m)(?:^| )(?:--watch(?:All|=true)?|-w|watch|--stub)(?: |$)"
+        return bool(re.search(options, text))
 
     @property
     def cure(self) -> Optional[str]:
         """What makes a test script run once: "" for nothing, None if nothing does."""
-        cures = [self._cure_of(command) for command in self.commands]
-        if self.watches or any(cure for cure, command in zip(cures, self.commands) if command not in self.last):
+        cures = {command: self._cure_of(command) for command in self.commands}
+        is_last = all(command in self.last for command, cure in cures.items() if cure)
+        if self.watches or not is_last:
             return None
-        return next(filter(None, cures), "")
+        return next(filter(None, cures.values()), "")
 
     @staticmethod
     def _cure_of(command: str) -> str:
         words = set(command.split())
-        rows = (
-            ("vitest", "--run", {"run", "--run", "--no-watch", "--watch=false", "related", "bench", "--version"}),
-            ("react-scripts", "--watchAll=false", {"--watchAll=false", "--ci", "build", "start", "eject", "CI=true"}),
-            ("ng", "--watch=false", {"--watch=false", "--no-watch", "build", "serve", "lint", "e2e"}),
+        rows = (  # a program, its cure, and the words with which it runs once, too
+            ("vitest", "--run", "run --no-watch --watch=false related bench --version"),
+            ("react-scripts", "--watchAll=false", "--ci build start eject CI=true"),
+            ("ng", "--watch=false", "--no-watch build serve lint e2e"),
         )
-        return next((cure for word, cure, once in rows if word in words and not words & once), "")
+        for program, cure, once in rows:
+            if program in words and words.isdisjoint((cure, *once.split())):
+                return cure
+        return ""
 
     def serves(self, command: str) -> bool:
         """Return whether it is what a command of this name should be."""
@@ -5117,9 +5142,11 @@ class Script:
         if command == "format" and self.name in ("fix", "prettier"):
             return self.rewrites
         if command == "run":
-            return not (self.watches and re.search(r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b", self.text))
+            builders = r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b"
+            return not (self.watches and re.search(builders, self.text))
         if command == "check":
-            return not re.search(r"\b(?:publish|deploy|release|upload|lint-staged)\b", self.text)
+            acts = r"\b(?:publish|deploy|release|upload|lint-staged)\b"
+            return not re.search(acts, self.text)
         return command != "test" or self.cure is not None
 
 
@@ -5131,19 +5158,23 @@ class Scripts(NamedTuple):
     bodies: Mapping[str, str]
     more: str = ""  # what comes between a call and further arguments; "" if nothing can
 
+    def script(self, name: str) -> Script:
+        return Script(name, self.bodies)
+
     def pick(self) -> Iterator[tuple[str, Script]]:
         """Iterate over the commands, and the script for each."""
         called = {re.sub("[_:.]", "-", name): name for name in reversed([*self.bodies])}
         taken: dict[str, Script] = {}
         for command, names in SCRIPT_NAMES.items():
-            scripts = [Script(called[name], self.bodies) for name in names if name in called]
-            scripts = [script for script in scripts if script.serves(command)]
+            known = (self.script(called[name]) for name in names if name in called)
+            scripts = [script for script in known if script.serves(command)]
             if scripts:  # the first of the fittest
-                is_worse = {"format": "only_checks", "test": "cure"}.get(command, "rewrites")
-                taken[command] = min(scripts, key=lambda script: bool(getattr(script, is_worse)))
+                flaws = {"format": "only_checks", "test": "cure"}
+                flaw = flaws.get(command, "rewrites")
+                taken[command] = min(scripts, key=lambda one: bool(getattr(one, flaw)))
         if "check" in taken:
-            text = taken["check"].text
-            kinds = [kind for kind, pattern in Script.KINDS.items() if re.search(pattern, text)]
+            check, found = taken["check"].text, Script.KINDS.items()
+            kinds = [kind for kind, words in found if re.search(words, check)]
             if len(kinds) == 1:
                 taken.setdefault(kinds[0], taken["check"])
                 del taken["check"]
@@ -5152,7 +5183,8 @@ class Scripts(NamedTuple):
     def find(self) -> Iterator[Found]:
         for command, script in self.pick():
             cure = script.cure or "" if command in ("test", "check") else ""
-            yield Found(self._label(command, script), self.spell(script, cure), self.source)
+            label = self._label(command, script)
+            yield Found(label, self.spell(script, cure), self.source)
 
     def _label(self, command: str, script: Script) -> str:
         if command in ("format", "run", "install", "build"):
@@ -5169,7 +5201,7 @@ class Scripts(NamedTuple):
                 yield script
             new = [name for name in dict.fromkeys(calls) if name not in seen][:20]
             seen.update(new)
-            waiting += [Script(name, self.bodies) for name in new] if len(seen) < 100 else []
+            waiting += map(self.script, new if len(seen) < 100 else ())
 
     def _called(self, script: Script) -> Iterator[str]:
         for command in script.own:
@@ -5180,7 +5212,8 @@ class Scripts(NamedTuple):
 
     def spell(self, script: Script, arguments: str = "") -> str:
         """Spell the command line that runs a script; "" if it cannot take arguments."""
-        line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", self.call.replace("{}", script.name))
+        line = self.call.replace("{}", script.name)
+        line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", line)
         return line + (self.more and self.more + arguments) if arguments else line
 
 
@@ -5194,7 +5227,7 @@ def flatten(value: Any) -> str:
     while waiting:
         item = waiting.pop()
         if isinstance(item, (dict, list)):
-            waiting.extend(reversed([*item.values()] if isinstance(item, dict) else item))
+            waiting += [*(item.values() if isinstance(item, dict) else item)][::-1]
         elif isinstance(item, str):
             texts.append(item)
     return "\n".join(texts)
@@ -5211,12 +5244,14 @@ def read_makefile(folder: Folder) -> Scripts:
             for target in current:
                 lines[target].append(line)
         elif line and line[0] not in " #":
-            is_rule = colon and not rest.startswith("=") and not set(head) & set("=$%(")
+            is_rule = colon and rest[:1] != "=" and not set(head) & set("=$%(")
             current = head.split()[:20] if is_rule else []
             for target in current:
                 needs = rest.strip(":").partition("#")[0]
-                lines.setdefault(target, []).append(f"make {needs}" if needs.strip() else "")
-    return Scripts(name, "make {}", {target: "\n".join(body) for target, body in lines.items() if target[0] != "."})
+                call = f"make {needs}" if needs.strip() else ""
+                lines.setdefault(target, []).append(call)
+    bodies = {target: "\n".join(lines[target]) for target in lines if target[0] != "."}
+    return Scripts(name, "make {}", bodies)
 
 
 def read_justfile(folder: Folder) -> Scripts:
@@ -5234,39 +5269,48 @@ def read_justfile(folder: Folder) -> Scripts:
             bare = re.sub(r"\"[^\"]*\"|'[^']*'", "x", line)
             head, colon, rest = bare.lstrip("@").partition(":")
             recipe, *parameters = head.split() or [""]
-            is_free = all("=" in word or word[0] == "*" for word in parameters) and recipe[:1].isalpha()
-            is_free = is_free and not (parameters and recipe == "run")  # which waits for a name
+            is_rule = colon and rest[:1] != "=" and recipe[:1].isalpha()
+            is_free = all("=" in word or word[0] == "*" for word in parameters)
+            if parameters and recipe == "run":  # it waits for a name
+                is_free = False
             current = []
-            if colon and not rest.startswith("=") and is_free and "private" not in attributes:
+            if is_rule and is_free and "private" not in attributes:
                 needs = rest.partition("#")[0].replace("(", " ").replace(")", " ")
-                current = lines.setdefault(recipe, [f"just {needs}" if needs.strip() else ""])
+                call = f"just {needs}" if needs.strip() else ""
+                current = lines.setdefault(recipe, [call])
             attributes = "" if line[0] != "#" else attributes
-    return Scripts(name, "just {}", {recipe: "\n".join(body) for recipe, body in lines.items()})
+    bodies = {recipe: "\n".join(body) for recipe, body in lines.items()}
+    return Scripts(name, "just {}", bodies)
 
 
 def read_taskfile(folder: Folder) -> Scripts:
-    name = folder.find("Taskfile.yml", "taskfile.yml", "Taskfile.yaml", "taskfile.yaml", "Taskfile.dist.y*ml")
+    name = folder.find("[Tt]askfile.yml", "[Tt]askfile.yaml", "Taskfile.dist.y*ml")
     bodies: dict[str, str] = {}
     for task, value in folder.table(name, "tasks").items():
         table = value if isinstance(value, dict) else {"cmds": value}
         if table.get("internal") != "true" and "requires" not in table:
             needs = flatten(table.get("deps")).replace("\n", " ")
-            bodies[task] = "\n".join(
-                (f"task {needs}" if needs else "", flatten(table.get("cmds")), flatten(table.get("cmd")))
-            )
+            own = flatten([table.get("cmds"), table.get("cmd")])
+            bodies[task] = f"task {needs}\n{own}" if needs else own
     return Scripts(name, "task {}", bodies)
 
 
 def read_mise(folder: Folder) -> Scripts:
     name = folder.find("mise.toml", ".mise.toml", ".config/mise.toml", "mise/config.toml")
-    includes = [file for file in folder.texts(name, "task_config", "includes") if file.endswith(".toml")]
-    tables = [folder.table(name, "tasks"), *(folder.table(file) for file in includes if ".." not in file)]
-    tasks = [item for table in tables[:10] for item in table.items()]
-    bodies = {task: flatten(value) for task, value in tasks if not (isinstance(value, dict) and "usage" in value)}
+    files = folder.texts(name, "task_config", "includes")
+    files = [file for file in files if file.endswith(".toml") and ".." not in file]
+    tables = [folder.table(name, "tasks"), *map(folder.table, files[:9])]
+    bodies = {
+        task: flatten(value)
+        for table in tables
+        for task, value in table.items()
+        if not (isinstance(value, dict) and "usage" in value)
+    }
     return Scripts(name, "mise run {}", bodies)
 
 
-TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)  # the first that has a command counts
+# The first that has a command counts.
+TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)
 
 
 # ── 17 Node and Python ────────────────────────────────────────────────────────
@@ -5344,7 +5388,7 @@ class Node:
         folders = (self.folder, *self.folder.above)
         for place in folders:
             named = place.value("package.json", "packageManager")
-            name, _, version = named.partition("@") if isinstance(named, str) else ("", "", "")
+            name, _, version = (named if isinstance(named, str) else "").partition("@")
             if name in self.MANAGERS:
                 return name, "package.json", version
         for place in folders:
@@ -5370,24 +5414,27 @@ class Node:
         ):
             tasks = dict.fromkeys(self.folder.table(source, *keys), call)
             yield from Scripts(source, self.exec + call, tasks).find()
+        many = ("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
+        is_many = self.folder.find(*many)
         for name, command, config in (
             ("test", "vitest run", "vitest.config.*"),
             ("test", "jest", "jest.config.*"),
             ("lint", "eslint .", "eslint.config.*"),
         ):
             source = self.folder.find(config)
-            is_alone = not self.folder.find("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
-            if source and is_alone and command.partition(" ")[0] in self.packages:
+            if source and not is_many and command.partition(" ")[0] in self.packages:
                 yield Found(name, self.exec + command, source)
         yield from self._find_tools()
 
     def _find_one_test(self, scripts: Scripts) -> Iterator[Found]:
         whole = dict(scripts.pick()).get("test")
         leaves = [*scripts.leaves(whole)] if whole else []
-        testing = [leaf for leaf in leaves if {name for name, _, _ in self.ONE_TEST} & {*" ".join(leaf.last).split()}]
+        runners = {name for name, _, _ in self.ONE_TEST}
+        testing = [leaf for leaf in leaves if not runners.isdisjoint(leaf.last_words)]
         script = testing[0] if len(testing) == 1 else whole if leaves == [whole] else None
-        words = " ".join(script.last).split() if script else []
-        is_typed = bool(self.folder.find("tsconfig.json")) or "typescript" in self.packages
+        words = script.last_words if script else []
+        is_typed = self.folder.find("tsconfig.json") or "typescript" in self.packages
+        suffix = "ts" if is_typed else "js"
         for runner, file, name in self.ONE_TEST:
             if script and runner in words:
                 rest = words[words.index(runner) + 1 :]
@@ -5395,20 +5442,23 @@ class Node:
                 # A word after an option may be its value.
                 files = [w for w, b in zip(rest, before) if w[0] != "-" and (b[0] != "-" or "=" in b or b == runner)]
                 has_files = any(word not in ("run", "test", "watch", "--") for word in files)
-                arguments = name if has_files else file.format("ts" if is_typed else "js")
+                arguments = name if has_files else file.format(suffix)
                 if arguments:
                     call = scripts.spell(script, f"{script.cure or ''} {arguments}".strip())
                     yield Found("one test", call, "package.json")
                 return
-        if script and any(command.startswith("bun test") for command in script.commands):
-            yield Found("one test", f"bun test path/to/file.test.{'ts' if is_typed else 'js'}", "package.json")
+        if script and any(line.startswith("bun test") for line in script.commands):
+            call = f"bun test path/to/file.test.{suffix}"
+            yield Found("one test", call, "package.json")
 
     def _find_tools(self) -> Iterator[Found]:
         if self.manager != "npm":
             version = shorten_version(self.manager_version).partition(".")[0]
-            yield Found("tool", f"{self.manager} {version}".rstrip(), self.manager_source)
+            tool = f"{self.manager} {version}".rstrip()
+            yield Found("tool", tool, self.manager_source)
         used = self.folder.table("package.json", "dependencies")
-        for package, name, kind in (("typescript", "TypeScript", ""), *self.FRAMEWORKS):
+        named = (("typescript", "TypeScript", ""), *self.FRAMEWORKS)
+        for package, name, kind in named:
             if package in (used if kind == "backend" else self.packages):
                 version = self.packages[package]
                 version = shorten_version(version) if isinstance(version, str) else ""
@@ -5453,11 +5503,15 @@ class Python:
         "pipenv": {"": "pipenv install --dev"},
         "pixi": {"": "pixi install"},
         "hatch": {},
-        "": {"extra": "pip install -e '.[{}]'", "group": "pip install -e . --group {}", "file": "pip install -r {}"},
+        "": {
+            "extra": "pip install -e '.[{}]'",
+            "group": "pip install -e . --group {}",
+            "file": "pip install -r {}",
+        },
     }
     PYTEST = (
-        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg tool:pytest", "tox.ini pytest", "conftest.py"),
-        *("tests/conftest.py", "test/conftest.py"),
+        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg tool:pytest"),
+        *("tox.ini pytest", "conftest.py", "tests/conftest.py", "test/conftest.py"),
     )
     TOOLS = (
         Row("lint", "ruff check .", "pyproject.toml tool ruff"),
@@ -5500,14 +5554,18 @@ class Python:
             ("", "", ""),
         )
         self.hatch_source = folder.find("hatch.toml", self.TOML)
-        hatch = folder.table(self.TOML, "tool", "hatch", "envs") or folder.table("hatch.toml", "envs")
-        self.hatch = {name: table for name, table in hatch.items() if isinstance(table, dict)}
+        envs = folder.table(self.TOML, "tool", "hatch", "envs")
+        envs = envs or folder.table("hatch.toml", "envs")
+        self.hatch = {name: env for name, env in envs.items() if isinstance(env, dict)}
         self.packages: dict[str, str] = {}
         for place, requirements in self._list_requirements():
-            for requirement in requirements:
-                name = re.match(r"[\w.-]+", requirement.strip())
-                if name and re.fullmatch(r"[\w ./-]*", place):  # it becomes part of a command
-                    self.packages.setdefault(re.sub("[_.]", "-", name[0].lower()), place)
+            if not re.fullmatch(r"[\w ./-]*", place):  # it becomes part of a command
+                continue
+            for text in requirements:
+                found = re.match(r"[\w.-]+", text.strip())
+                if found:
+                    name = re.sub("[_.]", "-", found[0].lower())
+                    self.packages.setdefault(name, place)
 
     def _list_requirements(self) -> Iterator[tuple[str, Iterable[str]]]:
         folder, toml = self.folder, self.TOML
@@ -5515,37 +5573,47 @@ class Python:
         groups = folder.table(toml, "dependency-groups")
         for group in sorted(groups, key=lambda name: name != "dev"):
             yield f"group {group}", folder.texts(toml, "dependency-groups", group)
-            items = groups[group] if group == "dev" and isinstance(groups[group], list) else ()
-            for other in (item.get("include-group") for item in items if isinstance(item, dict)):
-                yield "group dev", folder.texts(toml, "dependency-groups", str(other))
+            items = groups[group] if isinstance(groups[group], list) else ()
+            for item in items if group == "dev" else ():
+                if isinstance(item, dict):
+                    other = str(item.get("include-group"))
+                    yield "group dev", folder.texts(toml, "dependency-groups", other)
         yield "group dev", folder.texts(toml, "tool", "uv", "dev-dependencies")
         yield "", folder.table(toml, "tool", "poetry", "dependencies")
         yield "group dev", folder.table(toml, "tool", "poetry", "dev-dependencies")
-        for group in folder.table(toml, "tool", "poetry", "group"):
-            is_optional = folder.value(toml, "tool", "poetry", "group", group, "optional") is True
+        poetry = ("tool", "poetry", "group")
+        for group in folder.table(toml, *poetry):
+            is_optional = folder.value(toml, *poetry, group, "optional") is True
             kind = "optional" if is_optional else "group"
-            yield f"{kind} {group}", folder.table(toml, "tool", "poetry", "group", group, "dependencies")
-        for group in folder.table(toml, "tool", "pdm", "dev-dependencies"):
-            yield f"group {group}", folder.texts(toml, "tool", "pdm", "dev-dependencies", group)
-        for extra in folder.table(toml, "project", "optional-dependencies"):
-            yield f"extra {extra}", folder.texts(toml, "project", "optional-dependencies", extra)
-        yield "", {**folder.table("Pipfile", "packages"), **folder.table("Pipfile", "dev-packages")}
-        files = [name for name in folder.names if re.match(r"[\w-]*requirements[\w-]*\.txt$", name)]
-        files += [f"requirements/{name}" for name in ("dev.txt", "test.txt", "tests.txt")]
-        for file in sorted(filter(folder.find, files), key=lambda name: "dev" not in name and "test" not in name):
+            yield f"{kind} {group}", folder.table(toml, *poetry, group, "dependencies")
+        for kind, *keys in (
+            ("group", "tool", "pdm", "dev-dependencies"),
+            ("extra", "project", "optional-dependencies"),
+        ):
+            for name in folder.table(toml, *keys):
+                yield f"{kind} {name}", folder.texts(toml, *keys, name)
+        yield "", folder.table("Pipfile", "packages")
+        yield "", folder.table("Pipfile", "dev-packages")
+        names = [f"requirements/{name}.txt" for name in ("dev", "test", "tests")]
+        files = [*folder.names, *filter(folder.find, names)]
+        files = [f for f in files if re.match(r"[\w-]*requirements[\w/-]*\.txt$", f)]
+        for file in sorted(files, key=lambda name: not re.search("dev|test", name)):
             yield f"file {file}", folder.text(file).split("\n")
-        for name, table in self.hatch.items():
-            yield f"env {name}", flatten([table.get("dependencies"), table.get("extra-dependencies")]).split("\n")
+        for name, env in self.hatch.items():
+            texts = flatten([env.get("dependencies"), env.get("extra-dependencies")])
+            yield f"env {name}", texts.split("\n")
         yield from self._list_setuptools()
 
     def _list_setuptools(self) -> Iterator[tuple[str, Iterable[str]]]:
         options = self.folder.table("setup.cfg", "options")
         yield "", str(options.get("install_requires", "")).split("\n")
-        for extra, names in self.folder.table("setup.cfg", "options.extras_require").items():
+        extras_of = self.folder.table("setup.cfg", "options.extras_require")
+        for extra, names in extras_of.items():
             yield f"extra {extra}", str(names).split("\n")
         text = self.folder.text("setup.py")
         extras = re.search(r"[\"'](dev|develop|tests?|testing)[\"'](?: ?:|\])", text)
-        yield f"extra {extras[1]}" if extras else "", re.findall(r"[\"']([a-z][\w-]*)", text)
+        place = f"extra {extras[1]}" if extras else ""
+        yield place, re.findall(r"[\"']([a-z][\w-]*)", text)
 
     def read(self) -> Iterator[Found]:
         yield from self._find_scripts()
@@ -5573,7 +5641,8 @@ class Python:
         yield from self._find_sessions(sessions)
         yield from self._find_tox()
         if self.manager:
-            yield Found("tool", self.TITLES.get(self.manager, self.manager), self.manager_source)
+            title = self.TITLES.get(self.manager, self.manager)
+            yield Found("tool", title, self.manager_source)
 
     def spell(self, command: str) -> str:
         """Spell a command for the project's environment.
@@ -5583,11 +5652,14 @@ class Python:
         program, _, rest = command.partition(" ")
         if program in self.packages:
             kind, _, place = self.packages[program].partition(" ")
-            if kind == "env" and place not in ("default", "lint", "style", "types", "typing"):
+            envs = ("default", "lint", "style", "types", "typing")
+            if kind == "env" and place not in envs:
                 return ""
             prefix = f"hatch run {place}:" if kind == "env" else self.prefix
-            command = f"{program} {rest or self._find_sources()}" if program == "mypy" else command
-            return (prefix + command).replace("hatch run default:", "hatch run ").strip()
+            if program == "mypy":
+                command = f"{program} {rest or self._find_sources()}"
+            command = (prefix + command).replace("hatch run default:", "hatch run ")
+            return command.strip()
         is_elsewhere = self.folder.holds(rf".pre-commit-config.yaml ~ \b{program}\b")
         if is_elsewhere or program not in ("ruff", "black", "ty"):
             return ""
@@ -5596,8 +5668,9 @@ class Python:
     def _find_sources(self) -> str:
         """Find what mypy is to check, if its configuration does not say."""
         folder = self.folder
-        table = folder.table(self.TOML, "tool", "mypy") or folder.table("mypy.ini", "mypy")
-        table = table or folder.table("setup.cfg", "mypy")
+        table = folder.table(self.TOML, "tool", "mypy")
+        for file in ("mypy.ini", "setup.cfg"):
+            table = table or folder.table(file, "mypy")
         if {"files", "packages", "modules"} & set(table):
             return ""
         name = folder.value(self.TOML, "project", "name")
@@ -5606,17 +5679,21 @@ class Python:
 
     def _find_scripts(self) -> Iterator[Found]:
         for source, call, keys in self.SCRIPTS:
-            bodies = {name: flatten(body) for name, body in self.folder.table(source, *keys).items()}
-            has_own_prefix = call.startswith(("pdm", "pixi", "pipenv"))
-            yield from Scripts(source, call if has_own_prefix else self.prefix + call, bodies).find()
-        for name, table in self.hatch.items():
-            scripts = table.get("scripts")
-            bodies = {s: flatten(body) for s, body in scripts.items()} if isinstance(scripts, dict) else {}
+            table = self.folder.table(source, *keys)
+            bodies = {name: flatten(body) for name, body in table.items()}
+            prefix = "" if call.startswith(("pdm", "pixi", "pipenv")) else self.prefix
+            yield from Scripts(source, prefix + call, bodies).find()
+        for name, env in self.hatch.items():
+            scripts = env.get("scripts")
+            table = scripts if isinstance(scripts, dict) else {}
+            bodies = {script: flatten(body) for script, body in table.items()}
             place = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
-            for item in Scripts(self.hatch_source, f"hatch run {place}:{{}}".replace("default:", ""), bodies).find():
+            call = f"hatch run {place}:{{}}".replace("default:", "")
+            kinds = ("test", "lint", "format", "type check")
+            for item in Scripts(self.hatch_source, call, bodies).find():
                 if name in ("types", "typing") and item.name == "check":
                     yield item._replace(name="type check")
-                elif name == "default" or item.name.startswith(("test", "lint", "format", "type check")):
+                elif name == "default" or item.name.startswith(kinds):
                     yield item
 
     def _read_noxfile(self) -> Scripts:
@@ -5627,13 +5704,15 @@ class Python:
             if line.startswith("def "):
                 named = re.search(r"\bname=[\"']([\w.-]+)", decorators)
                 name = named[1] if named else line[4:].partition("(")[0].strip()
-                current = lines.setdefault(name, []) if re.search(r"@(?:\w+\.)?session\b", decorators) else []
+                is_session = re.search(r"@(?:\w+\.)?session\b", decorators)
+                current = lines.setdefault(name, []) if is_session else []
                 decorators = ""
             elif decorators or line.startswith("@"):
                 decorators += line
                 current = []
             current.append(line)
-        return Scripts("noxfile.py", "nox -s {}", {name: "\n".join(body) for name, body in lines.items()})
+        bodies = {name: "\n".join(body) for name, body in lines.items()}
+        return Scripts("noxfile.py", "nox -s {}", bodies)
 
     def _find_sessions(self, sessions: Scripts) -> Iterator[Found]:
         yield from sessions.find()
@@ -5641,29 +5720,36 @@ class Python:
             if command == "test" and "posargs" in script.text:
                 call = f"{sessions.spell(script)} -- path/to/test_file.py::test_name"
                 yield Found("one test", call, sessions.source)
-        if sessions.bodies and self.folder.holds("noxfile.py ~ options[.]sessions|default=False"):
+        has_defaults = "noxfile.py ~ options[.]sessions|default=False"
+        if sessions.bodies and self.folder.holds(has_defaults):
             yield Found("check", "nox", sessions.source)
 
     def _find_install(self) -> Iterator[Found]:
         folder, installs = self.folder, self.INSTALLS[self.manager]
-        place = self.packages.get("pytest") or next(filter(None, map(self.packages.get, ("ruff", "mypy", "tox"))), "")
+        asking = map(self.packages.get, ("pytest", "ruff", "mypy", "tox"))
+        place = next(filter(None, asking), "")
         kind, _, name = place.partition(" ")
         defaults = folder.value(self.TOML, "tool", "uv", "default-groups")
-        if place == "group dev" or defaults == "all" or (isinstance(defaults, list) and name in defaults):
-            kind = "" if self.manager else kind
+        groups = defaults if isinstance(defaults, list) else ()
+        if self.manager and (place == "group dev" or defaults == "all" or name in groups):
+            kind = ""
         sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
-        is_package = any(map(folder.holds, ("pyproject.toml project", "setup.py", "setup.cfg metadata")))
+        signs = ("pyproject.toml project", "setup.py", "setup.cfg metadata")
+        is_package = any(map(folder.holds, signs))
         if self.manager or kind in installs:
             text = installs.get(kind, installs.get("", "")).replace("{}", name)
-            text = text.replace("install", "install -e .") if kind == "file" and is_package else text
+            if kind == "file" and is_package:
+                text = text.replace("install", "install -e .")
+        elif is_package:
+            text = "pip install -e ."
         else:
-            text = (
-                "pip install -e ." if is_package else "pip install -r requirements.txt" * bool(folder.find(sources[3]))
-            )
-        if text == "uv sync" and folder.holds("pyproject.toml tool uv workspace + not pyproject.toml project"):
+            text = "pip install -r requirements.txt" * bool(folder.find(sources[3]))
+        is_workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
+        if text == "uv sync" and folder.holds(is_workspace):
             text = "uv sync --all-packages"
         if text:
-            yield Found("install", text, self.manager_source or (name if kind == "file" else folder.find(*sources)))
+            source = name if kind == "file" else folder.find(*sources)
+            yield Found("install", text, self.manager_source or source)
 
     def _find_tests(self) -> Iterator[Found]:
         folder = self.folder
@@ -6573,12 +6659,15 @@ def first_sentence(text: str, name: str) -> str:
 
 def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
     """Choose the first ecosystem's, the README's first sentence, or another's."""
-    described = [
-        next((i for i in items if i.name == "description" and not re.search(PLACEHOLDER, i.text)), None)
-        for items in found.values()
-    ]
-    readme = folder.find("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst", "README", "README.txt")
-    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path)) if readme else ""
+    described: list[Optional[Found]] = []
+    for items in found.values():
+        own = (item for item in items if item.name == "description")
+        usable = (item for item in own if not re.search(PLACEHOLDER, item.text))
+        described.append(next(usable, None))
+    names = ("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst")
+    readme = folder.find(*names, "README", "README.txt")
+    name = os.path.basename(folder.path)
+    sentence = first_sentence(folder.text(readme), name) if readme else ""
     described.insert(1, Found("description", sentence, readme) if sentence else None)
     found_first = next(filter(None, described), None)
     return found_first and found_first._replace(text=whole_sentences(found_first.text))
@@ -6587,8 +6676,8 @@ def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Opti
 # Type
 
 ML_PACKAGES = (
-    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost", "lightgbm"),
-    *("pytorch-lightning", "lightning", "spacy", "onnxruntime"),
+    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers"),
+    *("xgboost", "lightgbm", "pytorch-lightning", "lightning", "spacy", "onnxruntime"),
 )
 
 
@@ -6597,9 +6686,12 @@ def find_ml_package(folder: Folder) -> str:
     # A dependency stands at the start of a line or quoted string; extras and tables
     # of tools do not count.
     wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-    for name in ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg"):
-        texts = folder.texts(name, "project", "dependencies") if name == "pyproject.toml" else [folder.text(name)]
-        match = wanted.search("\n".join(texts))
+    names = ("requirements.txt", "environment.yml", "pyproject.toml")
+    for name in (*names, "setup.py", "setup.cfg"):
+        text = folder.text(name)
+        if name == "pyproject.toml":
+            text = "\n".join(folder.texts(name, "project", "dependencies"))
+        match = wanted.search(text)
         if match:
             return f"{match[1]} in {name}"
     return ""
@@ -6612,9 +6704,10 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
         return typed.text, typed.source
 
     def package(kind: str, *sections: str) -> str:
-        names = {name for section in sections for name in folder.table("package.json", section)}
-        wanted = (name for name, _, of_kind in Node.FRAMEWORKS if of_kind == kind)
-        return next((f"{name} in package.json" for name in wanted if name in names), "") if is_node else ""
+        tables = [folder.table("package.json", name) for name in sections if is_node]
+        names = [name for name, _, of_kind in Node.FRAMEWORKS if of_kind == kind]
+        found = (name for name in names if any(name in table for table in tables))
+        return next((f"{name} in package.json" for name in found), "")
 
     is_node = bool(first and first.name == "javascript")
     used = ("dependencies", "peerDependencies")
@@ -6671,12 +6764,14 @@ def find_members(folder: Folder, row: Sequence[str]) -> list[Folder]:
 def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
     """Find the members of the first workspace with any, and the file that says so."""
     for row in WORKSPACES:
-        paths = [os.path.relpath(member.path, folder.path) for member in find_members(folder, row)]
+        members = find_members(folder, row)
+        paths = [os.path.relpath(member.path, folder.path) for member in members]
         if paths:
             return row[1].split()[0], paths
     for source, around, pattern in OTHER_WORKSPACES:
         text = "".join(re.findall(around, folder.text(source)))
-        paths = [path.replace(":", "/").strip("./") for path in re.findall(pattern, text)]
+        found = re.findall(pattern, text)
+        paths = [path.replace(":", "/").strip("./") for path in found]
         if paths:
             return source, paths
     return "", []
@@ -6687,15 +6782,20 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
     for row in sorted(WORKSPACES, key=lambda row: row[0] != first):
         _, evidence, manifest, name, one = row
         source, members = evidence.split()[0], find_members(folder, row)
-        names = [member.value(manifest, *name.split()) or os.path.basename(member.path) for member in members]
-        # What is no name is not told: it could tell agents anything.
-        names = sorted({n for n in names if isinstance(n, str) and re.fullmatch(r"@?[\w./-]{1,200}", n)})
-        places = Counter(
-            (os.path.dirname(os.path.relpath(member.path, folder.path)) or ".") + "/" for member in members
-        )
+        names, places = set(), Counter[str]()
+        for member in members:
+            own = member.value(manifest, *name.split()) or os.path.basename(member.path)
+            # What is no name is not told: it could tell agents anything.
+            if isinstance(own, str) and re.fullmatch(r"@?[\w./-]{1,200}", own):
+                names.add(own)
+            path = os.path.relpath(member.path, folder.path)
+            places[f"{os.path.dirname(path) or '.'}/"] += 1
         if names:
-            most = ", ".join(place for place, _ in places.most_common(4)) + ", ..." * (len(places) > 4)
-            listed = ", ".join(names) if len(names) <= 12 else f"{len(names)} in {tidy(most)}"
+            most = ", ".join(place for place, _ in places.most_common(4))
+            most += ", ..." * (len(places) > 4)
+            listed = f"{len(names)} in {tidy(most)}"
+            if len(names) <= 12:
+                listed = ", ".join(sorted(names))
             call = one or Node(folder).call_member
             return Found("packages", f"{listed} (one of them: `{call}`)", source)
     return None
@@ -6707,8 +6807,14 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
 class Selection:
     """The commands of a folder: the first of each name, with its label."""
 
-    NAMES = ("install", "build", "test", "one test", "lint", "format", "type check", "run", "check", "before a commit")
-    TESTERS = r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
+    NAMES = (
+        *("install", "build", "test", "one test", "lint", "format", "type check"),
+        *("run", "check", "before a commit"),
+    )
+    TESTERS = (
+        r"\b(?:pytest|vitest|jest|mocha|phpunit|rspec|ctest"
+        r"|(?:cargo|go|mix|dotnet|swift|dart|flutter) test)\b"
+    )
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
@@ -6718,19 +6824,20 @@ class Selection:
     def add(self, item: Found, ecosystem: str = "") -> None:
         name, _, note = item.name.partition(" (")
         notes = ", ".join(filter(None, (ecosystem, note.rstrip(")"))))
-        self.found.setdefault((ecosystem, name), item._replace(name=f"{name} ({notes})" if notes else name))
+        label = f"{name} ({notes})" if notes else name
+        self.found.setdefault((ecosystem, name), item._replace(name=label))
 
     def add_runners(self, found: Mapping[str, list[Found]]) -> None:
         """Add task runners' commands, and how their tester runs one test."""
         for read_runner in TASK_RUNNERS:
             scripts = read_runner(self.folder)
-            for command, script in scripts.pick():
-                if command == "test" and ("", "test") not in self.found:
-                    tester = re.search(self.TESTERS, script.text)
-                    items = itertools.chain.from_iterable(found.values())
-                    one = (i for i in items if i.name == "one test" and tester and tester[0] in i.text)
-                    for item in itertools.islice(one, 1):
-                        self.add(item)
+            test = dict(scripts.pick()).get("test")
+            tester = re.search(self.TESTERS, test.text) if test else None
+            if tester and ("", "test") not in self.found:
+                items = itertools.chain.from_iterable(found.values())
+                for item in items:
+                    if item.name == "one test" and tester[0] in item.text:
+                        self.add(item)  # the first counts
             for item in scripts.find():
                 self.add(item)
         self.covered = {name for _, name in self.found}
@@ -6738,9 +6845,10 @@ class Selection:
     def add_ecosystem(self, name: str, items: Iterable[Found]) -> None:
         """Add an ecosystem's commands: of a second one, only what no runner covers."""
         covered = self.covered if name else ()
-        commands = [item for item in items if item.name not in NO_COMMANDS and item.text]
-        commands = [item for item in commands if item.name.partition(" (")[0] not in covered]
-        if not name or any(item.name != "install" for item in commands):  # alone, install is of no use
+        others = {*NO_COMMANDS, *covered}
+        commands = [i for i in items if i.text and i.name.partition(" (")[0] not in others]
+        # Alone, install is of no use.
+        if not name or any(item.name != "install" for item in commands):
             for item in commands:
                 self.add(item, "" if item.name == "before a commit" else name)
 
@@ -6769,10 +6877,10 @@ def detect_versions(found: Mapping[str, list[Found]]) -> Optional[Found]:
     parts: list[Found] = []
     for index, items in enumerate(found.values()):
         parts += [item for item in items if item.name == "version"][:1]
-        parts += [item for item in items if item.name == "tool"][: 6 if index == 0 else 0]
-    return (
-        Found("built with", ", ".join(dict.fromkeys(item.text for item in parts)), parts[0].source) if parts else None
-    )
+        if index == 0:
+            parts += [item for item in items if item.name == "tool"][:6]
+    text = ", ".join(dict.fromkeys(item.text for item in parts))
+    return Found("built with", text, parts[0].source) if parts else None
 
 
 def detect(path: str, home: str = "") -> Detected:
@@ -12087,8 +12195,8 @@ class Registration(NamedTuple):
         if codebase:
             return listed._fill_in(codebase)
         registered = listed._create()
-        notes = [*registered.notes, *listed._find_outer_codebases(registry), *listed._suggest_gitignore()]
-        return registered._replace(notes=notes)
+        notes = [*registered.notes, *listed._find_outer_codebases(registry)]
+        return registered._replace(notes=notes + listed._suggest_gitignore())
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -12111,7 +12219,8 @@ class Registration(NamedTuple):
     def _check_is_folder(self) -> None:
         if not os.path.isdir(self.path):
             is_file = os.path.exists(self.path)
-            raise RegistryError(f"{self.path}: {'that is a file, not a folder' if is_file else 'no such folder'}")
+            problem = "that is a file, not a folder" if is_file else "no such folder"
+            raise RegistryError(f"{self.path}: {problem}")
 
     def _check_folder(self, owners: Owners) -> None:
         identity = identity_of(self.path)
@@ -12134,10 +12243,10 @@ class Registration(NamedTuple):
 
     def _check_has_no_other_name(self, registry: Registry) -> None:
         for other in registry.owners.keys_at(identity_of(self.path), self.key):
-            problem = f"{self.path}: this folder is already registered as {label_for(other)}"
-            raise RegistryError(
-                problem, f"orchestra project remove {typed(label_for(other))} first, to move it elsewhere"
-            )
+            label = label_for(other)
+            problem = f"{self.path}: this folder is already registered as {label}"
+            remove = f"orchestra project remove {typed(label)}"
+            raise RegistryError(problem, f"{remove} first, to move it elsewhere")
 
     def _check_has_not_moved(self, registry: Registry) -> None:
         """Raise RegistryError if a codebase that is absent now may have moved here."""
@@ -12148,12 +12257,12 @@ class Registration(NamedTuple):
                 continue
             texts = ((path, look_at(self.path, record.agent_at(path)).digest) for path in record.files)
             if key == self.key or any(digest in record.known(path) for path, digest in texts):
-                move = f"orchestra project move {typed(label_for(key))} {typed(self.path)}"
+                label = label_for(key)
                 place = shorten_home(self.home, folder) or "another folder"
-                raise RegistryError(
-                    f"{label_for(key)} was in {place}, which is gone",
-                    f"{move} if it is here now; otherwise orchestra project remove {typed(label_for(key))} first",
-                )
+                move = f"orchestra project move {typed(label)} {typed(self.path)}"
+                remove = f"orchestra project remove {typed(label)}"
+                hint = f"{move} if it is here now; otherwise {remove} first"
+                raise RegistryError(f"{label} was in {place}, which is gone", hint)
 
     def _fill_in(self, codebase: Codebase) -> Registered:
         """Give a codebase that other machines have its folder on this one."""
@@ -12161,7 +12270,8 @@ class Registration(NamedTuple):
         file = codebase_path(self.home, (self.key[0], f"{self.key[1]}.local"))
         if not self.dry_run:
             file = save_path(self.home, self.key, path, is_local=True)
-        lines = [f"{self.label} {verb} on this machine: {path} ({shorten_home(self.home, file)})"]
+        place = shorten_home(self.home, file)
+        lines = [f"{self.label} {verb} on this machine: {path} ({place})"]
         lines += self._update() if self.project_type else []
         return Registered(codebase._replace(path=path), lines, self._suggest_gitignore())
 
@@ -12200,16 +12310,21 @@ class Registration(NamedTuple):
         targets: Optional[tuple[str, ...]] = draft.targets
         source = "already used in this folder"
         if not targets and base.targets is not None:
-            layer = next(layer for layer in reversed(base.layers) if layer.said.targets is not None)
-            targets, source = None, f"from {os.path.basename(layer.path)}.yaml"
+            paths = [at.path for at in base.layers if at.said.targets is not None]
+            targets, source = None, f"from {os.path.basename(paths[-1])}.yaml"
         elif not targets:
             is_usual = draft.defaults == DEFAULT_TARGETS  # then a layer may say others later
             targets, source = None if is_usual else draft.defaults, "default"
         now = now_rfc3339()
         component = Component(self.key[1], self.project_type or detected.project_type)
-        codebase = Codebase(*self.key, self._spell_path(), draft.description, targets, draft.commands)
-        drafted = draft_parts(self.path, self.home, parts if self.has_parts else {}, draft.commands)
-        codebase = codebase._replace(projects=(component, *drafted), created_at=now, updated_at=now)
+        asked = parts if self.has_parts else {}
+        codebase = Codebase(
+            *(*self.key, self._spell_path(), draft.description, targets),
+            commands=draft.commands,
+            projects=(component, *draft_parts(self.path, self.home, asked, draft.commands)),
+            created_at=now,
+            updated_at=now,
+        )
         if not self.dry_run:
             self._save(codebase)
         reason = "from --type" if self.project_type else detected.reason
@@ -12219,17 +12334,20 @@ class Registration(NamedTuple):
         if parts:
             more = f" and {len(parts) - 12} more" if len(parts) > 12 else ""
             hint = "" if self.has_parts else "; with --parts each gets files of its own"
-            rows.insert(-1, Found("parts", ", ".join([*parts.values()][:12]) + more, origin + hint))
+            names = ", ".join([*parts.values()][:12]) + more
+            rows.insert(-1, Found("parts", names, origin + hint))
         verb = "would register" if self.dry_run else "registered"
         first = f"{verb} {self.label}: {component.project_type} ({reason})"
         notes = [*draft.notes, *([NO_PARTS] if self.has_parts and not parts else [])]
-        return Registered(joined, [*map(visible, [first, *self._format(rows)])], notes)
+        lines = [*map(visible, [first, *self._format(rows)])]
+        return Registered(joined, lines, notes)
 
     @staticmethod
     def _format(rows: Sequence[Found]) -> Iterator[str]:
         width = max(len(row.name) for row in rows) + 1
         for row in rows:
-            yield f"  {row.name + ':':{width}} {row.text}" + (f" ({row.source})" if row.source else "")
+            source = f" ({row.source})" if row.source else ""
+            yield f"  {row.name + ':':{width}} {row.text}{source}"
 
     def _spell_path(self) -> str:
         try:
@@ -12240,22 +12358,25 @@ class Registration(NamedTuple):
 
     def _save(self, codebase: Codebase) -> None:
         project = Codebase("", self.key[0], created_at=codebase.created_at)
-        create_registry_file(self.home, project_path(self.home, self.key[0]), CODEBASE_SCHEMA.write(project))
+        file = project_path(self.home, self.key[0])
+        create_registry_file(self.home, file, CODEBASE_SCHEMA.write(project))
         file = codebase_path(self.home, self.key)
         if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
             raise RegistryError(f"another command registered {self.label} just now")
 
     def _suggest_gitignore(self) -> list[str]:
         """Note what git should ignore, if it keeps the project's files and does not."""
+        home = real_path(self.home)
         folders = climb(real_path(os.path.dirname(codebase_path(self.home, self.key))))
-        for folder in itertools.takewhile(lambda folder: folder != real_path(self.home), folders):
+        for folder in itertools.takewhile(lambda folder: folder != home, folders):
             file = f"{folder}/.gitignore"
             with suppress(IoError):
                 if b".local." in read_disk(file, MAX_REGISTRY_FILE).data:
                     break
             if os.path.lexists(f"{folder}/.git"):
                 command = f"echo '*.local.*' >> {shorten_home(self.home, file)}"
-                return [f"git keeps this registry; what is for one machine alone, it should not: {command}"]
+                reason = "what is for one machine alone, it should not"
+                return [f"git keeps this registry; {reason}: {command}"]
         return []
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
@@ -12833,7 +12954,8 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
         return "daemon: not running (orchestra daemon start --detach)"
     if "problem" in daemon:
         return f"daemon: {daemon['problem']}"
-    words = f"daemon: running {format_duration(max(0, int(clock() - daemon.get('started_at_unix', clock()))))}"
+    seconds = int(clock() - daemon.get("started_at_unix", clock()))
+    words = f"daemon: running {format_duration(max(0, seconds))}"
     version = daemon.get("version", "an old version")
     if version != __version__:
         words += f", {version} (installed: {__version__} - orchestra daemon restart)"
@@ -12842,9 +12964,11 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 
 def next_steps(status: Status) -> list[str]:
     """Return the commands to type next, at most two."""
-    steps = [entry.hint for entry in status.codebases if entry.status == State.ERROR and entry.hint][:1]
-    steps += [f"orchestra diff {typed(e.label)}" for e in status.codebases if e.status == State.MODIFIED][:1]
-    outdated = [typed(entry.label) for entry in status.codebases if entry.status not in (*State.FINE, State.ERROR)]
+    entries = status.codebases
+    steps = [e.hint for e in entries if e.status == State.ERROR and e.hint][:1]
+    edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
+    steps += [f"orchestra diff {label}" for label in edited[:1]]
+    outdated = [typed(e.label) for e in entries if e.status not in (*State.FINE, State.ERROR)]
     if outdated:
         steps.append("orchestra sync --all" if len(outdated) > 1 else f"orchestra sync {outdated[0]}")
     return steps[:2]
@@ -12864,10 +12988,9 @@ class StatusView(NamedTuple):
         """List the notes, and what else the daemon has trouble with."""
         notes = map(str, (*self.notes, *self.status.stray))
         known = "\n".join([*notes, *(entry.detail for entry in self.status.codebases)])
-        problems = [Problem(p["where"], p["message"]) for p in self.daemon.get("problems", ())]
-        return [f"note: {note}" for note in self.notes] + [
-            f"daemon: {problem}" for problem in problems if problem.message not in known
-        ]
+        problems = self.daemon.get("problems", ())
+        news = [Problem(p["where"], p["message"]) for p in problems if p["message"] not in known]
+        return [*(f"note: {note}" for note in self.notes), *(f"daemon: {new}" for new in news)]
 
     def format_entries(self, width: int) -> list[str]:
         """List the codebases in a table, and the notes below it."""
@@ -12885,18 +13008,22 @@ class StatusView(NamedTuple):
         lines = format_table(rows, width) if entries else []
         for note in self.all_notes:
             said, _, hint = visible(note).partition("; to get it back: ")
-            lines += [*hang("", said, width), *([f"  try: {hint}"] if hint else [])]  # to be pasted: not wrapped
+            lines += hang("", said, width)
+            lines += [f"  try: {hint}"] if hint else []  # to be pasted: not wrapped
         return lines
 
     def format(self, width: int) -> list[str]:
-        lines = [*hang("", self.status.describe(), width), *hang("", describe_daemon(self.daemon), width)]
+        heads = (self.status.describe(), describe_daemon(self.daemon))
+        lines = [line for head in heads for line in hang("", head, width)]
         entries, steps = self.format_entries(width), next_steps(self.status)
         if entries:
             lines += ["", *entries]
         if steps:
-            lines += ["", "    ".join(f"{word} {visible(step)}" for word, step in zip(("next:", "then:"), steps))]
-            if width and text_width(lines[-1]) > width:
-                lines[-1:] = [f"{word} {visible(step)}" for word, step in zip(("next:", "then:"), steps)]
+            words = zip(("next:", "then:"), map(visible, steps))
+            steps = [*map(" ".join, words)]
+            joined = "    ".join(steps)
+            is_wide = width and text_width(joined) > width
+            lines += ["", *(steps if is_wide else [joined])]
         return lines
 
 
@@ -12923,7 +13050,8 @@ def format_event(line: str, width: int) -> str:
     if message == "staleness":
         return ""
     if message == "synced":
-        said = f"{fields.get('target', '')}  {fields.get('written', '?')} written  {fields.get('ms', '?')} ms"
+        target, written, ms = map(fields.get, ("target", "written", "ms"))
+        said = f"{target or ''}  {written or '?'} written  {ms or '?'} ms"
     else:
         named = ", ".join(f"{name} {value}" for name, value in zip(fields, values))
         said = ": ".join([f"! {message}", *values]) if level == "WARNING" else f"{message} {named}"
