@@ -3837,12 +3837,18 @@ class RegistryFile(Document):
         return Prose(self.path, text.strip("\n").rstrip(), self.digest, tuple(self.problems), tuple(self.notes))
 
 
+def digests_of(home: str, codebase: Codebase) -> dict[str, str]:
+    """Return the SHA-256 of a codebase's files by path, "" for one that is missing."""
+    paths = layer_paths(home, codebase.key)
+    digests = {path + suffix: "" for path in paths for suffix in (".yaml", ".md")}
+    for layer in codebase.layers:
+        digests.update(layer.digests)
+    return digests
+
+
 def is_current(home: str, codebase: Codebase) -> bool:
     """Return whether the files that a codebase was read from have not changed."""
-    paths = layer_paths(home, codebase.key)
-    known = {path + suffix: "" for path in paths for suffix in (".yaml", ".md")}
-    for layer in codebase.layers:
-        known.update(layer.digests)
+    known = digests_of(home, codebase)
 
     def digest(path: str) -> str:
         if not (known[path] or os.access(path, os.F_OK)):
@@ -3851,29 +3857,6 @@ def is_current(home: str, codebase: Codebase) -> bool:
         return sha256_of(disk.data) if disk.kind == "file" else ""
 
     return all(digest(path) == known[path] for path in known)
-
-
-def has_lost_file(home: str, old: Codebase, new: Codebase) -> bool:
-    """Return whether a file that `old` was read from was gone, or empty, for `new`.
-
-    One that `new` does not include any more is not lost.
-    """
-    if old.digest == new.digest:
-        return False
-    none = ("", sha256_of(b""))
-    files, left = (
-        {path for layer in codebase.layers for path, digest in layer.digests.items() if digest not in none}
-        for codebase in (old, new)
-    )
-
-    def has_text(path: str) -> bool:
-        try:
-            return os.stat(path).st_size > 0
-        except OSError:
-            return False
-
-    lost = files - left
-    return bool(lost) and not (all(map(has_text, lost)) and is_current(home, new))  # it may be back since
 
 
 @functools.cache
@@ -3971,6 +3954,7 @@ class LayerReader:
         known: Mapping[Any, Any] = {},
     ) -> None:
         self.shared: dict[str, Any] = {}  # a Layer, Prose, or None for none
+        self.seen: dict[str, str] = {}  # the SHA-256 of each file, "" where there is none
         self._home = home
         self._parsed = parsed
         self._names = names
@@ -4056,9 +4040,11 @@ class LayerReader:
         folder, _, name = path.rpartition("/")
         # A name in Unicode may be listed in another form of it (macOS).
         names = self._names.get(folder) if name.isascii() else None
+        self.seen[path] = ""
         if not (must_exist or (os.path.lexists(path) if names is None else name in names)):
             return None  # as most are
         file = RegistryFile(self._home, path, hint)
+        self.seen[path] = file.digest
         return None if file.problems and not must_exist and not os.path.lexists(path) else file
 
     def _read_layer(self, kind: str, path: str, key: Key) -> Optional[Layer]:
@@ -4154,6 +4140,7 @@ class Registry(NamedTuple):
     stray: tuple[Problem, ...]  # of files that are not a codebase's
     owners: Owners
     shared: Mapping[str, Any] = {}  # of several codebases, as LayerReader keeps it
+    seen: Mapping[str, str] = {}  # what was read for it, likewise
 
     @property
     def keys(self) -> list[Key]:
@@ -4354,7 +4341,7 @@ def reload_codebases(
             loser = codebases.pop(other if first == key else key)
             broken[loser.key] = _explain_lost_claim(home, loser, first)
     shared = {**registry.shared, **reader.shared}
-    return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared)
+    return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared, reader.seen)
 
 
 def load_registry(home: str, old: Optional[Registry] = None) -> Registry:
@@ -4381,16 +4368,20 @@ def list_codebases(home: str) -> list[Codebase]:
     return [codebase for _, codebase in sorted(load_registry(home).codebases.items())]
 
 
-def load_codebase(home: str, project: str, name: str, with_layers: bool = False) -> Codebase:
-    """Load one codebase, from its own file or all layers; raises RegistryError."""
+def load_codebase(home: str, project: str, name: str) -> Codebase:
+    """Load one codebase from its own file; raises RegistryError."""
     key = (project, name)
-    codebase: Optional[Codebase]
-    if with_layers:
-        codebase, problems = LayerReader(home).read(key)
-    else:
-        file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {typed(label_for(key))}")
-        codebase, problems = file.read_layer("codebase", key), tuple(file.problems)
-    if codebase is None or problems:
+    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {typed(label_for(key))}")
+    codebase = file.read_layer("codebase", key)
+    if file.problems:
+        raise error_for(file.problems)
+    return codebase
+
+
+def reload_codebase(home: str, key: Key) -> Codebase:
+    """Load one codebase from all its layers; raises RegistryError."""
+    codebase, problems = LayerReader(home).read(key)
+    if codebase is None:
         raise error_for(problems)
     return codebase
 
@@ -7811,6 +7802,7 @@ class SyncMode(NamedTuple):
     purge: bool = False  # nothing is wanted any more
     take_over: bool = False  # replace the text of another registry's Orchestra like a hand edit
     accept_empty: bool = False  # a folder that was synced before is empty on purpose
+    reload: Callable[[str, Key], Codebase] = reload_codebase  # for one that has changed since
 
 
 DEFAULT_MODE = SyncMode()
@@ -8614,7 +8606,7 @@ class CodebaseTurn(Turn):
                 # the newest.
                 if not os.path.lexists(codebase_path(home, key)):
                     return plan._replace(files=(), former=None)
-                codebase = load_codebase(home, *key, with_layers=True)
+                codebase = mode.reload(home, key)
                 continue
             if tries == 0 or not plan.is_done:
                 try:
@@ -8729,14 +8721,13 @@ def run_pipeline(
     dry_run: bool = False,
     registry: Optional[Registry] = None,
     progress: Callable[[int, int, Key], None] = lambda done, total, key: None,
-    take_over: bool = False,
+    mode: SyncMode = DEFAULT_MODE,
 ) -> list[SyncCodebaseResult]:
     """Sync the codebases of a scope one by one; each one's errors are in its result.
 
-    The command line and the daemon both come through here. `take_over` is for a user
-    who named the codebases. An absent codebase is an error only if it is named. Raises
-    RegistryError for a name that is not one codebase's, IoError for a registry that
-    cannot be read.
+    The command line and the daemon both come through here. An absent codebase is an
+    error only if it is named. Raises RegistryError for a name that is not one
+    codebase's, IoError for a registry that cannot be read.
     """
     registry = registry or load_registry(home)
     keys = registry.keys if scope.names is None else [registry.find(name) for name in scope.names]
@@ -8746,8 +8737,8 @@ def run_pipeline(
         if key in registry.broken:
             results.append(SyncCodebaseResult(*key, errors=tuple(registry.broken[key])))
         else:
-            mode, codebase = SyncMode(dry_run, take_over=take_over), registry.codebases[key]
-            result = sync_codebase(home, codebase, registry.owners, mode)
+            codebase = registry.codebases[key]
+            result = sync_codebase(home, codebase, registry.owners, mode._replace(dry_run=dry_run))
             remarks = codebase.remarks
             results.append(result._replace(remarks=remarks) if remarks else result)
     return results if scope.names is not None else pass_over_absent(results)
@@ -9038,19 +9029,22 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 # it watches is read: a change is either read, or announced afterwards.
 #
 # A file caught half-written. Most editors empty a file and then write it, or rename it
-# away and write a new one. First the file is the suspect, then its codebase:
+# away and write a new one. First the watcher suspects a file, then a job:
 #
 #   1 A changed file that is empty, or that inotify knows to be open for writing,
 #     becomes a suspect and is not reported yet.
 #   2 A suspect is looked at again at its next event, at once; without an event after
 #     RECHECK_PAUSE, and then whenever it has been a suspect for twice as long.
-#   3 A file that has been a suspect for DEBOUNCE_WINDOW is overdue: it counts as it is.
+#   3 A suspect that has kept its stamp for DEBOUNCE_WINDOW is overdue: it counts as it
+#     is. A missing file has its folder's stamp.
 #   4 What counts is noted by its codebase (`Debouncer`): a job reads and syncs it, the
 #     first time at once, then once per window.
-#   5 A codebase whose file the job finds broken, or gone, becomes a suspect in turn. It
-#     is neither synced nor reported, and a broken one stays as it was known. Its window
-#     ends, so its next event starts a job at once; without an event, step 2 does.
-#   6 Once it is overdue, the next job takes it as it is: what is broken is reported.
+#   5 A file that the job finds broken, emptied or gone becomes a suspect in turn. The
+#     codebases whose layer it is are in doubt: neither synced nor reported, they stay
+#     as they were known. Its window ends, so its next event starts a job at once;
+#     without an event, step 2 does.
+#   6 Once all files for which a codebase is in doubt are overdue, the next job takes
+#     them as they are: what is broken is reported.
 
 DEBOUNCE_WINDOW = 0.5  # seconds
 RECHECK_PAUSE = 0.004  # seconds until a suspect is first looked at again
@@ -9309,45 +9303,74 @@ class Debouncer:
         return min((self._open_until.get(key, 0.0) for key in self._waiting), default=None)
 
 
-class Suspects:
-    """Files, or codebases, that may be half-written, and when to look at each again.
+class Stamp(NamedTuple):
+    """What differs once a file was written."""
 
-    A suspect is overdue after `window`, in seconds of `clock`.
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+    @classmethod
+    def from_stat(cls, info: os.stat_result) -> "Stamp":
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+    @classmethod
+    def at(cls, path: str) -> "Stamp":
+        """Return the stamp of a file, or of the folder in which it is missing."""
+        for place in (path, os.path.dirname(follow_link(path))):
+            with suppress(OSError):
+                return cls.from_stat(os.stat(place))
+        return cls(0, 0, 0, 0, 0)
+
+
+class Suspects:
+    """Files that may be half-written, by path, and when to look at each again.
+
+    A suspect is overdue when it has had one stamp for `window`, in seconds of `clock`.
     """
 
     def __init__(self, window: float, clock: Clock) -> None:
         self._window = window
         self._clock = clock
-        self._since: dict[Any, float] = {}
-        self._again_at: dict[Any, float] = {}
+        self._since: dict[str, tuple[Stamp, float]] = {}
+        self._again_at: dict[str, float] = {}
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._since)
 
-    def add(self, things: Iterable[Any]) -> None:
-        """Add new suspects; have those that are suspects already looked at again."""
+    def add(self, found: Mapping[str, Stamp]) -> None:
+        """Add suspects with their stamps; a known one is looked at again."""
         now = self._clock()
-        for thing in things:
-            since = self._since.setdefault(thing, now)
-            pause = max(RECHECK_PAUSE, now - since)
-            self._again_at[thing] = min(since + self._window, now + pause)
+        for path, stamp in found.items():
+            known, since = self._since.get(path, (None, now))
+            since = since if known == stamp else now
+            self._since[path] = stamp, since
+            end, pause = since + self._window, max(RECHECK_PAUSE, now - since)
+            self._again_at[path] = min(end, now + pause) if end > now else now + pause
 
-    def discard(self, things: Iterable[Any]) -> None:
-        for thing in things:
-            self._since.pop(thing, None)
-            self._again_at.pop(thing, None)
+    def discard(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self._since.pop(path, None)
+            self._again_at.pop(path, None)
 
-    def take_due(self) -> tuple[set[Any], set[Any]]:
-        """Take the suspects to look at again, and those of them that are overdue."""
+    def take_due(self) -> set[str]:
+        """Take the suspects to look at again."""
         now = self._clock()
-        due = {thing for thing, at in self._again_at.items() if at <= now}
-        for thing in due:
-            del self._again_at[thing]
-        return due, {thing for thing in due if self._since[thing] + self._window <= now}
+        due = {path for path, at in self._again_at.items() if at <= now}
+        for path in due:
+            del self._again_at[path]
+        return due
 
-    def discard_unrenewed(self, taken: Iterable[Any]) -> None:
+    def find_overdue(self) -> dict[str, Stamp]:
+        """Return the stamps of those that are overdue."""
+        now = self._clock()
+        return {path: stamp for path, (stamp, since) in self._since.items() if since + self._window <= now}
+
+    def discard_unrenewed(self, taken: Iterable[str]) -> None:
         """Discard those taken that have not been added again."""
-        self.discard([thing for thing in taken if thing not in self._again_at])
+        self.discard([path for path in taken if path not in self._again_at])
 
     def next_due(self) -> Optional[float]:
         """Return when there will be something to take, in the clock's seconds."""
@@ -9360,13 +9383,9 @@ class Suspects:
 class SeenFile(NamedTuple):
     """A file in a snapshot; a new stamp has it read, a new digest reported."""
 
-    stamp: tuple[int, ...]
+    stamp: Stamp
     digest: str
     is_racy: bool
-
-    @property
-    def size(self) -> int:
-        return self.stamp[2]
 
 
 def find_first_link(path: str) -> Optional[str]:
@@ -9453,7 +9472,7 @@ class Watcher:
         self._snapshot: dict[str, dict[str, SeenFile]] = {}  # folder: path: file
         self._folders: set[str] = set()
         self._anchors = Anchors(self._watch)
-        self._overdue: set[str] = set()  # suspects that count as they are
+        self._overdue: dict[str, Stamp] = {}  # suspects that count as they are
         self._has_looked = False
         self._changed: set[str] = set()
 
@@ -9468,9 +9487,9 @@ class Watcher:
 
     def recheck(self) -> set[str]:
         """Look again at the suspects whose time has come."""
-        due, self._overdue = self.suspects.take_due()
+        due, self._overdue = self.suspects.take_due(), self.suspects.find_overdue()
         changed = self.look(due)
-        self._overdue = set()
+        self._overdue = {}
         self.suspects.discard_unrenewed(due)
         return changed
 
@@ -9577,23 +9596,23 @@ class Watcher:
         except OSError:
             self._forget(known, path)
             return
-        stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-        seen = known.get(path)
+        stamp, seen = Stamp.from_stat(info), known.get(path)
         if seen and seen.stamp == stamp and trust_stamp and not seen.is_racy and not is_new_watch:
             return
-        if self._may_be_half_written(path, info.st_size, seen):
-            self.suspects.add([path])
+        if self._may_be_half_written(path, stamp, seen):
+            self.suspects.add({path: stamp})
             return
         self.suspects.discard([path])
-        age = self._clock() * 1e9 - max(info.st_mtime_ns, info.st_ctime_ns)
+        age = self._clock() * 1e9 - max(stamp.mtime, stamp.ctime)
         known[path] = SeenFile(stamp, self._digest(path), age < self.RACY_TIME)
         if seen is None or seen.digest != known[path].digest:
             self._changed.add(path)
 
-    def _may_be_half_written(self, path: str, size: int, seen: Optional[SeenFile]) -> bool:
-        if path in self._overdue or not self._has_looked:
+    def _may_be_half_written(self, path: str, stamp: Stamp, seen: Optional[SeenFile]) -> bool:
+        if self._overdue.get(path) == stamp or not self._has_looked:
             return False
-        return path in self.backend.being_written or (size == 0 and not (seen and seen.size == 0))
+        is_emptied = stamp.size == 0 and not (seen and seen.stamp.size == 0)
+        return is_emptied or path in self.backend.being_written
 
     @staticmethod
     def _digest(path: str) -> str:
@@ -10670,14 +10689,14 @@ class SyncJob(NamedTuple):
     """Work for the worker; `source` is one of Source.
 
     `changed` are the keys whose files differ, EVERYTHING, STRAY and prose keys among
-    them; `overdue` the overdue suspects of them.
+    them; `overdue` the suspects that count as they are, with the stamps they had.
     """
 
     target: SyncTarget
     source: str
     respond_to: "Optional[Callable[[JobOutcome], None]]" = None
     changed: frozenset[Key] = frozenset()
-    overdue: frozenset[Key] = frozenset()
+    overdue: Mapping[str, Stamp] = {}
 
 
 class SyncSummary(NamedTuple):
@@ -10698,7 +10717,7 @@ class JobOutcome(NamedTuple):
     error: str = ""
     bug: str = ""  # the traceback of the first try, if that was a bug
     results: Sequence[SyncCodebaseResult] = ()
-    suspects: frozenset[Key] = frozenset()  # neither synced nor reported
+    suspects: Mapping[str, Stamp] = {}  # whose codebases were neither synced nor reported
     statuses: Mapping[str, int] = {}  # found by a staleness scan
     found: frozenset[Key] = frozenset()  # were absent, and have their folders now
     stray: Sequence[Problem] = ()  # of files that belong to no codebase
@@ -10717,9 +10736,11 @@ class JobOutcome(NamedTuple):
 
 
 class SyncRun:
-    """A run of a job: reads its codebases again, leaves the suspects, syncs the rest.
+    """A run of a job: reads its codebases again, leaves those in doubt, syncs the rest.
 
-    `registry` and `suspects` are then what is known. Raises RegistryError, IoError.
+    In doubt is a codebase that is broken, or has lost a file, unless the files by which
+    it is so are overdue; they become suspects. `registry` and `suspects` are then what
+    is known. Raises RegistryError, IoError.
     """
 
     def __init__(self, home: str, old: Registry, job: SyncJob) -> None:
@@ -10729,15 +10750,16 @@ class SyncRun:
         self._is_asked = job.source == Source.SOCKET  # a client waits for the truth
         self._changed = self._find_changed()
         self.registry = self._reload()
-        self.suspects = self._find_suspects()
-        self._keep_suspects()
+        self.suspects: dict[str, Stamp] = {}
+        self._in_doubt = set() if self._is_asked else self._find_doubtful()
+        self._keep_doubtful()
 
     def sync(self) -> list[SyncCodebaseResult]:
-        results = run_pipeline(self._home, self._scope(), registry=self.registry)
+        mode = DEFAULT_MODE if self._is_asked else SyncMode(reload=self._reload_one)
+        results = run_pipeline(self._home, self._scope(), registry=self.registry, mode=mode)
         results = results if self._is_asked else pass_over_absent(results)
-        half_read = {result.key for result in results if self._may_be_half_read(result)}
-        self.suspects |= half_read
-        return [result for result in results if result.key not in half_read]
+        self._in_doubt |= {result.key for result in results if self._may_be_half_read(result)}
+        return [result for result in results if result.key not in self._in_doubt]
 
     def _find_changed(self) -> set[Key]:
         """Find the codebases that changed; Markdown may be in the text of several."""
@@ -10764,35 +10786,54 @@ class SyncRun:
         """Return whether a local sister may have lost its codebase, or found one."""
         if self._old.stray and not self._changed <= {*self._old.codebases, *self._old.broken}:
             return True
-        files = [
-            [codebase_path(self._home, (key[0], key[1] + end)) for end in ("", ".local")] for key in self._job.overdue
-        ]
-        return any(os.path.lexists(local) and not os.path.lexists(own) for own, local in files)
+        stems = [os.path.splitext(path)[0] for path in self._job.overdue]
+        return any(os.path.lexists(f"{stem}.local.yaml") and not os.path.lexists(f"{stem}.yaml") for stem in stems)
 
-    def _find_suspects(self) -> frozenset[Key]:
-        """Find the changed codebases whose files are broken or gone and not overdue.
+    def _find_doubtful(self) -> set[Key]:
+        codebases, old, broken = self.registry.codebases, self._old, self.registry.broken
+        read = {key for key in self._changed if key not in codebases}
+        read |= {key for key, problems in broken.items() if problems != old.broken.get(key)}
+        read |= {key for key, new in codebases.items() if new is not old.codebases.get(key, new)}
+        seen = self.registry.seen
+        return {key for key in read if self._is_doubtful(key, old.codebases.get(key), codebases.get(key), seen)}
 
-        A layer or Markdown file may be gone only until its editor writes it anew.
+    def _is_doubtful(self, key: Key, old: Optional[Codebase], new: Optional[Codebase], seen: Mapping[str, str]) -> bool:
+        """Return whether a codebase that was read again is in doubt; find the suspects.
+
+        They are the files that were gone or empty; if it is broken, those that differ.
         """
-        if self._is_asked:
-            return frozenset()
-        suspects = {key for key in self._changed if key not in self.registry.codebases}
-        if EVERYTHING not in self._job.overdue:
-            broken, old = self.registry.broken, self._old.broken
-            suspects |= {key for key, problems in broken.items() if problems != old.get(key)}
-            known = self._old.codebases
-            read = [(key, new) for key, new in self.registry.codebases.items() if new is not known.get(key, new)]
-            suspects |= {key for key, new in read if has_lost_file(self._home, known[key], new)}
-        return frozenset(suspects - self._job.overdue)
+        digests, none = digests_of(self._home, old) if old else {}, ("", sha256_of(b""))
+        changed = {path for path, digest in digests.items() if seen.get(path, digest) != digest}
+        if new:
+            changed = {path for path in changed if digests[path] not in none and seen[path] in none}
+        return self._suspect(changed if new or changed else {codebase_path(self._home, key)})
 
-    def _keep_suspects(self) -> None:
-        """Leave suspects as they were, unless another has their folder now."""
-        suspects = self.suspects & {*self.registry.broken, *self.registry.codebases}
-        if not suspects:
+    def _suspect(self, files: Collection[str]) -> bool:
+        """Make suspects of some files of a codebase, unless all of them are overdue."""
+        found = {path: Stamp.at(path) for path in files}
+        is_new = not found.items() <= self._job.overdue.items()
+        self.suspects.update(found if is_new else {})
+        return is_new
+
+    def _reload_one(self, home: str, key: Key) -> Codebase:
+        """Do as `reload_codebase`, but return the old one if the new is in doubt."""
+        reader, old = LayerReader(home), self.registry.codebases[key]
+        new, problems = reader.read(key)
+        if self._is_doubtful(key, old, new, reader.seen):
+            return old
+        if new is None:
+            raise error_for(problems)
+        return new
+
+    def _keep_doubtful(self) -> None:
+        """Leave what is in doubt as it was, unless another has its folder now."""
+        doubtful = self._in_doubt & {*self.registry.broken, *self.registry.codebases}
+        self.registry = self.registry._replace(seen={})
+        if not doubtful:
             return
         codebases, broken = dict(self.registry.codebases), dict(self.registry.broken)
         owners = dict(self.registry.owners)
-        for key in suspects & self._old.codebases.keys():
+        for key in doubtful & self._old.codebases.keys():
             root = codebase_root(self._home, self._old.codebases[key])
             if owners.get(root, key) == key:
                 new = codebases.pop(key, None)
@@ -10802,7 +10843,7 @@ class SyncRun:
                 broken.pop(key, None)
                 if root:
                     owners[root] = key
-        for key in suspects & broken.keys():
+        for key in doubtful & broken.keys():
             if key in self._old.broken:
                 broken[key] = self._old.broken[key]
             elif key not in self._old.codebases:
@@ -10812,20 +10853,20 @@ class SyncRun:
 
     def _scope(self) -> SyncScope:
         registry, job = self.registry, self._job
-        if self._is_asked or (job.target.names is None and not self.suspects):
+        if self._is_asked or (job.target.names is None and not self._in_doubt):
             return job.target
         wanted = {*registry.codebases, *registry.broken}
         if job.target.names is not None:
             mended = self._old.broken.keys() & registry.codebases.keys()
             wanted &= {*self._changed, *mended}
-        return SyncScope.codebase(*map(label_for, sorted(wanted - self.suspects)))
+        return SyncScope.codebase(*map(label_for, sorted(wanted - self._in_doubt)))
 
     def _may_be_half_read(self, result: SyncCodebaseResult) -> bool:
         """Return whether a codebase failed on a file saved since it was read."""
         codebase = self.registry.codebases.get(result.key)
-        if codebase is None or not result.errors or result.files or self._is_asked or result.key in self._job.overdue:
+        if codebase is None or not result.errors or result.files or self._is_asked:
             return False
-        return not is_current(self._home, codebase)
+        return not is_current(self._home, codebase) and self._suspect({codebase_path(self._home, result.key)})
 
 
 def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
@@ -11015,18 +11056,24 @@ def key_of_change(home: str, path: str) -> Key:
 class Schedule:
     """What the watcher's next job takes, and when. One of its jobs runs at a time."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, home: str, clock: Clock) -> None:
         self.suspects = Suspects(DEBOUNCE_WINDOW, clock)
         self.is_running = False
         self.retry_at: dict[Key, float] = {}
+        self._home = home
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, clock)
         self._clock = clock
-        self._overdue: set[Key] = set()  # suspects that the next job takes as they are
         self._failed: set[Key] = set()  # to be tried again at a rescan
         self._try_failed_at = 0.0
 
     def note(self, keys: Iterable[Key]) -> None:
         self._debouncer.note(keys)
+
+    def note_files(self, paths: Iterable[str]) -> None:
+        self.note(self._keys_of(paths))
+
+    def _keys_of(self, paths: Iterable[str]) -> set[Key]:
+        return {key_of_change(self._home, path) for path in paths}
 
     def note_failed(self) -> None:
         """Note what failed, at a rescan, but not at each where those are frequent."""
@@ -11047,17 +11094,13 @@ class Schedule:
         now = self._clock()
         self._debouncer.note(key for key, at in self.retry_at.items() if at <= now)
         self.retry_at = {key: at for key, at in self.retry_at.items() if at > now}
-        due, overdue = self.suspects.take_due()
-        self._debouncer.note(due)
-        self._overdue |= overdue
+        self.note_files(self.suspects.take_due())
         changed = frozenset() if self.is_running else frozenset(self._debouncer.take_due())
         if not changed:
             return None
         self.is_running = True
         target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
-        job = SyncJob(target, Source.WATCHER, None, changed, changed & self._overdue)
-        self._overdue -= changed
-        return job
+        return SyncJob(target, Source.WATCHER, None, changed, self.suspects.find_overdue())
 
     def finish(self, outcome: JobOutcome) -> None:
         """Take the suspects and the failures of a job, whatever its source."""
@@ -11066,12 +11109,10 @@ class Schedule:
             self.is_running = False
         if outcome.error and job.source in (Source.WATCHER, Source.START):
             self._failed |= job.changed or {EVERYTHING}
-        suspects = outcome.suspects
-        if suspects and EVERYTHING in job.changed:
-            suspects = suspects & job.changed | {EVERYTHING}  # it may be project.yaml
-        self.suspects.discard(job.changed - suspects)
-        self.suspects.add(suspects)
-        self._debouncer.end_window(suspects)
+        looked_at = [path for path in self.suspects if {EVERYTHING, *self._keys_of([path])} & job.changed]
+        self.suspects.discard(path for path in looked_at if path not in outcome.suspects)
+        self.suspects.add(outcome.suspects)
+        self._debouncer.end_window(self._keys_of(outcome.suspects))
         self._debouncer.note(outcome.found)
         now = self._clock()
         for result in outcome.results:
@@ -11166,7 +11207,7 @@ class Daemon:
         self._clock = time.monotonic
         self._wall_clock = clock
         self._started_at = int(clock())
-        self._schedule = Schedule(self._clock)
+        self._schedule = Schedule(home, self._clock)
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
         self._stop_by = 0.0
@@ -11271,7 +11312,7 @@ class Daemon:
             self._submit(job)
 
     def _note(self, changed: set[str]) -> None:
-        self._schedule.note(key_of_change(self.home, path) for path in changed)
+        self._schedule.note_files(changed)
 
     def _submit(self, job: SyncJob) -> bool:
         # The end of this job sets it again, or the end of those that fill the queue.
@@ -13621,7 +13662,7 @@ class Commands(NamedTuple):
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
         is_named = scope.names is not None
-        results = run_pipeline(self.home, scope, dry_run, registry, show_progress, take_over=is_named)
+        results = run_pipeline(self.home, scope, dry_run, registry, show_progress, SyncMode(take_over=is_named))
         if not dry_run:
             forget_replaced(self.home, [result.key for result in results])
         return results

@@ -2931,13 +2931,18 @@ def test_the_layers_of_a_codebase_are_joined_from_the_weakest_to_the_strongest(h
     ]
 
 
+def what_is_known(registry: orchestra.Registry) -> orchestra.Registry:
+    """Leave out what was read for it."""
+    return registry._replace(seen={})
+
+
 @pytest.mark.parametrize("name", sorted({*LAYERED} - {"README.md", "shop/web.md"} | {"shop/project.local.yaml"}))
 def test_a_change_of_any_layer_counts_at_the_next_look(home: Home, name: str) -> None:
     put_files(home.projects, LAYERED)
     before = home.registry()
     api = before.codebases[API]
-    assert orchestra.is_current(home.path, api) and orchestra.load_codebase(home.path, *API, with_layers=True) == api
-    assert orchestra.reload_codebases(home.path, before, [API]) == before
+    assert orchestra.is_current(home.path, api) and orchestra.reload_codebase(home.path, API) == api
+    assert what_is_known(orchestra.reload_codebases(home.path, before, [API])) == what_is_known(before)
     put_files(home.projects, {name: LAYERED.get(name, "notes: [x]") + "\n# x\n"})
     assert not orchestra.is_current(home.path, api)
     after = orchestra.reload_codebases(home.path, before, [API])
@@ -2967,7 +2972,7 @@ def test_what_codebases_share_is_read_once_and_kept_once(home: Home, monkeypatch
         assert [a is b for a, b in zip(one.layers, other.layers)][:4] == [True] * 4
     put_files(home.projects, {"shop/web.yaml": "name: web\n"})
     again = orchestra.load_registry(home.path, before)
-    assert again == home.registry() and again.codebases[WEB] != before.codebases[WEB]
+    assert what_is_known(again) == what_is_known(home.registry()) and again.codebases[WEB] != before.codebases[WEB]
     assert again.codebases[API] is before.codebases[API]
 
 
@@ -3043,21 +3048,6 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
     lost = "no file {} beside this one or in the registry's root"
     expected = [f"include[{i}]: {lost.format(name)}" for i, name in enumerate(["a.md", "b.md", "a.md"])]
     assert [problem.partition("yaml:")[2].partition(": ")[2] for problem in home.problems()] == expected
-
-
-def test_a_file_that_was_gone_while_its_codebase_was_read_is_lost_though_it_is_back(home: Home) -> None:
-    put_files(home.projects, {"all.yaml": "include: [python.md]\n", "python.md": "x", "shop/api.md": "x"})
-    home.make_codebase()
-    old = home.registry().codebases[API]
-    for name in ("all.yaml", "shop/api.md"):
-        text = (home.projects / name).read_text()
-        (home.projects / name).unlink()
-        new = home.registry().codebases[API]
-        assert orchestra.has_lost_file(home.path, old, new)
-        put_files(home.projects, {name: text})
-        assert orchestra.has_lost_file(home.path, old, new)
-    put_files(home.projects, {"all.yaml": "notes: [no include]\n"})
-    assert not orchestra.has_lost_file(home.path, old, home.registry().codebases[API])
 
 
 @pytest.mark.parametrize(
@@ -3339,7 +3329,7 @@ def test_reading_only_what_changed_gives_what_reading_all_gives(home: Home, chan
         else:
             write(label, values)
     after = orchestra.reload_codebases(home.path, before, [tuple(label.split("/")) for label in changes])
-    assert after == home.registry()
+    assert what_is_known(after) == what_is_known(home.registry())
 
 
 def test_a_codebase_whose_file_was_just_renamed_keeps_its_folder(home: Home) -> None:
@@ -9046,42 +9036,44 @@ def test_a_key_whose_window_is_ended_fires_at_its_next_note() -> None:
     assert debouncer.take_due() == {"api"}
 
 
+STAMP = orchestra.Stamp(*range(5))
+
+
 def test_a_suspect_is_looked_at_again_after_pauses_that_double() -> None:
     clock = Clock(0)
     suspects = orchestra.Suspects(0.5, clock)
-    for _ in range(2):  # the second time all begins anew
-        started = clock.now
-        suspects.add(["api"])
-        looks = []
-        while True:
+    for found in ({"api": STAMP}, {"api": STAMP._replace(mtime=5)}):  # the second time all begins anew
+        started, looks = clock.now, []
+        suspects.add(found)
+        while not suspects.find_overdue():
             due = suspects.next_due()
-            assert due is not None and suspects.take_due() == (set(), set())
+            assert due is not None and suspects.take_due() == set()
             clock.now = due
             looks.append(round((clock.now - started) * 1000))
-            taken, overdue = suspects.take_due()
+            taken = suspects.take_due()
             assert taken == {"api"} == set(suspects) and suspects.next_due() is None
-            if overdue:
-                break
-            suspects.add(taken)
+            suspects.add(found)
             suspects.discard_unrenewed(taken)
-        assert overdue == {"api"} and looks == [4, 8, 16, 32, 64, 128, 256, 500]
-        suspects.discard_unrenewed(taken)
-        assert set(suspects) == set()
+        assert suspects.find_overdue() == found and looks == [4, 8, 16, 32, 64, 128, 256, 500]
+    clock.now = suspects.next_due() or 0  # if it does not count yet, nor does it make the loop spin
+    assert (round((clock.now - started) * 1000), suspects.take_due()) == (1000, {"api"})
+    suspects.discard_unrenewed(["api"])
+    assert set(suspects) == set()
 
 
 def test_an_event_has_a_suspect_looked_at_soon_but_not_for_longer() -> None:
     clock = Clock(0)
     suspects = orchestra.Suspects(0.5, clock)
-    suspects.add(["api", "web"])
+    suspects.add({"api": STAMP, "web": STAMP})
     clock.now = 0.1
-    suspects.add(["api"])
-    assert suspects.take_due() == ({"web"}, set())
+    suspects.add({"api": STAMP})
+    assert suspects.take_due() == {"web"}
     suspects.discard_unrenewed(["web"])
     suspects.discard(["api"])
     assert (set(suspects), suspects.next_due()) == (set(), None)
-    suspects.add(["web"])
+    suspects.add({"web": STAMP})
     clock.now = 0.7  # the loop was kept from looking
-    assert suspects.take_due() == ({"web"}, {"web"})
+    assert (suspects.take_due(), suspects.find_overdue()) == ({"web"}, {"web": STAMP})
 
 
 def test_keys_are_debounced_independently() -> None:
@@ -10173,9 +10165,10 @@ def test_a_file_that_may_be_cut_short_is_no_problem_at_first(
     else:
         live.file().write_text(f"name: api\npath: {live.code}/shop/api\nnotes: [sec")
     cache, outcome = run_watcher_job(live, cache, "api")
-    assert outcome.suspects == {API} and outcome.summary.errors == [] and cache.problems == []
-    cache, outcome = run_watcher_job(live, cache, "api", overdue=["api"])
-    assert outcome.suspects == set() and len(cache.problems) == 1
+    assert list(outcome.suspects) == [str(live.file())]
+    assert outcome.summary.errors == [] and cache.problems == []
+    cache, outcome = run_watcher_job(live, cache, "api", overdue=outcome.suspects)
+    assert outcome.suspects == {} and len(cache.problems) == 1
 
 
 def test_a_codebase_whose_path_is_cut_short_is_passed_over(live: Home) -> None:
@@ -10186,7 +10179,7 @@ def test_a_codebase_whose_path_is_cut_short_is_passed_over(live: Home) -> None:
         cache, outcome = run_watcher_job(live, cache, "api")
         assert (cache.problems, outcome.summary.errors, outcome.summary.codebases) == ([], [], [])
         assert cache.absent == {API}
-    assert outcome.suspects == {API}
+    assert list(outcome.suspects) == [str(live.file())]
     for text in ("name: {}\n", "name: {}\npath: ["):  # two without a path
         for name in ("api", "web"):
             live.file(f"shop/{name}").write_text(text.format(name))
@@ -10194,7 +10187,8 @@ def test_a_codebase_whose_path_is_cut_short_is_passed_over(live: Home) -> None:
         assert cache.problems == [] and cache.absent == {API, ("shop", "web")}
     live.file("shop/web").unlink()
     live.save(note="whole")
-    cache, outcome = run_watcher_job(live, cache, "api", "web", overdue=["web"])
+    overdue = {str(file): orchestra.Stamp.at(str(file)) for file in (live.file(), live.file("shop/web"))}
+    cache, outcome = run_watcher_job(live, cache, "api", "web", overdue=overdue)
     assert live.has("whole") and cache.absent == set()
 
 
@@ -10203,9 +10197,9 @@ def test_a_broken_file_that_is_saved_again_is_a_suspect_though_it_is_as_broken_a
     cache = orchestra.RegistryCache.load(live.path)
     live.file().write_text("# two")
     cache, outcome = run_watcher_job(live, cache, "other")
-    assert outcome.suspects == {("shop", "other")}
+    assert list(outcome.suspects) == [str(live.file("shop/other"))]
     cache, outcome = run_watcher_job(live, cache, "api")
-    assert outcome.suspects == {API} and len(cache.problems) == 1
+    assert list(outcome.suspects) == [str(live.file())] and len(cache.problems) == 1
 
 
 def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
@@ -10223,11 +10217,82 @@ def test_registry_cache_reload_updates_changed_codebase(live: Home) -> None:
     assert live.has("two") and live.read("shop/web") == ""
 
 
-def run_watcher_job(live: Home, cache: orchestra.RegistryCache, *names: str, overdue: Any = ()) -> Any:
+LAYER_FILES = {
+    name: "notes: [{}]\n" if name.endswith(".yaml") else "- {}\n"
+    for stem in ("all", "shop/project", "shop/api")
+    for name in (f"{stem}.yaml", f"{stem}.md", f"{stem}.local.yaml", f"{stem}.local.md")
+    if name != "shop/api.yaml"
+}
+
+
+WAYS_TO_GO: dict[str, Callable[[Path], Any]] = {"gone": Path.unlink, "emptied": lambda file: file.write_text("")}
+
+
+def lose_again(file: Path, text: str, lose: Callable[[Path], Any]) -> None:
+    """Write a file and lose it until that can be told by the time of the disk."""
+    stamp = orchestra.Stamp.at(str(file))
+    while orchestra.Stamp.at(str(file)) == stamp:
+        file.write_text(text)
+        lose(file)
+
+
+@pytest.mark.parametrize("lose", WAYS_TO_GO.values(), ids=WAYS_TO_GO)
+@pytest.mark.parametrize("name", LAYER_FILES)
+def test_each_layer_that_is_gone_or_empty_is_waited_for_by_itself(live: Home, name: str, lose: Any) -> None:
+    others = {other: text.format(f"in {other}") for other, text in LAYER_FILES.items() if other != name}
+    text, file = LAYER_FILES[name].format("mine"), live.projects / name
+    put_files(live.projects, {**others, name: text})
+    live.save()
+    cache = orchestra.RegistryCache.load(live.path)
+    everything = orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([orchestra.EVERYTHING]))
+    cache, _ = orchestra.run_job(live.path, cache, everything)
+
+    def lose_and_sync(overdue: Any = {}) -> Any:
+        nonlocal cache
+        before = live.read()
+        cache, outcome = orchestra.run_job(live.path, cache, everything._replace(overdue=overdue))
+        assert live.read() == before and live.has("mine") and outcome.summary.codebases == []
+        return outcome.suspects
+
+    overdue = {}
+    for other, whole in others.items():  # each is back when the next is gone
+        (live.projects / other).unlink()
+        overdue.update(lose_and_sync(overdue))
+        put_files(live.projects, {other: whole})
+    lose(file)
+    suspects = lose_and_sync(overdue)
+    assert list(suspects) == [str(file)]
+    lose_again(file, text, lose)
+    suspects = lose_and_sync(suspects)
+    (live.projects / other).unlink()
+    assert set(lose_and_sync(suspects)) == {str(file), str(live.projects / other)}
+    put_files(live.projects, {other: whole})
+    cache, outcome = orchestra.run_job(live.path, cache, everything._replace(overdue=lose_and_sync()))
+    assert outcome.suspects == {} and "mine" not in live.read() and live.has("first")
+
+
+@pytest.mark.parametrize("lose", WAYS_TO_GO.values(), ids=WAYS_TO_GO)
+def test_a_layer_that_goes_after_its_codebase_was_read_takes_no_text_away(
+    live: Home, monkeypatch: Any, lose: Any
+) -> None:
+    put_files(live.projects, {"shop/api.md": "- old\n"})
+    live.save()
+    cache = orchestra.RegistryCache.load(live.path)
+    run_pipeline = orchestra.run_pipeline
+
+    def lose_and_sync(*args: Any, **options: Any) -> Any:
+        lose(live.projects / "shop/api.md")
+        return run_pipeline(*args, **options)
+
+    monkeypatch.setattr(orchestra, "run_pipeline", lose_and_sync)
+    put_files(live.projects, {"shop/api.md": "- new\n"})
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert live.has("new") and list(outcome.suspects) == [str(live.projects / "shop/api.md")]
+
+
+def run_watcher_job(live: Home, cache: orchestra.RegistryCache, *names: str, overdue: Any = {}) -> Any:
     changed = frozenset(("shop", name) for name in names)
-    job = orchestra.SyncJob(
-        orchestra.SyncTarget.codebase(), "watcher", None, changed, frozenset(("shop", name) for name in overdue)
-    )
+    job = orchestra.SyncJob(orchestra.SyncTarget.codebase(), "watcher", None, changed, overdue)
     return orchestra.run_job(live.path, cache, job)
 
 
@@ -10241,7 +10306,7 @@ def test_a_folder_stays_with_its_codebase_while_that_is_half_written_and_another
     replace(live.file("shop/two"), taken)
     cache, outcome = run_watcher_job(live, cache, "one", "two")
     replace(live.file("shop/one"), one)
-    cache, outcome = run_watcher_job(live, cache, "one", overdue=[key[1] for key in outcome.suspects])
+    cache, outcome = run_watcher_job(live, cache, "one", overdue=outcome.suspects)
     assert len(cache.problems) == 1  # both name the folder
     replace(live.file("shop/two"), two)
     cache, outcome = run_watcher_job(live, cache, "two")
@@ -10625,7 +10690,7 @@ FAILED = orchestra.SyncCodebaseResult("shop", "api", errors=(orchestra.Problem("
 @pytest.mark.parametrize("failure", [{"results": [FAILED]}, {"error": "the registry cannot be read"}], ids=str)
 def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: dict[str, Any]) -> None:
     clock = Clock()
-    schedule = orchestra.Schedule(clock)
+    schedule = orchestra.Schedule("/home", clock)
     schedule.note([FAILED.key])
     tries = []
     for _ in range(61):  # as when polling
@@ -10638,18 +10703,18 @@ def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: di
     assert tries == [0, 1, 31]
 
 
-def test_a_codebase_that_was_overdue_may_be_a_suspect_again() -> None:
-    clock, key = Clock(), API
-    schedule = orchestra.Schedule(clock)
+def test_a_file_that_was_overdue_may_be_a_suspect_again() -> None:
+    clock, found = Clock(), {orchestra.codebase_path("/home", API): STAMP}
+    schedule = orchestra.Schedule("/home", clock)
     for _ in range(2):
-        schedule.note([key])
+        schedule.note([API])
         job = schedule.take_job()
-        assert job is not None and (job.changed, job.overdue) == ({key}, set())
+        assert job is not None and (job.changed, job.overdue) == ({API}, {})
         assert schedule.take_job() is None  # while one runs
-        schedule.finish(orchestra.JobOutcome(job, suspects=frozenset([key])))
+        schedule.finish(orchestra.JobOutcome(job, suspects=found))
         clock.now += orchestra.DEBOUNCE_WINDOW
         job = schedule.take_job()
-        assert job is not None and (job.changed, job.overdue) == ({key}, {key})
+        assert job is not None and (job.changed, job.overdue) == ({API}, found)
         schedule.finish(orchestra.JobOutcome(job))
         assert schedule.next_due() is None
         clock.now += orchestra.DEBOUNCE_WINDOW
@@ -15940,7 +16005,7 @@ class History(Home):
         job = orchestra.SyncJob(scoped, "watcher" if scope else "start", changed=keys)
         cache, outcome = orchestra.run_job(home, cache, job)
         if outcome.suspects:
-            again = job._replace(overdue=outcome.suspects, changed=outcome.suspects)
+            again = job._replace(overdue=outcome.suspects)
             cache, outcome = orchestra.run_job(home, cache, again)
         if home == self.path:
             self.cache = cache
