@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """The tests of orchestra.py.
 
-    python3 test_orchestra.py [bench | soak] [pytest's arguments]
+    python3 test_orchestra.py [bench [peers] | soak] [pytest's arguments]
 
 Runs on Python 3.9 or newer; where pytest or PyYAML is missing, a virtual environment
 is made beside this file. `bench` prints a table of measurements instead, taken in
 ORCHESTRA_BENCH_IN (ORCHESTRA_MOST=1000 leaves out the largest registry,
-ORCHESTRA_IDLE=20 shortens the idle watch); `soak` runs the tests that take minutes:
+ORCHESTRA_IDLE=20 shortens the idle watch); `bench peers` compares Orchestra with other
+programs of its kind, which npm fetches; `soak` runs the tests that take minutes:
 ORCHESTRA_SOAK seconds each, the long run ORCHESTRA_LONG_RUN; ORCHESTRA_SEED=N repeats
 what a failure names.
 
@@ -40,7 +41,8 @@ Contents
   The README               What it tells people to type, typed in four shells, and what
                            it shows. A new section is a row of PASTED or of ELSEWHERE.
   Benchmarks               Figures, each beside a yardstick of the same minute. A new
-                           one is a bench_ function that measure_all calls.
+                           one is a bench_ function that measure_all calls, another
+                           program to compare with a row of PEERS.
 """
 
 from __future__ import annotations
@@ -19175,29 +19177,287 @@ def measure_all(make: Callable[..., Bench]) -> Iterator[Row]:
         yield from bench_sync(make(MOST_CODEBASES), 1)
 
 
-@pytest.mark.bench
-def test_print_the_figures(bare_python: str) -> None:
+def print_table(measured: Iterator[Row], conclude: Callable[[Sequence[Row]], Iterable[Row]]) -> None:
+    """Print what is measured, even if a later measurement fails."""
     rows: list[Row] = []
     started = time.monotonic()
+    try:
+        rows.extend(measured)
+    finally:
+        took = f"Figures are medians, from a run of {time.monotonic() - started:.0f} s."
+        print(f"{took}\n\n{format_table([*rows, *conclude(rows)])}")
+
+
+@pytest.mark.bench
+def test_print_the_figures(bare_python: str) -> None:
     with tempfile.TemporaryDirectory(prefix="orb", dir=BENCH_FOLDER) as folder:
         print("\n" + describe_machine(folder))
-        try:
-            for row in measure_all(functools.partial(Bench, folder, bare_python)):
-                rows.append(row)
-        finally:
-            took = f"Figures are medians, from a run of {time.monotonic() - started:.0f} s."
-            print(f"{took}\n\n{format_table([*rows, *growths(rows)])}")
+        print_table(measure_all(functools.partial(Bench, folder, bare_python)), growths)
+
+
+# Peers: other programs that write agents' files, the yardsticks of `bench peers`
+
+PEER_FILES = "CLAUDE.md", "AGENTS.md"
+PEER_COUNTS = 1, 50  # of repositories
+PEER_ROUNDS = 5  # of pairs; one where a peer has to be run in each of many repositories
+FIRST_NOTE = "As it was at first"
+OLDEST_NODE, NODE = 22, "node@22.23.3"  # what the peers need; fetched where the machine's is older
+# A small process runs what is measured: a child's peak begins with its parent's memory.
+RUN_EACH = """
+import json, os, sys, time
+null, peak, started = os.open(os.devnull, os.O_RDWR), 0, time.perf_counter()
+for folder, argv in json.loads(sys.argv[1]):
+    pid = os.fork()
+    if not pid:
+        for number in range(3):
+            os.dup2(null, number)
+        os.chdir(folder)
+        os.execv(argv[0], argv)
+    peak = max(peak, os.wait4(pid, 0)[2].ru_maxrss)
+print(time.perf_counter() - started, peak * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+class Peer(NamedTuple):
+    """A program, told to write PEER_FILES and nothing else."""
+
+    name: str
+    package: str  # on npm
+    program: str  # below node_modules
+    sources: dict[str, str]  # of a repository
+    run: str  # in a repository, or beside a shared source
+    run_all: str = ""  # in the folder above; where there is none, `run` in each
+    watch: str = ""  # where `run` is run
+    shared: bool = False  # one source, in the folder above, for all repositories
+
+
+RULESYNC = "generate --silent --targets claudecode,codexcli --features rules"
+RULESYNC_ALL = f"{RULESYNC} --output-roots {{roots}}"
+RULESYNC_SOURCES = {".rulesync/rules/rules.md": "---\nroot: true\n---\n{rules}"}
+RULESYNC_ON_NPM = "rulesync@17.0.0", "rulesync/dist/cli/index.js", RULESYNC_SOURCES
+RULER = "apply --agents claude,codex --local-only --no-mcp --no-skills --no-gitignore --no-backup"
+RULER_ON_NPM = "@intellectronica/ruler@0.3.44", "@intellectronica/ruler/dist/cli/index.js"
+AI_RULEZ = 'version: "4.0"\nname: shop\npresets: [claude, codex]\nbuiltins: false\ngitignore: false\n'
+AI_RULEZ_SOURCES = {".ai-rulez/config.yaml": AI_RULEZ, ".ai-rulez/rules/rules.md": "{rules}"}
+AI_RULEZ_ON_NPM = "ai-rulez@4.11.5", "ai-rulez/bin/ai-rulez-bin", AI_RULEZ_SOURCES  # fetched by its first start
+PEERS = (
+    Peer("rulesync", *RULESYNC_ON_NPM, RULESYNC, watch=f"{RULESYNC} --watch"),
+    Peer("rulesync with one source", *RULESYNC_ON_NPM, RULESYNC_ALL, watch=f"{RULESYNC_ALL} --watch", shared=True),
+    Peer("ruler", *RULER_ON_NPM, {".ruler/AGENTS.md": "{rules}"}, RULER, f"{RULER} --nested"),
+    Peer("ai-rulez", *AI_RULEZ_ON_NPM, "generate --quiet", "generate --quiet --recursive"),
+)
+
+
+def peer_rules(note: str) -> str:
+    rules = (f"Rule {number} of the shop, money is integer cents and never a float" for number in range(30))
+    return "".join(f"- {rule}\n" for rule in (*rules, note))
+
+
+class PeerSide:
+    """A peer with its repositories."""
+
+    def __init__(self, peer: Peer, folder: str, modules: Path, node: str, count: int) -> None:
+        self.peer, self.folder = peer, Path(folder)
+        self.roots = [self.folder / f"r{number}" for number in range(count)]
+        self.changed = self.roots if peer.shared else self.roots[-1:]  # by an edit
+        self.places = [self.folder] if peer.shared else self.roots  # of the sources
+        program = str(modules / peer.program)
+        self.program = [node, program] if program.endswith(".js") else [program]
+        self.environ = {**os.environ, "HOME": folder}
+
+    def prepare(self) -> None:
+        """Make the repositories anew, with nothing but the sources."""
+        if self.folder.exists():
+            self.folder.rename(tempfile.mkdtemp(dir=self.folder.parent))
+        for root in self.roots:
+            root.mkdir(parents=True)
+        for place in self.places:
+            self.edit(FIRST_NOTE, place)
+
+    def edit(self, note: str, place: Optional[Path] = None) -> None:
+        for name, text in self.peer.sources.items():
+            file = (place or self.places[-1]) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace(file, text.replace("{rules}", f"# Rules\n\n{peer_rules(note)}"))
+
+    def command(self, words: str) -> list[str]:
+        return [*self.program, *words.format(roots=",".join(root.name for root in self.roots)).split()]
+
+    def commands(self) -> list[tuple[str, list[str]]]:
+        """Return what writes all files: commands, each with the folder to run it in."""
+        run, places = self.peer.run, self.places
+        if len(self.roots) > 1 and self.peer.run_all:
+            run, places = self.peer.run_all, [self.folder]
+        return [(str(place), self.command(run)) for place in places]
+
+    def start(self, words: str) -> subprocess.Popen[bytes]:
+        nothing: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        return subprocess.Popen(self.command(words), cwd=self.places[-1], env=self.environ, **nothing)
+
+    @contextmanager
+    def watched(self) -> Iterator[int]:
+        """Run the watch mode, begin when it has seen an edit, and yield its pid; 0 without one."""
+        if not self.peer.watch:
+            yield 0
+            return
+        with self.start(self.peer.watch) as process:
+            try:
+                tries = itertools.count()
+                wait_until(lambda: edit_to_file(self, f"Begin {next(tries)}", deadline=2) < 2)
+                yield process.pid
+            finally:
+                process.kill()
+
+
+class OrchestraSide(Bench):
+    """Orchestra as installed, with the peers' rules: in each registry file, or in all.yaml."""
+
+    def __init__(self, folder: str, python: str, count: int, shared: bool) -> None:
+        os.mkdir(folder)
+        self.shared = shared
+        super().__init__(folder, python, count)
+        self.roots = [self.code / label for label in self.labels]
+        self.changed = self.roots if shared else self.roots[-1:]
+        self.environ = self.variables()
+        self.measure("sync", "--all")
+
+    def text(self, label: str = "", note: str = "") -> str:
+        rules = "" if self.shared else f"conventions:\n{peer_rules(note)}"
+        return f"name: {label.split('/')[1]}\npath: {self.code / label}\ntargets: [claude, codex]\n{rules}"
+
+    def prepare(self) -> None:
+        self.forget_syncs()
+        self.edit(FIRST_NOTE)
+
+    def edit(self, note: str) -> None:
+        if self.shared:
+            replace(self.projects / "all.yaml", f"conventions:\n{peer_rules(note)}")
+        else:
+            self.save(self.labels[-1], note)
+
+    def commands(self) -> list[tuple[str, list[str]]]:
+        return [(str(self.folder), [self.binary, "sync", "--all"])]
+
+
+def is_told(roots: Sequence[Path], note: str) -> bool:
+    rules, files = peer_rules(note), (root / name for root in roots for name in PEER_FILES)
+    return all(file.exists() and rules in file.read_text() for file in files)
+
+
+def run_each(side: PeerSide | OrchestraSide) -> tuple[float, float]:
+    """Run what writes all files; return the seconds, and the peak memory of the largest process."""
+    argv = [sys.executable, "-I", "-S", "-c", RUN_EACH, json.dumps(side.commands())]
+    done = subprocess.run(argv, env=side.environ, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    seconds, peak = map(float, done.stdout.split())
+    return seconds, peak
+
+
+def edit_to_file(side: PeerSide | OrchestraSide, note: str, run: str = "", deadline: float = 60) -> float:
+    """Measure from a save to files that agree; `run` is a command for right after the save."""
+    time.sleep(WINDOW * 1.2)
+    last = side.changed[-1] / PEER_FILES[-1]
+    old, started = last.stat().st_mtime_ns, time.perf_counter()
+    side.edit(note)
+    if run and isinstance(side, PeerSide):
+        side.start(run).wait()
+    # Looked at cheaply while they wait, for what is measured needs the processor.
+    while last.stat().st_mtime_ns == old or not is_told(side.changed, note):
+        if time.perf_counter() > started + deadline:
+            break
+        time.sleep(0.0002)
+    return time.perf_counter() - started
+
+
+def compare(side: PeerSide, ours: OrchestraSide) -> Iterator[Row]:
+    """Measure in pairs: the peer, Orchestra, the peer ..."""
+    peer, count, runs = side.peer, len(side.roots), len(side.commands())
+
+    def row(work: str, how: str, theirs: Sequence[float], own: Sequence[float], aim: str = "0.20 ×") -> Row:
+        form = format_seconds if aim == "0.20 ×" else format_bytes
+        told = f"{peer.name}{how}: {form(statistics.median(theirs))}"
+        ratio = statistics.median(mine / their for mine, their in zip(own, theirs))
+        return Row(work, count, form(statistics.median(own)), aim, told, ratio)
+
+    how = "" if count == 1 else ", one run" if runs == 1 else f", {runs} runs"
+    for work in ("first run", "unchanged run"):
+        pairs = []
+        for _ in range(PEER_ROUNDS if runs == 1 else 1):
+            if work == "first run":
+                side.prepare()
+                ours.prepare()
+            pairs.append((run_each(side), run_each(ours)))
+        assert is_told(ours.roots, FIRST_NOTE)
+        if not is_told(side.roots, FIRST_NOTE):
+            yield Row("not measured", count, "", "", f"{peer.name}: does not run, or does not write the rules")
+            return
+        (theirs, peaks), (own, own_peaks) = (zip(*column) for column in zip(*pairs))
+        yield row(work, how, theirs, own)
+        yield row(f"{work}: peak memory", how, peaks, own_peaks, "0.25 ×")
+    with side.watched() as pid, ours.watched():
+        run, how = ("", ", watching") if pid else (peer.run, ", its command run at once")
+        notes = [f"Edit {number}" for number in range(PEER_ROUNDS)]
+        times = [(edit_to_file(side, note, run), edit_to_file(ours, note)) for note in notes]
+        yield row("edit to file", how, *zip(*times))
+        if pid:
+            yield row("memory after the edits", how, [memory_of(pid)], [memory_of(ours.pid)], "0.25 ×")
+
+
+def install_peers(folder: Path) -> tuple[str, Path]:
+    """Have npm fetch them; return a Node that is new enough, and node_modules."""
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if not npm or not node:
+        pytest.exit("bench peers: needs npm and Node (Debian: apt install npm; macOS: brew install node)", 2)
+    version = subprocess.check_output([node, "--version"], text=True)
+    packages = {peer.package for peer in PEERS} | ({NODE} if int(version[1:].split(".")[0]) < OLDEST_NODE else set())
+    argv = [npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--fetch-retries=0", *packages]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        why = " ".join(re.findall(r"(?m)^npm (?:error|ERR!) (.*)", done.stderr)[:3])
+        pytest.exit(f"bench peers: npm could not fetch the other programs: {why}", 2)
+    modules = folder / "node_modules"
+    node = str(modules / "node/bin/node") if NODE in packages else node
+    # ai-rulez fetches its program when it is first started.
+    subprocess.run([node, modules / ".bin/ai-rulez", "--version"], check=False, capture_output=True, timeout=120)
+    return node, modules
+
+
+def measure_peers(folder: str, python: str, node: str, modules: Path) -> Iterator[Row]:
+    kinds = [*((count, False) for count in PEER_COUNTS), (PEER_COUNTS[-1], True)]
+    ours = {kind: OrchestraSide(f"{folder}/o{number}", python, *kind) for number, kind in enumerate(kinds)}
+    for number, (peer, kind) in enumerate(itertools.product(PEERS, kinds)):
+        if kind[1] == peer.shared:
+            yield from compare(PeerSide(peer, f"{folder}/p{number}", modules, node, kind[0]), ours[kind])
+
+
+def rows_ahead(rows: Sequence[Row]) -> Iterator[Row]:
+    compared = [row.ratio for row in rows if row.ratio is not None]
+    yield Row(
+        "rows in which a peer is ahead", None, f"{sum(ratio > 1 for ratio in compared)} of {len(compared)} measured"
+    )
+
+
+@pytest.mark.peers
+def test_print_the_figures_beside_the_peers(bare_python: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="orb", dir=BENCH_FOLDER) as folder:
+        node, modules = install_peers(Path(folder, "npm"))
+        version = subprocess.check_output([node, "--version"], text=True).strip()
+        packages = ", ".join(dict.fromkeys(peer.package for peer in PEERS))
+        print(f"\n{describe_machine(folder)}\nNode {version}, {packages}")
+        print_table(measure_peers(folder, bare_python, node, modules), rows_ahead)
 
 
 def pytest_arguments(argv: Sequence[str]) -> list[str]:
-    """Let a first word `bench` or `soak` choose what a normal run leaves out."""
-    if argv[:1] in (["bench"], ["soak"]):
+    """Let first words `bench`, `bench peers` or `soak` choose what a normal run leaves out."""
+    if argv[:2] == ["bench", "peers"]:
+        argv = argv[1:]
+    if argv[:1] in (["bench"], ["peers"], ["soak"]):
         return ["-m", argv[0], "-s", "-q", *argv[1:]]
     return list(argv)
 
 
 def test_bench_and_soak_choose_what_a_normal_run_leaves_out() -> None:
     assert pytest_arguments(["bench", "-x"]) == ["-m", "bench", "-s", "-q", "-x"]
+    assert pytest_arguments(["bench", "peers", "-x"]) == ["-m", "peers", "-s", "-q", "-x"]
     assert pytest_arguments(["soak"]) == ["-m", "soak", "-s", "-q"]
     assert pytest_arguments(["-k", "bench"]) == ["-k", "bench"]
     assert pytest_arguments([]) == []
