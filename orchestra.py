@@ -6915,8 +6915,8 @@ GENERATED = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|dir
 class Draft(NamedTuple):
     """What to register of a folder, and what `init` prints about it.
 
-    `targets` is empty if nothing there says which; then `defaults` are taken, unless a
-    layer has some. `found` is printed as results, `notes` as notes.
+    `targets` is empty if nothing there says which; then `defaults` are taken. Where a
+    layer says some, neither counts. `found` is printed as results, `notes` as notes.
     """
 
     description: str
@@ -6976,9 +6976,21 @@ def count_commands(text: str) -> int:
     return len(found)
 
 
-def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
+def find_written(root: str) -> set[str]:
+    """Find the agents that already have Orchestra's text there, from any registry."""
+    found = set()
+    for agent in AGENTS.values():
+        with suppress(IoError, SyncError):
+            data = read_disk(f"{root}/{agent.path}", 1 << 20).data
+            if re.search(BANNER_LINE, data) if agent.owned else find_block(data):
+                found.add(agent.target)
+    return found
+
+
+def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) -> tuple[str, ...]:
     """Find the agents whose instruction files are there.
 
+    Those that Orchestra has `written` for stay; then no traces of others count.
     One is left out if its file imports AGENTS.md, or is a link to another's file: it
     reads the text there, and would read it twice. So is one whose new file would hide
     the user's own. Where the user's own text is, the agent's target with a file of
@@ -7006,9 +7018,11 @@ def find_targets(root: str, texts: Mapping[str, str]) -> tuple[str, ...]:
     targets: dict[str, None] = {}
     for agent in AGENTS.values():
         is_imported = agent.path == "AGENTS.md" and bool(importing)
-        is_used = any(map(has, agent.traces)) and not hides_own(agent.path)
+        is_used = not written and any(map(has, agent.traces)) and not hides_own(agent.path)
         is_there = is_imported or has(agent.path) or is_used
-        if is_there and agent.target not in importing and not is_link(agent.path):
+        if agent.target in written:
+            targets[agent.target] = None
+        elif is_there and agent.target not in importing and not is_link(agent.path):
             has_text = any(path in texts for path in (agent.path, *agent.twins))
             targets[owned.get(agent.path, agent.target) if has_text else agent.target] = None
     return tuple(targets)
@@ -7028,16 +7042,16 @@ def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
 
 def make_draft(root: str, found: Detected) -> Draft:
     """Draft what to register of a folder in which something was detected."""
-    texts = read_own_texts(root)
-    targets = find_targets(root, texts)
+    texts, written = read_own_texts(root), find_written(root)
+    targets = find_targets(root, texts, written)
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
     shown = [found.description, found.built_with, found.packages, *found.commands]
     if most and counts[most] >= SPOKEN:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
-        silent = (t for t in targets if not AGENTS[t].owned or any(twin in texts for twin in AGENTS[t].twins))
-        targets = tuple(silent) or targets
+        beside = {target for target in targets if any(twin in texts for twin in AGENTS[target].twins)}
+        targets = tuple(t for t in targets if not AGENTS[t].owned or t in beside or t in written) or targets
     paragraphs = [found.description and found.description.text]
     paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
     paragraphs += [found.packages and f"Packages: {found.packages.text}."]
@@ -12350,7 +12364,7 @@ class Registration(NamedTuple):
         draft = make_draft(self.path, detected)
         targets: Optional[tuple[str, ...]] = draft.targets
         source = "already used in this folder"
-        if not targets and base.targets is not None:
+        if base.targets is not None:  # the user has decided
             paths = [at.path for at in base.layers if at.said.targets is not None]
             targets, source = None, f"from {os.path.basename(paths[-1])}.yaml"
         elif not targets:

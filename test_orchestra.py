@@ -4638,6 +4638,9 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         assert {found.name for found in draft.found} >= {"description", "built with", "test"}
 
 
+OWN = f"---\nx: y\n---\n\n{orchestra.BANNER.format(seal='1a2b3c4d')}\n\n# x\n"
+
+
 @pytest.mark.parametrize(
     ("files", "targets"),
     [
@@ -4667,7 +4670,7 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude-rules",)),
         (
             {"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"},
-            ("claude-rules", "codex"),
+            ("claude", "codex"),
         ),
         ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
         ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude-rules",)),
@@ -4675,7 +4678,15 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
         # A file of the user's is not touched where the agent reads another.
         ({"CLAUDE.md": "x", "AGENTS.md": "x", "GEMINI.md": "x"}, ("claude-rules", "codex", "gemini")),
         ({".claude/CLAUDE.md": "x", ".claude/rules/a.md": "x", COPILOT: "x"}, ("claude-rules", "copilot-rules")),
+        # Orchestra's own text means its target, whatever of the user's is beside it.
         ({"CLAUDE.md": block().decode(), COPILOT: block().decode()}, ("claude", "copilot")),
+        ({"CLAUDE.md": f"x\n{block().decode()}", COPILOT: f"{block().decode()}\nx"}, ("claude", "copilot")),
+        ({"CLAUDE.md": block().decode(), ".claude/CLAUDE.md": "x", ".cursor/rules/a.mdc": "x"}, ("claude",)),
+        ({"CLAUDE.md": f"@AGENTS.md\n{block().decode()}", "AGENTS.md": block().decode()}, ("claude", "codex")),
+        ({"CLAUDE.md": block().decode(), ".claude/rules/orchestra.md": OWN}, ("claude", "claude-rules")),
+        ({"CLAUDE.md": "x", "AGENTS.md": block().decode(), CURSOR: OWN}, ("claude-rules", "codex", "cursor")),
+        ({"AGENTS.md": block().decode(), "CLAUDE.md": link_to("AGENTS.md"), ".roorules": "x"}, ("codex",)),
+        ({"CLAUDE.md": f"x\n{BEGIN.decode()}\n", ".roorules": "x"}, ("claude-rules", "roo")),
         # No new file is to hide one of the user's.
         ({".junie/guidelines.md": "x", "AGENTS.md": "x"}, ("codex",)),
         ({".junie/AGENTS.md": "x", "AGENTS.md": "x"}, ("codex", "junie")),
@@ -4684,7 +4695,9 @@ def test_nothing_is_drafted_where_the_user_has_told_the_commands(home: Home, fil
 )
 def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any, targets: tuple[str, ...]) -> None:
     put_files(home.code, files)
-    assert orchestra.find_targets(str(home.code), orchestra.read_own_texts(str(home.code))) == targets
+    root = str(home.code)
+    texts, written = orchestra.read_own_texts(root), orchestra.find_written(root)
+    assert orchestra.find_targets(root, texts, written) == targets
 
 
 def test_a_file_of_orchestras_own_is_not_made_only_to_say_nothing(home: Home) -> None:
@@ -4692,6 +4705,7 @@ def test_a_file_of_orchestras_own_is_not_made_only_to_say_nothing(home: Home) ->
         ({"AGENTS.md": SPEAKING, ".cursorrules": "x", "GEMINI.md": ""}, ("codex", "gemini")),
         ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude-rules",)),
         ({"AGENTS.md": "x", ".cursorrules": "x"}, ("codex", "cursor")),
+        ({"AGENTS.md": SPEAKING, CURSOR: OWN}, ("codex", "cursor")),
     ):
         root = Path(tempfile.mkdtemp(dir=home.code))
         put_files(root, files)
@@ -13576,11 +13590,24 @@ def test_init_writes_a_path_below_the_home_with_a_tilde(home: Home, spelling: st
     assert "is already registered" in home.run_fine("init", path, "-p", "shop").out
 
 
-def test_init_takes_the_targets_its_project_names(home: Home) -> None:
-    home.write_registry("shop/project.yaml", "name: shop\ntargets: [gemini]\n")
+@pytest.mark.parametrize("layer", ["all.yaml", "shop/project.yaml", "shop/project.local.yaml"])
+def test_init_takes_the_targets_that_a_layer_names(home: Home, layer: str) -> None:
+    home.write_registry(layer, "targets: [gemini]\n")
+    put_files(home.code, {"CLAUDE.md": "mine\n", ".cursorrules": "x"})
     ran = home.run_fine("init", str(home.code), "-p", "shop", "--sync")
-    assert "targets: gemini (from project.yaml)" in ran.out
-    assert os.listdir(home.code) == ["GEMINI.md"]
+    assert f"targets: gemini (from {os.path.basename(layer)})" in ran.out
+    assert "targets" not in home.file("shop/code").read_text()
+    assert sorted(contents(home.code)) == [".cursorrules", "CLAUDE.md", "GEMINI.md"]
+
+
+def test_init_in_a_clone_takes_the_targets_that_its_files_were_written_for(home: Home) -> None:
+    targets = ["claude", "codex", "cursor", "copilot"]
+    files = {"CLAUDE.md": "mine\n", "AGENTS.md": SPEAKING, COPILOT: "mine\n"}
+    root = home.make_synced("shop/api", files, targets=targets)
+    shutil.copytree(root, home.code / "clone")
+    ran = home.run_fine("init", str(home.code / "clone"), "-p", "shop", "--sync")
+    assert "targets:  claude, codex, copilot, cursor (already used in this folder)" in ran.out
+    assert contents(home.code / "clone").keys() == contents(root).keys()
 
 
 # What an absent codebase's files say, and its local sister after its init.
