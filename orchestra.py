@@ -3420,6 +3420,19 @@ def find_keys(home: str) -> list[Key]:
     )
 
 
+def find_custom_targets(home: str) -> list[str]:
+    """List the custom targets of all files by how lines look: parsing takes long."""
+    root = projects_root(home)
+    found: set[str] = set()
+    for folder in (root, *(f"{root}/{project}" for project in names_in(root))):
+        for name in filter(lambda name: name.endswith(".yaml"), names_in(folder)):
+            with suppress(IoError):
+                data = read_disk(f"{folder}/{name}", 1 << 20).data
+                text = (b"\n" + data).partition(b"\ncustom_targets:")[2].decode("utf-8", "replace")
+                found.update(re.findall(r"""([\w.-]+)["']?:\s*\{?\s*(?:path|owns|header|limit):""", text))
+    return sorted(found)
+
+
 def listed_key(home: str, key: Key) -> Key:
     """Spell a codebase's project and name as the registry has them."""
     project = listed_name(projects_root(home), key[0])
@@ -12912,39 +12925,37 @@ def _spell(argument: Argument) -> str:
 # there are none, the shell completes files.
 
 COMPLETION = {
-    "bash": """\
-# In ~/.bashrc: eval "$(orchestra completion bash)"
+    "bash": r"""# In ~/.bashrc: eval "$(orchestra completion bash)"
 _orchestra() {
-    local word
+    local word typed=${COMP_WORDS[COMP_CWORD]} words=("${COMP_WORDS[@]//[\\\"\']/}")
     COMPREPLY=()
-    while IFS=$'\\t' read -r word _; do
-        printf -v word %q "$word"
+    while IFS=$'\t' read -r word _; do
+        [[ $typed == [\'\"]* && $word != *[\'\"\\\$\`\!]* ]] || printf -v word %q "$word"
         COMPREPLY+=("$word")
-    done < <("${COMP_WORDS[0]}" complete -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+    done < <("${COMP_WORDS[0]}" complete -- "${words[@]:1:COMP_CWORD}" 2>/dev/null)
 }
 complete -o default -F _orchestra orchestra
 """,
-    "zsh": """\
-#compdef orchestra
+    "zsh": r"""#compdef orchestra
 # In ~/.zshrc, after compinit: eval "$(orchestra completion zsh)"
 _orchestra() {
     local -a found
     local line word meaning
-    for line in "${(@f)$("${words[1]}" complete -- "${(@)words[2,CURRENT]}" 2>/dev/null)}"; do
-        word=${line%%$'\\t'*} meaning=${line#*$'\\t'}
-        [[ -n $word ]] && found+=("${word//:/\\\\:}${meaning:+:$meaning}")
+    for line in "${(@f)$("${words[1]}" complete -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)}"; do
+        word=${line%%$'\t'*} meaning=${line#*$'\t'}
+        word=${word//\\/\\\\} word=${word//:/\\:}
+        [[ -n $word ]] && found+=("$word${meaning:+:$meaning}")
     done
     if (( $#found )); then _describe orchestra found; else _files; fi
 }
 if [[ $funcstack[1] = _orchestra ]]; then _orchestra "$@"; else compdef _orchestra orchestra; fi
 """,
-    "fish": """\
-# In ~/.config/fish/config.fish: orchestra completion fish | source
+    "fish": r"""# In ~/.config/fish/config.fish: orchestra completion fish | source
 function __orchestra_complete
-    set -l words (commandline -opc) (commandline -ct)
+    set -l words (commandline -opc) (string unescape -- (commandline -ct); or commandline -ct)
     set -l found (command $words[1] complete -- $words[2..-1] 2>/dev/null)
     if set -q found[1]
-        printf '%s\\n' $found
+        printf '%s\n' $found
     else
         __fish_complete_path (commandline -ct)
     end
@@ -13523,7 +13534,7 @@ class Commands(NamedTuple):
         """List the registered names of a kind: the shortest, then the whole ones."""
         keys = find_keys(self.home) if kind in ("CODEBASE", "PROJECT") else []
         if kind == "TARGET":
-            return AGENTS
+            return [*AGENTS, *find_custom_targets(self.home)]
         if kind == "PROJECT":
             return sorted({project for project, _ in keys})
         return [*short_names(keys).values(), *(map(label_for, keys) if self.args.words[-1:] != [""] else ())]

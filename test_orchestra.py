@@ -13887,6 +13887,12 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
 # Completion
 
 NAMES = ["blog/web", "api", "shop/web"]  # as short as is unique
+CUSTOM_TARGETS = {  # in each way to write them
+    "all.local.yaml": "\n\n  crush:  \n    path: .crush/rules.md\n    header: |\n      ---\n      zap: x\n      ---\n",
+    "shop/project.local.yaml": " {zed: {path: a.md, owns: block}, 'zoo': {owns: file, path: b.md}}\r\n",
+    "shop/api.local.yaml": " {\n  z.1: {\n    path: a.md\n  }\n}\n",
+    "blog/web.local.yaml": "\n  z2: {path: a.md}\n  z3:\n    owns: file\n    path: zip.md\n",
+}
 
 
 @pytest.mark.parametrize(
@@ -13911,6 +13917,8 @@ NAMES = ["blog/web", "api", "shop/web"]  # as short as is unique
         ("status --project s", ["shop"]),
         ("sync --a", ["--all"]),
         ("sync --nope ", []),
+        ("show --target cru", ["crush"]),
+        ("show api --target z", ["z.1", "z2", "z3", "zed", "zoo"]),
         ("completion ", ["bash", "zsh", "fish"]),
         ("daemon logs --lines ", []),
     ],
@@ -13920,6 +13928,8 @@ def test_a_word_is_completed(home: Home, typed: str, expected: list[str]) -> Non
         home.write_registry(f"{label}.yaml", "{ broken")  # nothing is read
     for name in ("shop/project.yaml", "shop/.hidden.yaml", "shop/a\tb.yaml", "shop/notes.md", "all.yaml"):
         home.write_registry(name, "x")
+    for name, text in CUSTOM_TARGETS.items():
+        home.write_registry(name, f"custom_targets:{text}notes: [zip: 1]\n")
     found = [line.split("\t")[0] for line in home.run_fine("complete", "--", *typed.split(" ")).out.splitlines()]
     assert set(expected) <= set(found) if typed == "daemon " else found == expected
 
@@ -13942,7 +13952,7 @@ def on_path(machine: Machine) -> Machine:
     """A machine with the program on its PATH, and two registered codebases."""
     binary = machine.install_program()
     put_files(machine.home, {".local/bin/orchestra": link_to(binary)})
-    for label in ("shop/api", "shop/my web"):
+    for label in ("shop/api", "shop/my web", "shop/x\\$(y)"):
         machine.write_registry(f"{label}.yaml", "x")
     return machine
 
@@ -13959,13 +13969,18 @@ def needs_shell(name: str) -> Any:
         ("orchestra daemon", "un", ["uninstall"]),
         ("orchestra sync --all", "a", ["api"]),
         ("orchestra diff", "shop/m", ["shop/my web"]),
+        ("orchestra diff", "my\\ w", ["my web"]),
+        ("orchestra diff", '"my w', ["my web"]),
+        ("orchestra diff", "x", ["x\\$(y)"]),
         ("orchestra init -t", "m", ["mobile", "ml"]),
         ("orchestra sync", "--c", ["--check"]),
     ],
 )
 def test_a_shell_completes(on_path: Machine, shell: str, typed: str, word: str, offered: list[str]) -> None:
     found = offer(on_path, shell, typed, word)
-    assert sorted(text.replace("\\ ", " ") for text in found) == sorted(offered)
+    assert sorted(re.sub(r"\\(.)", r"\1", text) if shell == "bash" else text for text in found) == sorted(offered)
+    if "$" in offered[0] and shell == "bash":
+        assert found == offer(on_path, shell, typed, f'"{word}') == ["x\\\\\\$\\(y\\)"]  # not to be run by the shell
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
@@ -13974,7 +13989,8 @@ def test_zsh_completes(on_path: Machine) -> None:
     zsh = Tty(on_path, ["zsh", "-f", "-i"], PATH=path, PS1="READY$ ", ZDOTDIR=on_path.path)
     zsh.type('autoload -Uz compinit; compinit -u -D; eval "$(orchestra completion zsh)"\r', after="READY$ ")
     zsh.wait_for("READY$ ")
-    for typed, shown in (("orchestra stat\t", "status"), ("--ch\t", "--check"), ("a\t", "api")):
+    words = (("orchestra stat\t", "status"), ("--ch\t", "--check"), ("a\t", "api"))
+    for typed, shown in (*words, ("my\\ \t", "my\\ web"), ("x\t", "x\\\\\\$\\(y\\)")):
         zsh.type(typed)
         zsh.wait_for(shown)
     zsh.type("\x15exit\r")
