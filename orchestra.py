@@ -321,7 +321,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib
 
     spellings = {other.casefold(): other for other in known}
-    found = difflib.get_close_matches(word[:100].casefold(), spellings, 1)
+    found = difflib.get_close_matches(word[:100].casefold(), spellings, 1, cutoff=0.61)
     return spellings[found[0]] if found else ""
 
 
@@ -12820,9 +12820,8 @@ class CommandLine:
         args = SimpleNamespace(command=self.command, line=self)
         for argument in (*self.command.arguments, *COMMON):
             setattr(args, argument.name, [] if argument.nargs == "*" else argument.default)
-        if self.is_group and self.rest and not self.rest[0].startswith("-"):
-            problem = f'there is no command "{visible(self._longer_name)}"'
-            raise UsageError(problem + did_you_mean(self.rest[0], self.subcommands()), self.hint)
+        if self.is_group and self.rest:
+            self._refuse()
         try:
             positional = self._parse_options(args)
             if not args.help:
@@ -12830,6 +12829,17 @@ class CommandLine:
         except UsageError as error:
             raise UsageError(f"{self.name}: {error}".removeprefix(": "), self.hint) from None
         return args
+
+    def _refuse(self) -> None:
+        """Raise UsageError if what follows a group's name is none of its commands."""
+        first, *others = self.rest
+        if not first.startswith("-"):
+            known = [name for name in self.table if not self.name and name.endswith(f" {first}")]  # daemon start
+            like = did_you_mean(known[0] if known else first, known or [*self.subcommands(), *self.options])
+            raise UsageError(f'there is no command "{visible(self._longer_name)}"{like}', self.hint)
+        line = CommandLine(self.table, [*self.name.split(), *others])
+        if first in line.options and first not in self.options:
+            raise UsageError(f"{first} goes after the command", f"orchestra {line.name} {first}")
 
     @property
     def hint(self) -> str:

@@ -13853,6 +13853,12 @@ WRONG_LINES = {
     "project remove": "project remove: CODEBASE is missing\n  try: orchestra help project remove",
     "daemon logs --lines -1": "daemon logs: --lines: expected a whole number, 0 or more, got '-1'"
     "\n  try: orchestra help daemon logs",
+    "start": 'there is no command "start" (did you mean "daemon start"?)\n  try: orchestra help',
+    "version": 'there is no command "version" (did you mean "--version"?)\n  try: orchestra help',
+    "--all sync": "--all goes after the command\n  try: orchestra sync --all",
+    "project --json list": "--json goes after the command\n  try: orchestra project list --json",
+    "--jsno status": "there is no option --jsno\n  try: orchestra help",
+    "daemon list": 'there is no command "daemon list"\n  try: orchestra help daemon',
     "help syn": 'there is no command "syn" (did you mean "sync"?)\n  try: orchestra help',
 }
 
@@ -14409,6 +14415,7 @@ def test_codebases_are_names_or_paths(
     [
         ("diff apy", 'no codebase is called "apy" (did you mean "api"?)'),
         ("edit shp/api", 'no codebase is called "shp/api" (did you mean "shop/api"?)'),
+        ("status nope", 'no codebase is called "nope"'),  # although shop/e has three of its letters
         ("status --project shp", 'no project is called "shp" (did you mean "shop"?)'),
         ("sync {code}", "{code} is not in a registered codebase"),
         ("restore", "this folder is not in a registered codebase"),
@@ -14420,6 +14427,7 @@ def test_codebases_are_names_or_paths(
 )
 def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, command: str, said: str) -> None:
     root = home.make_codebase("shop/api")
+    home.register("shop/e", path=None)
     put_files(home.code, {"tree/.git": f"gitdir: {root}/.git/worktrees/tree\n", "tree/src": None})
     put_files(home.code, {"near/.git": "gitdir: ../shop/api/.git/worktrees/near\n"})
     put_files(home.code, {"odd/.git": b"gitdir: \xff/.git/modules/odd"})
