@@ -137,7 +137,7 @@ import os
 import re
 import stat
 import time
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from types import SimpleNamespace
@@ -149,25 +149,48 @@ if TYPE_CHECKING:
 
     AnyLock = TypeVar("AnyLock", bound="Lock")
 else:
+    from collections import _tuplegetter
 
     class RecordMaker(type):
         """Make what typing.NamedTuple makes, without its checks."""
 
         def __new__(cls, name, bases, namespace):
-            if not bases:
+            if bases == (tuple,):
                 return super().__new__(cls, name, bases, namespace)
             fields = namespace.pop("__annotations__", None)
             if fields is None:
                 # Python 3.14 evaluates annotations on demand (PEP 749).
                 fields = namespace.pop("__annotate_func__")(1)
-            defaults = [namespace.pop(field) for field in fields if field in namespace]
-            made = namedtuple(name, fields, defaults=defaults)
-            for attribute, value in namespace.items():
-                setattr(made, attribute, value)
+            defaults = {field: namespace[field] for field in fields if field in namespace}
+            namespace.update({field: _tuplegetter(at, "") for at, field in enumerate(fields)})
+            namespace.update(__slots__=(), _fields=tuple(fields), _field_defaults=defaults)
+            return super().__new__(cls, name, bases, namespace)
+
+    class NamedTuple(tuple, metaclass=RecordMaker):
+        """What namedtuple() would make anew for each of 50 classes, 0.15 ms each."""
+
+        __slots__ = ()
+
+        def __new__(cls, /, *values, **named):
+            # Compiled at the first use: a run needs few of the classes.
+            names = ", ".join(cls._fields)
+            make = eval(f"lambda _cls, {names}: _new(_cls, ({names},))", {"_new": tuple.__new__})
+            make.__defaults__ = tuple(cls._field_defaults.values())
+            cls.__new__ = staticmethod(make)
+            return make(cls, *values, **named)
+
+        def _replace(self, /, **named):
+            made = tuple.__new__(type(self), map(named.pop, self._fields, self))
+            if named:
+                raise TypeError(f"{type(self).__name__} has no {', '.join(named)}")
             return made
 
-    class NamedTuple(metaclass=RecordMaker):
-        pass
+        def _asdict(self):
+            return dict(zip(self._fields, self))
+
+        def __repr__(self):
+            pairs = (f"{field}={value!r}" for field, value in self._asdict().items())
+            return f"{type(self).__name__}({', '.join(pairs)})"
 
     class Optional:
         """Lets Optional[...] be evaluated in annotations."""

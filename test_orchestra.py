@@ -84,6 +84,7 @@ import termios
 import threading
 import time
 import traceback
+import types
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -894,6 +895,20 @@ def test_a_record_has_its_fields_where_python_evaluates_annotations_on_demand() 
     namespace = {"__annotate_func__": lambda format: {"one": int, "two": str}, "two": "x", "three": 3}
     record = orchestra.RecordMaker("R", (orchestra.NamedTuple,), namespace)
     assert (record(1), record._fields, record.three) == ((1, "x"), ("one", "two"), 3)
+
+
+@pytest.mark.parametrize("base", [orchestra.NamedTuple, NamedTuple], ids=["orchestra", "typing"])
+def test_a_record_is_what_typing_makes_of_its_class(base: Any) -> None:
+    body: dict[str, Any] = {"__module__": __name__, "__annotations__": {"one": int, "two": str}, "two": "x"}
+    body["text"] = lambda self: f"{self.one} and {self.two}"
+    record = types.new_class("Pair", (base,), exec_body=lambda namespace: namespace.update(body))
+    pair = record(1)
+    assert [pair, record(two="y", one=2), pair._replace(one=3)] == [(1, "x"), (2, "y"), (3, "x")]
+    assert (pair._asdict(), repr(pair), pair.text()) == ({"one": 1, "two": "x"}, "Pair(one=1, two='x')", "1 and x")
+    assert (record._fields, record._field_defaults, hasattr(pair, "__dict__")) == (("one", "two"), {"two": "x"}, False)
+    for wrong in (record, lambda: record(1, 2, 3), lambda: record(1, no=2), lambda: pair._replace(no=2)):
+        with pytest.raises((TypeError, ValueError)):
+            wrong()
 
 
 def test_only_output_and_the_commands_print() -> None:
