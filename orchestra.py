@@ -278,13 +278,18 @@ class IoError(DaemonError):
         self.source = source
 
 
-@contextmanager
-def blame(path: str) -> Iterator[None]:
+class blame:
     """Turn an OSError inside the `with` into an IoError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise IoError(path, error) from error
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, OSError):
+            raise IoError(self._path, error) from error
 
 
 class LaunchdError(DaemonError):
@@ -7445,6 +7450,7 @@ def exact_digest_of(text: bytes) -> str:
     return sha256_of(text.replace(b"\r\n", b"\n"))
 
 
+@functools.lru_cache(maxsize=len(AGENTS))  # most files of a codebase have one text
 def digest_of(text: bytes) -> str:
     """Hash a managed text without the white space that formatters and git change."""
     text = b"\n".join(filter(None, map(bytes.rstrip, text.split(b"\n"))))
@@ -7560,6 +7566,11 @@ def managed_text(agent: Agent, data: bytes) -> Optional[bytes]:
     if agent.owned:
         check_merge(data, 0, len(data))
         return data
+    return _managed_block(data)
+
+
+@functools.lru_cache(maxsize=len(AGENTS))  # most shared files of a codebase are alike
+def _managed_block(data: bytes) -> Optional[bytes]:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -8227,9 +8238,14 @@ class Planner:
         )
         files = (*files, *(() if is_purge else self._unfit))
         record = self._next_record(files)._replace(
-            inputs="" if any(file.problem for file in files) else inputs, root=spell_path(self._home, self._root)
+            inputs="" if any(file.problem for file in files) else inputs, root=self._spell_root()
         )
         return Plan(self._root, files, old_record, record, former)
+
+    def _spell_root(self) -> str:
+        recorded = self._record.root
+        is_same = expand_home(self._home, recorded) == self._root
+        return recorded if is_same else spell_path(self._home, self._root)
 
     def _pass_over_parts(self) -> None:
         """Leave out the files of parts whose folders are not the codebase's own."""
@@ -8293,8 +8309,7 @@ class Planner:
             if path in record.owned and not agent.owned:  # it was Orchestra's whole, and a block is wanted now
                 look = look_at(self._root, record.agent_at(path))
                 looks[path] = look._replace(agent=agent) if look.digest in record.known(path) else looks[path]
-        is_same = record.root in ("", spell_path(self._home, self._root))  # another folder may well be empty
-        is_gone = record.files and is_same and all(look.disk.kind == "absent" for look in looks.values())
+        is_gone = record.files and all(look.disk.kind == "absent" for look in looks.values())
         if is_gone and not self._mode.accept_empty:
             self._check_not_emptied()
         first: dict[str, str] = {}
@@ -8308,6 +8323,8 @@ class Planner:
 
     def _check_not_emptied(self) -> None:
         codebase = self._codebase
+        if self._record.root not in ("", self._spell_root()):
+            return  # another folder may well be empty
         with blame(self._root), os.scandir(self._root) as entries:
             if next(entries, None) is None:
                 raise SyncError(
@@ -8507,11 +8524,15 @@ class CodebaseTurn(Turn):
         self.clean_up(folders, functools.partial(self._find_name, root), leftover)
         sweep_folder(os.path.dirname(record_path(self.home, self.key)), leftover.token)
 
-    def _remove_temporaries(self, root: str, paths: Iterable[str]) -> bool:
+    def _remove_temporaries(self, root: str, paths: Collection[str]) -> bool:
         """Remove temporary files beside some files; return whether all are gone.
 
         Raises IoError.
         """
+        folders = {os.path.dirname(path) for path in paths}
+        names = itertools.chain.from_iterable(names_in(f"{root}/{folder}") for folder in folders)
+        if not any(map(is_temporary_name, names)):
+            return True  # nearly always, and listing is cheaper than the care to be taken below
         return self.remove_temporaries(self._list_folders(root, paths), functools.partial(self._find_name, root))
 
     def _known_files(self) -> dict[str, Agent]:
@@ -8645,7 +8666,8 @@ class CodebaseTurn(Turn):
     def sync(self, owners: Optional[Owners], mode: SyncMode) -> Plan:
         """Plan and apply, again while a file is saved in between."""
         home, key, codebase = self.home, self.key, self.codebase
-        if not os.path.lexists(record_path(home, key)):
+        is_new = not os.path.lexists(record_path(home, key))
+        if is_new and find_former(home, key, codebase_root(home, codebase), owners):
             adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
         written: dict[str, FilePlan] = {}
         former: Optional[Plan] = None
