@@ -2307,9 +2307,9 @@ MERGE_MARKER = re.compile(r"(?m)^(?:(?:<{7}|\|{7}|>{7}) |={7}\r?$)")
 
 
 def conflict_line(text: str) -> int:
-    """Find the line where a conflict of git's begins in YAML or Markdown, 0 for none.
+    """Find the line where a conflict of git's begins in YAML, 0 for none.
 
-    A marker alone is none: ======= may underline a heading.
+    A marker alone is none: it may be in a text.
     """
     start = re.search("(?m)^<{7} ", text) if "<<<<<<< " in text else None
     if start is None or not re.compile("(?m)^>{7} ").search(text, start.end()):
@@ -3537,16 +3537,18 @@ def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
     return place
 
 
-def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int, bytes]:
+def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int, bytes, list[int]]:
     """Read a file line by line (steps 2 to 4).
 
     Return the markers that no fence hides, where the line of a fence or comment begins
-    that is open at the end of the file, and what closes it; -1 and nothing for none.
+    that is open at the end of the file, and what closes it; -1 and nothing for none;
+    and where each fence begins and ends that its own mark closes.
     """
     found: list[Marker] = []
     hidden: list[Marker] = []  # if the open fence gets closed
     items: list[int] = []  # where the text of each open list item begins
     fence, depth, opened = b"", 0, -1  # its closing text; in how many items; where it is
+    closed: list[int] = []
     end = passed = seen = 0
     while end < len(data):
         start = end
@@ -3573,6 +3575,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
         elif fence:
             if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
                 hidden, fence = [], b""
+                closed += opened, start
         else:
             place = _open_items(data, end - len(text), indent, items)
             mark = re.compile(FENCE, re.MULTILINE).match(data, place)
@@ -3581,7 +3584,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
             elif data.startswith(b"<!--", place) and data.find(b"-->", place, end) < 0:
                 fence, depth, opened = b"-->", len(items), start
     is_open = fence and not depth  # in a list item, it would end before what is appended
-    return ((*found, *hidden), *((opened, fence) if is_open else (-1, b"")))
+    return ((*found, *hidden), *((opened, fence) if is_open else (-1, b"")), closed)
 
 
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
@@ -3648,8 +3651,32 @@ def find_open_block(data: bytes) -> tuple[int, str]:
     """
     if _is_evidently_closed(data):
         return 0, ""
-    _, opened, closing = _read_lines(data, ())
+    _, opened, closing, _ = _read_lines(data, ())
     return (_line_at(data, opened), closing.decode()) if closing else (0, "")
+
+
+def find_conflict(data: bytes) -> tuple[int, bool]:
+    """Find the line where a conflict of git's begins in Markdown, 0 for none.
+
+    Return also whether it is in a code fence. What one fence shows of a conflict is an
+    example, except all three markers with a label that git writes: these may be either,
+    and two versions at once would do more harm than a message.
+    """
+    from bisect import bisect
+
+    starts = [*re.finditer(rb"(?m)^<{7} (?:(HEAD|ours|Updated upstream|[0-9a-f]{7,40})\b)?", data)]
+    middles, ends = ([mark.start() for mark in re.finditer(p, data)] for p in (rb"(?m)^={7}\r?$", rb"(?m)^>{7} "))
+    closed = _read_lines(data, ())[3] if starts else []
+    for start in starts:
+        place, number = start.start(), bisect(ends, start.start())
+        if number == len(ends):
+            break
+        end, fence = ends[number], bisect(closed, place)
+        is_fenced = fence % 2 == 1 and fence == bisect(closed, end)
+        is_whole = bisect(middles, place) < bisect(middles, end)
+        if not is_fenced or (start[1] and is_whole):
+            return _line_at(data, place), is_fenced
+    return 0, False
 
 
 def check_merge(data: bytes, start: int, end: int) -> None:
@@ -3859,9 +3886,9 @@ class RegistryFile(Document):
     def read_prose(self) -> Prose:
         """Read a Markdown file."""
         text = self.decode() or ""
-        conflict = conflict_line(text)
+        conflict, is_fenced = find_conflict(text.encode()) if "<<<<<<< " in text else (0, False)
         if conflict:
-            self.complain(f"file: {UNFINISHED_MERGE}", line=conflict)
+            self.complain(f"file: {UNFINISHED_MERGE}{', or indent the example' * is_fenced}", line=conflict)
         text = blank_controls(text)
         mark = re.search(self.MARK, text)
         if mark:

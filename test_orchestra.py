@@ -2336,6 +2336,7 @@ BAD_FILES = {
 )
 def test_a_conflict_of_gits_has_a_beginning_and_an_end(text: str, line: int) -> None:
     assert orchestra.conflict_line(text) == line
+    assert orchestra.find_conflict(text.encode()) == (line, False)
 
 
 @pytest.mark.parametrize(("text", "expected"), BAD_FILES.values(), ids=BAD_FILES)
@@ -2903,6 +2904,32 @@ FENCED = b"```\n" + block("example") + b"\n```\n"
 def test_markers_in_a_code_fence_do_not_count_once_it_is_closed(data: bytes, blocks: int, newline: bytes) -> None:
     span = orchestra.find_block(data.replace(b"\n", newline))
     assert (span is not None) == bool(blocks)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "is_fenced"),
+    [
+        ("```\n<<<<<<< HEAD\na\n=======\nb\n>>>>>>> x\n```\n", 2, True),
+        ("~~~\r\n<<<<<<< 1a2b3c4 (x)\r\n=======\r\n>>>>>>> x\r\n~~~\r\n", 2, True),
+        ("```\n<<<<<<< yours\na\n=======\nb\n>>>>>>> theirs\n```\n", 0, False),
+        ("```\n<<<<<<< HEAD\n>>>>>>> x\n```\n\nHeading\n=======\n", 0, False),
+        ("```\n<<<<<<< yours\n>>>>>>> x\n```\n<<<<<<< a\n>>>>>>> b\n", 5, False),
+        ("```\n<<<<<<< yours\n=======\n>>>>>>> x\n", 2, False),
+        ("```\n```\n<<<<<<< yours\n>>>>>>> x\n```\n```\n", 3, False),
+        ("```\n<<<<<<< yours\na\n```\nb\n=======\n```\n>>>>>>> x\n```\n```\n", 2, False),
+        ("<<<<<<< yours\n```\n=======\n```\n>>>>>>> x\n", 1, False),
+        ("<!--\n<<<<<<< yours\n>>>>>>> x\n-->\n", 2, False),
+    ],
+)
+def test_less_than_git_writes_of_a_conflict_is_an_example_in_a_closed_fence(
+    home: Home, text: str, line: int, is_fenced: bool
+) -> None:
+    assert orchestra.find_conflict(text.encode()) == (line, is_fenced)
+    home.write_registry("shop/api.md", text)
+    root = home.make_codebase(targets=["codex"])
+    ran = home.run("sync", "--all")
+    assert ("or indent the example" in ran.err, ran.status == 2) == (is_fenced, line > 0)
+    assert line or (root / "AGENTS.md").read_text().count("<<<<<<< ") == 1
 
 
 # ── 13 Layers ─────────────────────────────────────────────────────────────────
@@ -5202,6 +5229,7 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "render_files": lambda text: orchestra.render_files(codebase_with(description=text, notes=(text, "@a"))),
     "find_block": of_bytes(orchestra.find_block),
     "find_open_block": of_bytes(orchestra.find_open_block),
+    "find_conflict": of_bytes(orchestra.find_conflict),
     "read_prose": of_bytes(lambda data: read_prose("/h", data)),
     "managed_text, owned": of_bytes(lambda data: orchestra.managed_text(orchestra.AGENTS["cline"], data)),
     "managed_text, shared": of_bytes(lambda data: orchestra.managed_text(CODEX, sealed_with(b"") + b"\n" + data)),
