@@ -11064,7 +11064,8 @@ class Worker:
         try:
             if job.source == Source.STALENESS:
                 statuses = self._count_statuses()
-                release_memory()
+                if self.jobs.empty():
+                    release_memory()
                 return JobOutcome(job, statuses=statuses)
             if job.source == Source.ABSENT:
                 return JobOutcome(job, found=self._find_absent())

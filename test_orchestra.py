@@ -10392,6 +10392,21 @@ def test_a_bug_in_a_job_costs_no_save(live: Home, monkeypatch: Any) -> None:
     assert live.has("first")
 
 
+def test_a_save_does_not_wait_for_memory_that_a_scan_cut_short_would_release(live: Home, monkeypatch: Any) -> None:
+    live.save()
+    worker = orchestra.Worker(live.path, orchestra.RegistryCache.load(live.path), lambda: None)
+    released: list[int] = []
+    monkeypatch.setattr(orchestra, "release_memory", lambda: released.append(len(worker.outcomes)))
+    scan = orchestra.SyncJob(orchestra.SyncTarget(()), orchestra.Source.STALENESS)
+    for job in (scan, orchestra.SyncJob(orchestra.SyncTarget.all(), "watcher", None, frozenset([API])), scan):
+        worker.submit(job)
+    worker.start()
+    wait_until(lambda: len(worker.outcomes) == 3)
+    worker.finish()
+    assert [outcome.statuses for outcome in worker.outcomes] == [{}, {}, {"current": 1}]
+    assert released == [2]  # after the scan that had nothing waiting
+
+
 def test_the_daemon_leaves_a_colleagues_text(live: Home) -> None:
     """The pipeline as the daemon calls it, for one codebase by name."""
     live.save("shop/api", "one")
@@ -19053,10 +19068,22 @@ def bench_saves_in_place(bench: Bench) -> Iterator[Row]:
                 yield timed(work, bench.count, cost, "1.0 ×", ("atomic save", atomic))
 
 
+def bench_saves_in_scan(bench: Bench) -> Iterator[Row]:
+    """Measure saves that come while the daemon scans for staleness after another."""
+    pairs = []
+    for first, second in zip(bench.labels[::2], bench.labels[1:15:2]):
+        idle = time_save(bench, first)
+        time.sleep(orchestra.STALENESS_DELAY + 0.1)
+        pairs.append((idle, time_save(bench, second)))
+    idle_save, cost = (Cost(statistics.median(column)) for column in zip(*pairs))
+    yield timed("save during the staleness scan", bench.count, cost, "", ("save before it", idle_save))
+
+
 def rotate(bench: Bench) -> Iterator[str]:
     """Yield a codebase for each save, no sooner again than when its window has closed."""
     some = bench.labels[:10]
-    for label in itertools.islice(itertools.cycle(some), SAVES_TIMED):
+    count = SAVES_TIMED if len(some) > 1 else SAVES_TIMED // 3
+    for label in itertools.islice(itertools.cycle(some), count):
         time.sleep(WINDOW * 1.2 / len(some))
         yield label
 
@@ -19263,6 +19290,7 @@ def measure_all(make: Callable[..., Bench]) -> Iterator[Row]:
                 yield from bench_memory(bench, "after changing all")
                 yield from bench_status_under_load(bench)
                 yield from bench_burst(bench)
+                yield from bench_saves_in_scan(bench)
             yield from bench_bulk(bench, ALL_SAVED)
             yield from bench_bulk(bench, PROJECT_SAVED)
     yield from bench_saves_in_place(homes[10])
