@@ -10531,7 +10531,9 @@ SLOW_SAVES = {
 def patient(live: Home, kind: str, monkeypatch: Any) -> Iterator[orchestra.Daemon]:
     """A daemon turned by hand, whose windows stay open for longer than any test waits, and which waits for events."""
     monkeypatch.setattr(orchestra, "DEBOUNCE_WINDOW", 600.0)
-    if kind != "polling":
+    if kind == "polling":
+        monkeypatch.setattr(orchestra, "POLL_INTERVAL", 0.01)
+    else:
         monkeypatch.setattr(orchestra, "RECHECK_PAUSE", 600.0)
     live.save("shop/api", "zero")
     live.save("shop/bad").write_text("name: [")
@@ -10835,10 +10837,10 @@ def test_every_watcher_drives_the_daemon(live: Home, kind: str) -> None:
     assert live.complaints() == []
 
 
-def wait_for_words(live: Home, api: str, web: str) -> None:
-    """Wait until shop/api and shop/web have these words of all that a test writes, and no other."""
-    found = lambda label: " ".join(re.findall(r"\bw-\w+", live.read(label)))  # noqa: E731
-    wait_until(lambda: (found("shop/api"), found("shop/web")) == (api, web), describe=lambda: found("shop/api"))
+def words_of(live: Home) -> tuple[str, str]:
+    """Return which words, of all that a test writes, shop/api and shop/web have."""
+    api, web = (" ".join(re.findall(r"\bw-\w+", live.read(f"shop/{name}"))) for name in ("api", "web"))
+    return api, web
 
 
 # What is saved, or removed (None), beside two codebases, and the words that they have then.
@@ -10875,27 +10877,30 @@ def put_or_remove(live: Home, files: dict[str, Optional[str]]) -> None:
             replace(live.projects / name, text)
 
 
-def test_every_layer_and_its_prose_drive_the_daemon(live: Home, kind: str) -> None:
+def test_every_layer_and_its_prose_drive_the_daemon(live: Home, kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(orchestra, "DEBOUNCE_WINDOW", 0.01)
+    monkeypatch.setattr(orchestra, "POLL_INTERVAL", 0.01)
     for name in ("api", "web"):
         live.save(f"shop/{name}")
-    daemon = live.start_daemon(kind)
-    live.wait_for_start_job()
-    for files, api, web in LAYER_SAVES:
-        put_or_remove(live, files)
-        wait_for_words(live, api, web)
-    assert live.complaints() == []
-    (live.projects / "all.yaml").mkdir()
-    wait_until(lambda: "all.yaml:1: file: expected a file, got a folder" in "".join(live.complaints()))
-    (live.projects / "all.yaml").rmdir()
-    live.stop(daemon)
-    put_or_remove(live, {"all.md": "w-down\n", "shop/api.md": "w-api\n", "shop/web.local.yaml": "notes: [w-web]\n"})
-    daemon = live.start_daemon(kind)
-    wait_for_words(live, "w-down w-api", "w-down w-web")
-    live.stop(daemon)
-    put_or_remove(live, {"all.md": None, "shop/api.md": None, "shop/web.local.yaml": None})
-    daemon = live.start_daemon(kind)
-    wait_for_words(live, "", "")
-    live.stop(daemon)
+    with turned_by_hand(live, kind) as daemon:
+        turn_until(daemon, lambda: live.synced("start"))
+        for files, *words in LAYER_SAVES:
+            put_or_remove(live, files)
+            turn_until(daemon, lambda: [*words_of(live)] == words)  # noqa: B023
+        assert live.complaints() == []
+        (live.projects / "all.yaml").mkdir()
+        turn_until(daemon, lambda: "all.yaml:1: file: expected a file, got a folder" in "".join(live.complaints()))
+
+
+def test_layers_that_changed_while_no_daemon_ran_are_synced_at_the_start(live: Home) -> None:
+    for name in ("api", "web"):
+        live.save(f"shop/{name}")
+    files = {"all.md": "w-down\n", "shop/api.md": "w-api\n", "shop/web.local.yaml": "notes: [w-web]\n"}
+    for saved, words in ((files, ("w-down w-api", "w-down w-web")), (dict.fromkeys(files), ("", ""))):
+        put_or_remove(live, saved)
+        daemon = live.start_daemon()
+        wait_until(lambda: words_of(live) == words)  # noqa: B023
+        live.stop(daemon)
 
 
 def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Home) -> None:
@@ -10909,15 +10914,20 @@ def test_of_a_burst_of_saves_the_last_arrives_and_few_syncs_are_made(served: Hom
     assert served.synced("watcher") <= 3 + windows
 
 
-@pytest.mark.parametrize("save", [replace, save_in_place], ids=lambda save: save.__name__)
-def test_the_second_of_two_saves_arrives(served: Home, save: Callable[[Path, str], Any]) -> None:
-    file = served.save(note="one")
-    for pause in (0.0, 0.15, 0.45, 0.55):
-        time.sleep(orchestra.DEBOUNCE_WINDOW)
-        save(file, served.text(note=f"first of {pause}"))
-        time.sleep(pause)
-        save(file, served.text(note=f"second of {pause}"))
-        wait_for(served, f"second of {pause}")
+def test_the_second_of_two_saves_arrives(served: Home) -> None:
+    pauses = (0.0, 0.15, 0.45, 0.55)
+    ways = {f"shop/c{number}": way for number, way in enumerate(itertools.product(pauses, (replace, save_in_place)))}
+    for label in ways:
+        served.save(label, "one")
+    wait_for(served, "one", *ways)
+    time.sleep(orchestra.DEBOUNCE_WINDOW)
+    started = time.monotonic()
+    for label, (_, save) in ways.items():
+        save(served.file(label), served.text(label, "first of two"))
+    for label, (pause, save) in ways.items():
+        time.sleep(max(0.0, started + pause - time.monotonic()))
+        save(served.file(label), served.text(label, "second"))
+    wait_for(served, "second", *ways)
 
 
 def test_a_save_during_a_sync_of_the_same_codebase_arrives(served: Home) -> None:
@@ -18589,7 +18599,8 @@ def test_the_readmes_blocks_can_be_pasted_and_print_what_it_shows(machine: Machi
     machine.give_yaml()
     blocks = [block for section in PASTED for block in readme_blocks() if block.section == section]
     typed = "".join(f"{block.typed}echo '=''=='\n" for block in blocks)
-    typed = typed.replace("sleep 1\n", "sleep 3\n")  # this machine may be busy
+    typed = typed.replace("sleep 1\ngrep ", "wait-for ")  # this machine may be busy
+    machine.make_tool("wait-for", 'for _ in $(seq 600); do grep -s "$@" && exit; sleep 0.05; done; exit 1')
     environ = {"ORCHESTRA_PYTHON": BASE_PYTHON, "SHELL": f"/bin/{terminal}", "PS1": "", "PS2": ""}
     done = machine.run_program(
         *("sh", "-c", 'exec "$@" 2>&1', "sh"), *TERMINALS[terminal], input=typed, cwd=HERE, environ=environ
