@@ -4,7 +4,8 @@
     python3 test_orchestra.py [bench [peers] | soak] [pytest's arguments]
 
 Runs on Python 3.9 or newer; where pytest or PyYAML is missing, a virtual environment
-is made beside this file. `bench` prints a table of measurements instead, taken in
+is made beside this file. Without arguments, ORCHESTRA_PROCESSES=2 share the tests, and
+report one after the other. `bench` prints a table of measurements instead, taken in
 ORCHESTRA_BENCH_IN (ORCHESTRA_MOST=1000 leaves out the largest registry,
 ORCHESTRA_IDLE=20 shortens the idle watch); `bench peers` compares Orchestra with other
 programs of its kind, which npm fetches; `soak` runs the tests that take minutes:
@@ -61,6 +62,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import plistlib
@@ -19596,5 +19598,48 @@ def test_bench_and_soak_choose_what_a_normal_run_leaves_out() -> None:
     assert pytest_arguments([]) == []
 
 
+class Share:
+    """A plugin for pytest in one of several processes: it leaves out the tests that another has taken."""
+
+    def __init__(self, taken: Any) -> None:
+        self.taken = taken  # how many tests were taken, by all of them
+        self.passed = 0  # how many have had their turn here
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self) -> Optional[bool]:
+        with self.taken.get_lock():
+            is_free = self.passed == self.taken.value
+            self.taken.value += is_free
+        self.passed += 1
+        return None if is_free else True
+
+
+def run_shared(processes: int) -> int:
+    """Run all tests in several processes. This one reports as it goes; the others' reports follow."""
+    fork = multiprocessing.get_context("fork")
+    share = Share(fork.Value("i", 0))
+
+    def work(report: Any) -> None:
+        os.dup2(report.fileno(), 1)
+        os.dup2(1, 2)
+        sys.exit(pytest.main([__file__], [share]))
+
+    with ExitStack() as stack:
+        reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes - 1)]
+        others = [fork.Process(target=work, args=(report,)) for report in reports]
+        for other in others:
+            other.start()
+        statuses = [int(pytest.main([__file__], [share]))]
+        for other, report in zip(others, reports):
+            other.join()
+            statuses.append(abs(other.exitcode or 0))
+            report.seek(0)
+            print(report.read().decode("utf-8", "replace"), flush=True)
+    return max(statuses)
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *pytest_arguments(sys.argv[1:])]))
+    arguments = pytest_arguments(sys.argv[1:])
+    if arguments:
+        sys.exit(pytest.main([__file__, *arguments]))
+    sys.exit(run_shared(int(os.environ.get("ORCHESTRA_PROCESSES") or 2)))
