@@ -7880,7 +7880,7 @@ def is_own_seal(home: str, seal: str) -> bool:
 #   8 Make the record that is true before, during and after the writing of the files.
 
 MAX_MANAGED_FILE = 8 << 20  # bytes
-FOREIGN = "skipped: written from another registry (a colleague's?)"
+FOREIGN = "written from another registry"
 
 
 class SyncMode(NamedTuple):
@@ -8384,7 +8384,8 @@ class Planner:
         is_unknown = action in Action.BACKED_UP
         is_foreign = is_unknown and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
         if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
-            note = f"{FOREIGN}; to replace it: orchestra sync {typed(label_for(self._codebase.key))}"
+            hint = f"orchestra sync {typed(label_for(self._codebase.key))}"
+            note = f"skipped: {FOREIGN} (a colleague's?); to replace it: {hint}"
             return FilePlan(path, Action.SKIP, agent, before, note=note, is_foreign=True)
         if not digest:
             plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
@@ -8875,7 +8876,7 @@ class Staleness(NamedTuple):
     last_sync_at: Optional[str] = None
     last_sync_age: Optional[int] = None  # seconds
     active_tasks: int = 0
-    hint: str = ""  # the way out of an error
+    hint: str = ""  # the way out of an error, or the one command that syncs it
 
     @property
     def label(self) -> str:
@@ -8911,6 +8912,8 @@ class Status(NamedTuple):
 
 
 def _name_change(file: FilePlan, record: Record) -> str:
+    if file.is_foreign:
+        return FOREIGN
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
         return "no longer wanted" if file.digest is None else "block no longer needed"
     recorded = record.files.get(file.path)
@@ -8924,23 +8927,26 @@ def _name_change(file: FilePlan, record: Record) -> str:
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
     """Return the first state that applies, in the order below, and its detail.
 
-    A plan with problems is the caller's to judge.
+    A plan with problems is the caller's to judge. Another registry's text is stale,
+    although only a sync by name replaces it.
     """
-    if not plan.writes:
+    foreign = ", ".join(file.path for file in plan.files if file.is_foreign)
+    if not plan.writes and not foreign:
         return State.CURRENT, ""
     if plan.old_record is None:
-        return State.NEVER_SYNCED, ""
+        return State.NEVER_SYNCED, foreign and f"{FOREIGN}: {foreign}"
     states = {
         "missing": State.STALE,
         "block missing": State.STALE,
         "registry changed": State.STALE,
         "block no longer needed": State.STALE,
+        FOREIGN: State.STALE,
         "edited by hand": State.MODIFIED,
         "no longer wanted": State.ORPHAN,
     }
     paths: dict[str, list[str]] = {change: [] for change in states}
     for file in plan.all_files(home):
-        if file.writes:
+        if file.writes or file.is_foreign:
             paths[_name_change(file, plan.old_record)].append(file.path)
     found = [change for change in states if paths[change]]
     state = states[found[0]]
@@ -8976,14 +8982,17 @@ def check_staleness(
         plan = Planner(home, codebase, owners).plan()
         problems = plan.problems(home)
         status, detail = (State.ERROR, "; ".join(map(str, problems))) if problems else judge_plan(home, plan)
-        notes = [*((file.path, file.note) for file in plan.files if file.note), *find_replacing(plan)]
+        is_foreign = any(file.is_foreign for file in plan.files)
+        hint = f"orchestra sync {typed(label_for(codebase.key))}" if is_foreign else ""
+        noted = ((file.path, file.note) for file in plan.files if file.note and not file.is_foreign)
+        notes = [*noted, *find_replacing(plan)]
         detail = "; ".join(filter(None, [detail, *map(": ".join, notes)]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
-        problems = [Problem.from_error(error)]
+        problems, hint = [Problem.from_error(error)], ""
         status = State.ABSENT if isinstance(error, FolderAbsent) else State.ERROR
         detail, synced_at = str(error), _last_sync_at(home, codebase.key)
-    hint = problems[0].hint if problems else ""
+    hint = problems[0].hint if problems else hint
     return Staleness(*codebase.key, status, detail, synced_at or None, age_of(synced_at, clock), tasks, hint)
 
 
@@ -13117,10 +13126,11 @@ def next_steps(status: Status) -> list[str]:
     steps = [e.hint for e in entries if e.status == State.ERROR and e.hint][:1]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
     steps += [f"orchestra diff {label}" for label in edited[:1]]
-    outdated = [typed(e.label) for e in entries if e.status not in (*State.FINE, State.ERROR)]
-    if outdated:
-        steps.append("orchestra sync --all" if len(outdated) > 1 else f"orchestra sync {outdated[0]}")
-    return steps[:2]
+    outdated = [e for e in entries if e.status not in (*State.FINE, State.ERROR)]
+    by_all = [typed(e.label) for e in outdated if not e.hint]
+    if by_all:
+        steps.append("orchestra sync --all" if len(by_all) > 1 else f"orchestra sync {by_all[0]}")
+    return [*steps, *(e.hint for e in outdated if e.hint)][:2]
 
 
 class StatusView(NamedTuple):
@@ -13758,7 +13768,8 @@ class Commands(NamedTuple):
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
         failed = max(failed, self._note_remarks(remark for result in results for remark in result.remarks))
-        is_outdated = args.check and any(file.writes for result in results for file in result.files)
+        files = [file for result in results for file in result.files]
+        is_outdated = args.check and any(file.writes or file.is_foreign for file in files)
         return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
 
     def _note_remarks(self, remarks: Iterable[Problem]) -> int:
@@ -13789,9 +13800,11 @@ class Commands(NamedTuple):
         for result in results:
             self._print_result(result)
         written = sum(len(result.written) for result in results)
-        unchanged = sum(len(result.unchanged) for result in results)
+        foreign = sum(file.is_foreign for result in results for file in result.files)
+        unchanged = sum(len(result.unchanged) for result in results) - foreign
         failed = sum(len(result.failed) or bool(result.errors) for result in results)
         totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
+        totals += f", {foreign} {FOREIGN}" if foreign else ""
         totals += f", {failed} failed" if failed else ""
         absent = sum(result.is_absent and not result.errors for result in results)
         print(f"{totals} in {count_of(len(results) - absent, 'codebase')}{f', {absent} absent' if absent else ''}")
@@ -14143,7 +14156,7 @@ COMMANDS = {
             argument("--project", help="only this project's codebases"),
             switch("--all", help="list those that are current, too"),
             switch("--watch", help="keep it on the screen, with what the daemon does"),
-            switch("--check", help="exit 1 if sync would write anything"),
+            switch("--check", help="exit 1 if anything is out of date"),
             switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),
@@ -14156,7 +14169,7 @@ COMMANDS = {
             CODEBASES,
             switch("--all", help="every registered codebase"),
             switch("--dry-run", help="only show what would be written"),
-            switch("--check", help="write nothing; exit 1 if anything would be written"),
+            switch("--check", help="write nothing; exit 1 if anything is out of date"),
             switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
             JSON,
         ),

@@ -6493,7 +6493,7 @@ def test_a_colleagues_block_stays_where_there_is_nothing_to_add(home: Home) -> N
     other = other_home(home, targets=["codex"], notes=[])
     ran = other.sync("--all")
     assert ran.lines == [] and orchestra.FOREIGN in ran.err and contents(root) == first
-    assert (other.status_of(), other.backups()) == ("current", {})
+    assert (other.status_of(), other.backups()) == ("stale", {})
     assert other.sync("api").lines == ["remove block shop/api AGENTS.md"]
     # Who appended it is not known, so its blank line is not either.
     assert contents(root) == {"AGENTS.md": b"mine\n\n"} and other.backups() == first
@@ -6586,10 +6586,12 @@ def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, pat
         assert home.sync("--all") == Ran(0, "0 written, 1 unchanged in 1 codebase\n", "")
     assert contents(root) == first
     entry = other.staleness()
-    assert entry["status"] == "current"
-    note = f"{path}: {orchestra.FOREIGN}; to replace it: orchestra sync shop/api"
-    assert entry["detail"] == note
-    assert other.run("sync", "--all", "--check").status == 0
+    assert (entry["status"], entry["detail"]) == ("stale", f"{orchestra.FOREIGN}: {path}")
+    assert other.run("status").out.endswith("\nnext: orchestra sync shop/api\n")
+    for command in (("sync", "--all", "--check"), ("sync", "api", "--check"), ("status", "--check")):
+        assert other.run(*command).status == 1, command
+    totals = f"0 to write, 0 unchanged, 1 {orchestra.FOREIGN} in 1 codebase\n"
+    assert other.sync("--all", "--dry-run").out == totals
     assert "+- two" in other.run_fine("diff", "api").out
     ran = other.sync("api")
     assert ran.lines == [f"replace  shop/api {path}"] and "orchestra restore shop/api" in ran.err
@@ -6601,6 +6603,27 @@ def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, pat
     assert other.sync("--all").lines == [f"update   shop/api {path}"]
     assert home.sync("--all").lines == []
     assert home.backups() == {}
+
+
+def test_a_machine_that_has_only_clones_finds_what_is_out_of_date(home: Home) -> None:
+    home.make_synced("shop/api", targets=["codex", "cursor"], notes=["one"])
+    home.make_synced("shop/web", targets=["codex"], notes=["one"])
+    for note, status in (("one", 0), ("two", 1)):  # the text that is wanted is no other registry's
+        other = other_home(home, targets=["codex", "cursor"], notes=[note])
+        other.register("shop/web", targets=["codex"], notes=["one"])
+        before = take_picture(home.code)
+        for command in ("sync", "status"):
+            assert other.run(command, "--all", "--check").status == status, command
+        assert take_picture(home.code) == before
+    assert other.run("status").out.splitlines() == [
+        "2 codebases in 1 project: 1 current, 1 to sync",
+        "daemon: not running (orchestra daemon start --detach)",
+        "",
+        "CODEBASE  STATE  SYNCED  WHAT",
+        f"shop/api  new    never   {orchestra.FOREIGN}: AGENTS.md, {CURSOR}",
+        "",
+        "next: orchestra sync shop/api",
+    ]
 
 
 def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
@@ -6633,7 +6656,8 @@ def test_init_says_that_a_colleagues_text_is_there(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     other = Home(tempfile.mkdtemp(dir=home.folder))
     ran = other.run_fine("init", str(root), "-p", "shop")
-    assert ran.err == f"note: shop/api: AGENTS.md: {orchestra.FOREIGN}; to replace it: orchestra sync shop/api\n"
+    note = f"skipped: {orchestra.FOREIGN} (a colleague's?); to replace it: orchestra sync shop/api"
+    assert ran.err == f"note: shop/api: AGENTS.md: {note}\n"
 
 
 def test_init_with_sync_takes_a_colleagues_text_over(home: Home) -> None:
@@ -17234,7 +17258,7 @@ notes:
 
 def share(home: Home, clone: Path) -> None:
     """Commit, pull and push, as people do; raises CalledProcessError in a conflict."""
-    wait_until(lambda: home.status_of() == "current")
+    wait_until(lambda: home.sync("--all", "--dry-run").lines == [])  # also with a newer text of the other's
     run_git(clone, "add", "-A")
     with contextlib.suppress(subprocess.CalledProcessError):  # there may be nothing to commit
         run_git(clone, "commit", "-qm", "x")
