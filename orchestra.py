@@ -13562,20 +13562,23 @@ class Commands(NamedTuple):
         )
 
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
-        """Find the codebase that a folder is in; raises UsageError."""
+        """Find the codebase that a folder is in; raises UsageError.
+
+        What is in another git worktree means the codebase of the main one.
+        """
         with blame("the current folder"):
             folder = real_path(os.getcwd() if path is None else self._absolute(path))
-        keys = self._keys_above(registry, folder)
+        shown = "this folder" if path is None else path
+        others = self._keys_above(registry, find_main_worktree(folder))
+        keys = self._keys_above(registry, folder) or others
+        if keys and keys == others:  # unlike a worktree that is registered itself
+            root = shorten_home(self.home, codebase_root(self.home, registry.codebases[keys[0]]))
+            self._note(f"{shown} is in another git worktree of {label_for(keys[0])}, whose folder is {root}")
         if keys:
             return keys[0]
-        shown = "this folder" if path is None else path
         if registry.broken:
             report_all(registry.problems)
             raise UsageError(f"no readable registry file names {shown}", "fix the files above first")
-        for key in self._keys_above(registry, find_main_worktree(folder)):
-            hint = f"orchestra {self.args.line.name} {typed(label_for(key))}, or to register this one as well: "
-            hint += f"orchestra init {typed(path or '.')} -p {typed(key[0])} --sync"
-            raise UsageError(f"{shown} is in another git worktree of {label_for(key)}", hint)
         hint = f"orchestra init {typed(path or '.')} -p PROJECT --sync"
         raise UsageError(f"{shown} is not in a registered codebase", hint)
 

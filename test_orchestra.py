@@ -14514,24 +14514,35 @@ def test_codebases_are_names_or_paths(
         ("sync {code}", "{code} is not in a registered codebase"),
         ("restore", "this folder is not in a registered codebase"),
         ("project remove ..", ".. is not in a registered codebase"),
-        ("sync {code}/tree/src", "{code}/tree/src is in another git worktree of shop/api"),
-        ("sync {code}/near", "{code}/near is in another git worktree of shop/api"),
         ("sync {code}/odd", "{code}/odd is not in a registered codebase"),
     ],
 )
 def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, command: str, said: str) -> None:
-    root = home.make_codebase("shop/api")
+    home.make_codebase("shop/api")
     home.register("shop/e", path=None)
-    put_files(home.code, {"tree/.git": f"gitdir: {root}/.git/worktrees/tree\n", "tree/src": None})
-    put_files(home.code, {"near/.git": "gitdir: ../shop/api/.git/worktrees/near\n"})
     put_files(home.code, {"odd/.git": b"gitdir: \xff/.git/modules/odd"})
     monkeypatch.chdir(home.code)
     ran = home.run(*command.format(code=home.code).split())
     assert (ran.status, ran.complaints) == (2, [f"orchestra: {said.format(code=home.code)}"])
-    if "worktree" in said:
-        path = command.format(code=home.code).split()[1]
-        hint = f"  try: orchestra sync shop/api, or to register this one as well: orchestra init {path}"
-        assert f"{hint} -p shop --sync\n" in ran.err
+
+
+@pytest.mark.parametrize("place", ["tree", "tree/src", "near", "shop/api/inside"])
+def test_a_git_worktree_means_its_codebase(home: Home, monkeypatch: Any, place: str) -> None:
+    root = home.make_codebase("shop/api", targets=["claude"])
+    put_files(home.code, {"tree/.git": f"gitdir: {root}/.git/worktrees/tree\n", "tree/src": None})
+    put_files(home.code, {"near/.git": "gitdir: ../shop/api/.git/worktrees/near\n"})  # git 2.48, if asked to
+    put_files(root, {"inside/.git": "gitdir: ../.git/worktrees/inside\n"})
+    where = f"is in another git worktree of shop/api, whose folder is {root}\n"
+    monkeypatch.chdir(home.code / place)
+    assert "+++ b/CLAUDE.md" in home.run_fine("diff", ".").out
+    ran = home.run_fine("sync")
+    assert (ran.lines, ran.err) == (["create   shop/api CLAUDE.md"], f"note: this folder {where}")
+    assert home.run_fine("status", str(home.code / place)).err == f"note: {home.code / place} {where}"
+    assert home.run_fine("sync", "--quiet").err == home.run_fine("sync", "api").err == ""
+    if place == "tree":
+        home.run_fine("init", ".", "-p", "shop")
+        ran = home.run_fine("sync")
+        assert ran.err == "" and "shop/tree CLAUDE.md" in ran.out
 
 
 def test_what_a_hint_says_to_type_is_one_word(home: Home) -> None:
