@@ -10000,7 +10000,7 @@ class Notifier:
         import subprocess
 
         try:
-            problem = self._find_problem()
+            problem = self.find_problem()
             if problem is None:
                 return
             if not problem:
@@ -10013,7 +10013,7 @@ class Notifier:
         if problem:
             self._warn("could not notify", program=self._path, error=problem)
 
-    def _find_problem(self) -> Optional[str]:
+    def find_problem(self) -> Optional[str]:
         """Return why the program is not run, "" for nothing, None if there is none."""
         if not os.path.lexists(self._path):
             return None
@@ -10081,13 +10081,17 @@ def run_editor(environ: Mapping[str, str], path: str) -> None:
     editor = environ.get("VISUAL") or environ.get("EDITOR") or "vi"
     hint = "set VISUAL or EDITOR"
     try:
-        status = subprocess.call([*shlex.split(editor), path])
+        process = subprocess.Popen([*shlex.split(editor), path])
     except FileNotFoundError:
         raise UsageError(f'editor "{editor}" not found', hint) from None
     except OSError as error:
         raise UsageError(f'editor "{editor}": {explain_os_error(error)}', hint) from None
     except ValueError:
         raise UsageError(f'editor "{editor}": a quote is not closed', hint) from None
+    status = None
+    while status is None:
+        with suppress(KeyboardInterrupt):  # Ctrl-C is the editor's
+            status = process.wait()
     if status:
         end = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
         raise UsageError(f"the editor {end}")
@@ -12603,7 +12607,12 @@ def ask(question: str, default: bool) -> bool:
         return False
     sys.stderr.write(f"{question} [{'Y/n' if default else 'y/N'}] ")
     sys.stderr.flush()
-    answer = sys.stdin.readline()
+    answer = ""
+    try:
+        answer = sys.stdin.readline()
+    finally:
+        if not answer:  # Ctrl-C, or Ctrl-D, which end no line
+            sys.stderr.write("\n")
     return default if answer == "\n" else answer.strip().lower() in ("y", "yes")
 
 
@@ -13111,7 +13120,7 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
     if not daemon.get("running"):
         return "daemon: not running (orchestra daemon start --detach)"
     if "problem" in daemon:
-        return f"daemon: {daemon['problem']}"
+        return f"daemon: {daemon['problem'].removeprefix('daemon: ')}"
     seconds = int(clock() - daemon.get("started_at_unix", clock()))
     words = f"daemon: running {format_duration(max(0, seconds))}"
     version = daemon.get("version", "an old version")
@@ -13421,8 +13430,14 @@ class Doctor:
             text = f"the daemon is {daemon.get('version', 'older')}, and this is orchestra {__version__}"
             yield Finding(Level.FAILURE, text, "orchestra daemon restart")
         else:
-            text = f"{describe_daemon(daemon)}, pid {daemon['pid']}, watcher {daemon['watcher']}"
+            text = f"{describe_daemon(daemon)}, pid {daemon.get('pid')}, watcher {daemon.get('watcher')}"
             yield Finding(Level.OK, text)
+
+    def _check_notify(self) -> Iterator[Finding]:
+        path = notify_path(self.home)
+        problem = Notifier(path, lambda message: None, time.time).find_problem()
+        if problem:
+            yield Finding(Level.WARNING, f"{shorten_home(self.home, path)} is not run: {problem}", "mend or remove it")
 
     def _check_login(self) -> Iterator[Finding]:
         is_mac = sys.platform == "darwin"
@@ -13524,7 +13539,7 @@ class Doctor:
         yield Finding(Level.OK, f"backups: {count_of(len(sizes), 'file')}, {-(-sum(sizes) // 1000)} kB")
 
     CHECKS = (
-        *(_check_program, _check_path, _check_launcher, _check_daemon, _check_login),
+        *(_check_program, _check_path, _check_launcher, _check_daemon, _check_notify, _check_login),
         *(_check_registry, _check_codebases, _check_doubles, _check_leftovers, _check_backups),
     )
 

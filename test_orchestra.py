@@ -9650,6 +9650,15 @@ def test_the_client_understands_replies(live: Home, reply: bytes, error: str) ->
     assert requests == [STATUS + b"\n"]
 
 
+@pytest.mark.parametrize("data", [{}, {"version": orchestra.__version__}, [], {"problems": [1]}])
+@pytest.mark.parametrize("command", ["status", "daemon status", "daemon status --short", "doctor", "daemon stop"])
+def test_a_reply_that_no_daemon_gives_is_no_traceback(live: Home, command: str, data: Any) -> None:
+    with answering(live, [orchestra.encode_reply(data)]) as requests:
+        ran = live.run(*command.split())
+    assert "Traceback" not in ran.err and len(ran.complaints) <= 1 and len(requests) == 1
+    assert "daemon: daemon" not in ran.out
+
+
 @pytest.mark.parametrize("request_", [orchestra.request_status, orchestra.request_stop])
 def test_the_client_asks_again_while_the_daemon_is_busy(live: Home, request_: Callable[[str], Any]) -> None:
     busy = orchestra.encode_error(f"{orchestra.TOO_MANY_CLIENTS} 4, got one more")
@@ -14370,6 +14379,11 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "run install.sh again",
     ),
     "no daemon": ([], "warn the daemon is not running", "orchestra daemon start --detach"),
+    "notify": (
+        [put_in("home/.orchestra/notify")],
+        "warn ~/.orchestra/notify is not run: not executable: chmod u+x",
+        "mend or remove it",
+    ),
     "no login": (
         [put_tool("systemctl", "echo running")],
         "warn the daemon will not start after a reboot",
@@ -14766,6 +14780,19 @@ def test_a_diff_is_painted_and_paged_on_a_terminal(home: Home) -> None:
         status, out = tty.finish()
         assert status == 0 and shown in out and "Traceback" not in out, (environ, out)
     assert "\x1b[" not in home.run_script("diff", "api").out
+
+
+def test_ctrl_c_is_the_editors_own_and_ends_a_question(home: Home) -> None:
+    home.make_codebase()
+    (home.code / "editor.py").write_text(
+        "import signal, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\nprint('EDITING', flush=True)\n"
+        "signal.sigwait([signal.SIGINT])\nopen(sys.argv[1], 'a').write('x: [')\n"
+    )
+    tty = Tty(home, home.command("edit", "api"), VISUAL=f"{sys.executable} {home.code}/editor.py")
+    tty.type("\x03", after="EDITING")
+    tty.type("\x03", after="open it again? [Y/n] ")
+    status, shown = tty.finish()
+    assert status == 130 and shown.endswith("\r\n") and home.file().read_text().endswith("x: [")
 
 
 def test_edit_offers_to_open_a_broken_file_again(home: Home) -> None:
