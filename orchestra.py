@@ -3681,7 +3681,7 @@ def find_conflict(data: bytes) -> tuple[int, bool]:
 
 def check_merge(data: bytes, start: int, end: int) -> None:
     """Raise SyncError if an unfinished merge of git's touches data[start:end]."""
-    if not any(mark in data for mark in (b"<<<<<<<", b">>>>>>>", b"|||||||")):
+    if not (b"<<<<<<<" in data or b">>>>>>>" in data or b"|||||||" in data):
         return
     opened = -1
     for mark in re.finditer(rb"(?m)^(<{7}|>{7}|\|{7})(?: [^\n]*|\r?)$", data):
@@ -3746,6 +3746,11 @@ class Layer(NamedTuple):
     missing: tuple[str, ...] = ()  # where an included file was looked for in vain
     problems: tuple[Problem, ...] = ()  # of all its files, as are the notes
     notes: tuple[Problem, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """What stands for all its files."""
+        return sha256_of(repr(self.digests).encode()) if self.prose or self.missing else self.said.digest
 
     @property
     def digests(self) -> dict[str, str]:
@@ -3856,10 +3861,9 @@ class RegistryFile(Document):
 
         Only a codebase's own file must say something.
         """
-        lines = (self.decode() or "").split("\n")
-        if not self.problems and kind != "codebase" and all(line.strip()[:1] in ("", "#") for line in lines):
-            return Codebase(key[0], "", digest=self.digest)
-        root = self.parse()
+        text = self.decode() or ""
+        is_empty = kind != "codebase" and all(line.strip()[:1] in ("", "#") for line in text.split("\n"))
+        root = None if self.problems or is_empty else self.compose(text)
         if root is None:
             return Codebase(key[0], "", digest=self.digest)
         if root.id == "mapping":
@@ -3949,32 +3953,26 @@ class ParsedFiles:
 
     def __init__(self, home: str) -> None:
         self._home = home
-        self._data = self._load()
-        starts = re.finditer(rb"(?m)^([0-9a-f]{64}:[a-z.]+) ", self._data)
-        self._known = {match[1].decode(): match.end() for match in starts}
-        self._used: dict[str, bytes] = {}  # new ones with their lines
+        self._known = {name: said for name, _, said in (line.partition(b" ") for line in self._load())}
+        self._used: dict[bytes, bytes] = {}
         self._fresh = 0
 
-    def _load(self) -> bytes:
+    def _load(self) -> list[bytes]:
         try:
             data = read_disk(f"{run_dir(self._home)}/parsed.jsonl").data
         except IoError:
-            return b""
+            return []
         lines = memoryview(data)[data.find(b"\n") + 1 :]  # no copy: it may be megabytes
-        return data if data.startswith(self._head(lines)) else b""
+        return data.splitlines()[1:] if data.startswith(self._head(lines)) else []
 
     def _head(self, lines: Buffer) -> bytes:
         return f"{program_stamp()} {sha256_of(lines)}\n".encode()
 
-    def _line(self, name: str) -> bytes:
-        start = self._known[name]
-        return self._data[start : self._data.index(b"\n", start)]
-
     def find(self, file: RegistryFile, kind: str, key: Key) -> Optional[Codebase]:
         """Find what a file says, without unknown keys, and add its notes to it."""
-        name = f"{file.digest}:{kind}"
+        name = f"{file.digest}:{kind}".encode()
         try:
-            notes, *values = json.loads(self._line(name))
+            notes, *values = json.loads(self._known[name])
             said: Codebase = CODEBASE_SCHEMA.restore(values, key[0])
             notes = [(str(message), int(line)) for message, line in notes]
         except (KeyError, ValueError, TypeError):  # unknown, or damaged
@@ -3983,20 +3981,20 @@ class ParsedFiles:
             return None  # the same file in another place
         for message, line in notes:
             file.note(message, line)
-        self._used[name] = b""
+        self._used[name] = self._known[name]
         return said._replace(digest=file.digest)
 
     def add(self, file: RegistryFile, kind: str, said: Codebase) -> None:
         notes = [(note.message, int(note.where.rpartition(":")[2])) for note in file.notes]
         values = said[1 : 1 + len(CODEBASE_SCHEMA.kinds)]
         line = json.dumps([notes, *values], default=lambda node: None, separators=(",", ":"))
-        self._used[f"{said.digest}:{kind}"] = line.encode()
+        self._used[f"{said.digest}:{kind}".encode()] = line.encode()
         self._fresh += 1
 
     def save_if_worth_it(self) -> None:
         if self._fresh <= max(self.FEW, len(self._used) // 8):
             return
-        lines = b"".join(b"%b %b\n" % (name.encode(), line or self._line(name)) for name, line in self._used.items())
+        lines = b"".join(b"%b %b\n" % item for item in self._used.items())
         try:
             with Lock(f"{run_dir(self._home)}/parsed.lock", timeout=0) as lock:
                 save_private(
@@ -4036,27 +4034,28 @@ class LayerReader:
         It lacks unknown keys, which only a save needs.
         """
         base, path = self.read_base(key[0]), f"{self._root}/{key[0]}/{key[1]}"
-        own = (self._read_layer("codebase", path, key), self._read_layer("codebase.local", f"{path}.local", key))
-        layers = (*base.layers, *filter(None, own))
+        found = (self._read_layer("codebase", path, key), self._read_layer("codebase.local", f"{path}.local", key))
+        own = [layer for layer in found if layer]
+        layers = (*base.layers, *own)
         problems = [problem for layer in reversed(layers) for problem in layer.problems]
         if problems:
             return None, tuple(problems)
         known: Optional[Codebase] = self._known.get(key)
         if known and tuple(map(id, known.layers)) == tuple(map(id, layers)):
             return known, ()
-        said, digests = base, [base.digest]
-        for layer in own:
-            if layer:
-                said = CODEBASE_SCHEMA.join(said, layer.said)
-                digests += [layer.said.digest, *(layer.digests.items() if layer.prose or layer.missing else ())]
-        said = said._replace(digest=sha256_of(repr(digests).encode()), layers=layers)
+        saids, digests = [layer.said for layer in own], [layer.digest for layer in own]
+        if base.layers:
+            saids, digests = [base, *saids], [base.digest, *digests]
+        # A file alone, as most codebases have, needs no other hash than its own.
+        digest = digests[0] if len(digests) == 1 else sha256_of(repr(digests).encode())
+        said = functools.reduce(CODEBASE_SCHEMA.join, saids)._replace(digest=digest, layers=layers)
         problems = self._check_targets(said)
         return (None, tuple(problems)) if problems else (said, ())
 
     def _check_targets(self, codebase: Codebase) -> list[Problem]:
         """Check the targets, of which only all layers together know."""
         custom = codebase.custom_targets
-        known = (*AGENTS, *(target.target for target in custom))
+        known = {**AGENTS, **{target.target: target for target in custom}} if custom else AGENTS
         paths = {spelled_alike(target.path): target.target for target in reversed(custom)}
         if custom:
             parts = (agent for agent in possible_files(codebase).values() if agent.part)
@@ -7181,13 +7180,14 @@ def draft_parts(root: str, home: str, names: Mapping[str, str], known: Pairs) ->
 # could share characters, and no failed scan is started again one character on.
 
 LINE_PREFIX = " \t>*+-0123456789.)"  # in front of what begins a block in a line
+NOT_PLAIN = re.compile(r"[<>`@~\[\]]").search
 
 # Text from the registry made harmless
 
 
 def is_plain(text: str) -> bool:
     """Recognize a line that is harmless as it is, as most are."""
-    return text.isprintable() and not re.search(r"[<>`@~\[\]]", text) and "  " not in text and text.strip() == text
+    return text.isprintable() and not NOT_PLAIN(text) and "  " not in text and text.strip() == text
 
 
 def defuse(text: str) -> str:
@@ -7389,9 +7389,9 @@ def render_body(codebase: Codebase, is_split: bool = False) -> str:
     return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
 
 
-def render_text(codebase: Codebase, is_split: bool = False) -> str:
-    """Write all that an agent is told about a codebase."""
-    head, body = render_head(codebase), render_body(codebase, is_split)
+def render_text(codebase: Codebase, body: str) -> str:
+    """Write all that an agent is told about a codebase; `render_body` made the body."""
+    head = render_head(codebase)
     return f"{head}\n{body}" if body else head
 
 
@@ -7568,8 +7568,9 @@ def render_files(codebase: Codebase, beside: Collection[str] = (), importing: Co
     def render(part: str, is_split: bool) -> tuple[str, str, str, bool]:
         told = codebase_of_part(codebase, part) if part else codebase
         title = json.dumps(" ".join(defuse(f"{told.name}: instructions").split()), ensure_ascii=False)
-        text = render_text(told, is_split)
-        return title, render_body(told, is_split), seal(text), text.count("\n") == 1
+        body = render_body(told, is_split)
+        text = render_text(told, body)
+        return title, body, seal(text), text.count("\n") == 1
 
     files = {}
     has_parts = any(part.path for part in codebase.projects)
@@ -13925,7 +13926,7 @@ class Commands(NamedTuple):
             names = [*AGENTS, *(custom.target for custom in codebase.custom_targets)]
             expected = f"expected {' | '.join(names)}, got {excerpt(target)}"
             raise UsageError(f"--target: {expected}{did_you_mean(target, names)}")
-        text = files[path].decode("utf-8", "replace") if target else render_text(codebase)
+        text = files[path].decode("utf-8", "replace") if target else render_text(codebase, render_body(codebase))
         self._show(show_hidden(text))
         for agent in managed_files(shown).values():
             self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
