@@ -11067,12 +11067,15 @@ class Worker:
 
     def _work(self) -> None:
         for job in iter(self.jobs.get, None):
-            outcome = self._try(job)
-            if outcome.bug and self._rebuild_cache():
-                outcome = self._try(job)._replace(bug=outcome.bug)
-            self.outcomes.append(outcome)
+            self.outcomes.append(self._run(job))  # no name keeps it until the next: it may be megabytes
             self._wake()
         self._wake()
+
+    def _run(self, job: SyncJob) -> JobOutcome:
+        outcome = self._try(job)
+        if outcome.bug and self._rebuild_cache():
+            outcome = self._try(job)._replace(bug=outcome.bug)
+        return outcome
 
     def _try(self, job: SyncJob) -> JobOutcome:
         try:
