@@ -13674,6 +13674,7 @@ class Commands(NamedTuple):
             return absolute_path(self.home, path)
 
     def _register(self, registration: Registration, sync: bool = False) -> int:
+        started = time.time() - 0.01  # the time of a file may be one tick of the kernel late
         registered, dry_run = registration.run(), registration.dry_run
         for line in registered.lines:
             print(line)
@@ -13689,9 +13690,9 @@ class Commands(NamedTuple):
             return OK
         registry = load_registry(self.home)
         if sync:
-            results = self._sync(registry, SyncScope.codebase(label_for(key)))
-            self._print_results(results)
-            return report_all(results[0].errors)
+            result = self._sync(registry, SyncScope.codebase(label_for(key)))[0]
+            self._print_results([self._count_daemons_files(result, registration.path, started)])
+            return report_all(result.errors)
         if key in registry.codebases:
             codebase = registry.codebases[key]
             result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True))
@@ -13699,6 +13700,18 @@ class Commands(NamedTuple):
                 if file.is_foreign:
                     self._note(f"{label_for(key)}: {file.path}: {file.note}")
         return OK
+
+    def _count_daemons_files(self, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
+        """Count what the daemon has written, where it was faster than this command."""
+        record = load_record(self.home, result.key) or Record()
+
+        def count(file: FilePlan) -> FilePlan:
+            is_ours = file.action == Action.KEEP and record.files.get(file.path)
+            if not is_ours or os.path.getmtime(f"{root}/{file.path}") < since:
+                return file
+            return file._replace(action=Action.CREATE, join=record.joins.get(file.path))
+
+        return result._replace(files=tuple(map(count, result.files)))
 
     def cmd_project_list(self) -> int:
         registry = load_registry(self.home)

@@ -13531,6 +13531,19 @@ def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: An
     assert without_age(take_picture(home.folder)) == without_age(before)
 
 
+def test_init_tells_what_was_written_though_the_daemon_was_faster(home: Home) -> None:
+    home.start_daemon()
+    for name in "abcdef":
+        root = home.code / name
+        put_files(root, {"AGENTS.md": "mine\n", "Makefile": "test:\n\tpytest\n"})
+        ran = home.run_fine("init", str(root), "-p", "shop", "--sync")
+        assert ran.out.endswith(f"\nappend   shop/{name} AGENTS.md\n1 written, 0 unchanged in 1 codebase\n")
+        os.utime(root / "AGENTS.md", (0, 0))
+        ran = home.run_fine("init", str(root), "-p", "shop", "--sync")
+        assert ran.out.endswith("\n0 written, 1 unchanged in 1 codebase\n")
+    home.stop(home.daemons[0])
+
+
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_an_init_whose_sync_fails_is_exit_status_2(home: Home, dry_run: Any) -> None:
     put_files(home.code, {"GEMINI.md": orchestra.BLOCK_BEGIN})
