@@ -177,7 +177,7 @@ tell_path() {
 }
 
 tell_next() {
-    say "next:  $program init PATH -p PROJECT --sync"
+    say "next:  $program $(next_command)"
     if [ -z "$starts" ]; then
         running=$([ ! -S "$root/daemon.sock" ] || "$root/bin/orchestra" daemon status --short 2>/dev/null) || running=
         case $running in
@@ -185,6 +185,21 @@ tell_next() {
         *) say "then:  $program daemon restart    (the running daemon may be older)" ;;
         esac
     fi
+}
+
+next_command() {
+    for file in "$root"/projects/*/*.yaml; do
+        case $file in
+        */project.yaml | *.local.yaml) ;;
+        *)
+            if [ -e "$file" ]; then
+                echo status
+                return
+            fi
+            ;;
+        esac
+    done
+    echo "init PATH -p PROJECT --sync"
 }
 
 uninstall() {
@@ -225,7 +240,7 @@ is_own_link() {
 
 # A killed sync may have left the user's text under another name; only the files in run say where.
 clear_up_syncs() {
-    if "$root/bin/orchestra" self-uninstall || [ ! -d "$root/run/codebases" ]; then
+    if { [ -x "$root/bin/orchestra" ] && "$root/bin/orchestra" self-uninstall; } || [ ! -d "$root/run/codebases" ]; then
         rm -rf -- "${root:?}/run"
     fi
 }

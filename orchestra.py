@@ -7768,7 +7768,7 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
     save_private(record_path(home, key), data, lock.token, durable=False)
 
 
-def _list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
+def list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
     """List the codebases that have a record but are not registered, by folder."""
     found = []
     for project in names_in(hashes_root(home)):
@@ -7788,7 +7788,7 @@ def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Opt
     if owners is None:
         return None
     if owners.orphans is None:
-        owners.orphans = Owners(_list_orphans(home, {*owners.values()}))
+        owners.orphans = Owners(list_orphans(home, {*owners.values()}))
     found = []
     for former in owners.orphans.keys_at(identity_of(root)):
         record = None if os.path.lexists(codebase_path(home, former)) else load_record(home, former)
@@ -8885,7 +8885,9 @@ class Staleness(NamedTuple):
 
     @property
     def needs_attention(self) -> bool:
-        return self.status != State.ABSENT and (self.status != State.CURRENT or self.detail != "")
+        if self.status == State.ABSENT:
+            return self.last_sync_at is not None  # its folder was here
+        return self.status != State.CURRENT or self.detail != ""
 
 
 class Status(NamedTuple):
@@ -12293,6 +12295,22 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #     Otherwise detect what is in the folder, draft the codebase's file, and create it.
 
 
+def list_checkout_folders(home: str, key: Key) -> list[str]:
+    """List the folders from a codebase's registry file up to its git checkout's top."""
+    folders = [*climb(real_path(os.path.dirname(codebase_path(home, key))))]
+    tops = [folder for folder in folders if os.path.lexists(f"{folder}/.git")]
+    inside = folders[: folders.index(tops[0]) + 1] if tops else []
+    return [] if real_path(home) in inside else inside
+
+
+def list_gone(home: str, registry: Registry) -> Iterator[tuple[Key, Record]]:
+    """Iterate over the codebases that were synced here, and whose folder is gone."""
+    for key, codebase in registry.codebases.items():
+        record = load_record(home, key) if is_absent(home, codebase) else None
+        if record and not os.path.exists(expand_home(home, record.root)):
+            yield key, record
+
+
 NO_PARTS = "--parts: no file here lists the packages of a workspace"
 
 
@@ -12408,15 +12426,11 @@ class Registration(NamedTuple):
 
     def _check_has_not_moved(self, registry: Registry) -> None:
         """Raise RegistryError if a codebase that is absent now may have moved here."""
-        for key, codebase in registry.codebases.items():
-            record = load_record(self.home, key) if is_absent(self.home, codebase) else None
-            folder = expand_home(self.home, record.root) if record else ""
-            if not record or os.path.exists(folder):
-                continue
+        for key, record in list_gone(self.home, registry):
             texts = ((path, look_at(self.path, record.agent_at(path)).digest) for path in record.files)
             if key == self.key or any(digest in record.known(path) for path, digest in texts):
                 label = label_for(key)
-                place = shorten_home(self.home, folder) or "another folder"
+                place = shorten_home(self.home, expand_home(self.home, record.root)) or "another folder"
                 move = f"orchestra project move {typed(label)} {typed(self.path)}"
                 remove = f"orchestra project remove {typed(label)}"
                 hint = f"{move} if it is here now; otherwise {remove} first"
@@ -12524,24 +12538,48 @@ class Registration(NamedTuple):
 
     def _suggest_gitignore(self) -> list[str]:
         """Note what git should ignore, if it keeps the project's files and does not."""
-        home = real_path(self.home)
-        folders = climb(real_path(os.path.dirname(codebase_path(self.home, self.key))))
-        for folder in itertools.takewhile(lambda folder: folder != home, folders):
-            file = f"{folder}/.gitignore"
+        folders = list_checkout_folders(self.home, self.key)
+        for folder in folders:
             with suppress(IoError):
-                if b".local." in read_disk(file, MAX_REGISTRY_FILE).data:
-                    break
-            if os.path.lexists(f"{folder}/.git"):
-                command = f"echo '*.local.*' >> {shorten_home(self.home, file)}"
-                reason = "what is for one machine alone, it should not"
-                return [f"git keeps this registry; {reason}: {command}"]
-        return []
+                if b".local." in read_disk(f"{folder}/.gitignore", MAX_REGISTRY_FILE).data:
+                    return []
+        if not folders:
+            return []
+        command = f"echo '*.local.*' >> {shorten_home(self.home, f'{folders[-1]}/.gitignore')}"
+        return [f"git keeps this registry; what is for one machine alone, it should not: {command}"]
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
         folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]
         keys = [key for folder in folders for key in registry.owners.keys_at(identity_of(folder))]
         reason = "its folder contains this one and is not a repository"
         return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
+
+
+def suggest_moves(home: str, registry: Registry, folder: str) -> list[str]:
+    """Suggest to move codebases that are gone to the folders that have their names."""
+    gone = {os.path.basename(record.root): key for key, record in list_gone(home, registry)}
+    found = [(gone.get(os.path.basename(above)), shorten_home(home, above)) for above in climb(folder)]
+    return [f"orchestra project move {typed(label_for(key))} {typed(place)}" for key, place in found if key]
+
+
+def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
+    """Count what the daemon has written since, where it was faster than a command."""
+    record = load_record(home, result.key) or Record()
+
+    def count(file: FilePlan) -> FilePlan:
+        is_ours = file.action == Action.KEEP and record.files.get(file.path)
+        if not is_ours or os.path.getmtime(f"{root}/{file.path}") < since:
+            return file
+        return file._replace(action=Action.CREATE, join=record.joins.get(file.path))
+
+    return result._replace(files=tuple(map(count, result.files)))
+
+
+def list_written(home: str, registry: Registry, key: Key) -> list[str]:
+    """List the files with Orchestra's text in a codebase's folder."""
+    codebase, record = registry.codebases.get(key), load_record(home, key)
+    root = codebase_root(home, codebase) if codebase else ""
+    return [path for path in sorted(record.files if record else ()) if root and os.path.lexists(f"{root}/{path}")]
 
 
 # ── 37 Output ─────────────────────────────────────────────────────────────────
@@ -13136,7 +13174,8 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 def next_steps(status: Status) -> list[str]:
     """Return the commands to type next, at most two."""
     entries = status.codebases
-    steps = [e.hint for e in entries if e.status == State.ERROR and e.hint][:1]
+    lost = sorted((e for e in entries if e.hint and e.needs_attention), key=lambda e: e.status != State.ERROR)
+    steps = [e.hint for e in lost if e.status in (State.ERROR, State.ABSENT)][:1]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
     steps += [f"orchestra diff {label}" for label in edited[:1]]
     outdated = [e for e in entries if e.status not in (*State.FINE, State.ERROR)]
@@ -13348,7 +13387,7 @@ class Finding(NamedTuple):
 
 NOTE_FIXES = {  # what to do about a note on a file, by words in the note; the first counts
     FOREIGN: "orchestra sync {label}",
-    "symbolic link": "put a file in its place, or drop its target: orchestra edit {label}",
+    "symbolic link": "put a file in its place, or drop its target: {edit_targets}",
     "invisible characters": "type the text anew: orchestra edit {label}",
     "": "orchestra edit {label}",
 }
@@ -13488,9 +13527,30 @@ class Doctor:
                 yield Finding(Level.FAILURE, str(problem.below(label)), problem.hint)
             for path, note in self._notes_on(plan):
                 fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
-                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix.format(label=typed(label)))
+                fix = fix.format(label=typed(label), edit_targets=self._edit_targets(codebase))
+                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix)
         if absent:
             yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
+
+    def _edit_targets(self, codebase: Codebase) -> str:
+        """Say how to edit the file that a codebase's targets are from."""
+        files = [layer.path for layer in codebase.layers if layer.said.targets is not None]
+        if files and f"{files[-1]}.yaml" != codebase_path(self.home, codebase.key):
+            return f"edit {shorten_home(self.home, files[-1])}.yaml"
+        return f"orchestra edit {typed(label_for(codebase.key))}"
+
+    def _check_unregistered(self) -> Iterator[Finding]:
+        """Look for what a codebase has left whose registry file was removed by hand."""
+        for root, key in list_orphans(self.home, {*self._registry.keys}).items():
+            record = load_record(self.home, key) or Record()
+            left = [path for path in record.files if look_at(root, record.agent_at(path)).digest]
+            is_retired = any(backup.why == Reason.RETIRED for backup in Backups(self.home, key).versions())
+            if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
+                continue  # in the last case it was renamed: its next sync takes all over
+            label, place = label_for(key), shorten_home(self.home, root)
+            text = f"{label} has no registry file any more, but left its text in {place}: {', '.join(left)}"
+            again = f"orchestra init {typed(place)} -p {typed(key[0])} --name {typed(key[1])}"
+            yield Finding(Level.WARNING, text, f"{again}; orchestra project remove {typed(label)} --purge")
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Iterate over notes on the files that are written, or stay, by path."""
@@ -13503,7 +13563,7 @@ class Doctor:
         yield from find_replacing(plan, (*REPLACING, *ALSO_REPLACING))
 
     def _check_doubles(self) -> Iterator[Finding]:
-        readers: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        readers: dict[tuple[str, tuple[str, ...]], list[Key]] = {}
         by_path = {agent.path: agent.target for agent in AGENTS.values()}
         defaults = {AGENTS[target].path for target in DEFAULT_TARGETS}
         for key, codebase in sorted(self._registry.codebases.items()):
@@ -13511,11 +13571,12 @@ class Doctor:
             for reader, joined in JOINED.items():
                 twice = tuple(path for path in joined if path in paths)
                 if len(twice) > 1 and not defaults.issuperset(twice):
-                    readers.setdefault((reader, twice), []).append(label_for(key))
-        for (reader, twice), labels in readers.items():
-            text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(labels)}"
+                    readers.setdefault((reader, twice), []).append(key)
+        for (reader, twice), keys in readers.items():
+            text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(map(label_for, keys))}"
             extra = next(path for path in reversed(twice) if path not in defaults)
-            fix = f"drop the target {by_path[extra]}: orchestra edit {typed(labels[0])}"
+            edit = self._edit_targets(self._registry.codebases[keys[0]])
+            fix = f"drop the target {by_path[extra]}: {edit}"
             yield Finding(Level.WARNING, text, fix)
 
     def _check_leftovers(self) -> Iterator[Finding]:
@@ -13544,7 +13605,7 @@ class Doctor:
 
     CHECKS = (
         *(_check_program, _check_path, _check_launcher, _check_daemon, _check_notify, _check_login),
-        *(_check_registry, _check_codebases, _check_doubles, _check_leftovers, _check_backups),
+        *(_check_registry, _check_codebases, _check_unregistered, _check_doubles, _check_leftovers, _check_backups),
     )
 
 
@@ -13598,7 +13659,9 @@ class Commands(NamedTuple):
         if registry.broken:
             report_all(registry.problems)
             raise UsageError(f"no readable registry file names {shown}", "fix the files above first")
-        hint = f"orchestra init {typed(path or '.')} -p PROJECT --sync"
+        moves = suggest_moves(self.home, registry, folder)
+        init = f"orchestra init {typed(path or '.')} -p PROJECT --sync"
+        hint = f"{moves[0]} if it is that one; otherwise {init}" if moves else init
         raise UsageError(f"{shown} is not in a registered codebase", hint)
 
     def _keys_above(self, registry: Registry, folder: str) -> list[Key]:
@@ -13691,7 +13754,7 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         if sync:
             result = self._sync(registry, SyncScope.codebase(label_for(key)))[0]
-            self._print_results([self._count_daemons_files(result, registration.path, started)])
+            self._print_results([count_daemons_files(self.home, result, registration.path, started)])
             return report_all(result.errors)
         if key in registry.codebases:
             codebase = registry.codebases[key]
@@ -13701,27 +13764,16 @@ class Commands(NamedTuple):
                     self._note(f"{label_for(key)}: {file.path}: {file.note}")
         return OK
 
-    def _count_daemons_files(self, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
-        """Count what the daemon has written, where it was faster than this command."""
-        record = load_record(self.home, result.key) or Record()
-
-        def count(file: FilePlan) -> FilePlan:
-            is_ours = file.action == Action.KEEP and record.files.get(file.path)
-            if not is_ours or os.path.getmtime(f"{root}/{file.path}") < since:
-                return file
-            return file._replace(action=Action.CREATE, join=record.joins.get(file.path))
-
-        return result._replace(files=tuple(map(count, result.files)))
-
     def cmd_project_list(self) -> int:
         registry = load_registry(self.home)
         entries: list[dict[str, Any]] = []
         rows = [("CODEBASE", "TYPE", "PATH")]
-        for key in sorted(registry.codebases):
-            codebase = registry.codebases[key]
+        for key in registry.keys:
+            codebase = registry.codebases.get(key, Codebase(*key, targets=()))
             path = codebase_root(self.home, codebase)
             types = [component.project_type for component in codebase.projects]
-            rows.append((label_for(key), ", ".join(types), shorten_home(self.home, path) or "-"))
+            kind = State.WORDS[State.ERROR][0] if key in registry.broken else ", ".join(types)
+            rows.append((label_for(key), kind, shorten_home(self.home, path) or "-"))
             entry = {"project": key[0], "codebase": key[1], "path": path or None, "project_types": types}
             entries.append({**entry, "targets": list(targets_of(codebase))})
         if self.args.json:
@@ -13757,10 +13809,12 @@ class Commands(NamedTuple):
                 raise UsageError("nothing was changed")
         if key in registry.codebases:
             clean_up_codebase(self.home, registry.codebases[key])
-        left = self._list_written(key, registry) if not self.args.purge else []
+        left = list_written(self.home, registry, key) if not self.args.purge else []
         # It is deregistered first, so that no sync writes again what is purged.
         kept = retire_codebase(self.home, key)
         print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept[0])}")
+        if list_checkout_folders(self.home, key):
+            self._note(f"git keeps this registry: once that is pushed, {label_for(key)} is removed for everybody")
         if not self.args.purge:
             import shlex
 
@@ -13776,12 +13830,6 @@ class Commands(NamedTuple):
         path = shorten_home(self.home, codebase_root(self.home, codebase))
         again = f"orchestra init {typed(path)} -p {typed(key[0])} --name {typed(key[1])}, then remove it again"
         return report_all(error._replace(hint=f"fix that; {again}") for error in result.errors)
-
-    def _list_written(self, key: Key, registry: Registry) -> list[str]:
-        """List the files with Orchestra's text in a codebase's folder."""
-        codebase, record = registry.codebases.get(key), load_record(self.home, key)
-        root = codebase_root(self.home, codebase) if codebase else ""
-        return [path for path in sorted(record.files if record else ()) if root and os.path.lexists(f"{root}/{path}")]
 
     # Syncing
 
@@ -13958,7 +14006,11 @@ class Commands(NamedTuple):
         name, path = self.args.codebase, self.args.path
         if path is None and name and is_managed_path(name):
             name, path = None, name
-        codebase = self._readable(load_registry(self.home), name)
+        registry = load_registry(self.home)
+        try:
+            codebase = self._readable(registry, name)
+        except RegistryError as error:
+            raise RegistryError(str(error), self._find_old_backups(registry, name) or error.hint) from None
         backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
         if self.args.list:
@@ -13978,6 +14030,14 @@ class Commands(NamedTuple):
             f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {typed(label)}"
         )
         return OK
+
+    def _find_old_backups(self, registry: Registry, name: Optional[str]) -> str:
+        """Say where the backups of a codebase are that is no longer registered."""
+        root = backups_root(self.home)
+        keys = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
+        found = [key for key in (*registry.keys, *keys) if name in (key[1], label_for(key))]
+        is_old = bool(found) and found[0] not in registry.keys
+        return f"ls {typed(shorten_home(self.home, backups_of(self.home, found[0])))}" if is_old else ""
 
     def _choose_backups(self, codebase: Codebase, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
         """Choose the latest backups of a path that --at allows; raises SyncError."""

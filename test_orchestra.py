@@ -12396,6 +12396,11 @@ def test_install_sh_from_a_checkout_leaves_a_working_program(machine: Machine, s
     assert first == "installed ~/.local/bin/orchestra"
     assert second == f"orchestra {orchestra.__version__}, with {BASE_PYTHON}"
     assert [line for line in lines if line.startswith("next:  ~/.local/bin/orchestra init")]
+    put_files(machine.projects, {"shop/project.yaml": "", "shop/api.local.yaml": ""})
+    assert "\nnext:  ~/.local/bin/orchestra init" in machine.install_well(shell=shell)
+    put_files(machine.projects, {"shop/my api.yaml": ""})
+    assert "\nnext:  ~/.local/bin/orchestra status\n" in machine.install_well(shell=shell)
+    shutil.rmtree(machine.projects / "shop")
     assert Path(orchestra.binary_path(machine.path)).read_text().startswith(f"#!{BASE_PYTHON} -IS\n")
     assert os.path.samefile(machine.link, orchestra.binary_path(machine.path))
     assert sorted(os.listdir(machine.home / ".orchestra/lib")) == ["orchestra.py", PYTHON_XY]
@@ -12698,6 +12703,8 @@ def test_uninstalling_cleans_up_after_a_killed_sync(machine: Machine) -> None:
     assert "orchestra: ~/.orchestra/projects/demo/broken.yaml" in done.stderr
     assert f"kept: {machine.path}/.orchestra/run (needed to clean up after killed syncs)" in done.stdout
     assert sorted(os.listdir(machine.home / ".orchestra")) == ["hashes", "projects", "run"]
+    done = machine.install("sh", "--uninstall")
+    assert (done.returncode, done.stderr) == (0, "") and "/.orchestra/run (needed" in done.stdout
 
 
 def test_one_codebase_that_cannot_be_cleaned_up_does_not_keep_the_others_from_it(home: Home, monkeypatch: Any) -> None:
@@ -14124,13 +14131,13 @@ def test_zsh_completes(on_path: Machine) -> None:
 
 def make_troubled(home: Home) -> None:
     """Make a codebase in each state."""
-    for label in ("bank/web", "shop/api", "shop/infra", "shop/gone", "tools/日本", "tools/fine", "tools/link"):
+    for label in ("bank/web", "shop/api", "shop/infra", "tools/日本", "tools/fine", "tools/link"):
         home.make_codebase(label, targets=["claude"])
+    home.register("shop/gone")  # on another machine
     home.sync()
     edit(home.code / "shop/api/CLAUDE.md", "# api", "# mine")
     home.register("bank/web", targets=["claude"], conventions=["one"])
     home.register("shop/infra", conventions=[{"a": "b"}])
-    shutil.rmtree(home.code / "shop/gone")
     (home.code / "tools/link/CLAUDE.md").unlink()
     (home.code / "tools/link/CLAUDE.md").symlink_to("README.md")
     home.register("tools/日本", targets=["claude", "codex"])
@@ -14191,6 +14198,10 @@ STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "several": ([add_it(), lambda home: home.make_codebase("shop/b")], "next: orchestra sync --all"),
     "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "next: orchestra edit shop/api"),
     "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], ""),
+    "gone": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api")], "next: orchestra project move "
+             "shop/api PATH, or bring the folder back"),
+    "gone and broken": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
+                        home.write_registry("shop/b.yaml", "{")], "next: orchestra edit shop/b"),
 }  # fmt: skip
 
 
@@ -14432,10 +14443,28 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "warn shop/api: was synced here, but ",
         "orchestra project move shop/api PATH",
     ),
+    "removed by hand": (
+        [add_it(["codex", "cursor"]), sync_it, lambda home: home.file().unlink()],
+        "warn shop/api has no registry file any more, but left its text in ",
+        "orchestra init ",
+    ),
     "doubles": (
         [add_it(["codex", "cursor"]), sync_it],
         f"warn Cursor reads the same text in AGENTS.md and {CURSOR}: shop/api",
         "drop the target cursor: orchestra edit shop/api",
+    ),
+    "doubles by a layer": (
+        [lambda home: home.write_registry("all.yaml", "targets: [codex, cursor]\n"), add_it(None), sync_it],
+        f"warn Cursor reads the same text in AGENTS.md and {CURSOR}: shop/api",
+        "drop the target cursor: edit ~/.orchestra/projects/all.yaml",
+    ),
+    "linked by a sister": (
+        [
+            lambda home: home.write_registry("shop/api.local.yaml", "targets: [claude]\n"),
+            add_it(["claude"], {"CLAUDE.md": link_to("README.md")}),
+        ],
+        "warn shop/api: CLAUDE.md: skipped: it is a symbolic link to README.md",
+        "put a file in its place, or drop its target: edit ~/.orchestra/projects/shop/api.local.yaml",
     ),
     "temporary file": (
         [put_in(f"home/.orchestra/hashes/.orchestra-{pid}-aa.tmp") for pid in (DEAD, os.getpid())],
@@ -14474,6 +14503,29 @@ def test_doctor_finds_what_is_wrong_and_names_its_mend(home: Home, what: str) ->
     assert (
         lines[-1] == f"{orchestra.count_of(levels['FAIL'], 'failure')}, {orchestra.count_of(levels['warn'], 'warning')}"
     )
+
+
+def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> None:
+    def ask() -> list[dict[str, str]]:
+        findings = json.loads(home.run("doctor", "--json").out)["findings"]
+        return [finding for finding in findings if "has no registry file" in finding["text"]]
+
+    root = home.make_synced(files={"AGENTS.md": "mine\n"}, targets=["claude", "codex"])
+    (root / "CLAUDE.md").unlink()
+    os.rename(home.file(), home.projects / "shop/web.yaml")
+    edit(home.projects / "shop/web.yaml", "name: api", "name: web")
+    assert ask() == []  # the next sync knows it by its new name
+    (home.projects / "shop/web.yaml").unlink()
+    (finding,) = ask()
+    assert finding["text"].endswith(f"left its text in {root}: AGENTS.md")
+    again, purge = finding["fix"].replace("orchestra ", "").split("; ")
+    home.run_fine(*again.split())
+    assert ask() == []
+    home.run_fine(*purge.split())
+    assert ask() == [] and contents(root) == {"AGENTS.md": b"mine\n"}
+    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    home.run_fine("project", "remove", "api")  # whose output says what is left
+    assert ask() == []
 
 
 def test_doctor_is_content_with_a_machine_that_is_set_up(machine: Machine) -> None:
@@ -14608,6 +14660,11 @@ def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> 
         f"shop/api   ml    {home.code}/shop/api",
         "shop/near        ~/near",
     ]
+    home.write_registry("shop/api.yaml", "{")
+    ran = home.run("project", "list")
+    assert ran.status == 2 and "api.yaml:" in ran.err and re.search("(?m)^shop/api +broken +-$", ran.out)
+    entry = {"project": "shop", "codebase": "api", "path": None, "project_types": [], "targets": []}
+    assert json.loads(home.run("project", "list", "--json").out)[0] == entry
 
 
 def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
@@ -14616,8 +14673,12 @@ def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
     ran = home.run_fine("project", "remove", "api")
     assert contents(root) == before and home.registry().keys == []
     kept = re.search(r"kept as ~(/\S+)", ran.out)
-    assert kept and Path(home.path + kept[1]).read_bytes() == file
+    assert kept and Path(home.path + kept[1]).read_bytes() == file and ran.err == ""
     assert home.run("project", "remove", "api").status == 2
+    for name in ("api", "shop/api"):
+        ran = home.run("restore", name)
+        message = f'orchestra: no codebase is called "{name}"\n  try: ls ~/.orchestra/backups/shop/api\n'
+        assert (ran.status, ran.err) == (2, message)
 
 
 def test_a_broken_codebase_can_be_removed_but_not_purged(home: Home) -> None:
@@ -14668,6 +14729,12 @@ def test_sync_without_a_name_is_for_the_current_folder(home: Home, monkeypatch: 
     monkeypatch.chdir(home.code)
     ran = home.run("sync")
     assert ran.status == 2 and "orchestra init . -p PROJECT --sync" in ran.err
+    home.sync()
+    (home.code / "new").mkdir()
+    monkeypatch.chdir(root.rename(home.code / "new/api") / "src")
+    ran, init = home.run("sync"), "orchestra init . -p PROJECT --sync"
+    move = f"orchestra project move shop/api {home.code}/new/api"
+    assert (ran.status, ran.err.splitlines()[1:]) == (2, [f"  try: {move} if it is that one; otherwise {init}"])
 
 
 def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: Home, monkeypatch: Any) -> None:
@@ -17232,6 +17299,8 @@ def test_init_says_what_git_should_ignore(home: Home, place: str, link: str, pre
     put_files(clone, {f"{prefix}api.local.yaml": ""})
     status = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone, text=True)
     assert ".gitignore" in status and "local" not in status
+    note = "note: git keeps this registry: once that is pushed, shop/api is removed for everybody\n"
+    assert home.run_fine("project", "remove", "api").err == note
 
 
 def test_a_home_folder_in_git_is_not_a_registry_in_git(home: Home) -> None:
@@ -18742,11 +18811,11 @@ def test_what_the_readme_makes_of_its_first_file(home: Home) -> None:
 
 
 def test_the_readmes_picture_of_status(home: Home) -> None:
-    for name in ("api", "web", "infra", "site"):
+    for name in ("api", "web", "infra"):
         home.make_codebase(f"shop/{name}", conventions=["first"])
+    home.register("shop/site")  # on another machine
     home.sync()
     edit(home.code / "shop/api/CLAUDE.md", "- first", "- third")
-    shutil.rmtree(home.code / "shop/site")
     home.write_registry("shop/infra.yaml", "name: infra\nconventions: [Money: integer cents]\n")
     edit(home.file("shop/web"), "conventions", "convention: [x]\nconventions")
     edit(home.file("shop/web"), "noted", "changed")
