@@ -9486,7 +9486,7 @@ def test_a_program_that_hangs_is_ended_with_what_it_started_and_delays_nothing(h
         assert notifying.warnings == ["ended by signal 9"]
         assert notifying.notifier._running is not process  # the second message has its turn
     with pytest.raises(ProcessLookupError):  # neither it nor its child is there, or a zombie
-        wait_until(lambda: os.killpg(process.pid, 0), 2)
+        wait_until(lambda: os.killpg(process.pid, 0))
 
 
 # ── 31 Control socket ─────────────────────────────────────────────────────────
@@ -10846,7 +10846,7 @@ def test_daemon_autosync_after_registry_change(live: Home) -> None:
     assert "SENTINEL" not in claude.read_text()
     with open(live.file(), "a") as file:
         file.write("notes:\n- SENTINEL\n")
-    wait_until(lambda: "SENTINEL" in claude.read_text(), 10)
+    wait_until(lambda: "SENTINEL" in claude.read_text())
     assert live.run_script("daemon", "stop").out == "daemon stop requested\n"
     live.expect_end(daemon)
 
@@ -11280,7 +11280,7 @@ def test_of_two_daemons_started_at_once_one_survives(live: Home, rounds: int) ->
     for number in range(rounds):
         said = len(live.said()) if live.daemons else 0
         both = [live.start_daemon(wait=False), live.start_daemon(wait=False)]
-        wait_until(lambda: any(daemon.poll() is not None for daemon in both), 15)  # noqa: B023
+        wait_until(lambda: any(daemon.poll() is not None for daemon in both))  # noqa: B023
         winner, loser = sorted(both, key=lambda daemon: daemon.poll() is not None)
         assert loser.returncode == 2
         assert live.said()[said:].splitlines()[0] == f"orchestra: daemon socket already in use: {live.socket}"
@@ -12893,14 +12893,36 @@ LOADING = ["enable GUI/dev.orchestra.daemon", f"bootstrap GUI {PLIST}"]
 STAY = orchestra.Launchd.STAY_TIME
 
 
-class FakeLaunchctl:
-    """A launchd that keeps state, and its clock."""
+class FakeSupervisor:
+    """What a launchd and a systemd that keep state have in common: a service that runs, and a clock."""
 
-    def __init__(self, home: str) -> None:
-        self.home = home
-        self.plist = Path(orchestra.launchd_plist_path(home))
+    def __init__(self, machine: Machine) -> None:
+        self.home = machine.path
+        self.start_service: Callable[..., Any] = lambda *_: Answerer(orchestra.socket_path(self.home))
+        self.running: Any = None
+        self.now = 0.0
+        self.calls: list[str] = []
+        machine.cleanup.callback(self.stop)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def launch(self, *how: Any) -> int:
+        self.stop()
+        self.running = self.start_service(*how)
+        return 0
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+        self.running = None
+
+
+class FakeLaunchctl(FakeSupervisor):
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.plist = Path(orchestra.launchd_plist_path(self.home))
         self.codes: dict[str, Iterator[int]] = {}  # exit statuses that a subcommand gives first
-        self.start_service: Callable[[dict[str, Any]], Any] = lambda plist: Answerer(orchestra.socket_path(home))
         self.teardown = 0.0  # seconds that a service is still known after bootout
         self.runs_at_load = self.has_session = True
         self.disabled = False
@@ -12908,10 +12930,7 @@ class FakeLaunchctl:
         self.loaded: Optional[dict[str, Any]] = None
         self.loaded_bytes = b""
         self.gone_at: Optional[float] = None
-        self.running: Any = None
-        self.now = 0.0
         self.events: dict[float, Callable[[FakeLaunchctl], object]] = {}  # what happens at a time
-        self.calls: list[str] = []
         self.times: list[float] = []
 
     def given(self, codes: dict[str, Sequence[int]] = {}, events: Any = {}, **state: Any) -> FakeLaunchctl:
@@ -12936,7 +12955,7 @@ class FakeLaunchctl:
         return orchestra.uninstall_launchd(self.launchd(**options))
 
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        super().sleep(seconds)
         for when in [when for when in self.events if when <= self.now]:
             self.events.pop(when)(self)
 
@@ -12989,20 +13008,12 @@ class FakeLaunchctl:
         return 0
 
     def start(self) -> int:
-        self.running = self.start_service(self.loaded or {})
-        return 0
-
-    def stop(self) -> None:
-        if self.running is not None:
-            self.running.stop()
-        self.running = None
+        return self.launch(self.loaded or {})
 
 
 @pytest.fixture
-def launchctl(machine: Machine) -> Iterator[FakeLaunchctl]:
-    fake = FakeLaunchctl(machine.path)
-    yield fake
-    fake.stop()
+def launchctl(machine: Machine) -> FakeLaunchctl:
+    return FakeLaunchctl(machine)
 
 
 def start_nothing(plist: Any) -> None:
@@ -13270,12 +13281,9 @@ def test_install_upgrades_a_running_service(machine: Machine) -> None:
     machine.move("Ann & Zoë")
     machine.give_yaml()
     binary = machine.install_program()
-    fake = FakeLaunchctl(machine.path).given(start_service=lambda plist: Service(machine.path, plist))
-    try:
-        first = fake.install(binary, **REAL)
-        assert fake.install(binary, **REAL) == first and machine.answers()
-    finally:
-        fake.stop()
+    launchctl = FakeLaunchctl(machine).given(start_service=lambda plist: Service(machine.path, plist))
+    first = launchctl.install(binary, **REAL)
+    assert launchctl.install(binary, **REAL) == first and machine.answers()
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="launchd is here")
@@ -13297,20 +13305,14 @@ def test_elsewhere_than_on_macos_launchd_is_an_error_that_changes_nothing(
 # systemd
 
 
-class FakeSystemctl:
-    """A user's systemd that keeps state, and its clock."""
-
-    def __init__(self, home: str) -> None:
-        self.home = home
-        self.file = Path(orchestra.systemd_unit_path(home))
+class FakeSystemctl(FakeSupervisor):
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        self.file = Path(orchestra.systemd_unit_path(self.home))
         self.state = "running"
         self.codes: dict[str, int] = {}  # exit statuses of subcommands that fail
-        self.start_service: Callable[[], Any] = lambda: Answerer(orchestra.socket_path(home))
         self.is_enabled = False
         self.loaded = b""
-        self.running: Any = None
-        self.now = 0.0
-        self.calls: list[str] = []
 
     def systemd(self) -> orchestra.Systemd:
         return orchestra.Systemd(self.home, self.run, lambda: self.now, self.sleep)
@@ -13323,9 +13325,6 @@ class FakeSystemctl:
         with pytest.raises(orchestra.SystemdError) as caught:
             self.install(binary)
         return caught.value
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
     def run(self, argv: Sequence[str], timeout: float) -> orchestra.Completed:
         assert argv[:2] == ["systemctl", "--user"] and timeout > 20
@@ -13349,9 +13348,7 @@ class FakeSystemctl:
 
     def restart(self, unit: str) -> int:
         assert unit == "orchestra.service" and self.loaded
-        self.stop()
-        self.running = self.start_service()
-        return 0
+        return self.launch()
 
     def disable(self, now: str, unit: str) -> int:
         assert (now, unit) == ("--now", "orchestra.service")
@@ -13359,17 +13356,10 @@ class FakeSystemctl:
         self.is_enabled = False
         return 0
 
-    def stop(self) -> None:
-        if self.running is not None:
-            self.running.stop()
-        self.running = None
-
 
 @pytest.fixture
-def systemctl(machine: Machine) -> Iterator[FakeSystemctl]:
-    fake = FakeSystemctl(machine.path)
-    yield fake
-    fake.stop()
+def systemctl(machine: Machine) -> FakeSystemctl:
+    return FakeSystemctl(machine)
 
 
 STARTING = ["daemon-reload", "enable", "restart"]
