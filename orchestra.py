@@ -4380,9 +4380,12 @@ def reload_codebases(
     The cost is that of reading these, however large the registry.
     """
     again = {*keys, *registry.broken}
-    codebases = {key: codebase for key, codebase in registry.codebases.items() if key not in again}
+    codebases, owners = dict(registry.codebases), dict(registry.owners)
+    for key in again & codebases.keys():
+        root = codebase_root(home, codebases.pop(key))
+        if owners.get(root) == key:
+            del owners[root]
     broken: dict[Key, tuple[Problem, ...]] = {}
-    owners = {root: owner for root, owner in registry.owners.items() if owner not in again}
     reader = reader or LayerReader(home, known=registry.known_of(again))
 
     def is_missing(key: Key) -> bool:
