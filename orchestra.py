@@ -683,15 +683,24 @@ def is_same_file(one: "int | str", other: "int | str") -> bool:
 
 
 class Place(NamedTuple):
-    """A file to change: its opened folder, its path, and its name in the backups."""
+    """A file to change: its opened folder, its path, and its name in the backups.
+
+    `with` closes the folder at the end.
+    """
 
     folder: int
     path: str
     backup_name: str = ""
 
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.folder)
+
     @property
     def name(self) -> str:
-        return os.path.basename(self.path)
+        return self.path.rpartition("/")[2]
 
     def read(self, name: str = "", limit: int = -1) -> Disk:
         return read_disk(name or self.name, limit, self.folder)
@@ -721,18 +730,12 @@ class Place(NamedTuple):
             return 0.0
 
 
-@contextmanager
-def open_place(path: str, backup_name: str = "") -> Iterator[Place]:
+def open_place(path: str, backup_name: str = "") -> Place:
     """Open the folder of a file; links in its path are followed. Raises OSError."""
-    folder = os.open(os.path.dirname(path), FOLDER)
-    try:
-        yield Place(folder, path, backup_name)
-    finally:
-        os.close(folder)
+    return Place(os.open(os.path.dirname(path), FOLDER), path, backup_name)
 
 
-@contextmanager
-def open_place_below(root: str, path: str, backup_name: str, make: bool = False) -> Iterator[Place]:
+def open_place_below(root: str, path: str, backup_name: str, make: bool = False) -> Place:
     """Open the folder of the file at `path` below `root`, which is a real path.
 
     `make` makes missing folders. Links on the way are refused (OSError), so that
@@ -752,9 +755,10 @@ def open_place_below(root: str, path: str, backup_name: str, make: bool = False)
                 inner = os.open(name, flags, dir_fd=folder)
             os.close(folder)
             folder = inner
-        yield Place(folder, f"{root}/{path}", backup_name)
-    finally:
+    except BaseException:
         os.close(folder)
+        raise
+    return Place(folder, f"{root}/{path}", backup_name)
 
 
 def make_folders(path: str) -> None:
@@ -1403,8 +1407,8 @@ class Displaced:
 
     def announce(self) -> None:
         """Step 3; raises IoError."""
-        folder = os.path.dirname(self.place.path)
-        self.lock.announce_swap(Swap(self.place.path, os.path.join(folder, self.temporary), self.hashes))
+        folder, slash, _ = self.place.path.rpartition("/")
+        self.lock.announce_swap(Swap(self.place.path, folder + slash + self.temporary, self.hashes))
 
     def remove(self, is_known: Callable[[Disk], bool]) -> bool:
         """Step 5. Return whether the file is gone, or set aside; raises OSError."""
@@ -8030,8 +8034,7 @@ def check_parents(root: str, path: str) -> str:
     return f"{root}/{path}"
 
 
-@contextmanager
-def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
+def open_managed(root: str, path: str, make: bool = False) -> Place:
     """Open a managed file's folder, so that no link put there later is followed.
 
     Raises SyncError as `check_parents`, FileChanged if a folder was replaced meanwhile,
@@ -8039,8 +8042,7 @@ def open_managed(root: str, path: str, make: bool = False) -> Iterator[Place]:
     """
     below = check_parents(root, path)[len(root.rstrip("/")) + 1 :]
     try:
-        with open_place_below(root, below, path, make) as place:
-            yield place
+        return open_place_below(root, below, path, make)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENOTDIR):
             raise FileChanged(path) from error
@@ -8561,7 +8563,7 @@ class CodebaseTurn(Turn):
 
         Raises IoError.
         """
-        folders = {os.path.dirname(path) for path in paths}
+        folders = {path.rpartition("/")[0] for path in paths}
         names = itertools.chain.from_iterable(names_in(f"{root}/{folder}") for folder in folders)
         if not any(map(is_temporary_name, names)):
             return True  # nearly always, and listing is cheaper than the care to be taken below
