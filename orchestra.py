@@ -13269,7 +13269,7 @@ def format_event(line: str, width: int) -> str:
         target, written, ms = map(fields.get, ("target", "written", "ms"))
         said = f"{target or ''}  {written or '?'} written  {ms or '?'} ms"
     else:
-        named = ", ".join(f"{name} {value}" for name, value in zip(fields, values))
+        named = ", ".join(f"{name} {value}".removeprefix("text ") for name, value in zip(fields, values))
         said = ": ".join([f"! {message}", *values]) if level == "WARNING" else f"{message} {named}"
     return cut(visible(f"{at}  {said}").replace("~/.orchestra/projects/", ""), width)
 
@@ -13993,8 +13993,8 @@ class Commands(NamedTuple):
         path = next((agent.path for agent in managed_files(shown).values() if agent.target == target), "")
         if target and not path:
             names = [*AGENTS, *(custom.target for custom in codebase.custom_targets)]
-            expected = f"expected {' | '.join(names)}, got {excerpt(target)}"
-            raise UsageError(f"--target: {expected}{did_you_mean(target, names)}")
+            like = did_you_mean(target, names) or f": expected {' | '.join(names)}"
+            raise UsageError(f'show: no target is called "{visible(target)}"{like}')
         text = files[path].decode("utf-8", "replace") if target else render_text(codebase, render_body(codebase))
         self._show(show_hidden(text))
         for agent in managed_files(shown).values():

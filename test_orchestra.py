@@ -14261,6 +14261,7 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
         ('WARNING problem error="~/.orchestra/projects/shop/a.yaml:4: \\"x\\""', '! problem: shop/a.yaml:4: "x"'),
         ("INFO started pid=7 version=0.1.0", "started pid 7, version 0.1.0"),
         ('WARNING odd error="\\u001b[2J"', r"! odd: \x1b[2J"),
+        ('INFO note text="~/.orchestra/projects/shop/a.yaml:4: x"', "note shop/a.yaml:4: x"),
         ("INFO staleness current=3", ""),
         ('WARNING broken error="\\q"', ""),
     ],
@@ -14579,6 +14580,7 @@ def test_codebases_are_names_or_paths(
         ("diff apy", 'no codebase is called "apy" (did you mean "api"?)'),
         ("edit shp/api", 'no codebase is called "shp/api" (did you mean "shop/api"?)'),
         ("status nope", 'no codebase is called "nope"'),  # although shop/e has three of its letters
+        ("show api --target codx", 'show: no target is called "codx" (did you mean "codex"?)'),
         ("status --project shp", 'no project is called "shp" (did you mean "shop"?)'),
         ("sync {code}", "{code} is not in a registered codebase"),
         ("restore", "this folder is not in a registered codebase"),
