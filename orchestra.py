@@ -8707,19 +8707,20 @@ class CodebaseTurn(Turn):
         former: Optional[Plan] = None
         for tries in range(MAX_TRIES):
             plan = Planner(home, codebase, owners, mode).plan()
-            if tries == 0 and not (mode.purge or plan.is_done or is_current(home, codebase)):
+            is_done = plan.is_done
+            if tries == 0 and not (mode.purge or is_done or is_current(home, codebase)):
                 # Saved, or removed, since it was read: whoever writes last must write
                 # the newest.
                 if not os.path.lexists(codebase_path(home, key)):
                     return plan._replace(files=(), former=None)
                 codebase = mode.reload(home, key)
                 continue
-            if tries == 0 or not plan.is_done:
+            if tries == 0 or not is_done:
                 try:
                     self._remove_temporaries(plan.root, [*(file.path for file in plan.files), *plan.record.earlier])
                 except IoError:
                     self.has_files_aside = True  # the next turn tries again
-            if not plan.is_done:
+            if not is_done:
                 plan = self.apply(plan)
             former = plan.former if plan.former and plan.former.files else former
             files = (written.get(file.path, file) if file.action == Action.KEEP else file for file in plan.files)
