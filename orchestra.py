@@ -9588,6 +9588,7 @@ class Watcher:
         self._clock = clock
         self._snapshot: dict[str, dict[str, SeenFile]] = {}  # folder: path: file
         self._folders: set[str] = set()
+        self._dangling: set[str] = set()  # links to nowhere, as to a disk that is not mounted
         self._anchors = Anchors(self._watch)
         self._overdue: dict[str, Stamp] = {}  # suspects that count as they are
         self._has_looked = False
@@ -9652,6 +9653,10 @@ class Watcher:
         entries = [entry for entry in entries if not is_ignored(entry.name)]
         self._follow_links(entries)
         self._folders = {entry.path for entry in entries if os.path.isdir(entry.path)}
+        links = (e.path for e in entries if e.is_symlink() and not WATCHED_FILE.fullmatch(e.name))
+        dangling = {path for path in links if not os.path.exists(path)}
+        self._changed |= dangling ^ self._dangling
+        self._dangling = dangling
         # A folder that is called all.yaml stops all codebases.
         self._look_at_files(self._root, [entry.path for entry in entries if WATCHED_FILE.fullmatch(entry.name)])
         for folder in [*self._folders]:

@@ -3311,9 +3311,15 @@ def test_an_odd_entry_of_the_registry_stops_nothing_else(home: Home, name: str, 
 
 
 def test_a_project_whose_link_leads_nowhere_is_a_problem(home: Home) -> None:
-    home.register("shop/good")
+    home.make_synced("team/api")
+    home.make_synced("shop/good")
+    (home.projects / "team").rename(home.folder / "unmounted")
     put_files(home.projects, {"team": link_to("/gone/team"), "notes.md": link_to("/gone/notes.md")})
-    assert home.problems() == ["~/.orchestra/projects/team:1: cannot be listed: no such file or directory"]
+    files, problem = contents(home.code), "~/.orchestra/projects/team:1: cannot be listed: no such file or directory"
+    assert home.problems() == [problem]
+    for argv, status in {("status",): 2, ("doctor",): 1, ("sync", "--all"): 2}.items():
+        ran = home.run(*argv)
+        assert (ran.status, problem in ran.out + ran.err, contents(home.code)) == (status, True, files), ran
 
 
 def test_a_broken_project_file_is_a_problem_even_without_codebases(home: Home) -> None:
@@ -10653,6 +10659,31 @@ def test_what_stays_broken_is_reported_once_when_its_window_closes(
     looks = live.log()
     turn(turned, 0.1)
     assert live.log() == looks and set(turned._schedule.suspects) == set()
+
+
+def test_a_project_whose_link_leads_nowhere_for_a_while_is_a_problem_till_then(live: Home, kind: str) -> None:
+    disk, link = live.folder / "disk", live.projects / "shop"
+    disk.mkdir()
+    link.symlink_to(disk)
+    live.save("shop/api")
+    live.save("blog/web")
+    where = "~/.orchestra/projects/{}:1"
+    with turned_by_hand(live, kind) as daemon:
+        turn_until(daemon, lambda: live.has("first") and live.synced("start"))
+        files = contents(live.code)
+        disk.rename(live.folder / "unmounted")
+        link.with_name("new").symlink_to("nowhere")
+        turn_until(
+            daemon, lambda: live.errors().count("cannot be listed") == 2 and daemon.status()["codebases"] == ["web"]
+        )
+        assert [problem["where"] for problem in daemon.status()["problems"]] == [
+            where.format("new"),
+            where.format("shop"),
+        ]
+        assert contents(live.code) == files
+        (live.folder / "unmounted").rename(disk)
+        link.with_name("new").unlink()
+        turn_until(daemon, lambda: daemon.status()["problems"] == [] and daemon.status()["codebases"] == ["api", "web"])
 
 
 def test_a_file_with_a_wrong_name_is_logged_once(live: Home, turned: orchestra.Daemon) -> None:
