@@ -674,6 +674,28 @@ def follow_link(path: str) -> str:
     return real_path(path) if os.path.islink(path) else path
 
 
+class Stamp(NamedTuple):
+    """What differs once a file was written."""
+
+    device: int
+    inode: int
+    size: int
+    mtime: int
+    ctime: int
+
+    @classmethod
+    def from_stat(cls, info: os.stat_result) -> "Stamp":
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+    @classmethod
+    def at(cls, path: str) -> "Stamp":
+        """Return the stamp of a file, or of the folder in which it is missing."""
+        for place in (path, os.path.dirname(follow_link(path))):
+            with suppress(OSError):
+                return cls.from_stat(os.stat(place))
+        return cls(0, 0, 0, 0, 0)
+
+
 def is_same_file(one: "int | str", other: "int | str") -> bool:
     """Return whether two paths or open descriptors lead to the same existing file."""
     try:
@@ -9418,28 +9440,6 @@ class Debouncer:
     def next_due(self) -> Optional[float]:
         """Return when there will be something to take, in the clock's seconds."""
         return min((self._open_until.get(key, 0.0) for key in self._waiting), default=None)
-
-
-class Stamp(NamedTuple):
-    """What differs once a file was written."""
-
-    device: int
-    inode: int
-    size: int
-    mtime: int
-    ctime: int
-
-    @classmethod
-    def from_stat(cls, info: os.stat_result) -> "Stamp":
-        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-
-    @classmethod
-    def at(cls, path: str) -> "Stamp":
-        """Return the stamp of a file, or of the folder in which it is missing."""
-        for place in (path, os.path.dirname(follow_link(path))):
-            with suppress(OSError):
-                return cls.from_stat(os.stat(place))
-        return cls(0, 0, 0, 0, 0)
 
 
 class Suspects:

@@ -8623,11 +8623,11 @@ SCENES = {
         replace ~/team/shop/api.yaml -> +shop/api.yaml
     """,
     "a linked folder that comes back step by step": """
-        link shop ~/team/shop
+        link shop.d ~/team/shop
 
         make ~/team ->
-        make ~/team/shop ->
-        write ~/team/shop/api.yaml -> +shop/api.yaml
+        make ~/team/shop -> +shop.d
+        write ~/team/shop/api.yaml -> +shop.d/api.yaml
     """,
     "a linked file": """
         write ~/api.yaml
