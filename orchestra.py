@@ -5230,7 +5230,9 @@ class Script:
             return self.rewrites
         if command == "run":
             builders = r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b"
-            return not (self.watches and re.search(builders, self.text))
+            puts = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what it has built, somewhere
+            is_put = any(re.match(puts, command) for command in self.last)
+            return not is_put and not (self.watches and re.search(builders, self.text))
         if command == "check":
             acts = r"\b(?:publish|deploy|release|upload|lint-staged)\b"
             return not re.search(acts, self.text)

@@ -3702,6 +3702,10 @@ def check_found(home: Home, files: Any, expected: str) -> None:
         ({"precommit": "lint-staged"}, {}),
         ({"dev": "vite", "start": "node ."}, {"run": "dev"}),
         ({"dev": "tsup --watch", "start": "node ."}, {"run": "start"}),
+        (
+            {"dev": "cargo build\n\tcp ./target/debug/x ~/bin/", "start": "cp .env.example .env; node ."},
+            {"run": "start"},
+        ),
         ({"test": "vitest"}, {"test": "test +--run"}),
         ({"test": "vitest run --coverage"}, {"test": "test"}),
         ({"test": "vitest", "test:run": "vitest --run"}, {"test": "test:run"}),
