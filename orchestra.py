@@ -171,7 +171,7 @@ else:
 
         __slots__ = ()
 
-        def __new__(cls, /, *values, **named):
+        def __new__(cls, *values, **named):
             # Compiled at the first use: a run needs few of the classes.
             names = ", ".join(cls._fields)
             make = eval(f"lambda _cls, {names}: _new(_cls, ({names},))", {"_new": tuple.__new__})
@@ -179,7 +179,7 @@ else:
             cls.__new__ = staticmethod(make)
             return make(cls, *values, **named)
 
-        def _replace(self, /, **named):
+        def _replace(self, **named):
             made = tuple.__new__(type(self), map(named.pop, self._fields, self))
             if named:
                 raise TypeError(f"{type(self).__name__} has no {', '.join(named)}")
