@@ -12658,7 +12658,7 @@ def attempt(act: Callable[..., object], *arguments: Any) -> int:
 
 def ask(question: str, default: bool) -> bool:
     """Ask a yes-or-no question; no terminal, or no answer, is a no."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"{question} [{'Y/n' if default else 'y/N'}] ")
     sys.stderr.flush()
@@ -14439,8 +14439,8 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
         raise UsageError(f"{name} belongs to {names}: {path}", hint)
 
 
-def prepare_output() -> None:
-    """Let any text be printed, even to closed streams.
+def prepare_streams() -> None:
+    """Let any text be printed, even to closed streams, and a closed one be read.
 
     They are opened on /dev/null, so that no other file gets descriptors 0 to 2.
     """
@@ -14449,6 +14449,7 @@ def prepare_output() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -14461,7 +14462,7 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     import gc
 
     gc.set_threshold(10000)  # objects; cycles are rare here, and looking for them is slow
-    prepare_output()
+    prepare_streams()
     try:
         args = CommandLine(COMMANDS, sys.argv[1:] if argv is None else argv).parse()
         if args.help or args.command.run in (None, Commands.cmd_help):

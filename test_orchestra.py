@@ -15052,6 +15052,16 @@ def test_an_output_that_takes_nothing_is_no_traceback(home: Home, redirection: s
     assert (ran.status, ran.err.count("\n")) == ((2, 1) if "full" in redirection else (0, 0))
 
 
+@pytest.mark.parametrize(
+    ("argv", "status"), [("project remove api --purge", 0), ("status --watch", 2), ("edit api", 2), ("daemon stop", 0)]
+)
+def test_a_closed_input_is_an_empty_one(home: Home, argv: str, status: int) -> None:
+    home.make_codebase()
+    (home.code / "editor.py").write_text("import sys\nopen(sys.argv[1], 'a').write('x: [')\n")
+    ran = run_in_shell(home, f'exec "$0" "$1" {argv} <&-', VISUAL=f"{sys.executable} {home.code}/editor.py")
+    assert (ran.status, "Traceback" in ran.err) == (status, False)
+
+
 @needs_dev_full
 def test_errors_that_nobody_takes_still_show_in_the_exit_status(home: Home) -> None:
     assert run_in_shell(home, 'exec "$0" "$1" sync nope 2>/dev/full').status == 2
