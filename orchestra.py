@@ -4170,6 +4170,9 @@ class LayerReader:
             said = file.read_layer(kind, key)
             if self._parsed and not file.problems:
                 self._parsed.add(file, kind, said)
+            if known:  # an edit leaves most of a file as it was
+                kept: list[Any] = [old if old == new else new for old, new in zip(known.said, said)]
+                said = Codebase(*kept)
         return said._replace(extra=()) if said.extra else said
 
     def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> bool:
@@ -8782,10 +8785,14 @@ class CodebaseTurn(Turn):
         return True
 
 
+_share_plan = functools.lru_cache(maxsize=1 << 8)(FilePlan)  # those of 1,000 codebases are mostly alike
+
+
 def _without_bytes(file: FilePlan, is_news: bool) -> FilePlan:
     """Drop bytes and hash, of which there may be thousands, and a note told before."""
     note = file.note if is_news or file.is_foreign else ""
-    return file._replace(before=ABSENT, after=None if file.after is None else b"", digest=None, note=note)
+    after, rest = None if file.after is None else b"", (file.problem, file.changed, file.is_foreign)
+    return _share_plan(file.path, file.action, file.agent, ABSENT, after, None, file.join, note, *rest)
 
 
 def sync_codebase(
@@ -10777,7 +10784,7 @@ class RegistryCache(NamedTuple):
 
     @classmethod
     def load(cls, home: str) -> "RegistryCache":
-        return cls(Registry({}, {}, (), Owners())).renewed(load_registry(home))
+        return cls(Registry({}, {}, (), Owners())).renewed(load_registry(home)._replace(seen={}))
 
     def renewed(self, registry: Registry, results: Sequence[SyncCodebaseResult] = ()) -> "RegistryCache":
         """Make the next cache, after the registry was read and codebases synced."""

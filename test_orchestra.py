@@ -3026,6 +3026,10 @@ def test_what_codebases_share_is_read_once_and_kept_once(home: Home, monkeypatch
     again = orchestra.load_registry(home.path, before)
     assert what_is_known(again) == what_is_known(home.registry()) and again.codebases[WEB] != before.codebases[WEB]
     assert again.codebases[API] is before.codebases[API]
+    put_files(home.projects, {"shop/api.yaml": LAYERED["shop/api.yaml"] + "notes: [new]\n"})
+    edited = orchestra.reload_codebases(home.path, again, [API])
+    old, new = (registry.codebases[API].layers[4].said for registry in (again, edited))
+    assert (old.notes, new.notes) == ((), ("new",)) and new.skills is old.skills
 
 
 BAD_LAYERS = {
