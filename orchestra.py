@@ -13990,7 +13990,8 @@ class Commands(NamedTuple):
 
     def _show(self, text: str) -> None:
         """Print a long text, on a terminal by the user's pager."""
-        is_paged = text and sys.stdout.isatty() and not self.args.no_pager
+        is_dumb = self.environ.get("TERM", "dumb") == "dumb"  # pagers complain there
+        is_paged = text and sys.stdout.isatty() and not (self.args.no_pager or is_dumb)
         if not (is_paged and run_pager(self.environ, text)):
             sys.stdout.write(text)
 

@@ -14884,6 +14884,8 @@ def test_a_diff_is_painted_and_paged_on_a_terminal(home: Home) -> None:
         ([], {"PAGER": pager}, "PAGED ESC[1m--- a/.clinerules/orchestra.mdESC[0m\r\n"),
         ([], {"PAGER": pager}, "ESC[31m-old \\x1b[2JESC[0m\r\n"),
         ([], {"PAGER": pager, "NO_COLOR": "1"}, "\r\n-old \\x1b[2J\r\n"),
+        ([], {"PAGER": pager, "TERM": "dumb"}, "--- a/.clinerules/orchestra.md\r\n"),
+        ([], {"PAGER": pager, "TERM": None}, "--- a/.clinerules/orchestra.md\x1b[0m\r\n"),
         (["--no-pager"], {"PAGER": pager}, "\x1b[31m-old \\x1b[2J\x1b[0m\r\n"),
         ([], {"PAGER": "cat"}, "\x1b[31m-old"),
         ([], {"PAGER": "/no/such/pager -x"}, "\x1b[31m-old"),
@@ -14895,6 +14897,7 @@ def test_a_diff_is_painted_and_paged_on_a_terminal(home: Home) -> None:
         tty = Tty(home, home.command("diff", "api", *argv), **environ)
         status, out = tty.finish()
         assert status == 0 and shown in out and "Traceback" not in out, (environ, out)
+        assert ("PAGED" in out) == (shown.startswith("PAGED") or "ESC" in shown or "NO_COLOR" in environ)
     assert "\x1b[" not in home.run_script("diff", "api").out
 
 
