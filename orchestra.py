@@ -180,10 +180,10 @@ else:
             return make(cls, *values, **named)
 
         def _replace(self, **named):
-            made = tuple.__new__(type(self), map(named.pop, self._fields, self))
-            if named:
-                raise TypeError(f"{type(self).__name__} has no {', '.join(named)}")
-            return made
+            values = list(self)
+            for field, value in named.items():
+                values[self._fields.index(field)] = value
+            return tuple.__new__(type(self), values)
 
         def _asdict(self):
             return dict(zip(self._fields, self))
