@@ -13281,7 +13281,7 @@ def format_event(line: str, width: int) -> str:
     if message == "staleness":
         return ""
     if message == "synced":
-        target, written, ms = map(fields.get, ("target", "written", "ms"))
+        target, written, ms = map(dict(zip(fields, values)).get, ("target", "written", "ms"))
         said = f"{target or ''}  {written or '?'} written  {ms or '?'} ms"
     else:
         named = ", ".join(f"{name} {value}".removeprefix("text ") for name, value in zip(fields, values))
@@ -13965,10 +13965,15 @@ class Commands(NamedTuple):
     def _watch(self) -> int:
         def scan() -> Status:
             registry = load_registry(self.home)
-            return scan_staleness(self.home, registry, self._choose_codebases(registry)[0])
+            is_named, project = bool(self.args.codebases), self.args.project
+            keys = [key for key in registry.keys if (key in chosen if is_named else project in (None, key[0]))]
+            return scan_staleness(self.home, registry, keys)
 
         if not (sys.stdin.isatty() and sys.stdout.isatty()) or self.environ.get("TERM") == "dumb":
             raise UsageError("--watch needs a terminal", "orchestra status")
+        chosen, failed = self._choose_codebases(load_registry(self.home))
+        if failed:
+            return failed
         show_live(LiveStatus(self.home, scan), self.screen)
         return OK
 

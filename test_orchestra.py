@@ -14303,6 +14303,7 @@ def test_a_daemon_that_does_not_answer_holds_nothing_up(live: Home) -> None:
     [
         ("INFO synced target=api source=watcher codebases=1 written=2 errors=0 ms=6", "api  2 written  6 ms"),
         ('WARNING problem error="~/.orchestra/projects/shop/a.yaml:4: \\"x\\""', '! problem: shop/a.yaml:4: "x"'),
+        ('INFO synced target="2 codebases" written=1 ms=2', "2 codebases  1 written  2 ms"),
         ("INFO started pid=7 version=0.1.0", "started pid 7, version 0.1.0"),
         ('WARNING odd error="\\u001b[2J"', r"! odd: \x1b[2J"),
         ('INFO note text="~/.orchestra/projects/shop/a.yaml:4: x"', "note shop/a.yaml:4: x"),
@@ -14372,6 +14373,20 @@ def test_however_a_live_status_ends_the_terminal_is_as_before(home: Home, end: A
     end(home, live)
     found, shown = live.finish()
     assert found == status and "\x1b[?25h\x1b[?1049l" in shown and not live.has_changed
+
+
+def test_a_live_status_finds_its_codebases_before_it_takes_the_screen_and_misses_none_later(home: Home) -> None:
+    home.make_codebase("shop/web")
+    for argv in (["nope"], ["--project", "nope"]):
+        status, shown = Tty(home, home.command("status", "--watch", *argv)).finish()
+        assert status == 2 and 'is called "nope"' in shown and "\x1b[?1049h" not in shown
+    live = Tty(home, home.command("status", "--watch", "web"))
+    live.wait_for("1 codebase in 1 project")
+    home.file("shop/web").unlink()
+    live.wait_for("0 codebases in 0 projects")
+    live.type("q")
+    status, shown = live.finish()
+    assert status == 0 and "orchestra:" not in shown
 
 
 def test_a_live_status_needs_a_terminal(home: Home) -> None:
