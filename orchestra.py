@@ -8712,11 +8712,11 @@ class CodebaseTurn(Turn):
                 return plan._replace(files=())
             record = record if self._leave(former, plan.root) else record._replace(root=old_record.root)
         doomed = {f.path: known[f.path] for f in plan.files if f.writes and not f.digest and f.path in known}
-        first = record._replace(files={**record.files, **doomed})
+        first = record._replace(files={**record.files, **doomed}, inputs="" if doomed else record.inputs)
         save_record(self.home, self.key, first, self)
         done = self._apply_files(plan)
         stuck = {file.path: known[file.path] for file in done.files if file.path in doomed and file.problem}
-        record = record._replace(files={**record.files, **stuck})
+        record = record._replace(files={**record.files, **stuck}, inputs="" if stuck else record.inputs)
         record = self._remove_spare_folders(plan.root, record)
         if not any(file.writes for file in done.files) and (plan.writes or any(file.problem for file in done.files)):
             record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it

@@ -88,7 +88,7 @@ import time
 import traceback
 import types
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16000,7 +16000,7 @@ class History(Home):
         self.registered: set[str] = set()
         self.broken: set[str] = set()
         self.purged: set[str] = set()
-        self.project_words: list[str] = []
+        self.layers: dict[str, str] = {}  # the word of each, "" for a broken one
         put_files(Path(self.path), {"outside/CLAUDE.md": "u0x outside\n", "outside/rules/mine.md": "u0x\n"})
         for label in ("shop/api", "shop/web"):
             self.values[label] = {"targets": ["claude", "codex"], "description": self.word("r"), "notes": []}
@@ -16192,9 +16192,45 @@ class History(Home):
         if label in self.registered:
             self.enter(label)
 
-    def change_project(self) -> None:
-        self.project_words = [self.word("r")] * self.choose((0, 1))
-        self.write_registry("shop/project.yaml", {"name": "shop", "conventions": self.project_words})
+    def layers_of(self, label: str) -> list[str]:
+        """Return the names of all layers of a codebase but its own file."""
+        stems = (f"{stem}{end}" for stem in ("all", "shop/project", label) for end in ("", ".local"))
+        return [f"{stem}{suffix}" for stem in stems for suffix in (".yaml", ".md") if stem + suffix != f"{label}.yaml"]
+
+    def stopped(self) -> set[str]:
+        """Return the codebases with a broken file."""
+        return {
+            label
+            for label in self.values
+            if label in self.broken or "" in (self.layers.get(name, "fine") for name in self.layers_of(label))
+        }
+
+    def pick_layer(self) -> str:
+        label = self.choose(self.values)
+        names = self.layers_of(label)
+        return str(self.choose(names if label in self.registered else names[:8]))
+
+    def save_layer(self) -> None:
+        name, word = self.pick_layer(), self.word("r")
+        text = f"conventions: [{word}]\n" if name.endswith(".yaml") else f"- {word}\n"
+        self.write(self.projects / name, text.encode())
+        self.layers[name] = word
+
+    def remove_layer(self) -> None:
+        name = self.pick_layer()
+        (self.projects / name).unlink()
+        del self.layers[name]
+
+    def break_layer(self) -> None:
+        name = self.pick_layer()
+        text = b"notes: [\n" if name.endswith(".yaml") else b"<<<<<<< HEAD\n=======\n>>>>>>> x\n"
+        self.write(self.projects / name, text)
+        self.layers[name] = ""
+
+    def mend_layers(self) -> None:
+        for name in [name for name, word in self.layers.items() if not word]:
+            (self.projects / name).unlink()
+            del self.layers[name]
 
     def break_registry(self) -> None:
         label = self.choose(self.values)
@@ -16228,7 +16264,7 @@ class History(Home):
 
     @contextmanager
     def judged(
-        self, labels: set[str], is_whole: bool = True, is_restore: bool = False, but: str = ""
+        self, labels: set[str], is_whole: bool = True, is_restore: bool = False, but: Collection[str] = ()
     ) -> Iterator[dict[str, Seen]]:
         """Check that only managed files of `labels` change, and only as they may."""
         before, kept = self.see(), self.kept()
@@ -16240,7 +16276,7 @@ class History(Home):
         for where in sorted(before.keys() | after.keys()):
             old, new = before.get(where), after.get(where)
             label, path = spot = spot_of(where)
-            if old == new or where == but:
+            if old == new or where in but:
                 continue
             if label in labels and path in IS_SHARED:
                 changed[where] = old or Seen("absent")
@@ -16389,7 +16425,7 @@ class History(Home):
         assert files == set(changed), "a dry run said otherwise"
         for label in labels:
             self.judge_result(label)
-        self.killed -= {label for label in labels if (self.code / label).exists()} - self.broken
+        self.killed -= {label for label in labels if (self.code / label).exists()} - self.stopped()
         before = self.see("run")
         orchestra.run_pipeline(self.path, orchestra.SyncScope.codebase(*labels))
         assert self.see("run") == before, "a second sync has changed something"
@@ -16399,7 +16435,7 @@ class History(Home):
     def judge_result(self, label: str) -> None:
         """Check that every file that can be synced is, and no temporary one is left."""
         root = self.code / label
-        if label in self.broken or not root.exists():
+        if label in self.stopped() or not root.exists():
             assert root.exists() or not os.path.lexists(root)
             return
         assert not any(map(is_temporary, take_picture(root)))
@@ -16416,10 +16452,13 @@ class History(Home):
     def judge_text(self, label: str, path: str, parts: Parts) -> None:
         """Check that a block says all that is to be said there, or is gone if that is nothing."""
         values, block = self.values[label], parts.block or b""
-        words = [*values.get("notes", ()), *values.get("conventions", ()), *self.project_words]
+        words = [*values.get("notes", ()), *values.get("conventions", ())]
+        words += [self.layers[name] for name in self.layers_of(label) if name in self.layers]
         words += ["in `pages`"] if values["projects"] else []
         if path in PART_PATHS.values():
             words = values["projects"][0]["notes"]
+        said = {*re.findall(r"\br\d+x\b", block.decode())}
+        assert said <= {*words, values["description"], *values.get("notes", ())}, f"{path}: {words}, {parts}"
         is_beside = IS_SHARED[path] and bool((parts.head + parts.tail).replace(BOM, b"").strip())
         if not is_beside and b"\n@AGENTS.md" not in block and path not in PART_PATHS.values():
             words.append(values["description"])
@@ -16433,7 +16472,7 @@ class History(Home):
         file = Path(self.path, where)
         now = file.read_bytes() if os.path.lexists(file) else b""
         lost = user_words(old.data) - user_words(now)
-        if not lost or label not in self.registered or label in self.broken:
+        if not lost or label not in self.registered - self.stopped():
             return
         when = next(when for when, data in sorted(self.kept()[label, path].items()) if data == old.data)
         shutil.copytree(self.path, self.copy, symlinks=True)
@@ -16451,7 +16490,7 @@ class History(Home):
         found = sorted(
             (spot, when)
             for spot, versions in self.kept().items()
-            if spot[1] in IS_SHARED and spot[0] in self.registered - self.broken
+            if spot[1] in IS_SHARED and spot[0] in self.registered - self.stopped()
             for when, data in versions.items()
             # What was written before a purge counts as a colleague's.
             if spot[0] not in self.purged or b"Written by Orchestra" not in data
@@ -16475,12 +16514,16 @@ class History(Home):
             return
         file, purge = self.file(label), self.choose(((), ("--purge",), ("--purge",)))
         text = file.read_bytes()
-        with self.judged({label} if purge else set(), but=os.path.relpath(file, self.path)):
+        own = {name for name in self.layers_of(label)[8:] if name in self.layers}
+        gone = [os.path.relpath(self.projects / name, self.path) for name in (*own, f"{label}.yaml")]
+        with self.judged({label} if purge else set(), but=gone):
             ran = self.run_in(self.path, "project", "remove", label, *purge)
         if file.exists():
             assert purge and ran.status == 2 and file.read_bytes() == text
             return
         assert text in self.kept()[label, file.name].values()
+        assert {name for name in own if (self.projects / name).exists()} == set()
+        self.layers = {name: word for name, word in self.layers.items() if name not in own}
         self.registered.discard(label)
         self.broken.discard(label)
         self.purged |= {label} if purge else set()
@@ -16497,8 +16540,8 @@ class History(Home):
         users = [
             *(self.edit_inside, self.edit_outside, self.change_registry, self.displace) * 4,
             *(self.change_mode, self.spoil, self.link_parent) * 3,
-            *(self.untangle, self.mend_registry, self.rewrite) * 2,
-            *(self.mend, self.move_root, self.change_project, self.break_registry, self.wind),
+            *(self.untangle, self.mend_registry, self.mend_layers, self.rewrite, self.save_layer) * 2,
+            *(self.mend, self.move_root, self.remove_layer, self.break_layer, self.break_registry, self.wind),
         ]
         orchestras = [*(self.sync,) * 6, self.restore, *(self.crash,) * 2, self.remove]
         self.steps.append("")
@@ -16516,7 +16559,7 @@ class History(Home):
         for file in self.code.glob("*/*/.clinerules"):
             if file.is_symlink():
                 file.unlink()
-        for put_right in (self.mend_registry, self.mend, self.untangle):
+        for put_right in (self.mend_registry, self.mend_layers, self.mend, self.untangle):
             put_right()
         for label, path in itertools.product(self.values, MANAGED):
             file = self.code / label / path
@@ -16991,6 +17034,21 @@ def test_no_line_of_writers_that_go_on_all_the_time_is_lost(
 
 
 # Kills in the instant of replacing
+
+
+@pytest.mark.parametrize("end", [kill_now, refuse(errno.EIO)], ids=name_of)
+def test_a_block_that_was_to_go_goes_at_the_next_sync(home: Home, end: Callable[[], None]) -> None:
+    file = home.make_synced(description="of the registry", notes=[], targets=["claude"]) / "CLAUDE.md"
+    file.write_bytes(b"mine\n" + file.read_bytes())
+
+    def sync() -> None:
+        with instants(file, [end]):
+            home.run("sync", "--all")
+
+    run_in_child(sync)
+    assert b"of the registry" in file.read_bytes() and home.status_of() != "current"
+    home.sync()
+    assert file.read_bytes() == b"mine\n" and home.status_of() == "current"
 
 
 @pytest.mark.parametrize("instant", ["before", "after"])
