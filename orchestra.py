@@ -2814,7 +2814,9 @@ class OneOf(Text):
         text = doc.read_text(node, key)
         text = self.aliases.get(text, text) if text else text
         if text is not None and text not in self.options:
-            doc.reject(node, key, " | ".join(self.options), did_you_mean(text, self.options))
+            like = did_you_mean(text, self.options)
+            names = f"one of {len(self.options)} names" if like and len(self.options) > 8 else " | ".join(self.options)
+            doc.reject(node, key, names, like)
         return text or ""
 
 
@@ -13676,6 +13678,10 @@ class Commands(NamedTuple):
             self._note(f"{shown} is in another git worktree of {label_for(keys[0])}, whose folder is {root}")
         if keys:
             return keys[0]
+        for key in registry.broken:
+            record = load_record(self.home, key)
+            if record and expand_home(self.home, record.root) in climb(folder):
+                return key
         if registry.broken:
             report_all(registry.problems)
             raise UsageError(f"no readable registry file names {shown}", "fix the files above first")

@@ -2322,7 +2322,7 @@ BAD_FILES = {
     "target that owns": (target_file("path: x.md, owns: all"), r"4: .*\.owns: expected file \| block, got 'all'"),
     "unknown target beside a custom one": (
         target_file("path: x.md") + "targets: [mine, mien]\n",
-        r"5: targets\[1\]: expected claude \| .* \| mine, got 'mien' \(did you mean \"mine\"\?\)",
+        r"5: targets\[1\]: expected one of \d+ names, got 'mien' \(did you mean \"mine\"\?\)",
     ),
     "unknown type": (
         GOOD + "projects: [{name: a, project_type: cloud}]\n",
@@ -14795,6 +14795,17 @@ def test_sync_in_the_folder_of_a_broken_registry_file_says_what_is_broken(home: 
     assert ran.status == 2
     assert "api.yaml:3: notes: expected" in ran.complaints[0]
     assert "no readable registry file names this folder" in ran.err
+
+
+def test_a_folder_that_was_synced_is_known_while_its_registry_file_is_broken(home: Home, monkeypatch: Any) -> None:
+    put_files(home.make_synced(), {"src": None})
+    home.register(notes="none")
+    monkeypatch.chdir(home.code / "shop/api/src")
+    home.environ["VISUAL"] = f"{sys.executable} -c \"import sys; open(sys.argv[1], 'a').write('# mine')\""
+    for command in ("sync", "edit"):
+        ran = home.run(command)
+        assert ran.status == 2 and len(ran.complaints) == 1 and "api.yaml:3: notes: expected" in ran.err
+    assert home.file().read_text().endswith("# mine")
 
 
 def test_the_totals_count_codebases_that_failed_as_a_whole(home: Home) -> None:
