@@ -3485,7 +3485,8 @@ def find_custom_targets(home: str) -> list[str]:
             with suppress(IoError):
                 data = read_disk(f"{folder}/{name}", 1 << 20).data
                 text = (b"\n" + data).partition(b"\ncustom_targets:")[2].decode("utf-8", "replace")
-                found.update(re.findall(r"""([\w.-]+)["']?:\s*\{?\s*(?:path|owns|header|limit):""", text))
+                names = r"""(?<![\w.-])([\w.-]{1,99})["']?:\s{0,99}\{?\s{0,9}(?:path|owns|header|limit):"""
+                found.update(re.findall(names, text))
     return sorted(found)
 
 

@@ -7967,7 +7967,8 @@ def test_show_prints_what_an_agent_is_told_and_where_it_is_from(home: Home) -> N
     plain, codex, cursor = (
         home.run_fine("show", "api", *argv) for argv in ((), ("--target", "codex"), ("--target", "cursor"))
     )
-    text = orchestra.render_text(home.registry().codebases[API])
+    codebase = home.registry().codebases[API]
+    text = orchestra.render_text(codebase, orchestra.render_body(codebase))
     assert plain.out == text and plain.err.splitlines() == [
         f"note: AGENTS.md: {len(codex.out)} bytes; Codex reads at most 32768",
         f"note: .cursor/rules/orchestra.mdc: {cursor.out.count(chr(10))} lines; Cursor recommends at most 500",
