@@ -13573,7 +13573,7 @@ class Doctor:
             label, place = label_for(key), shorten_home(self.home, root)
             text = f"{label} has no registry file any more, but left its text in {place}: {', '.join(left)}"
             again = f"orchestra init {typed(place)} -p {typed(key[0])} --name {typed(key[1])}"
-            yield Finding(Level.WARNING, text, f"{again}; orchestra project remove {typed(label)} --purge")
+            yield Finding(Level.WARNING, text, f"{again} && orchestra project remove {typed(label)} --purge")
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Iterate over notes on the files that are written, or stay, by path."""
@@ -14042,8 +14042,9 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         try:
             codebase = self._readable(registry, name)
-        except RegistryError as error:
-            raise RegistryError(str(error), self._find_old_backups(registry, name) or error.hint) from None
+        except OrchestraError as error:
+            error.hint = self._find_old_backups(registry, name) or error.hint
+            raise
         backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
         if self.args.list:

@@ -14569,7 +14569,7 @@ def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> Non
     (home.projects / "shop/web.yaml").unlink()
     (finding,) = ask()
     assert finding["text"].endswith(f"left its text in {root}: AGENTS.md")
-    again, purge = finding["fix"].replace("orchestra ", "").split("; ")
+    again, purge = finding["fix"].replace("orchestra ", "").split(" && ")
     home.run_fine(*again.split())
     assert ask() == []
     home.run_fine(*purge.split())
@@ -14719,7 +14719,7 @@ def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> 
     assert json.loads(home.run("project", "list", "--json").out)[0] == entry
 
 
-def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
+def test_project_remove_deregisters_and_keeps_the_file(home: Home, monkeypatch: Any) -> None:
     root = home.make_synced()
     before, file = contents(root), home.register().read_bytes()
     ran = home.run_fine("project", "remove", "api")
@@ -14731,6 +14731,9 @@ def test_project_remove_deregisters_and_keeps_the_file(home: Home) -> None:
         ran = home.run("restore", name)
         message = f'orchestra: no codebase is called "{name}"\n  try: ls ~/.orchestra/backups/shop/api\n'
         assert (ran.status, ran.err) == (2, message)
+    monkeypatch.chdir(root.parent)  # where the name is a folder's, too
+    assert "try: ls ~/.orchestra/backups/shop/api\n" in home.run("restore", "api").err
+    assert "orchestra init . -p" in home.run("restore").err
 
 
 def test_a_broken_codebase_can_be_removed_but_not_purged(home: Home) -> None:
