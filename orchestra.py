@@ -13567,7 +13567,8 @@ class Doctor:
         for root, key in list_orphans(self.home, {*self._registry.keys}).items():
             record = load_record(self.home, key) or Record()
             left = [path for path in record.files if look_at(root, record.agent_at(path)).digest]
-            is_retired = any(backup.why == Reason.RETIRED for backup in Backups(self.home, key).versions())
+            retired = (backup for backup in Backups(self.home, key).versions() if backup.why == Reason.RETIRED)
+            is_retired = any(backup.when >= re.sub("[-:Z]", "", record.synced_at) for backup in retired)
             if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
                 continue  # in the last case it was renamed: its next sync takes all over
             label, place = label_for(key), shorten_home(self.home, root)

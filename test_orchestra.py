@@ -13575,6 +13575,9 @@ def test_a_dry_run_of_init_says_the_same_and_writes_nothing(home: Home, sync: An
 
 def test_init_tells_what_was_written_though_the_daemon_was_faster(home: Home) -> None:
     home.start_daemon()
+    put_files(home.code, {"silent/AGENTS.md": "mine\n"})
+    ran = home.run_fine("init", str(home.code / "silent"), "-p", "shop", "--sync")
+    assert ran.out.endswith("\n0 written, 1 unchanged in 1 codebase\n")  # nothing is added to it
     for name in "abcdef":
         root = home.code / name
         put_files(root, {"AGENTS.md": "mine\n", "Makefile": "test:\n\tpytest\n"})
@@ -14569,14 +14572,22 @@ def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> Non
     (home.projects / "shop/web.yaml").unlink()
     (finding,) = ask()
     assert finding["text"].endswith(f"left its text in {root}: AGENTS.md")
+    before = (root / "AGENTS.md").read_bytes()
+    (root / "AGENTS.md").write_text("mine\n")
+    assert ask() == []
+    (root / "AGENTS.md").write_bytes(before)
     again, purge = finding["fix"].replace("orchestra ", "").split(" && ")
     home.run_fine(*again.split())
     assert ask() == []
     home.run_fine(*purge.split())
     assert ask() == [] and contents(root) == {"AGENTS.md": b"mine\n"}
-    home.run_fine("init", str(root), "-p", "shop", "--sync")
+    home.make_synced()
     home.run_fine("project", "remove", "api")  # whose output says what is left
     assert ask() == []
+    backups = Path(orchestra.backups_of(home.path, API))
+    for number, folder in enumerate(backups.iterdir()):
+        folder.rename(backups / f"20200101T00000{number}.000000Z")  # long before the last sync
+    assert len(ask()) == 1
 
 
 def test_doctor_is_content_with_a_machine_that_is_set_up(machine: Machine) -> None:
@@ -14731,6 +14742,9 @@ def test_project_remove_deregisters_and_keeps_the_file(home: Home, monkeypatch: 
         ran = home.run("restore", name)
         message = f'orchestra: no codebase is called "{name}"\n  try: ls ~/.orchestra/backups/shop/api\n'
         assert (ran.status, ran.err) == (2, message)
+    home.write_registry("shop/api.yaml", "{")
+    assert home.run("restore", "api").err.endswith("\n  try: orchestra edit shop/api\n")
+    home.file().unlink()
     monkeypatch.chdir(root.parent)  # where the name is a folder's, too
     assert "try: ls ~/.orchestra/backups/shop/api\n" in home.run("restore", "api").err
     assert "orchestra init . -p" in home.run("restore").err
