@@ -13408,6 +13408,11 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
+fine = functools.partial(Finding, Level.OK)
+warning = functools.partial(Finding, Level.WARNING)
+failure = functools.partial(Finding, Level.FAILURE)
+
+
 NOTE_FIXES = {  # what to do about a note on a file, by words in the note; the first counts
     FOREIGN: "orchestra sync {label}",
     "symbolic link": "put a file in its place, or drop its target: {edit_targets}",
@@ -13439,6 +13444,9 @@ class Doctor:
         self._run = functools.partial(run_program, environ=environ)
         self._daemon = ask_daemon(home)
 
+    def _short(self, path: str) -> str:
+        return shorten_home(self.home, path)
+
     @functools.cached_property
     def _registry(self) -> Registry:
         return load_registry(self.home)
@@ -13449,7 +13457,7 @@ class Doctor:
                 yield from check(self)
             except (OrchestraError, OSError) as error:
                 problem = Problem.from_error(error)
-                yield Finding(Level.FAILURE, str(problem), problem.hint)
+                yield failure(str(problem), problem.hint)
                 if check is self.CHECKS[0]:
                     return  # without PyYAML, the registry cannot be read
 
@@ -13458,77 +13466,82 @@ class Doctor:
         yaml = import_yaml()
         python = ".".join(map(str, sys.version_info[:3]))
         kind = "" if yaml.__with_libyaml__ else " (without libyaml: slower)"
-        text = f"orchestra {__version__}, {sys.executable} ({python}), PyYAML {yaml.__version__}{kind}"
-        yield Finding(Level.OK, text)
+        program = f"orchestra {__version__}, {sys.executable} ({python})"
+        yield fine(f"{program}, PyYAML {yaml.__version__}{kind}")
 
     def _check_path(self) -> Iterator[Finding]:
-        folders = [folder for folder in self._environ.get("PATH", "").split(":") if os.path.isabs(folder)]
-        found = [f"{folder}/orchestra" for folder in folders if os.access(f"{folder}/orchestra", os.X_OK)]
+        folders = filter(os.path.isabs, self._environ.get("PATH", "").split(":"))
+        files = [f"{folder}/orchestra" for folder in folders]
+        found = [file for file in files if os.access(file, os.X_OK)]
         link, binary = link_path(self.home), binary_path(self.home)
         if not found and os.path.lexists(link):
             fix = 'export PATH="$HOME/.local/bin:$PATH", in your shell\'s startup file'
-            yield Finding(Level.WARNING, f"{shorten_home(self.home, os.path.dirname(link))} is not on PATH", fix)
+            yield warning(f"{self._short(os.path.dirname(link))} is not on PATH", fix)
         elif not found:
-            yield Finding(Level.WARNING, "no program on PATH is called orchestra", "run install.sh")
+            yield warning("no program on PATH is called orchestra", "run install.sh")
         elif os.path.exists(binary) and real_path(found[0]) != real_path(binary):
-            fix = f"remove it, or put {shorten_home(self.home, os.path.dirname(link))} before it on PATH"
-            yield Finding(Level.WARNING, f"{found[0]} comes first on PATH, and is another program", fix)
+            place = self._short(os.path.dirname(link))
+            text = f"{found[0]} comes first on PATH, and is another program"
+            yield warning(text, f"remove it, or put {place} before it on PATH")
 
     def _check_launcher(self) -> Iterator[Finding]:
         binary = binary_path(self.home)
         if not os.path.lexists(binary):
             return
         done = self._run([binary, "--version"], PYTHON_TIMEOUT)
-        place, again = shorten_home(self.home, binary), "run install.sh again"
+        place, again = self._short(binary), "run install.sh again"
         if done.code:
             reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
-            yield Finding(Level.FAILURE, f"{place} does not run: {reason}", again)
+            yield failure(f"{place} does not run: {reason}", again)
         elif done.output != f"orchestra {__version__}":
-            yield Finding(Level.WARNING, f"{place} is {done.output}, and this is {__version__}", again)
+            yield warning(f"{place} is {done.output}, and this is {__version__}", again)
 
     def _check_daemon(self) -> Iterator[Finding]:
         daemon = self._daemon
         if not daemon["running"]:
-            yield Finding(Level.WARNING, "the daemon is not running", "orchestra daemon start --detach")
+            yield warning("the daemon is not running", "orchestra daemon start --detach")
         elif "problem" in daemon:
-            yield Finding(Level.FAILURE, f"the daemon does not answer: {daemon['problem']}", "orchestra daemon stop")
+            text = f"the daemon does not answer: {daemon['problem']}"
+            yield failure(text, "orchestra daemon stop")
         elif daemon.get("version") != __version__:
-            text = f"the daemon is {daemon.get('version', 'older')}, and this is orchestra {__version__}"
-            yield Finding(Level.FAILURE, text, "orchestra daemon restart")
+            version = daemon.get("version", "older")
+            text = f"the daemon is {version}, and this is orchestra {__version__}"
+            yield failure(text, "orchestra daemon restart")
         else:
-            text = f"{describe_daemon(daemon)}, pid {daemon.get('pid')}, watcher {daemon.get('watcher')}"
-            yield Finding(Level.OK, text)
+            pid, watcher = daemon.get("pid"), daemon.get("watcher")
+            yield fine(f"{describe_daemon(daemon)}, pid {pid}, watcher {watcher}")
 
     def _check_notify(self) -> Iterator[Finding]:
         path = notify_path(self.home)
         problem = Notifier(path, lambda message: None, time.time).find_problem()
         if problem:
-            yield Finding(Level.WARNING, f"{shorten_home(self.home, path)} is not run: {problem}", "mend or remove it")
+            yield warning(f"{self._short(path)} is not run: {problem}", "mend or remove it")
 
     def _check_login(self) -> Iterator[Finding]:
         is_mac = sys.platform == "darwin"
         service = launchd_plist_path(self.home) if is_mac else systemd_unit_path(self.home)
         if os.path.exists(service):
-            yield Finding(Level.OK, f"the daemon starts at login: {shorten_home(self.home, service)}")
+            yield fine(f"the daemon starts at login: {self._short(service)}")
             return
         try:
             if not is_mac:
                 Systemd(self.home, run=self._run).check_manager()
         except SystemdError:  # a container, or no systemd
-            yield Finding(Level.OK, "nothing here could start the daemon at login: no systemd user manager runs")
+            reason = "no systemd user manager runs"
+            yield fine(f"nothing here could start the daemon at login: {reason}")
             return
         fix = f"orchestra daemon install{'' if is_mac else ' --systemd'}"
-        yield Finding(Level.WARNING, "the daemon will not start after a reboot", fix)
+        yield warning("the daemon will not start after a reboot", fix)
 
     def _check_registry(self) -> Iterator[Finding]:
         registry = self._registry
         for problem in registry.problems:
-            yield Finding(Level.FAILURE, str(problem), problem.hint)
+            yield failure(str(problem), problem.hint)
         for remark in registry.remarks(registry.keys):
-            yield Finding(Level.WARNING, str(remark), remark.hint or "edit that file")
+            yield warning(str(remark), remark.hint or "edit that file")
         projects = {project for project, _ in registry.keys}
-        places = f"{count_of(len(registry.keys), 'codebase')} in {count_of(len(projects), 'project')}"
-        yield Finding(Level.OK, f"registry: {places}")
+        codebases = count_of(len(registry.keys), "codebase")
+        yield fine(f"registry: {codebases} in {count_of(len(projects), 'project')}")
 
     def _check_codebases(self) -> Iterator[Finding]:
         absent: list[str] = []
@@ -13538,28 +13551,28 @@ class Doctor:
                 plan = Planner(self.home, codebase, self._registry.owners).plan()
             except FolderAbsent as error:
                 if load_record(self.home, key):
-                    yield Finding(Level.WARNING, f"{label}: was synced here, but {error}", error.hint)
+                    yield warning(f"{label}: was synced here, but {error}", error.hint)
                 else:
                     absent.append(label)
                 continue
             except (OrchestraError, OSError) as error:
                 problem = Problem.from_error(error)
-                yield Finding(Level.FAILURE, f"{label}: {problem}", problem.hint)
+                yield failure(f"{label}: {problem}", problem.hint)
                 continue
             for problem in plan.problems(self.home):
-                yield Finding(Level.FAILURE, str(problem.below(label)), problem.hint)
+                yield failure(str(problem.below(label)), problem.hint)
             for path, note in self._notes_on(plan):
                 fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
                 fix = fix.format(label=typed(label), edit_targets=self._edit_targets(codebase))
-                yield Finding(Level.WARNING, f"{label}: {path}: {note}", fix)
+                yield warning(f"{label}: {path}: {note}", fix)
         if absent:
-            yield Finding(Level.OK, f"not on this machine: {', '.join(absent)}")
+            yield fine(f"not on this machine: {', '.join(absent)}")
 
     def _edit_targets(self, codebase: Codebase) -> str:
         """Say how to edit the file that a codebase's targets are from."""
         files = [layer.path for layer in codebase.layers if layer.said.targets is not None]
         if files and f"{files[-1]}.yaml" != codebase_path(self.home, codebase.key):
-            return f"edit {shorten_home(self.home, files[-1])}.yaml"
+            return f"edit {self._short(files[-1])}.yaml"
         return f"orchestra edit {typed(label_for(codebase.key))}"
 
     def _check_unregistered(self) -> Iterator[Finding]:
@@ -13567,14 +13580,16 @@ class Doctor:
         for root, key in list_orphans(self.home, {*self._registry.keys}).items():
             record = load_record(self.home, key) or Record()
             left = [path for path in record.files if look_at(root, record.agent_at(path)).digest]
-            retired = (backup for backup in Backups(self.home, key).versions() if backup.why == Reason.RETIRED)
-            is_retired = any(backup.when >= re.sub("[-:Z]", "", record.synced_at) for backup in retired)
+            synced_at = re.sub("[-:Z]", "", record.synced_at)
+            backups = Backups(self.home, key).versions()
+            is_retired = any(b.why == Reason.RETIRED and b.when >= synced_at for b in backups)
             if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
                 continue  # in the last case it was renamed: its next sync takes all over
-            label, place = label_for(key), shorten_home(self.home, root)
-            text = f"{label} has no registry file any more, but left its text in {place}: {', '.join(left)}"
+            label, place = label_for(key), self._short(root)
+            text = f"{label} has no registry file any more, but left its text in {place}"
             again = f"orchestra init {typed(place)} -p {typed(key[0])} --name {typed(key[1])}"
-            yield Finding(Level.WARNING, text, f"{again} && orchestra project remove {typed(label)} --purge")
+            remove = f"orchestra project remove {typed(label)} --purge"
+            yield warning(f"{text}: {', '.join(left)}", f"{again} && {remove}")
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Iterate over notes on the files that are written, or stay, by path."""
@@ -13597,11 +13612,12 @@ class Doctor:
                 if len(twice) > 1 and not defaults.issuperset(twice):
                     readers.setdefault((reader, twice), []).append(key)
         for (reader, twice), keys in readers.items():
-            text = f"{reader} reads the same text in {' and '.join(twice)}: {', '.join(map(label_for, keys))}"
+            labels = ", ".join(map(label_for, keys))
+            text = f"{reader} reads the same text in {' and '.join(twice)}: {labels}"
             extra = next(path for path in reversed(twice) if path not in defaults)
             edit = self._edit_targets(self._registry.codebases[keys[0]])
             fix = f"drop the target {by_path[extra]}: {edit}"
-            yield Finding(Level.WARNING, text, fix)
+            yield warning(text, fix)
 
     def _check_leftovers(self) -> Iterator[Finding]:
         files = [
@@ -13610,13 +13626,15 @@ class Doctor:
             for name in names
             if is_temporary_name(name) and has_exited(parse_temporary(name)[0])
         ]
-        locks = [f"{folder}/{name}" for folder in folders_below(run_dir(self.home)) for name in names_in(folder)]
-        for lock in locks:
-            if lock.endswith(".lock") and lock != daemon_lock_path(self.home) and not is_locked(lock):
+        folders = folders_below(run_dir(self.home))
+        locks = {f"{folder}/{name}" for folder in folders for name in names_in(folder)}
+        for lock in sorted(locks - {daemon_lock_path(self.home)}):
+            if lock.endswith(".lock") and not is_locked(lock):
                 files += [lock] if Leftover.parse(read_disk(lock).data) else []
         if files:
-            text = f"killed commands left {count_of(len(files), 'file')}: {shorten_home(self.home, files[0])}"
-            yield Finding(Level.WARNING, text + (" and others" if files[1:] else ""), "orchestra sync --all")
+            text = f"killed commands left {count_of(len(files), 'file')}: {self._short(files[0])}"
+            text += " and others" if files[1:] else ""
+            yield warning(text, "orchestra sync --all")
 
     def _check_backups(self) -> Iterator[Finding]:
         sizes = [
@@ -13625,7 +13643,8 @@ class Doctor:
             for name in names
             if name != Backups.NOTES
         ]
-        yield Finding(Level.OK, f"backups: {count_of(len(sizes), 'file')}, {-(-sum(sizes) // 1000)} kB")
+        kilobytes = -(-sum(sizes) // 1000)
+        yield fine(f"backups: {count_of(len(sizes), 'file')}, {kilobytes} kB")
 
     CHECKS = (
         *(_check_program, _check_path, _check_launcher, _check_daemon, _check_notify, _check_login),
@@ -13720,7 +13739,8 @@ class Commands(NamedTuple):
         if line.is_group:
             line.parse()  # or say that there is no such command
         is_asked = args.help or args.line.name == "help"
-        sys.stdout.write(format_help(line, "" if line.name else HELP_NOTES if is_asked else MORE_HELP))
+        notes = HELP_NOTES if is_asked else MORE_HELP
+        sys.stdout.write(format_help(line, "" if line.name else notes))
         sys.stdout.flush()
         return OK
 
@@ -13743,7 +13763,8 @@ class Commands(NamedTuple):
             return [*AGENTS, *find_custom_targets(self.home)]
         if kind == "PROJECT":
             return sorted({project for project, _ in keys})
-        return [*short_names(keys).values(), *(map(label_for, keys) if self.args.words[-1:] != [""] else ())]
+        labels = map(label_for, keys if self.args.words[-1:] != [""] else ())
+        return [*short_names(keys).values(), *labels]
 
     # Registering
 
@@ -13847,8 +13868,10 @@ class Commands(NamedTuple):
             import shlex
 
             if left:
-                print(f"  left in its folder: {', '.join(left)} (--purge would have taken Orchestra's text out)")
-            print(f"  undo: {shlex.join(['cp', *kept, os.path.dirname(codebase_path(self.home, key))])}")
+                hint = "--purge would have taken Orchestra's text out"
+                print(f"  left in its folder: {', '.join(left)} ({hint})")
+            folder = os.path.dirname(codebase_path(self.home, key))
+            print(f"  undo: {shlex.join(['cp', *kept, folder])}")
             return OK
         result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
         self._print_result(result)
@@ -13918,7 +13941,8 @@ class Commands(NamedTuple):
         totals += f", {foreign} {FOREIGN}" if foreign else ""
         totals += f", {failed} failed" if failed else ""
         absent = sum(result.is_absent and not result.errors for result in results)
-        print(f"{totals} in {count_of(len(results) - absent, 'codebase')}{f', {absent} absent' if absent else ''}")
+        totals += f" in {count_of(len(results) - absent, 'codebase')}"
+        print(totals + (f", {absent} absent" if absent else ""))
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
         return {
@@ -14012,9 +14036,11 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         codebase = self._readable(registry, self.args.codebase)
         if self.args.origin:
-            rows = [(key, text.partition("\n")[0], file) for key, text, file in trace_origins(self.home, codebase)]
-            texts = [(key, text if len(text) <= 60 else f"{text[:57]}...", file) for key, text, file in rows]
-            self.screen.print_table([("WHAT", "TEXT", "FROM"), *texts])
+            rows = [("WHAT", "TEXT", "FROM")]
+            for key, whole, file in trace_origins(self.home, codebase):
+                text = whole.partition("\n")[0]
+                rows.append((key, text if len(text) <= 60 else f"{text[:57]}...", file))
+            self.screen.print_table(rows)
             return OK
         target = self.args.target
         shown = codebase._replace(targets=(target,)) if target else codebase
@@ -14081,7 +14107,7 @@ class Commands(NamedTuple):
         is_wanted = parse_when(at) if at is not None else lambda when: True
         found = [b for b in backups if b.path in files and is_wanted(b.when)]
         if path is not None:
-            found = [backup for backup in found if backup.path == os.path.normpath(path)]
+            found = [b for b in found if b.path == os.path.normpath(path)]
         if found:
             return [backup for backup in found if backup.when == found[-1].when]
         label = label_for(key)
@@ -14090,11 +14116,13 @@ class Commands(NamedTuple):
                 import shlex
 
                 problem = "only agents' instruction files are restored; this one is kept as"
-                hint = shlex.join(["cp", backup.file, codebase_path(self.home, key)]) if path.endswith(".yaml") else ""
+                copy = ["cp", backup.file, codebase_path(self.home, key)]
+                hint = shlex.join(copy) if path.endswith(".yaml") else ""
                 raise SyncError(f"{path}: {problem} {backup.file}", hint)
         if not backups:
             raise SyncError(f"{label}: nothing to restore: no backups yet")
-        wanted = f"{path or 'any instruction file'}{f' at {at}; times look like {backups[-1].when[:15]}' if at else ''}"
+        wanted = path or "any instruction file"
+        wanted += f" at {at}; times look like {backups[-1].when[:15]}" if at else ""
         raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
 
     def cmd_edit(self) -> int:
@@ -14122,7 +14150,8 @@ class Commands(NamedTuple):
             return OUT_OF_DATE if failures or warnings else OK
         rows: list[tuple[str, str]] = []
         for finding in findings:
-            rows += [(f"{finding.level:4}", finding.text), *([("", f"fix: {finding.fix}")] if finding.fix else [])]
+            rows.append((f"{finding.level:4}", finding.text))
+            rows += [("", f"fix: {finding.fix}")] if finding.fix else []
         self.screen.print_table(rows, Level.COLORS)
         print(f"\n{count_of(failures, 'failure')}, {count_of(warnings, 'warning')}")
         return OUT_OF_DATE if failures or warnings else OK
