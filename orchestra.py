@@ -9190,10 +9190,10 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 #     is. A missing file has its folder's stamp.
 #   4 What counts is noted by its codebase (`Debouncer`): a job reads and syncs it, the
 #     first time at once, then once per window.
-#   5 A file that the job finds broken, emptied or gone becomes a suspect in turn. The
-#     codebases whose layer it is are in doubt: neither synced nor reported, they stay
-#     as they were known. Its window ends, so its next event starts a job at once;
-#     without an event, step 2 does.
+#   5 A file that the job finds broken, emptied, gone or being written becomes a suspect
+#     in turn. The codebases whose layer it is are in doubt: neither synced nor
+#     reported, they stay as they were known. Its window ends, so its next event starts
+#     a job at once; without an event, step 2 does.
 #   6 Once all files for which a codebase is in doubt are overdue, the next job takes
 #     them as they are: what is broken is reported.
 
@@ -10873,6 +10873,24 @@ class JobOutcome(NamedTuple):
         return encode_reply(data)
 
 
+def is_at_rest(path: str, digest: str) -> bool:
+    """Return whether no program is writing a file that was read with some hash.
+
+    Where that is unknown, as on macOS, it is at rest.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        is_written = has_writer(fd)
+        return is_written is None or not (is_written or sha256_of(os.read(fd, MAX_REGISTRY_FILE + 1)) != digest)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
 class SyncRun:
     """A run of a job: reads its codebases again, leaves those in doubt, syncs the rest.
 
@@ -10938,12 +10956,14 @@ class SyncRun:
     def _is_doubtful(self, key: Key, old: Optional[Codebase], new: Optional[Codebase], seen: Mapping[str, str]) -> bool:
         """Return whether a codebase that was read again is in doubt; find the suspects.
 
-        They are the files that were gone or empty; if it is broken, those that differ.
+        They are the files that were gone or empty, and those being written; if it is
+        broken, all that differ.
         """
         digests, none = digests_of(self._home, old) if old else {}, ("", sha256_of(b""))
         changed = {path for path, digest in digests.items() if seen.get(path, digest) != digest}
         if new:
-            changed = {path for path in changed if digests[path] not in none and seen[path] in none}
+            lost = {path for path in changed if digests[path] not in none and seen[path] in none}
+            changed = lost | {path for path in changed if not is_at_rest(path, seen[path])}
         return self._suspect(changed if new or changed else {codebase_path(self._home, key)})
 
     def _suspect(self, files: Collection[str]) -> bool:

@@ -10405,6 +10405,26 @@ def test_a_layer_that_goes_after_its_codebase_was_read_takes_no_text_away(
     assert live.has("new") and list(outcome.suspects) == [str(live.projects / "shop/api.md")]
 
 
+@needs_leases
+@pytest.mark.parametrize("name", ["all.yaml", "shop/project.md", "shop/api.local.yaml"])
+def test_a_layer_that_is_being_written_is_waited_for(live: Home, name: str) -> None:
+    text, file = LAYER_FILES[name], live.projects / name
+    put_files(live.projects, {name: text.format("old")})
+    live.save()
+    cache = orchestra.RegistryCache.load(live.path)
+    cache, _ = run_watcher_job(live, cache, "api")
+    with open(file, "w") as out:
+        out.write(text.format("half"))
+        out.flush()
+        cache, outcome = run_watcher_job(live, cache, "api")
+        assert live.has("old") and list(outcome.suspects) == [str(file)]
+        cache, _ = run_watcher_job(live, cache, "api", overdue=outcome.suspects)
+        assert live.has("half")
+    put_files(live.projects, {name: text.format("whole")})
+    cache, outcome = run_watcher_job(live, cache, "api")
+    assert live.has("whole") and outcome.suspects == {}
+
+
 def run_watcher_job(live: Home, cache: orchestra.RegistryCache, *names: str, overdue: Any = {}) -> Any:
     changed = frozenset(("shop", name) for name in names)
     job = orchestra.SyncJob(orchestra.SyncTarget.codebase(), "watcher", None, changed, overdue)
