@@ -10881,7 +10881,7 @@ def is_at_rest(path: str, digest: str) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return True
+        return False  # gone since
     try:
         is_written = has_writer(fd)
         return is_written is None or not (is_written or sha256_of(os.read(fd, MAX_REGISTRY_FILE + 1)) != digest)
