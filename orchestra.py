@@ -167,7 +167,7 @@ else:
             return super().__new__(cls, name, bases, namespace)
 
     class NamedTuple(tuple, metaclass=RecordMaker):
-        """What namedtuple() would make anew for each of 50 classes, 0.15 ms each."""
+        """The base of 50 records: namedtuple() would take 0.15 ms to make each."""
 
         __slots__ = ()
 
@@ -349,6 +349,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     import difflib
 
     spellings = {other.casefold(): other for other in known}
+    # Not the default of 0.6: "nope" and "shop/e" are that much alike.
     found = difflib.get_close_matches(word[:100].casefold(), spellings, 1, cutoff=0.61)
     return spellings[found[0]] if found else ""
 
@@ -675,7 +676,7 @@ def follow_link(path: str) -> str:
 
 
 class Stamp(NamedTuple):
-    """What differs once a file was written."""
+    """What changes when a file is written."""
 
     device: int
     inode: int
@@ -3278,7 +3279,7 @@ def is_repository(folder: str) -> bool:
 
 
 def find_main_worktree(folder: str) -> str:
-    """Find what a folder in a `git worktree` is in the repository's main one, or ""."""
+    """Find what a folder in another git worktree is in the main one; "" for none."""
     for root in climb(folder):
         with suppress(IoError):
             link = read_disk(f"{root}/.git", 4096).data.decode("utf-8", "surrogateescape")
@@ -3388,6 +3389,11 @@ class Owners(dict[str, Key]):
         found = {self[path] for path in paths if self[path] != without and self._look(path) == identity}
         return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
 
+    def keys_above(self, path: str) -> list[Key]:
+        """List the codebases that have this folder, or else the nearest above it."""
+        found = (self.keys_at(self._look(folder)) for folder in climb(path)) if path else ()
+        return next(filter(None, found), [])
+
     def owner_at(self, identity: Identity, key: Key, path: str) -> Key:
         """Find the owner of a folder to which the path of `key` leads."""
         known = self.folders.spellings.setdefault(identity, [])
@@ -3477,16 +3483,16 @@ def find_keys(home: str) -> list[Key]:
 
 
 def find_custom_targets(home: str) -> list[str]:
-    """List the custom targets of all files by how lines look: parsing takes long."""
+    """List the custom targets of all files, found by a pattern: parsing takes long."""
     root = projects_root(home)
+    pattern = r"""(?<![\w.-])([\w.-]{1,99})["']?:\s{0,99}\{?\s{0,9}(?:path|owns|header|limit):"""
     found: set[str] = set()
     for folder in (root, *(f"{root}/{project}" for project in names_in(root))):
         for name in filter(lambda name: name.endswith(".yaml"), names_in(folder)):
             with suppress(IoError):
                 data = read_disk(f"{folder}/{name}", 1 << 20).data
                 text = (b"\n" + data).partition(b"\ncustom_targets:")[2].decode("utf-8", "replace")
-                names = r"""(?<![\w.-])([\w.-]{1,99})["']?:\s{0,99}\{?\s{0,9}(?:path|owns|header|limit):"""
-                found.update(re.findall(names, text))
+                found.update(re.findall(pattern, text))
     return sorted(found)
 
 
@@ -3571,7 +3577,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
 
     Return the markers that no fence hides, where the line of a fence or comment begins
     that is open at the end of the file, and what closes it; -1 and nothing for none;
-    and where each fence begins and ends that its own mark closes.
+    and where each closed fence begins and ends, in turn.
     """
     found: list[Marker] = []
     hidden: list[Marker] = []  # if the open fence gets closed
@@ -3778,7 +3784,7 @@ class Layer(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """What stands for all its files."""
+        """A hash of all its files."""
         return sha256_of(repr(self.digests).encode()) if self.prose or self.missing else self.said.digest
 
     @property
@@ -4222,7 +4228,7 @@ class LayerReader:
 #   3 If several codebases claim one folder, it belongs to the one registered first.
 #
 # load_registry takes all three steps, reload_codebases the last two for some
-# codebases, and load_codebase the second for one.
+# codebases, and load_with_layers the second for one.
 #
 # Files are written by a RegistryTurn, one at a time.
 
@@ -4480,7 +4486,7 @@ def load_codebase(home: str, project: str, name: str) -> Codebase:
     return codebase
 
 
-def reload_codebase(home: str, key: Key) -> Codebase:
+def load_with_layers(home: str, key: Key) -> Codebase:
     """Load one codebase from all its layers; raises RegistryError."""
     codebase, problems = LayerReader(home).read(key)
     if codebase is None:
@@ -7928,7 +7934,7 @@ class SyncMode(NamedTuple):
     purge: bool = False  # nothing is wanted any more
     take_over: bool = False  # replace the text of another registry's Orchestra like a hand edit
     accept_empty: bool = False  # a folder that was synced before is empty on purpose
-    reload: Callable[[str, Key], Codebase] = reload_codebase  # for one that has changed since
+    reload: Callable[[str, Key], Codebase] = load_with_layers  # reads what was saved meanwhile
 
 
 DEFAULT_MODE = SyncMode()
@@ -8306,6 +8312,7 @@ class Planner:
         return Plan(self._root, files, old_record, record, former)
 
     def _spell_root(self) -> str:
+        """Spell the folder as its record does, as long as that leads to it."""
         recorded = self._record.root
         is_same = expand_home(self._home, recorded) == self._root
         return recorded if is_same else spell_path(self._home, self._root)
@@ -10268,7 +10275,7 @@ def _read_reply(client: Any) -> Any:
 
 
 def _is_reply(data: Any) -> bool:
-    """Return whether data may be a daemon's, of any version, and has its types."""
+    """Return whether the data of a reply has a daemon's types, of any version."""
     types = {"pid": int, "started_at_unix": int, "queue_depth": int, "version": str, "watcher": str, "problems": list}
     if not isinstance(data, dict) or not all(isinstance(data.get(name, kind()), kind) for name, kind in types.items()):
         return False
@@ -10874,9 +10881,9 @@ class JobOutcome(NamedTuple):
 
 
 def is_at_rest(path: str, digest: str) -> bool:
-    """Return whether no program is writing a file that was read with some hash.
+    """Return whether a file still has the hash it was read with, and nobody writes it.
 
-    Where that is unknown, as on macOS, it is at rest.
+    Where it is unknown who writes, as on macOS, it is at rest.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -10884,7 +10891,7 @@ def is_at_rest(path: str, digest: str) -> bool:
         return False  # gone since
     try:
         is_written = has_writer(fd)
-        return is_written is None or not (is_written or sha256_of(os.read(fd, MAX_REGISTRY_FILE + 1)) != digest)
+        return is_written is None or (not is_written and sha256_of(os.read(fd, MAX_REGISTRY_FILE + 1)) == digest)
     except OSError:
         return True
     finally:
@@ -10894,9 +10901,9 @@ def is_at_rest(path: str, digest: str) -> bool:
 class SyncRun:
     """A run of a job: reads its codebases again, leaves those in doubt, syncs the rest.
 
-    In doubt is a codebase that is broken, or has lost a file, unless the files by which
-    it is so are overdue; they become suspects. `registry` and `suspects` are then what
-    is known. Raises RegistryError, IoError.
+    In doubt is a codebase that is broken, or that has a file which is gone, emptied or
+    being written. These files become suspects, unless all of them are overdue.
+    `registry` and `suspects` are then what is known. Raises RegistryError, IoError.
     """
 
     def __init__(self, home: str, old: Registry, job: SyncJob) -> None:
@@ -10951,10 +10958,12 @@ class SyncRun:
         read |= {key for key, problems in broken.items() if problems != old.broken.get(key)}
         read |= {key for key, new in codebases.items() if new is not old.codebases.get(key, new)}
         seen = self.registry.seen
-        return {key for key in read if self._is_doubtful(key, old.codebases.get(key), codebases.get(key), seen)}
+        return {key for key in read if self._suspect_files_of(key, old.codebases.get(key), codebases.get(key), seen)}
 
-    def _is_doubtful(self, key: Key, old: Optional[Codebase], new: Optional[Codebase], seen: Mapping[str, str]) -> bool:
-        """Return whether a codebase that was read again is in doubt; find the suspects.
+    def _suspect_files_of(
+        self, key: Key, old: Optional[Codebase], new: Optional[Codebase], seen: Mapping[str, str]
+    ) -> bool:
+        """Return whether a codebase that was read again is in doubt, with its suspects.
 
         They are the files that were gone or empty, and those being written; if it is
         broken, all that differ.
@@ -10967,17 +10976,17 @@ class SyncRun:
         return self._suspect(changed if new or changed else {codebase_path(self._home, key)})
 
     def _suspect(self, files: Collection[str]) -> bool:
-        """Make suspects of some files of a codebase, unless all of them are overdue."""
+        """Make suspects of some files, and return True, unless all are overdue."""
         found = {path: Stamp.at(path) for path in files}
         is_new = not found.items() <= self._job.overdue.items()
         self.suspects.update(found if is_new else {})
         return is_new
 
     def _reload_one(self, home: str, key: Key) -> Codebase:
-        """Do as `reload_codebase`, but return the old one if the new is in doubt."""
+        """Do as `load_with_layers`, but return the old one if the new is in doubt."""
         reader, old = LayerReader(home), self.registry.codebases[key]
         new, problems = reader.read(key)
-        if self._is_doubtful(key, old, new, reader.seen):
+        if self._suspect_files_of(key, old, new, reader.seen):
             return old
         if new is None:
             raise error_for(problems)
@@ -12331,7 +12340,8 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #   1 Refuse a folder that cannot be a codebase's, and names that cannot be used.
 #   2 Clean up after a killed command, and load the registry.
 #   3 Refuse a name that another folder has, and a folder that another name has.
-#   4 If it is registered with this folder, change its type if asked to, and stop.
+#   4 If it is registered with this folder, change its type, or propose its parts, if
+#     asked to, and stop.
 #   5 Refuse a folder to which another codebase may have moved: `project move` is for
 #     that. It takes steps 1 and 3, and saves the path.
 #   6 If it is registered, but has no folder on this machine, save this one as its own.
@@ -12605,8 +12615,17 @@ def suggest_moves(home: str, registry: Registry, folder: str) -> list[str]:
     return [f"orchestra project move {typed(label_for(key))} {typed(place)}" for key, place in found if key]
 
 
+def suggest_old_backups(home: str, registry: Registry, name: Optional[str]) -> str:
+    """Suggest to list the backups of a codebase that is no longer registered."""
+    root = backups_root(home)
+    kept = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
+    found = [key for key in (*registry.keys, *kept) if name in (key[1], label_for(key))]
+    is_old = bool(found) and found[0] not in registry.keys
+    return f"ls {typed(shorten_home(home, backups_of(home, found[0])))}" if is_old else ""
+
+
 def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
-    """Count what the daemon has written since, where it was faster than a command."""
+    """Count as created what the daemon has written since, if it was the faster."""
     record = load_record(home, result.key) or Record()
 
     def count(file: FilePlan) -> FilePlan:
@@ -12628,9 +12647,9 @@ def list_written(home: str, registry: Registry, key: Key) -> list[str]:
 # ── 37 Output ─────────────────────────────────────────────────────────────────
 
 # stdout carries results; stderr carries notes and errors. The exit status is 0 if all
-# is well, 1 if something is out of date (only with --check and --exit-code), 2 after a
-# failure, and 130 after an interrupt, as in shells. With several codebases, all are
-# tried before a failure is returned.
+# is well, 1 if something is out of date (only with --check and --exit-code) or doctor
+# found something, 2 after a failure, and 130 after an interrupt, as in shells. With
+# several codebases, all are tried before a failure is returned.
 
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
 MORE_HELP = "More: orchestra help, orchestra help COMMAND"
@@ -13197,7 +13216,7 @@ def ask_daemon(home: str) -> dict[str, Any]:
     except DaemonNotRunning:
         return {"running": False}
     except DaemonError as error:
-        return {"running": True, "problem": str(error)}
+        return {"running": True, "problem": str(error).removeprefix("daemon: ")}
     return {"running": True, **reply}
 
 
@@ -13205,7 +13224,7 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
     if not daemon.get("running"):
         return "daemon: not running (orchestra daemon start --detach)"
     if "problem" in daemon:
-        return f"daemon: {daemon['problem'].removeprefix('daemon: ')}"
+        return f"daemon: {daemon['problem']}"
     seconds = int(clock() - daemon.get("started_at_unix", clock()))
     words = f"daemon: running {format_duration(max(0, seconds))}"
     version = daemon.get("version", "an old version")
@@ -13217,8 +13236,8 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 def next_steps(status: Status) -> list[str]:
     """Return the commands to type next, at most two."""
     entries = status.codebases
-    lost = sorted((e for e in entries if e.hint and e.needs_attention), key=lambda e: e.status != State.ERROR)
-    steps = [e.hint for e in lost if e.status in (State.ERROR, State.ABSENT)][:1]
+    stuck = [e for e in entries if e.hint and e.needs_attention and e.status in (State.ERROR, State.ABSENT)]
+    steps = [e.hint for e in sorted(stuck, key=lambda e: e.status != State.ERROR)[:1]]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
     steps += [f"orchestra diff {label}" for label in edited[:1]]
     outdated = [e for e in entries if e.status not in (*State.FINE, State.ERROR)]
@@ -13596,7 +13615,7 @@ class Doctor:
         return f"orchestra edit {typed(label_for(codebase.key))}"
 
     def _check_unregistered(self) -> Iterator[Finding]:
-        """Look for what a codebase has left whose registry file was removed by hand."""
+        """Look for the text of codebases whose registry file was removed by hand."""
         for root, key in list_orphans(self.home, {*self._registry.keys}).items():
             record = load_record(self.home, key) or Record()
             left = [path for path in record.files if look_at(root, record.agent_at(path)).digest]
@@ -13606,7 +13625,7 @@ class Doctor:
             if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
                 continue  # in the last case it was renamed: its next sync takes all over
             label, place = label_for(key), self._short(root)
-            text = f"{label} has no registry file any more, but left its text in {place}"
+            text = f"{label} has no registry file any more, but its text is still in {place}"
             again = f"orchestra init {typed(place)} -p {typed(key[0])} --name {typed(key[1])}"
             remove = f"orchestra project remove {typed(label)} --purge"
             yield warning(f"{text}: {', '.join(left)}", f"{again} && {remove}")
@@ -13712,8 +13731,8 @@ class Commands(NamedTuple):
         with blame("the current folder"):
             folder = real_path(os.getcwd() if path is None else self._absolute(path))
         shown = "this folder" if path is None else path
-        others = self._keys_above(registry, find_main_worktree(folder))
-        keys = self._keys_above(registry, folder) or others
+        others = registry.owners.keys_above(find_main_worktree(folder))
+        keys = registry.owners.keys_above(folder) or others
         if keys and keys == others:  # unlike a worktree that is registered itself
             root = shorten_home(self.home, codebase_root(self.home, registry.codebases[keys[0]]))
             self._note(f"{shown} is in another git worktree of {label_for(keys[0])}, whose folder is {root}")
@@ -13730,11 +13749,6 @@ class Commands(NamedTuple):
         init = f"orchestra init {typed(path or '.')} -p PROJECT --sync"
         hint = f"{moves[0]} if it is that one; otherwise {init}" if moves else init
         raise UsageError(f"{shown} is not in a registered codebase", hint)
-
-    def _keys_above(self, registry: Registry, folder: str) -> list[Key]:
-        """List the codebases that have this folder, or else one above it."""
-        found = (registry.owners.keys_at(identity_of(above)) for above in climb(folder) if above)
-        return next(filter(None, found), [])
 
     def _find_all(self, registry: Registry, names: Sequence[str]) -> tuple[list[Key], int]:
         """Find codebases, by default the current folder's; report what is not found."""
@@ -13806,7 +13820,7 @@ class Commands(NamedTuple):
             return absolute_path(self.home, path)
 
     def _register(self, registration: Registration, sync: bool = False) -> int:
-        started = time.time() - 0.01  # the time of a file may be one tick of the kernel late
+        started = time.time() - 0.01  # a file's time may lag by a tick of the kernel's clock
         registered, dry_run = registration.run(), registration.dry_run
         for line in registered.lines:
             print(line)
@@ -14090,7 +14104,7 @@ class Commands(NamedTuple):
         try:
             codebase = self._readable(registry, name)
         except OrchestraError as error:
-            error.hint = self._find_old_backups(registry, name) or error.hint
+            error.hint = suggest_old_backups(self.home, registry, name) or error.hint
             raise
         backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
@@ -14111,14 +14125,6 @@ class Commands(NamedTuple):
             f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {typed(label)}"
         )
         return OK
-
-    def _find_old_backups(self, registry: Registry, name: Optional[str]) -> str:
-        """Say where the backups of a codebase are that is no longer registered."""
-        root = backups_root(self.home)
-        keys = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
-        found = [key for key in (*registry.keys, *keys) if name in (key[1], label_for(key))]
-        is_old = bool(found) and found[0] not in registry.keys
-        return f"ls {typed(shorten_home(self.home, backups_of(self.home, found[0])))}" if is_old else ""
 
     def _choose_backups(self, codebase: Codebase, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
         """Choose the latest backups of a path that --at allows; raises SyncError."""

@@ -2993,7 +2993,7 @@ def test_a_change_of_any_layer_counts_at_the_next_look(home: Home, name: str) ->
     put_files(home.projects, LAYERED)
     before = home.registry()
     api = before.codebases[API]
-    assert orchestra.is_current(home.path, api) and orchestra.reload_codebase(home.path, API) == api
+    assert orchestra.is_current(home.path, api) and orchestra.load_with_layers(home.path, API) == api
     assert what_is_known(orchestra.reload_codebases(home.path, before, [API])) == what_is_known(before)
     put_files(home.projects, {name: LAYERED.get(name, "notes: [x]") + "\n# x\n"})
     assert not orchestra.is_current(home.path, api)
@@ -14519,7 +14519,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
     ),
     "removed by hand": (
         [add_it(["codex", "cursor"]), sync_it, lambda home: home.file().unlink()],
-        "warn shop/api has no registry file any more, but left its text in ",
+        "warn shop/api has no registry file any more, but its text is still in ",
         "orchestra init ",
     ),
     "doubles": (
@@ -14591,7 +14591,7 @@ def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> Non
     assert ask() == []  # the next sync knows it by its new name
     (home.projects / "shop/web.yaml").unlink()
     (finding,) = ask()
-    assert finding["text"].endswith(f"left its text in {root}: AGENTS.md")
+    assert finding["text"].endswith(f"text is still in {root}: AGENTS.md")
     before = (root / "AGENTS.md").read_bytes()
     (root / "AGENTS.md").write_text("mine\n")
     assert ask() == []
