@@ -3278,14 +3278,20 @@ def is_repository(folder: str) -> bool:
     return any(os.path.lexists(f"{folder}/{name}") for name in (".git", ".hg", ".svn", ".jj"))
 
 
+def find_git_folder(top: str) -> str:
+    """Find where the .git of a checkout leads: that of a worktree is a file.
+
+    Raises IoError.
+    """
+    link = read_disk(f"{top}/.git", 4096).data.decode("utf-8", "surrogateescape")
+    return os.path.join(top, link[7:].strip()) if link.startswith("gitdir:") else f"{top}/.git"
+
+
 def find_main_worktree(folder: str) -> str:
     """Find what a folder in another git worktree is in the main one; "" for none."""
     for root in climb(folder):
         with suppress(IoError):
-            link = read_disk(f"{root}/.git", 4096).data.decode("utf-8", "surrogateescape")
-            found = re.fullmatch(
-                r"(.*)/\.git/worktrees/[^/]+", os.path.join(root, link.removeprefix("gitdir:").strip())
-            )
+            found = re.fullmatch(r"(.*)/\.git/worktrees/[^/]+", find_git_folder(root))
             if found:
                 return os.path.normpath(found[1] + folder[len(root) :])
     return ""
@@ -8104,18 +8110,16 @@ def look_at(root: str, agent: Agent) -> Look:
         place = check_parents(root, path)
         disk = read_disk(place, MAX_MANAGED_FILE + 1)
         if disk.kind == "symlink":
-            return Look(
-                agent, disk, resolved=place, note=f"skipped: it is a symbolic link to {visible(os.readlink(place))}"
-            )
+            note = f"skipped: it is a symbolic link to {visible(os.readlink(place))}"
+            return Look(agent, disk, resolved=place, note=note)
         if disk.kind not in ("file", "absent"):
             raise SyncError(f"expected a file, got {disk.noun}")
         if len(disk.data) > MAX_MANAGED_FILE:
             raise SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got more")
         link = _read_link_text(place, disk.data)
         if link:
-            return Look(
-                agent, disk, resolved=place, note=f"skipped: git wrote it in place of a symbolic link to {link}"
-            )
+            note = f"skipped: git wrote it in place of a symbolic link to {link}"
+            return Look(agent, disk, resolved=place, note=note)
         text = managed_text(agent, disk.data) if disk.kind == "file" else None
         digest = None if text is None else digest_of(text)
         return Look(agent, disk, text, digest, place, not agent.owned and has_own_text(disk.data))
@@ -8132,20 +8136,15 @@ class Sparse(NamedTuple):
     @classmethod
     def find(cls, root: str) -> "Sparse":
         """Look for a sparse checkout that a folder is in."""
-        top = root
-        while not os.path.lexists(f"{top}/.git"):
-            if top == os.path.dirname(top):
-                return cls()
-            top = os.path.dirname(top)
-        git = f"{top}/.git"
+        top = next((folder for folder in climb(root) if os.path.lexists(f"{folder}/.git")), "")
+        if not top:
+            return cls()
 
         def read(path: str) -> bytes:
             return read_disk(path, MAX_MANAGED_FILE).data
 
         try:
-            link = read(git).decode()  # a worktree's .git is a file
-            if link.startswith("gitdir:"):
-                git = os.path.join(top, link[7:].strip())
+            git = find_git_folder(top)
             common = os.path.join(git, read(f"{git}/commondir").decode().strip())
             settings = read(f"{common}/config") + read(f"{git}/config.worktree")
             if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
@@ -8306,9 +8305,8 @@ class Planner:
             for path, look in looks.items()
         )
         files = (*files, *(() if is_purge else self._unfit))
-        record = self._next_record(files)._replace(
-            inputs="" if any(file.problem for file in files) else inputs, root=self._spell_root()
-        )
+        inputs = "" if any(file.problem for file in files) else inputs
+        record = self._next_record(files)._replace(inputs=inputs, root=self._spell_root())
         return Plan(self._root, files, old_record, record, former)
 
     def _spell_root(self) -> str:
@@ -8392,6 +8390,7 @@ class Planner:
         return looks
 
     def _check_not_emptied(self) -> None:
+        """Raise SyncError if the folder is empty (step 5)."""
         codebase = self._codebase
         if self._record.root not in ("", self._spell_root()):
             return  # another folder may well be empty
@@ -8439,10 +8438,9 @@ class Planner:
             is_whole = not agent.owned and path in self._record.owned and look.text == before.data
             after, join = insert_managed_text(agent, ABSENT if is_whole else before, self._texts[path])
         if len(after) > MAX_MANAGED_FILE:
-            message = (
-                f"expected at most {MAX_MANAGED_FILE >> 20} MiB, got {len(after)} bytes with the text from the registry"
-            )
-            error = SyncError(message, f"orchestra show {typed(label_for(self._codebase.key))} --origin")
+            got = f"got {len(after)} bytes with the text from the registry"
+            hint = f"orchestra show {typed(label_for(self._codebase.key))} --origin"
+            error = SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, {got}", hint)
             return FilePlan(path, Action.SKIP, agent, before, problem=Problem.from_error(error, path))
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
@@ -8866,10 +8864,9 @@ def pass_over_absent(results: Iterable[SyncCodebaseResult]) -> list[SyncCodebase
 def run_pipeline(
     home: str,
     scope: SyncScope,
-    dry_run: bool = False,
+    mode: SyncMode = DEFAULT_MODE,
     registry: Optional[Registry] = None,
     progress: Callable[[int, int, Key], None] = lambda done, total, key: None,
-    mode: SyncMode = DEFAULT_MODE,
 ) -> list[SyncCodebaseResult]:
     """Sync the codebases of a scope one by one; each one's errors are in its result.
 
@@ -8886,7 +8883,7 @@ def run_pipeline(
             results.append(SyncCodebaseResult(*key, errors=tuple(registry.broken[key])))
         else:
             codebase = registry.codebases[key]
-            result = sync_codebase(home, codebase, registry.owners, mode._replace(dry_run=dry_run))
+            result = sync_codebase(home, codebase, registry.owners, mode)
             remarks = codebase.remarks
             results.append(result._replace(remarks=remarks) if remarks else result)
     return results if scope.names is not None else pass_over_absent(results)
@@ -10919,7 +10916,7 @@ class SyncRun:
 
     def sync(self) -> list[SyncCodebaseResult]:
         mode = DEFAULT_MODE if self._is_asked else SyncMode(reload=self._reload_one)
-        results = run_pipeline(self._home, self._scope(), registry=self.registry, mode=mode)
+        results = run_pipeline(self._home, self._scope(), mode, self.registry)
         results = results if self._is_asked else pass_over_absent(results)
         self._in_doubt |= {result.key for result in results if self._may_be_half_read(result)}
         return [result for result in results if result.key not in self._in_doubt]
@@ -13717,11 +13714,9 @@ class Commands(NamedTuple):
         if name is None or name.startswith((".", "/", "~")) or name.endswith("/"):
             return self._find_at(registry, name)
         is_name = any(name in (key[1], label_for(key)) for key in registry.keys)
-        return (
-            self._find_at(registry, name)
-            if not is_name and os.path.isdir(name)
-            else registry.find(name, f"orchestra {self.args.line.name}")
-        )
+        if os.path.isdir(name) and not is_name:
+            return self._find_at(registry, name)
+        return registry.find(name, f"orchestra {self.args.line.name}")
 
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
         """Find the codebase that a folder is in; raises UsageError.
@@ -13948,8 +13943,8 @@ class Commands(NamedTuple):
         return FAILED if found and getattr(self.args, "strict", False) else OK
 
     def _sync(self, registry: Registry, scope: SyncScope, dry_run: bool = False) -> list[SyncCodebaseResult]:
-        is_named = scope.names is not None
-        results = run_pipeline(self.home, scope, dry_run, registry, show_progress, SyncMode(take_over=is_named))
+        mode = SyncMode(dry_run, take_over=scope.names is not None)
+        results = run_pipeline(self.home, scope, mode, registry, show_progress)
         if not dry_run:
             forget_replaced(self.home, [result.key for result in results])
         return results
@@ -14173,13 +14168,13 @@ class Commands(NamedTuple):
         failures, warnings = levels[Level.FAILURE], levels[Level.WARNING]
         if self.args.json:
             print_json({"failures": failures, "warnings": warnings, "findings": [f._asdict() for f in findings]})
-            return OUT_OF_DATE if failures or warnings else OK
-        rows: list[tuple[str, str]] = []
-        for finding in findings:
-            rows.append((f"{finding.level:4}", finding.text))
-            rows += [("", f"fix: {finding.fix}")] if finding.fix else []
-        self.screen.print_table(rows, Level.COLORS)
-        print(f"\n{count_of(failures, 'failure')}, {count_of(warnings, 'warning')}")
+        else:
+            rows: list[tuple[str, str]] = []
+            for finding in findings:
+                rows.append((f"{finding.level:4}", finding.text))
+                rows += [("", f"fix: {finding.fix}")] if finding.fix else []
+            self.screen.print_table(rows, Level.COLORS)
+            print(f"\n{count_of(failures, 'failure')}, {count_of(warnings, 'warning')}")
         return OUT_OF_DATE if failures or warnings else OK
 
     # The daemon

@@ -7657,7 +7657,7 @@ def test_a_sync_of_one_codebase_returns_one_result(home: Home) -> None:
 def test_a_dry_run_of_the_pipeline_writes_nothing(home: Home) -> None:
     root = home.make_codebase()
     before = contents(home.folder)
-    (result,) = orchestra.run_pipeline(home.path, orchestra.SyncScope.all(), dry_run=True)
+    (result,) = orchestra.run_pipeline(home.path, orchestra.SyncScope.all(), orchestra.SyncMode(dry_run=True))
     assert result.written == ["CLAUDE.md", "AGENTS.md"]
     assert contents(home.folder) == before and os.listdir(root) == []
 
@@ -15723,7 +15723,7 @@ class Stage:
 
     def sync(self, dry_run: bool = False) -> list[str]:
         """Sync all, and check that there are neither errors nor false hand edits."""
-        results = orchestra.run_pipeline(self.home.path, orchestra.SyncScope.all(), dry_run)
+        results = orchestra.run_pipeline(self.home.path, orchestra.SyncScope.all(), orchestra.SyncMode(dry_run))
         for result in results:
             assert result.errors == ()
             edited = {file.path for file in result.files if file.action in orchestra.Action.BACKED_UP}
@@ -16428,7 +16428,9 @@ class History(Home):
         """Return what a sync would write, and check that `status` says the same."""
         before = self.see()
         registry = orchestra.load_registry(self.path)
-        results = orchestra.run_pipeline(self.path, orchestra.SyncScope.all(), True, registry)
+        results = orchestra.run_pipeline(
+            self.path, orchestra.SyncScope.all(), orchestra.SyncMode(dry_run=True), registry
+        )
         status = orchestra.scan_staleness(self.path, registry, clock=self.clock)
         for result, entry in zip(results, status.codebases):
             is_current = not (any(file.writes for file in result.files) or result.errors or result.is_absent)
@@ -17923,7 +17925,7 @@ def check_registry(home: str, dice: random.Random) -> bool:
     for codebase in registry.codebases.values():
         check_text_for_agents(codebase, dice.random() < 0.5)
     assert time.process_time() - started < MOST_SECONDS
-    orchestra.run_pipeline(home, orchestra.SyncScope.all(), dry_run=True, registry=registry)
+    orchestra.run_pipeline(home, orchestra.SyncScope.all(), orchestra.SyncMode(dry_run=True), registry)
     is_readable = API in registry.codebases
     if is_readable and dice.random() < 0.5:
         check_save(home, changed_at_random(dice, check_save(home, orchestra.load_codebase(home, *API))))
@@ -18718,7 +18720,9 @@ class Turmoil:
     def fresh_cache(self) -> orchestra.RegistryCache:
         """Look at everything as a fresh process does, and change nothing."""
         cache = orchestra.RegistryCache.load(self.live.path)
-        results = orchestra.run_pipeline(self.live.path, orchestra.SyncScope.all(), True, cache.registry)
+        results = orchestra.run_pipeline(
+            self.live.path, orchestra.SyncScope.all(), orchestra.SyncMode(dry_run=True), cache.registry
+        )
         self.behind = [label for result in results if result.written and (label := orchestra.label_for(result.key))]
         return orchestra.RegistryCache.renewed(cache, cache.registry, results)
 
