@@ -13600,7 +13600,8 @@ class Doctor:
             for path, note in self._notes_on(plan):
                 fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
                 fix = fix.format(label=typed(label), edit_targets=self._edit_targets(codebase))
-                yield warning(f"{label}: {path}: {note}", fix)
+                said = note.partition("; to replace it: ")[0]  # the fix says the rest
+                yield warning(f"{label}: {path}: {said}", fix)
         if absent:
             yield fine(f"not on this machine: {', '.join(absent)}")
 

@@ -14507,6 +14507,11 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "warn shop/api: CLAUDE.md: contains invisible characters: ",
         "type the text anew: orchestra edit shop/api",
     ),
+    "foreign": (
+        [add_it(["claude"]), lambda home: other_home(home, targets=["claude"], notes=["two"]).sync()],
+        "warn shop/api: CLAUDE.md: skipped: written from another registry (a colleague's?)",
+        "orchestra sync shop/api",
+    ),
     "replaced": (
         [add_it(["codex"], {"AGENTS.override.md": "mine"}), sync_it],
         "warn shop/api: AGENTS.override.md: Codex reads it instead of AGENTS.md",
@@ -14572,6 +14577,7 @@ def test_doctor_finds_what_is_wrong_and_names_its_mend(home: Home, what: str) ->
     report = json.loads(ran.out)
     (found,) = [f for f in report["findings"] if f"{f['level']} {f['text']}".startswith(text)]
     assert found["fix"].startswith(fix) and bool(found["fix"]) == bool(fix or found["level"] != "ok")
+    assert not found["fix"] or found["fix"] not in found["text"]
     levels = collections.Counter(finding["level"] for finding in report["findings"])
     assert (report["failures"], report["warnings"]) == (levels["FAIL"], levels["warn"])
     lines = home.run("doctor").out.splitlines()
