@@ -5226,7 +5226,7 @@ class Script:
     @staticmethod
     def _cure_of(command: str) -> str:
         words = set(command.split())
-        rows = (  # a program, its cure, and the words with which it runs once, too
+        rows = (  # a program, its cure, and the words with which it runs once anyway
             ("vitest", "--run", "run --no-watch --watch=false related bench --version"),
             ("react-scripts", "--watchAll=false", "--ci build start eject CI=true"),
             ("ng", "--watch=false", "--no-watch build serve lint e2e"),
@@ -5248,9 +5248,9 @@ class Script:
             return self.rewrites
         if command == "run":
             builders = r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b"
-            puts = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what it has built, somewhere
-            is_put = any(re.match(puts, command) for command in self.last)
-            return not is_put and not (self.watches and re.search(builders, self.text))
+            copying = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what was built, to its place
+            only_builds = any(re.match(copying, last) for last in self.last)
+            return not only_builds and not (self.watches and re.search(builders, self.text))
         if command == "check":
             acts = r"\b(?:publish|deploy|release|upload|lint-staged)\b"
             return not re.search(acts, self.text)
@@ -5280,8 +5280,8 @@ class Scripts(NamedTuple):
                 flaw = flaws.get(command, "rewrites")
                 taken[command] = min(scripts, key=lambda one: bool(getattr(one, flaw)))
         if "check" in taken:
-            check, found = taken["check"].text, Script.KINDS.items()
-            kinds = [kind for kind, words in found if re.search(words, check)]
+            check = taken["check"].text
+            kinds = [k for k, words in Script.KINDS.items() if re.search(words, check)]
             if len(kinds) == 1:
                 taken.setdefault(kinds[0], taken["check"])
                 del taken["check"]
@@ -5521,15 +5521,15 @@ class Node:
         ):
             tasks = dict.fromkeys(self.folder.table(source, *keys), call)
             yield from Scripts(source, self.exec + call, tasks).find()
-        many = ("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
-        is_many = self.folder.find(*many)
+        signs = ("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
+        is_workspace = self.folder.find(*signs)
         for name, command, config in (
             ("test", "vitest run", "vitest.config.*"),
             ("test", "jest", "jest.config.*"),
             ("lint", "eslint .", "eslint.config.*"),
         ):
             source = self.folder.find(config)
-            if source and not is_many and command.partition(" ")[0] in self.packages:
+            if source and not is_workspace and command.partition(" ")[0] in self.packages:
                 yield Found(name, self.exec + command, source)
         yield from self._find_tools()
 
@@ -5827,14 +5827,14 @@ class Python:
             if command == "test" and "posargs" in script.text:
                 call = f"{sessions.spell(script)} -- path/to/test_file.py::test_name"
                 yield Found("one test", call, sessions.source)
-        has_defaults = "noxfile.py ~ options[.]sessions|default=False"
-        if sessions.bodies and self.folder.holds(has_defaults):
+        defaults = "noxfile.py ~ options[.]sessions|default=False"
+        if sessions.bodies and self.folder.holds(defaults):
             yield Found("check", "nox", sessions.source)
 
     def _find_install(self) -> Iterator[Found]:
         folder, installs = self.folder, self.INSTALLS[self.manager]
-        asking = map(self.packages.get, ("pytest", "ruff", "mypy", "tox"))
-        place = next(filter(None, asking), "")
+        places = map(self.packages.get, ("pytest", "ruff", "mypy", "tox"))
+        place = next(filter(None, places), "")
         kind, _, name = place.partition(" ")
         defaults = folder.value(self.TOML, "tool", "uv", "default-groups")
         groups = defaults if isinstance(defaults, list) else ()
@@ -5851,8 +5851,8 @@ class Python:
             text = "pip install -e ."
         else:
             text = "pip install -r requirements.txt" * bool(folder.find(sources[3]))
-        is_workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
-        if text == "uv sync" and folder.holds(is_workspace):
+        workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
+        if text == "uv sync" and folder.holds(workspace):
             text = "uv sync --all-packages"
         if text:
             source = name if kind == "file" else folder.find(*sources)
@@ -8799,8 +8799,8 @@ _share_plan = functools.lru_cache(maxsize=1 << 8)(FilePlan)  # those of 1,000 co
 def _without_bytes(file: FilePlan, is_news: bool) -> FilePlan:
     """Drop bytes and hash, of which there may be thousands, and a note told before."""
     note = file.note if is_news or file.is_foreign else ""
-    after, rest = None if file.after is None else b"", (file.problem, file.changed, file.is_foreign)
-    return _share_plan(file.path, file.action, file.agent, ABSENT, after, None, file.join, note, *rest)
+    after = None if file.after is None else b""
+    return _share_plan(*file._replace(before=ABSENT, after=after, digest=None, note=note))
 
 
 def sync_codebase(
@@ -12596,7 +12596,7 @@ class Registration(NamedTuple):
         if not folders:
             return []
         command = f"echo '*.local.*' >> {shorten_home(self.home, f'{folders[-1]}/.gitignore')}"
-        return [f"git keeps this registry; what is for one machine alone, it should not: {command}"]
+        return [f"git keeps this registry; let it ignore what is for one machine: {command}"]
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
         folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]
@@ -13893,7 +13893,7 @@ class Commands(NamedTuple):
         kept = retire_codebase(self.home, key)
         print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept[0])}")
         if list_checkout_folders(self.home, key):
-            self._note(f"git keeps this registry: once that is pushed, {label_for(key)} is removed for everybody")
+            self._note(f"git keeps this registry: once you push the removal, {label_for(key)} is gone for everybody")
         if not self.args.purge:
             import shlex
 

@@ -17479,7 +17479,7 @@ def test_init_says_what_git_should_ignore(home: Home, place: str, link: str, pre
     put_files(clone, {f"{prefix}api.local.yaml": ""})
     status = subprocess.check_output(["git", "status", "--porcelain"], cwd=clone, text=True)
     assert ".gitignore" in status and "local" not in status
-    note = "note: git keeps this registry: once that is pushed, shop/api is removed for everybody\n"
+    note = "note: git keeps this registry: once you push the removal, shop/api is gone for everybody\n"
     assert home.run_fine("project", "remove", "api").err == note
 
 
