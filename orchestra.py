@@ -11118,7 +11118,7 @@ class Worker:
 
     def _work(self) -> None:
         for job in iter(self.jobs.get, None):
-            self.outcomes.append(self._run(job))  # no name keeps it until the next: it may be megabytes
+            self.outcomes.append(self._run(job))  # kept in no variable: it may be megabytes
             self._wake()
         self._wake()
 
@@ -11177,7 +11177,7 @@ class Worker:
 #
 #   1 Compare the paths that had events with the snapshot (`_on_events`,
 #     `Watcher.drain`; suspects: `Watcher.recheck`).
-#   2 Note in the schedule the codebases that changed (`_note`, `key_of_change`).
+#   2 Note in the schedule the codebases that changed (`note_files`, `key_of_change`).
 #   3 Make the watcher's next job of what is due (`Schedule.take_job`, `_submit`).
 #   4 In the worker, run the job, replace the cache and wake the loop (`Worker._work`,
 #     `run_job`).
@@ -11465,12 +11465,12 @@ class Daemon:
                 self._stop("the lock file was removed")
                 return
             self._check_socket()
-            self._note(self._watcher.look())
+            self._schedule.note_files(self._watcher.look())
             self._schedule.note_failed()
             if self._worker.cache.absent and self._worker.jobs.empty():
                 self._worker.submit(SyncJob(SyncTarget(()), Source.ABSENT))
             self._rescan_at = now + self._watcher.interval
-        self._note(self._watcher.recheck())
+        self._schedule.note_files(self._watcher.recheck())
         self._server.drop_silent()
         self._notifier.step()
         job = self._schedule.take_job()
@@ -11478,9 +11478,6 @@ class Daemon:
             job = SyncJob(SyncTarget(()), Source.STALENESS)
         if job is not None:
             self._submit(job)
-
-    def _note(self, changed: set[str]) -> None:
-        self._schedule.note_files(changed)
 
     def _submit(self, job: SyncJob) -> bool:
         # The end of this job sets it again, or the end of those that fill the queue.
@@ -11490,7 +11487,7 @@ class Daemon:
     # What wakes it
 
     def _on_events(self, mask: int) -> None:
-        self._note(self._watcher.drain())
+        self._schedule.note_files(self._watcher.drain())
         self._check_socket()
         if not os.path.exists(projects_root(self.home)) and not self._socket.has_lock:
             self._stop("the lock file was removed")
