@@ -3592,8 +3592,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
     closed: list[int] = []
     end = passed = seen = 0
     while end < len(data):
-        start = end
-        end = data.find(b"\n", start) + 1 or len(data)
+        start, end = end, data.find(b"\n", end) + 1 or len(data)
         line = data[start:end]
         text = line.lstrip(b" \t")
         if start < passed or not text.strip():
@@ -4084,12 +4083,12 @@ class LayerReader:
         known: Optional[Codebase] = self._known.get(key)
         if known and tuple(map(id, known.layers)) == tuple(map(id, layers)):
             return known, ()
-        saids, digests = [layer.said for layer in own], [layer.digest for layer in own]
+        records, digests = [layer.said for layer in own], [layer.digest for layer in own]
         if base.layers:
-            saids, digests = [base, *saids], [base.digest, *digests]
+            records, digests = [base, *records], [base.digest, *digests]
         # A file alone, as most codebases have, needs no other hash than its own.
         digest = digests[0] if len(digests) == 1 else sha256_of(repr(digests).encode())
-        said = functools.reduce(CODEBASE_SCHEMA.join, saids)._replace(digest=digest, layers=layers)
+        said = functools.reduce(CODEBASE_SCHEMA.join, records)._replace(digest=digest, layers=layers)
         problems = self._check_targets(said)
         return (None, tuple(problems)) if problems else (said, ())
 
@@ -7832,8 +7831,8 @@ def list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
     return {root: key for _, root, key in sorted(found)}
 
 
-def find_former(home: str, key: Key, root: str, owners: Optional[Owners]) -> Optional[Key]:
-    """Find a codebase's former name; of several, the one synced last."""
+def find_former(home: str, root: str, owners: Optional[Owners]) -> Optional[Key]:
+    """Find the former name of a folder's codebase; of several, the one synced last."""
     if owners is None:
         return None
     if owners.orphans is None:
@@ -7851,12 +7850,12 @@ def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> No
 
     There is no record under the new name yet.
     """
-    former = find_former(home, key, root, owners)
+    former = find_former(home, root, owners)
     turn = try_lock(codebase_lock_path(home, former)) if former else None
     if former is None or turn is None:
         return  # never had another name, or is still being synced under that
     try:
-        if find_former(home, key, root, owners) == former:
+        if find_former(home, root, owners) == former:
             Backups(home, former).move_to(Backups(home, key))
             move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
     finally:
@@ -8274,7 +8273,7 @@ class Planner:
         self._root = find_root(self._home, self._codebase, self._owners, is_purge)
         old_record = load_record(self._home, key)
         if old_record is None:
-            old_key = find_former(self._home, key, self._root, self._owners)
+            old_key = find_former(self._home, self._root, self._owners)
             old_record = load_record(self._home, old_key) if old_key else None
         self._record = old_record or Record()
         if not is_purge:
@@ -8514,7 +8513,8 @@ class Planner:
 #     folder until nothing of Orchestra's is left there. If a file there is busy,
 #     nothing else is done this time.
 #   2 Save the record, before the files: so a crash never looks like a hand edit. A file
-#     to be removed stays recorded until it is gone.
+#     to be removed stays recorded until it is gone; `inputs` is empty for as long, so
+#     that the next plan renders again.
 #   3 Back up each old text that may be a user's, and replace or remove the file
 #     (section Replacing). One that fails becomes a problem of the plan; the others go
 #     on.
@@ -8736,7 +8736,7 @@ class CodebaseTurn(Turn):
         """Plan and apply, again while a file is saved in between."""
         home, key, codebase = self.home, self.key, self.codebase
         is_new = not os.path.lexists(record_path(home, key))
-        if is_new and find_former(home, key, codebase_root(home, codebase), owners):
+        if is_new and find_former(home, codebase_root(home, codebase), owners):
             adopt_record(home, key, find_root(home, codebase, owners, purge=True), owners)
         written: dict[str, FilePlan] = {}
         former: Optional[Plan] = None
