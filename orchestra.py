@@ -4892,9 +4892,9 @@ class Folder:
             if pattern in self._names or (is_path and os.path.exists(path)):
                 return pattern
             if set(pattern) & set("*?["):
-                names = () if is_path else fnmatch.filter(self.names, pattern)
-                for name in self.expand(pattern) if is_path else names:
-                    return name
+                found = self.expand(pattern) if is_path else fnmatch.filter(self.names, pattern)
+                if found:
+                    return found[0]
         return ""
 
     def expand(self, glob: str) -> list[str]:
