@@ -3704,17 +3704,19 @@ def find_conflict(data: bytes) -> tuple[int, bool]:
     """
     from bisect import bisect
 
-    starts = [*re.finditer(rb"(?m)^<{7} (?:(HEAD|ours|Updated upstream|[0-9a-f]{7,40})\b)?", data)]
-    middles, ends = ([mark.start() for mark in re.finditer(p, data)] for p in (rb"(?m)^={7}\r?$", rb"(?m)^>{7} "))
+    labels = rb"HEAD|ours|Updated upstream|\.merge_file_\w+|[0-9a-f]{7,40}"
+    starts = [*re.finditer(rb"(?m)^<{7} (?:(%s)\b)?" % labels, data)]
+    ends = [*re.finditer(rb"(?m)^>{7} (local(?:$|[\r:]))?", data)]  # local: git switch -m
+    middles, stops = ([mark.start() for mark in marks] for marks in (re.finditer(rb"(?m)^={7}\r?$", data), ends))
     closed = _read_lines(data, ())[3] if starts else []
     for start in starts:
-        place, number = start.start(), bisect(ends, start.start())
+        place, number = start.start(), bisect(stops, start.start())
         if number == len(ends):
             break
-        end, fence = ends[number], bisect(closed, place)
+        end, fence = stops[number], bisect(closed, place)
         is_fenced = fence % 2 == 1 and fence == bisect(closed, end)
         is_whole = bisect(middles, place) < bisect(middles, end)
-        if not is_fenced or (start[1] and is_whole):
+        if not is_fenced or ((start[1] or ends[number][1]) and is_whole):
             return _line_at(data, place), is_fenced
     return 0, False
 
