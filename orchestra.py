@@ -8418,18 +8418,25 @@ class Planner:
         return {path: digest_of(text) if text else "" for path, text in self._texts.items()} if self._wanted else {}
 
     def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
-        agent, before, text, path = look.agent, look.disk, look.text or b"", look.agent.path
+        """Plan a target's file; another registry's text waits for a sync by name."""
+        plan, text = self._plan_text(look, digest), look.text or b""
+        is_unknown = plan.action in Action.BACKED_UP
+        is_foreign = is_unknown and is_sealed(look.agent, text) and not is_own_seal(self._home, seal_in(text))
+        if not is_foreign or self._mode.take_over:
+            return plan
+        # Two people who sync one repository must not fight.
+        hint = f"orchestra sync {typed(label_for(self._codebase.key))}"
+        note = f"skipped: {FOREIGN} (a colleague's?); to replace it: {hint}"
+        return FilePlan(plan.path, Action.SKIP, look.agent, look.disk, note=note, is_foreign=True)
+
+    def _plan_text(self, look: Look, digest: str) -> FilePlan:
+        """Plan a target's file, whoever wrote what is there."""
+        agent, before, path = look.agent, look.disk, look.agent.path
         action = decide(look.digest, _known_digests(self._record, path, look), digest or None, evict=True)
         if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.resolved):
             return FilePlan(path, Action.SKIP, agent, before, note="skipped: it is outside git's sparse checkout")
-        if action == Action.REPLACE and is_reformatted(text, self._texts[path]):
+        if action == Action.REPLACE and is_reformatted(look.text or b"", self._texts[path]):
             action = Action.KEEP
-        is_unknown = action in Action.BACKED_UP
-        is_foreign = is_unknown and is_sealed(agent, text) and not is_own_seal(self._home, seal_in(text))
-        if is_foreign and not self._mode.take_over:  # two people who sync one repository must not fight
-            hint = f"orchestra sync {typed(label_for(self._codebase.key))}"
-            note = f"skipped: {FOREIGN} (a colleague's?); to replace it: {hint}"
-            return FilePlan(path, Action.SKIP, agent, before, note=note, is_foreign=True)
         if not digest:
             plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
             return plan._replace(action=Action.KEEP) if plan.action == Action.RELEASE else plan

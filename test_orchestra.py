@@ -6655,6 +6655,22 @@ def test_a_machine_that_has_only_clones_finds_what_is_out_of_date(home: Home) ->
     ]
 
 
+@pytest.mark.parametrize("theirs", [["claude", "codex", "cursor", "windsurf"], ["cursor", "windsurf"]])
+@pytest.mark.parametrize("mine", [[], ["CLAUDE.md"], ["AGENTS.md"], ["CLAUDE.md", "AGENTS.md"]])
+@pytest.mark.parametrize("notes", [[], ["one"], ["two"]])
+def test_a_sync_by_name_leaves_nothing_of_another_registrys_out_of_date(
+    home: Home, theirs: list[str], mine: list[str], notes: list[str]
+) -> None:
+    home.make_synced("shop/api", dict.fromkeys(mine, "mine\n"), targets=theirs, notes=["one"])
+    other = other_home(home, targets=["claude", "codex", "cursor", "windsurf"], notes=notes)
+    checks = (("sync", "--all", "--check"), ("sync", "api", "--check"), ("status", "--check"))
+    is_outdated = {other.run(*check).status for check in checks}
+    assert is_outdated == {int(bool(other.sync("api").lines))}
+    assert [other.run_fine(*check).err for check in checks] == [""] * 3
+    assert other.status_of() == "current"
+    assert dict.fromkeys(mine, True) == {path: (home.code / "shop/api" / path).exists() for path in mine}
+
+
 def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["codex", "cursor"], notes=["one"])
     other = other_home(home, targets=["codex", "cursor"], notes=["two"])
