@@ -13622,7 +13622,8 @@ class Doctor:
         """Look for the text of codebases whose registry file was removed by hand."""
         for root, key in list_orphans(self.home, {*self._registry.keys}).items():
             record = load_record(self.home, key) or Record()
-            left = [path for path in record.files if look_at(root, record.agent_at(path)).digest]
+            looks = [look_at(root, record.agent_at(path)) for path in record.files]
+            left = [look.agent.path for look in looks if look.digest in record.known(look.agent.path)]
             synced_at = re.sub("[-:Z]", "", record.synced_at)
             backups = Backups(self.home, key).versions()
             is_retired = any(b.why == Reason.RETIRED and b.when >= synced_at for b in backups)

@@ -14624,8 +14624,9 @@ def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> Non
     (finding,) = ask()
     assert finding["text"].endswith(f"text is still in {root}: AGENTS.md")
     before = (root / "AGENTS.md").read_bytes()
-    (root / "AGENTS.md").write_text("mine\n")
-    assert ask() == []
+    for text in ("mine\n", f"mine\n\n{sealed_block('a colleague wrote this')}\n"):
+        (root / "AGENTS.md").write_text(text)
+        assert ask() == []
     (root / "AGENTS.md").write_bytes(before)
     again, purge = finding["fix"].replace("orchestra ", "").split(" && ")
     home.run_fine(*again.split())
