@@ -3287,13 +3287,23 @@ def find_git_folder(top: str) -> str:
     return os.path.join(top, link[7:].strip()) if link.startswith("gitdir:") else f"{top}/.git"
 
 
-def find_main_worktree(folder: str) -> str:
-    """Find what a folder in another git worktree is in the main one; "" for none."""
-    for root in climb(folder):
-        with suppress(IoError):
-            found = re.fullmatch(r"(.*)/\.git/worktrees/[^/]+", find_git_folder(root))
-            if found:
-                return os.path.normpath(found[1] + folder[len(root) :])
+def read_git_path(git: str, name: str) -> str:
+    """Read the path in a file of a git folder; raises IoError."""
+    return os.path.join(git, read_disk(f"{git}/{name}", 4096).data.decode("utf-8", "surrogateescape").strip())
+
+
+def find_main_worktree(top: str) -> str:
+    """Find the main worktree of the one that has this top folder; "" for none.
+
+    Any archive may hold a .git file, and a copied worktree does, so it counts only if
+    the repository names this folder in turn (gitrepository-layout(5)).
+    """
+    with suppress(IoError, ValueError):  # no path
+        git = real_path(find_git_folder(top))
+        main, _, name = git.rpartition("/.git/worktrees/")
+        if main and "/" not in name and is_same_file(read_git_path(git, "commondir"), f"{main}/.git"):
+            folder, file = os.path.split(read_git_path(git, "gitdir"))
+            return main if file == ".git" and is_same_file(folder, top) else ""
     return ""
 
 
@@ -3395,10 +3405,15 @@ class Owners(dict[str, Key]):
         found = {self[path] for path in paths if self[path] != without and self._look(path) == identity}
         return sorted(found, key=lambda key: claim_order(self._codebases, key)) if found else []
 
-    def keys_above(self, path: str) -> list[Key]:
-        """List the codebases that have this folder, or else the nearest above it."""
-        found = (self.keys_at(self._look(folder)) for folder in climb(path)) if path else ()
-        return next(filter(None, found), [])
+    def key_around(self, path: str) -> tuple[Optional[Key], bool]:
+        """Find the codebase of a folder, and whether it is in another git worktree."""
+        for top in climb(path):
+            main = find_main_worktree(top)
+            for folder in (top, *(climb(main + path[len(top) :]) if main else ())):
+                keys = self.keys_at(self._look(folder))
+                if keys and (folder == top or len(folder) >= len(main)):
+                    return keys[0], folder != top
+        return None, False
 
     def owner_at(self, identity: Identity, key: Key, path: str) -> Key:
         """Find the owner of a folder to which the path of `key` leads."""
@@ -8146,7 +8161,7 @@ class Sparse(NamedTuple):
 
         try:
             git = find_git_folder(top)
-            common = os.path.join(git, read(f"{git}/commondir").decode().strip())
+            common = read_git_path(git, "commondir")
             settings = read(f"{common}/config") + read(f"{git}/config.worktree")
             if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
                 return cls()
@@ -13729,18 +13744,22 @@ class Commands(NamedTuple):
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
         """Find the codebase that a folder is in; raises UsageError.
 
-        What is in another git worktree means the codebase of the main one.
+        What is in another git worktree means the codebase of the main one. A command
+        that changes more than a sync asks for its name there.
         """
         with blame("the current folder"):
             folder = real_path(os.getcwd() if path is None else self._absolute(path))
         shown = "this folder" if path is None else path
-        others = registry.owners.keys_above(find_main_worktree(folder))
-        keys = registry.owners.keys_above(folder) or others
-        if keys and keys == others:  # unlike a worktree that is registered itself
-            root = shorten_home(self.home, codebase_root(self.home, registry.codebases[keys[0]]))
-            self._note(f"{shown} is in another git worktree of {label_for(keys[0])}, whose folder is {root}")
-        if keys:
-            return keys[0]
+        key, is_elsewhere = registry.owners.key_around(folder)
+        if key and is_elsewhere:
+            found = f"{shown} is in another git worktree of {label_for(key)}"
+            if self.args.line.name in ("project move", "project remove", "restore"):
+                words = [label_for(key), *filter(None, [getattr(self.args, "path", None)])]
+                raise UsageError(found, f"orchestra {self.args.line.name} {' '.join(map(typed, words))}")
+            root = shorten_home(self.home, codebase_root(self.home, registry.codebases[key]))
+            self._note(f"{found}, whose folder is {root}")
+        if key:
+            return key
         for key in registry.broken:
             record = load_record(self.home, key)
             if record and expand_home(self.home, record.root) in climb(folder):

@@ -14720,12 +14720,29 @@ def test_a_codebase_that_is_not_found_is_one_line(home: Home, monkeypatch: Any, 
     assert (ran.status, ran.complaints) == (2, [f"orchestra: {said.format(code=home.code)}"])
 
 
-@pytest.mark.parametrize("place", ["tree", "tree/src", "near", "shop/api/inside"])
+def add_worktree(root: Path, tree: Path, is_relative: bool = False) -> Path:
+    """Make the files that `git worktree add` makes; git 2.48 writes relative paths, if asked to."""
+    git = root / ".git/worktrees" / tree.name
+    there, back = git, tree / ".git"
+    if is_relative:
+        there, back = Path(os.path.relpath(there, tree)), Path(os.path.relpath(back, git))
+    put_files(git, {"gitdir": f"{back}\n", "commondir": "../..\n"})
+    put_files(tree, {".git": f"gitdir: {there}\n", "src/a.py": ""})
+    return git
+
+
+@pytest.mark.parametrize("place", ["tree", "tree/src", "near", "shop/api/inside", "shop/outer/deep/tree/src", "real"])
 def test_a_git_worktree_means_its_codebase(home: Home, monkeypatch: Any, place: str) -> None:
     root = home.make_codebase("shop/api", targets=["claude"])
-    put_files(home.code, {"tree/.git": f"gitdir: {root}/.git/worktrees/tree\n", "tree/src": None})
-    put_files(home.code, {"near/.git": "gitdir: ../shop/api/.git/worktrees/near\n"})  # git 2.48, if asked to
-    put_files(root, {"inside/.git": "gitdir: ../.git/worktrees/inside\n"})
+    home.make_codebase("shop/outer", targets=["claude"])
+    top = home.code / place.replace("/src", "")
+    if place == "real":
+        if not shutil.which("git"):
+            pytest.skip("there is no git")
+        for command in ("init -q", "commit -q --allow-empty -m x", f"worktree add -q {top}"):
+            run_git(root, *command.split())
+    else:
+        add_worktree(root, top, place == "near")
     where = f"is in another git worktree of shop/api, whose folder is {root}\n"
     monkeypatch.chdir(home.code / place)
     assert "+++ b/CLAUDE.md" in home.run_fine("diff", ".").out
@@ -14733,10 +14750,55 @@ def test_a_git_worktree_means_its_codebase(home: Home, monkeypatch: Any, place: 
     assert (ran.lines, ran.err) == (["create   shop/api CLAUDE.md"], f"note: this folder {where}")
     assert home.run_fine("status", str(home.code / place)).err == f"note: {home.code / place} {where}"
     assert home.run_fine("sync", "--quiet").err == home.run_fine("sync", "api").err == ""
+    for command, hint in (
+        ("project remove . --purge --yes", "project remove shop/api"),
+        ("project move . /x", "project move shop/api /x"),
+        ("restore", "restore shop/api"),
+    ):
+        shown = "this folder" if command == "restore" else "."
+        said = f"orchestra: {shown} is in another git worktree of shop/api\n  try: orchestra {hint}\n"
+        ran = home.run(*command.split())
+        assert (ran.status, ran.err) == (2, said) and (root / "CLAUDE.md").exists()
     if place == "tree":
         home.run_fine("init", ".", "-p", "shop")
         ran = home.run_fine("sync")
         assert ran.err == "" and "shop/tree CLAUDE.md" in ran.out
+
+
+@pytest.mark.parametrize("place", ["tree", "shop/outer/tree"])
+@pytest.mark.parametrize(
+    "fault", ["forged", "pruned", "copied", "linked", "gitdir", "commondir", "empty", "climbing", "unregistered"]
+)
+def test_what_is_no_git_worktree_of_a_codebase_means_none(home: Home, monkeypatch: Any, place: str, fault: str) -> None:
+    root = home.make_synced("shop/api", targets=["claude"])
+    home.make_synced("shop/outer", targets=["claude"])
+    put_files(home.code, {"evil/deep/a.py": "", "evil/shop/api/a.py": "", "shop/outer/repo/a.py": ""})
+    tree = home.code / place
+    if fault == "forged":
+        put_files(root, {".git/worktrees": None})
+        put_files(tree, {".git": f"gitdir: {root}/.git/worktrees/tree\n"})
+    else:
+        git = add_worktree(home.code / "shop/outer/repo" if fault == "unregistered" else root, tree)
+    if fault == "pruned":
+        shutil.rmtree(git)
+    elif fault in ("copied", "linked"):  # by `cp -r`, and by `cp -al`
+        tree = tree.parent / "copy"
+        shutil.copytree(home.code / place, tree, copy_function=os.link if fault == "linked" else shutil.copy2)
+    elif fault in ("gitdir", "commondir"):
+        (git / fault).unlink()
+    elif fault == "empty":
+        put_files(git, {"gitdir": "", "commondir": "a\0b"})
+    elif fault == "climbing":  # its text leads to shop/api, and the link that it goes through elsewhere
+        shutil.rmtree(git)
+        add_worktree(home.code / "evil/shop/api", tree)
+        put_files(home.code, {"link": link_to("evil/deep")})
+        put_files(tree, {".git": f"gitdir: {home.code}/link/../shop/api/.git/worktrees/tree\n"})
+    monkeypatch.chdir(tree)
+    ran = home.run("project", "remove", ".", "--purge")
+    assert "worktree" not in ran.err and (root / "CLAUDE.md").exists()
+    said = "removed shop/outer from the registry" if "outer" in place else ""
+    assert (ran.status, ran.out[: len(said)]) == (0 if said else 2, said)
+    assert said or "this folder is not in a registered codebase" in home.run("sync").err
 
 
 def test_what_a_hint_says_to_type_is_one_word(home: Home) -> None:
