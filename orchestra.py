@@ -518,8 +518,12 @@ def label_for(key: Key) -> str:
 
 
 def typed(text: str) -> str:
-    """Write a word as it is typed in a shell: a name may hold `$(...)`."""
-    return text if re.fullmatch(r"[\w@%+=:,./~-]+", text) else "'" + text.replace("'", "'\\''") + "'"
+    """Write a word as it is typed in a shell: a name may hold `$(...)`.
+
+    Only a leading ~/ is for the shell to expand, unlike ~user and zsh's =program.
+    """
+    home, rest = ("~/", text[2:]) if text.startswith("~/") else ("", text)
+    return home + (rest if re.fullmatch(r"(?!=)[\w@%+=:,./-]+", rest) else "'" + rest.replace("'", "'\\''") + "'")
 
 
 def shorten_home(home: str, path: str) -> str:
@@ -2294,7 +2298,7 @@ def import_yaml() -> Any:
         import yaml
         from yaml import SafeLoader  # noqa: F401  another package may be called so
     except ImportError:
-        file, hint = find_yaml(), f"{sys.executable} -m pip install PyYAML"
+        file, hint = find_yaml(), f"{typed(sys.executable)} -m pip install PyYAML"
         hint = f"move it away, then: {hint}" if file else hint
         problem = f"{file} is not PyYAML, or is incomplete"
         raise OrchestraError(problem if file else f"PyYAML is missing from {sys.executable}", hint) from None
@@ -3874,7 +3878,7 @@ class RegistryFile(Document):
 
     def __init__(self, home: str, file: str, hint: str = "", disk: Optional[Disk] = None) -> None:
         place = shorten_home(home, file)
-        super().__init__(place, hint or f"edit {place}")
+        super().__init__(place, hint or f"edit {typed(place)}")
         self.path = file
         self.digest = ""
         self._data = b""
@@ -4427,7 +4431,8 @@ def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> tuple[Prob
     """Explain that a codebase's folder is another's, at the file that has its path."""
     file = next(f"{layer.path}.yaml" for layer in reversed(codebase.layers) if layer.said.path)
     place, main = shorten_home(home, file), codebase_path(home, codebase.key)
-    doc = Document(place, f"orchestra edit {typed(label_for(codebase.key))}" if file == main else f"edit {place}")
+    edit = f"orchestra edit {typed(label_for(codebase.key))}" if file == main else f"edit {typed(place)}"
+    doc = Document(place, edit)
     doc.complain(f"path: {codebase.path} already belongs to {label_for(owner)}")
     return tuple(doc.problems)
 
@@ -11773,12 +11778,12 @@ class Installer(NamedTuple):
             self.fetch_yaml(sys.executable)
             importlib.invalidate_caches()  # slow: it loads importlib.metadata
         if not find_yaml():
-            raise OrchestraError(f"the PyYAML in {lib} cannot be imported", f"rm -r '{lib}'")
+            raise OrchestraError(f"the PyYAML in {lib} cannot be imported", f"rm -r {typed(lib)}")
 
     def fetch_yaml(self, python: str) -> None:
         """Install PyYAML below ~/.orchestra/lib with pip, as a whole or not at all."""
         lib = python_lib_dir(self.home)
-        hint = f"{python} -m pip install PyYAML, or your system's package of it (python3-yaml)"
+        hint = f"{typed(python)} -m pip install PyYAML, or your system's package of it (python3-yaml)"
         if os.path.isdir(f"{lib}/yaml"):
             return
         if self.environ.get("ORCHESTRA_NO_FETCH"):
@@ -12616,7 +12621,7 @@ class Registration(NamedTuple):
                     return []
         if not folders:
             return []
-        command = f"echo '*.local.*' >> {shorten_home(self.home, f'{folders[-1]}/.gitignore')}"
+        command = f"echo '*.local.*' >> {typed(shorten_home(self.home, f'{folders[-1]}/.gitignore'))}"
         return [f"git keeps this registry; let it ignore what is for one machine: {command}"]
 
     def _find_outer_codebases(self, registry: Registry) -> list[str]:
@@ -13153,7 +13158,11 @@ _orchestra() {
     local word typed=${COMP_WORDS[COMP_CWORD]} words=("${COMP_WORDS[@]//[\\\"\']/}")
     COMPREPLY=()
     while IFS=$'\t' read -r word _; do
-        [[ $typed == [\'\"]* && $word != *[\'\"\\\$\`\!]* ]] || printf -v word %q "$word"
+        if [[ $typed != *[\'\"]* ]]; then
+            printf -v word %q "$word"
+        elif [[ $word == *[!\ [:alnum:]%+,./:@_-]* ]]; then
+            continue  # inside quotes, %q's $'...' would run a $(...)
+        fi
         COMPREPLY+=("$word")
     done < <("${COMP_WORDS[0]}" complete -- "${words[@]:1:COMP_CWORD}" 2>/dev/null)
 }
@@ -13205,7 +13214,8 @@ def complete(
         found = {name: row.purpose for name, row in line.subcommands().items()}
     else:
         argument = line.find_next()
-        found = dict.fromkeys([*argument.choices, *list_known(argument.value_name)], "") if argument else {}
+        known = [*argument.choices, *list_known(argument.value_name)] if argument else []
+        found = {word: "" for word in known if not word.startswith("-")}  # those are options
     yield from ((word, meaning) for word, meaning in found.items() if word.startswith(last))
 
 
@@ -13630,7 +13640,7 @@ class Doctor:
         """Say how to edit the file that a codebase's targets are from."""
         files = [layer.path for layer in codebase.layers if layer.said.targets is not None]
         if files and f"{files[-1]}.yaml" != codebase_path(self.home, codebase.key):
-            return f"edit {self._short(files[-1])}.yaml"
+            return f"edit {typed(self._short(f'{files[-1]}.yaml'))}"
         return f"orchestra edit {typed(label_for(codebase.key))}"
 
     def _check_unregistered(self) -> Iterator[Finding]:
@@ -14532,7 +14542,7 @@ def check_owner(home: str, uid: Optional[int] = None) -> None:
             continue
         names = f"user {user_name(owner)}, and this is {user_name(uid)}"
         if uid and path != folder:
-            hint = f"sudo chown -R {user_name(uid)} '{path}'"
+            hint = f"sudo chown -R {typed(user_name(uid))} {typed(path)}"
         else:
             hint = f"run it as {user_name(owner)}, or set HOME"
         raise UsageError(f"{name} belongs to {names}: {path}", hint)

@@ -1079,6 +1079,37 @@ def test_everything_has_its_place_below_the_home(place: str, expected: str) -> N
     assert place == expected
 
 
+SHELL_WORDS = {  # by what is written
+    "shop/api": "shop/api",
+    "tools/日本": "tools/日本",
+    "a-b@1.0+c,d:e=f%g_h": "a-b@1.0+c,d:e=f%g_h",
+    "~/code/api": "~/code/api",
+    "~/My Work/it's": "~/'My Work/it'\\''s'",
+    "~/~root": "~/'~root'",
+    "~/$(touch PW)": "~/'$(touch PW)'",
+    "~root": "'~root'",
+    "~": "'~'",
+    "a=~root": "'a=~root'",
+    "=ls": "'=ls'",
+    "": "''",
+    "zé$(touch PW)": "'zé$(touch PW)'",
+    "`touch PW`": "'`touch PW`'",
+    "a;touch PW #": "'a;touch PW #'",
+    "*": "'*'",
+    '!!"\\': "'!!\"\\'",
+}
+
+
+@pytest.mark.parametrize("text", SHELL_WORDS)
+def test_a_shell_reads_what_typed_writes(home: Home, text: str) -> None:
+    assert orchestra.typed(text) == SHELL_WORDS[text]
+    for shell in filter(shutil.which, ("sh", "bash", "zsh")):
+        argv = [shell, "-c", f"printf %s {SHELL_WORDS[text]}"]
+        read = subprocess.check_output(argv, cwd=home.folder, env=home.variables(), text=True)
+        assert read == (text if text == "~" else orchestra.expand_home(home.path, text))
+    assert not (home.folder / "PW").exists()
+
+
 @pytest.mark.parametrize("path", ["/h/code/api", "/h2/code", "/h", "/other", "/h/~/x"])
 def test_shortening_a_path_is_undone_by_expanding_it(path: str) -> None:
     assert orchestra.expand_home("/h", orchestra.shorten_home("/h", path)) == path
@@ -14146,15 +14177,33 @@ def test_a_word_is_completed(home: Home, typed: str, expected: list[str]) -> Non
     assert set(expected) <= set(found) if typed == "daemon " else found == expected
 
 
-def offer(machine: Machine, shell: str, typed: str, word: str) -> list[str]:
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("sync ", ["api"]),
+        ("sync dash/", ["dash/--all", "dash/-y"]),
+        ("edit -", ["--help", "--quiet"]),
+        ("init -p ", ["dash", "shop"]),
+        ("init -p -", []),
+    ],
+)
+def test_no_name_is_offered_that_looks_like_an_option(home: Home, typed: str, expected: list[str]) -> None:
+    for label in ("shop/api", "dash/-y", "dash/--all", "-p/-x"):
+        home.write_registry(f"{label}.yaml", "x")
+    found = [line.split("\t")[0] for line in home.run_fine("complete", "--", *typed.split(" ")).out.splitlines()]
+    assert sorted(found) == expected
+
+
+def offer(machine: Machine, shell: str, typed: str, word: str, **environ: str) -> list[str]:
     """Return what a shell offers for a word."""
     if shell == "fish":
         argv = ["fish", "--no-config", "-c", f"orchestra completion fish | source; complete -C '{typed} {word}'"]
     else:
-        code = f"COMP_WORDS=({typed} '{word}'); COMP_CWORD={len(typed.split())}; _orchestra"
+        code = f"COMP_WORDS=({typed} {shlex.quote(word)}); COMP_CWORD={len(typed.split())}; _orchestra"
         code += '; printf "%s\\n" "${COMPREPLY[@]}"'
         argv = ["bash", "--norc", "-c", f'eval "$(orchestra completion bash)"; complete -p orchestra >&2; {code}']
-    done = machine.run_program(*argv, environ={"PATH": f"{machine.link.parent}:{os.environ['PATH']}"})
+    environ["PATH"] = f"{machine.link.parent}:{os.environ['PATH']}"
+    done = machine.run_program(*argv, environ=environ)
     assert done.returncode == 0, done
     return [line.split("\t")[0] for line in done.stdout.splitlines()]
 
@@ -14192,7 +14241,19 @@ def test_a_shell_completes(on_path: Machine, shell: str, typed: str, word: str, 
     found = offer(on_path, shell, typed, word)
     assert sorted(re.sub(r"\\(.)", r"\1", text) if shell == "bash" else text for text in found) == sorted(offered)
     if "$" in offered[0] and shell == "bash":
-        assert found == offer(on_path, shell, typed, f'"{word}') == ["x\\\\\\$\\(y\\)"]  # not to be run by the shell
+        assert found == ["x\\\\\\$\\(y\\)"]  # not to be run by the shell
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("begun", ["", '"', "'", "$'", 'shop/"', "shop/'"])
+def test_no_name_that_bash_completes_is_run(on_path: Machine, locale: str, begun: str) -> None:
+    for name in ("zé$(touch PW)", "z㇯$(touch PW)", "z`touch PW`", 'z"$(touch PW)"', "z'$(touch PW)'", "z; touch PW"):
+        on_path.write_registry(f"shop/{name}.yaml", "x")
+    for word in offer(on_path, "bash", "orchestra sync", f"{begun}z", LC_ALL=locale):
+        line = f": {begun}{word}{begun[-1:]}"  # as readline inserts it
+        on_path.run_program("bash", "--norc", "-c", line, environ={"LC_ALL": locale}, cwd=on_path.folder)
+    assert not (on_path.folder / "PW").exists()
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
@@ -14864,6 +14925,29 @@ def test_project_remove_deregisters_and_keeps_the_file(home: Home, monkeypatch: 
     assert "orchestra init . -p" in home.run("restore").err
 
 
+def test_what_is_printed_to_be_typed_survives_a_shell(home: Home) -> None:
+    project = "My $(touch PW)'s"
+    label, shared = f"{project}/zed", home.projects / project / "project.yaml"
+    home.make_codebase(label, {"CLAUDE.md": link_to("README.md")}, targets=None)
+    shared.write_text("targets: [claude]\n")
+    fixes = [finding["fix"] for finding in json.loads(home.run("doctor", "--json").out)["findings"]]
+    hints = [fix.partition("drop its target: ")[2] for fix in fixes]
+    shared.write_text("{")
+    hints.append(home.run("status").out.partition("\nnext: ")[2])
+    shared.write_text("targets: [codex]\n")
+    home.sync()
+    edit(home.code / label / "AGENTS.md", "# zed", "# mine")
+    home.sync()
+    home.run_fine("project", "remove", label)
+    hints.append(home.run("restore", label).err.partition("try: ")[2])
+    hints = [hint for hint in hints if hint]
+    assert [hint.split()[0] for hint in hints] == ["edit", "edit", "ls"]
+    for hint in hints:
+        code = f'edit() {{ test -f "$1"; }}; {hint}'
+        subprocess.run(["sh", "-c", code], check=True, cwd=home.folder, env=home.variables())
+    assert not (home.folder / "PW").exists()
+
+
 def test_a_broken_codebase_can_be_removed_but_not_purged(home: Home) -> None:
     home.write_registry("shop/api.yaml", "{")
     assert home.run("project", "remove", "api", "--purge").status == 2
@@ -15275,7 +15359,7 @@ def test_a_user_needs_no_home_of_his_own_but_one_he_can_write_to(machine: Machin
         orchestra.check_owner(home, 12345)  # whom the system lets write there, for this process may
     assert orchestra.user_name(4_000_000_000) == "4000000000"
     for path, name, way_out in (
-        (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 '{machine.path}/.orchestra'"),
+        (machine.home / ".orchestra", "~/.orchestra", f"sudo chown -R 12345 {machine.path}/.orchestra"),
         (machine.home, "HOME", f"run it as {orchestra.user_name(ME)}, or set HOME"),
     ):
         path.chmod(0o555)
@@ -17527,7 +17611,7 @@ CLONES = {
     "the registry": ("home/.orchestra/projects", "", "shop/"),
     "the registry, linked": ("dotfiles", "home/.orchestra/projects", "shop/"),
     "a project's folder": ("home/.orchestra/projects/shop", "", ""),
-    "a project's folder, linked": ("team", "home/.orchestra/projects/shop", ""),
+    "a project's folder, linked": ("home/My $(touch PW)/team", "home/.orchestra/projects/shop", ""),
 }
 
 
@@ -17560,7 +17644,7 @@ def test_init_says_what_git_should_ignore(home: Home, place: str, link: str, pre
     for name in ("api", "web"):
         (home.code / name).mkdir()
         ran = home.run_fine("init", str(home.code / name), "-p", "shop")
-        found = re.fullmatch(r"note: git keeps this registry; .*: (echo '\*\.local\.\*' >> \S+)\n", ran.err)
+        found = re.fullmatch(r"note: git keeps this registry; .*: (echo '\*\.local\.\*' >> .+)\n", ran.err)
         assert bool(found) == (name == "api"), ran.err
         if found:
             subprocess.run(["sh", "-c", found[1]], check=True, env=home.variables())
