@@ -9228,9 +9228,11 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 #     reported, they stay as they were known. Its window ends, so its next event starts
 #     a job at once; without an event, step 2 does.
 #   6 Once all files for which a codebase is in doubt are overdue, the next job takes
-#     them as they are: what is broken is reported.
+#     them as they are: what is broken is reported. It does the same for a codebase
+#     that has been in doubt for MAX_WINDOWS: a program may write all.md for hours.
 
 DEBOUNCE_WINDOW = 0.5  # seconds
+MAX_WINDOWS = 10  # far longer than a save takes; a user still waits for 5 s
 RECHECK_PAUSE = 0.004  # seconds until a suspect is first looked at again
 POLL_INTERVAL = 1.0  # seconds between two looks at everything where not all is watched
 RESCAN_INTERVAL = 60.0  # seconds between two looks at everything otherwise
@@ -10860,7 +10862,8 @@ class SyncJob(NamedTuple):
     """Work for the worker; `source` is one of Source.
 
     `changed` are the keys whose files differ, EVERYTHING, STRAY and prose keys among
-    them; `overdue` the suspects that count as they are, with the stamps they had.
+    them; `overdue` the suspects that count as they are, with the stamps they had;
+    `late` the codebases that are taken as they are, whatever is suspected.
     """
 
     target: SyncTarget
@@ -10868,6 +10871,7 @@ class SyncJob(NamedTuple):
     respond_to: "Optional[Callable[[JobOutcome], None]]" = None
     changed: frozenset[Key] = frozenset()
     overdue: Mapping[str, Stamp] = {}
+    late: Container[Key] = ()
 
 
 class SyncSummary(NamedTuple):
@@ -10888,7 +10892,8 @@ class JobOutcome(NamedTuple):
     error: str = ""
     bug: str = ""  # the traceback of the first try, if that was a bug
     results: Sequence[SyncCodebaseResult] = ()
-    suspects: Mapping[str, Stamp] = {}  # whose codebases were neither synced nor reported
+    suspects: Mapping[str, Stamp] = {}
+    in_doubt: Mapping[Key, Collection[str]] = {}  # neither synced nor reported, with their suspects
     statuses: Mapping[str, int] = {}  # found by a staleness scan
     found: frozenset[Key] = frozenset()  # were absent, and have their folders now
     stray: Sequence[Problem] = ()  # of files that belong to no codebase
@@ -10928,8 +10933,9 @@ class SyncRun:
     """A run of a job: reads its codebases again, leaves those in doubt, syncs the rest.
 
     In doubt is a codebase that is broken, or that has a file which is gone, emptied or
-    being written. These files become suspects, unless all of them are overdue.
-    `registry` and `suspects` are then what is known. Raises RegistryError, IoError.
+    being written. These files become suspects, unless all of them are overdue or the
+    codebase is late. `registry`, `suspects` and `in_doubt` are then what is known.
+    Raises RegistryError, IoError.
     """
 
     def __init__(self, home: str, old: Registry, job: SyncJob) -> None:
@@ -10940,15 +10946,16 @@ class SyncRun:
         self._changed = self._find_changed()
         self.registry = self._reload()
         self.suspects: dict[str, Stamp] = {}
-        self._in_doubt = set() if self._is_asked else self._find_doubtful()
+        self.in_doubt = {} if self._is_asked else self._find_doubtful()
         self._keep_doubtful()
 
     def sync(self) -> list[SyncCodebaseResult]:
         mode = DEFAULT_MODE if self._is_asked else SyncMode(reload=self._reload_one)
         results = run_pipeline(self._home, self._scope(), mode, self.registry)
         results = results if self._is_asked else pass_over_absent(results)
-        self._in_doubt |= {result.key for result in results if self._may_be_half_read(result)}
-        return [result for result in results if result.key not in self._in_doubt]
+        half_read = {result.key for result in results if self._may_be_half_read(result)}
+        self.in_doubt.update({key: {codebase_path(self._home, key)} for key in half_read})
+        return [result for result in results if result.key not in self.in_doubt]
 
     def _find_changed(self) -> set[Key]:
         """Find the codebases that changed; Markdown may be in the text of several."""
@@ -10978,18 +10985,19 @@ class SyncRun:
         stems = [os.path.splitext(path)[0] for path in self._job.overdue]
         return any(os.path.lexists(f"{stem}.local.yaml") and not os.path.lexists(f"{stem}.yaml") for stem in stems)
 
-    def _find_doubtful(self) -> set[Key]:
+    def _find_doubtful(self) -> dict[Key, Collection[str]]:
         codebases, old, broken = self.registry.codebases, self._old, self.registry.broken
         read = {key for key in self._changed if key not in codebases}
         read |= {key for key, problems in broken.items() if problems != old.broken.get(key)}
         read |= {key for key, new in codebases.items() if new is not old.codebases.get(key, new)}
         seen = self.registry.seen
-        return {key for key in read if self._suspect_files_of(key, old.codebases.get(key), codebases.get(key), seen)}
+        found = {key: self._suspect_files_of(key, old.codebases.get(key), codebases.get(key), seen) for key in read}
+        return {key: files for key, files in found.items() if files}
 
     def _suspect_files_of(
         self, key: Key, old: Optional[Codebase], new: Optional[Codebase], seen: Mapping[str, str]
-    ) -> bool:
-        """Return whether a codebase that was read again is in doubt, with its suspects.
+    ) -> Collection[str]:
+        """Return the suspects for which a codebase that was read again is in doubt.
 
         They are the files that were gone or empty, and those being written; if it is
         broken, all that differ.
@@ -10999,14 +11007,15 @@ class SyncRun:
         if new:
             lost = {path for path in changed if digests[path] not in none and seen[path] in none}
             changed = lost | {path for path in changed if not is_at_rest(path, seen[path])}
-        return self._suspect(changed if new or changed else {codebase_path(self._home, key)})
+        return self._suspect(key, changed if new or changed else {codebase_path(self._home, key)})
 
-    def _suspect(self, files: Collection[str]) -> bool:
-        """Make suspects of some files, and return True, unless all are overdue."""
+    def _suspect(self, key: Key, files: Iterable[str]) -> Collection[str]:
+        """Make suspects of a codebase's files, unless all are overdue or it is late."""
         found = {path: Stamp.at(path) for path in files}
-        is_new = not found.items() <= self._job.overdue.items()
-        self.suspects.update(found if is_new else {})
-        return is_new
+        if key in self._job.late or found.items() <= self._job.overdue.items():
+            return ()
+        self.suspects.update(found)
+        return found.keys()
 
     def _reload_one(self, home: str, key: Key) -> Codebase:
         """Do as `load_with_layers`, but return the old one if the new is in doubt."""
@@ -11020,7 +11029,7 @@ class SyncRun:
 
     def _keep_doubtful(self) -> None:
         """Leave what is in doubt as it was, unless another has its folder now."""
-        doubtful = self._in_doubt & {*self.registry.broken, *self.registry.codebases}
+        doubtful = self.in_doubt.keys() & {*self.registry.broken, *self.registry.codebases}
         self.registry = self.registry._replace(seen={})
         if not doubtful:
             return
@@ -11046,20 +11055,21 @@ class SyncRun:
 
     def _scope(self) -> SyncScope:
         registry, job = self.registry, self._job
-        if self._is_asked or (job.target.names is None and not self._in_doubt):
+        if self._is_asked or (job.target.names is None and not self.in_doubt):
             return job.target
         wanted = {*registry.codebases, *registry.broken}
         if job.target.names is not None:
             mended = self._old.broken.keys() & registry.codebases.keys()
             wanted &= {*self._changed, *mended}
-        return SyncScope.codebase(*map(label_for, sorted(wanted - self._in_doubt)))
+        return SyncScope.codebase(*map(label_for, sorted(wanted - self.in_doubt.keys())))
 
     def _may_be_half_read(self, result: SyncCodebaseResult) -> bool:
         """Return whether a codebase failed on a file saved since it was read."""
         codebase = self.registry.codebases.get(result.key)
         if codebase is None or not result.errors or result.files or self._is_asked:
             return False
-        return not is_current(self._home, codebase) and self._suspect({codebase_path(self._home, result.key)})
+        file = codebase_path(self._home, result.key)
+        return not is_current(self._home, codebase) and bool(self._suspect(result.key, {file}))
 
 
 def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCache, JobOutcome]:
@@ -11084,7 +11094,8 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
         int((time.monotonic() - started) * 1000),
         [str(problem) for result in results for problem in result.errors],
     )
-    return cache, JobOutcome(job, summary, results=results, suspects=run.suspects, stray=run.registry.stray)
+    outcome = JobOutcome(job, summary, results=results, stray=run.registry.stray)
+    return cache, outcome._replace(suspects=run.suspects, in_doubt=run.in_doubt)
 
 
 # The thread
@@ -11260,6 +11271,7 @@ class Schedule:
         self._home = home
         self._debouncer = Debouncer(DEBOUNCE_WINDOW, clock)
         self._clock = clock
+        self._waiting: dict[Key, tuple[float, Collection[str]]] = {}  # since when, for which suspects
         self._failed: set[Key] = set()  # to be tried again at a rescan
         self._try_failed_at = 0.0
 
@@ -11297,7 +11309,21 @@ class Schedule:
             return None
         self.is_running = True
         target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
-        return SyncJob(target, Source.WATCHER, None, changed, self.suspects.find_overdue())
+        overdue, late = self.suspects.find_overdue(), self._find_waiting(MAX_WINDOWS)
+        return SyncJob(target, Source.WATCHER, None, changed, overdue, late)
+
+    def _find_waiting(self, windows: int) -> set[Key]:
+        """Find the codebases that have been in doubt for some windows."""
+        until = self._clock() - windows * DEBOUNCE_WINDOW
+        return {key for key, (since, _) in self._waiting.items() if since <= until}
+
+    @property
+    def problems(self) -> list[Problem]:
+        """Describe what keeps codebases in doubt for longer than a save takes."""
+        files = {path for key in self._find_waiting(3) for path in self._waiting[key][1]}
+        text = "a program keeps writing it or its folder; codebases that use it are synced up to {:g} s late"
+        message = text.format(MAX_WINDOWS * DEBOUNCE_WINDOW)
+        return [Problem(shorten_home(self._home, path), message) for path in sorted(files)]
 
     def finish(self, outcome: JobOutcome) -> None:
         """Take the suspects and the failures of a job, whatever its source."""
@@ -11312,6 +11338,7 @@ class Schedule:
         self._debouncer.end_window(self._keys_of(outcome.suspects))
         self._debouncer.note(outcome.found)
         now = self._clock()
+        self._note_waiting(outcome, now)
         for result in outcome.results:
             if not result.retry:
                 self.retry_at.pop(result.key, None)
@@ -11319,6 +11346,16 @@ class Schedule:
                 self.retry_at.setdefault(result.key, now + RETRY_INTERVAL)
             if result.has_leftovers or result.errors:
                 self._failed.add(result.key)  # a folder may come back, a lock be free
+
+    def _note_waiting(self, outcome: JobOutcome, now: float) -> None:
+        """Note which codebases are in doubt, and since when, unless a job failed."""
+        if outcome.error:
+            return
+        looked_at = {*outcome.job.changed, *(result.key for result in outcome.results)}
+        before, is_all = self._waiting, EVERYTHING in looked_at
+        self._waiting = {key: wait for key, wait in before.items() if not is_all and key not in looked_at}
+        for key, files in outcome.in_doubt.items():
+            self._waiting[key] = before.get(key, (now, ()))[0], files
 
 
 # What is logged
@@ -11602,10 +11639,10 @@ class Daemon:
         client.state = Client.WAITING
 
     def _look(self) -> tuple[RegistryCache, list[Problem], int]:
-        """Return what changes in a status: a frozen cache, replaced text, the queue."""
+        """Return what changes in a status: the cache, other problems, the queue."""
         cache = self._worker.cache
         replaced = replaced_problems(self.home, cache.names, self._wall_clock())
-        return cache, replaced, self._worker.jobs.qsize()
+        return cache, [*self._schedule.problems, *replaced], self._worker.jobs.qsize()
 
     def _encode_status(self, pretty: bool = False) -> bytes:
         """Encode the status, or return the last reply if nothing has changed."""
@@ -11620,8 +11657,8 @@ class Daemon:
     def status(self) -> dict[str, Any]:
         return self._describe(*self._look())
 
-    def _describe(self, cache: RegistryCache, replaced: list[Problem], queue_depth: int) -> dict[str, Any]:
-        problems = [*cache.problems, *replaced]
+    def _describe(self, cache: RegistryCache, others: list[Problem], queue_depth: int) -> dict[str, Any]:
+        problems = [*cache.problems, *others]
         return {
             "running": True,
             "label": DAEMON_LABEL,

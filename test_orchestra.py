@@ -10736,6 +10736,47 @@ def test_a_projects_file_caught_half_written_arrives_as_soon_as_it_is_whole(
         patient._schedule._debouncer.end_window([orchestra.EVERYTHING])
 
 
+def append_for_ever(file: Path) -> Iterator[None]:
+    with open(file, "a") as out:
+        while True:
+            out.write("- more\n")
+            out.flush()
+            yield
+
+
+def remove_and_save_others_for_ever(file: Path) -> Iterator[None]:
+    file.unlink()
+    while True:
+        replace(file.with_name("new.txt"), "")
+        yield
+
+
+@pytest.mark.parametrize("write", [pytest.param(append_for_ever, marks=needs_leases), remove_and_save_others_for_ever])
+def test_a_layer_that_never_comes_to_rest_does_not_starve_its_codebases(
+    live: Home, kind: str, monkeypatch: Any, write: Callable[[Path], Iterator[None]]
+) -> None:
+    monkeypatch.setattr(orchestra, "DEBOUNCE_WINDOW", 0.05)
+    monkeypatch.setattr(orchestra, "POLL_INTERVAL", 0.01)
+    file, told = live.projects / "all.md", set()
+    file.write_text("- old\n")
+    live.save("shop/api", "zero")
+    with turned_by_hand(live, kind) as daemon:
+        turn_until(daemon, lambda: live.synced("start"))
+        writing = write(file)
+        next(writing)
+        live.save("shop/api", "urgent")
+
+        def is_synced_meanwhile() -> bool:
+            next(writing)
+            told.update(problem["where"] for problem in daemon.status()["problems"])
+            return live.has("urgent")
+
+        turn_until(daemon, is_synced_meanwhile)
+        writing.close()
+        turn_until(daemon, lambda: live.has("old") == file.exists() and daemon.status()["problems"] == [])
+    assert told == {"~/.orchestra/projects/all.md"}
+
+
 @pytest.mark.parametrize("label", ["shop/api", "shop/project"])
 def test_what_stays_broken_is_reported_once_when_its_window_closes(
     live: Home, turned: orchestra.Daemon, label: str
@@ -10951,6 +10992,32 @@ def test_a_file_that_was_overdue_may_be_a_suspect_again() -> None:
         assert job is not None and (job.changed, job.overdue) == ({API}, found)
         schedule.finish(orchestra.JobOutcome(job))
         assert schedule.next_due() is None
+        clock.now += orchestra.DEBOUNCE_WINDOW
+
+
+def test_a_codebase_waits_for_files_that_keep_changing_but_not_for_ever() -> None:
+    clock, files = Clock(), [f"{stem}.md" for stem in orchestra.layer_paths("/home", API)]
+    schedule = orchestra.Schedule("/home", clock)
+    other = orchestra.SyncJob(orchestra.SyncTarget.codebase(), "watcher", None, frozenset([("shop", "web")]))
+    for _ in range(2):
+        started, told = clock.now, []
+        for number in range(100):
+            schedule.note([orchestra.EVERYTHING])
+            job = schedule.take_job()
+            assert job is not None
+            if job.late:
+                break
+            told += [clock.now - started] if schedule.problems else []
+            doubtful = files[number % 2]  # by turns
+            suspects = {doubtful: STAMP._replace(size=number)}
+            schedule.finish(orchestra.JobOutcome(job, suspects=suspects, in_doubt={API: {doubtful}}))
+            schedule.finish(orchestra.JobOutcome(other))
+            schedule.finish(orchestra.JobOutcome(job, error="the registry cannot be read"))
+            clock.now += 0.25
+        assert (job.late, clock.now - started, told[0]) == ({API}, 5, 1.5)
+        assert [problem.where for problem in schedule.problems] == [doubtful.replace("/home/", "~/")]
+        schedule.finish(orchestra.JobOutcome(job._replace(changed=frozenset([API]))))
+        assert schedule.problems == []
         clock.now += orchestra.DEBOUNCE_WINDOW
 
 
