@@ -11322,8 +11322,8 @@ class Schedule:
         """Describe what keeps codebases in doubt for longer than a save takes."""
         files = {path for key in self._find_waiting(3) for path in self._waiting[key][1]}
         text = "a program keeps writing it or its folder; codebases that use it are synced up to {:g} s late"
-        message = text.format(MAX_WINDOWS * DEBOUNCE_WINDOW)
-        return [Problem(shorten_home(self._home, path), message) for path in sorted(files)]
+        most = MAX_WINDOWS * DEBOUNCE_WINDOW
+        return [Problem(shorten_home(self._home, path), text.format(most)) for path in sorted(files)]
 
     def finish(self, outcome: JobOutcome) -> None:
         """Take the suspects and the failures of a job, whatever its source."""
