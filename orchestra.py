@@ -4005,18 +4005,17 @@ def program_stamp() -> str:
 class ParsedFiles:
     """What YAML files say, by their SHA-256: parsing is the costliest step.
 
-    They are kept in one file, one per line: the hash and the kind of layer, and what
-    the file says in JSON. The first line has the version of the program and the hash of
-    the other lines: if these differ, the file counts as empty.
+    Even for one file, since importing PyYAML takes as long as most commands. They are
+    kept in one file, one per line: the hash and the kind of layer, and what the file
+    says in JSON. The first line has the version of the program and the hash of the
+    other lines: if these differ, the file counts as empty.
     """
-
-    FEW = 20  # files, which are parsed again rather than saved
 
     def __init__(self, home: str) -> None:
         self._home = home
         self._known = {name: said for name, _, said in (line.partition(b" ") for line in self._load())}
         self._used: dict[bytes, bytes] = {}
-        self._fresh = 0
+        self._has_news = False
 
     def _load(self) -> list[bytes]:
         try:
@@ -4050,10 +4049,10 @@ class ParsedFiles:
         values = said[1 : 1 + len(CODEBASE_SCHEMA.kinds)]
         line = json.dumps([notes, *values], default=lambda node: None, separators=(",", ":"))
         self._used[f"{said.digest}:{kind}".encode()] = line.encode()
-        self._fresh += 1
+        self._has_news = True
 
-    def save_if_worth_it(self) -> None:
-        if self._fresh <= max(self.FEW, len(self._used) // 8):
+    def save(self) -> None:
+        if not self._has_news:
             return
         lines = b"".join(b"%b %b\n" % item for item in self._used.items())
         try:
@@ -4491,7 +4490,7 @@ def load_registry(home: str, old: Optional[Registry] = None) -> Registry:
     stray = (*scan.stray, *itertools.chain.from_iterable(idle))
     registry = reload_codebases(home, Registry({}, {}, stray, Owners()), scan.keys, reader)
     if parsed:
-        parsed.save_if_worth_it()
+        parsed.save()
     return registry
 
 

@@ -3165,7 +3165,6 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
     ],
 )
 def test_what_is_ignored_in_a_file_is_noted(home: Home, name: str, text: str, notes: list[str]) -> None:
-    fill_registry(home, orchestra.ParsedFiles.FEW + 2)  # so that what is parsed is kept
     home.make_codebase()
     home.write_registry(name, text)
     for _ in range(2):  # from the file, then from the cache
@@ -3492,7 +3491,7 @@ def known_codebases(home: Home) -> dict[orchestra.Key, orchestra.Codebase]:
 
 
 def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypatch: Any) -> None:
-    fill_registry(home, orchestra.ParsedFiles.FEW + 2)
+    fill_registry(home, 5)
     put_files(home.projects, {"shop/project.yaml": "name: shop\n"})
     fresh = known_codebases(home)
     assert os.path.exists(f"{orchestra.run_dir(home.path)}/parsed.jsonl")
@@ -3506,10 +3505,10 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
     monkeypatch.setattr(orchestra.Document, "compose", compose)
     assert home.registry().codebases == fresh and parsed == []
     registry = home.registry()
-    for i in range(orchestra.ParsedFiles.FEW + 1):  # so many that the cache is saved
+    for i in range(3):
         home.write_registry(f"shop/d{i}.yaml", f"name: d{i}\n")
     orchestra.load_registry(home.path, registry)  # as a daemon does, without the cache
-    assert len(parsed) == orchestra.ParsedFiles.FEW + 1
+    assert len(parsed) == 3
     home.registry()
     parsed.clear()
     assert home.registry().codebases.keys() > fresh.keys() and parsed == []
@@ -3524,7 +3523,7 @@ def test_files_are_parsed_again_only_if_their_bytes_changed(home: Home, monkeypa
 
 @pytest.mark.parametrize("damage", [b"", b"x", b"[]", b'"', b"{}", b"\xff", b'["shop","c1",5]'])
 def test_a_damaged_cache_of_parsed_files_only_costs_time(home: Home, damage: bytes) -> None:
-    fill_registry(home, orchestra.ParsedFiles.FEW + 2)
+    fill_registry(home, 3)
     fresh = known_codebases(home)
     path = Path(orchestra.run_dir(home.path), "parsed.jsonl")
     whole = path.read_bytes()
@@ -19074,10 +19073,9 @@ HEAVY = {
 
 def load_without_site(machine: Machine, *argv: str) -> set[str]:
     """Return the modules that a command of the installed program has loaded at its end."""
-    machine.install_program()
     lib = os.path.dirname(orchestra.installed_script_path(machine.path))
     done = machine.run_program(BASE_PYTHON, "-I", "-S", "-c", LOADED, lib, *argv)
-    assert done.returncode == 0, done
+    assert done.returncode == 0, done.stderr
     return set(done.stderr.splitlines()[-1].split())
 
 
@@ -19088,13 +19086,27 @@ def heavy_ones(modules: Iterable[str]) -> list[str]:
 @pytest.mark.parametrize("argv", [["daemon", "status"], ["daemon", "stop"], ["complete", "--", "sync", "a"]])
 @pytest.mark.parametrize("is_running", [False, True])
 def test_asking_the_daemon_loads_nothing_heavy(machine: Machine, argv: list[str], is_running: bool) -> None:
+    binary = machine.install_program()
     if not is_running:
         assert heavy_ones(load_without_site(machine, *argv)) == []
         return
     machine.give_yaml()
-    binary = machine.install_program()
     with machine.daemon(binary):
         assert heavy_ones(load_without_site(machine, *argv)) == []
+
+
+@pytest.mark.parametrize(
+    "argv", [["sync", "--all"], ["status"], ["show", "api", "--target", "claude"], ["diff", "api"]]
+)
+def test_files_that_were_parsed_before_need_no_yaml(machine: Machine, argv: list[str]) -> None:
+    machine.give_yaml()
+    machine.install_program()
+    machine.make_codebase()
+    machine.write_registry("shop/project.yaml", "notes: [shared]\n")
+    assert "yaml" in load_without_site(machine, "sync", "--all")
+    assert "yaml" not in load_without_site(machine, *argv)
+    machine.write_registry("shop/project.yaml", "notes: [changed]\n")
+    assert "yaml" in load_without_site(machine, *argv)
 
 
 def test_the_installed_program_is_compiled_at_its_first_run_alone(machine: Machine) -> None:
