@@ -2707,95 +2707,84 @@ class Text(Kind):
         return {"type": ["string", "number", "boolean"]}  # as other readers see 1.10 and no
 
 
-class AbsolutePath(Text):
+class FormedText(Text):
+    """Text of one form: editors know it as `PATTERN`, `is_fit` decides."""
+
+    PATTERN: str
+    EXPECTED: str
+
+    def is_fit(self, text: str) -> bool:
+        return re.fullmatch(self.PATTERN, text) is not None
+
+    def read(self, doc: Document, node: YamlNode, key: str) -> str:
+        text = doc.read_text(node, key)
+        if text is not None and not self.is_fit(text):
+            doc.reject(node, key, self.EXPECTED)
+        return text or ""
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": ["string"], "pattern": self.PATTERN}
+
+
+class AbsolutePath(FormedText):
     """An absolute path, or one below the home folder: ~/..."""
 
-    def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": r"^(/|~/)[^\x00]*$"}
-
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        path = doc.read_text(node, key)
-        if path is not None and (not path.startswith(("/", "~/")) or "\0" in path):
-            doc.reject(node, key, "an absolute path or ~/...")
-        return path or ""
+    PATTERN = r"^(/|~/)[^\x00]*$"
+    EXPECTED = "an absolute path or ~/..."
 
 
-class MarkdownPath(Text):
+class MarkdownPath(FormedText):
     """A Markdown file, by its path below a folder of the registry."""
 
-    def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": r"^((?![.#])(?![^/]*~/)[^/\x00]+/)*(?![.#])[^/\x00]*\.md$"}
-
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        path = doc.read_text(node, key)
-        names = (path or "").split("/")
-        is_fit = all(names) and not any(map(is_ignored, names))  # nor is one that climbs out
-        if path is not None and (not path.endswith(".md") or "\0" in path or not is_fit):
-            doc.reject(node, key, "a relative path without hidden names or .. that ends in .md")
-        return path or ""
+    PATTERN = r"^((?![.#])(?![^/]*~/)[^/\x00]+/)*(?![.#])[^/\x00]*\.md$"
+    EXPECTED = "a relative path without hidden names or .. that ends in .md"
 
 
-class ManagedPath(Text):
+class ManagedPath(FormedText):
     """A file for agents, by its path below a codebase's folder."""
 
-    def describe(self) -> dict[str, Any]:
-        inside = r"(?!\.\.?/|\.[Gg][Ii][Tt]/)[^/\x00-\x1f]+/"
-        return {"type": ["string"], "pattern": rf"^({inside})*[^/\x00-\x1f]*\.(md|mdc|markdown|txt)$"}
+    INSIDE = r"(?!\.\.?/|\.[Gg][Ii][Tt]/)[^/\x00-\x1f]+/"
+    PATTERN = rf"^({INSIDE})*[^/\x00-\x1f]*\.(md|mdc|markdown|txt)$"
+    EXPECTED = f"a relative path without .. to a text for agents ({' '.join(MANAGED_SUFFIXES)})"
+
+    def is_fit(self, text: str) -> bool:
+        return is_managed_path(text)
 
     def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        path = doc.read_text(node, key)
-        taken = (agent.target for agent in AGENTS.values() if path and spelled_alike(agent.path) == spelled_alike(path))
-        target = next(taken, None)
-        if target:
-            doc.reject(node, key, f"a file that no target has (use {target})")
-        elif path is not None and not is_managed_path(path):
-            doc.reject(node, key, f"a relative path without .. to a text for agents ({' '.join(MANAGED_SUFFIXES)})")
-        return path or ""
+        path = super().read(doc, node, key)
+        for agent in AGENTS.values():
+            if spelled_alike(agent.path) == spelled_alike(path):
+                doc.reject(node, key, f"a file that no target has (use {agent.target})")
+        return path
 
 
-class PartPath(Text):
+class PartPath(FormedText):
     """A folder, by its path below a codebase's, without what has a meaning in globs."""
 
     PATTERN = r"^(?!(.*/)?(\.|\.\.|\.[Gg][Ii][Tt])(/|$))(?=\w)[\w@.+ -]+(/[\w@.+ -]+)*$"
+    EXPECTED = "a folder's relative path, of letters, digits and - _ . + @, without .."
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        path = doc.read_text(node, key)
-        if path is not None and not (re.match(self.PATTERN, path) and path.isprintable() and path == path.strip()):
-            doc.reject(node, key, "a folder's relative path, of letters, digits and - _ . + @, without ..")
-        return path or ""
-
-    def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": self.PATTERN}
+    def is_fit(self, text: str) -> bool:
+        return super().is_fit(text) and text.isprintable() and text == text.strip()
 
 
-class Frontmatter(Text):
+class Frontmatter(FormedText):
     """Lines between --- and ---, at the top of a file."""
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        text = doc.read_text(node, key)
-        lines = (text or "").strip("\n").split("\n")
-        is_whole = len(lines) > 1 and lines[0] == lines[-1] == "---" and "---" not in map(str.strip, lines[1:-1])
-        if text is not None and not (is_whole and all(map(str.isprintable, lines))):
-            doc.reject(node, key, "frontmatter: --- on its first and its last line, and nowhere else")
-        return text or ""
+    PATTERN = r"^\s*---\n[^\x00]*---\s*$"
+    EXPECTED = "frontmatter: --- on its first and its last line, and nowhere else"
 
-    def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": r"^\s*---\n[^\x00]*---\s*$"}
+    def is_fit(self, text: str) -> bool:
+        lines = text.strip("\n").split("\n")
+        is_whole = len(lines) > 1 and lines[0] == lines[-1] == "---"
+        return is_whole and "---" not in map(str.strip, lines[1:-1]) and all(map(str.isprintable, lines))
 
 
-class Limit(Text):
+class Limit(FormedText):
     """How long a file may be: 12000 characters."""
 
     PATTERN = r"^([1-9][0-9]{0,8}) (characters|bytes|lines)$"
-
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        text = doc.read_text(node, key)
-        if text is not None and not re.match(self.PATTERN, text):
-            doc.reject(node, key, "a number of characters, bytes or lines: 12000 characters")
-        return text or ""
-
-    def describe(self) -> dict[str, Any]:
-        return {"type": ["string"], "pattern": self.PATTERN}
+    EXPECTED = "a number of characters, bytes or lines: 12000 characters"
 
 
 class TargetName(Text):
@@ -2868,7 +2857,7 @@ class MapOf(ListOf):
     def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
         found = []
         for name, value in doc.read_mapping(node, key).items():
-            if name in self._taken or not re.match(self.NAME, name):
+            if name in self._taken or not re.fullmatch(self.NAME, name):
                 doc.complain(f"{key}: expected a new name of letters, digits, - _ and ., got {excerpt(name)}", value)
             found.append(self._record.read(doc, value, f"{key}.{name}", **{self._record.make._fields[0]: name}))
         return tuple(found)
