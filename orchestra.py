@@ -2123,6 +2123,15 @@ class Agent(NamedTuple):
         return self.is_nested or self.part_header != ""
 
 
+def _rules(target: str, path: str, *traces: str, **more: Any) -> Agent:
+    """Describe an agent with a folder of rules, where one file is all Orchestra's."""
+    return Agent(target, path, (f"{os.path.dirname(path)}/", *traces), owned=True, **more)
+
+
+TRIGGERS = {  # of Windsurf, which Antigravity and Devin took over
+    "header": "---\ntrigger: always_on\ndescription: {title}\n---\n\n",
+    "part_header": "---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
+}
 AGENTS = {
     agent.target: agent
     for agent in (
@@ -2145,89 +2154,57 @@ AGENTS = {
         ),
         Agent("gemini", "GEMINI.md", folders=(".gemini",), is_nested=True),
         Agent("copilot", ".github/copilot-instructions.md"),
-        Agent(
+        _rules(
             "cursor",
             ".cursor/rules/orchestra.mdc",
-            (".cursorrules", ".cursor/rules/"),
-            (".cursor",),
-            owned=True,
+            ".cursorrules",
+            folders=(".cursor",),
             header="---\ndescription: {title}\nglobs:\nalwaysApply: true\n---\n\n",
             part_header="---\ndescription: {title}\nglobs: {glob}\nalwaysApply: false\n---\n\n",
             budget=Budget(500, "lines", "Cursor recommends at most"),
         ),
-        Agent(
+        _rules(
             "windsurf",
             ".windsurf/rules/orchestra.md",
-            (".windsurfrules", ".windsurf/rules/"),
-            (".windsurf",),
-            owned=True,
-            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
+            ".windsurfrules",
+            folders=(".windsurf",),
             budget=Budget(12000, "characters", "Windsurf reads at most"),
+            **TRIGGERS,
         ),
         # In old repositories .clinerules is a file: then there is no room for ours.
-        Agent(
-            "cline",
-            ".clinerules/orchestra.md",
-            (".clinerules/",),
-            owned=True,
-            part_header='---\npaths:\n  - "{glob}"\n---\n\n',
-        ),
-        Agent(
+        _rules("cline", ".clinerules/orchestra.md", part_header='---\npaths:\n  - "{glob}"\n---\n\n'),
+        _rules(
             "antigravity",
             ".agents/rules/orchestra.md",
-            (".agents/rules/", ".agent/rules/"),
-            owned=True,
-            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
+            ".agent/rules/",
             budget=Budget(12000, "characters", "Antigravity documents at most"),
+            **TRIGGERS,
         ),
         # Loaded with the rank of CLAUDE.md, and hides no AGENTS.md.
-        Agent(
+        _rules(
             "claude-rules",
             ".claude/rules/orchestra.md",
-            (".claude/rules/",),
-            owned=True,
             part_header='---\npaths:\n  - "{glob}"\n---\n\n',
             twins=("CLAUDE.md", ".claude/CLAUDE.md"),
         ),
-        Agent(
+        _rules(
             "copilot-rules",
             ".github/instructions/orchestra.instructions.md",
-            (".github/instructions/",),
-            owned=True,
             header='---\napplyTo: "**"\n---\n\n',
             part_header='---\napplyTo: "{glob}"\n---\n\n',
             twins=(".github/copilot-instructions.md",),
         ),
-        Agent(
-            "devin",
-            ".devin/rules/orchestra.md",
-            (".devin/rules/",),
-            owned=True,
-            header="---\ntrigger: always_on\ndescription: {title}\n---\n\n",
-            part_header="---\ntrigger: glob\nglobs: {glob}\ndescription: {title}\n---\n\n",
+        _rules("devin", ".devin/rules/orchestra.md", **TRIGGERS),
+        _rules("kiro", ".kiro/steering/orchestra.md", folders=(".kiro",)),
+        _rules(
+            "augment", ".augment/rules/orchestra.md", ".augment-guidelines", header="---\ntype: always_apply\n---\n\n"
         ),
-        Agent("kiro", ".kiro/steering/orchestra.md", (".kiro/steering/",), (".kiro",), owned=True),
-        Agent(
-            "augment",
-            ".augment/rules/orchestra.md",
-            (".augment/rules/", ".augment-guidelines"),
-            owned=True,
-            header="---\ntype: always_apply\n---\n\n",
-        ),
-        Agent(
-            "continue",
-            ".continue/rules/orchestra.md",
-            (".continue/rules/",),
-            owned=True,
-            header="---\nname: {title}\nalwaysApply: true\n---\n\n",
-        ),
-        Agent("amazonq", ".amazonq/rules/orchestra.md", (".amazonq/rules/",), (".amazonq",), owned=True),
-        Agent("aiassistant", ".aiassistant/rules/orchestra.md", (".aiassistant/rules/",), owned=True),
-        Agent("tabnine", ".tabnine/guidelines/orchestra.md", (".tabnine/guidelines/",), owned=True),
-        Agent("qwen", ".qwen/rules/orchestra.md", (".qwen/rules/",), (".qwen",), owned=True),
-        Agent("roo", ".roo/rules/orchestra.md", (".roo/rules/", ".roorules"), owned=True),
+        _rules("continue", ".continue/rules/orchestra.md", header="---\nname: {title}\nalwaysApply: true\n---\n\n"),
+        _rules("amazonq", ".amazonq/rules/orchestra.md", folders=(".amazonq",)),
+        _rules("aiassistant", ".aiassistant/rules/orchestra.md"),
+        _rules("tabnine", ".tabnine/guidelines/orchestra.md"),
+        _rules("qwen", ".qwen/rules/orchestra.md", folders=(".qwen",)),
+        _rules("roo", ".roo/rules/orchestra.md", ".roorules"),
         Agent("junie", ".junie/AGENTS.md", (".junie/guidelines.md",)),
     )
 }
