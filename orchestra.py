@@ -394,7 +394,7 @@ class Problem(NamedTuple):
 #
 #   ~/.orchestra/                      private (mode 0700)
 #     projects/PROJECT/NAME.yaml       the registry; project.yaml is shared
-#     schema.json                      their JSON Schema, for editors
+#     schema.json                      the JSON Schema of its files, for editors
 #     hashes/PROJECT/NAME.json         the record of what was last written to a codebase
 #     backups/PROJECT/NAME/TIME/PATH   what was replaced
 #     run/                             lock files, the cache of parsed files
@@ -416,8 +416,26 @@ def orchestra_root(home: str) -> str:
     return os.path.join(home, ".orchestra")
 
 
-def projects_root(home: str) -> str:
-    return f"{orchestra_root(home)}/projects"
+def _below_root(path: str) -> Callable[[str], str]:
+    """Make the function that returns a path in Orchestra's folder of a home."""
+    return lambda home: f"{orchestra_root(home)}/{path}"
+
+
+projects_root = _below_root("projects")
+schema_path = _below_root("schema.json")
+hashes_root = _below_root("hashes")
+backups_root = _below_root("backups")
+run_dir = _below_root("run")
+daemon_lock_path = _below_root("run/daemon.lock")
+replaced_root = _below_root("run/replaced")
+notify_path = _below_root("notify")
+socket_path = _below_root(DAEMON_SOCKET)
+logs_dir = _below_root("logs")
+stdout_log_path = _below_root(f"logs/{DAEMON_STDOUT_LOG}")
+stderr_log_path = _below_root(f"logs/{DAEMON_STDERR_LOG}")
+python_lib_dir = _below_root(f"lib/python{sys.version_info[0]}.{sys.version_info[1]}")  # of its own PyYAML
+installed_script_path = _below_root("lib/orchestra.py")
+binary_path = _below_root("bin/orchestra")
 
 
 def project_path(home: str, project: str) -> str:
@@ -428,64 +446,24 @@ def codebase_path(home: str, key: Key) -> str:
     return f"{projects_root(home)}/{key[0]}/{key[1]}.yaml"
 
 
-def schema_path(home: str) -> str:
-    return f"{orchestra_root(home)}/schema.json"
-
-
-def hashes_root(home: str) -> str:
-    return f"{orchestra_root(home)}/hashes"
-
-
 def record_path(home: str, key: Key) -> str:
     return f"{hashes_root(home)}/{key[0]}/{key[1]}.json"
-
-
-def backups_root(home: str) -> str:
-    return f"{orchestra_root(home)}/backups"
 
 
 def backups_of(home: str, key: Key) -> str:
     return f"{backups_root(home)}/{key[0]}/{key[1]}"
 
 
-def run_dir(home: str) -> str:
-    return f"{orchestra_root(home)}/run"
-
-
 def codebase_lock_path(home: str, key: Key) -> str:
     return f"{run_dir(home)}/codebases/{key[0]}/{key[1]}.lock"
-
-
-def daemon_lock_path(home: str) -> str:
-    return f"{run_dir(home)}/daemon.lock"
-
-
-def replaced_root(home: str) -> str:
-    return f"{run_dir(home)}/replaced"
 
 
 def replaced_path(home: str, key: Key) -> str:
     return f"{replaced_root(home)}/{key[0]}/{key[1]}.json"
 
 
-def notify_path(home: str) -> str:
-    return f"{orchestra_root(home)}/notify"
-
-
-def socket_path(home: str) -> str:
-    return f"{orchestra_root(home)}/{DAEMON_SOCKET}"
-
-
-def logs_dir(home: str) -> str:
-    return f"{orchestra_root(home)}/logs"
-
-
-def stdout_log_path(home: str) -> str:
-    return f"{logs_dir(home)}/{DAEMON_STDOUT_LOG}"
-
-
-def stderr_log_path(home: str) -> str:
-    return f"{logs_dir(home)}/{DAEMON_STDERR_LOG}"
+def link_path(home: str) -> str:
+    return os.path.join(home, ".local", "bin", "orchestra")
 
 
 def launchd_plist_path(home: str) -> str:
@@ -494,23 +472,6 @@ def launchd_plist_path(home: str) -> str:
 
 def systemd_unit_path(home: str) -> str:
     return os.path.join(home, ".config", "systemd", "user", "orchestra.service")
-
-
-def python_lib_dir(home: str) -> str:
-    """Return the folder of Orchestra's own PyYAML, for the running Python's version."""
-    return f"{orchestra_root(home)}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
-
-
-def installed_script_path(home: str) -> str:
-    return f"{orchestra_root(home)}/lib/orchestra.py"
-
-
-def binary_path(home: str) -> str:
-    return f"{orchestra_root(home)}/bin/orchestra"
-
-
-def link_path(home: str) -> str:
-    return os.path.join(home, ".local", "bin", "orchestra")
 
 
 def label_for(key: Key) -> str:
@@ -1239,7 +1200,7 @@ class Lock:
                     with blame(self._path):
                         os.ftruncate(self._fd, 0)
                         if self.has_files_aside:
-                            self._announce(Leftover(self.leftover.token))
+                            self.announce()
         finally:
             os.close(self._fd)
 
@@ -1254,7 +1215,7 @@ class Lock:
     def token(self) -> str:
         """What names this turn's temporary files; the lock file has it from now on."""
         if self._is_settled and not self._is_announced:
-            self._announce(self.leftover)
+            self.announce()
         return self.leftover.token
 
     @functools.cached_property
@@ -1267,12 +1228,10 @@ class Lock:
         self._count += 1
         return temporary_name(f"{self.token}-{self._count}", name)
 
-    def announce_swap(self, swap: Swap) -> None:
-        self._announce(Leftover(self.leftover.token, swap))
-
-    def _announce(self, leftover: Leftover) -> None:
-        self.leftover = leftover
-        data, written = leftover.format(self._count), 0
+    def announce(self, swap: Optional[Swap] = None) -> None:
+        """Write to the lock file what a kill would leave from now on."""
+        self.leftover = self.leftover._replace(swap=swap)
+        data, written = self.leftover.format(self._count), 0
         with blame(self._path):
             while written < len(data):
                 written += os.pwrite(self._fd, data[written:], written)
@@ -1316,7 +1275,7 @@ def write_lock(fd: int, data: bytes) -> None:
 #     writes to it, remove it. If that cannot be determined, set it aside.
 #   6 `Displaced.give_back`: otherwise raise FileChanged. If the file still is what step
 #     4 put there, exchange the names back, once; a newer save keeps its name. Remove
-#       the file that has no name now, as in step 5, or set it aside.
+#     the file that has no name now, as in step 5, or set it aside.
 #
 # Files are set aside in a folder of the backups; if that is on another disk, beside the
 # user's file by a temporary name. Each turn looks at them again (`Turn`, in Backups),
@@ -1435,7 +1394,7 @@ class Displaced:
     def announce(self) -> None:
         """Step 3; raises IoError."""
         folder, slash, _ = self.place.path.rpartition("/")
-        self.lock.announce_swap(Swap(self.place.path, folder + slash + self.temporary, self.hashes))
+        self.lock.announce(Swap(self.place.path, folder + slash + self.temporary, self.hashes))
 
     def remove(self, is_known: Callable[[Disk], bool]) -> bool:
         """Step 5. Return whether the file is gone, or set aside; raises OSError."""
@@ -1864,16 +1823,16 @@ class Backups:
 
     def _publish(self, temporary: str, now: float) -> str:
         """Rename a finished version to its time, or the next free microsecond."""
-        for step in itertools.count():
+        step = 0
+        while True:
             when = time_name(now, step)
             try:
-                os.rename(temporary, os.path.join(self.folder, when))
+                os.rename(temporary, f"{self.folder}/{when}")
+                return when
             except OSError:
-                if not os.path.lexists(os.path.join(self.folder, when)):
+                if not os.path.lexists(f"{self.folder}/{when}"):
                     raise
-            else:
-                break
-        return when
+            step += 1
 
     def drop(self, backup: Backup, temporary: str) -> None:
         """Remove a version, with its folder if that is all; raises OSError, IoError."""
@@ -4492,8 +4451,8 @@ def load_with_layers(home: str, key: Key) -> Codebase:
 class RegistryTurn(Turn):
     """A turn at the registry. A file's backup name begins with its codebase's."""
 
-    def __init__(self, home: str, clock: Clock) -> None:
-        super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), clock)
+    def __init__(self, home: str) -> None:
+        super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), time.time)
 
     def name_of(self, key: Key, file: str) -> str:
         return f"{label_for(key)}/{os.path.basename(file)}"
@@ -4559,7 +4518,7 @@ class RegistryTurn(Turn):
                 raise RegistryError(f"{file}: changed while Orchestra was writing it", "try again") from None
 
 
-def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
+def save_codebase(home: str, codebase: Codebase) -> None:
     """Save a codebase's file; comments, unknown keys and what did not change stay.
 
     If that is not possible, the file is written anew and the old one backed up. Raises
@@ -4574,7 +4533,7 @@ def save_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> No
     check_name("codebase", codebase.name)
     new = CODEBASE_SCHEMA.write(codebase)
     file = real_path(codebase_path(home, codebase.key))
-    with RegistryTurn(home, clock) as turn:
+    with RegistryTurn(home) as turn:
         name = turn.name_of(codebase.key, file)
         disk = read_disk(file)
         if codebase.digest and codebase.digest != sha256_of(disk.data):
@@ -4602,7 +4561,7 @@ def save_path(home: str, key: Key, path: str, is_local: bool) -> str:
         items = {name.value: value for name, value in pairs}
         return _mapping_node({**items, "path": _text_node(path)})
 
-    with RegistryTurn(home, time.time) as turn, turn.refusing_changes(file):
+    with RegistryTurn(home) as turn, turn.refusing_changes(file):
         real = real_path(file)
         turn.edit(real, turn.name_of(key, file), read_disk(real), set_path, lambda root: root)
     return file
@@ -4617,14 +4576,14 @@ def describe_registry() -> str:
     return json.dumps({**head, **LAYER_SCHEMA.describe()}, indent=2) + "\n"
 
 
-def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = time.time) -> bool:
+def create_registry_file(home: str, file: str, root: YamlNode) -> bool:
     """Write a registry file unless there is one; return whether there was none.
 
     It begins with what tells editors its schema, which is kept up to date.
     """
     schema, comment = describe_registry().encode(), "# yaml-language-server: $schema="
     comment += os.path.relpath(schema_path(home), os.path.dirname(file))
-    with RegistryTurn(home, clock) as turn:
+    with RegistryTurn(home) as turn:
         if os.path.lexists(file):
             return False
         if read_disk(schema_path(home)).data != schema:
@@ -4634,7 +4593,7 @@ def create_registry_file(home: str, file: str, root: YamlNode, clock: Clock = ti
     return True
 
 
-def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> list[str]:
+def retire_codebase(home: str, key: Key) -> list[str]:
     """Move a codebase's files to the backups; return their paths there.
 
     The first is that of the YAML file, without which the others are nobody's. Raises
@@ -4642,7 +4601,7 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> list[str]:
     """
     main, kept = codebase_path(home, key), []
     stem = main[: -len(".yaml")]
-    with RegistryTurn(home, clock) as turn:
+    with RegistryTurn(home) as turn:
         for file in (main, *(f"{stem}{suffix}" for suffix in (".md", ".local.yaml", ".local.md"))):
             name, disk = turn.name_of(key, file), read_disk(real_path(file))
             if disk.kind != "file":
@@ -4662,7 +4621,7 @@ def retire_codebase(home: str, key: Key, clock: Clock = time.time) -> list[str]:
 
 def clear_registry(home: str) -> None:
     """Clean up after a command that was killed in its turn; raises IoError."""
-    with RegistryTurn(home, time.time):
+    with RegistryTurn(home):
         pass
 
 

@@ -1223,7 +1223,7 @@ def test_a_turn_sweeps_up_after_a_killed_one_and_nothing_else(home: Home) -> Non
 
 def test_a_turn_that_could_not_clean_up_leaves_its_lock_file_as_a_kill_does(home: Home) -> None:
     with orchestra.Lock(str(home.code / "lock")) as lock:
-        lock.announce_swap(orchestra.Swap("/code/x", "/code/.orchestra-1.tmp", ["ab"]))
+        lock.announce(orchestra.Swap("/code/x", "/code/.orchestra-1.tmp", ["ab"]))
         lock.is_clean = False
     assert orchestra.Leftover.parse((home.code / "lock").read_bytes()) == lock.leftover
 
@@ -1233,7 +1233,7 @@ def test_a_swap_is_announced_whole_though_the_system_takes_it_in_pieces(home: Ho
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, data[:7], at))
     swap = orchestra.Swap("/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"])
     with pytest.raises(KeyError), lock:
-        lock.announce_swap(swap)
+        lock.announce(swap)
         raise KeyError
     found = orchestra.Leftover.parse((home.code / "lock").read_bytes())
     assert found == orchestra.Leftover(lock.leftover.token, swap)
