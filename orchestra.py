@@ -3522,18 +3522,22 @@ def _open_items(data: bytes, place: int, indent: int, items: list[int]) -> int:
     return place
 
 
-def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, ...], int, bytes, list[int]]:
-    """Read a file line by line (steps 2 to 4).
+class Reading(NamedTuple):
+    """What a file has, read line by line."""
 
-    Return the markers that no fence hides, where the line of a fence or comment begins
-    that is open at the end of the file, and what closes it; -1 and nothing for none;
-    and where each closed fence begins and ends, in turn.
-    """
+    markers: tuple[Marker, ...]  # that no fence hides
+    opened: int  # where the line begins of a fence or comment that is never closed
+    closing: bytes  # what would close it; empty if there is none
+    fences: list[int]  # where each closed fence begins and ends, in turn
+
+
+def _read_lines(data: bytes, markers: Sequence[Marker]) -> Reading:
+    """Read a file and the markers in it (steps 2 to 4)."""
     found: list[Marker] = []
     hidden: list[Marker] = []  # if the open fence gets closed
     items: list[int] = []  # where the text of each open list item begins
     fence, depth, opened = b"", 0, -1  # its closing text; in how many items; where it is
-    closed: list[int] = []
+    fences: list[int] = []
     end = passed = seen = 0
     while end < len(data):
         start, end = end, data.find(b"\n", end) + 1 or len(data)
@@ -3559,7 +3563,7 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
         elif fence:
             if text.startswith(fence) and not text.strip(fence[:1] + b" \t\r\n"):
                 hidden, fence = [], b""
-                closed += opened, start
+                fences += opened, start
         else:
             place = _open_items(data, end - len(text), indent, items)
             mark = re.compile(FENCE, re.MULTILINE).match(data, place)
@@ -3567,8 +3571,8 @@ def _read_lines(data: bytes, markers: Sequence[Marker]) -> tuple[tuple[Marker, .
                 fence, depth, opened = mark[1] or mark[2], len(items), start
             elif data.startswith(b"<!--", place) and data.find(b"-->", place, end) < 0:
                 fence, depth, opened = b"-->", len(items), start
-    is_open = fence and not depth  # in a list item, it would end before what is appended
-    return ((*found, *hidden), *((opened, fence) if is_open else (-1, b"")), closed)
+    closing = b"" if depth else fence  # in a list item, it would end before what is appended
+    return Reading((*found, *hidden), opened, closing, fences)
 
 
 @functools.lru_cache(maxsize=len(AGENTS))  # asked several times for each file of a codebase
@@ -3579,7 +3583,7 @@ def find_markers(data: bytes) -> tuple[Marker, ...]:
         around = data[: markers[0].start], data[markers[1].end :]
         if not any(fence in part for part in around for fence in (b"```", b"~~~")):
             return tuple(markers)  # as most files have them
-    return _read_lines(data, markers)[0] if markers else ()
+    return _read_lines(data, markers).markers if markers else ()
 
 
 def find_block(data: bytes) -> Optional[slice]:
@@ -3635,8 +3639,8 @@ def find_open_block(data: bytes) -> tuple[int, str]:
     """
     if _is_evidently_closed(data):
         return 0, ""
-    _, opened, closing, _ = _read_lines(data, ())
-    return (_line_at(data, opened), closing.decode()) if closing else (0, "")
+    found = _read_lines(data, ())
+    return (_line_at(data, found.opened), found.closing.decode()) if found.closing else (0, "")
 
 
 def find_conflict(data: bytes) -> tuple[int, bool]:
@@ -3652,13 +3656,13 @@ def find_conflict(data: bytes) -> tuple[int, bool]:
     starts = [*re.finditer(rb"(?m)^<{7} (?:(%s)\b)?" % labels, data)]
     ends = [*re.finditer(rb"(?m)^>{7} (local(?:$|[\r:]))?", data)]  # local: git switch -m
     middles, stops = ([mark.start() for mark in marks] for marks in (re.finditer(rb"(?m)^={7}\r?$", data), ends))
-    closed = _read_lines(data, ())[3] if starts else []
+    fences = _read_lines(data, ()).fences if starts else []
     for start in starts:
         place, number = start.start(), bisect(stops, start.start())
         if number == len(ends):
             break
-        end, fence = stops[number], bisect(closed, place)
-        is_fenced = fence % 2 == 1 and fence == bisect(closed, end)
+        end, fence = stops[number], bisect(fences, place)
+        is_fenced = fence % 2 == 1 and fence == bisect(fences, end)
         is_whole = bisect(middles, place) < bisect(middles, end)
         if not is_fenced or ((start[1] or ends[number][1]) and is_whole):
             return _line_at(data, place), is_fenced
@@ -3841,6 +3845,11 @@ class RegistryFile(Document):
         """Parse the file to its root node; None where a problem says why."""
         text = self.decode()
         return None if text is None else self.compose(text)
+
+    def parse_items(self) -> dict[str, YamlNode]:
+        """Parse the file to its keys and their nodes; {} where a problem says why."""
+        root = self.parse()
+        return {} if root is None else self.read_mapping(root, "")
 
     def read_layer(self, kind: str, key: Key) -> Codebase:
         """Read what a YAML file says as a layer; `kind` is one of LAYERS.
@@ -4064,10 +4073,11 @@ class LayerReader:
     @staticmethod
     def _blame(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
         """Complain of a file's targets at their lines, which parsed files have not."""
-        root = file.parse()
-        nodes = {name.value: value for name, value in root.value} if root is not None else {}
-        for i in bad if "targets" in nodes else ():
-            kind.read(file, nodes["targets"].value[i], f"targets[{i}]")
+        nodes = file.parse_items()
+        targets = file.read_items(nodes["targets"], "targets") if bad and "targets" in nodes else []
+        for i, node in enumerate(targets):
+            if i in bad:
+                kind.read(file, node, f"targets[{i}]")
         for name, value in nodes["custom_targets"].value if wrong and "custom_targets" in nodes else ():
             if name.value in wrong:
                 file.complain(f"custom_targets.{name.value}.{wrong[name.value]}", value)
@@ -4146,9 +4156,8 @@ class LayerReader:
 
     @staticmethod
     def _complain_of_lost(file: RegistryFile, names: Sequence[str]) -> None:
-        root: YamlNode = file.parse() if names else None  # again: what was parsed before has no lines
-        items = next(node.value for key, node in root.value if key.value == "include") if root else ()
-        for i, item in enumerate(items):
+        nodes = file.parse_items() if names else {}  # again: what was parsed before has no lines
+        for i, item in enumerate(file.read_items(nodes["include"], "include") if "include" in nodes else ()):
             if item.value in names:
                 file.complain(f"include[{i}]: no file {item.value} beside this one or in the registry's root", item)
 
@@ -4550,9 +4559,7 @@ def save_path(home: str, key: Key, path: str, is_local: bool) -> str:
     local, shared = codebase_path(home, (key[0], f"{key[1]}.local")), codebase_path(home, key)
 
     def says_path(file: str) -> bool:
-        doc = RegistryFile(home, file, "")
-        root = doc.parse()
-        return root is not None and "path" in doc.read_mapping(root, "")
+        return "path" in RegistryFile(home, file).parse_items()
 
     file = shared if not is_local and says_path(shared) and not says_path(local) else local
 
