@@ -10235,10 +10235,14 @@ def _read_reply(client: Any) -> Any:
 
 def _is_reply(data: Any) -> bool:
     """Return whether the data of a reply has a daemon's types, of any version."""
-    types = {"pid": int, "started_at_unix": int, "queue_depth": int, "version": str, "watcher": str, "problems": list}
-    if not isinstance(data, dict) or not all(isinstance(data.get(name, kind()), kind) for name, kind in types.items()):
+    try:
+        numbers = [data.get(name, 0) for name in ("pid", "started_at_unix", "queue_depth")]
+        texts = [data.get(name, "") for name in ("version", "watcher")]
+        texts += [problem[name] for problem in data.get("problems", ()) for name in ("where", "message")]
+    except (AttributeError, KeyError, TypeError):
         return False
-    return all(isinstance(problem, dict) and {"where", "message"} <= {*problem} for problem in data.get("problems", ()))
+    are_numbers = all(isinstance(number, int) and abs(number) < 1 << 63 for number in numbers)
+    return are_numbers and all(isinstance(text, str) for text in texts)
 
 
 def send_request(home: str, request: Mapping[str, Any], timeout: Optional[float] = 10.0) -> Any:

@@ -9678,7 +9678,11 @@ def test_replies_are_lines_of_ascii() -> None:
         (b'{"ok":true,"data":{"running":true}}\n', ""),
         *(
             (b'{"ok":true,"data":%b}\n' % data, "expected a daemon's reply, got ")
-            for data in (b"5", b"null", b"[1]", b'{"pid":"1"}', b'{"problems":[1]}', b'{"problems":[{"where":"x"}]}')
+            for data in (b"5", b"null", b"[1]", b'{"pid":"1"}', b'{"pid":1%b}' % (b"0" * 400), b'{"version":1}')
+        ),
+        *(
+            (b'{"ok":true,"data":{"problems":%b}}\n' % problems, "expected a daemon's reply, got ")
+            for problems in (b"1", b"[1]", b'["x"]', b'[{"where":"x"}]', b'[{"where":"x","message":1}]')
         ),
         (b'{"ok":false,"error":"what now"}\n', "what now"),
         (b"", "expected a reply, got the end of the connection"),
@@ -9699,7 +9703,7 @@ def test_the_client_understands_replies(live: Home, reply: bytes, error: str) ->
     assert requests == [STATUS + b"\n"]
 
 
-@pytest.mark.parametrize("data", [{}, {"version": orchestra.__version__}, [], {"problems": [1]}])
+@pytest.mark.parametrize("data", [{}, {"version": orchestra.__version__}, [], {"started_at_unix": 10**400}])
 @pytest.mark.parametrize("command", ["status", "daemon status", "daemon status --short", "doctor", "daemon stop"])
 def test_a_reply_that_no_daemon_gives_is_no_traceback(live: Home, command: str, data: Any) -> None:
     with answering(live, [orchestra.encode_reply(data)]) as requests:
