@@ -11462,9 +11462,6 @@ class Daemon:
     def _do_due(self) -> None:
         now = self._clock()
         if now >= self._rescan_at:
-            if not self._socket.has_lock:
-                self._stop("the lock file was removed")
-                return
             self._check_socket()
             self._schedule.note_files(self._watcher.look())
             self._schedule.note_failed()
@@ -11490,14 +11487,14 @@ class Daemon:
     def _on_events(self, mask: int) -> None:
         self._schedule.note_files(self._watcher.drain())
         self._check_socket()
-        if not os.path.exists(projects_root(self.home)) and not self._socket.has_lock:
-            self._stop("the lock file was removed")
         if self._watcher.must_poll:
             self._rescan_at = min(self._rescan_at, self._clock() + self._watcher.interval)
 
     def _check_socket(self) -> None:
-        """Bind the socket again if it was removed, or something else has its name."""
-        if self._is_stopping or self._socket.is_bound or not self._socket.has_lock:
+        """Stop if the lock file was removed; bind the socket again if that was."""
+        if not self._socket.has_lock:
+            self._stop("the lock file was removed")
+        if self._is_stopping or self._socket.is_bound:
             return
         path = socket_path(self.home)
         try:
