@@ -9788,7 +9788,7 @@ class LogFile:
                 os.dup2(new, self._fd, inheritable=False)
                 os.close(new)
                 if is_stream:
-                    os.dup2(self._fd, self._stream)
+                    self.take_stream()
             os.write(self._fd, line)
         if echo and not is_stream:
             self._echo(line)
@@ -9819,8 +9819,7 @@ class Log:
     INFO goes to daemon.log and stdout; WARNING to daemon-err.log and stderr as well.
     """
 
-    def __init__(self, home: str, limit: int = LOG_LIMIT, clock: Clock = time.time) -> None:
-        self._clock = clock
+    def __init__(self, home: str, limit: int = LOG_LIMIT) -> None:
         self._out = LogFile(stdout_log_path(home), 1, limit)
         self._err = LogFile(stderr_log_path(home), 2, limit)
 
@@ -9834,7 +9833,7 @@ class Log:
         self._err.write(line, echo=not self._out.is_at(2))
 
     def _format(self, level: str, message: str, fields: Mapping[str, object]) -> bytes:
-        now = self._clock()
+        now = time.time()
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now * 1000) % 1000:03d}Z"
         words = [when, level, message]
         for name, value in fields.items():
@@ -9992,7 +9991,7 @@ class Notifier:
         import subprocess
 
         try:
-            problem = self.find_problem()
+            problem = self.find_problem(self._path)
             if problem is None:
                 return
             if not problem:
@@ -10005,16 +10004,17 @@ class Notifier:
         if problem:
             self._warn("could not notify", program=self._path, error=problem)
 
-    def find_problem(self) -> Optional[str]:
-        """Return why the program is not run, "" for nothing, None if there is none."""
-        if not os.path.lexists(self._path):
+    @staticmethod
+    def find_problem(path: str) -> Optional[str]:
+        """Return why a program is not run, "" for nothing, None if there is none."""
+        if not os.path.lexists(path):
             return None
-        found = os.stat(self._path)
+        found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             return "expected a program, found none"
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
             return "others may write to it: chown it to yourself, and chmod go-w"
-        return "" if os.access(self._path, os.X_OK) else "not executable: chmod u+x"
+        return "" if os.access(path, os.X_OK) else "not executable: chmod u+x"
 
     def _has_ended(self) -> bool:
         status = self._running.poll()
@@ -10133,9 +10133,6 @@ class LineBuffer:
 
     def __init__(self) -> None:
         self._data = bytearray()
-
-    def __len__(self) -> int:
-        return len(self._data)
 
     def feed(self, data: bytes) -> None:
         self._data += data
@@ -10699,20 +10696,16 @@ class DaemonSocket:
         if disk.kind not in ("absent", "special"):
             raise ProtocolError(f"{path}: expected a socket or nothing, got {disk.noun}: move it away")
         remove_private(path)
-        with blame(path):
-            listener = socket.socket(socket.AF_UNIX)
-        try:
-            with blame(path):
-                listener.bind(path)
-                # Nobody can connect before it listens. An umask would do as well, but
-                # for the worker's files too.
-                os.chmod(path, 0o600)
-                listener.listen(MAX_CLIENTS)
-                self._bound = os.lstat(path)
-        except BaseException:
-            listener.close()
-            raise
-        listener.setblocking(False)
+        with blame(path), ExitStack() as opened:
+            listener = opened.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(path)
+            # Nobody can connect before it listens. An umask would do as well, but for
+            # the worker's files too.
+            os.chmod(path, 0o600)
+            listener.listen(MAX_CLIENTS)
+            self._bound = os.lstat(path)
+            listener.setblocking(False)
+            opened.pop_all()
         return listener
 
     def unbind(self) -> None:
@@ -11064,14 +11057,7 @@ class Worker:
         self._wake = wake
         # Not waited for at exit: a job that hangs on a dead network mount must not keep
         # the process alive.
-        self._thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
+        self.thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
 
     def submit(self, job: SyncJob) -> bool:
         """Queue a job if there is room; the watcher, with one at most, always has."""
@@ -11134,15 +11120,13 @@ class Worker:
         codebases = self.cache.registry.codebases
         return frozenset(key for key in self.cache.absent if not is_absent(self._home, codebases[key]))
 
-    def _count_statuses(self) -> dict[str, int]:
+    def _count_statuses(self) -> Mapping[str, int]:
         """Count the codebases by status, unless a job comes in."""
-        counts: dict[str, int] = {}
-        registry = self.cache.registry
+        registry, counts = self.cache.registry, Counter[str]()
         for codebase in registry.codebases.values():
             if not self.jobs.empty():
                 return {}
-            status = check_staleness(self._home, codebase, registry.owners).status
-            counts[status] = counts.get(status, 0) + 1
+            counts[check_staleness(self._home, codebase, registry.owners).status] += 1
         return counts
 
 
@@ -11170,17 +11154,17 @@ MAX_DESCRIPTORS = 10240
 SOCKET = ("", "socket")  # stands for the control socket, in the log of problems
 
 
-def raise_descriptor_limit(most: int = MAX_DESCRIPTORS) -> int:
+def raise_descriptor_limit() -> int:
     """Raise the soft limit on open files (launchd's is 256) and return it."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
-    return most if soft == resource.RLIM_INFINITY else soft
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 # What to sync, and when
@@ -11299,7 +11283,7 @@ class Schedule:
 class JobLog:
     """Logs what jobs did, and each problem once while it lasts."""
 
-    def __init__(self, log: Log, notify: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, log: Log, notify: Callable[[str], None]) -> None:
         self._log = log
         self._notify = notify
         self._logged: dict[Key, Sequence[Problem]] = {}
@@ -11402,8 +11386,7 @@ class Daemon:
                 self._selector.register(backend, READABLE, self._on_events)
             self._wake_in, self._wake_out = socket.socketpair()
             for end in (self._wake_in, self._wake_out):
-                opened.callback(end.close)
-                end.setblocking(False)
+                opened.enter_context(end).setblocking(False)
             self._selector.register(self._wake_out, READABLE, self._on_wake)
             self._worker = Worker(home, RegistryCache.load(home), self._wake)
             max_clients = max(4, min(MAX_CLIENTS, limit - 32))
@@ -11411,7 +11394,7 @@ class Daemon:
             opened.callback(self._server.close)
             self._server.listen(self._socket.bind())
             self._rescan_at = self._clock() + self._watcher.interval
-            self._worker.start()
+            self._worker.thread.start()
             self._worker.submit(SyncJob(SyncTarget.all(), Source.START))
             self._log.info("started", pid=os.getpid(), version=__version__, watcher=backend.name)
             self._opened = opened.pop_all()
@@ -11433,7 +11416,7 @@ class Daemon:
     def is_done(self) -> bool:
         if not self._is_stopping:
             return False
-        has_ended = not self._worker.is_alive and not self._worker.outcomes
+        has_ended = not self._worker.thread.is_alive() and not self._worker.outcomes
         # A job that is cut short leaves each file old or new.
         return has_ended or self._clock() >= self._stop_by
 
@@ -13549,7 +13532,7 @@ class Doctor:
 
     def _check_notify(self) -> Iterator[Finding]:
         path = notify_path(self.home)
-        problem = Notifier(path, lambda message: None, time.time).find_problem()
+        problem = Notifier.find_problem(path)
         if problem:
             yield warning(f"{self._short(path)} is not run: {problem}", "mend or remove it")
 
