@@ -8795,6 +8795,31 @@ def clean_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -
             pass
 
 
+def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optional[str]) -> list[Backup]:
+    """Choose the latest backups of a path, or of all, that a typed time allows.
+
+    Raises SyncError if there are none, UsageError for a time that is not understood.
+    """
+    label, backups = label_for(codebase.key), Backups(home, codebase.key).versions()
+    files = known_files(codebase, load_record(home, codebase.key) or Record())
+    is_wanted = parse_when(at) if at is not None else lambda when: True
+    found = [b for b in backups if b.path in files and is_wanted(b.when)]
+    if path is not None:
+        found = [b for b in found if b.path == os.path.normpath(path)]
+    if found:
+        return [backup for backup in found if backup.when == found[-1].when]
+    for backup in reversed(backups):
+        if backup.path == path and path not in files:
+            problem = f"only agents' instruction files are restored; this one is kept as {backup.file}"
+            copy = f"cp {typed(backup.file)} {typed(codebase_path(home, codebase.key))}"
+            raise SyncError(f"{path}: {problem}", copy if path.endswith(".yaml") else "")
+    if not backups:
+        raise SyncError(f"{label}: nothing to restore: no backups yet")
+    wanted = path or "any instruction file"
+    wanted += f" at {at}; times look like {backups[-1].when[:15]}" if at else ""
+    raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
+
+
 def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
     """Put a backup back, and return whether that changed anything.
 
@@ -11877,10 +11902,8 @@ class Installer(NamedTuple):
         # Linux allows 127 bytes, and no space; Python would look for an encoding in it.
         if python.isascii() and not re.search(r"\s|coding", python) and len(shebang) <= 127:
             return shebang + program
-        import shlex
-
-        program = shlex.quote(f"import sys; __file__ = sys.argv.pop(1)\n{program}")
-        return f'#!/bin/sh\nexec {shlex.quote(python)} -IS -c {program} "$0" "$@"\n'
+        program = typed(f"import sys; __file__ = sys.argv.pop(1)\n{program}")
+        return f'#!/bin/sh\nexec {typed(python)} -IS -c {program} "$0" "$@"\n'
 
     def check_link(self) -> None:
         """Raise UsageError if the link cannot be made, or is another program's."""
@@ -11899,12 +11922,17 @@ class Installer(NamedTuple):
             return False
         return not os.path.exists(link) or real_path(link) == real_path(binary_path(self.home))
 
-    def link_target(self) -> str:
-        """Return the link's target: relative if possible, for a home to be renamed."""
-        folder = os.path.dirname(link_path(self.home))
+    def make_link(self) -> str:
+        """Make or renew the link, and return its path.
+
+        Its target is relative if possible, so that the home folder may be renamed.
+        """
+        link, binary = link_path(self.home), binary_path(self.home)
+        folder = os.path.dirname(link)
         is_in_place = real_path(folder) == real_path(self.home) + folder[len(self.home) :]
-        binary = binary_path(self.home)
-        return os.path.relpath(binary, folder) if is_in_place else binary
+        with blame(link):
+            make_link(os.path.relpath(binary, folder) if is_in_place else binary, link)
+        return link
 
 
 # ── 35 Services ───────────────────────────────────────────────────────────────
@@ -12316,11 +12344,12 @@ def uninstall_systemd(systemd: Systemd) -> bool:
 #   2 Clean up after a killed command, and load the registry.
 #   3 Refuse a name that another folder has, and a folder that another name has.
 #   4 If it is registered with this folder, change its type, or propose its parts, if
-#     asked to, and stop.
+#     asked to, and stop (`_update`).
 #   5 Refuse a folder to which another codebase may have moved: `project move` is for
 #     that. It takes steps 1 and 3, and saves the path.
-#   6 If it is registered, but has no folder on this machine, save this one as its own.
-#     Otherwise detect what is in the folder, draft the codebase's file, and create it.
+#   6 If it is registered, but has no folder on this machine, save this one as its own
+#     (`_fill_in`). Otherwise detect what is in the folder, draft the codebase's file,
+#     and create it (`_create`).
 
 
 def list_checkout_folders(home: str, key: Key) -> list[str]:
@@ -12381,26 +12410,20 @@ class Registration(NamedTuple):
             clear_registry(self.home)
         registry = load_registry(self.home)
         listed = self._replace(key=listed_key(self.home, self.key))
-        listed._check_is_free(registry)
-        listed._check_folder(registry.owners)
-        codebase = registry.codebases.get(listed.key)
+        registered = listed._register(registry)
+        return registered._replace(notes=[*registered.notes, *listed._suggest_gitignore()])
+
+    def _register(self, registry: Registry) -> Registered:
+        self._check_is_free(registry)
+        self._check_folder(registry.owners)
+        codebase = registry.codebases.get(self.key)
         if codebase and not is_absent(self.home, codebase):
-            lines = listed._update()
-            if not self.dry_run:
-                accept_empty_folder(self.home, codebase)
-            notes = listed._suggest_gitignore()
-            if self.has_parts and not any(part.path for part in codebase.projects):
-                proposal = listed._propose_parts(codebase)
-                lines += proposal
-                hint = f"add these to its `projects`: orchestra edit {typed(listed.label)}"
-                notes.append(hint if proposal else NO_PARTS)
-            return Registered(codebase, lines, notes)
-        listed._check_has_not_moved(registry)
+            return self._update(codebase)
+        self._check_has_not_moved(registry)
         if codebase:
-            return listed._fill_in(codebase)
-        registered = listed._create()
-        notes = [*registered.notes, *listed._find_outer_codebases(registry)]
-        return registered._replace(notes=notes + listed._suggest_gitignore())
+            return self._fill_in(codebase)
+        registered = self._create()
+        return registered._replace(notes=[*registered.notes, *self._find_outer_codebases(registry)])
 
     def move(self, registry: Registry) -> list[str]:
         """Give a registered codebase this folder, and return what was done, by line.
@@ -12464,22 +12487,23 @@ class Registration(NamedTuple):
                 hint = f"{move} if it is here now; otherwise {remove} first"
                 raise RegistryError(f"{label} was in {place}, which is gone", hint)
 
-    def _fill_in(self, codebase: Codebase) -> Registered:
-        """Give a codebase that other machines have its folder on this one."""
-        path, verb = self._spell_path(), "would be" if self.dry_run else "is"
-        file = codebase_path(self.home, (self.key[0], f"{self.key[1]}.local"))
+    def _update(self, codebase: Codebase) -> Registered:
+        """Change a registered codebase's type, or propose its parts, if asked to."""
+        lines, notes = [self._change_type()], []
         if not self.dry_run:
-            file = save_path(self.home, self.key, path, is_local=True)
-        place = shorten_home(self.home, file)
-        lines = [f"{self.label} {verb} on this machine: {path} ({place})"]
-        lines += self._update() if self.project_type else []
-        return Registered(codebase._replace(path=path), lines, self._suggest_gitignore())
+            accept_empty_folder(self.home, codebase)
+        if self.has_parts and not any(part.path for part in codebase.projects):
+            parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], codebase.commands),)
+            if parts:
+                lines += dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts))).splitlines()
+            notes = [f"add these to its `projects`: orchestra edit {typed(self.label)}" if parts else NO_PARTS]
+        return Registered(codebase, lines, notes)
 
-    def _update(self) -> list[str]:
+    def _change_type(self) -> str:
         for _ in range(MAX_TRIES):
             codebase = load_codebase(self.home, *self.key)
             if self.project_type in (None, *(c.project_type for c in codebase.projects)):
-                return [f"{self.label} is already registered: {self.file}"]
+                return f"{self.label} is already registered: {self.file}"
             first, *rest = codebase.projects or (Component(self.key[1], ""),)
             first = first._replace(project_type=self.project_type or "")
             changed = codebase._replace(projects=(first, *rest), updated_at=now_rfc3339())
@@ -12489,13 +12513,18 @@ class Registration(NamedTuple):
             except FileChanged:
                 continue
             changes = "would change" if self.dry_run else "changed"
-            return [f"{self.label}: type {changes} to {self.project_type} ({self.file})"]
+            return f"{self.label}: type {changes} to {self.project_type} ({self.file})"
         raise RegistryError(f"{self.file}: {FileChanged.message}", "run the command again")
 
-    def _propose_parts(self, codebase: Codebase) -> list[str]:
-        """Draft what to paste into a registered codebase's file."""
-        parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], codebase.commands),)
-        return dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts))).splitlines() if parts else []
+    def _fill_in(self, codebase: Codebase) -> Registered:
+        """Give a codebase that other machines have its folder on this one."""
+        path, verb = self._spell_path(), "would be" if self.dry_run else "is"
+        file = codebase_path(self.home, (self.key[0], f"{self.key[1]}.local"))
+        if not self.dry_run:
+            file = save_path(self.home, self.key, path, is_local=True)
+        lines = [f"{self.label} {verb} on this machine: {path} ({shorten_home(self.home, file)})"]
+        lines += [self._change_type()] if self.project_type else []
+        return Registered(codebase._replace(path=path), lines, [])
 
     def _create(self) -> Registered:
         base = LayerReader(self.home).read_base(self.key[0])
@@ -12507,40 +12536,38 @@ class Registration(NamedTuple):
         if parts and self.has_parts:
             detected = detected._replace(packages=None)  # the list of the parts says it
         draft = make_draft(self.path, detected)
-        targets: Optional[tuple[str, ...]] = draft.targets
-        source = "already used in this folder"
-        if base.targets is not None:  # the user has decided
-            paths = [at.path for at in base.layers if at.said.targets is not None]
-            targets, source = None, f"from {os.path.basename(paths[-1])}.yaml"
-        elif not targets:
-            is_usual = draft.defaults == DEFAULT_TARGETS  # then a layer may say others later
-            targets, source = None if is_usual else draft.defaults, "default"
-        now = now_rfc3339()
+        targets, source = self._choose_targets(base, draft)
         component = Component(self.key[1], self.project_type or detected.project_type)
         asked = parts if self.has_parts else {}
         codebase = Codebase(
             *(*self.key, self._spell_path(), draft.description, targets),
             commands=draft.commands,
             projects=(component, *draft_parts(self.path, self.home, asked, draft.commands)),
-            created_at=now,
-            updated_at=now,
         )
         if not self.dry_run:
             self._save(codebase)
-        reason = "from --type" if self.project_type else detected.reason
         joined = CODEBASE_SCHEMA.join(base, codebase)._replace(layers=base.layers)
-        names = ", ".join(targets_of(joined)) or "none"
-        rows = [*draft.found, Found("targets", names, source), Found("edit", self.file, "")]
+        rows = [*draft.found, Found("targets", ", ".join(targets_of(joined)) or "none", source)]
         if parts:
             more = f" and {len(parts) - 12} more" if len(parts) > 12 else ""
             hint = "" if self.has_parts else "; with --parts each gets files of its own"
-            names = ", ".join([*parts.values()][:12]) + more
-            rows.insert(-1, Found("parts", names, origin + hint))
+            rows.append(Found("parts", ", ".join([*parts.values()][:12]) + more, origin + hint))
+        rows.append(Found("edit", self.file, ""))
         verb = "would register" if self.dry_run else "registered"
+        reason = "from --type" if self.project_type else detected.reason
         first = f"{verb} {self.label}: {component.project_type} ({reason})"
         notes = [*draft.notes, *([NO_PARTS] if self.has_parts and not parts else [])]
-        lines = [*map(visible, [first, *self._format(rows)])]
-        return Registered(joined, lines, notes)
+        return Registered(joined, [*map(visible, [first, *self._format(rows)])], notes)
+
+    @staticmethod
+    def _choose_targets(base: Codebase, draft: Draft) -> tuple[Optional[tuple[str, ...]], str]:
+        """Return the targets to save, None to leave them to the layers, and why."""
+        layers = [layer.path for layer in base.layers if layer.said.targets is not None]
+        if layers:  # the user has decided
+            return None, f"from {os.path.basename(layers[-1])}.yaml"
+        if draft.targets:
+            return draft.targets, "already used in this folder"
+        return None if draft.defaults == DEFAULT_TARGETS else draft.defaults, "default"
 
     @staticmethod
     def _format(rows: Sequence[Found]) -> Iterator[str]:
@@ -12557,9 +12584,11 @@ class Registration(NamedTuple):
         return spell_path(self.home, self.path)
 
     def _save(self, codebase: Codebase) -> None:
-        project = Codebase("", self.key[0], created_at=codebase.created_at)
+        now = now_rfc3339()
+        project = Codebase("", self.key[0], created_at=now)
         file = project_path(self.home, self.key[0])
         create_registry_file(self.home, file, CODEBASE_SCHEMA.write(project))
+        codebase = codebase._replace(created_at=now, updated_at=now)
         file = codebase_path(self.home, self.key)
         if not create_registry_file(self.home, file, CODEBASE_SCHEMA.write(codebase)):
             raise RegistryError(f"another command registered {self.label} just now")
@@ -12612,11 +12641,10 @@ def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since:
     return result._replace(files=tuple(map(count, result.files)))
 
 
-def list_written(home: str, registry: Registry, key: Key) -> list[str]:
+def list_written(home: str, codebase: Codebase) -> list[str]:
     """List the files with Orchestra's text in a codebase's folder."""
-    codebase, record = registry.codebases.get(key), load_record(home, key)
-    root = codebase_root(home, codebase) if codebase else ""
-    return [path for path in sorted(record.files if record else ()) if root and os.path.lexists(f"{root}/{path}")]
+    root, record = codebase_root(home, codebase), load_record(home, codebase.key) or Record()
+    return [path for path in sorted(record.files) if root and os.path.lexists(f"{root}/{path}")]
 
 
 # ── 37 Output ─────────────────────────────────────────────────────────────────
@@ -12627,14 +12655,6 @@ def list_written(home: str, registry: Registry, key: Key) -> list[str]:
 # several codebases, all are tried before a failure is returned.
 
 OK, OUT_OF_DATE, FAILED, INTERRUPTED = 0, 1, 2, 130
-MORE_HELP = "More: orchestra help, orchestra help COMMAND"
-HELP_NOTES = """\
-CODEBASE is a name (api), PROJECT/name or a path; default: this folder.
-Options everywhere: -h help, -q quiet (only errors); alone: -V version.
-Exit status: 0 fine, 1 out of date (--check, --exit-code, doctor), 2 failed.
-Environment: EDITOR VISUAL PAGER NO_COLOR CLICOLOR_FORCE ORCHESTRA_WATCHER
-ORCHESTRA_NO_FETCH
-More: orchestra help COMMAND"""
 NO_CODEBASES = "no codebases yet\n  try: orchestra init PATH -p PROJECT --sync"
 
 
@@ -12832,6 +12852,20 @@ def format_duration(seconds: int) -> str:
 
 def format_age(seconds: Optional[int]) -> str:
     return "never" if seconds is None else f"{format_duration(seconds)} ago"
+
+
+def describe_results(results: Sequence[SyncCodebaseResult], dry_run: bool) -> str:
+    """Count the files of a sync in one line."""
+    written = sum(len(result.written) for result in results)
+    foreign = sum(file.is_foreign for result in results for file in result.files)
+    unchanged = sum(len(result.unchanged) for result in results) - foreign
+    failed = sum(len(result.failed) or bool(result.errors) for result in results)
+    absent = sum(result.is_absent and not result.errors for result in results)
+    totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
+    totals += f", {foreign} {FOREIGN}" if foreign else ""
+    totals += f", {failed} failed" if failed else ""
+    totals += f" in {count_of(len(results) - absent, 'codebase')}"
+    return totals + (f", {absent} absent" if absent else "")
 
 
 # ── 38 Arguments ──────────────────────────────────────────────────────────────
@@ -13065,29 +13099,32 @@ class CommandLine:
 # Help
 
 HELP_WIDTH = 79  # columns
+MORE_HELP = "More: orchestra help, orchestra help COMMAND"
+HELP_NOTES = """\
+CODEBASE is a name (api), PROJECT/name or a path; default: this folder.
+Options everywhere: -h help, -q quiet (only errors); alone: -V version.
+Exit status: 0 fine, 1 out of date (--check, --exit-code, doctor), 2 failed.
+Environment: EDITOR VISUAL PAGER NO_COLOR CLICOLOR_FORCE ORCHESTRA_WATCHER
+ORCHESTRA_NO_FETCH
+More: orchestra help COMMAND"""
 
 
 def format_help(line: CommandLine, notes: str = "") -> str:
     """Describe a command, or what commands a group has; `notes` end it."""
     row = line.command
+    purpose = row.purpose[:1].upper() + row.purpose[1:] + "."
     usage = f"usage: orchestra {line.name}".rstrip()
-    parts = [row.purpose[:1].upper() + row.purpose[1:] + "."]
+    rows: list[tuple[str, str]] = []
     if line.is_group:
-        parts.append(f"{usage} COMMAND [options]")
-        found = line.subcommands()
-        rows = []
-        for heading in dict.fromkeys(row.heading for row in found.values()):
+        lines = [f"{usage} COMMAND [options]"]
+        for heading, found in itertools.groupby(line.subcommands().items(), lambda item: item[1].heading):
             rows += [(heading, "")] if heading else []
-            rows += [
-                (f"  {_usage_of(name, row)}", row.purpose) for name, row in found.items() if row.heading == heading
-            ]
-        parts.append("\n".join(format_table(rows, HELP_WIDTH)))
+            rows += [(f"  {_usage_of(name, row)}", row.purpose) for name, row in found]
     else:
-        words = [argument.usage for argument in sorted(row.arguments, key=lambda argument: argument.is_option)]
-        parts.append("\n".join(hang(f"{usage} ", " ".join(words), HELP_WIDTH)).rstrip())
-        rows = [(f"  {_spell(argument)}", argument.help) for argument in (*row.arguments, *COMMON)]
-        parts.append("\n".join(format_table(rows, HELP_WIDTH)))
-    return "\n\n".join([*parts, *([notes] if notes else [])]) + "\n"
+        lines = hang(f"{usage} ", " ".join(argument.usage for argument in row.arguments), HELP_WIDTH)
+        rows += [(f"  {_spell(argument)}", argument.help) for argument in (*row.arguments, *COMMON)]
+    parts = [purpose, "\n".join(lines).rstrip(), "\n".join(format_table(rows, HELP_WIDTH)), notes]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _usage_of(name: str, row: Command) -> str:
@@ -13177,15 +13214,12 @@ def complete(
 # formats it once; `LiveStatus` makes frames of it, which `show_live` draws.
 
 STATE_COLORS = {
-    State.WORDS[state][0]: color
-    for state, color in (
-        (State.CURRENT, "32"),
-        (State.NEVER_SYNCED, "33"),
-        (State.STALE, "33"),
-        (State.MODIFIED, "35"),
-        (State.ORPHAN, "36"),
-        (State.ERROR, "31"),
-    )
+    State.WORDS[State.CURRENT][0]: "32",
+    State.WORDS[State.NEVER_SYNCED][0]: "33",
+    State.WORDS[State.STALE][0]: "33",
+    State.WORDS[State.MODIFIED][0]: "35",
+    State.WORDS[State.ORPHAN][0]: "36",
+    State.WORDS[State.ERROR][0]: "31",
 }
 
 
@@ -13230,7 +13264,6 @@ def next_steps(status: Status) -> list[str]:
 class StatusView(NamedTuple):
     """A scan of the codebases to show, with the daemon's status and notes."""
 
-    home: str
     status: Status
     daemon: Mapping[str, Any]
     notes: Sequence[Problem] = ()
@@ -13347,7 +13380,7 @@ class LiveStatus:
         title = ", ".join([describe_daemon(daemon), *facts]) + (
             f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else ""
         )
-        entries = StatusView(self._home, self._status, daemon, self._status.stray).format_entries(width)
+        entries = StatusView(self._status, daemon, self._status.stray).format_entries(width)
         events = [format_event(line, width) for line in self._events.decode("utf-8", "replace").splitlines()]
         events = [event for event in reversed(events) if event]
         room = max(height - 5, 2)
@@ -13690,9 +13723,12 @@ class Commands(NamedTuple):
     def screen(self) -> Screen:
         return Screen.find(self.environ)
 
-    def _note(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         if not self.args.quiet:
-            say(f"note: {text}")
+            say(text)
+
+    def _note(self, text: str) -> None:
+        self._say(f"note: {text}")
 
     def _find(self, registry: Registry, name: Optional[str]) -> Key:
         """Find a codebase by its name, or by a path; None is the current folder."""
@@ -13749,7 +13785,7 @@ class Commands(NamedTuple):
     def cmd_help(self) -> int:
         args = self.args
         if getattr(args, "version", False):
-            print(f"orchestra {__version__}", flush=True)
+            print(f"orchestra {__version__}")
             return OK
         line = args.line
         if line.name == "help" and not args.help:
@@ -13759,7 +13795,6 @@ class Commands(NamedTuple):
         is_asked = args.help or args.line.name == "help"
         notes = HELP_NOTES if is_asked else MORE_HELP
         sys.stdout.write(format_help(line, "" if line.name else notes))
-        sys.stdout.flush()
         return OK
 
     def cmd_completion(self) -> int:
@@ -13811,21 +13846,20 @@ class Commands(NamedTuple):
         for note in registered.notes:
             self._note(note)
         key = registered.codebase.key
-        if dry_run and sync:
+        if sync and dry_run:
             mode = SyncMode(dry_run=True, take_over=True, accept_empty=True)
             result = sync_codebase(self.home, registered.codebase, None, mode)
+        elif sync:
+            result = self._sync(load_registry(self.home), SyncScope.codebase(label_for(key)))[0]
+            result = count_daemons_files(self.home, result, registration.path, started)
+        if sync:
             self._print_results([result], dry_run)
             return report_all(result.errors)
         if dry_run:
             return OK
         registry = load_registry(self.home)
-        if sync:
-            result = self._sync(registry, SyncScope.codebase(label_for(key)))[0]
-            self._print_results([count_daemons_files(self.home, result, registration.path, started)])
-            return report_all(result.errors)
         if key in registry.codebases:
-            codebase = registry.codebases[key]
-            result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True))
+            result = sync_codebase(self.home, registry.codebases[key], registry.owners, SyncMode(dry_run=True))
             for file in result.files:
                 if file.is_foreign:
                     self._note(f"{label_for(key)}: {file.path}: {file.note}")
@@ -13848,7 +13882,7 @@ class Commands(NamedTuple):
         elif entries:
             self.screen.print_table(rows)
         elif not registry.problems:
-            say(NO_CODEBASES)
+            self._say(NO_CODEBASES)
         return report_all(registry.problems)
 
     def cmd_project_move(self) -> int:
@@ -13863,42 +13897,46 @@ class Commands(NamedTuple):
     def cmd_project_remove(self) -> int:
         registry = load_registry(self.home)
         key = self._find(registry, self.args.codebase)
+        codebase, label = registry.codebases.get(key), label_for(key)
         if self.args.purge:
-            codebase = registry.readable(label_for(key))
-            result = sync_codebase(self.home, codebase, registry.owners, SyncMode(dry_run=True, purge=True))
-            if result.errors:
-                hint = "fix that, then purge again; nothing was changed"
-                raise SyncError("\n".join(map(str, result.errors)), hint)
-            count = count_of(sum(file.writes for file in result.files), "file")
-            root = shorten_home(self.home, codebase_root(self.home, codebase))
-            question = f"remove {label_for(key)} from the registry, and Orchestra's text from {count} in {root}?"
-            if sys.stdin.isatty() and not self.args.yes and not ask(question, default=False):
-                raise UsageError("nothing was changed")
-        if key in registry.codebases:
-            clean_up_codebase(self.home, registry.codebases[key])
-        left = list_written(self.home, registry, key) if not self.args.purge else []
+            self._confirm_purge(registry.readable(label), registry.owners)
+        if codebase:
+            clean_up_codebase(self.home, codebase)
+        left = list_written(self.home, codebase) if codebase and not self.args.purge else []
         # It is deregistered first, so that no sync writes again what is purged.
         kept = retire_codebase(self.home, key)
-        print(f"removed {label_for(key)} from the registry; its YAML is kept as {shorten_home(self.home, kept[0])}")
+        print(f"removed {label} from the registry; its YAML is kept as {shorten_home(self.home, kept[0])}")
         if list_checkout_folders(self.home, key):
-            self._note(f"git keeps this registry: once you push the removal, {label_for(key)} is gone for everybody")
-        if not self.args.purge:
-            import shlex
+            self._note(f"git keeps this registry: once you push the removal, {label} is gone for everybody")
+        if codebase and self.args.purge:
+            return self._purge(codebase, registry.owners)
+        if left:
+            print(f"  left in its folder: {', '.join(left)} (--purge would have taken Orchestra's text out)")
+        folder = os.path.dirname(codebase_path(self.home, key))
+        print(f"  undo: {' '.join(map(typed, ['cp', *kept, folder]))}")
+        return OK
 
-            if left:
-                hint = "--purge would have taken Orchestra's text out"
-                print(f"  left in its folder: {', '.join(left)} ({hint})")
-            folder = os.path.dirname(codebase_path(self.home, key))
-            print(f"  undo: {shlex.join(['cp', *kept, folder])}")
-            return OK
-        result = sync_codebase(self.home, codebase, registry.owners, SyncMode(purge=True))
+    def _confirm_purge(self, codebase: Codebase, owners: Owners) -> None:
+        """Raise OrchestraError if a purge would fail, or the user does not want it."""
+        result = sync_codebase(self.home, codebase, owners, SyncMode(dry_run=True, purge=True))
+        if result.errors:
+            hint = "fix that, then purge again; nothing was changed"
+            raise SyncError("\n".join(map(str, result.errors)), hint)
+        count = count_of(sum(file.writes for file in result.files), "file")
+        root = shorten_home(self.home, codebase_root(self.home, codebase))
+        question = f"remove {label_for(codebase.key)} from the registry, and Orchestra's text from {count} in {root}?"
+        if sys.stdin.isatty() and not self.args.yes and not ask(question, default=False):
+            raise UsageError("nothing was changed")
+
+    def _purge(self, codebase: Codebase, owners: Owners) -> int:
+        result = sync_codebase(self.home, codebase, owners, SyncMode(purge=True))
         self._print_result(result)
         if not result.errors:
-            remove_private(record_path(self.home, key))
+            remove_private(record_path(self.home, codebase.key))
             return OK
-        path = shorten_home(self.home, codebase_root(self.home, codebase))
-        again = f"orchestra init {typed(path)} -p {typed(key[0])} --name {typed(key[1])}, then remove it again"
-        return report_all(error._replace(hint=f"fix that; {again}") for error in result.errors)
+        path = typed(shorten_home(self.home, codebase_root(self.home, codebase)))
+        again = f"orchestra init {path} -p {typed(codebase.project)} --name {typed(codebase.name)}"
+        return report_all(error._replace(hint=f"fix that; {again}, then remove it again") for error in result.errors)
 
     # Syncing
 
@@ -13951,16 +13989,7 @@ class Commands(NamedTuple):
     def _print_results(self, results: Sequence[SyncCodebaseResult], dry_run: bool = False) -> None:
         for result in results:
             self._print_result(result)
-        written = sum(len(result.written) for result in results)
-        foreign = sum(file.is_foreign for result in results for file in result.files)
-        unchanged = sum(len(result.unchanged) for result in results) - foreign
-        failed = sum(len(result.failed) or bool(result.errors) for result in results)
-        totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
-        totals += f", {foreign} {FOREIGN}" if foreign else ""
-        totals += f", {failed} failed" if failed else ""
-        absent = sum(result.is_absent and not result.errors for result in results)
-        totals += f" in {count_of(len(results) - absent, 'codebase')}"
-        print(totals + (f", {absent} absent" if absent else ""))
+        print(describe_results(results, dry_run))
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
         return {
@@ -14001,11 +14030,11 @@ class Commands(NamedTuple):
             print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": notes_on_files})
         elif status.codebases:
             notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
-            view = StatusView(self.home, status, daemon, notes, self.args.all or bool(self.args.codebases))
+            view = StatusView(status, daemon, notes, self.args.all or bool(self.args.codebases))
             for line in view.format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
         elif not failed:
-            say(NO_CODEBASES)
+            self._say(NO_CODEBASES)
         failed = max(failed, report_all(status.stray))
         is_broken = any(entry.status == State.ERROR for entry in status.codebases)
         if failed or is_broken or (self.args.strict and remarks):
@@ -14090,50 +14119,24 @@ class Commands(NamedTuple):
         except OrchestraError as error:
             error.hint = suggest_old_backups(self.home, registry, name) or error.hint
             raise
-        backups = Backups(self.home, codebase.key).versions()
         label = label_for(codebase.key)
         if self.args.list:
-            if not backups:
-                say(f"{label}: no backups yet")
-                return OK
             rows = [("WHEN (UTC)", "LOCAL TIME", "FILE", "WHY")]
-            rows += [(backup.when, local_time(backup.when), backup.path, backup.why) for backup in backups]
-            self.screen.print_table(rows)
+            for backup in Backups(self.home, codebase.key).versions():
+                rows.append((backup.when, local_time(backup.when), backup.path, backup.why))
+            if rows[1:]:
+                self.screen.print_table(rows)
+            else:
+                self._say(f"{label}: no backups yet")
             return OK
-        for backup in self._choose_backups(codebase, backups, path):
+        for backup in choose_backups(self.home, codebase, path, self.args.at):
             changed = restore_file(self.home, codebase, backup)
-            verb = "restored" if changed else "unchanged"
-            print(f"{verb} {label} {backup.path} ({backup.when})")
+            print(f"{'restored' if changed else 'unchanged'} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])
         self._note(
             f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {typed(label)}"
         )
         return OK
-
-    def _choose_backups(self, codebase: Codebase, backups: Sequence[Backup], path: Optional[str]) -> list[Backup]:
-        """Choose the latest backups of a path that --at allows; raises SyncError."""
-        at, key = self.args.at, codebase.key
-        files = known_files(codebase, load_record(self.home, key) or Record())
-        is_wanted = parse_when(at) if at is not None else lambda when: True
-        found = [b for b in backups if b.path in files and is_wanted(b.when)]
-        if path is not None:
-            found = [b for b in found if b.path == os.path.normpath(path)]
-        if found:
-            return [backup for backup in found if backup.when == found[-1].when]
-        label = label_for(key)
-        for backup in reversed(backups):
-            if backup.path == path and path not in files:
-                import shlex
-
-                problem = "only agents' instruction files are restored; this one is kept as"
-                copy = ["cp", backup.file, codebase_path(self.home, key)]
-                hint = shlex.join(copy) if path.endswith(".yaml") else ""
-                raise SyncError(f"{path}: {problem} {backup.file}", hint)
-        if not backups:
-            raise SyncError(f"{label}: nothing to restore: no backups yet")
-        wanted = path or "any instruction file"
-        wanted += f" at {at}; times look like {backups[-1].when[:15]}" if at else ""
-        raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
 
     def cmd_edit(self) -> int:
         """Open the file in the editor until it is right, or the user gives up."""
@@ -14197,7 +14200,7 @@ class Commands(NamedTuple):
             return OK
         print("daemon stop requested")
         if sys.platform == "darwin" and os.path.exists(launchd_plist_path(self.home)):
-            say("note: launchd restarts it; to stop it for good: orchestra daemon uninstall")
+            self._note("launchd restarts it; to stop it for good: orchestra daemon uninstall")
         return OK
 
     def cmd_daemon_status(self) -> int:
@@ -14210,7 +14213,7 @@ class Commands(NamedTuple):
             return OK
         print_json(status)
         if status.get("running") and status.get("version") != __version__:
-            say(f"note: {describe_daemon(status)}")
+            self._note(describe_daemon(status))
         return OK
 
     def cmd_daemon_logs(self) -> int:
@@ -14246,7 +14249,7 @@ class Commands(NamedTuple):
         service = self._supervise(self.args.systemd)
         print(f"installed {service.label}: {shorten_home(self.home, service.file)}")
         if self.args.systemd:
-            say("note: it runs while you are logged in; to keep it running: loginctl enable-linger")
+            self._note("it runs while you are logged in; to keep it running: loginctl enable-linger")
         return OK
 
     def cmd_daemon_uninstall(self) -> int:
@@ -14258,13 +14261,10 @@ class Commands(NamedTuple):
 
     def cmd_self_install(self) -> int:
         """Do what install.sh needs Python for: the program, PyYAML, the link."""
-        link = link_path(self.home)
         installer = Installer(self.home, self.environ, say)
         installer.check_link()
         installer.install()
-        with blame(link):
-            make_link(installer.link_target(), link)
-        print(f"installed {shorten_home(self.home, link)}")
+        print(f"installed {shorten_home(self.home, installer.make_link())}")
         return OK
 
     def cmd_self_uninstall(self) -> int:
@@ -14527,14 +14527,15 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     try:
         args = CommandLine(COMMANDS, sys.argv[1:] if argv is None else argv).parse()
         if args.help or args.command.run in (None, Commands.cmd_help):
-            return Commands("", args, environ).cmd_help()
-        home = find_home(environ)
-        check_owner(home)
-        if args.command.needs_yaml:
-            Installer(home, environ, say).ensure_yaml()
-        if args.quiet:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        status = args.command.run(Commands(home, args, environ))
+            status = Commands("", args, environ).cmd_help()
+        else:
+            home = find_home(environ)
+            check_owner(home)
+            if args.command.needs_yaml:
+                Installer(home, environ, say).ensure_yaml()
+            if args.quiet:
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            status = args.command.run(Commands(home, args, environ))
         sys.stdout.flush()
         return int(status)
     except OrchestraError as error:

@@ -12105,10 +12105,10 @@ def test_a_link_to_somebody_elses_launcher_is_left_alone(machine: Machine) -> No
 
 def test_the_link_is_absolute_where_its_folder_lies_elsewhere(machine: Machine) -> None:
     installer = orchestra.Installer(machine.path)
-    assert installer.link_target() == "../../.orchestra/bin/orchestra"
-    put_files(machine.folder, {"dotfiles/bin": None})
+    assert os.readlink(installer.make_link()) == "../../.orchestra/bin/orchestra"
+    os.rename(machine.home / ".local", machine.folder / "dotfiles")
     (machine.home / ".local").symlink_to(machine.folder / "dotfiles")
-    assert installer.link_target() == orchestra.binary_path(machine.path)
+    assert os.readlink(installer.make_link()) == orchestra.binary_path(machine.path)
 
 
 @pytest.mark.parametrize("home", ["h", "Ann & Zoë's home"])
@@ -14433,7 +14433,7 @@ def test_status_tells_what_the_daemon_has_trouble_with_once() -> None:
     problems = [{"where": "shop/api: CLAUDE.md", "message": "wrong"}, {"where": "socket", "message": "no descriptors"}]
     daemon = {"running": True, "problems": problems, "version": orchestra.__version__}
     notes = [orchestra.Problem("x", "noted; to get it back: orchestra " + "y" * 90)]
-    view = orchestra.StatusView("/h", orchestra.Status((entry,), ()), daemon, notes)
+    view = orchestra.StatusView(orchestra.Status((entry,), ()), daemon, notes)
     told = ["note: x: noted", "  try: orchestra " + "y" * 90, "daemon: socket: no descriptors"]
     assert view.format_entries(80)[2:] == told
 
@@ -14924,6 +14924,8 @@ def test_of_several_codebases_all_are_tried(home: Home, command: list[str]) -> N
 
 
 def test_quiet_commands_print_nothing_but_errors(home: Home) -> None:
+    for argv in (["status"], ["project", "list"]):
+        assert home.run(*argv, "-q") == (0, "", "")
     root = home.make_synced(targets=["claude"])
     edit(root / "CLAUDE.md", "# api", "# mine")
     for argv in (["status"], ["sync", "--all"], ["project", "list", "--json"], ["restore", "api"]):
