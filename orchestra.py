@@ -4254,9 +4254,8 @@ class Registry(NamedTuple):
         like = did_you_mean(name, [*map(label_for, self.keys), *(key[1] for key in self.keys)])
         raise RegistryError(f'no codebase is called "{shown}"{like}', "orchestra project list")
 
-    def readable(self, name: str) -> Codebase:
-        """Find a codebase by name; raises RegistryError, also if its file is broken."""
-        key = self.find(name)
+    def readable(self, key: Key) -> Codebase:
+        """Return a registered codebase; raises RegistryError if its file is broken."""
         if key in self.broken:
             raise error_for(self.broken[key])
         return self.codebases[key]
@@ -12797,13 +12796,13 @@ class Screen(NamedTuple):
         is_terminal = sys.stdout.isatty()
         forced = environ.get("CLICOLOR_FORCE", "0") != "0"
         has_colors = (is_terminal and environ.get("TERM") != "dumb") or forced
-        columns = environ.get("COLUMNS", "")
-        if columns.isascii() and columns.isdigit() and columns != "0":
+        columns, width = environ.get("COLUMNS", ""), 0
+        if re.fullmatch("[1-9][0-9]*", columns):
             width = int(columns)
-        else:
-            width = 80 if is_terminal else 0
+        elif is_terminal:
+            width = 80
             with suppress(OSError, ValueError):
-                width = os.get_terminal_size(sys.stdout.fileno()).columns if is_terminal else 0
+                width = os.get_terminal_size(sys.stdout.fileno()).columns
         return cls(width, has_colors and "NO_COLOR" not in environ)
 
     def paint(self, text: str, color: str) -> str:
@@ -12819,20 +12818,15 @@ class Screen(NamedTuple):
         if not self.has_colors:
             return text
         colors = {"--- ": "1", "+++ ": "1", "@@": "36", "-": "31", "+": "32"}
-        lines = []
-        for line in text.split("\n"):
-            color = next((color for start, color in colors.items() if line.startswith(start)), "")
-            lines.append(self.paint(line, color))
-        return "\n".join(lines)
+        starts = "|".join(map(re.escape, colors))
+        return re.sub(f"(?m)^({starts}).*", lambda match: self.paint(match[0], colors[match[1]]), text)
 
     def paint_words(self, line: str, colors: Mapping[str, str]) -> str:
         """Paint the first of the words that stands between two columns."""
         if not colors or not self.has_colors:
             return line
-        words = "|".join(map(re.escape, colors))
-        return re.sub(
-            f"(?:^|(?<=  ))({words})(?=  |$)", lambda match: self.paint(match[1], colors[match[1]]), line, count=1
-        )
+        word = f"(?:^|(?<=  ))({'|'.join(map(re.escape, colors))})(?=  |$)"
+        return re.sub(word, lambda match: self.paint(match[1], colors[match[1]]), line, count=1)
 
 
 def show_progress(done: int, total: int, key: Key) -> None:
@@ -13015,9 +13009,8 @@ class CommandLine:
             given = self._parse_options(SimpleNamespace())
         except UsageError:
             return None
-        slots = self.positional
-        is_last = len(given) >= len(slots)
-        return slots[-1 if is_last else len(given)] if slots and (not is_last or slots[-1].nargs == "*") else None
+        last = [argument for argument in self.positional[-1:] if argument.nargs == "*"]
+        return next(iter(self.positional[len(given) :] or last), None)
 
     def parse(self) -> SimpleNamespace:
         """Return the values by name, and `command`; raises UsageError."""
@@ -13376,10 +13369,9 @@ class LiveStatus:
     def frame(self, width: int, height: int) -> list[str]:
         """Return the lines of the screen, as many as fit."""
         daemon, width = self._daemon, width - 1  # a full line might scroll
-        facts = [f"pid {daemon['pid']}", daemon["watcher"]] if {"pid", "watcher"} <= {*daemon} else []
-        title = ", ".join([describe_daemon(daemon), *facts]) + (
-            f", {daemon['queue_depth']} queued" if daemon.get("queue_depth") else ""
-        )
+        facts = [describe_daemon(daemon)]
+        facts += [f"pid {daemon['pid']}", daemon["watcher"]] if {"pid", "watcher"} <= {*daemon} else []
+        facts += [f"{daemon['queue_depth']} queued"] if daemon.get("queue_depth") else []
         entries = StatusView(self._status, daemon, self._status.stray).format_entries(width)
         events = [format_event(line, width) for line in self._events.decode("utf-8", "replace").splitlines()]
         events = [event for event in reversed(events) if event]
@@ -13388,7 +13380,7 @@ class LiveStatus:
         if len(entries) > fits:
             entries[fits - 1 :] = [f"... and more: orchestra status ({len(entries) - fits + 1} lines)"]
         rule = "-" * width
-        lines = [f"{title.ljust(width - 8)}  q quit", self._status.describe(), rule, *entries, rule, *events]
+        lines = [f"{', '.join(facts).ljust(width - 8)}  q quit", self._status.describe(), rule, *entries, rule, *events]
         return [cut(line, width) for line in lines[:height]]
 
 
@@ -13778,7 +13770,7 @@ class Commands(NamedTuple):
         return list(keys), max(statuses)
 
     def _readable(self, registry: Registry, name: Optional[str]) -> Codebase:
-        return registry.readable(label_for(self._find(registry, name)))
+        return registry.readable(self._find(registry, name))
 
     # Help
 
@@ -13899,7 +13891,7 @@ class Commands(NamedTuple):
         key = self._find(registry, self.args.codebase)
         codebase, label = registry.codebases.get(key), label_for(key)
         if self.args.purge:
-            self._confirm_purge(registry.readable(label), registry.owners)
+            self._confirm_purge(registry.readable(key), registry.owners)
         if codebase:
             clean_up_codebase(self.home, codebase)
         left = list_written(self.home, codebase) if codebase and not self.args.purge else []
@@ -14062,7 +14054,7 @@ class Commands(NamedTuple):
         parts: list[str] = []
 
         def compare(key: Key) -> None:
-            text, problems = diff_codebase(self.home, registry.readable(label_for(key)), registry.owners)
+            text, problems = diff_codebase(self.home, registry.readable(key), registry.owners)
             parts.append(text)
             if problems:
                 raise error_for(problems)
@@ -14293,6 +14285,7 @@ CODEBASE = argument("codebase", metavar="CODEBASE", nargs="?", help=A_CODEBASE)
 CODEBASES = argument("codebases", metavar="CODEBASE", nargs="*", help=A_CODEBASE)
 TYPE = argument("-t", "--type", choices=PROJECT_TYPES, help=f"{' | '.join(PROJECT_TYPES)}; default: detected")
 JSON = switch("--json", help="print JSON")
+STRICT = switch("--strict", help="exit 2 if a registry file has keys that are ignored")
 NO_PAGER = switch("--no-pager", help="print it at once, also on a terminal")
 SYSTEMD = switch("--systemd", help="with the systemd of Linux instead")
 COMMANDS = {
@@ -14326,7 +14319,7 @@ COMMANDS = {
             switch("--all", help="list those that are current, too"),
             switch("--watch", help="keep it on the screen, with what the daemon does"),
             switch("--check", help="exit 1 if anything is out of date"),
-            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
+            STRICT,
             JSON,
         ),
         heading=DAILY,
@@ -14339,7 +14332,7 @@ COMMANDS = {
             switch("--all", help="every registered codebase"),
             switch("--dry-run", help="only show what would be written"),
             switch("--check", help="write nothing; exit 1 if anything is out of date"),
-            switch("--strict", help="exit 2 if a registry file has keys that are ignored"),
+            STRICT,
             JSON,
         ),
         heading=DAILY,

@@ -7218,7 +7218,7 @@ def test_a_backup_that_is_not_a_file_restores_nothing(home: Home, kind: str) -> 
         file.symlink_to(root / "AGENTS.md")
     before = tree(root)
     with pytest.raises(orchestra.SyncError, match="expected a backup, got "):
-        orchestra.restore_file(home.path, home.registry().readable("api"), backup)
+        orchestra.restore_file(home.path, home.registry().readable(API), backup)
     assert tree(root) == before
 
 
