@@ -7862,6 +7862,9 @@ def is_own_seal(home: str, seal: str) -> bool:
 #     not known    none       evict     (a block, in a purge or in a target's file) is
 #                                       backed up, then removed
 #
+# Text that another registry's Orchestra wrote is not known, but is skipped: only a sync
+# by name replaces it.
+#
 # No text is wanted in a target's file where the user's own is, and the registry has
 # nothing to add to it. The record then has "" for the file: it was left so on purpose.
 #
@@ -8252,7 +8255,7 @@ class Planner:
         files = tuple(
             self._plan_wanted(look, digests[path])
             if path in self._wanted and not (look.note or look.problem)
-            else _plan_unwanted(look, self._record, evict=is_purge)
+            else self._plan_unwanted(look)
             for path, look in looks.items()
         )
         files = (*files, *(() if is_purge else self._unfit))
@@ -8369,14 +8372,25 @@ class Planner:
 
     def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
         """Plan a target's file; another registry's text waits for a sync by name."""
-        plan, text = self._plan_text(look, digest), look.text or b""
-        is_unknown = plan.action in Action.BACKED_UP
-        is_foreign = is_unknown and is_sealed(look.agent, text) and not is_own_seal(self._home, seal_in(text))
-        if not is_foreign or self._mode.take_over:
+        plan = self._plan_text(look, digest)
+        if self._mode.take_over or plan.action not in Action.BACKED_UP:
             return plan
-        # Two people who sync one repository must not fight.
         hint = f"orchestra sync {typed(label_for(self._codebase.key))}"
-        note = f"skipped: {FOREIGN} (a colleague's?); to replace it: {hint}"
+        return self._spare_foreign(plan, look, f"to replace it: {hint}")
+
+    def _plan_unwanted(self, look: Look) -> FilePlan:
+        """Plan a file in which nothing is wanted; a purge spares another registry's."""
+        plan = _plan_unwanted(look, self._record, evict=self._mode.purge)
+        if not self._mode.purge or plan.action not in (Action.EVICT, Action.RELEASE):
+            return plan
+        return self._spare_foreign(plan, look, f"to remove it: delete the {'file' if look.agent.owned else 'block'}")
+
+    def _spare_foreign(self, plan: FilePlan, look: Look, mend: str) -> FilePlan:
+        """Skip another registry's text: two who share a repository must not fight."""
+        text = look.text or b""
+        if not is_sealed(look.agent, text) or is_own_seal(self._home, seal_in(text)):
+            return plan
+        note = f"skipped: {FOREIGN} (a colleague's?); {mend}"
         return FilePlan(plan.path, Action.SKIP, look.agent, look.disk, note=note, is_foreign=True)
 
     def _plan_text(self, look: Look, digest: str) -> FilePlan:

@@ -6693,6 +6693,22 @@ def test_a_block_that_another_machine_appended_is_taken_out_with_its_blank_line(
     assert contents(root) == {"AGENTS.md": b"mine\n"}
 
 
+@pytest.mark.parametrize("is_synced", [True, False])
+def test_a_purge_leaves_a_colleagues_text_alone(home: Home, is_synced: bool) -> None:
+    root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex", "cursor"], notes=["one"])
+    before = contents(root)
+    other = other_home(home, targets=["claude", "codex", "cursor"], notes=["two"])
+    if is_synced:
+        assert other.sync("--all").lines == ["create   shop/api CLAUDE.md"]
+    ran = other.run_fine("project", "remove", "api", "--purge")
+    assert ran.lines[1:] == ["remove   shop/api CLAUDE.md"] * is_synced
+    left = "skipped: written from another registry (a colleague's?); to remove it: delete the"
+    for path, what in (("AGENTS.md", "block"), (CURSOR, "file")):
+        assert f"note: shop/api: {path}: {left} {what}\n" in ran.err
+    assert contents(root) == before and list(other.backups()) == ["api.yaml"]
+    assert home.sync("--all") == Ran(0, "0 written, 2 unchanged in 1 codebase\n", "")
+
+
 def test_a_renamed_codebase_is_no_colleagues(home: Home) -> None:
     root = home.make_synced("shop/api", targets=["codex"], notes=["one"])
     os.unlink(orchestra.codebase_path(home.path, API))
