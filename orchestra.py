@@ -8537,7 +8537,11 @@ class SyncCodebaseResult(NamedTuple):
 
     @property
     def unchanged(self) -> list[str]:
-        return [file.path for file in self.files if not file.writes and not file.problem]
+        return [file.path for file in self.files if not (file.writes or file.problem or file.is_foreign)]
+
+    @property
+    def foreign(self) -> list[str]:
+        return [file.path for file in self.files if file.is_foreign]
 
     @property
     def failed(self) -> list[str]:
@@ -12865,8 +12869,8 @@ def format_age(seconds: Optional[int]) -> str:
 def describe_results(results: Sequence[SyncCodebaseResult], dry_run: bool) -> str:
     """Count the files of a sync in one line."""
     written = sum(len(result.written) for result in results)
-    foreign = sum(file.is_foreign for result in results for file in result.files)
-    unchanged = sum(len(result.unchanged) for result in results) - foreign
+    unchanged = sum(len(result.unchanged) for result in results)
+    foreign = sum(len(result.foreign) for result in results)
     failed = sum(len(result.failed) or bool(result.errors) for result in results)
     absent = sum(result.is_absent and not result.errors for result in results)
     totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
@@ -13255,17 +13259,18 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 
 
 def next_steps(status: Status) -> list[str]:
-    """Return the commands to type next, at most two."""
+    """Return the commands to type next, at most two; those for absent ones are last."""
     entries = status.codebases
-    stuck = [e for e in entries if e.hint and e.needs_attention and e.status in (State.ERROR, State.ABSENT)]
-    steps = [e.hint for e in sorted(stuck, key=lambda e: e.status != State.ERROR)[:1]]
+    stuck = [(e.status, e.hint) for e in entries if e.hint and e.needs_attention]
+    steps = [hint for state, hint in stuck if state == State.ERROR][:1]
+    absent = [hint for state, hint in stuck if state == State.ABSENT]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
     steps += [f"orchestra diff {label}" for label in edited[:1]]
     outdated = [e for e in entries if e.status not in (*State.FINE, State.ERROR)]
     by_all = [typed(e.label) for e in outdated if not e.hint]
     if by_all:
         steps.append("orchestra sync --all" if len(by_all) > 1 else f"orchestra sync {by_all[0]}")
-    return [*steps, *(e.hint for e in outdated if e.hint)][:2]
+    return [*steps, *(e.hint for e in outdated if e.hint), *absent[:1]][:2]
 
 
 class StatusView(NamedTuple):
@@ -13999,7 +14004,7 @@ class Commands(NamedTuple):
 
     def _describe(self, result: SyncCodebaseResult) -> dict[str, Any]:
         return {
-            **pick(result, "project", "codebase", "written", "unchanged", "failed"),
+            **pick(result, "project", "codebase", "written", "unchanged", "foreign", "failed"),
             "files": [pick(file, "path", "action", "note") for file in result.files],
             "errors": [str(problem) for problem in result.errors],
             "notes": [str(remark) for remark in result.remarks],
@@ -14048,6 +14053,10 @@ class Commands(NamedTuple):
         return OUT_OF_DATE if self.args.check and status.summary["stale"] else OK
 
     def _watch(self) -> int:
+        for name in ("json", "check", "strict"):
+            if getattr(self.args, name):
+                raise UsageError(f"give either --watch or --{name}, not both")
+
         def scan() -> Status:
             registry = load_registry(self.home)
             is_named, project = bool(self.args.codebases), self.args.project

@@ -6622,6 +6622,8 @@ def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, pat
     assert other.run("status").out.endswith("\nnext: orchestra sync shop/api\n")
     for command in (("sync", "--all", "--check"), ("sync", "api", "--check"), ("status", "--check")):
         assert other.run(*command).status == 1, command
+    told = json.loads(other.sync("--all", "--json").out)[0]
+    assert [told[name] for name in ("written", "unchanged", "foreign", "failed")] == [[], [], [path], []]
     totals = f"0 to write, 0 unchanged, 1 {orchestra.FOREIGN} in 1 codebase\n"
     assert other.sync("--all", "--dry-run").out == totals
     assert "+- two" in other.run_fine("diff", "api").out
@@ -14403,7 +14405,11 @@ STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "gone": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api")], "next: orchestra project move "
              "shop/api PATH, or bring the folder back"),
     "gone and broken": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
-                        home.write_registry("shop/b.yaml", "{")], "next: orchestra edit shop/b"),
+                        home.write_registry("shop/b.yaml", "{")], "next: orchestra edit shop/b    then: "
+                        "orchestra project move shop/api PATH, or bring the folder back"),
+    "gone and new": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
+                     home.make_codebase("shop/b")], "next: orchestra sync shop/b    then: orchestra project move "
+                     "shop/api PATH, or bring the folder back"),
 }  # fmt: skip
 
 
@@ -14561,6 +14567,9 @@ def test_a_live_status_needs_a_terminal(home: Home) -> None:
     assert Tty(home, home.command("status", "--watch"), TERM="dumb").finish()[0] == 2
     said = "orchestra: --watch needs a terminal\n  try: orchestra status\n"
     assert home.run("status", "--watch") == home.run_script("status", "--watch") == (2, "", said)
+    for option in ("--json", "--check", "--strict"):
+        said = f"orchestra: give either --watch or {option}, not both\n"
+        assert home.run("status", "--watch", option) == (2, "", said)
 
 
 @pytest.mark.parametrize("name", ["api", "日本", "my shop", "$(touch x)", "`id`", "a;b", "it's", 'say "hi"', "*"])
