@@ -13075,6 +13075,9 @@ class CommandLine:
             if not word.startswith("--"):  # -p=shop, or -pshop
                 name, equals, value = word[:2], word[2:], word[2:].removeprefix("=")
             argument = options.get(name)
+            if "/" in word.partition("=")[0] and (argument is None or argument.is_switch):
+                positional.append(word)  # a codebase of a project called -x: no option has a slash
+                continue
             if argument is None:
                 raise UsageError(f"there is no option {visible(name)}{did_you_mean(name, options)}")
             if argument.is_switch:

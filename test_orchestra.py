@@ -14118,6 +14118,8 @@ def test_progress_is_for_terminals(monkeypatch: Any) -> None:
         ("sync --dry-run -- --all -q", {"codebases": ["--all", "-q"], "dry_run": True}),
         ("restore --at=2026 api x.md", {"codebase": "api", "path": "x.md", "at": "2026"}),
         ("restore --at -1 -", {"codebase": "-", "path": None, "at": "-1"}),
+        ("sync -x/api -q/api --x/api", {"codebases": ["-x/api", "-q/api", "--x/api"], "quiet": False}),
+        ("init -p/x -p -x -y/z", {"path": "-y/z", "project": "-x"}),
         ("init -pshop . -tml", {"path": ".", "project": "shop", "type": "ml"}),
         ("init -p=shop . -t=ml", {"path": ".", "project": "shop", "type": "ml"}),
         ("init -p shop", {"path": ".", "project": "shop", "type": None}),
@@ -14141,6 +14143,7 @@ WRONG_LINES = {
     "daemon strat": 'there is no command "daemon strat" (did you mean "start"?)\n  try: orchestra help daemon',
     "sync --al": 'sync: there is no option --al (did you mean "--all"?)\n  try: orchestra help sync',
     "sync --all=1": "sync: --all takes no value\n  try: orchestra help sync",
+    "sync --al=/x": 'sync: there is no option --al (did you mean "--all"?)\n  try: orchestra help sync',
     "sync -xq": "sync: there is no option -x\n  try: orchestra help sync",
     "init": "init: -p PROJECT is missing\n  try: orchestra help init",
     "init . -p": "init: -p: expected PROJECT, got nothing\n  try: orchestra help init",
@@ -14578,6 +14581,16 @@ def test_what_a_hint_says_to_type_can_be_pasted(home: Home, name: str) -> None:
     said = "\n".join(ran for words in ("status", "sync --all", "doctor") for ran in home.run(*words.split())[1:])
     lines = re.findall(r"(?m)(?:next: |try: |fix: |then: )(orchestra (?:edit|sync) [^-\n].*?)(?:    |$)", said)
     assert {shlex.split(line)[2] for line in lines} == {f"shop/{name}", "shop/b b"}
+
+
+@pytest.mark.parametrize("project", ["-x", "-q", "--all"])
+def test_what_is_said_of_a_project_called_like_an_option_can_be_typed(home: Home, project: str) -> None:
+    put_files(home.code, {"api/main.c": ""})
+    home.run_fine("init", str(home.code / "api"), "-p", project)
+    assert home.run("status").out.endswith(f"\nnext: orchestra sync {project}/api\n")
+    for words in ("sync", "show --origin", "project remove"):
+        home.run_fine(*words.split(), f"{project}/api")
+    assert home.registry().keys == []
 
 
 # ── 40 Doctor ─────────────────────────────────────────────────────────────────
