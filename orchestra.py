@@ -10032,31 +10032,36 @@ class Notifier:
     def _start(self, message: str) -> None:
         import subprocess
 
+        if not os.path.lexists(self._path):
+            return
+        problem = self.find_problem(self._path)
         try:
-            problem = self.find_problem(self._path)
             if problem is None:
-                return
-            if not problem:
                 pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
                 pipes.update(cwd="/", env=clean_environ(os.environ), start_new_session=True)
                 self._running = subprocess.Popen([self._path, message], **pipes)
         except OSError as error:
-            problem = explain_os_error(error)
+            problem = Problem.from_error(error)
         self._started_at = self._clock()
         if problem:
-            self._warn("could not notify", program=self._path, error=problem)
+            self._warn("could not notify", program=self._path, error=problem.message)
 
     @staticmethod
-    def find_problem(path: str) -> Optional[str]:
-        """Return why a program is not run, "" for nothing, None if there is none."""
+    def find_problem(path: str) -> Optional[Problem]:
+        """Return why the program is not run, if one is there."""
+        mend = "mend or remove it"
         if not os.path.lexists(path):
             return None
-        found = os.stat(path)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            return Problem(path, explain_os_error(error), mend)
         if not stat.S_ISREG(found.st_mode):
-            return "expected a program, found none"
+            return Problem(path, "expected a program, found none", mend)
         if found.st_uid not in (os.geteuid(), 0) or found.st_mode & 0o022:
-            return "others may write to it: chown it to yourself, and chmod go-w"
-        return "" if os.access(path, os.X_OK) else "not executable: chmod u+x"
+            return Problem(path, "others may write to it", f"chown it to yourself, and chmod go-w {typed(path)}")
+        is_executable = os.access(path, os.X_OK)
+        return None if is_executable else Problem(path, "not executable", f"chmod u+x {typed(path)}")
 
     def _has_ended(self) -> bool:
         status = self._running.poll()
@@ -12646,13 +12651,15 @@ def suggest_old_backups(home: str, registry: Registry, name: Optional[str]) -> s
 
 
 def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
-    """Count as created what the daemon has written since, if it was the faster."""
+    """Count as written what the daemon has written since, if it was the faster."""
     record = load_record(home, result.key) or Record()
 
     def count(file: FilePlan) -> FilePlan:
         is_ours = file.action == Action.KEEP and record.files.get(file.path)
         if not is_ours or os.path.getmtime(f"{root}/{file.path}") < since:
             return file
+        if record.earlier.get(file.path):
+            return file._replace(action=Action.UPDATE)
         return file._replace(action=Action.CREATE, join=record.joins.get(file.path))
 
     return result._replace(files=tuple(map(count, result.files)))
@@ -13581,7 +13588,7 @@ class Doctor:
         path = notify_path(self.home)
         problem = Notifier.find_problem(path)
         if problem:
-            yield warning(f"{self._short(path)} is not run: {problem}", "mend or remove it")
+            yield warning(f"{self._short(path)} is not run: {problem.message}", problem.hint)
 
     def _check_login(self) -> Iterator[Finding]:
         is_mac = sys.platform == "darwin"

@@ -9507,7 +9507,7 @@ def test_a_storm_is_told_at_once_and_then_together(home: Home) -> None:
     assert lines == ["1|orchestra: line 0", *(f"line {number}" for number in range(1, 10)), "and 90 more"]
 
 
-WRITABLE = "others may write to it: chown it to yourself, and chmod go-w"
+WRITABLE = "others may write to it"
 
 
 @pytest.mark.parametrize(
@@ -9517,7 +9517,7 @@ WRITABLE = "others may write to it: chown it to yourself, and chmod go-w"
         (lambda file: file.chmod(0o720), WRITABLE),
         (lambda file: file.chmod(0o702), WRITABLE),
         (lambda file: os.chown(file, NOBODY, -1) if os.geteuid() == 0 else file.chmod(0o720), WRITABLE),
-        (lambda file: [file.chmod(0o600), file.write_text("#!/bin/sh\n")], "not executable: chmod u+x"),
+        (lambda file: [file.chmod(0o600), file.write_text("#!/bin/sh\n")], "not executable"),
         (lambda file: [file.unlink(), file.mkdir()], "expected a program, found none"),
         (lambda file: [file.unlink(), os.mkfifo(file)], "expected a program, found none"),
         (lambda file: [file.unlink(), file.symlink_to("/nowhere/x")], "no such file or directory"),
@@ -13725,6 +13725,15 @@ def test_init_tells_what_was_written_though_the_daemon_was_faster(home: Home) ->
     home.stop(home.daemons[0])
 
 
+def test_init_tells_an_update_of_the_daemons_from_a_new_file(home: Home) -> None:
+    put_files(home.code, {"shop/api/AGENTS.md": "mine\n"})
+    for notes, verb in ((["one"], "append"), (["two"], "update")):
+        root = home.make_synced(notes=notes)
+        result = orchestra.sync_codebase(home.path, home.registry().codebases[API])
+        counted = orchestra.count_daemons_files(home.path, result, str(root), 0.0)
+        assert {file.path: file.verb for file in counted.files}["AGENTS.md"] == verb
+
+
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_an_init_whose_sync_fails_is_exit_status_2(home: Home, dry_run: Any) -> None:
     put_files(home.code, {"GEMINI.md": orchestra.BLOCK_BEGIN})
@@ -14645,7 +14654,17 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
     "no daemon": ([], "warn the daemon is not running", "orchestra daemon start --detach"),
     "notify": (
         [put_in("home/.orchestra/notify")],
-        "warn ~/.orchestra/notify is not run: not executable: chmod u+x",
+        "warn ~/.orchestra/notify is not run: not executable",
+        "chmod u+x /",
+    ),
+    "notify of others": (
+        [put_in("home/.orchestra/notify"), lambda home: os.chmod(orchestra.notify_path(home.path), 0o777)],
+        "warn ~/.orchestra/notify is not run: others may write to it",
+        "chown it to yourself, and chmod go-w /",
+    ),
+    "notify leads nowhere": (
+        [put_in("home/.orchestra/notify", link_to("/nowhere"))],
+        "warn ~/.orchestra/notify is not run: no such file or directory",
         "mend or remove it",
     ),
     "no login": (
