@@ -5932,6 +5932,20 @@ def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
         yield Scripts(name, "melos run {}", {script: flatten(body) for script, body in bodies.items()})
 
 
+def find_cargo(folder: Folder) -> Iterator[Found]:
+    """Find the only program; Cargo also makes one of src/main.rs, and each in src/bin."""
+    package, programs = folder.table("Cargo.toml", "package"), folder.value("Cargo.toml", "bin")
+    if not isinstance(programs, list) or len(programs) != 1 or not isinstance(programs[0], dict):
+        return
+    path = programs[0].get("path", "src/main.rs" if programs[0].get("name") == package.get("name") else "")
+    has_more = folder.find("src/bin") or (path != "src/main.rs" and folder.find("src/main.rs"))
+    is_elsewhere = folder.value("Cargo.toml", "workspace", "default-members") is not None
+    if has_more or is_elsewhere or "required-features" in programs[0]:
+        return
+    if isinstance(path, str) and folder.find(path):
+        yield Found("run", "cargo run", "Cargo.toml")
+
+
 def find_go(folder: Folder) -> Iterator[Found]:
     """Find a workspace's modules where it is none itself, and the only program."""
     programs = {os.path.dirname(path) for path in folder.expand("cmd/*/*.go")}
@@ -6225,6 +6239,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("format", "cargo fmt"),
         Row("run", "cargo run", "Cargo.toml package default-run"),
         Row("run", "cargo run", "src/main.rs + not src/bin + not Cargo.toml bin"),
+        find=find_cargo,
     ),
     ecosystem(
         "go",

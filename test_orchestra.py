@@ -4045,6 +4045,7 @@ def test_a_member_of_a_python_workspace_uses_its_lock(home: Home) -> None:
 # ── 19 Languages ──────────────────────────────────────────────────────────────
 
 
+CARGO = "[package]\nname = 'shop'\n[[bin]]\nname = 'shop'\n"
 MIX = """
 defmodule Shop.MixProject do
   use Mix.Project
@@ -4185,6 +4186,14 @@ def composer(**keys: Any) -> dict[str, str]:
             {"Cargo.toml": "[[bin]]\n[[bin]]", "src/main.rs": "", ".config/nextest.toml": ""},
             "test: cargo nextest run | one test: cargo nextest run name_of_the_test | run: -",
         ),
+        ({"Cargo.toml": CARGO + "path = 'core/main.rs'", "core/main.rs": ""}, "run: cargo run"),
+        ({"Cargo.toml": CARGO, "src/main.rs": ""}, "run: cargo run"),
+        ({"Cargo.toml": CARGO, "src/main.rs": "", "src/bin/other.rs": ""}, "run: -"),
+        ({"Cargo.toml": CARGO + "path = 'core/main.rs'", "core/main.rs": "", "src/main.rs": ""}, "run: -"),
+        ({"Cargo.toml": CARGO + "path = 'core/main.rs'"}, "run: -"),
+        ({"Cargo.toml": CARGO.replace("shop", "till", 1), "src/main.rs": ""}, "run: -"),
+        ({"Cargo.toml": CARGO + "required-features = ['cli']", "src/main.rs": ""}, "run: -"),
+        ({"Cargo.toml": CARGO + "[workspace]\ndefault-members = ['x']", "src/main.rs": ""}, "run: -"),
         ({"Cargo.toml": "", "rust-toolchain.toml": 'channel = "nightly-2026-01-01"'}, "built with: Rust nightly"),
         ({"Cargo.toml": "", "pyproject.toml": "[build-system]\n"}, "test: cargo test"),
         (
@@ -14618,7 +14627,7 @@ def install_older(home: Home) -> None:
     os.chmod(orchestra.binary_path(home.path), 0o700)
 
 
-def put_in(path: str, content: str = "x\n") -> Callable[[Home], None]:
+def put_in(path: str, content: Any = "x\n") -> Callable[[Home], None]:
     return lambda home: put_files(home.folder, {path: content})
 
 
