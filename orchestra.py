@@ -5933,7 +5933,7 @@ def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
 
 
 def find_cargo(folder: Folder) -> Iterator[Found]:
-    """Find the only program; Cargo also makes one of src/main.rs, and each in src/bin."""
+    """Find the only program: src/main.rs and those in src/bin are more of them."""
     package, programs = folder.table("Cargo.toml", "package"), folder.value("Cargo.toml", "bin")
     if not isinstance(programs, list) or len(programs) != 1 or not isinstance(programs[0], dict):
         return
@@ -13768,12 +13768,15 @@ class Commands(NamedTuple):
 
     def _find(self, registry: Registry, name: Optional[str]) -> Key:
         """Find a codebase by its name, or by a path; None is the current folder."""
-        if name is None or name.startswith((".", "/", "~")) or name.endswith("/"):
-            return self._find_at(registry, name)
-        is_name = any(name in (key[1], label_for(key)) for key in registry.keys)
-        if os.path.isdir(name) and not is_name:
+        if name is None or self._is_path(registry, name):
             return self._find_at(registry, name)
         return registry.find(name, f"orchestra {self.args.line.name}")
+
+    @staticmethod
+    def _is_path(registry: Registry, name: str) -> bool:
+        if name.startswith((".", "/", "~")) or name.endswith("/"):
+            return True
+        return os.path.isdir(name) and not any(name in (key[1], label_for(key)) for key in registry.keys)
 
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
         """Find the codebase that a folder is in; raises UsageError.
@@ -14119,6 +14122,16 @@ class Commands(NamedTuple):
         if not (is_paged and run_pager(self.environ, text)):
             sys.stdout.write(text)
 
+    def _find_part(self, registry: Registry, codebase: Codebase) -> str:
+        """Return the folder of the part that the command is for, "" for no part."""
+        name = self.args.codebase
+        if name is not None and not self._is_path(registry, name):
+            return ""
+        folder = real_path(self._absolute("." if name is None else name))
+        root = real_path(codebase_root(self.home, codebase)).rstrip("/")
+        parts = (part.path for part in codebase.projects if part.has_files)
+        return max((part for part in parts if f"{folder}/".startswith(f"{root}/{part}/")), key=len, default="")
+
     def cmd_show(self) -> int:
         registry = load_registry(self.home)
         codebase = self._readable(registry, self.args.codebase)
@@ -14129,17 +14142,22 @@ class Commands(NamedTuple):
                 rows.append((key, text if len(text) <= 60 else f"{text[:57]}...", file))
             self.screen.print_table(rows)
             return OK
-        target = self.args.target
+        part, target = self._find_part(registry, codebase), self.args.target
         shown = codebase._replace(targets=(target,)) if target else codebase
         files = preview_files(self.home, shown, registry.owners)
-        path = next((agent.path for agent in managed_files(shown).values() if agent.target == target), "")
+        agents = [*managed_files(shown).values()]
+        of_part = [agent for agent in agents if part and agent.part == part]
+        path = next((agent.path for agent in of_part or agents if agent.target == target), "")
         if target and not path:
             names = [*AGENTS, *(custom.target for custom in codebase.custom_targets)]
             like = did_you_mean(target, names) or f": expected {' | '.join(names)}"
             raise UsageError(f'show: no target is called "{visible(target)}"{like}')
-        text = files[path].decode("utf-8", "replace") if target else render_text(codebase, render_body(codebase))
+        told = codebase_of_part(codebase, part) if of_part else codebase
+        text = files[path].decode("utf-8", "replace") if target else render_text(told, render_body(told))
         self._show(show_hidden(text))
-        for agent in managed_files(shown).values():
+        if of_part:
+            self._note(f"this is for {part} alone; the codebase's: orchestra show {typed(label_for(codebase.key))}")
+        for agent in of_part or agents:
             self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
         return OK
 

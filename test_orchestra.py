@@ -8013,6 +8013,34 @@ def test_what_is_broken_keeps_the_time_of_its_last_sync(home: Home, breaks: Call
     assert entry["last_sync_age"] in range(60)
 
 
+def test_show_in_a_parts_folder_is_of_the_part(home: Home, monkeypatch: Any) -> None:
+    web = {"name": "web", "project_type": "frontend", "path": "packages/web", "commands": {"test": "pnpm test"}}
+    targets = ["codex", "cursor", "kiro"]
+    root = home.make_synced("shop/api", {"packages/web/src/x": ""}, targets=targets, projects=[web], notes=["noted"])
+    files = {path: data.decode() for path, data in contents(root).items()}
+    whole = home.run_fine("show", "api")
+    assert whole.out.startswith("# api\n") and len(whole.err.splitlines()) == 5
+    monkeypatch.chdir(root / "packages/web/src")
+    for argv in ((), ("..",), (str(root / "packages/web"),)):
+        ran = home.run_fine("show", *argv)
+        assert ran.out.startswith("# web\n") and "pnpm test" in ran.out and "noted" not in ran.out
+        note, *sizes = ran.err.splitlines()
+        assert note == "note: this is for packages/web alone; the codebase's: orchestra show shop/api"
+        assert [size.split(":")[1].strip() for size in sizes] == [
+            "packages/web/AGENTS.md",
+            ".cursor/rules/orchestra-web.mdc",
+        ]
+    for target, path in (
+        ("codex", "packages/web/AGENTS.md"),
+        ("cursor", ".cursor/rules/orchestra-web.mdc"),
+        ("kiro", ".kiro/steering/orchestra.md"),
+    ):
+        assert home.run_fine("show", "--target", target).out == files[path]
+    assert home.run_fine("show", "api") == whole == home.run_fine("show", str(root))
+    monkeypatch.chdir(root / "packages")
+    assert home.run_fine("show") == whole
+
+
 def test_show_prints_what_an_agent_is_told_and_where_it_is_from(home: Home) -> None:
     put_files(home.projects, LAYERED)
     root = home.code / "api"
