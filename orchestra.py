@@ -7860,6 +7860,11 @@ def is_own_seal(home: str, seal: str) -> bool:
     return False
 
 
+def is_foreign_text(home: str, agent: Agent, text: bytes) -> bool:
+    """Return whether a managed text was written by another registry's Orchestra."""
+    return is_sealed(agent, text) and not is_own_seal(home, seal_in(text))
+
+
 # ── 25 Plan ───────────────────────────────────────────────────────────────────
 
 # The one law: Orchestra never destroys what it cannot prove it wrote. Three hashes of
@@ -7877,13 +7882,11 @@ def is_own_seal(home: str, seal: str) -> bool:
 #     not known    none       evict     (a block, in a purge or in a target's file) is
 #                                       backed up, then removed
 #
-# Text that another registry's Orchestra wrote is not known, but is skipped: only a sync
-# by name replaces it.
-#
 # No text is wanted in a target's file where the user's own is, and the registry has
 # nothing to add to it. The record then has "" for the file: it was left so on purpose.
 #
-# A file that cannot safely be read or written is skipped, with a problem or a note.
+# A file that cannot safely be read or written is skipped, with a problem or a note. So
+# is another registry's text that is not known, but for a sync by name.
 #
 # How a plan is made (`Planner.plan`); all of this only looks:
 #
@@ -8267,13 +8270,13 @@ class Planner:
         surroundings = ",".join([*self._beside, "", *self._importing, *(file.path + file.note for file in self._unfit)])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(looks, inputs)
-        files = tuple(
+        plans = (
             self._plan_wanted(look, digests[path])
             if path in self._wanted and not (look.note or look.problem)
-            else self._plan_unwanted(look)
+            else _plan_unwanted(look, self._record, evict=is_purge)
             for path, look in looks.items()
         )
-        files = (*files, *(() if is_purge else self._unfit))
+        files = (*map(self._spare_foreign, plans, looks.values()), *(() if is_purge else self._unfit))
         inputs = "" if any(file.problem for file in files) else inputs
         record = self._next_record(files)._replace(inputs=inputs, root=self._spell_root())
         return Plan(self._root, files, old_record, record, former)
@@ -8385,30 +8388,17 @@ class Planner:
             return recorded
         return {path: digest_of(text) if text else "" for path, text in self._texts.items()} if self._wanted else {}
 
-    def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
-        """Plan a target's file; another registry's text waits for a sync by name."""
-        plan = self._plan_text(look, digest)
-        if self._mode.take_over or plan.action not in Action.BACKED_UP:
-            return plan
-        hint = f"orchestra sync {typed(label_for(self._codebase.key))}"
-        return self._spare_foreign(plan, look, f"to replace it: {hint}")
-
-    def _plan_unwanted(self, look: Look) -> FilePlan:
-        """Plan a file in which nothing is wanted; a purge spares another registry's."""
-        plan = _plan_unwanted(look, self._record, evict=self._mode.purge)
-        if not self._mode.purge or plan.action not in (Action.EVICT, Action.RELEASE):
-            return plan
-        return self._spare_foreign(plan, look, f"to remove it: delete the {'file' if look.agent.owned else 'block'}")
-
-    def _spare_foreign(self, plan: FilePlan, look: Look, mend: str) -> FilePlan:
+    def _spare_foreign(self, plan: FilePlan, look: Look) -> FilePlan:
         """Skip another registry's text: two who share a repository must not fight."""
-        text = look.text or b""
-        if not is_sealed(look.agent, text) or is_own_seal(self._home, seal_in(text)):
+        is_purge = self._mode.purge
+        is_unknown = plan.action in Action.BACKED_UP or (is_purge and plan.action == Action.RELEASE)
+        if not is_unknown or self._mode.take_over or not is_foreign_text(self._home, look.agent, look.text or b""):
             return plan
-        note = f"skipped: {FOREIGN} (a colleague's?); {mend}"
+        sync = f"to replace it: orchestra sync {typed(label_for(self._codebase.key))}"
+        note = f"skipped: {FOREIGN} (a colleague's?); {'to remove it: delete it by hand' if is_purge else sync}"
         return FilePlan(plan.path, Action.SKIP, look.agent, look.disk, note=note, is_foreign=True)
 
-    def _plan_text(self, look: Look, digest: str) -> FilePlan:
+    def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
         """Plan a target's file, whoever wrote what is there."""
         agent, before, path = look.agent, look.disk, look.agent.path
         action = decide(look.digest, _known_digests(self._record, path, look), digest or None, evict=True)
@@ -9101,6 +9091,13 @@ def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None
 
 
 # What an agent is told
+
+
+def find_part(home: str, codebase: Codebase, folder: str) -> str:
+    """Find the part of a codebase that a folder is in, by its path, "" for none."""
+    root, folder = real_path(codebase_root(home, codebase)).rstrip("/"), real_path(folder)
+    parts = (part.path for part in codebase.projects if part.has_files)
+    return max((path for path in parts if f"{folder}/".startswith(f"{root}/{path}/")), key=len, default="")
 
 
 def preview_files(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> dict[str, bytes]:
@@ -11080,7 +11077,7 @@ def run_job(home: str, cache: RegistryCache, job: SyncJob) -> tuple[RegistryCach
         job.source,
         [name for name, result in zip(names, results) if not result.is_absent],
         sum(len(result.written) for result in results),
-        sum(len(result.unchanged) for result in results),
+        sum(len(result.unchanged) + len(result.foreign) for result in results),
         int((time.monotonic() - started) * 1000),
         [str(problem) for result in results for problem in result.errors],
     )
@@ -13768,15 +13765,12 @@ class Commands(NamedTuple):
 
     def _find(self, registry: Registry, name: Optional[str]) -> Key:
         """Find a codebase by its name, or by a path; None is the current folder."""
-        if name is None or self._is_path(registry, name):
+        if name is None or name.startswith((".", "/", "~")) or name.endswith("/"):
+            return self._find_at(registry, name)
+        is_name = any(name in (key[1], label_for(key)) for key in registry.keys)
+        if os.path.isdir(name) and not is_name:
             return self._find_at(registry, name)
         return registry.find(name, f"orchestra {self.args.line.name}")
-
-    @staticmethod
-    def _is_path(registry: Registry, name: str) -> bool:
-        if name.startswith((".", "/", "~")) or name.endswith("/"):
-            return True
-        return os.path.isdir(name) and not any(name in (key[1], label_for(key)) for key in registry.keys)
 
     def _find_at(self, registry: Registry, path: Optional[str]) -> Key:
         """Find the codebase that a folder is in; raises UsageError.
@@ -14122,16 +14116,6 @@ class Commands(NamedTuple):
         if not (is_paged and run_pager(self.environ, text)):
             sys.stdout.write(text)
 
-    def _find_part(self, registry: Registry, codebase: Codebase) -> str:
-        """Return the folder of the part that the command is for, "" for no part."""
-        name = self.args.codebase
-        if name is not None and not self._is_path(registry, name):
-            return ""
-        folder = real_path(self._absolute("." if name is None else name))
-        root = real_path(codebase_root(self.home, codebase)).rstrip("/")
-        parts = (part.path for part in codebase.projects if part.has_files)
-        return max((part for part in parts if f"{folder}/".startswith(f"{root}/{part}/")), key=len, default="")
-
     def cmd_show(self) -> int:
         registry = load_registry(self.home)
         codebase = self._readable(registry, self.args.codebase)
@@ -14142,7 +14126,8 @@ class Commands(NamedTuple):
                 rows.append((key, text if len(text) <= 60 else f"{text[:57]}...", file))
             self.screen.print_table(rows)
             return OK
-        part, target = self._find_part(registry, codebase), self.args.target
+        label, name, target = label_for(codebase.key), self.args.codebase, self.args.target
+        part = "" if name in (codebase.name, label) else find_part(self.home, codebase, self._absolute(name or "."))
         shown = codebase._replace(targets=(target,)) if target else codebase
         files = preview_files(self.home, shown, registry.owners)
         agents = [*managed_files(shown).values()]
@@ -14156,7 +14141,7 @@ class Commands(NamedTuple):
         text = files[path].decode("utf-8", "replace") if target else render_text(told, render_body(told))
         self._show(show_hidden(text))
         if of_part:
-            self._note(f"this is for {part} alone; the codebase's: orchestra show {typed(label_for(codebase.key))}")
+            self._note(f"this is for {part} alone; the codebase's: orchestra show {typed(label)}")
         for agent in of_part or agents:
             self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
         return OK

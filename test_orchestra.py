@@ -6713,9 +6713,9 @@ def test_a_purge_leaves_a_colleagues_text_alone(home: Home, is_synced: bool) -> 
         assert other.sync("--all").lines == ["create   shop/api CLAUDE.md"]
     ran = other.run_fine("project", "remove", "api", "--purge")
     assert ran.lines[1:] == ["remove   shop/api CLAUDE.md"] * is_synced
-    left = "skipped: written from another registry (a colleague's?); to remove it: delete the"
-    for path, what in (("AGENTS.md", "block"), (CURSOR, "file")):
-        assert f"note: shop/api: {path}: {left} {what}\n" in ran.err
+    left = "skipped: written from another registry (a colleague's?); to remove it: delete it by hand"
+    for path in ("AGENTS.md", CURSOR):
+        assert f"note: shop/api: {path}: {left}\n" in ran.err
     assert contents(root) == before and list(other.backups()) == ["api.yaml"]
     assert home.sync("--all") == Ran(0, "0 written, 2 unchanged in 1 codebase\n", "")
 
