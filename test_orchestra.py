@@ -8291,39 +8291,32 @@ def kqueue(monkeypatch: Any) -> None:
     require("kqueue", monkeypatch)
 
 
-FOLDER_NOTES = {
-    "create": (lambda folder: (folder / "new").write_text("x"), WRITE),
-    "make a folder": (lambda folder: (folder / "new").mkdir(), WRITE | LINK),
-    "write an entry in place": (lambda folder: (folder / "file").write_text("longer than before"), 0),
-    "remove an entry": (lambda folder: (folder / "file").unlink(), WRITE),
-    "rename over an entry": (lambda folder: (folder / "other").replace(folder / "file"), WRITE),
-    "rename an entry out": (lambda folder: (folder / "file").rename(folder.parent / "out"), WRITE),
-    "rename it": (lambda folder: folder.rename(folder.parent / "renamed"), RENAME),
-    "remove it": (shutil.rmtree, WRITE | DELETE | LINK),
-}
-FILE_NOTES = {
-    "append": (lambda file: file.open("a").write("more"), WRITE | EXTEND),
-    "write in place": (lambda file: file.open("r+").write("TEXT"), WRITE),
-    "truncate": (lambda file: os.truncate(file, 1), ATTRIB),
-    "chmod": (lambda file: file.chmod(0o600), ATTRIB),
-    "unlink": (lambda file: file.unlink(), DELETE | LINK),
-    "rename over": (lambda file: (file.parent / "other").replace(file), DELETE),
-    "rename": (lambda file: file.rename(file.parent / "new"), RENAME),
-    "read": (lambda file: file.read_text(), 0),
+KQUEUE_NOTES = {  # what is done to a folder or a file, and what is reported of it
+    "folder: create": (lambda folder: (folder / "new").write_text("x"), WRITE),
+    "folder: make a folder": (lambda folder: (folder / "new").mkdir(), WRITE | LINK),
+    "folder: write an entry in place": (lambda folder: (folder / "file").write_text("longer than before"), 0),
+    "folder: remove an entry": (lambda folder: (folder / "file").unlink(), WRITE),
+    "folder: rename over an entry": (lambda folder: (folder / "other").replace(folder / "file"), WRITE),
+    "folder: rename an entry out": (lambda folder: (folder / "file").rename(folder.parent / "out"), WRITE),
+    "folder: rename it": (lambda folder: folder.rename(folder.parent / "renamed"), RENAME),
+    "folder: remove it": (shutil.rmtree, WRITE | DELETE | LINK),
+    "file: append": (lambda file: file.open("a").write("more"), WRITE | EXTEND),
+    "file: write in place": (lambda file: file.open("r+").write("TEXT"), WRITE),
+    "file: truncate": (lambda file: os.truncate(file, 1), ATTRIB),
+    "file: chmod": (lambda file: file.chmod(0o600), ATTRIB),
+    "file: unlink": (lambda file: file.unlink(), DELETE | LINK),
+    "file: rename over": (lambda file: (file.parent / "other").replace(file), DELETE),
+    "file: rename": (lambda file: file.rename(file.parent / "new"), RENAME),
+    "file: read": (lambda file: file.read_text(), 0),
 }
 
 
-@pytest.mark.parametrize(("act", "notes"), FOLDER_NOTES.values(), ids=FOLDER_NOTES)
-def test_kqueue_reports_of_a_folder_what_the_table_says(live: Home, kqueue: None, act: Any, notes: int) -> None:
-    put_files(live.code, {"watched/file": "x", "watched/other": "x"})
-    folder = live.code / "watched"
-    assert notes_of(folder, lambda: act(folder)) & ~LINK == notes & ~LINK
-
-
-@pytest.mark.parametrize(("act", "notes"), FILE_NOTES.values(), ids=FILE_NOTES)
-def test_kqueue_reports_of_a_file_what_the_table_says(live: Home, kqueue: None, act: Any, notes: int) -> None:
-    put_files(live.code, {"file": "text", "other": "x"})
-    assert notes_of(live.code / "file", lambda: act(live.code / "file")) & ~LINK == notes & ~LINK
+@pytest.mark.parametrize("name", KQUEUE_NOTES)
+def test_kqueue_reports_what_the_table_says(live: Home, kqueue: None, name: str) -> None:
+    put_files(live.code, {"folder/file": "text", "folder/other": "x"})
+    act, notes = KQUEUE_NOTES[name]
+    path = live.code / "folder" / ("" if name.startswith("folder") else "file")
+    assert notes_of(path, lambda: act(path)) & ~LINK == notes & ~LINK
 
 
 def notes_of(path: Path, act: Callable[[], None]) -> int:
@@ -9684,22 +9677,6 @@ BAD_REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
-def test_a_bad_request_is_refused_and_the_connection_kept(line: bytes, message: str) -> None:
-    with pytest.raises(orchestra.ProtocolError) as error:
-        orchestra.parse_request(line)
-    assert str(error.value).startswith(message) and len(str(error.value)) < 150
-    assert not error.value.closes
-    reply = orchestra.encode_error(str(error.value))
-    assert json.loads(reply) == {"ok": False, "error": str(error.value)}
-
-
-def test_a_request_that_is_not_utf8_ends_the_conversation() -> None:
-    with pytest.raises(orchestra.ProtocolError, match="request: expected UTF-8, got the byte 0xff") as error:
-        orchestra.parse_request(b'{"cmd":"\xff"}')
-    assert error.value.closes
-
-
 @pytest.mark.parametrize("text", ['{"cmd":%s}', '{"cmd":"sync","codebase":%s}', "%s"])
 @pytest.mark.parametrize("brackets", ["[]", '{"":0}'])
 def test_nesting_at_the_very_limit_of_the_parser_is_refused(text: str, brackets: str) -> None:
@@ -9961,6 +9938,13 @@ class Exchange:
 ANSWERED = {"ok": True, "data": "status"}
 
 
+@pytest.mark.parametrize(("line", "message"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_a_bad_request_is_refused_and_the_connection_kept(line: bytes, message: str) -> None:
+    channel, reply = Exchange().ask(line + b"\n" + STATUS)
+    assert reply["error"].startswith(message) and len(reply["error"]) < 150 and not reply["ok"]
+    assert channel.replies[1:] == [ANSWERED] and not channel.is_closed
+
+
 def test_another_user_is_not_admitted() -> None:
     exchange = Exchange()
     channel = exchange.connect(Channel(STATUS + b"\n", uid=os.getuid() + 1))
@@ -10118,20 +10102,14 @@ def test_a_client_that_asks_without_end_lets_others_speak() -> None:
     assert len(greedy.replies) == 1000
 
 
-def test_running_out_of_descriptors_turns_callers_away() -> None:
-    exchange = Exchange()
-    exchange.connect(OSError(errno.EMFILE, "no descriptor"), Channel(STATUS + b"\n"))
-    assert exchange.server.clients == set()
-    assert exchange.ask()[1] == ANSWERED
-
-
-def test_without_descriptors_the_loop_waits_for_no_callers(monkeypatch: Any) -> None:
+def test_running_out_of_descriptors_turns_callers_away_and_waits_for_none(monkeypatch: Any) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    exchange = Exchange()
-    # Linux says so before it looks whether anyone is there.
-    exchange.connect(OSError(errno.EMFILE, "no descriptor"))
-    assert pauses == [] and exchange.ask()[1] == ANSWERED
+    for callers in ([Channel(STATUS + b"\n")], []):  # Linux says so before it looks whether anyone is there
+        exchange = Exchange()
+        exchange.connect(OSError(errno.EMFILE, "no descriptor"), *callers)
+        assert exchange.server.clients == set() and exchange.ask()[1] == ANSWERED
+    assert pauses == []
 
 
 def test_a_spare_descriptor_that_the_worker_takes_does_no_harm() -> None:
@@ -10221,16 +10199,6 @@ def test_half_closed_clients_get_all_their_replies(served: Home) -> None:
                 client.sendall(bytes([byte]))
             client.shutdown(socket.SHUT_WR)
             assert len(read_all(client).splitlines()) == count, data
-
-
-def test_bad_requests_leave_the_connection_open(served: Home) -> None:
-    with served.connection() as client:
-        for line, message in BAD_REQUESTS:
-            client.sendall(line + b"\n")
-            reply = json.loads(read_line(client))
-            assert reply["ok"] is False and reply["error"].startswith(message)
-        client.sendall(STATUS + b"\n")
-        assert json.loads(read_line(client))["ok"] is True
 
 
 def test_a_line_beyond_use_gets_an_error_and_the_end(served: Home) -> None:
@@ -11148,11 +11116,12 @@ def test_every_layer_and_its_prose_drive_the_daemon(live: Home, kind: str, monke
         turn_until(daemon, lambda: "all.yaml:1: file: expected a file, got a folder" in "".join(live.complaints()))
 
 
-def test_layers_that_changed_while_no_daemon_ran_are_synced_at_the_start(live: Home) -> None:
-    for name in ("api", "web"):
-        live.save(f"shop/{name}")
+def test_what_changed_while_no_daemon_ran_is_synced_at_the_start(live: Home) -> None:
     files = {"all.md": "w-down\n", "shop/api.md": "w-api\n", "shop/web.local.yaml": "notes: [w-web]\n"}
-    for saved, words in ((files, ("w-down w-api", "w-down w-web")), (dict.fromkeys(files), ("", ""))):
+    rows = [("w-1", files, ("w-down w-api w-1", "w-down w-1 w-web")), ("w-2", dict.fromkeys(files), ("w-2", "w-2"))]
+    for note, saved, words in rows:
+        for name in ("api", "web"):
+            live.save(f"shop/{name}", note)
         put_or_remove(live, saved)
         daemon = live.start_daemon()
         wait_until(lambda: words_of(live) == words)  # noqa: B023
@@ -11300,30 +11269,6 @@ def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Home) -> Non
     wait_until(lambda: served.status()["codebases"] == ["api"])
     assert served.status()["codebase_count"] == 1
     assert served.has("first", "team/api")
-
-
-def test_edits_made_while_it_was_down_are_synced_at_the_start(live: Home) -> None:
-    live.save("shop/api")
-    live.save("shop/web")
-    for note in ("one", "two"):
-        live.save(note=note)
-        daemon = live.start_daemon()
-        wait_until(lambda note=note: live.has(note) and live.read("shop/web"))  # type: ignore[misc]
-        live.stop(daemon)
-
-
-def test_a_project_file_that_changes_or_goes_syncs_all(served: Home) -> None:
-    labels = ("shop/api", "shop/web")
-    for label in labels:
-        served.save(label)
-    wait_for(served, "first", *labels)
-    project = served.file("shop/project")
-    for note in ("of the shop", "of the new shop"):
-        project.write_text(f"name: shop\nconventions:\n- {note}\n")
-        wait_for(served, note, *labels)
-    project.unlink()
-    wait_until(lambda: not any(served.has(note, label) for label in labels))
-    assert served.has("first")
 
 
 # As a process: signals, one alone, what stands in the way
