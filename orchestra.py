@@ -244,7 +244,7 @@ class SyncError(OrchestraError):
 class FolderAbsent(SyncError):
     """A codebase's folder is not on this machine, as is usual in a shared registry.
 
-    `find_root` raises it, with which every plan begins; `is_absent` asks before a plan.
+    Every plan begins by looking (`find_root`); `is_absent` asks before a plan.
     """
 
 
@@ -1164,7 +1164,7 @@ class Lock:
     def __init__(self, path: str, timeout: float = 30.0) -> None:
         self.leftover = Leftover(new_token())  # what a kill would leave now
         self.aside = f"{path}.aside"  # the folder for files that are set aside
-        self.has_files_aside = False  # beside the user's: the next turn looks for them
+        self.has_files_aside = False  # beside the user's, where the next turn must look
         self.is_clean = True  # if not, the file is left as by a kill
         self._path = path
         self._timeout = timeout
@@ -2270,7 +2270,6 @@ def is_null(node: YamlNode) -> bool:
 # Reading
 
 UNFINISHED_MERGE = "found git's conflict markers: finish the merge first"
-MERGE_MARKER = re.compile(r"(?m)^(?:(?:<{7}|\|{7}|>{7}) |={7}\r?$)")
 
 
 def conflict_line(text: str) -> int:
@@ -2288,6 +2287,9 @@ class Document:
     """A YAML file being read, and its problems, in which it is called `place`."""
 
     MAX_DEPTH = 100  # libyaml overflows the C stack at about ten thousand levels
+    MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
+    MAX_ITEMS = 20000  # of all lists together, likewise
+    MAX_NOTES = 20
     ADVICE = {  # by what YAML's readers say
         "tab character": "tabs cannot indent YAML",
         "cannot start any token": "put quotes around text that starts with {}",
@@ -2298,9 +2300,6 @@ class Document:
         ' or text that contains ": " needs quotes',
         "another document": "expected one document, got another after ---",
     }
-    MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
-    MAX_ITEMS = 20000  # of all lists together, likewise
-    MAX_NOTES = 20
 
     def __init__(self, place: str, hint: str = "") -> None:
         self.place = place
@@ -2358,7 +2357,7 @@ class Document:
                 mark = error.context_mark  # where the quote opens
             line += mark.line if mark else 0
             problem = self._explain(problem, text[mark.index :][:1] if mark else "")
-            leftover = MERGE_MARKER.search(text)
+            leftover = re.search(r"(?m)^(?:(?:<{7}|\|{7}|>{7}) |={7}\r?$)", text)
             if leftover:
                 line, problem = text.count("\n", 0, leftover.start()) + 1, UNFINISHED_MERGE
         except (ValueError, OverflowError) as error:  # also PyYAML's own parser, on escapes beyond Unicode
@@ -4067,11 +4066,11 @@ class LayerReader:
             if bad or wrong:
                 hint = f"orchestra edit {typed(label_for(codebase.key))}" if layer is codebase.layers[-1] else ""
                 file = RegistryFile(self._home, f"{layer.path}.yaml", hint)
-                problems += self._blame(file, OneOf(known), bad, wrong)
+                problems += self._find_lines(file, OneOf(known), bad, wrong)
         return problems
 
     @staticmethod
-    def _blame(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
+    def _find_lines(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
         """Complain of a file's targets at their lines, which parsed files have not."""
         nodes = file.parse_items()
         targets = file.read_items(nodes["targets"], "targets") if bad and "targets" in nodes else []
@@ -4274,12 +4273,9 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
             return []
 
 
-REGISTRY_FILE = re.compile(r"(?is)[^.#].*\.ya?ml")  # and not ignored
-
-
 def is_registry_file(name: str) -> bool:
     """Return whether a name is that of a YAML file, .yml and .YAML included."""
-    return REGISTRY_FILE.fullmatch(name) is not None
+    return name.lower().endswith((".yaml", ".yml"))
 
 
 class RegistryScan:
@@ -4302,7 +4298,9 @@ class RegistryScan:
         for entry in self._list(root):
             with self._reject_unreadable(entry):
                 if entry.is_dir():
-                    self._scan_project(entry)
+                    found = [*self._find_keys(entry.name, self._list(entry.path))]
+                    self.keys += found
+                    self.idle += [] if found else [entry.name]
                 elif is_registry_file(entry.name) and entry.name not in ("all.yaml", "all.local.yaml"):
                     self._reject(entry, "ignored: it belongs in a project's folder")
                 elif entry.is_symlink():
@@ -4326,12 +4324,6 @@ class RegistryScan:
             # A link to itself that is called .md is a layer's, or nobody's.
             if isinstance(error, IoError) or not entry.name.endswith(".md"):
                 self._reject(entry, f"cannot be listed: {Problem.from_error(error).message}")
-
-    def _scan_project(self, folder: os.DirEntry[str]) -> None:
-        found = [*self._find_keys(folder.name, self._list(folder.path))]
-        self.keys += found
-        if not found:
-            self.idle.append(folder.name)
 
     def _find_keys(self, project: str, entries: Sequence[os.DirEntry[str]]) -> Iterator[Key]:
         names = {entry.name for entry in entries}
