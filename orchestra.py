@@ -1518,7 +1518,6 @@ def replace_file(
     if the file is not `expected`, FileBusy, OSError, IoError.
     """
     temporary = lock.new_temporary(place.name)
-    displaced = Displaced(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
     with _removed_on_error(place, temporary):
         if expected.kind == "absent":
             with new_file(temporary, data, mode, place.folder) as fd:
@@ -1529,6 +1528,7 @@ def replace_file(
             finish_file(fd, copy_metadata(old, fd, place.path), durable)
         if durable and place.read() != expected:  # the disk took its time
             raise FileChanged(place.path)
+        displaced = Displaced(place, temporary, [sha256_of(expected.data), sha256_of(data)], lock)
         displaced.announce()
     with displaced.settled_on_error():
         if swap_files(place.folder, temporary, place.name):
