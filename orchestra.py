@@ -12949,16 +12949,20 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A row of the table of commands, by its words: without `run` a group.
+    """A row of the table of commands, by its words.
 
-    `heading` is the part of the overview that it is in; without one it is hidden.
+    `heading` is the part of the overview that it is in; without a `purpose` it is
+    hidden.
     """
 
     purpose: str
-    run: Any = None  # called with what the command needs; returns the exit status
     arguments: tuple[Argument, ...] = ()
     needs_yaml: bool = True
     heading: str = ""
+
+
+def command(purpose: str, *arguments: Argument, **settings: Any) -> Command:
+    return Command(purpose, arguments, **settings)
 
 
 def argument(*names: str, **settings: Any) -> Argument:
@@ -13008,7 +13012,7 @@ class CommandLine:
     @property
     def is_group(self) -> bool:
         """Return whether a word of a command should follow."""
-        return not self.name or self.command.run is None
+        return not self.name or bool(self.subcommands())
 
     @property
     def options(self) -> dict[str, Argument]:
@@ -13042,8 +13046,8 @@ class CommandLine:
         return next(iter(self.positional[len(given) :] or last), None)
 
     def parse(self) -> SimpleNamespace:
-        """Return the values by name, and `command`; raises UsageError."""
-        args = SimpleNamespace(command=self.command, line=self)
+        """Return the values by name, and this `line`; raises UsageError."""
+        args = SimpleNamespace(line=self)
         for argument in (*self.command.arguments, *COMMON):
             setattr(args, argument.name, [] if argument.nargs == "*" else argument.default)
         if self.is_group and self.rest:
@@ -14318,9 +14322,10 @@ class Commands(NamedTuple):
 
 # ── 42 Command line ───────────────────────────────────────────────────────────
 
-# A new command is a method `cmd_...` above and a row in COMMANDS; the help and the
-# completion follow from the row. A new option is an argument in the row, and its value
-# is `self.args.NAME` in the method. README.md names each command.
+# A new command is a row in COMMANDS and a method above, which `main` finds by its name:
+# cmd_daemon_start is `daemon start`. The help and the completion follow from the row. A
+# new option is an argument in the row, and its value is `self.args.NAME` in the method.
+# README.md names each command.
 
 START, DAILY, MANAGE = "Start", "Every day", "Manage"
 A_CODEBASE = "a name (api), PROJECT/name or a path; default: this folder"
@@ -14332,166 +14337,127 @@ STRICT = switch("--strict", help="exit 2 if a registry file has keys that are ig
 NO_PAGER = switch("--no-pager", help="print it at once, also on a terminal")
 SYSTEMD = switch("--systemd", help="with the systemd of Linux instead")
 COMMANDS = {
-    "": Command(
+    "": command(
         (__doc__ or "").partition(".\n")[0],
-        Commands.cmd_help,
-        (switch("-V", "--version", help="show the version"),),
+        switch("-V", "--version", help="show the version"),
         needs_yaml=False,
     ),
-    "init": Command(
+    "init": command(
         "register a folder",
-        Commands.cmd_init,
-        (
-            argument("path", metavar="PATH", nargs="?", default=".", help="the folder; default: this one"),
-            argument("-p", "--project", required=True, help="the project it belongs to"),
-            TYPE,
-            argument("--name", help="the codebase's name; default: the folder's"),
-            switch("--sync", help="write the instruction files at once"),
-            switch("--parts", help="give the packages of a workspace files of their own"),
-            switch("--dry-run", help="only show what was found, and would be registered"),
-        ),
+        argument("path", metavar="PATH", nargs="?", default=".", help="the folder; default: this one"),
+        argument("-p", "--project", required=True, help="the project it belongs to"),
+        TYPE,
+        argument("--name", help="the codebase's name; default: the folder's"),
+        switch("--sync", help="write the instruction files at once"),
+        switch("--parts", help="give the packages of a workspace files of their own"),
+        switch("--dry-run", help="only show what was found, and would be registered"),
         heading=START,
     ),
-    "edit": Command("edit its registry file, and check it", Commands.cmd_edit, (CODEBASE,), heading=START),
-    "status": Command(
+    "edit": command("edit its registry file, and check it", CODEBASE, heading=START),
+    "status": command(
         "show what is out of date, and the daemon",
-        Commands.cmd_status,
-        (
-            CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
-            argument("--project", help="only this project's codebases"),
-            switch("--all", help="list those that are current, too"),
-            switch("--watch", help="keep it on the screen, with what the daemon does"),
-            switch("--check", help="exit 1 if anything is out of date"),
-            STRICT,
-            JSON,
-        ),
+        CODEBASES._replace(help="a name (api), PROJECT/name or a path; default: all"),
+        argument("--project", help="only this project's codebases"),
+        switch("--all", help="list those that are current, too"),
+        switch("--watch", help="keep it on the screen, with what the daemon does"),
+        switch("--check", help="exit 1 if anything is out of date"),
+        STRICT,
+        JSON,
         heading=DAILY,
     ),
-    "sync": Command(
+    "sync": command(
         "write what is out of date",
-        Commands.cmd_sync,
-        (
-            CODEBASES,
-            switch("--all", help="every registered codebase"),
-            switch("--dry-run", help="only show what would be written"),
-            switch("--check", help="write nothing; exit 1 if anything is out of date"),
-            STRICT,
-            JSON,
-        ),
+        CODEBASES,
+        switch("--all", help="every registered codebase"),
+        switch("--dry-run", help="only show what would be written"),
+        switch("--check", help="write nothing; exit 1 if anything is out of date"),
+        STRICT,
+        JSON,
         heading=DAILY,
     ),
-    "diff": Command(
+    "diff": command(
         "show what sync would write",
-        Commands.cmd_diff,
-        (CODEBASES, switch("--exit-code", help="exit 1 if there is a difference"), NO_PAGER),
+        CODEBASES,
+        switch("--exit-code", help="exit 1 if there is a difference"),
+        NO_PAGER,
         heading=DAILY,
     ),
-    "show": Command(
+    "show": command(
         "show what an agent is told, and its size",
-        Commands.cmd_show,
-        (
-            CODEBASE,
-            argument("--target", help="the whole file of this target"),
-            switch("--origin", help="list which file of the registry each piece is from"),
-            NO_PAGER,
-        ),
+        CODEBASE,
+        argument("--target", help="the whole file of this target"),
+        switch("--origin", help="list which file of the registry each piece is from"),
+        NO_PAGER,
         heading=DAILY,
     ),
-    "restore": Command(
+    "restore": command(
         "bring back a file that a sync replaced",
-        Commands.cmd_restore,
-        (
-            CODEBASE,
-            argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
-            switch("--list", help="list the backups"),
-            argument("--at", metavar="TIME", help="'10 min ago', yesterday, 2026-11-29, 14:05, or from --list"),
-        ),
+        CODEBASE,
+        argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
+        switch("--list", help="list the backups"),
+        argument("--at", metavar="TIME", help="'10 min ago', yesterday, 2026-11-29, 14:05, or from --list"),
         heading=DAILY,
     ),
-    "project": Command("list, add, move or remove codebases", heading=MANAGE),
-    "project list": Command("list the registered codebases", Commands.cmd_project_list, (JSON,)),
-    "project add": Command(
+    "project": command("list, add, move or remove codebases", heading=MANAGE),
+    "project list": command("list the registered codebases", JSON),
+    "project add": command(
         "register a folder under a name",
-        Commands.cmd_project_add,
-        (
-            argument("name", metavar="NAME", help="the codebase's name"),
-            argument("-p", "--project", help="the project it belongs to; default: NAME"),
-            TYPE,
-            argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
-        ),
+        argument("name", metavar="NAME", help="the codebase's name"),
+        argument("-p", "--project", help="the project it belongs to; default: NAME"),
+        TYPE,
+        argument("--path", metavar="DIR", help="the folder; default: NAME, in the current folder"),
     ),
-    "project move": Command(
+    "project move": command(
         "say where a codebase's folder is now",
-        Commands.cmd_project_move,
-        (
-            argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name"),
-            argument("path", metavar="PATH", help="the folder it moved to"),
-        ),
+        argument("codebase", metavar="CODEBASE", help="a name (api) or PROJECT/name"),
+        argument("path", metavar="PATH", help="the folder it moved to"),
     ),
-    "project remove": Command(
+    "project remove": command(
         "remove a codebase from the registry; its files stay",
-        Commands.cmd_project_remove,
-        (
-            argument("codebase", metavar="CODEBASE", help="a name (api), PROJECT/name or a path"),
-            switch("--purge", help="also remove Orchestra's files and blocks from it"),
-            switch("-y", "--yes", help="ask nothing before a purge"),
-        ),
+        argument("codebase", metavar="CODEBASE", help="a name (api), PROJECT/name or a path"),
+        switch("--purge", help="also remove Orchestra's files and blocks from it"),
+        switch("-y", "--yes", help="ask nothing before a purge"),
     ),
-    "daemon": Command("sync automatically in the background", heading=MANAGE),
-    "daemon start": Command(
+    "daemon": command("sync automatically in the background", heading=MANAGE),
+    "daemon start": command(
         "run the daemon in the foreground",
-        Commands.cmd_daemon_start,
-        (switch("--detach", help="run it in the background, and return when it answers"),),
+        switch("--detach", help="run it in the background, and return when it answers"),
     ),
-    "daemon stop": Command("stop the daemon", Commands.cmd_daemon_stop, needs_yaml=False),
-    "daemon restart": Command("stop the daemon, and start it again in the background", Commands.cmd_daemon_restart),
-    "daemon status": Command(
+    "daemon stop": command("stop the daemon", needs_yaml=False),
+    "daemon restart": command("stop the daemon, and start it again in the background"),
+    "daemon status": command(
         "print the daemon's state as JSON",
-        Commands.cmd_daemon_status,
-        (JSON, switch("--short", help="print one line instead")),
+        JSON,
+        switch("--short", help="print one line instead"),
         needs_yaml=False,
     ),
-    "daemon install": Command(
-        "start it now and at each login, with macOS's launchd",
-        Commands.cmd_daemon_install,
-        (SYSTEMD,),
-        needs_yaml=False,
-    ),
-    "daemon uninstall": Command(
-        "stop it for good, if it was installed", Commands.cmd_daemon_uninstall, (SYSTEMD,), needs_yaml=False
-    ),
-    "daemon logs": Command(
+    "daemon install": command("start it now and at each login, with macOS's launchd", SYSTEMD, needs_yaml=False),
+    "daemon uninstall": command("stop it for good, if it was installed", SYSTEMD, needs_yaml=False),
+    "daemon logs": command(
         "print the end of the logs",
-        Commands.cmd_daemon_logs,
-        (
-            argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
-            switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
-            switch("-f", "--follow", help="keep printing new lines"),
-        ),
+        argument("--lines", metavar="N", type=parse_count, default=100, help="lines of each log; default: 100"),
+        switch("--stderr-only", help="only daemon-err.log: warnings and errors"),
+        switch("-f", "--follow", help="keep printing new lines"),
         needs_yaml=False,
     ),
-    "doctor": Command(
-        "check this installation, and say how to fix it", Commands.cmd_doctor, (JSON,), needs_yaml=False, heading=MANAGE
-    ),
-    "schema": Command("print the JSON Schema of registry files", Commands.cmd_schema, needs_yaml=False, heading=MANAGE),
-    "help": Command(
+    "doctor": command("check this installation, and say how to fix it", JSON, needs_yaml=False, heading=MANAGE),
+    "schema": command("print the JSON Schema of registry files", needs_yaml=False, heading=MANAGE),
+    "help": command(
         "explain a command",
-        Commands.cmd_help,
-        (argument("words", metavar="COMMAND", nargs="*", help="default: all commands"),),
+        argument("words", metavar="COMMAND", nargs="*", help="default: all commands"),
         needs_yaml=False,
         heading=MANAGE,
     ),
-    "completion": Command(
+    "completion": command(
         "print what makes bash, zsh or fish complete",
-        Commands.cmd_completion,
-        (argument("shell", metavar="SHELL", choices=tuple(COMPLETION), help=" | ".join(COMPLETION)),),
+        argument("shell", metavar="SHELL", choices=tuple(COMPLETION), help=" | ".join(COMPLETION)),
         needs_yaml=False,
         heading=MANAGE,
     ),
     # For the completion scripts, and two for install.sh.
-    "complete": Command("", Commands.cmd_complete, (argument("words", nargs="*"),), needs_yaml=False),
-    "self-install": Command("", Commands.cmd_self_install, needs_yaml=False),
-    "self-uninstall": Command("", Commands.cmd_self_uninstall, needs_yaml=False),
+    "complete": command("", argument("words", nargs="*"), needs_yaml=False),
+    "self-install": command("", needs_yaml=False),
+    "self-uninstall": command("", needs_yaml=False),
 }
 
 
@@ -14561,17 +14527,19 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
     gc.set_threshold(10000)  # objects; cycles are rare here, and looking for them is slow
     prepare_streams()
     try:
-        args = CommandLine(COMMANDS, sys.argv[1:] if argv is None else argv).parse()
-        if args.help or args.command.run in (None, Commands.cmd_help):
+        line = CommandLine(COMMANDS, sys.argv[1:] if argv is None else argv)
+        args = line.parse()
+        if args.help or line.is_group or line.name == "help":
             status = Commands("", args, environ).cmd_help()
         else:
             home = find_home(environ)
             check_owner(home)
-            if args.command.needs_yaml:
+            if line.command.needs_yaml:
                 Installer(home, environ, say).ensure_yaml()
             if args.quiet:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            status = args.command.run(Commands(home, args, environ))
+            method = "cmd_" + re.sub("[ -]", "_", line.name)
+            status = getattr(Commands(home, args, environ), method)()
         sys.stdout.flush()
         return int(status)
     except OrchestraError as error:

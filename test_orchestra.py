@@ -14111,6 +14111,8 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
                 name in ran.out for name in argument.names if argument.is_option
             )
     assert home.run_fine("daemon").out == home.run_fine("daemon", "-h").out
+    rows = {"cmd_" + re.sub("[ -]", "_", name) for name in orchestra.COMMANDS} - {"cmd_", "cmd_project", "cmd_daemon"}
+    assert {name for name in vars(orchestra.Commands) if name.startswith("cmd_")} == rows
     for words in ("CODEBASE is", "Exit status: 0", "NO_COLOR", "Every day"):
         assert words in home.run_fine("help").out
 
