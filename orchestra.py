@@ -1278,7 +1278,7 @@ def write_lock(fd: int, data: bytes) -> None:
 #     the file that has no name now, as in step 5, or set it aside.
 #
 # Files are set aside in a folder of the backups; if that is on another disk, beside the
-# user's file by a temporary name. Each turn looks at them again (`Turn`, in Backups),
+# user's file by a temporary name. Each turn looks at them again (`Turn`, section 7),
 # and removes those that nothing writes to or, if that is unknown, that have not changed
 # for a minute. A text that is not the expected one is backed up first.
 #
@@ -1438,7 +1438,7 @@ class Displaced:
         self._set_aside()
 
     def _set_aside(self) -> None:
-        """Move the file where the next turn finds it, by a name for `parse_aside`."""
+        """Move the file where the next turn finds it, named for `parse_aside`."""
         place, digest = self.place, self.hashes[0]
         name = (place.backup_name or place.name).replace("%", "%25").replace("/", "%2F")
         try:
@@ -1722,25 +1722,6 @@ def versions_to_drop(kept: Sequence[Backup], now: str) -> list[Backup]:
     return dropped
 
 
-def remove_unfinished(folder: str, token: str, clock: Clock) -> None:
-    """Remove temporary files and folders that `token` names, or that are abandoned.
-
-    Raises OSError, IoError.
-    """
-    for name in filter(is_temporary_name, os.listdir(folder)):
-        path = os.path.join(folder, name)
-        try:
-            info = os.lstat(path)
-        except OSError:
-            continue  # a version that got its name meanwhile
-        is_old = clock() - max(info.st_mtime, info.st_ctime) > 86400  # seconds
-        if is_old or is_named_by(name, token) or has_exited(parse_temporary(name)[0]):
-            if stat.S_ISDIR(info.st_mode):
-                remove_private_folder(path)
-            else:
-                remove_private(path)
-
-
 class Backups:
     """The kept versions of one codebase's files."""
 
@@ -1869,18 +1850,6 @@ class Backups:
 #   4 Leave: look at the files set aside again, and empty the lock file.
 
 
-def can_be_kept_as(name: str) -> bool:
-    """Return whether a version can have the file name found in a temporary file's."""
-    return bool(name) and "/" not in name and not name.startswith((".", "\0"))
-
-
-def parse_aside(name: str) -> Optional[tuple[str, str]]:
-    """Read the name of a file set aside: its expected text's hash, its backup name."""
-    kept, token, digest = r"(?:\.orchestra-kept-)?", r"\d+-[0-9a-f]+-", r"([0-9a-f]{64})"
-    found = re.fullmatch(f"(?s){kept}{token}{digest}" + r"(?:-(.+?))?(?:\.tmp)?", name)
-    return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
-
-
 class Turn(Lock):
     """A lock on files of the user's that keeps their backups and what was set aside.
 
@@ -1901,6 +1870,18 @@ class Turn(Lock):
     def split_name(self, backup_name: str) -> tuple[Key, str]:
         raise NotImplementedError
 
+    @staticmethod
+    def can_be_kept_as(name: str) -> bool:
+        """Return whether a version can have the name found in a temporary file's."""
+        return bool(name) and "/" not in name and not name.startswith((".", "\0"))
+
+    @staticmethod
+    def parse_aside(name: str) -> Optional[tuple[str, str]]:
+        """Read from a name of `_set_aside` the expected hash and the backup name."""
+        kept, token, digest = r"(?:\.orchestra-kept-)?", r"\d+-[0-9a-f]+-", r"([0-9a-f]{64})"
+        found = re.fullmatch(f"(?s){kept}{token}{digest}" + r"(?:-(.+?))?(?:\.tmp)?", name)
+        return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
+
     def back_up(self, backup_name: str, disk: Disk, why: str) -> str:
         """Keep a file's bytes before they are replaced; return the version's time.
 
@@ -1919,18 +1900,34 @@ class Turn(Lock):
             with blame(backups.folder):
                 make_private_folder(backups.folder, durable=True)
                 with suppress(OSError, IoError):
-                    remove_unfinished(backups.folder, self.leftover.token, self.clock)
+                    self._remove_unfinished(backups.folder, self.leftover.token)
                 kept.append(backups.write(temporary, backup, disk, now))
         with blame(backups.folder):
             for backup in versions_to_drop(kept, time_name(now)):
                 backups.drop(backup, temporary)
         return kept[-1].when
 
+    def _remove_unfinished(self, folder: str, token: str) -> None:
+        """Remove temporary files and folders that `token` names, or that are abandoned.
+
+        Raises OSError, IoError.
+        """
+        for name in filter(is_temporary_name, os.listdir(folder)):
+            path = os.path.join(folder, name)
+            try:
+                info = os.lstat(path)
+            except OSError:
+                continue  # a version that got its name meanwhile
+            is_old = self.clock() - max(info.st_mtime, info.st_ctime) > 86400  # seconds
+            if is_old or is_named_by(name, token) or has_exited(parse_temporary(name)[0]):
+                remove = remove_private_folder if stat.S_ISDIR(info.st_mode) else remove_private
+                remove(path)
+
     def clean_up(self, folders: Sequence[str], name_of: Callable[[str], str], leftover: Leftover) -> None:
         """Clean up after a turn that was killed, or had trouble; raises IoError."""
         for folder in folders_below(self._backups):  # an earlier clean-up may have been killed here
             with blame(folder), suppress(FileNotFoundError):
-                remove_unfinished(folder, leftover.token, self.clock)
+                self._remove_unfinished(folder, leftover.token)
         if leftover.swap:
             with blame(os.path.dirname(leftover.swap.path)):
                 self._settle_swap(leftover.swap, folders, name_of)
@@ -1976,7 +1973,7 @@ class Turn(Lock):
                     info = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                aside = parse_aside(name)
+                aside = self.parse_aside(name)
                 process, owner = parse_temporary(name)
                 if leftover and is_named_by(name, leftover.token):
                     if stat.S_ISREG(info.st_mode):
@@ -2003,7 +2000,7 @@ class Turn(Lock):
                 return
             try:
                 for name in os.listdir(folder):
-                    digest, backup_name = parse_aside(name) or ("", name)
+                    digest, backup_name = self.parse_aside(name) or ("", name)
                     self._remove_aside(folder, name, backup_name, digest)
             finally:
                 os.close(folder)
@@ -2189,7 +2186,6 @@ HIDING = (  # as of November 2026
 REPLACING = (("AGENTS.override.md", "AGENTS.md", "Codex"), ("WARP.md", "AGENTS.md", "Warp"))
 DEFAULT_TARGETS = ("claude", "codex")
 MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
-PROGRAM_TEXTS = r"cmakelists\.txt|.*(?:requirements|constraints)"  # a text there is a program, or names some
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -2197,7 +2193,8 @@ def is_managed_path(path: str) -> bool:
     """Return whether Orchestra may write a file, by its path in a codebase's folder."""
     names = path.casefold().split("/")
     is_inside = path.isprintable() and not {"", ".", "..", ".git"} & {*names}
-    return is_inside and names[-1].endswith(MANAGED_SUFFIXES) and not re.match(PROGRAM_TEXTS, names[-1])
+    is_program = re.match(r"cmakelists\.txt|.*(?:requirements|constraints)", names[-1])  # or lists what to install
+    return is_inside and names[-1].endswith(MANAGED_SUFFIXES) and not is_program
 
 
 def spelled_alike(path: str) -> str:
@@ -3044,6 +3041,11 @@ class Codebase(NamedTuple):
         """The Markdown of all layers, each file once."""
         return [*{prose.file: prose for layer in self.layers for prose in layer.prose}.values()]
 
+    def has_prose(self, files: Collection[str]) -> bool:
+        """Return whether it has, or misses, one of some Markdown files."""
+        found = (path for layer in self.layers for path in (*layer.missing, *(prose.file for prose in layer.prose)))
+        return any(path in files for path in found)
+
     @property
     def remarks(self) -> list[Problem]:
         """What a user should know of the files, although nothing is wrong."""
@@ -3707,13 +3709,6 @@ def check_merge(data: bytes, start: int, end: int) -> None:
 MAX_REGISTRY_FILE = 1 << 20  # bytes
 LAYERS = ("all", "all.local", "project", "project.local", "codebase", "codebase.local")
 SHARED, OWN = LAYERS[:4], LAYERS[4:]
-LIMITED_KEYS = {  # the layers of those keys that may not stand in every one
-    "name": ("project", "project.local", *OWN),
-    "path": OWN,
-    "projects": ("codebase",),
-    "created_at": ("project", "codebase"),
-    "updated_at": ("project", "codebase"),
-}
 
 
 class Prose(NamedTuple):
@@ -3774,12 +3769,6 @@ def find_layer_key(home: str, path: str) -> Optional[Key]:
     return (project, "" if stem == "project" else stem) if above == projects_root(home) else None
 
 
-def has_prose(codebase: Codebase, files: Collection[str]) -> bool:
-    """Return whether a codebase has, or misses, one of some Markdown files."""
-    found = (path for layer in codebase.layers for path in (*layer.missing, *(prose.file for prose in layer.prose)))
-    return any(path in files for path in found)
-
-
 def find_outside(home: str, file: str) -> str:
     """Return where a registry file is if a link leads out of the registry, "" if not.
 
@@ -3802,6 +3791,13 @@ def find_outside(home: str, file: str) -> str:
 class RegistryFile(Document):
     """One file of the registry, on its way to a record or to prose."""
 
+    LIMITED_KEYS = {  # the layers of those keys that may not stand in every one
+        "name": ("project", "project.local", *OWN),
+        "path": OWN,
+        "projects": ("codebase",),
+        "created_at": ("project", "codebase"),
+        "updated_at": ("project", "codebase"),
+    }
     MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
     def __init__(self, home: str, file: str, hint: str = "", disk: Optional[Disk] = None) -> None:
@@ -3875,7 +3871,7 @@ class RegistryFile(Document):
 
     def _belongs(self, name: YamlNode, kind: str) -> bool:
         """Return whether a key may stand in a layer; if not, add a note."""
-        allowed = LIMITED_KEYS.get(name.value, LAYERS) if name.id == "scalar" else LAYERS
+        allowed = self.LIMITED_KEYS.get(name.value, LAYERS) if name.id == "scalar" else LAYERS
         if kind not in allowed:
             where = "a codebase's own file" + (" or project.yaml" if "project" in allowed else "")
             self.note(f"{name.value}: ignored here: it belongs in {where}", name.start_mark.line + 1)
@@ -4461,7 +4457,7 @@ class RegistryTurn(Turn):
         """Find a file's backup name by its path; in unknown/unknown if it is stray."""
         folder, name = os.path.split(path)
         key = (os.path.basename(folder), layer_stem(name))
-        name = name if can_be_kept_as(name) else "leftover.yaml"
+        name = name if self.can_be_kept_as(name) else "leftover.yaml"
         return self.name_of(key if is_valid_key(key) else ("unknown", "unknown"), name)
 
     def split_name(self, backup_name: str) -> tuple[Key, str]:
@@ -8600,7 +8596,7 @@ class CodebaseTurn(Turn):
         real, known = real_path(folder), self._known_files()
         folders = dict.fromkeys(map(os.path.dirname, known))
         here = [f for f in folders if real_path(os.path.join(root, f)) == real]
-        if not can_be_kept_as(name):
+        if not self.can_be_kept_as(name):
             first = here[0] if here else ""
             paths = [path for path in known if os.path.dirname(path) == first]
             return paths[0] if len(paths) == 1 else os.path.join(first, "leftover.md")
@@ -10943,7 +10939,7 @@ class SyncRun:
         if prose:
             own = {find_layer_key(self._home, path) for path in prose}
             changed |= {key for key in self._old.keys if key in own}
-            changed |= {key for key, codebase in self._old.codebases.items() if has_prose(codebase, prose)}
+            changed |= {key for key, codebase in self._old.codebases.items() if codebase.has_prose(prose)}
         return changed
 
     def _reload(self) -> Registry:
