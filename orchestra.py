@@ -13169,16 +13169,28 @@ def _spell(argument: Argument) -> str:
 COMPLETION = {
     "bash": r"""# In ~/.bashrc: eval "$(orchestra completion bash)"
 _orchestra() {
-    local word typed=${COMP_WORDS[COMP_CWORD]} words=("${COMP_WORDS[@]//[\\\"\']/}")
+    local word begun= rest=" $COMP_LINE" words=() n=-1
+    for word in "${COMP_WORDS[@]:0:COMP_CWORD+1}"; do  # split at : and =, not only at blanks
+        if [[ -z $rest || $rest == [[:space:]]* ]]; then
+            n=$((n + 1)) rest=${rest#"${rest%%[![:space:]]*}"}
+        fi
+        words[n]+=$word rest=${rest#"$word"}
+    done
+    local typed=${words[n]}
+    if [[ $typed == *"$2" ]]; then  # only $2 is replaced
+        begun=${typed%"$2"} begun=${begun//[\\\"\']/}
+    fi
+    words=("${words[@]//[\\\"\']/}")
     COMPREPLY=()
     while IFS=$'\t' read -r word _; do
+        word=${word#"$begun"}
         if [[ $typed != *[\'\"]* ]]; then
             printf -v word %q "$word"
         elif [[ $word == *[!\ [:alnum:]%+,./:@_-]* ]]; then
             continue  # inside quotes, %q's $'...' would run a $(...)
         fi
         COMPREPLY+=("$word")
-    done < <("${COMP_WORDS[0]}" complete -- "${words[@]:1:COMP_CWORD}" 2>/dev/null)
+    done < <("${COMP_WORDS[0]}" complete -- "${words[@]:1}" 2>/dev/null)
 }
 complete -o default -F _orchestra orchestra
 """,

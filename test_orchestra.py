@@ -14189,7 +14189,9 @@ def offer(machine: Machine, shell: str, typed: str, word: str, **environ: str) -
     if shell == "fish":
         argv = ["fish", "--no-config", "-c", f"orchestra completion fish | source; complete -C '{typed} {word}'"]
     else:
-        code = f"COMP_WORDS=({typed} {shlex.quote(word)}); COMP_CWORD={len(typed.split())}; _orchestra"
+        replaced = re.split("[\"']", word)[-1]  # as readline has it
+        code = f"COMP_LINE={shlex.quote(f'{typed} {word}')}; COMP_WORDS=({typed} {shlex.quote(word)})"
+        code += f"; COMP_CWORD={len(typed.split())}; _orchestra orchestra {shlex.quote(replaced)}"
         code += '; printf "%s\\n" "${COMPREPLY[@]}"'
         argv = ["bash", "--norc", "-c", f'eval "$(orchestra completion bash)"; complete -p orchestra >&2; {code}']
     environ["PATH"] = f"{machine.link.parent}:{os.environ['PATH']}"
@@ -14244,6 +14246,34 @@ def test_no_name_that_bash_completes_is_run(on_path: Machine, locale: str, begun
         line = f": {begun}{word}{begun[-1:]}"  # as readline inserts it
         on_path.run_program("bash", "--norc", "-c", line, environ={"LC_ALL": locale}, cwd=on_path.folder)
     assert not (on_path.folder / "PW").exists()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("shop/a:", ["shop/a:b=c"]),
+        ("a:b", ["a:b=c"]),
+        ("a:b=", ["a:b=c"]),
+        ("a\\:b", ["a:b=c"]),
+        ("shop/a:b=c a:", ["shop/a:b=c", "a:b=c"]),
+        ('shop/"my', ["shop/my web"]),
+        ("x", ["x\\$(y)"]),
+        ("q:", ["q:$(touch PW)"]),
+    ],
+)
+def test_bash_completes_a_word_that_it_splits(on_path: Machine, typed: str, words: list[str]) -> None:
+    for name in ("a:b=c", "q:$(touch PW)"):
+        on_path.write_registry(f"shop/{name}.yaml", "x")
+    os.unlink(on_path.projects / "shop/api.yaml")
+    path = f"{on_path.link.parent}:{os.environ['PATH']}"
+    bash = Tty(on_path, ["bash", "--norc", "--noprofile", "-i"], PATH=path, PS1="READY$ ", TERM="dumb")
+    bash.type('eval "$(orchestra completion bash)"\r', after="READY$ ")
+    bash.wait_for("READY$ ")
+    bash.type(f"orchestra sync {typed}\t\x01printf '<%s>' \r")  # ^A: at the start of the line
+    bash.wait_for("".join(f"<{word}>" for word in ["orchestra", "sync", *words]))
+    bash.type("exit\r", after="READY$ ")
+    assert bash.process.wait(30) == 0
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
