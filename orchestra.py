@@ -10202,10 +10202,7 @@ class LineBuffer:
 
 
 class Request(NamedTuple):
-    """A parsed line: `cmd` is status, sync or stop.
-
-    A `pretty` status is indented, and so has several lines: `print_status` wants it.
-    """
+    """A parsed line: `cmd` is status, sync or stop; `print_status` asks `pretty`."""
 
     cmd: str
     codebase: Optional[str] = None
@@ -10837,8 +10834,9 @@ class SyncJob(NamedTuple):
     """Work for the worker; `source` is one of Source.
 
     `changed` are the keys whose files differ, EVERYTHING, STRAY and prose keys among
-    them; `overdue` the suspects that count as they are, with the stamps they had;
-    `late` the codebases that are taken as they are, whatever is suspected.
+    them; the watcher's `target` names none. `overdue` are the suspects that count as
+    they are, with the stamps they had; `late` the codebases that are taken as they are,
+    whatever is suspected.
     """
 
     target: SyncTarget
@@ -11274,7 +11272,7 @@ class Schedule:
         if not changed:
             return None
         self.is_running = True
-        target = SyncTarget.all() if EVERYTHING in changed else SyncTarget.codebase(*map(label_for, changed))
+        target = SyncTarget.all() if EVERYTHING in changed else SyncTarget(())
         overdue, late = self.suspects.find_overdue(), self._find_waiting(MAX_WINDOWS)
         return SyncJob(target, Source.WATCHER, None, changed, overdue, late)
 
