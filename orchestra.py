@@ -4630,6 +4630,7 @@ def clear_registry(home: str) -> None:
 #   mix.exs :credo                   other text: the words occur outside comment lines
 #   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches; ^ and $ are a line's
 #   setup.py + not pyproject.toml    the first holds, and the second does not
+#   ruff.toml or setup.cfg flake8    one of the two holds; the first that does counts
 #
 # Patterns are kept as text, here and below: `re` compiles and keeps one at its first
 # use, and commands that detect nothing start faster.
@@ -4641,8 +4642,7 @@ class Toml:
     Numbers and dates stay as written. What TOML forbids may be accepted.
     """
 
-    BLANKS = r"[ \t\r\n]*"
-    COMMENT = r"#[^\n]*"
+    BLANKS = r"(?:[ \t\r\n]+|#[^\n]*)*"  # comments count as such
     STRING = r""""(?:[^"\\\n]|\\.)*"|'[^'\n]*'"""
     KEY = r"[\w-]+"
     SCALAR = r"\d{4}-\d\d-\d\d [\d:.Z+-]+|[^\s,\]}#]+"
@@ -4671,11 +4671,8 @@ class Toml:
         return root
 
     def _peek(self) -> str:
-        """Skip blanks and comments; return the next character, "" at the end."""
+        """Skip blanks; return the next character, "" at the end."""
         self._match(self.BLANKS)
-        while self.text.startswith("#", self.at):
-            self._match(self.COMMENT)
-            self._match(self.BLANKS)
         return self.text[self.at : self.at + 1]
 
     def _take(self, mark: str) -> bool:
@@ -4899,13 +4896,15 @@ class Folder:
         import fnmatch
 
         globs = [glob for glob in globs if len(glob) <= self.MAX_GLOB][:100]
-        paths: dict[str, None] = {}
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
-        for glob in (glob for glob in globs if not glob.startswith("!")):
-            paths.update(dict.fromkeys(self.expand(glob)))
-        wanted = (f"{self.path}/{path}" for path in paths if not any(fnmatch.fnmatch(path, glob) for glob in excluded))
-        members = (path for path in wanted if os.path.isfile(f"{path}/{manifest}"))
-        return [Folder(path) for path in itertools.islice(members, self.MAX_MEMBERS)]
+        paths = dict.fromkeys(path for glob in globs if glob[:1] != "!" for path in self.expand(glob))
+        members = (
+            f"{self.path}/{path}"
+            for path in paths
+            if not any(fnmatch.fnmatch(path, glob) for glob in excluded)
+            if os.path.isfile(f"{self.path}/{path}/{manifest}")
+        )
+        return [*map(Folder, itertools.islice(members, self.MAX_MEMBERS))]
 
     def _match(self, above: str, part: str) -> list[str]:
         """List the names in a folder below that match one part of a glob."""
@@ -4926,27 +4925,32 @@ class Folder:
 
     def holds(self, evidence: str) -> str:
         """Return the first file that evidence names; "" if it does not hold."""
+        return next(filter(None, map(self._holds_all, evidence.split(" or "))), "")
+
+    def _holds_all(self, conditions: str) -> str:
         source = ""
-        for condition in evidence.split(" + "):
+        for condition in conditions.split(" + "):
             is_wanted = not condition.startswith("not ")
-            where, _, pattern = condition[0 if is_wanted else 4 :].partition(" ~ ")
-            name_pattern, *keys = where.split()
-            name = self.find(*name_pattern.split("|"))
+            name, keys, pattern = self.locate(condition.removeprefix("not "))
             holds = self._search(name, pattern) if pattern else self._has(name, keys)
             if bool(name and holds) != is_wanted:
                 return ""
             source = source or name
         return source
 
+    def locate(self, condition: str) -> tuple[str, list[str], str]:
+        """Find the file that a condition is about; also return its keys and pattern."""
+        where, _, pattern = condition.partition(" ~ ")
+        names, *keys = where.split()
+        return self.find(*names.split("|")), keys, pattern
+
     def quote(self, evidence: str) -> str:
-        """Return what evidence leads to.
+        """Return what the first condition of evidence leads to.
 
         That is the text under the keys, the rest of the line that the words begin, or
         the pattern's last group.
         """
-        where, _, pattern = evidence.partition(" + ")[0].partition(" ~ ")
-        name_pattern, *keys = where.split()
-        name = self.find(*name_pattern.split("|"))
+        name, keys, pattern = self.locate(evidence.partition(" + ")[0])
         if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
@@ -4976,7 +4980,8 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """What evidence shows; {} in `text` stands for what `quote` finds by it.
 
-    Without `evidence`, the ecosystem's sign counts. Four names are not commands:
+    Without `evidence`, the ecosystem's sign counts. A test's text ends, in brackets,
+    with what is added to run one test. Four names are not commands:
     `description`, `type` (of the codebase), `version` (of the language) and `tool`
     (what else it is built with).
     """
@@ -4987,6 +4992,14 @@ class Row(NamedTuple):
 
 
 NO_COMMANDS = ("description", "type", "version", "tool")
+
+
+def find_tests(command: str, source: str) -> Iterator[Found]:
+    """Find how all tests are run, and how one: with what is in brackets at the end."""
+    parts = re.fullmatch(r"(?s)(.*) \[(.*)\]", command)
+    yield Found("test", parts[1] if parts else command, source)
+    if parts:
+        yield Found("one test", f"{parts[1]} {parts[2]}", source)
 
 
 def shorten_version(text: str) -> str:
@@ -5011,69 +5024,40 @@ def shorten_version(text: str) -> str:
 # ── 16 Scripts ────────────────────────────────────────────────────────────────
 
 # What a file lets one run by name, and which of it builds or tests: a Makefile's
-# targets, a justfile's recipes, npm's scripts. The name proposes, the text disposes: a
-# script that would go on watching, or does nothing, is passed over, and one that
-# rewrites files is labelled so.
+# targets, a justfile's recipes, npm's scripts. A script is proposed by its name and
+# judged by its text: one that would go on watching, or does nothing, is passed over,
+# and one that rewrites files is labelled so.
 #
 # A new name for what builds or tests is a word in SCRIPT_NAMES; a new task runner is a
 # function that returns Scripts, in TASK_RUNNERS.
 
 SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . count as -
-    "install": (
-        "install-dev",
-        "dev-install",
-        "setup-dev",
-        "dev-setup",
-        "setup",
-        "bootstrap",
-        "install",
-        "deps",
-        "init",
-    ),
-    "build": ("build", "compile", "build-dev", "dev-build"),
-    "test": (
-        "test",
-        "tests",
-        "test-run",
-        "test-once",
-        "test-unit",
-        "unit-test",
-        "unit-tests",
-        "unit",
-        "test-lib",
-        "test-vitest",
-        "test-jest",
-    ),
+    "install": "install-dev dev-install setup-dev dev-setup setup bootstrap install deps init",
+    "build": "build compile build-dev dev-build",
+    "test": ("test tests test-run test-once test-unit unit-test unit-tests unit test-lib test-vitest test-jest"),
     "lint": (
-        *("lint", "lint-check", "check-lint", "lint-ci"),
-        *("eslint", "test-eslint", "test-lint", "ruff", "flake8"),
-        *("cs", "cs-check", "check-cs", "check-style", "phpcs"),
+        "lint lint-check check-lint lint-ci eslint test-eslint test-lint ruff flake8"
+        " cs cs-check check-cs check-style phpcs"
     ),
     "format": (
-        *("format", "fmt", "format-fix", "fix-format", "format-write"),
-        *("prettier", "black"),
-        *("fix", "lint-fix", "cs-fix", "fix-cs", "fix-style", "phpcbf", "pint"),
+        "format fmt format-fix fix-format format-write prettier black fix lint-fix cs-fix fix-cs fix-style phpcbf pint"
     ),
     "type check": (
-        *("typecheck", "type-check", "check-types", "types", "tsc", "types-check"),
-        *("lint-types", "test-types", "lint-typecheck", "test-typecheck", "typing"),
-        *("mypy", "pyright", "phpstan", "psalm"),
-        *("stan", "static-analysis", "analyse", "analyze"),
+        "typecheck type-check check-types types tsc types-check lint-types test-types"
+        " lint-typecheck test-typecheck typing mypy pyright phpstan psalm"
+        " stan static-analysis analyse analyze"
     ),
-    "run": ("dev", "develop", "start", "serve", "run", "runserver"),
-    "check": ("check", "verify", "ci", "precommit", "check-all", "validate"),
+    "run": "dev develop start serve run runserver",
+    "check": "check verify ci precommit check-all validate",
 }
 
 
 class Script:
     """One script: its name, the text of its commands, and of those it calls by name."""
 
-    CALLERS = frozenset(
-        (
-            *("npm", "pnpm", "yarn", "bun"),
-            *("run-s", "run-p", "npm-run-all", "npm-run-all2"),
-            *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
-        )
+    CALLERS = (
+        *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all", "npm-run-all2"),
+        *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
     )
     INSTALLS = (
         r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|mise)"
@@ -5105,22 +5089,30 @@ class Script:
         "format": r"\b(?:prettier|black|fmt|format)\b",
     }
 
+    CURES = (  # what makes a program run once, and the words with which it does anyway
+        ("vitest", "--run", "run --no-watch --watch=false related bench --version"),
+        ("react-scripts", "--watchAll=false", "--ci build start eject CI=true"),
+        ("ng", "--watch=false", "--no-watch build serve lint e2e"),
+    )
+
     def __init__(self, name: str, bodies: Mapping[str, str]) -> None:
         self.name = name
-        called = [*self._expand(bodies[name], bodies)]
-        self.text = "\n".join([bodies[name], *called])
-        self.commands = self._split(self.text)
         self.own = self._split(bodies[name])
-        self.last = self.own[-1:]  # what further arguments are passed to
-        self.last_words = " ".join(self.last).split()
+        self.last = self.own[-1] if self.own else ""  # further arguments are passed to it
+        self.text = "\n".join([bodies[name], *self._expand(bodies)])
+        self.commands = self._split(self.text)
 
-    def _expand(self, body: str, bodies: Mapping[str, str]) -> Iterator[str]:
-        """Iterate over the scripts that one calls, with the arguments it gives."""
+    @classmethod
+    def call_of(cls, command: str) -> list[str]:
+        """Return the words after a program that calls scripts; [] for another one."""
+        caller, *words = re.sub("^([a-z]+) run ", r"\1 ", command).split()
+        return words if caller in cls.CALLERS else []
+
+    def _expand(self, bodies: Mapping[str, str]) -> Iterator[str]:
+        """Iterate over the scripts that it calls, with the arguments it gives."""
         done = {self.name}
-        for command in self._split(body):
-            caller, *words = re.sub("^([a-z]+) run ", r"\1 ", command).split() or [""]
-            called = dict.fromkeys(words) if caller in self.CALLERS else ()
-            names = [word for word in called if word in bodies and word not in done]
+        for words in map(self.call_of, self.own):
+            names = [word for word in dict.fromkeys(words) if word in bodies and word not in done]
             arguments = " ".join(words[words.index(names[0]) + 1 :]) if len(names) == 1 else ""
             done.update(names)
             yield from (f"{bodies[name]} {arguments}" for name in names)
@@ -5156,24 +5148,14 @@ class Script:
     @property
     def cure(self) -> Optional[str]:
         """What makes a test script run once: "" for nothing, None if nothing does."""
-        cures = {command: self._cure_of(command) for command in self.commands}
-        is_last = all(command in self.last for command, cure in cures.items() if cure)
-        if self.watches or not is_last:
-            return None
-        return next(filter(None, cures.values()), "")
-
-    @staticmethod
-    def _cure_of(command: str) -> str:
-        words = set(command.split())
-        rows = (  # a program, its cure, and the words with which it runs once anyway
-            ("vitest", "--run", "run --no-watch --watch=false related bench --version"),
-            ("react-scripts", "--watchAll=false", "--ci build start eject CI=true"),
-            ("ng", "--watch=false", "--no-watch build serve lint e2e"),
-        )
-        for program, cure, once in rows:
-            if program in words and words.isdisjoint((cure, *once.split())):
-                return cure
-        return ""
+        cures: dict[str, str] = {}
+        for command in self.commands:
+            words = set(command.split())
+            for program, cure, once in self.CURES:
+                if program in words and words.isdisjoint((cure, *once.split())):
+                    cures.setdefault(command, cure)
+        is_cured = all(command == self.last for command in cures)
+        return next(iter(cures.values()), "") if is_cured and not self.watches else None
 
     def serves(self, command: str) -> bool:
         """Return whether it is what a command of this name should be."""
@@ -5188,8 +5170,8 @@ class Script:
         if command == "run":
             builders = r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b"
             copying = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what was built, to its place
-            only_builds = any(re.match(copying, last) for last in self.last)
-            return not only_builds and not (self.watches and re.search(builders, self.text))
+            only_builds = self.watches and re.search(builders, self.text)
+            return not only_builds and not re.match(copying, self.last)
         if command == "check":
             acts = r"\b(?:publish|deploy|release|upload|lint-staged)\b"
             return not re.search(acts, self.text)
@@ -5212,7 +5194,7 @@ class Scripts(NamedTuple):
         called = {re.sub("[_:.]", "-", name): name for name in reversed([*self.bodies])}
         taken: dict[str, Script] = {}
         for command, names in SCRIPT_NAMES.items():
-            known = (self.script(called[name]) for name in names if name in called)
+            known = (self.script(called[name]) for name in names.split() if name in called)
             scripts = [script for script in known if script.serves(command)]
             if scripts:  # the first of the fittest
                 flaws = {"format": "only_checks", "test": "cure"}
@@ -5228,36 +5210,30 @@ class Scripts(NamedTuple):
 
     def find(self) -> Iterator[Found]:
         for command, script in self.pick():
-            cure = script.cure or "" if command in ("test", "check") else ""
-            label = self._label(command, script)
-            yield Found(label, self.spell(script, cure), self.source)
-
-    def _label(self, command: str, script: Script) -> str:
-        if command in ("format", "run", "install", "build"):
-            return command + " (checks only)" * (command == "format" and script.only_checks)
-        return command + " (rewrites files)" * script.rewrites
+            note = ""
+            if command == "format":
+                note = " (checks only)" * script.only_checks
+            elif command not in ("run", "install", "build"):
+                note = " (rewrites files)" * script.rewrites
+            cure = script.cure if command in ("test", "check") else ""
+            yield Found(command + note, self.spell(script, cure or ""), self.source)
 
     def leaves(self, script: Script) -> Iterator[Script]:
         """Iterate over the scripts that one comes down to, itself if it calls none."""
         waiting, seen = [script], {script.name}
         while waiting:
             script = waiting.pop()
-            calls = [*self._called(script)]
-            if not calls:
+            # `bun test` is a program of its own.
+            calls = map(Script.call_of, filter("bun test".__ne__, script.own))
+            names = [call[0] for call in calls if len(call) == 1 and call[0] in self.bodies]
+            if not names:
                 yield script
-            new = [name for name in dict.fromkeys(calls) if name not in seen][:20]
+            new = [name for name in dict.fromkeys(names) if name not in seen][:20]
             seen.update(new)
             waiting += map(self.script, new if len(seen) < 100 else ())
 
-    def _called(self, script: Script) -> Iterator[str]:
-        for command in script.own:
-            words = re.sub("^([a-z]+) run ", r"\1 ", command).split()
-            is_call = len(words) == 2 and words[0] in Script.CALLERS and words[1] in self.bodies
-            if is_call and command != "bun test":  # which is a program of its own
-                yield words[1]
-
     def spell(self, script: Script, arguments: str = "") -> str:
-        """Spell the command line that runs a script; "" if it cannot take arguments."""
+        """Spell the command line that runs a script, with arguments if it takes any."""
         line = self.call.replace("{}", script.name)
         line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", line)
         return line + (self.more and self.more + arguments) if arguments else line
@@ -5279,23 +5255,26 @@ def flatten(value: Any) -> str:
     return "\n".join(texts)
 
 
+def read_scripts(folder: Folder, call: str, place: str) -> Scripts:
+    """Read a table of scripts; its place is written as in evidence."""
+    source, keys, _ = folder.locate(place)
+    table = folder.table(source, *keys)
+    return Scripts(source, call, {name: flatten(body) for name, body in table.items()})
+
+
 def read_makefile(folder: Folder) -> Scripts:
     """Read the targets of a Makefile; what they need counts as called."""
     name = folder.find("GNUmakefile", "makefile", "Makefile")
     lines: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in folder.text(name).split("\n") if name else ():
-        head, colon, rest = line.partition(":")
-        if line.startswith("\t"):
-            for target in current:
-                lines[target].append(line)
-        elif line and line[0] not in " #":
-            is_rule = colon and rest[:1] != "=" and not set(head) & set("=$%(")
-            current = head.split()[:20] if is_rule else []
-            for target in current:
-                needs = rest.strip(":").partition("#")[0]
-                call = f"make {needs}" if needs.strip() else ""
-                lines.setdefault(target, []).append(call)
+    for rule in re.split(r"\n(?=[^ \t\n#])", f"\n{folder.text(name)}"):
+        head, *body = rule.split("\n")
+        targets, colon, rest = head.partition(":")
+        if colon and rest[:1] != "=" and not set(targets) & set("=$%("):
+            needs = rest.strip(":").partition("#")[0].strip()
+            recipe = [f"make {needs}"] if needs else []
+            recipe += [line for line in body if line[:1] == "\t"]
+            for target in targets.split()[:20]:
+                lines.setdefault(target, []).extend(recipe)
     bodies = {target: "\n".join(lines[target]) for target in lines if target[0] != "."}
     return Scripts(name, "make {}", bodies)
 
@@ -5304,27 +5283,22 @@ def read_justfile(folder: Folder) -> Scripts:
     """Read the recipes of a justfile that need no arguments."""
     name = folder.find("[jJ]ustfile", "JUSTFILE", ".justfile")
     lines: dict[str, list[str]] = {}
-    current: list[str] = []
     attributes = ""
-    for line in folder.text(name).split("\n") if name else ():
-        if line[:1] in (" ", "\t"):
-            current.append(line)
-        elif line.startswith("["):
+    for rule in re.split(r"\n(?=[^ \t\n])", f"\n{folder.text(name)}"):
+        line, *body = rule.split("\n")
+        if line.startswith("["):
             attributes += line
-        elif line:
-            bare = re.sub(r"\"[^\"]*\"|'[^']*'", "x", line)
-            head, colon, rest = bare.lstrip("@").partition(":")
-            recipe, *parameters = head.split() or [""]
-            is_rule = colon and rest[:1] != "=" and recipe[:1].isalpha()
-            is_free = all("=" in word or word[0] == "*" for word in parameters)
-            if parameters and recipe == "run":  # it waits for a name
-                is_free = False
-            current = []
-            if is_rule and is_free and "private" not in attributes:
-                needs = rest.partition("#")[0].replace("(", " ").replace(")", " ")
-                call = f"just {needs}" if needs.strip() else ""
-                current = lines.setdefault(recipe, [call])
-            attributes = "" if line[0] != "#" else attributes
+            continue
+        bare = re.sub(r"\"[^\"]*\"|'[^']*'", "x", line)
+        head, colon, rest = bare.lstrip("@").partition(":")
+        recipe, *parameters = head.split() or [""]
+        is_rule = colon and rest[:1] != "=" and recipe[:1].isalpha()
+        is_free = all("=" in word or word[0] == "*" for word in parameters)
+        waits = recipe == "run" and parameters  # for a name
+        if is_rule and is_free and not waits and "private" not in attributes:
+            needs = re.sub("[()]", " ", rest.partition("#")[0]).strip()
+            lines.setdefault(recipe, [f"just {needs}"] if needs else []).extend(body)
+        attributes = attributes if line[:1] == "#" else ""
     bodies = {recipe: "\n".join(body) for recipe, body in lines.items()}
     return Scripts(name, "just {}", bodies)
 
@@ -5362,9 +5336,9 @@ TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)
 # ── 17 Node and Python ────────────────────────────────────────────────────────
 
 # Two ecosystems in which the package manager decides how a command is spelled. A new
-# one of Node is a row in Node.MANAGERS, with its lock files in LOCKS; one of Python is
-# a row in Python.MANAGERS, with its ways to install in INSTALLS and, if it has them,
-# its scripts in SCRIPTS and its lists of requirements in `_list_requirements`.
+# one of Node is a row in Node.MANAGERS; one of Python is a row in Python.MANAGERS, with
+# its ways to install in INSTALLS and, if it has them, its scripts in SCRIPTS and its
+# lists of requirements in `_list_requirements`.
 
 # Node
 
@@ -5373,18 +5347,12 @@ class Node:
     """A folder with a package.json: its package manager, scripts and packages."""
 
     MANAGERS = {
-        # How each runs a script, what comes before further arguments, how it runs a
-        # package's program, and how a script of one package of a workspace.
-        "npm": ("npm run {}", " -- ", "npx ", "npm run SCRIPT -w NAME"),
-        "pnpm": ("pnpm run {}", " ", "pnpm exec ", "pnpm --filter NAME run SCRIPT"),
-        "yarn": ("yarn run {}", " ", "yarn ", "yarn workspace NAME run SCRIPT"),
-        "bun": ("bun run {}", " ", "bunx ", "bun run --filter NAME SCRIPT"),
-    }
-    LOCKS = {
-        "pnpm": ("pnpm-lock.yaml", "pnpm-workspace.yaml"),
-        "yarn": ("yarn.lock", ".yarnrc.yml"),
-        "bun": ("bun.lock", "bun.lockb"),
-        "npm": ("package-lock.json", "npm-shrinkwrap.json"),
+        # What comes before further arguments of a script, how it runs the program of a
+        # package and a script of one package of a workspace, and its lock files.
+        "pnpm": (" ", "pnpm exec ", "pnpm --filter NAME run SCRIPT", "pnpm-lock.yaml|pnpm-workspace.yaml"),
+        "yarn": (" ", "yarn ", "yarn workspace NAME run SCRIPT", "yarn.lock|.yarnrc.yml"),
+        "bun": (" ", "bunx ", "bun run --filter NAME SCRIPT", "bun.lock|bun.lockb"),
+        "npm": (" -- ", "npx ", "npm run SCRIPT -w NAME", "package-lock.json|npm-shrinkwrap.json"),
     }
     ONE_TEST = (  # test runners, how each takes one file, or one name beside its files
         ("vitest", "path/to/file.test.{}", '-t "name"'),
@@ -5398,6 +5366,7 @@ class Node:
         ("tap", "path/to/test.{}", ""),
     )
     FRAMEWORKS = (  # a package, its title, and the type of what is built with it
+        ("typescript", "TypeScript", ""),
         ("expo", "Expo", "mobile"),
         ("react-native", "React Native", "mobile"),
         ("@capacitor/core", "Capacitor", "mobile"),
@@ -5425,7 +5394,7 @@ class Node:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.manager, self.manager_source, self.manager_version = self._find_manager()
-        self.call, self.more, self.exec, self.call_member = self.MANAGERS[self.manager]
+        self.more, self.exec, self.call_member, _ = self.MANAGERS[self.manager]
         dev = folder.table("package.json", "devDependencies")
         self.packages = {**dev, **folder.table("package.json", "dependencies")}
 
@@ -5438,9 +5407,9 @@ class Node:
             if name in self.MANAGERS:
                 return name, "package.json", version
         for place in folders:
-            for manager, locks in self.LOCKS.items():
-                if place.find(*locks):
-                    return manager, place.find(*locks), ""
+            for manager, (*_, locks) in self.MANAGERS.items():
+                if place.holds(locks):
+                    return manager, place.holds(locks), ""
         return "npm", "package.json", ""
 
     def read(self) -> Iterator[Found]:
@@ -5448,20 +5417,20 @@ class Node:
         bodies = {
             name: body
             for name, body in self.folder.table("package.json", "scripts").items()
-            if isinstance(body, str) and name not in SCRIPT_NAMES["install"]
+            if isinstance(body, str) and name not in SCRIPT_NAMES["install"].split()
         }
-        scripts = Scripts("package.json", self.call, bodies, self.more)
+        scripts = Scripts("package.json", f"{self.manager} run {{}}", bodies, self.more)
         yield from scripts.find()
         yield from self._find_one_test(scripts)
-        for source, call, keys in (
-            ("turbo.json", "turbo run {}", ("tasks",)),
-            ("turbo.json", "turbo run {}", ("pipeline",)),
-            ("nx.json", "nx run-many -t {}", ("targetDefaults",)),
+        for call, place in (
+            ("turbo run {}", "turbo.json tasks"),
+            ("turbo run {}", "turbo.json pipeline"),
+            ("nx run-many -t {}", "nx.json targetDefaults"),
         ):
+            source, keys, _ = self.folder.locate(place)
             tasks = dict.fromkeys(self.folder.table(source, *keys), call)
             yield from Scripts(source, self.exec + call, tasks).find()
-        signs = ("nx.json", "turbo.json", "lerna.json", "pnpm-workspace.yaml")
-        is_workspace = self.folder.find(*signs)
+        is_workspace = self.folder.holds("nx.json|turbo.json|lerna.json|pnpm-workspace.yaml")
         for name, command, config in (
             ("test", "vitest run", "vitest.config.*"),
             ("test", "jest", "jest.config.*"),
@@ -5476,26 +5445,30 @@ class Node:
         whole = dict(scripts.pick()).get("test")
         leaves = [*scripts.leaves(whole)] if whole else []
         runners = {name for name, _, _ in self.ONE_TEST}
-        testing = [leaf for leaf in leaves if not runners.isdisjoint(leaf.last_words)]
+        testing = [leaf for leaf in leaves if not runners.isdisjoint(leaf.last.split())]
         script = testing[0] if len(testing) == 1 else whole if leaves == [whole] else None
-        words = script.last_words if script else []
+        if not script:
+            return
+        words = script.last.split()
         is_typed = self.folder.find("tsconfig.json") or "typescript" in self.packages
         suffix = "ts" if is_typed else "js"
         for runner, file, name in self.ONE_TEST:
-            if script and runner in words:
+            if runner in words:
                 rest = words[words.index(runner) + 1 :]
-                before = [runner, *rest]
-                # A word after an option may be its value.
-                files = [w for w, b in zip(rest, before) if w[0] != "-" and (b[0] != "-" or "=" in b or b == runner)]
-                has_files = any(word not in ("run", "test", "watch", "--") for word in files)
-                arguments = name if has_files else file.format(suffix)
+                files = {
+                    word
+                    for before, word in zip([runner, *rest], rest)
+                    # A word after an option may be its value.
+                    if word[0] != "-"
+                    if before == runner or before[0] != "-" or "=" in before
+                }
+                arguments = name if files - {"run", "test", "watch"} else file.format(suffix)
                 if arguments:
                     call = scripts.spell(script, f"{script.cure or ''} {arguments}".strip())
                     yield Found("one test", call, "package.json")
                 return
-        if script and any(line.startswith("bun test") for line in script.commands):
-            call = f"bun test path/to/file.test.{suffix}"
-            yield Found("one test", call, "package.json")
+        if any(line.startswith("bun test") for line in script.commands):
+            yield Found("one test", f"bun test path/to/file.test.{suffix}", "package.json")
 
     def _find_tools(self) -> Iterator[Found]:
         if self.manager != "npm":
@@ -5503,8 +5476,7 @@ class Node:
             tool = f"{self.manager} {version}".rstrip()
             yield Found("tool", tool, self.manager_source)
         used = self.folder.table("package.json", "dependencies")
-        named = (("typescript", "TypeScript", ""), *self.FRAMEWORKS)
-        for package, name, kind in named:
+        for package, name, kind in self.FRAMEWORKS:
             if package in (used if kind == "backend" else self.packages):
                 version = self.packages[package]
                 version = shorten_version(version) if isinstance(version, str) else ""
@@ -5522,84 +5494,71 @@ class Python:
     """
 
     TOML = "pyproject.toml"
-    MANAGERS = (  # the manager, its evidence, and what stands in front of a command
-        ("uv", "uv.lock", "uv run "),
-        ("poetry", "poetry.lock", "poetry run "),
-        ("pdm", "pdm.lock", "pdm run "),
-        ("pipenv", "Pipfile", "pipenv run "),
-        ("pixi", "pixi.lock", "pixi run "),
-        ("uv", "pyproject.toml tool uv", "uv run "),
-        ("poetry", "pyproject.toml tool poetry", "poetry run "),
-        ("pdm", "pyproject.toml tool pdm dev-dependencies", "pdm run "),
-        ("hatch", "pyproject.toml tool hatch envs", ""),
-        ("hatch", "hatch.toml", ""),
-        ("uv", r"[jJ]ustfile ~ \buv run\b", "uv run "),
-        ("uv", r"Makefile ~ \buv run\b", "uv run "),
+    ONE_TEST = "path/to/test_file.py::test_name"
+    MANAGERS = (  # each with its evidence
+        ("uv", "uv.lock"),
+        ("poetry", "poetry.lock"),
+        ("pdm", "pdm.lock"),
+        ("pipenv", "Pipfile"),
+        ("pixi", "pixi.lock"),
+        ("uv", "pyproject.toml tool uv"),
+        ("poetry", "pyproject.toml tool poetry"),
+        ("pdm", "pyproject.toml tool pdm dev-dependencies"),
+        ("hatch", "pyproject.toml tool hatch envs or hatch.toml"),
+        ("uv", r"[jJ]ustfile ~ \buv run\b or Makefile ~ \buv run\b"),
     )
     TITLES = {"poetry": "Poetry", "pdm": "PDM", "pipenv": "Pipenv", "hatch": "Hatch"}
-    INSTALLS = {  # for the place that asks for the test runner; {} is its name
-        "uv": {"": "uv sync", "group": "uv sync --group {}", "extra": "uv sync --extra {}"},
-        "poetry": {
-            "": "poetry install",
-            "group": "poetry install",
-            "optional": "poetry install --with {}",
-            "extra": "poetry install --extras {}",
-        },
-        "pdm": {"": "pdm install", "group": "pdm install", "extra": "pdm install -G {}"},
-        "pipenv": {"": "pipenv install --dev"},
-        "pixi": {"": "pixi install"},
-        "hatch": {},
-        "": {
-            "extra": "pip install -e '.[{}]'",
-            "group": "pip install -e . --group {}",
-            "file": "pip install -r {}",
-        },
+    INSTALLS = {  # by the manager, and the kind of place that asks for the test runner
+        "uv": "uv sync",
+        "uv group": "uv sync --group {}",
+        "uv extra": "uv sync --extra {}",
+        "poetry": "poetry install",
+        "poetry optional": "poetry install --with {}",
+        "poetry extra": "poetry install --extras {}",
+        "pdm": "pdm install",
+        "pdm extra": "pdm install -G {}",
+        "pipenv": "pipenv install --dev",
+        "pixi": "pixi install",
+        " extra": "pip install -e '.[{}]'",
+        " group": "pip install -e . --group {}",
+        " file": "pip install -r {}",
     }
     PYTEST = (
-        *("pytest.ini", "pyproject.toml tool pytest", "setup.cfg tool:pytest"),
-        *("tox.ini pytest", "conftest.py", "tests/conftest.py", "test/conftest.py"),
+        "pytest.ini or pyproject.toml tool pytest or setup.cfg tool:pytest"
+        " or tox.ini pytest or conftest.py|tests/conftest.py|test/conftest.py"
     )
     TOOLS = (
-        Row("lint", "ruff check .", "pyproject.toml tool ruff"),
-        Row("lint", "ruff check .", "ruff.toml"),
-        Row("lint", "ruff check .", ".ruff.toml"),
-        Row("lint", "flake8", ".flake8"),
-        Row("lint", "flake8", "setup.cfg flake8"),
-        Row("lint", "flake8", "tox.ini flake8"),
+        Row("lint", "ruff check .", "pyproject.toml tool ruff or ruff.toml|.ruff.toml"),
+        Row("lint", "flake8", ".flake8 or setup.cfg flake8 or tox.ini flake8"),
         Row("format", "ruff format .", "pyproject.toml tool ruff format"),
         Row("format", "black .", "pyproject.toml tool black"),
-        Row("type check", "mypy", "mypy.ini"),
-        Row("type check", "mypy", ".mypy.ini"),
-        Row("type check", "mypy", "pyproject.toml tool mypy"),
-        Row("type check", "mypy", "setup.cfg mypy"),
-        Row("type check", "ty check", "pyproject.toml tool ty"),
-        Row("type check", "ty check", "ty.toml"),
-        Row("type check", "pyright", "pyrightconfig.json"),
-        Row("type check", "pyright", "pyproject.toml tool pyright"),
+        Row("type check", "mypy", "mypy.ini|.mypy.ini or pyproject.toml tool mypy or setup.cfg mypy"),
+        Row("type check", "ty check", "pyproject.toml tool ty or ty.toml"),
+        Row("type check", "pyright", "pyrightconfig.json or pyproject.toml tool pyright"),
         Row("type check", "basedpyright", "pyproject.toml tool basedpyright"),
     )
-    SCRIPTS = (  # tables of scripts, and how one is run
-        ("pyproject.toml", "poe {}", ("tool", "poe", "tasks")),
-        ("pyproject.toml", "task {}", ("tool", "taskipy", "tasks")),
-        ("pyproject.toml", "pdm run {}", ("tool", "pdm", "scripts")),
-        ("pyproject.toml", "pixi run {}", ("tool", "pixi", "tasks")),
-        ("pixi.toml", "pixi run {}", ("tasks",)),
-        ("Pipfile", "pipenv run {}", ("scripts",)),
+    SCRIPTS = (  # how a script is run, and the table it is in
+        ("poe {}", "pyproject.toml tool poe tasks"),
+        ("task {}", "pyproject.toml tool taskipy tasks"),
+        ("pdm run {}", "pyproject.toml tool pdm scripts"),
+        ("pixi run {}", "pyproject.toml tool pixi tasks"),
+        ("pixi run {}", "pixi.toml tasks"),
+        ("pipenv run {}", "Pipfile scripts"),
     )
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         places = (folder, *folder.above)
-        self.manager, self.manager_source, self.prefix = next(
+        self.manager, self.manager_source = next(
             (
-                (manager, place.holds(evidence), prefix)
-                for manager, evidence, prefix in self.MANAGERS
+                (manager, place.holds(evidence))
+                for manager, evidence in self.MANAGERS
                 for place in (places if evidence.endswith(".lock") else places[:1])
                 if place.holds(evidence)
             ),
-            ("", "", ""),
+            ("", ""),
         )
-        self.hatch_source = folder.find("hatch.toml", self.TOML)
+        self.prefix = "" if self.manager in ("", "hatch") else f"{self.manager} run "
         envs = folder.table(self.TOML, "tool", "hatch", "envs")
         envs = envs or folder.table("hatch.toml", "envs")
         self.hatch = {name: env for name, env in envs.items() if isinstance(env, dict)}
@@ -5673,16 +5632,13 @@ class Python:
             yield Found("format", "hatch fmt", self.manager_source)
         for row in self.TOOLS:
             source = self.folder.holds(row.evidence)
-            command = source and self.spell(row.text)
-            if command:
-                yield Found(row.name, command, source)
+            if source:
+                yield Found(row.name, self.spell(row.text), source)
         if "ruff" in self.packages:
             yield Found("lint", self.spell("ruff check ."), self.TOML)
-        hooks, in_prefix = ".pre-commit-config.yaml", re.escape(f"{self.prefix}pre-commit")
-        is_prefixed = self.prefix and any(
-            self.folder.holds(f"{file} ~ {in_prefix}") for file in ("Makefile", "[jJ]ustfile")
-        )
-        if self.folder.find(hooks) and ("pre-commit" in self.packages or is_prefixed):
+        hooks, call = ".pre-commit-config.yaml", re.escape(f"{self.prefix}pre-commit")
+        is_called = self.folder.holds(f"Makefile ~ {call} or [jJ]ustfile ~ {call}")
+        if self.folder.find(hooks) and ("pre-commit" in self.packages or is_called):
             yield Found("before a commit", f"{self.prefix}pre-commit run --all-files", hooks)
         yield from self._find_sessions(sessions)
         yield from self._find_tox()
@@ -5724,110 +5680,103 @@ class Python:
         return folder.find("src", *[package] * package.isidentifier()) or "."
 
     def _find_scripts(self) -> Iterator[Found]:
-        for source, call, keys in self.SCRIPTS:
-            table = self.folder.table(source, *keys)
-            bodies = {name: flatten(body) for name, body in table.items()}
+        for call, place in self.SCRIPTS:
             prefix = "" if call.startswith(("pdm", "pixi", "pipenv")) else self.prefix
-            yield from Scripts(source, prefix + call, bodies).find()
+            yield from read_scripts(self.folder, prefix + call, place).find()
+        source = self.folder.find("hatch.toml", self.TOML)
         for name, env in self.hatch.items():
             scripts = env.get("scripts")
             table = scripts if isinstance(scripts, dict) else {}
             bodies = {script: flatten(body) for script, body in table.items()}
-            place = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
-            call = f"hatch run {place}:{{}}".replace("default:", "")
+            env_name = re.sub(r"[^\w.-]", "", name)  # it becomes part of a command
+            call = f"hatch run {env_name}:{{}}".replace("default:", "")
             kinds = ("test", "lint", "format", "type check")
-            for item in Scripts(self.hatch_source, call, bodies).find():
+            for item in Scripts(source, call, bodies).find():
                 if name in ("types", "typing") and item.name == "check":
                     yield item._replace(name="type check")
                 elif name == "default" or item.name.startswith(kinds):
                     yield item
 
     def _read_noxfile(self) -> Scripts:
-        lines: dict[str, list[str]] = {}
-        current: list[str] = []
+        bodies: dict[str, str] = {}
         decorators = ""
-        for line in self.folder.text("noxfile.py").split("\n"):
-            if line.startswith("def "):
+        for part in re.split(r"\n(?=@|def )", "\n" + self.folder.text("noxfile.py")):
+            if part.startswith("@"):
+                decorators += part
+            elif part.startswith("def "):
                 named = re.search(r"\bname=[\"']([\w.-]+)", decorators)
-                name = named[1] if named else line[4:].partition("(")[0].strip()
-                is_session = re.search(r"@(?:\w+\.)?session\b", decorators)
-                current = lines.setdefault(name, []) if is_session else []
+                name = named[1] if named else part[4:].partition("(")[0].strip()
+                if re.search(r"@(?:\w+\.)?session\b", decorators):
+                    bodies[name] = f"{bodies.get(name, '')}\n{part}"
                 decorators = ""
-            elif decorators or line.startswith("@"):
-                decorators += line
-                current = []
-            current.append(line)
-        bodies = {name: "\n".join(body) for name, body in lines.items()}
         return Scripts("noxfile.py", "nox -s {}", bodies)
 
     def _find_sessions(self, sessions: Scripts) -> Iterator[Found]:
         yield from sessions.find()
         for command, script in sessions.pick():
             if command == "test" and "posargs" in script.text:
-                call = f"{sessions.spell(script)} -- path/to/test_file.py::test_name"
+                call = f"{sessions.spell(script)} -- {self.ONE_TEST}"
                 yield Found("one test", call, sessions.source)
         defaults = "noxfile.py ~ options[.]sessions|default=False"
         if sessions.bodies and self.folder.holds(defaults):
             yield Found("check", "nox", sessions.source)
 
     def _find_install(self) -> Iterator[Found]:
-        folder, installs = self.folder, self.INSTALLS[self.manager]
+        folder, manager, installs = self.folder, self.manager, self.INSTALLS
         places = map(self.packages.get, ("pytest", "ruff", "mypy", "tox"))
         place = next(filter(None, places), "")
         kind, _, name = place.partition(" ")
         defaults = folder.value(self.TOML, "tool", "uv", "default-groups")
         groups = defaults if isinstance(defaults, list) else ()
-        if self.manager and (place == "group dev" or defaults == "all" or name in groups):
+        if manager and (place == "group dev" or defaults == "all" or name in groups):
             kind = ""
-        sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
-        signs = ("pyproject.toml project", "setup.py", "setup.cfg metadata")
-        is_package = any(map(folder.holds, signs))
-        if self.manager or kind in installs:
-            text = installs.get(kind, installs.get("", "")).replace("{}", name)
-            if kind == "file" and is_package:
-                text = text.replace("install", "install -e .")
-        elif is_package:
-            text = "pip install -e ."
-        else:
-            text = "pip install -r requirements.txt" * bool(folder.find(sources[3]))
+        is_package = folder.holds("pyproject.toml project or setup.py or setup.cfg metadata")
+        text = "pip install -e ." if is_package else "pip install -r requirements.txt"
+        if manager or not (is_package or folder.find("requirements.txt")):
+            text = installs.get(manager, "")
+        text = installs.get(f"{manager} {kind}", text).replace("{}", name)
+        if kind == "file" and is_package:
+            text = text.replace("install", "install -e .")
         workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
         if text == "uv sync" and folder.holds(workspace):
             text = "uv sync --all-packages"
         if text:
+            sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
             source = name if kind == "file" else folder.find(*sources)
             yield Found("install", text, self.manager_source or source)
 
     def _find_tests(self) -> Iterator[Found]:
         folder = self.folder
-        source = next(filter(None, map(folder.holds, self.PYTEST)), "")
+        source = folder.holds(self.PYTEST)
         if folder.find("manage.py") and "pytest-django" not in self.packages:
             python = f"{self.prefix}python manage.py"
-            yield Found("test", f"{python} test", "manage.py")
-            yield Found("one test", f"{python} test app.tests.TestCase.test_name", "manage.py")
+            yield from find_tests(f"{python} test [app.tests.TestCase.test_name]", "manage.py")
             yield Found("run", f"{python} runserver", "manage.py")
         elif self.manager == "hatch" and ("pytest" not in self.packages or "hatch-test" in self.hatch):
-            yield Found("test", "hatch test", self.manager_source)
-            yield Found("one test", "hatch test path/to/test_file.py::test_name", self.manager_source)
+            yield from find_tests(f"hatch test [{self.ONE_TEST}]", self.manager_source)
         elif "pytest" in self.packages or (source and not folder.find("tox.ini", "noxfile.py")):
-            prefix = self.prefix if "pytest" not in self.packages else self.spell("pytest")[: -len("pytest")]
+            is_listed = "pytest" in self.packages
+            call = self.spell("pytest") or "pytest" if is_listed else f"{self.prefix}pytest"
             source = source or folder.find(self.TOML, "setup.cfg", "setup.py", "requirements*.txt", "Pipfile")
-            yield Found("test", f"{prefix}pytest", source)
-            yield Found("one test", f"{prefix}pytest path/to/test_file.py::test_name", source)
+            yield from find_tests(f"{call} [{self.ONE_TEST}]", source)
 
     def _find_tox(self) -> Iterator[Found]:
         folder, prefix = self.folder, self.prefix if "tox" in self.packages else ""
         if self.manager and "tox" not in self.packages:  # then it may well be out of date
             return
         environments = folder.table("tox.ini")
-        is_pytest = "pytest" in flatten(environments.get("testenv", {}))
-        if is_pytest:
-            yield Found("test", f"{prefix}tox -e py", "tox.ini")
-            if "{posargs" in flatten(environments["testenv"]):
-                yield Found("one test", f"{prefix}tox -e py -- path/to/test_file.py::test_name", "tox.ini")
-        named = {name[8:]: flatten(body) for name, body in environments.items() if name.startswith("testenv:")}
+        test = flatten(environments.get("testenv", {}))
+        if "pytest" in test:
+            one = f" [-- {self.ONE_TEST}]" if "{posargs" in test else ""
+            yield from find_tests(f"{prefix}tox -e py{one}", "tox.ini")
+        named = {
+            name.removeprefix("testenv:"): flatten(body)
+            for name, body in environments.items()
+            if name.startswith("testenv:")
+        }
         yield from Scripts("tox.ini", f"{prefix}tox -e {{}}", named).find()
-        source = folder.holds("tox.ini tox envlist") or folder.holds("tox.ini tox env_list")
-        source = source or folder.holds("pyproject.toml tool tox env_list")
+        configs = "tox.ini tox envlist or tox.ini tox env_list or pyproject.toml tool tox env_list"
+        source = folder.holds(configs)
         if source:
             yield Found("check", f"{prefix}tox", source)
 
@@ -5839,43 +5788,41 @@ class Python:
 
 
 class Ecosystem(NamedTuple):
-    """A language and its tools. It is in a folder where any of its `signs` holds.
+    """A language and its tools. It is in a folder where its `sign`, evidence, holds.
 
     What `find` yields comes before the rows, and the first of a name counts. `spell`
-    makes a command of a row's text: it adds `uv run`, or "" leaves it out.
+    makes a command of a row's text: it adds a wrapper, or "" leaves it out.
     """
 
     name: str  # in lower case: it labels commands, as in "test (python)"
-    signs: tuple[str, ...]
+    sign: str
     rows: tuple[Row, ...] = ()
-    scripts: "Callable[[Folder], Iterable[Scripts]]" = lambda folder: ()
     find: "Callable[[Folder], Iterable[Found]]" = lambda folder: ()
     spell: "Callable[[Folder, str], str]" = lambda folder, command: command
     only_first: bool = False  # left out where another comes before it
 
-    def find_sign(self, folder: Folder) -> str:
-        """Return the evidence of the ecosystem in a folder; "" if there is none."""
-        return next(filter(folder.holds, self.signs), "")
-
     def read(self, folder: Folder) -> Iterator[Found]:
         """Iterate over all that is found, the surest of each name first."""
-        for scripts in self.scripts(folder):
-            yield from scripts.find()
         yield from self.find(folder)
-        sign = self.find_sign(folder)
         for row in self.rows:
-            evidence = row.evidence or sign
-            source = folder.holds(evidence)
-            value = folder.quote(evidence) if source and "{}" in row.text else ""
-            value = shorten_version(value) if row.name in ("version", "tool") else tidy(value)
-            if source and ("{}" not in row.text or value):
+            for evidence in (row.evidence or self.sign).split(" or "):
+                source = folder.holds(evidence)
+                shorten = shorten_version if row.name in ("version", "tool") else tidy
+                value = shorten(folder.quote(evidence)) if source and "{}" in row.text else ""
+                if not source or ("{}" in row.text and not value):
+                    continue
                 text = row.text.replace("{}", value)
-                is_command = row.name not in NO_COMMANDS
-                yield Found(row.name, self.spell(folder, text) if is_command else text, source)
+                if row.name in NO_COMMANDS:
+                    yield Found(row.name, text, source)
+                elif row.name == "test":
+                    for item in find_tests(text, source):
+                        yield item._replace(text=self.spell(folder, item.text))
+                else:
+                    yield Found(row.name, self.spell(folder, text), source)
 
 
-def ecosystem(name: str, signs: Sequence[str], *rows: Row, **more: Any) -> Ecosystem:
-    return Ecosystem(name, tuple(signs), rows, **more)
+def ecosystem(name: str, sign: str, *rows: Row, **more: Any) -> Ecosystem:
+    return Ecosystem(name, sign, rows, **more)
 
 
 def use_wrapper(folder: Folder, command: str) -> str:
@@ -5901,23 +5848,17 @@ def use_composer_bin(folder: Folder, command: str) -> str:
     return command.replace("vendor/bin", str(place).strip("/"), 1)
 
 
-def read_composer_scripts(folder: Folder) -> Iterator[Scripts]:
-    """Read composer's scripts, of which @name calls another one."""
-    scripts = {name: flatten(body) for name, body in folder.table("composer.json", "scripts").items()}
-    bodies = {name: re.sub("(?m)^@(?!php)(?:composer )?", "composer ", body) for name, body in scripts.items()}
-    yield Scripts("composer.json", "composer {}", bodies, " -- ")
+def find_composer_scripts(folder: Folder) -> Iterator[Found]:
+    """Find composer's scripts, of which @name calls another one."""
+    scripts = read_scripts(folder, "composer {}", "composer.json scripts")
+    call = "(?m)^@(?!php)(?:composer )?"
+    bodies = {name: re.sub(call, "composer ", body) for name, body in scripts.bodies.items()}
+    return scripts._replace(bodies=bodies, more=" -- ").find()
 
 
-def read_deno_tasks(folder: Folder) -> Iterator[Scripts]:
-    name = folder.find("deno.json", "deno.jsonc")
-    bodies = folder.table(name, "tasks")
-    yield Scripts(name, "deno task {}", {task: flatten(body) for task, body in bodies.items()})
-
-
-def read_melos_scripts(folder: Folder) -> Iterator[Scripts]:
-    for name, *keys in (("melos.yaml", "scripts"), ("pubspec.yaml", "melos", "scripts")):
-        bodies = folder.table(name, *keys)
-        yield Scripts(name, "melos run {}", {script: flatten(body) for script, body in bodies.items()})
+def find_melos_scripts(folder: Folder) -> Iterator[Found]:
+    for place in ("melos.yaml scripts", "pubspec.yaml melos scripts"):
+        yield from read_scripts(folder, "melos run {}", place).find()
 
 
 def find_cargo(folder: Folder) -> Iterator[Found]:
@@ -5965,9 +5906,9 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
         # The runner that is new with .NET 10 wants an option, and filters otherwise.
         is_new = folder.value("global.json", "test", "runner") == "Microsoft.Testing.Platform"
         option = " --project" if name.endswith("proj") else " --solution"
-        yield Found("test", f"dotnet test{option if is_new and argument else ''}{argument}", name)
-        if not is_new:
-            yield Found("one test", f"dotnet test{argument} --filter FullyQualifiedName~TestName", name)
+        call = "dotnet test" + option * bool(is_new and argument) + argument
+        one = "" if is_new else " [--filter FullyQualifiedName~TestName]"
+        yield from find_tests(call + one, name)
     if folder.find(".editorconfig") and not folder.value(".config/dotnet-tools.json", "tools", "csharpier"):
         yield Found("format", f"dotnet format{argument}", ".editorconfig")
 
@@ -5994,13 +5935,12 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
         return
     flag = "-workspace" if place.endswith("workspace") else "-project"
     call = f"{flag} {shlex.quote(place)} -scheme {shlex.quote(scheme)}"
-    yield Found(
-        "build", f"xcodebuild build {call}" + " -destination 'generic/platform=iOS Simulator'" * is_ios, project
-    )
+    simulator = " -destination 'generic/platform=iOS Simulator'" * is_ios
+    yield Found("build", f"xcodebuild build {call}{simulator}", project)
     if "product-type.bundle.unit-test" in text:
         device = " -destination 'platform=iOS Simulator,name=DEVICE'" * is_ios
-        yield Found("test", f"xcodebuild test {call}{device}", project)
-        yield Found("one test", f"xcodebuild test {call}{device} -only-testing:TARGET/CLASS/METHOD", project)
+        one = "[-only-testing:TARGET/CLASS/METHOD]"
+        yield from find_tests(f"xcodebuild test {call}{device} {one}", project)
 
 
 def find_test_options(text: str) -> Optional[list[str]]:
@@ -6041,27 +5981,6 @@ def find_test_options(text: str) -> Optional[list[str]]:
     return needed
 
 
-def find_cmake(folder: Folder) -> Iterator[Found]:
-    """Find the default presets, or the options that tests need."""
-    name, text = "CMakeLists.txt", folder.text("CMakeLists.txt")
-    configure = pick_preset(folder, "configurePresets")
-    build = configure and pick_preset(folder, "buildPresets", configure)
-    if build:
-        source, test = "CMakePresets.json", pick_preset(folder, "testPresets", configure)
-        yield Found("build", f"cmake --preset {configure} && cmake --build --preset {build}", source)
-        if test:
-            yield Found("test", f"ctest --preset {test}", source)
-            yield Found("one test", f"ctest --preset {test} -R NAME", source)
-        return
-    needed = find_test_options(text)
-    options = "".join(f" -D{option}=ON" for option in dict.fromkeys(needed or ()))
-    yield Found("build", f"cmake -B build{options} && cmake --build build", name)
-    if needed is not None:
-        yield Found("test", "ctest --test-dir build", name)
-        if not folder.find("Makefile"):  # which may call another test by `test`
-            yield Found("one test", "ctest --test-dir build -R NAME", name)
-
-
 def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
     """Pick the preset of a kind that is the only one, or called default."""
     presets = folder.value("CMakePresets.json", kind)
@@ -6071,6 +5990,26 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
     return "default" if "default" in names else names[0] if len(names) == 1 else ""
 
 
+def find_cmake(folder: Folder) -> Iterator[Found]:
+    """Find the default presets, or the options that tests need."""
+    name, text = "CMakeLists.txt", folder.text("CMakeLists.txt")
+    configure = pick_preset(folder, "configurePresets")
+    build = configure and pick_preset(folder, "buildPresets", configure)
+    if build:
+        source, test = "CMakePresets.json", pick_preset(folder, "testPresets", configure)
+        yield Found("build", f"cmake --preset {configure} && cmake --build --preset {build}", source)
+        if test:
+            yield from find_tests(f"ctest --preset {test} [-R NAME]", source)
+        return
+    needed = find_test_options(text)
+    options = "".join(f" -D{option}=ON" for option in dict.fromkeys(needed or ()))
+    yield Found("build", f"cmake -B build{options} && cmake --build build", name)
+    if needed is not None:
+        # A Makefile may call another test by `test`.
+        one = "" if folder.find("Makefile") else " [-R NAME]"
+        yield from find_tests(f"ctest --test-dir build{one}", name)
+
+
 # ── 19 Languages ──────────────────────────────────────────────────────────────
 
 # What is customary in each ecosystem, and the evidence that it is so here. To add one,
@@ -6078,18 +6017,19 @@ def pick_preset(folder: Folder, kind: str, configure: str = "") -> str:
 # one name, the first that holds counts.
 
 NO_PYTHON = " + not pyproject.toml build-system + not pyproject.toml project + not setup.py"
-PHPUNIT = 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'
 PHPCS = "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"
 PHP_CS_FIXER = ".php-cs-fixer* + composer.json ~ php-cs-fixer"
-RAKE_TEST = r"Rakefile ~ TestTask\.\w+\b(?![ (]*:(?!test\b))"
-STANDARD_RB = r"""Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""
+TEST_TASK = r"TestTask\.\w+\b(?![ (]*:(?!test\b))"
+STANDARD_RB = r""".standard.yml or Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""
+RUBOCOP = ".rubocop.yml + Gemfile rubocop or .rubocop.yml + *.gemspec rubocop"
+ANDROID = "app*/src/main/AndroidManifest.xml"
 CTEST = r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b"
 MESON_TEST = r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"
 
 ECOSYSTEMS = (  # those further up come first where several are in one folder
     ecosystem(
         "elixir",
-        ("mix.exs",),
+        "mix.exs",
         Row("description", "{}", r'mix.exs ~ (?:@description|\bdescription:) *"([^"\n]+)"'),
         Row("version", "Elixir {}", ".tool-versions elixir"),
         Row("version", "Elixir {}", r'mix.exs ~ \belixir: *"([^"\n]+)"'),
@@ -6098,10 +6038,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("install", "mix setup", r'mix.exs ~ ^[ \t]+"?setup"?: *\['),
         Row("install", "mix deps.get"),
         Row("build", "mix compile"),
-        Row("test", "mix test", "mix.exs apps_path:"),
-        Row("test", "mix test", "mix.exs + test"),
-        Row("one test", "mix test apps/APP/test/path/to/file_test.exs:LINE", "mix.exs apps_path:"),
-        Row("one test", "mix test test/path/to/file_test.exs:LINE", "mix.exs + test"),
+        Row("test", "mix test [apps/APP/test/path/to/file_test.exs:LINE]", "mix.exs apps_path:"),
+        Row("test", "mix test [test/path/to/file_test.exs:LINE]", "mix.exs + test"),
         Row("lint", "mix lint", r'mix.exs ~ ^[ \t]+"?lint"?: *\['),
         Row("lint", "mix credo", "mix.exs :credo"),
         Row("format", "mix format", ".formatter.exs"),
@@ -6113,24 +6051,20 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "php",
-        ("composer.json",),
+        "composer.json",
         Row("description", "{}", "composer.json description"),
         Row("version", "PHP {}", "composer.json require php"),
         Row("version", "PHP"),
         Row("tool", "Laravel {}", "composer.json require laravel/framework"),
         Row("tool", "Symfony {}", "composer.json require symfony/framework-bundle"),
         Row("install", "composer install"),
-        Row("test", "php artisan test", "artisan + phpunit*.xml*"),
-        Row("test", "vendor/bin/pest", 'composer.json ~ "pestphp/pest"'),
-        Row("test", "php bin/phpunit", "bin/phpunit + phpunit*.xml*"),
-        Row("test", "vendor/bin/phpunit", PHPUNIT),
+        Row("test", "php artisan test [--filter=NAME]", "artisan + phpunit*.xml*"),
+        Row("test", "vendor/bin/pest [--filter=NAME]", 'composer.json ~ "pestphp/pest"'),
+        Row("test", "php bin/phpunit [--filter NAME]", "bin/phpunit + phpunit*.xml*"),
+        Row("test", "vendor/bin/phpunit [--filter NAME]", 'composer.json ~ "phpunit/phpunit" + phpunit*.xml*'),
         Row("test", "vendor/bin/simple-phpunit", 'composer.json ~ "symfony/phpunit-bridge" + phpunit*.xml*'),
         Row("test", "vendor/bin/tester tests", 'composer.json ~ "nette/tester" + tests'),
         Row("test", "vendor/bin/codecept run", 'codeception*.yml + composer.json ~ "codeception/'),
-        Row("one test", "php artisan test --filter=NAME", "artisan + phpunit*.xml*"),
-        Row("one test", "vendor/bin/pest --filter=NAME", 'composer.json ~ "pestphp/pest"'),
-        Row("one test", "php bin/phpunit --filter NAME", "bin/phpunit + phpunit*.xml*"),
-        Row("one test", "vendor/bin/phpunit --filter NAME", PHPUNIT),
         Row("one test", "vendor/bin/simple-phpunit --filter NAME", 'composer.json ~ "symfony/phpunit-bridge"'),
         Row("one test", "vendor/bin/tester tests/FILE", 'composer.json ~ "nette/tester" + tests'),
         Row("lint", "vendor/bin/pint --test", 'composer.json ~ "laravel/pint"'),
@@ -6144,19 +6078,14 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("type check", "vendor/bin/phpstan analyse", 'phpstan.* + composer.json ~ "phpstan/phpstan|larastan"'),
         Row("type check", "vendor/bin/psalm", "psalm.xml* + composer.json require-dev vimeo/psalm"),
         Row("run", "php artisan serve", "artisan"),
-        scripts=read_composer_scripts,
+        find=find_composer_scripts,
         spell=use_composer_bin,
     ),
     ecosystem(
         "ruby",
-        (
-            "*.gemspec|bin/rails",
-            "Gemfile + .rspec|config.ru",
-            "Gemfile + Rakefile ~ TestTask|RSpec::Core|load_tasks",
-        ),
+        "*.gemspec|bin/rails or Gemfile + .rspec|config.ru or Gemfile + Rakefile ~ TestTask|RSpec::Core|load_tasks",
         Row("description", "{}", r"""*.gemspec ~ \.summary[ \t]*=[ \t]*(?:"([^"\n]+)"|'([^'\n]+)')"""),
-        Row("version", "Ruby {}", ".ruby-version"),
-        Row("version", "Ruby {}", ".tool-versions ruby"),
+        Row("version", "Ruby {}", ".ruby-version or .tool-versions ruby"),
         Row("version", "Ruby {}", r"""Gemfile ~ ^[ \t]*ruby[ (]+["']([^"'\n]+)"""),
         Row("version", "Ruby {}", r"""*.gemspec ~ required_ruby_version[^"'\n]{0,40}["']([^"'\n]+)"""),
         Row("version", "Ruby"),
@@ -6165,33 +6094,19 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("install", "bin/setup", "bin/setup"),
         Row("install", "script/bootstrap", "script/bootstrap"),
         Row("install", "bundle install", "Gemfile"),
-        Row("test", "bundle exec rspec", ".rspec"),
-        Row("test", "bundle exec rspec", "spec/spec_helper.rb RSpec"),
-        Row("test", "bin/rails test", "bin/rails + test"),
+        Row("test", "bundle exec rspec [spec/path/to/file_spec.rb:LINE]", ".rspec or spec/spec_helper.rb RSpec"),
+        Row("test", "bin/rails test [test/path/to/file_test.rb:LINE]", "bin/rails + test"),
         Row("test", "script/test", "script/test"),
-        Row("test", "bundle exec rake test", RAKE_TEST),
+        Row("test", "bundle exec rake test [N=/NAME/]", f"Rakefile ~ Minitest::{TEST_TASK}"),
+        Row("test", "bundle exec rake test [TEST=test/FILE]", f"Rakefile ~ {TEST_TASK}"),
         Row("test", "bundle exec rake test", r"Rakefile ~ ^task[ (]+:?(?:test|default\b.*\btest)\b"),
-        Row("test", "bin/test", "bin/test rails/plugin/test"),
-        Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", ".rspec"),
-        Row("one test", "bundle exec rspec spec/path/to/file_spec.rb:LINE", "spec/spec_helper.rb RSpec"),
-        Row("one test", "bin/rails test test/path/to/file_test.rb:LINE", "bin/rails + test"),
-        Row(
-            "one test",
-            "bundle exec rake test N=/NAME/",
-            r"Rakefile ~ Minitest::TestTask\.\w+\b(?![ (]*:(?!test\b))",
-        ),
-        Row("one test", "bundle exec rake test TEST=test/FILE", RAKE_TEST),
-        Row("one test", "bin/test test/FILE", "bin/test rails/plugin/test"),
-        Row("lint", "bundle exec standardrb", ".standard.yml"),
+        Row("test", "bin/test [test/FILE]", "bin/test rails/plugin/test"),
         Row("lint", "bundle exec standardrb", STANDARD_RB),
         Row("lint", "bin/rubocop", "bin/rubocop"),
-        Row("lint", "bundle exec rubocop", ".rubocop.yml + Gemfile rubocop"),
-        Row("lint", "bundle exec rubocop", ".rubocop.yml + *.gemspec rubocop"),
-        Row("format", "bundle exec standardrb --fix", ".standard.yml"),
+        Row("lint", "bundle exec rubocop", RUBOCOP),
         Row("format", "bundle exec standardrb --fix", STANDARD_RB),
         Row("format", "bin/rubocop -a", "bin/rubocop"),
-        Row("format", "bundle exec rubocop -a", ".rubocop.yml + Gemfile rubocop"),
-        Row("format", "bundle exec rubocop -a", ".rubocop.yml + *.gemspec rubocop"),
+        Row("format", "bundle exec rubocop -a", RUBOCOP),
         Row("type check", "bundle exec srb tc", "sorbet/config"),
         Row("type check", "bundle exec steep check", "Steepfile"),
         Row("run", "bin/dev", "bin/dev"),
@@ -6202,7 +6117,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "rust",
-        ("Cargo.toml",),
+        "Cargo.toml",
         Row("description", "{}", "Cargo.toml package description"),
         Row("description", "{}", "Cargo.toml workspace package description"),
         Row("version", "Rust {}", r'rust-toolchain* ~ ^channel[ \t]*=[ \t]*"(\d[^"\n]*)"'),
@@ -6215,11 +6130,10 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("build", "cargo build"),
         Row("test", "cargo nextest run --workspace", "Cargo.toml workspace + .config/nextest.toml"),
         Row("test", "cargo nextest run", "Cargo.toml + .config/nextest.toml"),
-        Row("test", "cargo test --workspace", "Cargo.toml workspace"),
-        Row("test", "cargo test"),
         Row("one test", "cargo nextest run name_of_the_test", ".config/nextest.toml"),
+        Row("test", "cargo test --workspace", "Cargo.toml workspace"),
         Row("one test", "cargo test -p CRATE name_of_the_test", "Cargo.toml workspace"),
-        Row("one test", "cargo test name_of_the_test"),
+        Row("test", "cargo test [name_of_the_test]"),
         Row("lint", "cargo clippy --workspace --all-targets", "Cargo.toml workspace"),
         Row("lint", "cargo clippy --all-targets"),
         Row("format", "cargo +nightly fmt --all", "*rustfmt.toml ~ ^(imports|group|unstable)_ + not rust-toolchain*"),
@@ -6231,7 +6145,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "go",
-        ("go.mod|go.work",),
+        "go.mod|go.work",
         Row("version", "Go {}", "go.mod|go.work go"),
         Row("build", "go build ./...", "go.mod"),
         Row("test", "go test ./...", "go.mod"),
@@ -6245,19 +6159,16 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "maven",
-        ("pom.xml + mvnw", "pom.xml + not gradlew"),
+        "pom.xml + mvnw or pom.xml + not gradlew",
         Row("description", "{}", "pom.xml ~ <description>([^<$]+)</description>"),
-        Row("version", "Java {}", ".java-version"),
-        Row("version", "Java {}", ".tool-versions java"),
-        Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
+        Row("version", "Java {}", ".java-version or .tool-versions java or .sdkmanrc ~ ^java=(.+)"),
         Row("version", "Java {}", "pom.xml ~ <(?:maven.compiler.release|java.version|release)>([^<$]+)<"),
         Row("version", "Java {}", "pom.xml ~ <maven.compiler.(?:source|target)>([^<$]+)<"),
         Row("version", "Java"),
         Row("tool", "Spring Boot {}", r"pom.xml ~ >spring-boot-starter-parent</artifactId>\s*<version>([^<$]+)<"),
         Row("build", "mvn package -DskipTests"),
-        Row("test", "mvn test"),
         Row("one test", "mvn test -pl MODULE -Dtest=ClassName#method", "pom.xml <modules>"),
-        Row("one test", "mvn test -Dtest=ClassName#method"),
+        Row("test", "mvn test [-Dtest=ClassName#method]"),
         Row("lint", "mvn spotless:check", "pom.xml spotless-maven-plugin"),
         Row("format", "mvn spotless:apply", "pom.xml spotless-maven-plugin"),
         Row("format", "mvn spring-javaformat:apply", "pom.xml spring-javaformat-maven-plugin"),
@@ -6270,12 +6181,10 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "gradle",
-        ("settings.gradle*|build.gradle* + not mvnw",),
-        Row("type", "mobile", "app*/src/main/AndroidManifest.xml"),
+        "settings.gradle*|build.gradle* + not mvnw",
+        Row("type", "mobile", ANDROID),
         Row("description", "{}", r"""build.gradle* ~ ^description[ \t=]*["']([^"'\n]+)"""),
-        Row("version", "Java {}", ".java-version"),
-        Row("version", "Java {}", ".tool-versions java"),
-        Row("version", "Java {}", ".sdkmanrc ~ ^java=(.+)"),
+        Row("version", "Java {}", ".java-version or .tool-versions java or .sdkmanrc ~ ^java=(.+)"),
         Row("version", "Java {}", r"build.gradle* ~ (?:JavaLanguageVersion\.of|jvmToolchain)\(\s*(\d+)"),
         Row("version", "Java {}", r"build.gradle* ~ sourceCompatibility[ =][^\d\n]{0,40}([\d.]+)"),
         Row(
@@ -6286,16 +6195,12 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("tool", "Kotlin {}", r'build.gradle* ~ \bkotlin\("\w+"\) version "([^"\n]+)"'),
         Row("tool", "Spring Boot {}", r"""build.gradle* ~ org\.springframework\.boot.{0,9}version ["']([^"'\n]+)"""),
         Row("tool", "Gradle {}", "gradle/wrapper/gradle-wrapper.properties ~ gradle-([0-9.]+[0-9])"),
-        Row("build", "gradle assembleDebug", "app*/src/main/AndroidManifest.xml"),
+        Row("build", "gradle assembleDebug", ANDROID),
         Row("build", "gradle assemble"),
         Row("test", "gradle test allTests", "build.gradle* multiplatform kotlin.jvm"),
         Row("test", "gradle allTests", "build.gradle* multiplatform"),
         Row("test", "gradle test"),
-        Row(
-            "one test",
-            "gradle :MODULE:test --tests 'ClassName.method'",
-            "settings.gradle* include + not app*/src/main/AndroidManifest.xml",
-        ),
+        Row("one test", "gradle :MODULE:test --tests 'ClassName.method'", f"settings.gradle* include + not {ANDROID}"),
         Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
         Row(
             "one test",
@@ -6305,21 +6210,19 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("lint", "gradle spotlessCheck", "build.gradle* spotless"),
         Row("lint", "gradle ktlintCheck", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
         Row("lint", "gradle detekt", "build.gradle* detekt"),
-        Row("lint", "gradle lint", "app*/src/main/AndroidManifest.xml"),
+        Row("lint", "gradle lint", ANDROID),
         Row("format", "gradle spotlessApply", "build.gradle* spotless"),
         Row("format", "gradle ktlintFormat", r"build.gradle* ~ jlleitschuh|libs\.plugins\.ktlint\b"),
         Row("run", "gradle bootRun", r"""build.gradle* ~ ["']org\.springframework\.boot["'](?!.{0,40}apply false)"""),
         Row("run", "gradle runIde", "build.gradle* org.jetbrains.intellij"),
         Row("run", "gradle run", r"build.gradle* ~ ^[ \t]*(?:application$|id[ (]+[\"']application[\"'])"),
-        Row("check", "gradle check", "*.gradle* + not app*/src/main/AndroidManifest.xml"),
+        Row("check", "gradle check", f"*.gradle* + not {ANDROID}"),
         spell=use_wrapper,
     ),
     ecosystem(
         ".net",
-        (
-            r"*.slnx|*.sln|src/*.slnx|src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings",
-            "*.csproj|*.fsproj + not ProjectSettings",
-        ),
+        r"*.slnx|*.sln|src/*.slnx|src/*.sln ~ \.(?:cs|fs|vb)proj + not ProjectSettings"
+        " or *.csproj|*.fsproj + not ProjectSettings",
         Row("description", "{}", "*.csproj|Directory.Build.props ~ <Description>([^<$]+)</Description>"),
         Row("version", ".NET {}", "global.json sdk version"),
         Row("version", ".NET {}", "Directory.Build.props ~ <TargetFrameworks?>net([^<]+)<"),
@@ -6330,11 +6233,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "swift",
-        (
-            "Package.swift + Sources + not package.json",
-            "Package.swift .testTarget + not package.json",
-            "*.xcodeproj|*.xcworkspace|Tuist.swift",
-        ),
+        "Package.swift + Sources + not package.json"
+        " or Package.swift .testTarget + not package.json"
+        " or *.xcodeproj|*.xcworkspace|Tuist.swift",
         Row("type", "mobile", "*.xcodeproj + not Package.swift + not *.xcodeproj/project.pbxproj ~ SDKROOT = macosx"),
         Row("type", "mobile", "*.xcworkspace + not *.xcodeproj + not Package.swift"),
         Row("version", "Swift {}", ".swift-version"),
@@ -6345,8 +6246,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("install", "tuist install && tuist generate --no-open", "Tuist.swift"),
         Row("install", "xcodegen generate", "project.yml targets"),
         Row("build", "swift build", "Package.swift"),
-        Row("test", "swift test", "Package.swift .testTarget"),
-        Row("one test", "swift test --filter TestName", "Package.swift .testTarget"),
+        Row("test", "swift test [--filter TestName]", "Package.swift .testTarget"),
         Row("lint", "swiftlint", ".swiftlint.yml"),
         Row("lint", "swift format lint --recursive .", ".swift-format"),
         Row("format", "swiftformat .", ".swiftformat"),
@@ -6357,7 +6257,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "flutter",
-        ("pubspec.yaml dependencies flutter",),
+        "pubspec.yaml dependencies flutter",
         Row("type", "mobile"),
         Row("description", "{}", "pubspec.yaml description"),
         Row("version", "Flutter {}", '.fvmrc ~ "flutter": *"([^"]+)"'),
@@ -6367,45 +6267,42 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("install", "melos bootstrap", "melos.yaml"),
         Row("install", "flutter pub get"),
         Row("build", "dart run build_runner build", "pubspec.yaml dev_dependencies build_runner"),
-        Row("test", "flutter test", "pubspec.yaml + test"),
-        Row("one test", "flutter test test/FILE --plain-name 'NAME'", "pubspec.yaml + test"),
+        Row("test", "flutter test [test/FILE --plain-name 'NAME']", "pubspec.yaml + test"),
         Row("lint", "flutter analyze"),
         Row("format", "dart format ."),
         Row("run", "flutter run", "lib/main.dart"),
-        scripts=read_melos_scripts,
+        find=find_melos_scripts,
         spell=use_wrapper,
     ),
     ecosystem(
         "dart",
-        ("pubspec.yaml + not pubspec.yaml dependencies flutter",),
+        "pubspec.yaml + not pubspec.yaml dependencies flutter",
         Row("description", "{}", "pubspec.yaml description"),
         Row("version", "Dart {}", "pubspec.yaml environment sdk"),
         Row("version", "Dart"),
         Row("install", "melos bootstrap", "melos.yaml"),
         Row("install", "flutter pub get", ".fvmrc"),
         Row("install", "dart pub get"),
-        Row("test", "dart test", "pubspec.yaml ~ ^ +test: + test"),
-        Row("one test", "dart test test/FILE --plain-name 'NAME'", "pubspec.yaml ~ ^ +test: + test"),
+        Row("test", "dart test [test/FILE --plain-name 'NAME']", "pubspec.yaml ~ ^ +test: + test"),
         Row("lint", "dart analyze"),
         Row("format", "dart format ."),
-        scripts=read_melos_scripts,
+        find=find_melos_scripts,
         spell=use_wrapper,
     ),
     ecosystem(
         "deno",
-        ("deno.json|deno.jsonc + not package.json", "deno.lock"),
+        "deno.json|deno.jsonc + not package.json or deno.lock",
         Row("version", "Deno"),
         Row("install", "deno install"),
-        Row("test", "deno test -A", "*_test.ts|src/*_test.ts|tests"),
-        Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "*_test.ts|src/*_test.ts|tests"),
+        Row("test", "deno test -A [path/to/file_test.ts --filter NAME]", "*_test.ts|src/*_test.ts|tests"),
         Row("one test", "deno test -A path/to/file_test.ts --filter NAME", "deno.json* tasks test"),
         Row("lint", "deno lint", "deno.json* + not eslint.config.* + not biome.json*"),
         Row("format", "deno fmt", "deno.json* + not .prettierrc* + not biome.json*"),
-        scripts=read_deno_tasks,
+        find=lambda folder: read_scripts(folder, "deno task {}", "deno.json|deno.jsonc tasks").find(),
     ),
     ecosystem(
         "gleam",
-        ("gleam.toml",),
+        "gleam.toml",
         Row("description", "{}", "gleam.toml description"),
         Row("version", "Gleam {}", "gleam.toml gleam"),
         Row("version", "Gleam"),
@@ -6417,7 +6314,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "erlang",
-        ("rebar.config",),
+        "rebar.config",
         Row("version", "Erlang/OTP {}", 'rebar.config ~ minimum_otp_vsn, *"([^"\n]+)"'),
         Row("version", "Erlang"),
         Row("build", "make", "erlang.mk"),
@@ -6434,7 +6331,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "scala",
-        ("build.sbt",),
+        "build.sbt",
         Row("version", "Scala {}", r'build.sbt ~ scalaVersion *:= *"([^"\n]+)"'),
         Row("version", "Scala"),
         Row("tool", "sbt {}", r"project/build.properties ~ sbt.version *= *(\S+)"),
@@ -6446,9 +6343,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "haskell",
-        ("cabal.project|stack.yaml|*.cabal",),
-        Row("description", "{}", "*.cabal synopsis:"),
-        Row("description", "{}", "package.yaml synopsis"),
+        "cabal.project|stack.yaml|*.cabal",
+        Row("description", "{}", "*.cabal synopsis: or package.yaml synopsis"),
         Row("version", "Haskell"),
         Row("tool", "Stackage LTS {}", r"stack.yaml ~ ^(?:resolver|snapshot): *lts-([\d.]+)"),
         Row("build", "cabal build all", "cabal.project"),
@@ -6464,7 +6360,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "ocaml",
-        ("dune-project",),
+        "dune-project",
         Row("description", "{}", r'dune-project ~ \(synopsis[ \n]+"([^"\n]+)"'),
         Row("version", "OCaml {}", r"dune-project ~ \(ocaml[ \n]+\(>= ([\d.]+)\)"),
         Row("version", "OCaml"),
@@ -6475,7 +6371,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "zig",
-        ("build.zig",),
+        "build.zig",
         Row("version", "Zig {}", r'build.zig.zon ~ \.minimum_zig_version *= *"([\d.]+)"'),
         Row("version", "Zig"),
         Row("build", "zig build"),
@@ -6486,28 +6382,26 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "foundry",
-        ("foundry.toml + not hardhat.config.*",),
+        "foundry.toml + not hardhat.config.*",
         Row("version", "Solidity {}", "foundry.toml profile default solc"),
         Row("version", "Solidity"),
         Row("build", "forge build"),
-        Row("test", "forge test"),
-        Row("one test", "forge test --match-test NAME"),
+        Row("test", "forge test [--match-test NAME]"),
         Row("format", "forge fmt"),
     ),
     ecosystem(
         "crystal",
-        ("shard.yml",),
+        "shard.yml",
         Row("description", "{}", "shard.yml description"),
         Row("version", "Crystal {}", "shard.yml crystal"),
         Row("version", "Crystal"),
         Row("install", "shards install"),
-        Row("test", "crystal spec", "shard.yml + spec"),
-        Row("one test", "crystal spec spec/path/to/file_spec.cr:LINE", "shard.yml + spec"),
+        Row("test", "crystal spec [spec/path/to/file_spec.cr:LINE]", "shard.yml + spec"),
         Row("format", "crystal tool format"),
     ),
     ecosystem(
         "julia",
-        ("Project.toml uuid",),
+        "Project.toml uuid",
         Row("version", "Julia {}", "Project.toml compat julia"),
         Row("version", "Julia"),
         Row("install", "julia --project -e 'using Pkg; Pkg.instantiate()'"),
@@ -6515,11 +6409,8 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "cmake",
-        (
-            "CMakeLists.txt + not meson.build" + NO_PYTHON,
-            CTEST + NO_PYTHON,
-            CTEST + " + not */__init__.py + not src/*/__init__.py",
-        ),
+        f"CMakeLists.txt + not meson.build{NO_PYTHON} or {CTEST}{NO_PYTHON}"
+        f" or {CTEST} + not */__init__.py + not src/*/__init__.py",
         Row("description", "{}", r'CMakeLists.txt ~ (?i)\bproject\s*\([^()]*\bDESCRIPTION\s+"([^"]+)"'),
         Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^set *\( *CMAKE_CXX_STANDARD +(\d+)"),
         Row("version", "C++{}", r"CMakeLists.txt ~ (?i)^target_compile_features *\([^()]*\bcxx_std_(\d+)"),
@@ -6534,7 +6425,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "meson",
-        ("meson.build" + NO_PYTHON,),
+        "meson.build" + NO_PYTHON,
         Row("version", "C++", "meson.build ~ project *\\([^()]*'cpp'"),
         Row("version", "C", "meson.build ~ project *\\([^()]*'c'"),
         Row("tool", "Meson {}", r"meson.build ~ meson_version *: *'([^'\n]+)'"),
@@ -6546,7 +6437,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "autotools",
-        ("configure.ac" + NO_PYTHON, "configure + Makefile.in" + NO_PYTHON),
+        f"configure.ac{NO_PYTHON} or configure + Makefile.in{NO_PYTHON}",
         Row("version", "C++", "configure.ac AC_PROG_CXX"),
         Row("version", "C", "configure.ac AC_PROG_CC"),
         Row("install", "git submodule update --init --recursive", ".gitmodules path"),
@@ -6562,16 +6453,13 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "python",
-        (
-            *("pyproject.toml project", "pyproject.toml tool poetry", "pyproject.toml build-system", "setup.py"),
-            *("setup.cfg metadata", "Pipfile", "manage.py", "pyproject.toml + not package.json"),
-            *("requirements.txt + not package.json", "noxfile.py + not package.json"),
-        ),
+        "pyproject.toml project or pyproject.toml tool poetry"
+        " or pyproject.toml build-system or setup.py or setup.cfg metadata or Pipfile|manage.py"
+        " or pyproject.toml|requirements.txt|noxfile.py + not package.json",
         Row("description", "{}", "pyproject.toml project description"),
         Row("description", "{}", "pyproject.toml tool poetry description"),
         Row("description", "{}", "setup.cfg metadata description"),
-        Row("version", "Python {}", ".python-version"),
-        Row("version", "Python {}", ".tool-versions python"),
+        Row("version", "Python {}", ".python-version or .tool-versions python"),
         Row("version", "Python {}", "mise.toml tools python"),
         Row("version", "Python {}", "pyproject.toml project requires-python"),
         Row("version", "Python {}", "pyproject.toml tool poetry dependencies python"),
@@ -6582,7 +6470,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "bazel",
-        ("MODULE.bazel|WORKSPACE",),
+        "MODULE.bazel|WORKSPACE",
         Row("build", "bazel build //..."),
         Row("test", "bazel test //..."),
         Row("one test", "bazel test //path/to:target"),
@@ -6590,20 +6478,17 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
     ),
     ecosystem(
         "javascript",
-        ("package.json",),
+        "package.json",
         Row("description", "{}", "package.json description"),
-        Row("version", "Node.js {}", ".nvmrc"),
-        Row("version", "Node.js {}", ".node-version"),
-        Row("version", "Node.js {}", ".tool-versions nodejs"),
+        Row("version", "Node.js {}", ".nvmrc or .node-version or .tool-versions nodejs"),
         Row("version", "Node.js {}", "mise.toml tools node"),
-        Row("version", "Node.js {}", "package.json volta node"),
-        Row("version", "Node.js {}", "package.json engines node"),
+        Row("version", "Node.js {}", "package.json volta node or package.json engines node"),
         Row("version", "Node.js"),
         find=lambda folder: Node(folder).read(),
     ),
     ecosystem(
         "terraform",
-        ("*.tf",),
+        "*.tf",
         Row("version", "Terraform {}", ".terraform-version"),
         Row("version", "Terraform {}", r'versions.tf|terraform.tf|main.tf ~ \brequired_version *= *"([^"\n]+)"'),
         Row("version", "Terraform"),
@@ -6658,7 +6543,6 @@ def open_folder(path: str, home: str) -> Folder:
 # Description
 
 SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
-PLACEHOLDER = r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)"
 NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
 NO_DESCRIPTION = (  # what a first sentence begins with that says something else
     r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
@@ -6720,35 +6604,32 @@ def first_sentence(text: str, name: str) -> str:
 
 def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
     """Choose the first ecosystem's, the README's first sentence, or another's."""
-    described: list[Optional[Found]] = []
-    for items in found.values():
-        own = (item for item in items if item.name == "description")
-        usable = (item for item in own if not re.search(PLACEHOLDER, item.text))
-        described.append(next(usable, None))
+    placeholder = r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)"
     names = ("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst")
     readme = folder.find(*names, "README", "README.txt")
-    name = os.path.basename(folder.path)
-    sentence = first_sentence(folder.text(readme), name) if readme else ""
-    described.insert(1, Found("description", sentence, readme) if sentence else None)
-    found_first = next(filter(None, described), None)
-    return found_first and found_first._replace(text=whole_sentences(found_first.text))
+    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path))
+    groups = [*found.values()]
+    groups.insert(1, [Found("description", sentence, readme)] if sentence else [])
+    for item in itertools.chain.from_iterable(groups):
+        is_usable = item.source == readme or not re.search(placeholder, item.text)
+        if item.name == "description" and is_usable:
+            return item._replace(text=whole_sentences(item.text))
+    return None
 
 
 # Type
 
-ML_PACKAGES = (
-    *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers"),
-    *("xgboost", "lightgbm", "pytorch-lightning", "lightning", "spacy", "onnxruntime"),
-)
-
 
 def find_ml_package(folder: Folder) -> str:
-    words = "|".join(map(re.escape, ML_PACKAGES))
+    words = (
+        *("torch", "tensorflow", "jax", "keras", "scikit-learn", "transformers", "xgboost"),
+        *("lightgbm", "pytorch-lightning", "lightning", "spacy", "onnxruntime"),
+    )
     # A dependency stands at the start of a line or quoted string; extras and tables
     # of tools do not count.
-    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({words})(?![\w-])")
-    names = ("requirements.txt", "environment.yml", "pyproject.toml")
-    for name in (*names, "setup.py", "setup.cfg"):
+    wanted = re.compile(rf"(?m)(?:^[ \t-]*|[\"'])({'|'.join(words)})(?![\w-])")
+    names = ("requirements.txt", "environment.yml", "pyproject.toml", "setup.py", "setup.cfg")
+    for name in names:
         text = folder.text(name)
         if name == "pyproject.toml":
             text = "\n".join(folder.texts(name, "project", "dependencies"))
@@ -6765,10 +6646,10 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
         return typed.text, typed.source
 
     def package(kind: str, *sections: str) -> str:
-        tables = [folder.table("package.json", name) for name in sections if is_node]
-        names = [name for name, _, of_kind in Node.FRAMEWORKS if of_kind == kind]
-        found = (name for name in names if any(name in table for table in tables))
-        return next((f"{name} in package.json" for name in found), "")
+        tables = (folder.table("package.json", name) for name in sections if is_node)
+        there = set(itertools.chain.from_iterable(tables))
+        rows = (row for row in Node.FRAMEWORKS if row[2] == kind and row[0] in there)
+        return next((f"{row[0]} in package.json" for row in rows), "")
 
     is_node = bool(first and first.name == "javascript")
     used = ("dependencies", "peerDependencies")
@@ -6778,7 +6659,7 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
         ("frontend", package("frontend", *used, "devDependencies")),
         ("backend", package("backend", *used)),
         ("frontend", folder.holds("index.html + package.json") if is_node else ""),
-        ("backend", folder.holds(first.find_sign(folder)) if first else ""),
+        ("backend", folder.holds(first.sign) if first else ""),
         ("backend", folder.find("Makefile")),
         ("ml", folder.find("*.ipynb")),
         ("frontend", folder.find("index.html")),
@@ -6789,16 +6670,13 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
 
 # The packages of a workspace
 
-WORKSPACES = (  # whose, the globs, its members' manifest and name, and how one is used
-    ("javascript", "pnpm-workspace.yaml packages", "package.json", "name", ""),
-    ("javascript", "package.json workspaces", "package.json", "name", ""),
-    ("javascript", "package.json workspaces packages", "package.json", "name", ""),
-    ("rust", "Cargo.toml workspace members", "Cargo.toml", "package name", "cargo test -p NAME"),
+WORKSPACES = (  # whose, where its globs and its members' names are, and how one is used
+    ("javascript", "pnpm-workspace.yaml packages", "package.json name", ""),
+    ("javascript", "package.json workspaces", "package.json name", ""),
+    ("javascript", "package.json workspaces packages", "package.json name", ""),
+    ("rust", "Cargo.toml workspace members", "Cargo.toml package name", "cargo test -p NAME"),
     (
-        "python",
-        "pyproject.toml tool uv workspace members",
-        "pyproject.toml",
-        "project name",
+        *("python", "pyproject.toml tool uv workspace members", "pyproject.toml project name"),
         "uv run --package NAME pytest",
     ),
 )
@@ -6815,11 +6693,9 @@ OTHER_WORKSPACES = (  # the file, where in it members stand, and what each looks
 def find_members(folder: Folder, row: Sequence[str]) -> list[Folder]:
     """Open the members of a workspace, by its row of WORKSPACES."""
     source, *keys = row[1].split()
-    items = folder.texts(source, *keys) if folder.find(source) else []
-    globs = [glob for glob in items if glob[:1] != "!"]
-    excluded = [glob for glob in items if glob[:1] == "!"]
-    excluded += [f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude")]
-    return folder.members([*globs, *excluded], row[2])
+    excluded = folder.texts(source, *keys[:-1], "exclude")
+    globs = [*folder.texts(source, *keys), *(f"!{glob}" for glob in excluded)]
+    return folder.members(globs, row[2].split()[0])
 
 
 def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
@@ -6841,11 +6717,10 @@ def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
     """Tell the packages of a workspace: up to 12 by name, more by their number."""
     for row in sorted(WORKSPACES, key=lambda row: row[0] != first):
-        _, evidence, manifest, name, one = row
-        source, members = evidence.split()[0], find_members(folder, row)
+        _, globs, name, one = row
         names, places = set(), Counter[str]()
-        for member in members:
-            own = member.value(manifest, *name.split()) or os.path.basename(member.path)
+        for member in find_members(folder, row):
+            own = member.value(*name.split()) or os.path.basename(member.path)
             # What is no name is not told: it could tell agents anything.
             if isinstance(own, str) and re.fullmatch(r"@?[\w./-]{1,200}", own):
                 names.add(own)
@@ -6858,7 +6733,7 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
             if len(names) <= 12:
                 listed = ", ".join(sorted(names))
             call = one or Node(folder).call_member
-            return Found("packages", f"{listed} (one of them: `{call}`)", source)
+            return Found("packages", f"{listed} (one of them: `{call}`)", globs.split()[0])
     return None
 
 
@@ -6949,7 +6824,7 @@ def detect(path: str, home: str = "") -> Detected:
     folder = open_folder(path, home)
     systems: list[Ecosystem] = []
     for system in ECOSYSTEMS:
-        if system.find_sign(folder) and not (system.only_first and systems):
+        if folder.holds(system.sign) and not (system.only_first and systems):
             systems.append(system)
     found = {system.name: list(system.read(folder)) for system in systems}
     items = [item for system in found.values() for item in system]
@@ -6968,18 +6843,11 @@ def detect(path: str, home: str = "") -> Detected:
 # have commands, none are drafted: what repeats them costs attention, and what
 # contradicts them does harm.
 
-MAX_PARTS = 100  # of a codebase, that are proposed
-SPOKEN = 2  # commands of the user's own from which on none are drafted
 RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
-    *("npm", "npx", "pnpm", "yarn", "bun", "bunx", "node", "nx", "turbo", "make", "just", "task"),
-    *("mise", "uv", "uvx", "poetry", "pdm", "hatch", "tox", "nox", "pytest", "python", "python3"),
-    *("pip", "pre-commit", "php", "bundle", "rake", "rspec", "mvn", "gradle", "fvm", "ninja"),
-    *("gofmt", "docker"),
+    "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry pdm hatch"
+    " tox nox pytest python python3 pip pre-commit php bundle rake rspec mvn gradle fvm"
+    " ninja gofmt docker"
 )
-ALONE = frozenset(("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec"))  # need no arguments
-SHELLS = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")  # languages of a fence
-IMPORTS_AGENTS = r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b"
-GENERATED = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
 
 
 class Draft(NamedTuple):
@@ -7015,21 +6883,23 @@ def read_own_texts(root: str) -> dict[str, str]:
 @functools.lru_cache(1)
 def known_runners() -> frozenset[str]:
     rows = (row for system in ECOSYSTEMS for row in system.rows if row.name not in NO_COMMANDS)
-    return frozenset((*RUNNERS, *(row.text.split()[0] for row in rows))) - {"git", "clang-format"}
+    return frozenset((*RUNNERS.split(), *(row.text.split()[0] for row in rows))) - {"git", "clang-format"}
 
 
 def is_command(text: str, is_fenced: bool) -> bool:
     """Recognize a command of a known runner; a runner's bare name may be just that."""
+    need_no_arguments = ("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec")
     words = [*itertools.dropwhile(lambda word: "=" in word, text.strip().removeprefix("$ ").split())]
     if not words or words[1:2] == ["#"]:
         return False
     is_script = len(words) > 1 and re.match(r"(?:\./|bin/|scripts?/|vendor/bin/)\w", words[0])
-    is_known = words[0] in known_runners() and (len(words) > 1 or is_fenced or words[0] in ALONE)
+    is_known = words[0] in known_runners() and (len(words) > 1 or is_fenced or words[0] in need_no_arguments)
     return bool(is_script or is_known)
 
 
 def count_commands(text: str) -> int:
     """Count the different commands in a text's code spans and fenced lines."""
+    shells = ("", "sh", "bash", "zsh", "fish", "shell", "console", "terminal", "text")
     found: set[str] = set()
     fence, is_shell = "", False
     for line in map(str.strip, text.split("\n")):
@@ -7037,7 +6907,7 @@ def count_commands(text: str) -> int:
         mark = inner[:3]
         if mark in ("```", "~~~") and mark not in inner[3:] and fence in ("", mark):
             fence = "" if fence else mark
-            is_shell = inner.strip("`~").strip().lower() in SHELLS
+            is_shell = inner.strip("`~").strip().lower() in shells
         elif not fence:
             spans = re.findall("`([^`]+)`", re.sub("`{2,}", "`", line))
             found.update(span.strip() for span in spans if is_command(span, False))
@@ -7078,11 +6948,12 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
     def hides_own(path: str) -> bool:
         return any(row.hidden in texts for row in HIDING if row.path == path)
 
+    imports_agents = r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b"
     importing = {
         agent.target
         for agent in AGENTS.values()
         if agent.path != "AGENTS.md"
-        and any(re.search(IMPORTS_AGENTS, texts.get(path, "")) for path in (agent.path, *agent.traces))
+        and any(re.search(imports_agents, texts.get(path, "")) for path in (agent.path, *agent.traces))
     }
     owned = {path: agent.target for agent in AGENTS.values() for path in agent.twins if agent.owned}
     targets: dict[str, None] = {}
@@ -7100,10 +6971,11 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
 
 def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
     """Note what shows that another tool writes instruction files too."""
+    generated = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
     notes = [
         f"{path} says that another tool generates it, which would overwrite Orchestra's block"
         for path, text in texts.items()
-        if re.search(GENERATED, text[:1000])
+        if re.search(generated, text[:1000])
     ]
     if os.path.isdir(f"{root}/.ruler"):
         notes.append(".ruler/ is there: ruler writes the same files, so let one of the two do it")
@@ -7117,17 +6989,19 @@ def make_draft(root: str, found: Detected) -> Draft:
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
     shown = [found.description, found.built_with, found.packages, *found.commands]
-    if most and counts[most] >= SPOKEN:
+    if most and counts[most] > 1:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
         beside = {target for target in targets if any(twin in texts for twin in AGENTS[target].twins)}
         targets = tuple(t for t in targets if not AGENTS[t].owned or t in beside or t in written) or targets
-    paragraphs = [found.description and found.description.text]
-    paragraphs += [found.built_with and f"Built with: {found.built_with.text}."]
-    paragraphs += [found.packages and f"Packages: {found.packages.text}."]
+    paragraphs = (
+        (found.description, "{}"),
+        (found.built_with, "Built with: {}."),
+        (found.packages, "Packages: {}."),
+    )
     in_use = [agent.target for agent in AGENTS.values() if any(os.path.isdir(f"{root}/{f}") for f in agent.folders)]
     return Draft(
-        "\n\n".join(filter(None, paragraphs)),
+        "\n\n".join(form.format(item.text) for item, form in paragraphs if item),
         tuple((command.name, command.text) for command in found.commands),
         targets,
         tuple(target for target in AGENTS if target in (*DEFAULT_TARGETS, *in_use)),
@@ -7146,7 +7020,7 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
     counts = Counter(os.path.basename(path).casefold() for path in paths)
     names: dict[str, str] = {}
     stems: set[str] = set()
-    for path in paths[:MAX_PARTS]:
+    for path in paths[:100]:
         name = os.path.basename(path) if counts[os.path.basename(path).casefold()] == 1 else path.replace("/", "-")
         while spelled_alike(Component(name, "").stem) in stems:
             name = f"{len(stems)}-{name}"  # in front: the stem is cut at its end
