@@ -8882,6 +8882,22 @@ def find_replacing(plan: Plan, rows: Iterable[tuple[str, str, str]] = REPLACING)
                 yield path, f"{row[2]} reads it instead of {hidden}"
 
 
+def find_noted(plan: Plan) -> Iterator[FilePlan]:
+    """Iterate over the files with notes that call for something.
+
+    A link to a file that is written calls for nothing: its agent reads that.
+    """
+    written = [file for file in plan.files if file.path in plan.record.files and file.before.kind != "symlink"]
+    for file in plan.files:
+        is_served = file.before.kind == "symlink" and any(
+            other.agent.part == file.agent.part
+            and is_same_file(f"{plan.root}/{file.path}", f"{plan.root}/{other.path}")
+            for other in written
+        )
+        if file.note and not is_served:
+            yield file
+
+
 def _last_sync_at(home: str, key: Key) -> str:
     with suppress(OrchestraError):
         record = load_record(home, key)
@@ -8900,7 +8916,7 @@ def check_staleness(
         status, detail = (State.ERROR, "; ".join(map(str, problems))) if problems else judge_plan(home, plan)
         is_foreign = any(file.is_foreign for file in plan.files)
         hint = f"orchestra sync {typed(label_for(codebase.key))}" if is_foreign else ""
-        noted = ((file.path, file.note) for file in plan.files if file.note and not file.is_foreign)
+        noted = ((file.path, file.note) for file in find_noted(plan) if not file.is_foreign)
         notes = [*noted, *find_replacing(plan)]
         detail = "; ".join(filter(None, [detail, *map(": ".join, notes)]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
@@ -13378,6 +13394,7 @@ NOTE_FIXES = {  # what to do about a note on a file, by words in the note; the f
     FOREIGN: "orchestra sync {label}",
     "symbolic link": "put a file in its place, or drop its target: {edit_targets}",
     "invisible characters": "type the text anew: orchestra edit {label}",
+    "at most": "orchestra edit {label}, or shorten your own text in the file",
     "": "orchestra edit {label}",
 }
 # Who joins which files: what targets of both write, this agent reads twice. That of the
@@ -13556,10 +13573,9 @@ class Doctor:
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Iterate over notes on the files that are written, or stay, by path."""
+        yield from ((file.path, file.note) for file in find_noted(plan))
         for file in plan.files:
-            if file.note:
-                yield file.path, file.note
-            elif file.action == Action.KEEP:
+            if not file.note and file.action == Action.KEEP:
                 for note in describe_text(file.agent, ABSENT, file.before.data, None):
                     yield file.path, note
         yield from find_replacing(plan, (*REPLACING, *ALSO_REPLACING))

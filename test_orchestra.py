@@ -6059,6 +6059,8 @@ def test_a_symlinked_managed_file_is_skipped_with_a_note(home: Home, target: str
     assert f"note: shop/api: CLAUDE.md: skipped: it is a symbolic link to {target}\n" in ran.err
     assert os.readlink(root / "CLAUDE.md") == target
     assert home.status_of() == "current"
+    is_served = target == "AGENTS.md"  # by the block there
+    assert (home.staleness()["detail"] == "", "link" not in home.run("doctor").out) == (is_served, is_served)
     home.run_fine("project", "remove", "api", "--purge")
     assert os.readlink(root / "CLAUDE.md") == target and os.listdir(root) == ["CLAUDE.md"]
 
@@ -14628,7 +14630,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
     "too long": (
         [add_it(["claude"], notes=["x"] * 250), sync_it],
         "warn shop/api: CLAUDE.md: 2",
-        "orchestra edit shop/api",
+        "orchestra edit shop/api, or shorten your own text in the file",
     ),
     "hidden characters": (
         [add_it(["claude"], notes=["a\u200bb"]), sync_it],
