@@ -345,7 +345,7 @@ def count_of(number: int, noun: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the known word that a mistyped one is most like, "" if none is like it."""
+    """Return the known word that is closest to a mistyped one, "" if none is close."""
     import difflib
 
     spellings = {other.casefold(): other for other in known}
@@ -355,7 +355,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean "status"?)` for a mistyped word, "" if none is like it."""
+    """Return ` (did you mean "status"?)` for a mistyped word, "" if none is close."""
     near = nearest(word, known)
     return f' (did you mean "{near}"?)' if near else ""
 
@@ -1076,8 +1076,8 @@ def make_link(target: str, link: str) -> None:
 #   3 At the end, empty the file, unless some files are set aside beside the user's.
 #   4 At the beginning, if something is there, settle what a killed turn left.
 #
-# What needs no turn makes temporary files by a token of its own (`new_token`): what a
-# kill leaves of them is small, and Orchestra's own.
+# What needs no turn has a token of its own (`new_token`) for its temporary files: a
+# kill leaves little of these, and nothing of the user's.
 
 
 class Swap(NamedTuple):
@@ -1482,7 +1482,8 @@ class Displaced:
 
 def _replace_by_rename(displaced: Displaced, expected: Disk) -> None:
     """Steps 3 to 6 where names cannot be exchanged; raises like `replace_file`."""
-    place, new, old = displaced.place, displaced.temporary, displaced.lock.new_temporary(displaced.place.name)
+    place, new = displaced.place, displaced.temporary
+    old = displaced.lock.new_temporary(place.name)
     try:
         # The old file is the one to announce; the new one holds nothing of the user's.
         displaced.temporary = old
@@ -1655,7 +1656,7 @@ def time_name(now: float, step: int = 0) -> str:
 
 
 def local_time(when: str) -> str:
-    """Write the time of a version as a clock on the wall had it."""
+    """Write the time of a version as local time."""
     from datetime import datetime, timezone
 
     try:
@@ -1666,7 +1667,7 @@ def local_time(when: str) -> str:
 
 
 def parse_when(text: str, clock: Clock = time.time) -> Callable[[str], bool]:
-    """Return what tells whether a version's name is of a time that a user typed.
+    """Return a function that recognizes the versions of a time that a user typed.
 
     That is the beginning of a name, in UTC; a day or a time of the day, local if no Z
     follows; or an age, for all versions at least as old. Raises UsageError.
@@ -3460,7 +3461,7 @@ def listed_key(home: str, key: Key) -> Key:
 #
 #   1 A marker has its line to itself, written as it is written here. A line that only
 #     looks like one (indented, other spaces, other case) is an error outside a fence:
-#     taken for text, it would get the file a second block.
+#     if it counted as text, the file would get a second block.
 #   2 A code fence hides the markers in it, as an example in the user's text has them.
 #     It opens and closes as in CommonMark 0.31: three or more backticks or tildes
 #     behind at most three spaces, closed by as many or more, or by the end of the list
@@ -3757,9 +3758,10 @@ def layer_paths(home: str, key: Key) -> list[str]:
 
 
 def find_layer_key(home: str, path: str) -> Optional[Key]:
-    """Find whose layer a file is by its name; for a shared one a part is "".
+    """Find whose layer a file is by its name, None if it is nobody's.
 
-    It is None for a file that is no layer's.
+    What all codebases share has the key ("", ""), and what those of a project share has
+    the name "".
     """
     folder, name = os.path.split(path)
     stem = layer_stem(name)

@@ -1720,13 +1720,8 @@ def test_any_clock_names_a_version_by_a_time(home: Home, now: float, name: str) 
 
 def test_the_version_kept_last_is_the_last_though_the_clock_was_set_back(home: Home) -> None:
     whens = [keep(home, b"%d" % number, now) for number, now in enumerate((2e9, 1e9, 1e9, 2e9, 3e9))]
-    assert whens == [
-        "20330518T033320.000000Z",
-        "20010909T014640.000000Z",
-        "20010909T014640.000001Z",
-        "20330518T033320.000001Z",
-        "20650124T052000.000000Z",
-    ]
+    late, early = "20330518T033320.00000", "20010909T014640.00000"
+    assert whens == [f"{late}0Z", f"{early}0Z", f"{early}1Z", f"{late}1Z", "20650124T052000.000000Z"]
     assert [backup.when for backup in kept_versions(home)] == whens
     assert kept_texts(home) == [b"0", b"1", b"2", b"3", b"4"]
 
@@ -1738,12 +1733,8 @@ def test_versions_of_older_programs_come_first_and_count_as_hand_edits(home: Hom
         put_files(folder / f"{year}0101T000000.000000Z", {"CLAUDE.md": str(year), orchestra.Backups.NOTES: notes})
     keep(home, b"new")
     assert kept_texts(home) == [b"2025", b"2030", b"new"]
-    assert [backup.why for backup in kept_versions(home)] == [
-        "edited in 2025",
-        "edited in 2030",
-        orchestra.Reason.EDITED,
-    ]
-    assert {backup.origin for backup in kept_versions(home)} == {HAND_EDIT}
+    expected = [("edited in 2025", 0), ("edited in 2030", 0), (orchestra.Reason.EDITED, 1)]
+    assert [backup[3:] for backup in kept_versions(home)] == [(*pair, HAND_EDIT) for pair in expected]
 
 
 def test_an_old_folder_with_several_files_is_thinned_file_by_file(home: Home) -> None:
@@ -1811,11 +1802,7 @@ def test_a_version_that_cannot_be_read_stops_nothing(home: Home, monkeypatch: An
 def test_a_file_of_any_name_is_kept_readable_for_its_owner(home: Home, path: str, mode: int, kept_mode: int) -> None:
     keep(home, b"1", path=path, mode=mode)
     (kept,) = kept_versions(home)
-    assert (kept.path, kept.why, orchestra.read_disk(kept.file)) == (
-        path,
-        orchestra.Reason.EDITED,
-        ("file", b"1", kept_mode),
-    )
+    assert (kept.path, orchestra.read_disk(kept.file)) == (path, ("file", b"1", kept_mode))
 
 
 def test_a_version_is_kept_with_one_look_at_the_others(home: Home, monkeypatch: Any) -> None:
@@ -2973,18 +2960,13 @@ def test_the_layers_of_a_codebase_are_joined_from_the_weakest_to_the_strongest(h
     registry = home.registry()
     api = registry.codebases[API]
     sql, css = (orchestra.Skill("sql", "api"), orchestra.Skill("css"))
-    assert api[2:9] == (
-        *("~/api", "local", ()),
-        (("lint", "all"), ("test", "shop"), ("build", "api")),
-        ("all", "same", "mine", "shop"),
-        *(("n",), (sql, css)),
-    )
+    commands = (("lint", "all"), ("test", "shop"), ("build", "api"))
+    conventions = ("all", "same", "mine", "shop")
+    assert api[2:9] == ("~/api", "local", (), commands, conventions, ("n",), (sql, css))
     assert (api.name, api.created_at, registry.problems, registry.remarks([API])) == ("api", "", [], [])
     texts = ["root's python", "of all", "of shop", "of my shop", "deep", "shop's python", "  of api", "of my api"]
     assert [prose.text for prose in api.prose] == texts
-    assert [orchestra.shorten_home(f"{home.projects}/shop", layer.path) for layer in api.layers][2:4] == [
-        *("~/project", "~/project.local")
-    ]
+    assert [os.path.basename(layer.path) for layer in api.layers][2:4] == ["project", "project.local"]
 
 
 def what_is_known(registry: orchestra.Registry) -> orchestra.Registry:
