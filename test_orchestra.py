@@ -11994,12 +11994,6 @@ def test_the_launcher_finds_pyyaml_without_pythons_site_and_else_with_it(
     assert (done.returncode, "site was asked" in done.stderr) == (2 if place == "gone" else 0, asks_site), done
 
 
-def test_installing_from_an_environment_that_may_vanish_keeps_its_pyyaml(machine: Machine, bare_python: str) -> None:
-    orchestra.Installer(machine.path, FORBIDDEN, run=no_program)._copy_yaml(yaml.__file__)
-    machine.run_well(bare_python, SCRIPT, "status", "--json", environ=FORBIDDEN)
-    assert os.listdir(machine.home / ".orchestra/lib") == [PYTHON_XY]
-
-
 @pytest.mark.parametrize("folder", ["plain", "with space"])
 def test_the_launcher_prints_the_status_of_its_daemon_without_the_program(machine: Machine, folder: str) -> None:
     machine.give_yaml()
@@ -12060,10 +12054,12 @@ def test_the_link_is_absolute_where_its_folder_lies_elsewhere(machine: Machine) 
 def test_a_copy_of_another_name_installs_itself_and_is_no_longer_needed(machine: Machine, home: str) -> None:
     machine.move(home)
     machine.give_yaml()
-    copy, link = machine.folder / "downloaded (1).txt", machine.folder / "o"
-    put_files(machine.folder, {copy.name: ORCHESTRA_PY, link.name: link_to(str(copy))})
+    copy, link = machine.folder / "alone/downloaded (1).txt", machine.folder / "o"
+    put_files(machine.folder, {"alone/downloaded (1).txt": ORCHESTRA_PY, link.name: link_to(str(copy))})
     copy.chmod(0o444)
+    machine.run_well(sys.executable, copy, "project", "list", "--json")
     assert machine.run_well(BASE_PYTHON, link, "self-install") == "installed ~/.local/bin/orchestra\n"
+    assert os.listdir(copy.parent) == [copy.name]
     copy.unlink()
     link.unlink()
     assert Path(orchestra.installed_script_path(machine.path)).read_bytes() == ORCHESTRA_PY
@@ -12099,15 +12095,6 @@ def test_a_script_that_is_no_file_cannot_be_installed(machine: Machine) -> None:
     with pytest.raises(orchestra.UsageError, match="the running script is not a file"):
         orchestra.Installer(machine.path).install_program(BASE_PYTHON, str(machine.folder))
     assert machine.listing() == {}
-
-
-def test_the_script_alone_in_an_empty_folder_under_another_name_works(machine: Machine) -> None:
-    script = machine.folder / "alone" / "tool"
-    put_files(script.parent, {"tool": ORCHESTRA_PY})
-    for argv in (["init", ".", "-p", "demo"], ["sync", "code"], ["status", "--check"], ["project", "list"]):
-        machine.run_well(sys.executable, script, *argv, cwd=machine.code)
-    assert (machine.code / "CLAUDE.md").exists()
-    assert list(script.parent.iterdir()) == [script]
 
 
 # Code in the current folder
@@ -12297,40 +12284,33 @@ def test_the_systems_own_python_fetches_pyyaml(machine: Machine) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done
 
 
-def test_pyyaml_is_not_fetched_where_that_is_forbidden(machine: Machine, bare_python: str) -> None:
-    done = machine.run_program(bare_python, SCRIPT, "status", environ=FORBIDDEN)
-    assert (done.returncode, done.stdout) == (2, "")
-    first, way_out = done.stderr.splitlines()
-    assert re.match(r"orchestra: PyYAML is missing from .*, and ORCHESTRA_NO_FETCH is set$", first)
-    assert "pip install PyYAML" in way_out
-    assert machine.listing() == {}
-
-
 @pytest.mark.parametrize(
     ("other", "found", "way_out"),
     [
+        ("", "PyYAML is missing from {python}, and ORCHESTRA_NO_FETCH is set", "pip install PyYAML"),
         ("yaml/notes.txt", "the PyYAML in {lib} cannot be imported", "rm -r"),
         ("yaml/__init__.py", "{lib}/{other} is not PyYAML, or is incomplete", "install PyYAML"),
         ("yaml.py", "{lib}/{other} is not PyYAML, or is incomplete", "install PyYAML"),
     ],
 )
-def test_what_is_only_called_yaml_is_not_taken_for_pyyaml(
+def test_without_pyyaml_where_fetching_is_forbidden_one_line_says_so(
     machine: Machine, bare_python: str, other: str, found: str, way_out: str
 ) -> None:
     lib = Path(orchestra.python_lib_dir(machine.path))
-    put_files(lib, {other: ""})
+    put_files(lib, {other: ""} if other else {})
     done = machine.run_program(bare_python, SCRIPT, "init", machine.code, "-p", "demo", environ=FORBIDDEN)
-    found = re.escape(found.format(lib=lib, other=other))
-    assert (done.returncode, done.stdout) == (2, "")
+    found = re.escape(found.format(lib=lib, other=other, python=bare_python))
+    assert (done.returncode, done.stdout, other or machine.listing()) == (2, "", other or {})
     assert re.match(rf"orchestra: {found}\n  try: .*{way_out}.*\n\Z", done.stderr), done
 
 
-def test_pyyaml_fetched_before_serves_where_fetching_is_forbidden(machine: Machine, bare_python: str) -> None:
-    machine.give_yaml()
-    machine.run_well(bare_python, SCRIPT, "status", "--json", environ=FORBIDDEN)
+def test_pyyaml_that_is_there_serves_where_fetching_is_forbidden(machine: Machine, bare_python: str) -> None:
     told: list[str] = []
-    orchestra.Installer(machine.path, FORBIDDEN, told.append, no_program).fetch_yaml(sys.executable)  # an upgrade
-    assert told == []
+    installer = orchestra.Installer(machine.path, FORBIDDEN, told.append, no_program)
+    installer._copy_yaml(yaml.__file__)  # from an environment that may vanish
+    machine.run_well(bare_python, SCRIPT, "status", "--json", environ=FORBIDDEN)
+    installer.fetch_yaml(sys.executable)  # an upgrade
+    assert told == [] and os.listdir(machine.home / ".orchestra/lib") == [PYTHON_XY]
 
 
 def no_program(argv: Sequence[str], timeout: float) -> orchestra.Completed:
@@ -12514,18 +12494,18 @@ LINE = 'export PATH="$HOME/.local/bin:$PATH"'
 
 
 @pytest.mark.parametrize(
-    ("shell", "system", "file", "line"),
+    ("shell", "file", "line"),
     [
-        ("/bin/bash", "Linux", "~/.bashrc", LINE),
-        ("/usr/bin/zsh", "Linux", "~/.zshrc", LINE),
-        ("/opt/fish/bin/fish", "Linux", "~/.config/fish/config.fish", "fish_add_path ~/.local/bin"),
-        ("/bin/dash", "Linux", "~/.profile", LINE),
-        (None, "Linux", "~/.profile", LINE),
-        ("/bin/bash", "Linux", "", ""),
+        ("/bin/bash", "~/.bashrc", LINE),
+        ("/usr/bin/zsh", "~/.zshrc", LINE),
+        ("/opt/fish/bin/fish", "~/.config/fish/config.fish", "fish_add_path ~/.local/bin"),
+        ("/bin/dash", "~/.profile", LINE),
+        (None, "~/.profile", LINE),
+        ("/bin/bash", "", ""),
     ],
 )
 def test_install_sh_tells_the_line_for_path_and_its_file(
-    machine: Machine, shell: Optional[str], system: str, file: str, line: str
+    machine: Machine, shell: Optional[str], file: str, line: str
 ) -> None:
     machine.give_yaml()
     path = f"{machine.tools}:{'' if file else f'{machine.home}/.local/bin:'}{os.environ['PATH']}"
@@ -14093,6 +14073,8 @@ def test_each_command_is_explained_in_80_columns(home: Home) -> None:
     assert home.run_fine("daemon").out == home.run_fine("daemon", "-h").out
     rows = {"cmd_" + re.sub("[ -]", "_", name) for name in orchestra.COMMANDS} - {"cmd_", "cmd_project", "cmd_daemon"}
     assert {name for name in vars(orchestra.Commands) if name.startswith("cmd_")} == rows
+    assert home.run_fine("--help").out.splitlines()[0] == overview.out.splitlines()[0] == MODULE_DOC.splitlines()[0]
+    assert home.run_fine("--version").out == home.run_fine("-V").out == VERSION_LINE
     for words in ("CODEBASE is", "Exit status: 0", "NO_COLOR", "Every day"):
         assert words in home.run_fine("help").out
 
@@ -15081,11 +15063,6 @@ def test_sync_in_a_codebase_within_a_codebase_is_for_the_inner(home: Home, monke
     assert home.sync("--dry-run").lines == ["create   shop/inner CLAUDE.md", "create   shop/inner AGENTS.md"]
 
 
-def test_a_name_in_a_repository_does_not_move_the_cursor(home: Home) -> None:
-    put_files(home.code, {"x\x1b[31m.ipynb": "{}"})
-    assert "ml (x\\x1b[31m.ipynb)\n" in home.run_fine("init", str(home.code), "-p", "q").out
-
-
 def test_a_file_in_place_of_orchestras_folder_is_one_line(home: Home) -> None:
     Path(home.path, ".orchestra").write_text("")
     ran = home.run("init", str(home.code), "-p", "shop")
@@ -15125,6 +15102,8 @@ def test_edit_tells_what_was_broken(home: Home) -> None:
 
 
 def test_what_a_repository_has_cannot_forge_a_message(home: Home) -> None:
+    put_files(home.code, {"odd/x\x1b[31m.ipynb": "{}"})
+    assert "ml (x\\x1b[31m.ipynb)\n" in home.run_fine("init", str(home.code / "odd"), "-p", "q").out
     root = home.make_codebase(targets=["codex", "cursor"])
     (root / "AGENTS.md").symlink_to("x\x1b[31m\norchestra: forged")
     (root / ".cursor").symlink_to("/nowhere\norchestra: forged")
@@ -15260,12 +15239,6 @@ def test_an_error_that_nobody_caught_is_exit_status_2(home: Home, monkeypatch: A
     ran = home.run("sync", "--all", "--check")
     assert ran.status == 2 and re.search(said, ran.err)
     assert ("Traceback" in ran.err) == isinstance(error, ZeroDivisionError)
-
-
-def test_help_begins_with_the_purpose(home: Home) -> None:
-    purpose = (orchestra.__doc__ or "").splitlines()[0]
-    assert home.run_fine("--help").out.splitlines()[0] == home.run_fine().out.splitlines()[0] == purpose
-    assert home.run_fine("--version").out == home.run_fine("-V").out == f"orchestra {orchestra.__version__}\n"
 
 
 @pytest.mark.parametrize("environ", [{}, {"HOME": ""}, {"HOME": "relative/home"}])
