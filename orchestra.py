@@ -13212,8 +13212,8 @@ class StatusView(NamedTuple):
         entries.sort(key=lambda entry: list(State.WORDS)[::-1].index(entry.status))
         alike: dict[str, list[Staleness]] = {}  # a broken layer stops all that it covers
         for entry in entries:
-            is_one = self.is_full or entry.status != State.ERROR
-            alike.setdefault(entry.label if is_one else entry.detail, []).append(entry)
+            is_grouped = entry.status == State.ERROR and not self.is_full
+            alike.setdefault(entry.detail if is_grouped else entry.label, []).append(entry)
         rows = [("CODEBASE", "STATE", "SYNCED", "WHAT")]
         for entry, *others in alike.values():
             detail = entry.detail.replace(f"~/.orchestra/projects/{entry.project}/", "")
@@ -13233,12 +13233,19 @@ class StatusView(NamedTuple):
         if entries:
             lines += ["", *entries]
         if steps:
-            words = zip(("next:", "then:"), map(visible, steps))
-            steps = [*map(" ".join, words)]
+            steps = [*map(" ".join, zip(("next:", "then:"), map(visible, steps)))]
             joined = "    ".join(steps)
-            is_wide = width and text_width(joined) > width
-            lines += ["", *(steps if is_wide else [joined])]
+            lines += ["", *(steps if 0 < width < text_width(joined) else [joined])]
         return lines
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
+        return {
+            "summary": self.status.summary,
+            "codebases": [pick(entry, *names) for entry in self.status.codebases],
+            "daemon": {name: self.daemon[name] for name in ("running", "version", "pid") if name in self.daemon},
+            "notes": [str(note) for note in self.notes],
+        }
 
 
 # Live
@@ -13737,7 +13744,7 @@ class Commands(NamedTuple):
         return OK
 
     def _list_known(self, kind: str) -> Iterable[str]:
-        """List the registered names of a kind: the shortest, then the whole ones."""
+        """List the registered names of a kind; whole labels for a begun word only."""
         keys = find_keys(self.home) if kind in ("CODEBASE", "PROJECT") else []
         if kind == "TARGET":
             return [*AGENTS, *find_custom_targets(self.home)]
@@ -13947,18 +13954,14 @@ class Commands(NamedTuple):
             return self._watch()
         registry = load_registry(self.home)
         keys, failed = self._choose_codebases(registry)
-        status, daemon = scan_staleness(self.home, registry, keys), ask_daemon(self.home)
-        remarks = registry.remarks(keys)
+        status, remarks = scan_staleness(self.home, registry, keys), registry.remarks(keys)
+        is_full = self.args.all or bool(self.args.codebases)
+        view = StatusView(status, ask_daemon(self.home), remarks, is_full)
         if self.args.json:
-            names = ("project", "codebase", "status", "detail", "last_sync_age", "last_sync_at", "active_tasks")
-            codebases = [pick(entry, *names) for entry in status.codebases]
-            state = {name: daemon[name] for name in ("running", "version", "pid") if name in daemon}
-            notes_on_files = [str(remark) for remark in remarks]
-            print_json({"summary": status.summary, "codebases": codebases, "daemon": state, "notes": notes_on_files})
+            print_json(view.as_json())
         elif status.codebases:
-            notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
-            view = StatusView(status, daemon, notes, self.args.all or bool(self.args.codebases))
-            for line in view.format(self.screen.width):
+            replaced = replaced_problems(self.home, set(keys), time.time())
+            for line in view._replace(notes=[*replaced, *remarks]).format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
         elif not failed:
             self._say(NO_CODEBASES)
