@@ -3983,16 +3983,13 @@ class ParsedFiles:
         self._has_news = True
 
     def save(self) -> None:
-        if not self._has_news:
-            return
-        lines = b"".join(b"%b %b\n" % item for item in self._used.items())
-        try:
-            with Lock(f"{run_dir(self._home)}/parsed.lock", timeout=0) as lock:
-                save_private(
-                    f"{run_dir(self._home)}/parsed.jsonl", self._head(lines) + lines, lock.token, durable=False
-                )
-        except OrchestraError:
-            pass  # another process is saving it, or the disk is full
+        """Save it if anything was parsed anew, or a kill cut the last save short."""
+        cache, lock_path = f"{run_dir(self._home)}/parsed.jsonl", f"{run_dir(self._home)}/parsed.lock"
+        with suppress(OrchestraError):  # another process is saving it, or the disk is full
+            if self._has_news or read_disk(lock_path).data:
+                lines = b"".join(b"%b %b\n" % item for item in self._used.items())
+                with Lock(lock_path, timeout=0) as lock:
+                    save_private(cache, self._head(lines) + lines, lock.token, durable=False)
 
 
 class LayerReader:

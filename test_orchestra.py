@@ -15835,11 +15835,12 @@ class Stage:
 
         Where link() fails, rename() takes its place. A folder to create may exist. What
         could not be read at first is read again. An empty folder may stay, and a
-        temporary file whose text is in its place.
+        temporary file whose text is in its place. What YAML files say is parsed again.
         """
+        is_cache = "/run/parsed." in path or os.path.dirname(path) == orchestra.run_dir(self.home.path)
         is_there = self.before.files.get(os.path.relpath(path, self.home.folder), Seen("")).kind == "folder"
         is_spare = (name in ("unlink", "remove") and is_temporary(path)) or "/.aside" in path
-        return name in ("link", "read", "rmdir") or (name == "mkdir" and is_there) or is_spare
+        return name in ("link", "read", "rmdir") or (name == "mkdir" and is_there) or is_spare or is_cache
 
     def check_disk(self, has_rubbish: bool = False) -> None:
         """Check that nothing is lost, and that the same command finishes its work."""
