@@ -2307,14 +2307,17 @@ class Document:
         self._text_size = 0
         self._item_count = 0
 
+    def problem(self, message: str, line: int = 1) -> Problem:
+        return Problem(visible(f"{self.place}:{line}"), visible(message), self._hint)
+
     def complain(self, message: str, node: YamlNode = None, line: int = 1) -> None:
         """Add a problem, at the line of a node if there is one."""
         line = node.start_mark.line + 1 if node is not None else line
-        self.problems.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
+        self.problems.append(self.problem(message, line))
 
     def note(self, message: str, line: int) -> None:
         if len(self.notes) < self.MAX_NOTES:
-            self.notes.append(Problem(visible(f"{self.place}:{line}"), visible(message), self._hint))
+            self.notes.append(self.problem(message, line))
 
     def note_unknown(self, node: YamlNode, key: str, known: Iterable[str]) -> None:
         """Add a note on an unknown key, by its node and its path."""
@@ -4307,9 +4310,7 @@ class RegistryScan:
         return sorted(entries, key=lambda entry: entry.name)
 
     def _reject(self, entry: os.DirEntry[str], message: str, hint: str = "") -> None:
-        doc = Document(shorten_home(self.home, entry.path), hint)
-        doc.complain(message)
-        self.stray += doc.problems
+        self.stray.append(Document(shorten_home(self.home, entry.path), hint).problem(message))
 
     @contextmanager
     def _reject_unreadable(self, entry: os.DirEntry[str]) -> Iterator[None]:
@@ -4346,14 +4347,12 @@ class RegistryScan:
 # Loading
 
 
-def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> tuple[Problem, ...]:
+def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> Problem:
     """Explain that a codebase's folder is another's, at the file that has its path."""
     file = next(f"{layer.path}.yaml" for layer in reversed(codebase.layers) if layer.said.path)
     place, main = shorten_home(home, file), codebase_path(home, codebase.key)
     edit = f"orchestra edit {typed(label_for(codebase.key))}" if file == main else f"edit {typed(place)}"
-    doc = Document(place, edit)
-    doc.complain(f"path: {codebase.path} already belongs to {label_for(owner)}")
-    return tuple(doc.problems)
+    return Document(place, edit).problem(f"path: {codebase.path} already belongs to {label_for(owner)}")
 
 
 def reload_codebases(
@@ -4393,7 +4392,7 @@ def reload_codebases(
         owners[root] = first = min(key, other, key=lambda key: claim_order(codebases, key))
         if other != key:
             loser = codebases.pop(other if first == key else key)
-            broken[loser.key] = _explain_lost_claim(home, loser, first)
+            broken[loser.key] = (_explain_lost_claim(home, loser, first),)
     shared = {**registry.shared, **reader.shared}
     return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared, reader.seen)
 
