@@ -1883,6 +1883,10 @@ class Turn(Lock):
         found = re.fullmatch(f"(?s){kept}{token}{digest}" + r"(?:-(.+?))?(?:\.tmp)?", name)
         return (found[1], (found[2] or "").replace("%2F", "/").replace("%25", "%")) if found else None
 
+    def _age(self, info: os.stat_result) -> float:
+        """Return the seconds since a file or folder last changed."""
+        return self.clock() - max(info.st_mtime, info.st_ctime)
+
     def back_up(self, backup_name: str, disk: Disk, why: str) -> str:
         """Keep a file's bytes before they are replaced; return the version's time.
 
@@ -1919,8 +1923,7 @@ class Turn(Lock):
                 info = os.lstat(path)
             except OSError:
                 continue  # a version that got its name meanwhile
-            is_old = self.clock() - max(info.st_mtime, info.st_ctime) > 86400  # seconds
-            if is_old or is_named_by(name, token) or has_exited(parse_temporary(name)[0]):
+            if self._age(info) > 86400 or is_named_by(name, token) or has_exited(parse_temporary(name)[0]):
                 remove = remove_private_folder if stat.S_ISDIR(info.st_mode) else remove_private
                 remove(path)
 
@@ -1982,7 +1985,7 @@ class Turn(Lock):
                 elif aside:
                     digest, owner = aside
                     are_gone &= self._remove_aside(folder, name, name_of(f"{path}/{owner}"), digest)
-                elif has_exited(process) or self._is_quiet(info):
+                elif has_exited(process) or self._age(info) > self.ASIDE_TIME:
                     shown = read_disk(owner, folder=folder) if owner else ABSENT
                     digest = sha256_of(shown.data)
                     are_gone &= self._remove_aside(folder, name, name_of(f"{path}/{owner}"), digest)
@@ -2007,9 +2010,6 @@ class Turn(Lock):
                 os.close(folder)
             remove_empty_folder(self.aside)
 
-    def _is_quiet(self, info: os.stat_result) -> bool:
-        return self.clock() - max(info.st_mtime, info.st_ctime) > self.ASIDE_TIME
-
     def _remove_aside(self, folder: int, name: str, backup_name: str, digest: str) -> bool:
         """Remove a file set aside if nothing writes to it; return whether it is gone.
 
@@ -2024,7 +2024,8 @@ class Turn(Lock):
             is_busy, info = has_writer(fd), os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 return True
-            if is_busy or (is_busy is None and not self._is_quiet(info)) or info.st_size > self.MAX_ASIDE:
+            is_quiet = is_busy is False or (is_busy is None and self._age(info) > self.ASIDE_TIME)
+            if not is_quiet or info.st_size > self.MAX_ASIDE:
                 return False
             found = read_opened(fd)
             if sha256_of(found.data) != digest:
@@ -3428,36 +3429,6 @@ def short_names(keys: Collection[Key]) -> dict[Key, str]:
     return {key: key[1] if counts[key[1]] == 1 else label_for(key) for key in keys}
 
 
-def find_keys(home: str) -> list[Key]:
-    """List the registered codebases by the names of their files; none is read."""
-    root = projects_root(home)
-    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
-    return sorted(
-        filter(is_valid_key, [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")])
-    )
-
-
-def find_custom_targets(home: str) -> list[str]:
-    """List the custom targets of all files, found by a pattern: parsing takes long."""
-    root = projects_root(home)
-    pattern = r"""(?<![\w.-])([\w.-]{1,99})["']?:\s{0,99}\{?\s{0,9}(?:path|owns|header|limit):"""
-    found: set[str] = set()
-    for folder in (root, *(f"{root}/{project}" for project in names_in(root))):
-        for name in filter(lambda name: name.endswith(".yaml"), names_in(folder)):
-            with suppress(IoError):
-                data = read_disk(f"{folder}/{name}", 1 << 20).data
-                text = (b"\n" + data).partition(b"\ncustom_targets:")[2].decode("utf-8", "replace")
-                found.update(re.findall(pattern, text))
-    return sorted(found)
-
-
-def listed_key(home: str, key: Key) -> Key:
-    """Spell a codebase's project and name as the registry has them."""
-    project = listed_name(projects_root(home), key[0])
-    file = listed_name(f"{projects_root(home)}/{project}", f"{key[1]}.yaml")
-    return (project, file[:-5] if file.endswith(".yaml") else key[1])
-
-
 # ── 12 Markdown ───────────────────────────────────────────────────────────────
 
 # How Markdown is read, where Orchestra's markers may stand in it:
@@ -3866,9 +3837,8 @@ class RegistryFile(Document):
         schema = CODEBASE_SCHEMA if kind == "codebase" else LAYER_SCHEMA
         said: Codebase = schema.read(self, root, project=key[0], digest=self.digest)
         node = next((value for name, value in root.value if name.value == "name"), root) if said.name else root
-        name, called = (
-            (key[1], f"file is called {key[1]}.yaml") if kind in OWN else (key[0], f"folder is called {key[0]}")
-        )
+        name = key[1] if kind in OWN else key[0]
+        called = f"file is called {name}.yaml" if kind in OWN else f"folder is called {name}"
         if said.name and said.name != name:
             self.complain(f"name: the {called}, but name says {said.name!r}", node)
         self.notes.sort(key=lambda note: int(note.where.rpartition(":")[2]))
@@ -4269,6 +4239,36 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
                 return list(entries)
         except FileNotFoundError:
             return []
+
+
+def find_keys(home: str) -> list[Key]:
+    """List the registered codebases by the names of their files; none is read."""
+    root = projects_root(home)
+    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
+    return sorted(
+        filter(is_valid_key, [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")])
+    )
+
+
+def find_custom_targets(home: str) -> list[str]:
+    """List the custom targets of all files, found by a pattern: parsing takes long."""
+    root = projects_root(home)
+    pattern = r"""(?<![\w.-])([\w.-]{1,99})["']?:\s{0,99}\{?\s{0,9}(?:path|owns|header|limit):"""
+    found: set[str] = set()
+    for folder in (root, *(f"{root}/{project}" for project in names_in(root))):
+        for name in filter(lambda name: name.endswith(".yaml"), names_in(folder)):
+            with suppress(IoError):
+                data = read_disk(f"{folder}/{name}", 1 << 20).data
+                text = (b"\n" + data).partition(b"\ncustom_targets:")[2].decode("utf-8", "replace")
+                found.update(re.findall(pattern, text))
+    return sorted(found)
+
+
+def listed_key(home: str, key: Key) -> Key:
+    """Spell a codebase's project and name as the registry has them."""
+    project = listed_name(projects_root(home), key[0])
+    file = listed_name(f"{projects_root(home)}/{project}", f"{key[1]}.yaml")
+    return (project, file[:-5] if file.endswith(".yaml") else key[1])
 
 
 def is_registry_file(name: str) -> bool:
