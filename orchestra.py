@@ -11452,6 +11452,7 @@ class Daemon:
 
     def _finish_job(self, outcome: JobOutcome) -> None:
         job = outcome.job
+        self._told = None, [], {}  # or it would keep the previous registry in memory
         self._schedule.finish(outcome)
         for result in outcome.results:
             if job.source == Source.SOCKET:

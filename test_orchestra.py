@@ -87,6 +87,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10580,6 +10581,15 @@ def test_a_status_is_encoded_again_only_when_it_has_changed(live: Home, edited: 
         wait_until(lambda: daemon.status()["queue_depth"] == 1)
         assert told()["queue_depth"] == 1
     turn_until(daemon, lambda: b'"queue_depth":0,' in daemon._encode_status())
+
+
+def test_a_status_that_was_told_keeps_no_old_registry_in_memory(live: Home, turned: orchestra.Daemon) -> None:
+    live.save()
+    turn_until(turned, lambda: b'"api"' in turned._encode_status())
+    old = weakref.ref(turned._worker.cache.registry.owners)
+    live.save(note="second")
+    turn_until(turned, lambda: live.synced("watcher") and old() is None)
+    assert live.has("second")
 
 
 def write_in_pieces(file: Path, *pieces: str) -> Iterator[None]:
