@@ -13682,7 +13682,8 @@ class Commands(NamedTuple):
         key, is_elsewhere = registry.owners.key_around(folder)
         if key and is_elsewhere:
             found = f"{shown} is in another git worktree of {label_for(key)}"
-            if self.args.line.name in ("project move", "project remove", "restore"):
+            is_look = getattr(self.args, "list", False)
+            if self.args.line.name in ("project move", "project remove", "restore") and not is_look:
                 words = [label_for(key), *filter(None, [getattr(self.args, "path", None)])]
                 raise UsageError(found, f"orchestra {self.args.line.name} {' '.join(map(typed, words))}")
             root = shorten_home(self.home, codebase_root(self.home, registry.codebases[key]))
@@ -14047,17 +14048,17 @@ class Commands(NamedTuple):
     # Restoring and editing
 
     def cmd_restore(self) -> int:
-        name, path = self.args.codebase, self.args.path
-        if path is None and name and is_managed_path(name):
-            name, path = None, name
+        args = self.args
+        if args.path is None and args.codebase and is_managed_path(args.codebase):
+            args.codebase, args.path = None, args.codebase
         registry = load_registry(self.home)
         try:
-            codebase = self._readable(registry, name)
+            codebase = self._readable(registry, args.codebase)
         except OrchestraError as error:
-            error.hint = suggest_old_backups(self.home, registry, name) or error.hint
+            error.hint = suggest_old_backups(self.home, registry, args.codebase) or error.hint
             raise
         label = label_for(codebase.key)
-        if self.args.list:
+        if args.list:
             rows = [("WHEN (UTC)", "LOCAL TIME", "FILE", "WHY")]
             for backup in Backups(self.home, codebase.key).versions():
                 rows.append((backup.when, local_time(backup.when), backup.path, backup.why))
@@ -14066,7 +14067,7 @@ class Commands(NamedTuple):
             else:
                 self._say(f"{label}: no backups yet")
             return OK
-        for backup in choose_backups(self.home, codebase, path, self.args.at):
+        for backup in choose_backups(self.home, codebase, args.path, args.at):
             changed = restore_file(self.home, codebase, backup)
             print(f"{'restored' if changed else 'unchanged'} {label} {backup.path} ({backup.when})")
         forget_replaced(self.home, [codebase.key])

@@ -14831,12 +14831,14 @@ def test_a_git_worktree_means_its_codebase(home: Home, monkeypatch: Any, place: 
     assert (ran.lines, ran.err) == (["create   shop/api CLAUDE.md"], f"note: this folder {where}")
     assert home.run_fine("status", str(home.code / place)).err == f"note: {home.code / place} {where}"
     assert home.run_fine("sync", "--quiet").err == home.run_fine("sync", "api").err == ""
+    assert home.run_fine("restore", "--list").err.startswith(f"note: this folder {where}")
     for command, hint in (
         ("project remove . --purge --yes", "project remove shop/api"),
         ("project move . /x", "project move shop/api /x"),
         ("restore", "restore shop/api"),
+        ("restore CLAUDE.md", "restore shop/api CLAUDE.md"),
     ):
-        shown = "this folder" if command == "restore" else "."
+        shown = "this folder" if command.startswith("restore") else "."
         said = f"orchestra: {shown} is in another git worktree of shop/api\n  try: orchestra {hint}\n"
         ran = home.run(*command.split())
         assert (ran.status, ran.err) == (2, said) and (root / "CLAUDE.md").exists()
