@@ -4757,12 +4757,6 @@ def tidy(text: str) -> str:
     return "".join(c for c in text if c.isprintable())[:300]
 
 
-def whole_word(word: str) -> str:
-    """Make a pattern for a word that is no part of a longer one."""
-    start = r"(?<![\w-])" if word[:1].isalnum() else ""
-    return start + re.escape(word) + (r"(?![\w-])" if word[-1:].isalnum() else "")
-
-
 def strip_comments(text: str) -> str:
     """Remove comments and trailing commas from JSON."""
     for pattern in (r"//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/)?", r",(?=\s*[]}])"):
@@ -4952,7 +4946,7 @@ class Folder:
         if not pattern and name.endswith(self.STRUCTURED):
             value = self.value(name, *keys)
             return value if isinstance(value, str) else ""
-        words = whole_word(" ".join(keys)) + "[ \t]*" if keys else ""
+        words = self._whole_word(" ".join(keys)) + "[ \t]*" if keys else ""
         return self._search(name, pattern or rf"^[ \t]*{words}([^\s#][^\n]*)")
 
     def _search(self, name: str, pattern: str) -> str:
@@ -4964,7 +4958,13 @@ class Folder:
             return not keys or self.value(name, *keys) is not None
         text = self.text(name) if keys else ""
         text = re.sub(r"(?m)^[ \t]*(?:#|//|;)[^\n]*", "", text)
-        return all(re.search(whole_word(key), text) for key in keys)
+        return all(re.search(self._whole_word(key), text) for key in keys)
+
+    @staticmethod
+    def _whole_word(word: str) -> str:
+        """Make a pattern for a word that is no part of a longer one."""
+        start = r"(?<![\w-])" if word[:1].isalnum() else ""
+        return start + re.escape(word) + (r"(?![\w-])" if word[-1:].isalnum() else "")
 
 
 class Found(NamedTuple):
@@ -5026,33 +5026,33 @@ def shorten_version(text: str) -> str:
 # judged by its text: one that would go on watching, or does nothing, is passed over,
 # and one that rewrites files is labelled so.
 #
-# A new name for what builds or tests is a word in SCRIPT_NAMES; a new task runner is a
+# A new name for what builds or tests is a word in Script.NAMES; a new task runner is a
 # function that returns Scripts, in TASK_RUNNERS.
-
-SCRIPT_NAMES = {  # what a command's script may be called, best first; : _ . count as -
-    "install": "install-dev dev-install setup-dev dev-setup setup bootstrap install deps init",
-    "build": "build compile build-dev dev-build",
-    "test": ("test tests test-run test-once test-unit unit-test unit-tests unit test-lib test-vitest test-jest"),
-    "lint": (
-        "lint lint-check check-lint lint-ci eslint test-eslint test-lint ruff flake8"
-        " cs cs-check check-cs check-style phpcs"
-    ),
-    "format": (
-        "format fmt format-fix fix-format format-write prettier black fix lint-fix cs-fix fix-cs fix-style phpcbf pint"
-    ),
-    "type check": (
-        "typecheck type-check check-types types tsc types-check lint-types test-types"
-        " lint-typecheck test-typecheck typing mypy pyright phpstan psalm"
-        " stan static-analysis analyse analyze"
-    ),
-    "run": "dev develop start serve run runserver",
-    "check": "check verify ci precommit check-all validate",
-}
 
 
 class Script:
     """One script: its name, the text of its commands, and of those it calls by name."""
 
+    NAMES = {  # what a command's script may be called, best first; : _ . count as -
+        "install": "install-dev dev-install setup-dev dev-setup setup bootstrap install deps init",
+        "build": "build compile build-dev dev-build",
+        "test": "test tests test-run test-once test-unit unit-test unit-tests unit test-lib test-vitest test-jest",
+        "lint": (
+            "lint lint-check check-lint lint-ci eslint test-eslint test-lint ruff flake8"
+            " cs cs-check check-cs check-style phpcs"
+        ),
+        "format": (
+            "format fmt format-fix fix-format format-write prettier black"
+            " fix lint-fix cs-fix fix-cs fix-style phpcbf pint"
+        ),
+        "type check": (
+            "typecheck type-check check-types types tsc types-check lint-types test-types"
+            " lint-typecheck test-typecheck typing mypy pyright phpstan psalm"
+            " stan static-analysis analyse analyze"
+        ),
+        "run": "dev develop start serve run runserver",
+        "check": "check verify ci precommit check-all validate",
+    }
     CALLERS = (
         *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all", "npm-run-all2"),
         *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
@@ -5086,7 +5086,6 @@ class Script:
         "lint": r"\b(?:(?:es|ox|py)?lint|biome|ruff|flake8|xo|standard|clippy)\b",
         "format": r"\b(?:prettier|black|fmt|format)\b",
     }
-
     CURES = (  # what makes a program run once, and the words with which it does anyway
         ("vitest", "--run", "run --no-watch --watch=false related bench --version"),
         ("react-scripts", "--watchAll=false", "--ci build start eject CI=true"),
@@ -5191,7 +5190,7 @@ class Scripts(NamedTuple):
         """Iterate over the commands, and the script for each."""
         called = {re.sub("[_:.]", "-", name): name for name in reversed([*self.bodies])}
         taken: dict[str, Script] = {}
-        for command, names in SCRIPT_NAMES.items():
+        for command, names in Script.NAMES.items():
             known = (self.script(called[name]) for name in names.split() if name in called)
             scripts = [script for script in known if script.serves(command)]
             if scripts:  # the first of the fittest
@@ -5221,8 +5220,8 @@ class Scripts(NamedTuple):
         waiting, seen = [script], {script.name}
         while waiting:
             script = waiting.pop()
-            # `bun test` is a program of its own.
-            calls = map(Script.call_of, filter("bun test".__ne__, script.own))
+            own = (command for command in script.own if command != "bun test")  # which is bun's
+            calls = map(Script.call_of, own)
             names = [call[0] for call in calls if len(call) == 1 and call[0] in self.bodies]
             if not names:
                 yield script
@@ -5415,7 +5414,7 @@ class Node:
         bodies = {
             name: body
             for name, body in self.folder.table("package.json", "scripts").items()
-            if isinstance(body, str) and name not in SCRIPT_NAMES["install"].split()
+            if isinstance(body, str) and name not in Script.NAMES["install"].split()
         }
         scripts = Scripts("package.json", f"{self.manager} run {{}}", bodies, self.more)
         yield from scripts.find()
@@ -6540,23 +6539,70 @@ def open_folder(path: str, home: str) -> Folder:
 
 # Description
 
-SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
-NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
-NO_DESCRIPTION = (  # what a first sentence begins with that says something else
-    r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|we(?:'re| are)|if|to|thanks?|please"
-    r"|looking|you|first|begin|install|sponsor\w*|deprecated|this repository is|an extra special)\b"
-)
-MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
-    (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
-    (r"<[^<>]*>(?!`)|&nbsp;", ""),
-    (r"`([^`<>]*) <[^<>`]*>`_{1,2}", r"\1"),
-    (r"\*{2,3}|__", ""),
-)
+
+class Readme:
+    """A README, of which a sentence may say what `name` is."""
+
+    SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
+    NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
+    NO_DESCRIPTION = (  # what a first sentence begins with that says something else
+        r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|if|to"
+        r"|we(?:'re| are)|thanks?|please|looking|you|first|begin|install|sponsor\w*"
+        r"|deprecated|this repository is|an extra special)\b"
+    )
+    MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
+        (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
+        (r"<[^<>]*>(?!`)|&nbsp;", ""),
+        (r"`([^`<>]*) <[^<>`]*>`_{1,2}", r"\1"),
+        (r"\*{2,3}|__", ""),
+    )
+
+    def __init__(self, text: str, name: str) -> None:
+        parts = text[:20000].split("```")[::2]  # outside code
+        first, *others = "\n".join(parts).split("<!--")
+        text = first + "".join(other.partition("-->")[2] for other in others)
+        text = re.sub(r"(?m)^(#[^\n]*)$", r"\n\1\n", text)
+        self.paragraphs = re.split(r"\n[ \t\r]*\n", text)
+        self.name = name
+
+    def first_sentence(self) -> str:
+        """Find the sentence that describes; "" if none does.
+
+        Headings, badges and lists are passed over. The first sentence of prose counts
+        unless it begins as in NO_DESCRIPTION; a later one must define the name.
+        """
+        names, headings, is_early = self.name, 0, True
+        for paragraph in self.paragraphs:
+            unquoted = re.sub("(?m)^> ?", "", paragraph.strip("\r\n"))
+            lines = [line.strip() for line in unquoted.split("\n")]
+            if unquoted.startswith("#") or any(line and not line.strip("=-~^*") for line in lines[1:]):
+                headings += 1
+                names += f" {lines[0]}" if headings == 1 else ""
+                is_early = headings == 1
+            elif not unquoted.startswith(self.NO_PROSE) and not re.match(r"\[[^\[\]]*\]: ", unquoted):
+                sentence = self._read_prose(" ".join(lines))
+                subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
+                if subject and subject[1].casefold() in names.casefold():
+                    return sentence
+                if sentence and is_early and not re.match(self.NO_DESCRIPTION, sentence):
+                    return sentence
+                is_early = is_early and not sentence
+        return ""
+
+    def _read_prose(self, prose: str) -> str:
+        """Return the first sentence without markup; "" if links are all there is."""
+        for markup, plain in self.MARKUP:
+            prose = re.sub(markup, plain, prose)
+        own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
+        prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
+        sentence = re.split(self.SENTENCE_END, tidy(prose))[0]
+        is_text = len(re.findall(r"[^\W\d_]{2,}", own)) >= 3
+        return sentence if is_text and not sentence.endswith((":", "...")) else ""
 
 
 def whole_sentences(text: str) -> str:
     """Leave out the sentences that do not fit; a long first one ends after a word."""
-    first, *others = re.split(SENTENCE_END, text)
+    first, *others = re.split(Readme.SENTENCE_END, text)
     for sentence in others:
         if len(first) + len(sentence) > 200:
             break
@@ -6564,48 +6610,12 @@ def whole_sentences(text: str) -> str:
     return first if len(first) < 300 else f"{first.rpartition(' ')[0]} ..."
 
 
-def first_sentence(text: str, name: str) -> str:
-    """Find the sentence in a README that says what `name` is; "" if none does.
-
-    Headings, badges and lists are passed over. The first sentence of prose counts
-    unless it begins as in NO_DESCRIPTION; a later one must define the name.
-    """
-    parts = text[:20000].split("```")[::2]  # outside code
-    first, *others = "\n".join(parts).split("<!--")
-    text = first + "".join(other.partition("-->")[2] for other in others)
-    headings = 0
-    is_early = True
-    for paragraph in re.split(r"\n[ \t\r]*\n", re.sub(r"(?m)^(#[^\n]*)$", r"\n\1\n", text)):
-        unquoted = re.sub("(?m)^> ?", "", paragraph.strip("\r\n"))
-        lines = [line.strip() for line in unquoted.split("\n")]
-        if unquoted.startswith("#") or any(line and not line.strip("=-~^*") for line in lines[1:]):
-            headings += 1
-            name += f" {lines[0]}" if headings == 1 else ""
-            is_early = headings == 1
-        elif not unquoted.startswith(NO_PROSE) and not re.match(r"\[[^\[\]]*\]: ", unquoted):
-            prose = " ".join(lines)
-            for markup, plain in MARKUP:
-                prose = re.sub(markup, plain, prose)
-            # Text outside links, of which a list of links has none.
-            own = re.sub(r"\[[^\[\]]*\]", "", re.sub(r"\]\([^()]*\)|\]\[[^\[\]]*\]", "]", prose))
-            prose = re.sub(r"\[([^\[\]]*)\](?:\([^()]*\)|\[[^\[\]]*\])?", r"\1", prose)
-            sentence = re.split(SENTENCE_END, tidy(prose))[0]
-            if len(re.findall(r"[^\W\d_]{2,}", own)) >= 3 and not sentence.endswith((":", "...")):
-                subject = re.match(r"\W{0,3}(\w[\w.-]*)(?: [\w.-]+){0,3} (?:is|are) an? ", sentence)
-                if subject and subject[1].casefold() in name.casefold():
-                    return sentence
-                if is_early and not re.match(NO_DESCRIPTION, sentence):
-                    return sentence
-                is_early = False
-    return ""
-
-
 def detect_description(folder: Folder, found: Mapping[str, list[Found]]) -> Optional[Found]:
     """Choose the first ecosystem's, the README's first sentence, or another's."""
     placeholder = r"(?i)^(?:add your description here|a new \w+ project|todo|description|my project|\W*$)"
     names = ("README.md", "[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]", "README.rst")
     readme = folder.find(*names, "README", "README.txt")
-    sentence = first_sentence(folder.text(readme), os.path.basename(folder.path))
+    sentence = Readme(folder.text(readme), os.path.basename(folder.path)).first_sentence()
     groups = [*found.values()]
     groups.insert(1, [Found("description", sentence, readme)] if sentence else [])
     for item in itertools.chain.from_iterable(groups):
@@ -6643,13 +6653,14 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
     if typed:
         return typed.text, typed.source
 
+    is_node = bool(first and first.name == "javascript")
+
     def package(kind: str, *sections: str) -> str:
         tables = (folder.table("package.json", name) for name in sections if is_node)
         there = set(itertools.chain.from_iterable(tables))
         rows = (row for row in Node.FRAMEWORKS if row[2] == kind and row[0] in there)
         return next((f"{row[0]} in package.json" for row in rows), "")
 
-    is_node = bool(first and first.name == "javascript")
     used = ("dependencies", "peerDependencies")
     rules = (
         ("mobile", package("mobile", *used)),
@@ -6668,6 +6679,7 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
 
 # The packages of a workspace
 
+
 WORKSPACES = (  # whose, where its globs and its members' names are, and how one is used
     ("javascript", "pnpm-workspace.yaml packages", "package.json name", ""),
     ("javascript", "package.json workspaces", "package.json name", ""),
@@ -6678,8 +6690,6 @@ WORKSPACES = (  # whose, where its globs and its members' names are, and how one
         "uv run --package NAME pytest",
     ),
 )
-
-
 OTHER_WORKSPACES = (  # the file, where in it members stand, and what each looks like
     ("go.work", r"(?m)^[ \t]*(?:use[ \t(]+)?\./.*$", r"\./([^\s)]+)"),
     ("settings.gradle.kts", r"(?m)^[ \t]*(?:include\b|\":).*$", r"\"(:?[\w.:-]+)\""),
@@ -6688,21 +6698,20 @@ OTHER_WORKSPACES = (  # the file, where in it members stand, and what each looks
 )
 
 
-def find_members(folder: Folder, row: Sequence[str]) -> list[Folder]:
-    """Open the members of a workspace, by its row of WORKSPACES."""
-    source, *keys = row[1].split()
-    excluded = folder.texts(source, *keys[:-1], "exclude")
-    globs = [*folder.texts(source, *keys), *(f"!{glob}" for glob in excluded)]
-    return folder.members(globs, row[2].split()[0])
+def find_members(folder: Folder, globs: str, name: str) -> list[Folder]:
+    """Open the members of a workspace, by its columns of WORKSPACES."""
+    source, *keys = globs.split()
+    excluded = (f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude"))
+    return folder.members([*folder.texts(source, *keys), *excluded], name.partition(" ")[0])
 
 
 def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
     """Find the members of the first workspace with any, and the file that says so."""
-    for row in WORKSPACES:
-        members = find_members(folder, row)
-        paths = [os.path.relpath(member.path, folder.path) for member in members]
-        if paths:
-            return row[1].split()[0], paths
+    for _, globs, name, _ in WORKSPACES:
+        members = find_members(folder, globs, name)
+        if members:
+            paths = [os.path.relpath(member.path, folder.path) for member in members]
+            return globs.partition(" ")[0], paths
     for source, around, pattern in OTHER_WORKSPACES:
         text = "".join(re.findall(around, folder.text(source)))
         found = re.findall(pattern, text)
@@ -6714,10 +6723,9 @@ def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
 
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
     """Tell the packages of a workspace: up to 12 by name, more by their number."""
-    for row in sorted(WORKSPACES, key=lambda row: row[0] != first):
-        _, globs, name, one = row
+    for _, globs, name, one in sorted(WORKSPACES, key=lambda row: row[0] != first):
         names, places = set(), Counter[str]()
-        for member in find_members(folder, row):
+        for member in find_members(folder, globs, name):
             own = member.value(*name.split()) or os.path.basename(member.path)
             # What is no name is not told: it could tell agents anything.
             if isinstance(own, str) and re.fullmatch(r"@?[\w./-]{1,200}", own):
@@ -6731,7 +6739,7 @@ def detect_packages(folder: Folder, first: str) -> Optional[Found]:
             if len(names) <= 12:
                 listed = ", ".join(sorted(names))
             call = one or Node(folder).call_member
-            return Found("packages", f"{listed} (one of them: `{call}`)", globs.split()[0])
+            return Found("packages", f"{listed} (one of them: `{call}`)", globs.partition(" ")[0])
     return None
 
 
@@ -6841,12 +6849,6 @@ def detect(path: str, home: str = "") -> Detected:
 # have commands, none are drafted: what repeats them costs attention, and what
 # contradicts them does harm.
 
-RUNNERS = (  # a command of the user's own may begin with one of these, or as one drafted
-    "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry pdm hatch"
-    " tox nox pytest python python3 pip pre-commit php bundle rake rspec mvn gradle fvm"
-    " ninja gofmt docker"
-)
-
 
 class Draft(NamedTuple):
     """What to register of a folder, and what `init` prints about it.
@@ -6880,8 +6882,15 @@ def read_own_texts(root: str) -> dict[str, str]:
 
 @functools.lru_cache(1)
 def known_runners() -> frozenset[str]:
+    """Return what a command of the user's own may begin with, as those drafted do."""
+    names = (
+        "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry pdm hatch"
+        " tox nox pytest python python3 pip pre-commit php bundle rake rspec mvn gradle fvm"
+        " ninja gofmt docker"
+    )
     rows = (row for system in ECOSYSTEMS for row in system.rows if row.name not in NO_COMMANDS)
-    return frozenset((*RUNNERS.split(), *(row.text.split()[0] for row in rows))) - {"git", "clang-format"}
+    drafted = (row.text.split(" ", 1)[0] for row in rows)
+    return frozenset((*names.split(), *drafted)) - {"git", "clang-format"}
 
 
 def is_command(text: str, is_fenced: bool) -> bool:
@@ -6939,9 +6948,9 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
         return os.path.exists(f"{root}/{path}")
 
     def is_link(path: str) -> bool:
-        return os.path.islink(f"{root}/{path}") and any(
-            is_same_file(f"{root}/{path}", f"{root}/{agent.path}") for agent in AGENTS.values() if agent.path != path
-        )
+        others = (f"{root}/{agent.path}" for agent in AGENTS.values() if agent.path != path)
+        own = f"{root}/{path}"
+        return os.path.islink(own) and any(is_same_file(own, other) for other in others)
 
     def hides_own(path: str) -> bool:
         return any(row.hidden in texts for row in HIDING if row.path == path)
@@ -6987,17 +6996,20 @@ def make_draft(root: str, found: Detected) -> Draft:
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
     shown = [found.description, found.built_with, found.packages, *found.commands]
-    if most and counts[most] > 1:
+    if most and counts[most] >= 2:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
-        beside = {target for target in targets if any(twin in texts for twin in AGENTS[target].twins)}
-        targets = tuple(t for t in targets if not AGENTS[t].owned or t in beside or t in written) or targets
+        beside = {t for t in targets if any(twin in texts for twin in AGENTS[t].twins)}
+        kept = [t for t in targets if not AGENTS[t].owned or t in beside or t in written]
+        targets = tuple(kept) or targets
     paragraphs = (
         (found.description, "{}"),
         (found.built_with, "Built with: {}."),
         (found.packages, "Packages: {}."),
     )
-    in_use = [agent.target for agent in AGENTS.values() if any(os.path.isdir(f"{root}/{f}") for f in agent.folders)]
+    in_use = [
+        agent.target for agent in AGENTS.values() if any(os.path.isdir(f"{root}/{folder}") for folder in agent.folders)
+    ]
     return Draft(
         "\n\n".join(form.format(item.text) for item, form in paragraphs if item),
         tuple((command.name, command.text) for command in found.commands),
@@ -7014,16 +7026,18 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
     A part is called after its folder; those that would be called alike, by their paths.
     """
     source, found = find_part_paths(Folder(root))
-    paths = [path for path in sorted({*found}) if re.match(PartPath.PATTERN, path) and os.path.isdir(f"{root}/{path}")]
+    usable = (path for path in sorted({*found}) if re.match(PartPath.PATTERN, path))
+    paths = [path for path in usable if os.path.isdir(f"{root}/{path}")]
     counts = Counter(os.path.basename(path).casefold() for path in paths)
     names: dict[str, str] = {}
     stems: set[str] = set()
     for path in paths[:100]:
-        name = os.path.basename(path) if counts[os.path.basename(path).casefold()] == 1 else path.replace("/", "-")
-        while spelled_alike(Component(name, "").stem) in stems:
+        base = os.path.basename(path)
+        name = base if counts[base.casefold()] == 1 else path.replace("/", "-")
+        while (stem := spelled_alike(Component(name, "").stem)) in stems:
             name = f"{len(stems)}-{name}"  # in front: the stem is cut at its end
         names[path] = name
-        stems.add(spelled_alike(Component(name, "").stem))
+        stems.add(stem)
     return source, names
 
 

@@ -5208,7 +5208,7 @@ TEXT_FUNCTIONS: dict[str, Callable[[str], Any]] = {
     "read_ini": orchestra.read_ini,
     "strip_comments": orchestra.strip_comments,
     "shorten_version": orchestra.shorten_version,
-    "first_sentence": lambda text: orchestra.first_sentence(text, "shop"),
+    "first_sentence": lambda text: orchestra.Readme(text, "shop").first_sentence(),
     "Scripts": lambda text: list(
         orchestra.Scripts("x", "x {}", {"test": text, "a": text, "lint": "run-s " + text}).find()
     ),
