@@ -9857,6 +9857,10 @@ class Completed(NamedTuple):
     code: int
     output: str
 
+    @property
+    def last_line(self) -> str:
+        return (self.output.splitlines() or [f"exit status {self.code}"])[-1]
+
 
 Runner = Callable[..., Completed]  # called like run_program
 TIMED_OUT, NOT_STARTED = 124, 127  # exit statuses, as of timeout(1) and sh(1)
@@ -11744,8 +11748,8 @@ class Installer(NamedTuple):
             "DO NOT MATCH": (f"pip found another file than the published one of version {PYYAML_VERSION}", hint),
             "No matching dist": (f"no wheel of PyYAML {PYYAML_VERSION} for Python {version}", hint),
         }
-        last = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
-        return next((cause for sign, cause in causes.items() if re.search(sign, done.output)), (last, hint))
+        found = (cause for sign, cause in causes.items() if re.search(sign, done.output))
+        return next(found, (done.last_line, hint))
 
     def choose_python(self) -> str:
         """Choose the Python to install for: one that lasts, and that works."""
@@ -12171,17 +12175,15 @@ class Systemd(Service):
         return self._run(["systemctl", "--user", *arguments], self.CALL_TIMEOUT)
 
     def require(self, *arguments: str) -> None:
-        code, output = self.call(*arguments)
-        if code:
-            problem = output.rpartition("\n")[2] or f"exit status {code}"
-            raise SystemdError(f"systemctl --user {arguments[0]}: {problem}")
+        done = self.call(*arguments)
+        if done.code:
+            raise SystemdError(f"systemctl --user {arguments[0]}: {done.last_line}")
 
     def check_manager(self) -> None:
         """Require a user manager: most containers, and sessions by su, have none."""
-        code, output = self.call("is-system-running")
-        state = output.rpartition("\n")[2]
+        state = self.call("is-system-running").last_line
         if state not in self.UP:
-            problem = f"no user manager is running (systemctl: {state or f'exit status {code}'})"
+            problem = f"no user manager is running (systemctl: {state})"
             raise SystemdError(problem, "orchestra daemon start --detach")
 
     def start_daemon(self, old_pid: Optional[int]) -> None:
@@ -12599,19 +12601,14 @@ def say(text: str) -> None:
         discard_output(2)
 
 
-def report(message: str, hint: str) -> None:
-    """Print an error, and what to do about it, on stderr."""
-    for line in message.split("\n"):
-        say(f"orchestra: {visible(line)}")
-    if hint:
-        say(f"  try: {visible(hint)}")
-
-
 def report_all(problems: Iterable[Problem]) -> int:
-    """Print each problem once, and return the exit status."""
+    """Print each problem once, and what to do about it; return the exit status."""
     problems = list(dict.fromkeys(problems))
     for problem in problems:
-        report(str(problem), problem.hint)
+        for line in str(problem).split("\n"):
+            say(f"orchestra: {visible(line)}")
+        if problem.hint:
+            say(f"  try: {visible(problem.hint)}")
     return FAILED if problems else OK
 
 
@@ -12620,8 +12617,7 @@ def attempt(act: Callable[..., object], *arguments: Any) -> int:
     try:
         act(*arguments)
     except OrchestraError as error:
-        report(str(error), error.hint)
-        return FAILED
+        return report_all([Problem.from_error(error)])
     return OK
 
 
@@ -13489,8 +13485,7 @@ class Doctor:
         done = self._run([binary, "--version"], PYTHON_TIMEOUT)
         place, again = self._short(binary), "run install.sh again"
         if done.code:
-            reason = (done.output.splitlines() or [f"exit status {done.code}"])[-1]
-            yield failure(f"{place} does not run: {reason}", again)
+            yield failure(f"{place} does not run: {done.last_line}", again)
         elif done.output != f"orchestra {__version__}":
             yield warning(f"{place} is {done.output}, and this is {__version__}", again)
 
@@ -14455,20 +14450,15 @@ def main(argv: Optional[Sequence[str]] = None, environ: Mapping[str, str] = os.e
             status = getattr(Commands(home, args, environ), method)()
         sys.stdout.flush()
         return int(status)
-    except OrchestraError as error:
-        report(str(error), error.hint)
-        return FAILED
     except BrokenPipeError:
         discard_output(1)  # the reader (head, less) has exited
         return FAILED
-    except OSError as error:
-        if error.filename:
-            problem = Problem.from_error(error)
-            report(str(problem), problem.hint)
-        else:  # only writes to stdout have no file name
+    except (OrchestraError, OSError) as error:
+        problem = Problem.from_error(error)
+        if isinstance(error, OSError) and not error.filename:  # only writes to stdout have no file name
             discard_output(1)
-            report(f"stdout: {explain_os_error(error)}", "")
-        return FAILED
+            problem = Problem("stdout", explain_os_error(error))
+        return report_all([problem])
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception:  # a bug: Python's own exit status, 1, would mean OUT_OF_DATE
