@@ -5732,7 +5732,7 @@ class Python:
         if manager or not (is_package or folder.find("requirements.txt")):
             text = installs.get(manager, "")
         text = installs.get(f"{manager} {kind}", text).replace("{}", name)
-        if kind == "file" and is_package:
+        if kind == "file" and is_package and not manager:
             text = text.replace("install", "install -e .")
         workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
         if text == "uv sync" and folder.holds(workspace):

@@ -3942,6 +3942,7 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
         (pyproject("", "pytest", pdm_lock=""), "install: pdm install | test: pdm run pytest"),
         (pyproject(DEPENDABLE, "pytest", pdm_lock=""), "install: pdm install"),
         (pyproject(DEPENDABLE, pdm_lock=""), "install: pdm install -G dev"),
+        ({**pyproject("", pdm_lock=""), "requirements-dev.txt": "pytest\n"}, "install: pdm install"),
         (pyproject("[tool.pdm.build]\nx = 1\n", "pytest"), "test: pytest"),
         ({"Pipfile": "[dev-packages]\npytest = '*'\n"}, "install: pipenv install --dev | test: pipenv run pytest"),
         ({"pyproject.toml": HATCH}, "install: - | test: hatch run pytest | lint: hatch run ruff check ."),
