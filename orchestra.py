@@ -691,7 +691,10 @@ class Place(NamedTuple):
         return self.path.rpartition("/")[2]
 
     def read(self, name: str = "", limit: int = -1) -> Disk:
-        return read_disk(name or self.name, limit, self.folder)
+        try:
+            return read_disk(name or self.name, limit, self.folder)
+        except IoError as error:
+            raise error.source from None  # as the others do: the caller knows the path
 
     def rename(self, name: str, new: str) -> None:
         os.rename(name, new, src_dir_fd=self.folder, dst_dir_fd=self.folder)

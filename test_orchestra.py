@@ -234,7 +234,9 @@ def without_age(picture: dict[str, Seen]) -> dict[str, Seen]:
 
 
 def tree(root: Path) -> dict[str, Seen]:
-    return {path: seen for path, seen in take_picture(root).items() if seen.kind != "folder"}
+    """Return the files below a folder; not the cache of parsed files, which any look fills."""
+    picture = take_picture(root).items()
+    return {path: seen for path, seen in picture if seen.kind != "folder" and "run/parsed." not in path}
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -15866,11 +15868,15 @@ class Stage:
         self.check_finished(has_rubbish)
 
     def check_nothing_lost(self) -> None:
-        """Check that files are old or new, and no word of the user's is lost."""
+        """Check that files are old or new, and no word of the user's is lost.
+
+        A folder of Orchestra's may be gone until the file that was to be new there is written.
+        """
         now = Picture.of(self.home)
         old, new, found = (picture.files for picture in (self.before, self.after, now))
         for path in {*old, *new, *found}:
-            assert is_temporary(path) or found.get(path) in (old.get(path), new.get(path)), path
+            is_spare = path not in found and old.get(path, Seen("")).kind == "folder"
+            assert is_temporary(path) or is_spare or found.get(path) in (old.get(path), new.get(path)), path
         texts = [seen.data for path, seen in found.items() if not is_temporary(path)]
         anywhere = b"\n".join([*texts, *(data for _, data in now.backups)])
         for word, name in self.scenario.words.items():
