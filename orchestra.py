@@ -7037,10 +7037,10 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
     for path in paths[:100]:
         base = os.path.basename(path)
         name = base if counts[base.casefold()] == 1 else path.replace("/", "-")
-        while (stem := spelled_alike(Component(name, "").stem)) in stems:
+        while spelled_alike(Component(name, "").stem) in stems:
             name = f"{len(stems)}-{name}"  # in front: the stem is cut at its end
         names[path] = name
-        stems.add(stem)
+        stems.add(spelled_alike(Component(name, "").stem))
     return source, names
 
 
