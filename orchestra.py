@@ -4248,9 +4248,8 @@ def find_keys(home: str) -> list[Key]:
     """List the registered codebases by the names of their files; none is read."""
     root = projects_root(home)
     files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
-    return sorted(
-        filter(is_valid_key, [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")])
-    )
+    keys = [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")]
+    return sorted(filter(is_valid_key, keys))
 
 
 def find_custom_targets(home: str) -> list[str]:
