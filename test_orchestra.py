@@ -2014,6 +2014,23 @@ def test_the_name_of_a_registrys_temporary_file_leads_nowhere(home: Home) -> Non
     assert [path.partition("/TIME")[0] for path in places_kept(home)] == ["unknown/unknown"]
 
 
+def test_a_registry_file_set_aside_beside_the_new_one_goes_at_a_turn_a_minute_later(
+    home: Home, monkeypatch: Any
+) -> None:
+    file = home.write_registry("shop/api.yaml", GOOD)
+    put_files(Path(orchestra.backups_root(home.path)), {".aside": link_to("nowhere")})  # or on another disk
+    hide_writers(monkeypatch)
+    orchestra.save_codebase(home.path, codebase_with(description="new"))
+    (left,) = file.parent.glob(".orchestra-kept-*.tmp")
+    orchestra.clear_registry(home.path)
+    assert left.read_text() == GOOD
+    later = orchestra.RegistryTurn(home.path)
+    later.clock = lambda: time.time() + 100
+    with later:
+        assert not left.exists()
+    assert (home.backups(), Path(orchestra.run_dir(home.path), "registry.lock").read_bytes()) == ({}, b"")
+
+
 def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
     huge = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), text="")
     os.truncate(huge, orchestra.Turn.MAX_ASIDE + 1)
