@@ -117,7 +117,10 @@ def narrow_import_path() -> None:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         folder = file.replace("/__init__.py", ".py").rpartition("/")[0]
-        is_pythons = name != "__main__" and any(identify(f"{own[0]}/{name}{end}") for end in ("", ".py"))
+        # Debian has a sitecustomize.py of its own there, and anyone may have another.
+        is_pythons = name not in ("__main__", "sitecustomize") and any(
+            identify(f"{own[0]}/{name}{end}") for end in ("", ".py")
+        )
         if is_pythons and folder and identify(folder) in removed:  # by sitecustomize or a .pth file
             problem = f"{file} was loaded in place of Python's own {name}"
             sys.stderr.write(f"orchestra: {problem}\n  try: unset PYTHONPATH\n")
