@@ -8035,7 +8035,8 @@ class Sparse(NamedTuple):
 
 def _hint_for_absent(home: str, key: Key) -> str:
     if load_record(home, key):  # so its folder was here
-        return f"orchestra project move {typed(label_for(key))} PATH, or bring the folder back"
+        label = typed(label_for(key))
+        return f"orchestra project move {label} PATH, or bring the folder back, or orchestra project remove {label}"
     return f"orchestra init PATH -p {typed(key[0])} --name {typed(key[1])}"
 
 
@@ -13819,7 +13820,7 @@ class Commands(NamedTuple):
             codebase = registry.codebases.get(key, Codebase(*key, targets=()))
             path = codebase_root(self.home, codebase)
             types = [component.project_type for component in codebase.projects]
-            kind = State.WORDS[State.ERROR][0] if key in registry.broken else ", ".join(types)
+            kind = State.WORDS[State.ERROR][0] if key in registry.broken else ", ".join(dict.fromkeys(types))
             rows.append((label_for(key), kind, shorten_home(self.home, path) or "-"))
             entry = {"project": key[0], "codebase": key[1], "path": path or None, "project_types": types}
             entries.append({**entry, "targets": list(targets_of(codebase))})
@@ -13858,8 +13859,8 @@ class Commands(NamedTuple):
             return self._purge(codebase, registry.owners)
         if left:
             print(f"  left in its folder: {', '.join(left)} (--purge would have taken Orchestra's text out)")
-        folder = os.path.dirname(codebase_path(self.home, key))
-        print(f"  undo: {' '.join(map(typed, ['cp', *kept, folder]))}")
+        files = [*kept, os.path.dirname(codebase_path(self.home, key))]
+        print("  undo: cp", *(typed(shorten_home(self.home, file)) for file in files))
         return OK
 
     def _confirm_purge(self, codebase: Codebase, owners: Owners) -> None:
@@ -14029,10 +14030,10 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         codebase = self._readable(registry, self.args.codebase)
         if self.args.origin:
-            rows = [("WHAT", "TEXT", "FROM")]
+            rows = [("WHAT", "FROM", "TEXT")]
             for key, whole, file in trace_origins(self.home, codebase):
                 text = whole.partition("\n")[0]
-                rows.append((key, text if len(text) <= 60 else f"{text[:57]}...", file))
+                rows.append((key, file, text if len(text) <= 60 else f"{text[:57]}..."))
             self.screen.print_table(rows)
             return OK
         label, name, target = label_for(codebase.key), self.args.codebase, self.args.target

@@ -7372,7 +7372,7 @@ ABSENT: dict[str, tuple[Callable[[Home], Any], str, str]] = {
     "gone since it was synced": (
         lambda home: shutil.rmtree(home.make_synced()),
         "{root}: the folder is missing",
-        "orchestra project move shop/api PATH, or bring the folder back",
+        "orchestra project move shop/api PATH, or bring the folder back, or orchestra project remove shop/api",
     ),
 }
 
@@ -8041,29 +8041,29 @@ def test_show_prints_what_an_agent_is_told_and_where_it_is_from(home: Home) -> N
     assert "shop's python" in plain.out.partition("## Conventions")[2].partition("## Skills")[0]
     rows = home.run_fine("show", "api", "--origin").lines
     expected = f"""\
-WHAT         TEXT                FROM
-path         {root}              shop/api.local.yaml
-description  all                 all.yaml
-targets      codex, cursor       shop/api.local.yaml
-commands     lint: all           all.yaml
-commands     test: shop          shop/project.yaml
-commands     build: api          shop/api.yaml
-conventions  all                 all.yaml
-conventions  same                all.yaml, shop/project.yaml
-conventions  mine                all.local.yaml
-conventions  shop                shop/project.yaml
-notes        n                   all.local.yaml
-notes        {"x" * 57}...       shop/api.local.yaml
-skills       sql: api            shop/api.yaml
-skills       css                 shop/api.yaml
-prose        root's python       python.md
-prose        of all              all.md
-prose        of shop             shop/project.md
-prose        of my shop          shop/project.local.md
-prose        deep                shop/sub/deep.md
-prose        shop's python       shop/python.md
-prose          of api            shop/api.md
-prose        of my api           shop/api.local.md"""
+WHAT         FROM                         TEXT
+path         shop/api.local.yaml          {root}
+description  all.yaml                     all
+targets      shop/api.local.yaml          codex, cursor
+commands     all.yaml                     lint: all
+commands     shop/project.yaml            test: shop
+commands     shop/api.yaml                build: api
+conventions  all.yaml                     all
+conventions  all.yaml, shop/project.yaml  same
+conventions  all.local.yaml               mine
+conventions  shop/project.yaml            shop
+notes        all.local.yaml               n
+notes        shop/api.local.yaml          {"x" * 57}...
+skills       shop/api.yaml                sql: api
+skills       shop/api.yaml                css
+prose        python.md                    root's python
+prose        all.md                       of all
+prose        shop/project.md              of shop
+prose        shop/project.local.md        of my shop
+prose        shop/sub/deep.md             deep
+prose        shop/python.md               shop's python
+prose        shop/api.md                  of api
+prose        shop/api.local.md            of my api"""
     assert [row.split() for row in rows] == [row.split() for row in expected.splitlines()]
 
 
@@ -13933,6 +13933,12 @@ def test_what_is_registered_by_a_relative_path_has_an_absolute_one(home: Home, m
     assert home.run("project", "add", "nowhere").status == 2
 
 
+def test_project_list_says_each_type_once(home: Home) -> None:
+    types = ("backend", "frontend", "backend")
+    home.register("shop/api", projects=[{"name": str(i), "project_type": kind} for i, kind in enumerate(types)])
+    assert home.run_fine("project", "list").lines[1].split()[:3] == ["shop/api", "backend,", "frontend"]
+
+
 # ── 37 Output ─────────────────────────────────────────────────────────────────
 
 
@@ -14340,13 +14346,14 @@ STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
     "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "next: orchestra edit shop/api"),
     "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], ""),
     "gone": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api")], "next: orchestra project move "
-             "shop/api PATH, or bring the folder back"),
+             "shop/api PATH, or bring the folder back, or orchestra project remove shop/api"),
     "gone and broken": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
                         home.write_registry("shop/b.yaml", "{")], "next: orchestra edit shop/b    then: "
-                        "orchestra project move shop/api PATH, or bring the folder back"),
+                        "orchestra project move shop/api PATH, or bring the folder back, or "
+                        "orchestra project remove shop/api"),
     "gone and new": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
                      home.make_codebase("shop/b")], "next: orchestra sync shop/b    then: orchestra project move "
-                     "shop/api PATH, or bring the folder back"),
+                     "shop/api PATH, or bring the folder back, or orchestra project remove shop/api"),
 }  # fmt: skip
 
 
@@ -15222,7 +15229,8 @@ def test_a_removal_says_what_it_leaves_and_how_to_undo_it(home: Home) -> None:
     assert first.startswith("removed shop/api from the registry; its YAML is kept as ~/.orchestra/backups/shop/api/")
     assert left.startswith("  left in its folder: AGENTS.md, CLAUDE.md (")
     assert [path.name for path in home.projects.glob("*/*")] == ["project.md"]
-    subprocess.run(undo.partition("undo: ")[2], shell=True, check=True)
+    assert undo.startswith("  undo: cp ~/.orchestra/backups/shop/api/") and undo.endswith(" ~/.orchestra/projects/shop")
+    subprocess.run(undo.partition("undo: ")[2], shell=True, check=True, env={**os.environ, "HOME": home.path})
     assert home.status_of() == "current" and (contents(root), contents(home.projects)) == (before, registry)
 
 
