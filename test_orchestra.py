@@ -12855,6 +12855,7 @@ def test_install_sh_refuses_what_it_does_not_know(machine: Machine, shell: str) 
 def test_install_sh_has_launchd_run_the_daemon_on_macos(machine: Machine) -> None:
     machine.give_yaml()
     machine.make_tool("uname", "echo Darwin")
+    machine.make_tool("xcode-select", "echo /")  # so /usr/bin/python3 is no placeholder
     done = machine.install()
     # The script knows better where it runs.
     assert done.returncode == 2
