@@ -6983,7 +6983,7 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
 
 def find_other_tools(root: str, texts: Mapping[str, str]) -> list[str]:
     """Note what shows that another tool writes instruction files too."""
-    generated = r"(?i)\b(?:generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
+    generated = r"(?i)\b(?:(?<!\bare )generated (?:by|from|with|file\b)|do not edit (?:this|directly)|source: \.ruler/)"
     notes = [
         f"{path} says that another tool generates it, which would overwrite Orchestra's block"
         for path, text in texts.items()
