@@ -12014,15 +12014,8 @@ class Launchd(Service):
     label = DAEMON_LABEL
     error = LaunchdError
 
-    def __init__(
-        self,
-        home: str,
-        platform: str = sys.platform,
-        run: Runner = run_program,
-        clock: Clock = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        super().__init__(home, run, clock, sleep)
+    def __init__(self, home: str, platform: str = sys.platform, **options: Any) -> None:
+        super().__init__(home, **options)
         self.file = launchd_plist_path(home)
         self.domain = f"gui/{os.getuid()}"
         self.service = f"{self.domain}/{DAEMON_LABEL}"
@@ -12173,8 +12166,8 @@ class Systemd(Service):
     UP = ("initializing", "starting", "running", "degraded", "maintenance")
     error = SystemdError
 
-    def __init__(self, home: str, *options: Any, **named: Any) -> None:
-        super().__init__(home, *options, **named)
+    def __init__(self, home: str, **options: Any) -> None:
+        super().__init__(home, **options)
         self.file = systemd_unit_path(home)
 
     def call(self, *arguments: str) -> Completed:
@@ -13390,8 +13383,8 @@ def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
 # ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
 # What commonly goes wrong, and how to fix it. Nothing is changed. A new check is a
-# method of Doctor that yields findings, and a name in CHECKS. A check that fails is a
-# finding itself, and the others go on.
+# method of Doctor that is called _check_... and yields findings; they run in the order
+# they stand in. A check that fails is a finding itself, and the others go on.
 
 
 class Level:
@@ -13452,13 +13445,13 @@ class Doctor:
         return load_registry(self.home)
 
     def findings(self) -> Iterator[Finding]:
-        for check in self.CHECKS:
+        for name in [name for name in vars(Doctor) if name.startswith("_check_")]:
             try:
-                yield from check(self)
+                yield from getattr(self, name)()
             except (OrchestraError, OSError) as error:
                 problem = Problem.from_error(error)
                 yield failure(str(problem), problem.hint)
-                if check is self.CHECKS[0]:
+                if name == "_check_program":
                     return  # without PyYAML, the registry cannot be read
 
     def _check_program(self) -> Iterator[Finding]:
@@ -13645,11 +13638,6 @@ class Doctor:
         ]
         kilobytes = -(-sum(sizes) // 1000)
         yield fine(f"backups: {count_of(len(sizes), 'file')}, {kilobytes} kB")
-
-    CHECKS = (
-        *(_check_program, _check_path, _check_launcher, _check_daemon, _check_notify, _check_login),
-        *(_check_registry, _check_codebases, _check_unregistered, _check_doubles, _check_leftovers, _check_backups),
-    )
 
 
 # ── 41 Commands ───────────────────────────────────────────────────────────────

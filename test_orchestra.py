@@ -13402,7 +13402,7 @@ class FakeSystemctl(FakeSupervisor):
         self.loaded = b""
 
     def systemd(self) -> orchestra.Systemd:
-        return orchestra.Systemd(self.home, self.run, lambda: self.now, self.sleep)
+        return orchestra.Systemd(self.home, run=self.run, clock=lambda: self.now, sleep=self.sleep)
 
     def install(self, binary: str = BINARY) -> bytes:
         orchestra.install_systemd(self.systemd(), binary)
