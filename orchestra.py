@@ -630,6 +630,11 @@ def folders_below(path: str) -> list[str]:
     return [folder for folder, _, _ in os.walk(path)]
 
 
+def files_below(path: str) -> Iterator[str]:
+    """Iterate over all files below a folder; links are not followed."""
+    return (f"{folder}/{name}" for folder, _, names in os.walk(path) for name in names)
+
+
 def real_path(path: str) -> str:
     """Resolve all links of a path, as far as possible."""
     try:
@@ -7729,13 +7734,11 @@ def _seals_in_record(path: str, mtime_ns: int, size: int) -> frozenset[str]:
 
 def is_own_seal(home: str, seal: str) -> bool:
     """Look for a seal in all records, since a codebase may have been renamed."""
-    for folder, _, names in os.walk(hashes_root(home)):
-        for name in names:
-            path = os.path.join(folder, name)
-            with suppress(OSError, IoError):
-                info = os.stat(path)
-                if seal in _seals_in_record(path, info.st_mtime_ns, info.st_size):
-                    return True
+    for path in files_below(hashes_root(home)):
+        with suppress(OSError, IoError):
+            info = os.stat(path)
+            if seal in _seals_in_record(path, info.st_mtime_ns, info.st_size):
+                return True
     return False
 
 
@@ -11793,10 +11796,8 @@ class Installer(NamedTuple):
             return
 
         def copy(lib: str, token: str) -> None:
-            for folder, _, names in os.walk(package):
-                for name in names:
-                    path = os.path.join(folder, name)
-                    save_private(f"{lib}/yaml{path[len(package) :]}", read_disk(path).data, token)
+            for path in files_below(package):
+                save_private(f"{lib}/yaml{path[len(package) :]}", read_disk(path).data, token)
 
         self._make_lib(copy)
 
@@ -13613,15 +13614,9 @@ class Doctor:
             yield warning(text, fix)
 
     def _check_leftovers(self) -> Iterator[Finding]:
-        files = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(orchestra_root(self.home))
-            for name in names
-            if is_temporary_name(name) and has_exited(parse_temporary(name)[0])
-        ]
-        folders = folders_below(run_dir(self.home))
-        locks = {f"{folder}/{name}" for folder in folders for name in names_in(folder)}
-        for lock in sorted(locks - {daemon_lock_path(self.home)}):
+        names = ((file, os.path.basename(file)) for file in files_below(orchestra_root(self.home)))
+        files = [file for file, name in names if is_temporary_name(name) and has_exited(parse_temporary(name)[0])]
+        for lock in sorted({*files_below(run_dir(self.home))} - {daemon_lock_path(self.home)}):
             if lock.endswith(".lock") and not is_locked(lock):
                 files += [lock] if Leftover.parse(read_disk(lock).data) else []
         if files:
@@ -13630,12 +13625,8 @@ class Doctor:
             yield warning(text, "orchestra sync --all")
 
     def _check_backups(self) -> Iterator[Finding]:
-        sizes = [
-            os.lstat(os.path.join(folder, name)).st_size
-            for folder, _, names in os.walk(backups_root(self.home))
-            for name in names
-            if name != Backups.NOTES
-        ]
+        files = [file for file in files_below(backups_root(self.home)) if os.path.basename(file) != Backups.NOTES]
+        sizes = [os.lstat(file).st_size for file in files]
         kilobytes = -(-sum(sizes) // 1000)
         yield fine(f"backups: {count_of(len(sizes), 'file')}, {kilobytes} kB")
 
