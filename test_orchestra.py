@@ -19166,6 +19166,9 @@ def test_the_readmes_way_to_share_a_registry_works(home: Home, terminal: str) ->
     assert subprocess.check_output(["git", "status", "--porcelain"], cwd=clone) == b""
     assert (clone / "api.local.yaml").read_text() == "path: ~/work/api\n"
     assert other.run_fine("init", f"{other.path}/work/api", "-p", "shop").err == ""
+    assert other.run_fine("sync", "api", "--check").lines == []  # as in CI
+    (clone / "api.local.yaml").unlink()
+    assert other.run("sync", "--all", "--check").out.endswith("in 0 codebases, 1 absent\n")
 
 
 def test_what_the_readme_makes_of_its_first_file(home: Home) -> None:
