@@ -3567,6 +3567,8 @@ def test_toml_is_read_the_same_by_every_python(text: str, value: Any) -> None:
         ("a.toml + not b.toml", "a.toml", ""),
         ("a.toml + not a.json", "", ""),
         ("not b.toml + mix.exs", "mix.exs", ""),
+        ("b.toml or a.json + not a.toml or .nvmrc or a.toml", ".nvmrc", ""),
+        ("b.toml or a.toml x z", "", ""),
     ],
 )
 def test_evidence_is_a_file_and_what_is_in_it(home: Home, evidence: str, source: str, quoted: str) -> None:
@@ -3594,15 +3596,14 @@ def test_evidence_is_a_file_and_what_is_in_it(home: Home, evidence: str, source:
     ("text", "version"),
     [
         *(("3.14", "3.14"), (">=3.10", "3.10+"), (">=3.8,!=3.9.*,<4", "3.8+"), ("==3.11.*", "3.11"), ("~=3.9", "3.9+")),
+        *(("^18.0.0", "18"), ("^18", "18"), ("^5.4.2", "5.4+"), ("~5.4.2", "5.4"), ("~> 1.15", "1.15+")),
         *(
-            ("^18.0.0", "18"),
-            ("^18", "18"),
-            ("^5.4.2", "5.4+"),
-            ("~5.4.2", "5.4"),
-            ("~> 1.15", "1.15+"),
             ("18.x", "18"),
+            ("v20.11.1", "20.11.1"),
+            ("^18.0.0 || >=20.0.0", "18 or 20.0.0+"),
+            ("<4", ""),
+            ("python-3.11.4", "3.11.4"),
         ),
-        *(("v20.11.1", "20.11.1"), ("^18.0.0 || >=20.0.0", "18 or 20.0.0+"), ("<4", ""), ("python-3.11.4", "3.11.4")),
         *(("lts/*", ""), ("catalog:", ""), ("workspace:^1.0.0", ""), ("*", ""), ("", ""), ("latest", "")),
     ],
 )
@@ -3648,9 +3649,13 @@ def package(**sections: Any) -> dict[str, str]:
     return {"package.json": json.dumps(sections)}
 
 
-def commands_in(home: Home, files: Any, folder: str = "") -> dict[str, str]:
-    put_files(home.code, files)
-    return {command.name: command.text for command in orchestra.detect(str(home.code / folder)).commands}
+def npm(**scripts: str) -> dict[str, str]:
+    return package(scripts=scripts)
+
+
+def listed(commands: Iterable[Any]) -> str:
+    """List all commands in the form in which `check_found` expects some."""
+    return " | ".join(f"{command.name}: {command.text}" for command in commands)
 
 
 def check_found(home: Home, files: Any, expected: str) -> None:
@@ -3667,60 +3672,53 @@ def check_found(home: Home, files: Any, expected: str) -> None:
 @pytest.mark.parametrize(
     ("scripts", "commands"),
     [
-        ({"build": "tsc", "test": "jest", "odd": "x"}, {"build": "build", "test": "test"}),
-        ({"test": 'echo "Error: no test specified" && exit 1'}, {}),
-        ({"test": "exit 0", "tests": "jest"}, {"test": "tests"}),
-        ({"test": ""}, {}),
-        ({"test:unit": "jest", "fmt": "prettier --write ."}, {"test": "test:unit", "format": "fmt"}),
-        ({"format": "prettier --check .", "format:fix": "prettier --write ."}, {"format": "format:fix"}),
-        ({"format": "prettier --check ."}, {"format (checks only)": "format"}),
-        ({"lint": "eslint --fix ."}, {"lint (rewrites files)": "lint"}),
-        ({"lint": "eslint --fix .", "lint:check": "eslint ."}, {"lint": "lint:check"}),
-        ({"lint": "npm run style", "style": "prettier --write ."}, {"lint (rewrites files)": "lint"}),
-        ({"lint": "black --check . && isort --check ."}, {"lint": "lint"}),
-        ({"lint": "black . && flake8"}, {"lint (rewrites files)": "lint"}),
-        ({"lint": "standardrb --fix-unsafely"}, {"lint (rewrites files)": "lint"}),
-        ({"lint": "eslint --fix-dry-run ."}, {"lint": "lint"}),
-        ({"lint": "cargo fmt --version && cargo fmt -- --check"}, {"lint": "lint"}),
-        ({"lint:fix": "eslint --fix ."}, {"format": "lint:fix"}),
-        ({"type-check": "tsc"}, {"type check": "type-check"}),
-        ({"check:types": "turbo run types"}, {"type check": "check:types"}),
-        ({"types": "tsc --noEmit"}, {"type check": "types"}),
-        ({"types": "graphql-codegen"}, {}),
-        ({"tsc": "tsc"}, {"type check": "tsc"}),
-        (
-            {"check": "npm run lint && npm test", "lint": "x", "test": "y"},
-            {"check": "check", "lint": "lint", "test": "test"},
-        ),
-        ({"check": "biome check ."}, {"lint": "check"}),
-        ({"check": "svelte-check"}, {"type check": "check"}),
-        ({"verify": "npm run a && npm run b"}, {"check": "verify"}),
-        ({"ci": "npm test && npm publish"}, {}),
-        ({"precommit": "lint-staged"}, {}),
-        ({"dev": "vite", "start": "node ."}, {"run": "dev"}),
-        ({"dev": "tsup --watch", "start": "node ."}, {"run": "start"}),
-        (
-            {"dev": "cargo build\n\tcp ./target/debug/x ~/bin/", "start": "cp .env.example .env; node ."},
-            {"run": "start"},
-        ),
-        ({"test": "vitest"}, {"test": "test +--run"}),
-        ({"test": "vitest run --coverage"}, {"test": "test"}),
-        ({"test": "vitest", "test:run": "vitest --run"}, {"test": "test:run"}),
-        ({"test": "npm run test:all", "test:all": "vitest"}, {}),
-        ({"test": "npm run unit run", "unit": "vitest"}, {"test": "test"}),
-        ({"test": "jest --watch"}, {}),
-        ({"test": "cargo watch -x test"}, {}),
-        ({"test": "tsc && vitest --coverage"}, {"test": "test +--run"}),
-        ({"test": "react-scripts test"}, {"test": "test +--watchAll=false"}),
-        ({"test": "ng test"}, {"test": "test +--watch=false"}),
-        ({"install": "cp x /usr/local/bin"}, {}),
-        ({"install": "pip install -e ."}, {"install": "install"}),
-        ({"setup": "uv sync"}, {"install": "setup"}),
+        ({"build": "tsc", "test": "jest", "odd": "x"}, "build: build | test: test"),
+        ({"test": 'echo "Error: no test specified" && exit 1'}, ""),
+        ({"test": "exit 0", "tests": "jest"}, "test: tests"),
+        ({"test": ""}, ""),
+        ({"test:unit": "jest", "fmt": "prettier --write ."}, "test: test:unit | format: fmt"),
+        ({"format": "prettier --check .", "format:fix": "prettier --write ."}, "format: format:fix"),
+        ({"format": "prettier --check ."}, "format (checks only): format"),
+        ({"lint": "eslint --fix ."}, "lint (rewrites files): lint"),
+        ({"lint": "eslint --fix .", "lint:check": "eslint ."}, "lint: lint:check"),
+        ({"lint": "npm run style", "style": "prettier --write ."}, "lint (rewrites files): lint"),
+        ({"lint": "black --check . && isort --check ."}, "lint: lint"),
+        ({"lint": "black . && flake8"}, "lint (rewrites files): lint"),
+        ({"lint": "standardrb --fix-unsafely"}, "lint (rewrites files): lint"),
+        ({"lint": "eslint --fix-dry-run ."}, "lint: lint"),
+        ({"lint": "cargo fmt --version && cargo fmt -- --check"}, "lint: lint"),
+        ({"lint:fix": "eslint --fix ."}, "format: lint:fix"),
+        ({"type-check": "tsc"}, "type check: type-check"),
+        ({"check:types": "turbo run types"}, "type check: check:types"),
+        ({"types": "tsc --noEmit"}, "type check: types"),
+        ({"types": "graphql-codegen"}, ""),
+        ({"tsc": "tsc"}, "type check: tsc"),
+        ({"check": "npm run lint && npm test", "lint": "x", "test": "y"}, "test: test | lint: lint | check: check"),
+        ({"check": "biome check ."}, "lint: check"),
+        ({"check": "svelte-check"}, "type check: check"),
+        ({"verify": "npm run a && npm run b"}, "check: verify"),
+        ({"ci": "npm test && npm publish"}, ""),
+        ({"precommit": "lint-staged"}, ""),
+        ({"dev": "vite", "start": "node ."}, "run: dev"),
+        ({"dev": "tsup --watch", "start": "node ."}, "run: start"),
+        ({"dev": "cargo build\n\tcp ./target/debug/x ~/bin/", "start": "cp .env.example .env; node ."}, "run: start"),
+        ({"test": "vitest"}, "test: test +--run"),
+        ({"test": "vitest run --coverage"}, "test: test"),
+        ({"test": "vitest", "test:run": "vitest --run"}, "test: test:run"),
+        ({"test": "npm run test:all", "test:all": "vitest"}, ""),
+        ({"test": "npm run unit run", "unit": "vitest"}, "test: test"),
+        ({"test": "jest --watch"}, ""),
+        ({"test": "cargo watch -x test"}, ""),
+        ({"test": "tsc && vitest --coverage"}, "test: test +--run"),
+        ({"test": "react-scripts test"}, "test: test +--watchAll=false"),
+        ({"test": "ng test"}, "test: test +--watch=false"),
+        ({"install": "cp x /usr/local/bin"}, ""),
+        ({"install": "pip install -e ."}, "install: install"),
+        ({"setup": "uv sync"}, "install: setup"),
     ],
 )
-def test_a_script_is_taken_for_what_its_name_and_its_text_say(scripts: Any, commands: dict[str, str]) -> None:
-    found = orchestra.Scripts("package.json", "{}", scripts, " +").find()
-    assert {item.name: item.text for item in found} == commands
+def test_a_script_is_taken_for_what_its_name_and_its_text_say(scripts: Any, commands: str) -> None:
+    assert listed(orchestra.Scripts("package.json", "{}", scripts, " +").find()) == commands
 
 
 JUSTFILE = """\
@@ -3757,38 +3755,36 @@ tasks:
     [
         (
             {"Makefile": "test lint: x\n\tgo\n.PHONY: build\nformat:=no\nbuild ?= x:y\n"},
-            {"test": "make test", "lint": "make lint"},
+            "test: make test | lint: make lint",
         ),
-        ({"Makefile": "tests::\n\tx\nfmt: ; black .\n"}, {"test": "make tests", "format": "make fmt"}),
-        ({"Makefile": "test:\n"}, {}),
-        ({"Makefile": "%test: x\n$(A)test: x\n"}, {}),
-        ({"GNUmakefile": "test:\n\tx\n", "Makefile": "lint:\n\tx\n"}, {"test": "make test"}),
-        (
-            {"Makefile": "lint: fmt\n\tx\nfmt:\n\tblack .\n"},
-            {"lint (rewrites files)": "make lint", "format": "make fmt"},
-        ),
-        ({"Makefile": "install:\n\tinstall x /usr/bin\n"}, {}),
-        ({"Makefile": "install:\n\tpoetry install\n"}, {"install": "make install"}),
-        ({"justfile": JUSTFILE}, {"test": "just test", "build": "just build"}),
-        ({".justfile": "test:\n  x\n", "Makefile": "test: x\nlint: x\n"}, {"test": "just test", "lint": "make lint"}),
-        ({"Taskfile.yml": TASKFILE}, {"test": "task test", "build": "task build", "run": "task run"}),
-        ({"Taskfile.yml": TASKFILE + "# long\n" * 30_000}, {}),
-        ({"justfile": "run *ARGS:\n  uv run -- {{ARGS}}\n"}, {}),
-        ({"mise.toml": "[task_config]\nincludes = ['x/../t.toml']\n", "x/y": "", "t.toml": "[lint]\nrun = 'x'\n"}, {}),
-        ({"Taskfile.yml": "tasks: [x]\n"}, {}),
+        ({"Makefile": "tests::\n\tx\nfmt: ; black .\n"}, "test: make tests | format: make fmt"),
+        ({"Makefile": "test:\n"}, ""),
+        ({"Makefile": "%test: x\n$(A)test: x\n"}, ""),
+        ({"GNUmakefile": "test:\n\tx\n", "Makefile": "lint:\n\tx\n"}, "test: make test"),
+        ({"Makefile": "lint: fmt\n\tx\nfmt:\n\tblack .\n"}, "lint (rewrites files): make lint | format: make fmt"),
+        ({"Makefile": "install:\n\tinstall x /usr/bin\n"}, ""),
+        ({"Makefile": "install:\n\tpoetry install\n"}, "install: make install"),
+        ({"justfile": JUSTFILE}, "build: just build | test: just test"),
+        ({".justfile": "test:\n  x\n", "Makefile": "test: x\nlint: x\n"}, "test: just test | lint: make lint"),
+        ({"Taskfile.yml": TASKFILE}, "build: task build | test: task test | run: task run"),
+        ({"Taskfile.yml": TASKFILE + "# long\n" * 30_000}, ""),
+        ({"justfile": "run *ARGS:\n  uv run -- {{ARGS}}\n"}, ""),
+        ({"mise.toml": "[task_config]\nincludes = ['x/../t.toml']\n", "x/y": "", "t.toml": "[lint]\nrun = 'x'\n"}, ""),
+        ({"Taskfile.yml": "tasks: [x]\n"}, ""),
         (
             {"mise.toml": '[tasks]\ntest = "x"\n[tasks.lint]\nrun = ["y"]\n'},
-            {"test": "mise run test", "lint": "mise run lint"},
+            "test: mise run test | lint: mise run lint",
         ),
         (
             {"mise.toml": "[task_config]\nincludes = ['t.toml', 'x', '../t.toml']\n", "t.toml": "[lint]\nrun = 'x'\n"},
-            {"lint": "mise run lint"},
+            "lint: mise run lint",
         ),
-        ({".mise.toml": "[tasks.build]\nusage = 'x'\nrun = 'y'\n"}, {}),
+        ({".mise.toml": "[tasks.build]\nusage = 'x'\nrun = 'y'\n"}, ""),
     ],
 )
-def test_task_runners_come_first(home: Home, files: Any, commands: dict[str, str]) -> None:
-    assert commands_in(home, files) == commands
+def test_task_runners_come_first(home: Home, files: Any, commands: str) -> None:
+    put_files(home.code, files)
+    assert listed(orchestra.detect(str(home.code)).commands) == commands
 
 
 # ── 17 Node and Python ────────────────────────────────────────────────────────
@@ -3799,28 +3795,30 @@ MEMBER = {"packages/a/package.json": '{"scripts": {"test": "vitest", "build": "x
 
 
 @pytest.mark.parametrize(
-    ("files", "folder", "manager"),
+    ("files", "folder", "install"),
     [
-        (package(), "", "npm"),
-        ({**package(), "package-lock.json": ""}, "", "npm"),
-        ({**package(), "yarn.lock": ""}, "", "yarn"),
-        ({**package(), "bun.lockb": ""}, "", "bun"),
-        ({**package(), "pnpm-workspace.yaml": ""}, "", "pnpm"),
-        (package(packageManager="yarn@4.0.0"), "", "yarn"),
-        ({**package(packageManager="pnpm@9"), "yarn.lock": ""}, "", "pnpm"),
-        (package(packageManager="constructor@1"), "", "npm"),
-        (package(packageManager=7), "", "npm"),
-        ({**WORKSPACE, **MEMBER}, "packages/a", "pnpm"),
-        ({**WORKSPACE, **MEMBER, "packages/a/yarn.lock": ""}, "packages/a", "pnpm"),
-        ({".git": None, "yarn.lock": "", **MEMBER}, "packages/a", "yarn"),
-        ({".git": None, "yarn.lock": "", **MEMBER, "packages/a/bun.lock": ""}, "packages/a", "bun"),
-        ({"yarn.lock": "", **MEMBER}, "packages/a", "npm"),  # above it is no repository
-        ({"yarn.lock": "", "packages/.git": None, **MEMBER}, "packages/a", "npm"),
-        ({"yarn.lock": "", "packages/a/.git": "gitdir: x", **MEMBER}, "packages/a", "npm"),
+        (package(), "", "npm install"),
+        ({**package(), "package-lock.json": ""}, "", "npm install"),
+        ({**package(), "yarn.lock": ""}, "", "yarn install"),
+        ({**package(), "bun.lockb": ""}, "", "bun install"),
+        ({**package(), "pnpm-workspace.yaml": ""}, "", "pnpm install"),
+        (package(packageManager="yarn@4.0.0"), "", "yarn install"),
+        ({**package(packageManager="pnpm@9"), "yarn.lock": ""}, "", "pnpm install"),
+        (package(packageManager="constructor@1"), "", "npm install"),
+        (package(packageManager=7), "", "npm install"),
+        ({**WORKSPACE, **MEMBER}, "packages/a", "pnpm install"),
+        ({**WORKSPACE, **MEMBER, "packages/a/yarn.lock": ""}, "packages/a", "pnpm install"),
+        ({".git": None, "yarn.lock": "", **MEMBER}, "packages/a", "yarn install"),
+        ({".git": None, "yarn.lock": "", **MEMBER, "packages/a/bun.lock": ""}, "packages/a", "bun install"),
+        ({"yarn.lock": "", **MEMBER}, "packages/a", "npm install"),  # above it is no repository
+        ({"yarn.lock": "", "packages/.git": None, **MEMBER}, "packages/a", "npm install"),
+        ({"yarn.lock": "", "packages/a/.git": "gitdir: x", **MEMBER}, "packages/a", "npm install"),
+        ({".git": None, "uv.lock": "", "a/pyproject.toml": "[project]\n"}, "a", "uv sync"),
     ],
 )
-def test_the_package_manager_is_the_repositorys(home: Home, files: Any, folder: str, manager: str) -> None:
-    assert commands_in(home, files, folder)["install"] == f"{manager} install"
+def test_the_package_manager_is_the_repositorys(home: Home, files: Any, folder: str, install: str) -> None:
+    put_files(home.code, files)
+    assert orchestra.detect(str(home.code / folder)).commands[0].text == install
 
 
 def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
@@ -3832,29 +3830,20 @@ def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (package(scripts={"test": "jest", "lint": "x"}), "test: npm test | lint: npm run lint"),
-        ({**package(scripts={"test": "x"}), "yarn.lock": ""}, "test: yarn test"),
-        ({**package(scripts={"test": "x"}), "bun.lock": ""}, "test: bun run test"),
-        (package(scripts={"test": "vitest"}), "test: npm test -- --run"),
-        ({**package(scripts={"test": "vitest"}), "pnpm-lock.yaml": ""}, "test: pnpm test --run"),
-        (package(scripts={"install": "node-gyp rebuild && npm install"}), "install: npm install"),
-        (package(scripts={"test": "jest"}), "one test: npm test -- path/to/file.test.js"),
-        (
-            {**package(scripts={"test": "vitest"}), "tsconfig.json": ""},
-            "one test: npm test -- --run path/to/file.test.ts",
-        ),
-        (
-            {**package(scripts={"test": "jest --ci -c x.js"}), "yarn.lock": ""},
-            "one test: yarn test path/to/file.test.js",
-        ),
-        (package(scripts={"test": "mocha test/**/*.js"}), 'one test: npm test -- -g "name"'),
-        (package(scripts={"test": "node --test test/a.js"}), "one test: -"),
-        (
-            package(scripts={"test": "npm run unit", "unit": "tsc && jest"}),
-            "one test: npm run unit -- path/to/file.test.js",
-        ),
-        (package(scripts={"test": "jest && tsc"}), "one test: -"),
-        ({**package(scripts={"test": "bun test"}), "bun.lock": ""}, "one test: bun test path/to/file.test.js"),
+        (npm(test="jest", lint="x"), "test: npm test | lint: npm run lint"),
+        ({**npm(test="x"), "yarn.lock": ""}, "test: yarn test"),
+        ({**npm(test="x"), "bun.lock": ""}, "test: bun run test"),
+        (npm(test="vitest"), "test: npm test -- --run"),
+        ({**npm(test="vitest"), "pnpm-lock.yaml": ""}, "test: pnpm test --run"),
+        (npm(install="node-gyp rebuild && npm install"), "install: npm install"),
+        (npm(test="jest"), "one test: npm test -- path/to/file.test.js"),
+        ({**npm(test="vitest"), "tsconfig.json": ""}, "one test: npm test -- --run path/to/file.test.ts"),
+        ({**npm(test="jest --ci -c x.js"), "yarn.lock": ""}, "one test: yarn test path/to/file.test.js"),
+        (npm(test="mocha test/**/*.js"), 'one test: npm test -- -g "name"'),
+        (npm(test="node --test test/a.js"), "one test: -"),
+        (npm(test="npm run unit", unit="tsc && jest"), "one test: npm run unit -- path/to/file.test.js"),
+        (npm(test="jest && tsc"), "one test: -"),
+        ({**npm(test="bun test"), "bun.lock": ""}, "one test: bun test path/to/file.test.js"),
         (
             package(scripts={"test": "npm run test:a && npm run test:b", "test:a": "jest", "test:b": "mocha"}),
             "test: npm test | one test: -",
@@ -3863,9 +3852,9 @@ def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
             package(scripts={"test": "npm run lint && npm run test:a", "test:a": "jest", "lint": "x"}),
             "one test: npm run test:a -- path/to/file.test.js",
         ),
-        (package(scripts={"prettier": "prettier **/*.ts"}), "format: -"),
+        (npm(prettier="prettier **/*.ts"), "format: -"),
         (package(devDependencies={"express": "1", "vue": "^3"}), "built with: Node.js, Vue 3"),
-        (package(scripts={"test": "turbo run test"}), "test: npm test | one test: -"),
+        (npm(test="turbo run test"), "test: npm test | one test: -"),
         ({**package(), "turbo.json": '{"tasks": {"test": {}, "x": {}}}'}, "test: npx turbo run test | build: -"),
         ({**package(), "turbo.json": '{"pipeline": {"lint": {}}}'}, "lint: npx turbo run lint"),
         ({**package(), "nx.json": '{"targetDefaults": {"test": {}}}'}, "test: npx nx run-many -t test"),
@@ -4007,13 +3996,6 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
 )
 def test_python_has_the_commands_of_its_environment(home: Home, files: Any, expected: str) -> None:
     check_found(home, files, expected)
-
-
-def test_a_member_of_a_python_workspace_uses_its_lock(home: Home) -> None:
-    put_files(
-        home.code, {".git": None, "uv.lock": "", "libs/a/pyproject.toml": pyproject("", "pytest")["pyproject.toml"]}
-    )
-    assert commands_in(home, {}, "libs/a")["test"] == "uv run pytest"
 
 
 # ── 18 Ecosystems ─────────────────────────────────────────────────────────────
@@ -4306,7 +4288,7 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         ({"deno.json": "{}", "src/x_test.ts": ""}, "test: deno test -A"),
         ({"deno.json": "{}", "x_test.ts": ""}, "test: deno test -A | lint: deno lint | format: deno fmt"),
-        ({"deno.json": "{}", **package(scripts={"test": "x"})}, "test: npm test | lint: -"),
+        ({"deno.json": "{}", **npm(test="x")}, "test: npm test | lint: -"),
         ({"gleam.toml": 'gleam = ">= 1.4.0"', "test": None}, "test: gleam test | built with: Gleam 1.4.0+"),
         ({"rebar.config": "", "test/x_SUITE.erl": ""}, "test: rebar3 ct | one test: rebar3 ct --suite=test/NAME_SUITE"),
         ({"rebar.config": "", "erlang.mk": "", "test/x_tests.erl": ""}, "build: make | test: make tests | one test: -"),
@@ -4328,7 +4310,7 @@ def composer(**keys: Any) -> dict[str, str]:
             "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
         ),
         ({"build.zig": "", "build.zig.zon": '.minimum_zig_version = "0.17.0-dev.1+a"'}, "built with: Zig"),
-        ({"foundry.toml": "", "hardhat.config.ts": "", **package(scripts={"test": "hardhat test"})}, "test: npm test"),
+        ({"foundry.toml": "", "hardhat.config.ts": "", **npm(test="hardhat test")}, "test: npm test"),
         ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
         ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
         ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
@@ -4499,27 +4481,25 @@ def test_the_type_of_a_codebase_comes_from_its_manifests(home: Home, files: Any,
 
 
 @pytest.mark.parametrize(
-    ("files", "description", "built_with"),
+    ("files", "expected"),
     [
-        ({"pyproject.toml": PEP_621}, 'A "fine" tool', "Python 3.10+"),
-        ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "old", "Python, Poetry"),
-        ({"pyproject.toml": "[tool.other]\ndescription = 'no'\n"}, "", "Python"),
-        ({"pyproject.toml": '[project]\ndescription = "caf\\u00e9\\nbar"\n'}, "café bar", "Python"),
-        ({"pyproject.toml": "[project]\ndescription = 'C:\\new'\n"}, "C:\\new", "Python"),
-        ({"Cargo.toml": '[package]\nrust-version = "1.70"\ndescription = "Fast"\n'}, "Fast", "Rust 1.70+"),
-        (package(description=" Web ", engines={"node": ">=18"}), "Web", "Node.js 18+"),
-        (package(description=7), "", "Node.js"),
-        ({"go.mod": "module x\n\ngo 1.22\n"}, "", "Go 1.22"),
-        ({}, "", ""),
+        ({"pyproject.toml": PEP_621}, 'description: A "fine" tool | built with: Python 3.10+'),
+        ({"pyproject.toml": "[tool.poetry]\ndescription = 'old'\n"}, "description: old | built with: Python, Poetry"),
+        ({"pyproject.toml": "[tool.other]\ndescription = 'no'\n"}, "description: - | built with: Python"),
+        ({"pyproject.toml": '[project]\ndescription = "caf\\u00e9\\nbar"\n'}, "description: café bar"),
+        ({"pyproject.toml": "[project]\ndescription = 'C:\\new'\n"}, "description: C:\\new"),
+        (
+            {"Cargo.toml": '[package]\nrust-version = "1.70"\ndescription = "Fast"\n'},
+            "description: Fast | built with: Rust 1.70+",
+        ),
+        (package(description=" Web ", engines={"node": ">=18"}), "description: Web | built with: Node.js 18+"),
+        (package(description=7), "description: - | built with: Node.js"),
+        ({"go.mod": "module x\n\ngo 1.22\n"}, "description: - | built with: Go 1.22"),
+        ({}, "description: - | built with: -"),
     ],
 )
-def test_description_and_versions_come_from_the_manifests(
-    home: Home, files: Any, description: str, built_with: str
-) -> None:
-    put_files(home.code, files)
-    found = orchestra.detect(str(home.code))
-    assert (found.description.text if found.description else "") == description
-    assert (found.built_with.text if found.built_with else "") == built_with
+def test_description_and_versions_come_from_the_manifests(home: Home, files: Any, expected: str) -> None:
+    check_found(home, files, expected)
 
 
 @pytest.mark.parametrize(
@@ -4570,15 +4550,12 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
             "description: A shop in Go.",
         ),
         (
-            {**package(scripts={"test": "x", "lint": "y"}), "pyproject.toml": "[project]\n"},
+            {**npm(test="x", lint="y"), "pyproject.toml": "[project]\n"},
             "test: - | install: pip install -e . | test (javascript): npm test | install (javascript): npm install",
         ),
         ({**package(), "go.mod": ""}, "install (javascript): -"),
-        ({**package(scripts={"lint": "x --fix"}), "go.mod": ""}, "lint (javascript, rewrites files): npm run lint"),
-        (
-            {**package(scripts={"test": "x"}), "go.mod": "", "Makefile": "test: x\n"},
-            "test: make test | test (javascript): -",
-        ),
+        ({**npm(lint="x --fix"), "go.mod": ""}, "lint (javascript, rewrites files): npm run lint"),
+        ({**npm(test="x"), "go.mod": "", "Makefile": "test: x\n"}, "test: make test | test (javascript): -"),
         (
             {"Cargo.toml": "[package]\n", **pyproject("", "pytest"), "Makefile": "test:\n\tpytest\n"},
             "test: make test | one test: pytest path/to/test_file.py::test_name",
@@ -4729,10 +4706,7 @@ OWN = f"---\nx: y\n---\n\n{orchestra.BANNER.format(seal='1a2b3c4d')}\n\n# x\n"
         ({"GEMINI.md": "@./AGENTS.md", "AGENTS.md": "x"}, ("codex",)),
         ({"AGENTS.md": "This is @AGENTS.md."}, ("codex",)),
         ({"CLAUDE.md": "`@AGENTS.md` me@AGENTS.md @AGENTS.mdx @docs/AGENTS.md"}, ("claude-rules",)),
-        (
-            {"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"},
-            ("claude", "codex"),
-        ),
+        ({"CLAUDE.md": f"x\n{BEGIN.decode()}\n@AGENTS.md\n{END.decode()}\n", "AGENTS.md": "x"}, ("claude", "codex")),
         ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
         ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude-rules",)),
         ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude-rules",)),
@@ -4761,31 +4735,27 @@ def test_the_targets_are_the_agents_whose_files_are_there(home: Home, files: Any
     assert orchestra.find_targets(root, texts, written) == targets
 
 
-def test_a_file_of_orchestras_own_is_not_made_only_to_say_nothing(home: Home) -> None:
-    for files, targets in (
-        ({"AGENTS.md": SPEAKING, ".cursorrules": "x", "GEMINI.md": ""}, ("codex", "gemini")),
-        ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude-rules",)),
-        ({"AGENTS.md": "x", ".cursorrules": "x"}, ("codex", "cursor")),
-        ({"AGENTS.md": SPEAKING, CURSOR: OWN}, ("codex", "cursor")),
-    ):
-        root = Path(tempfile.mkdtemp(dir=home.code))
-        put_files(root, files)
-        assert orchestra.make_draft(str(root), orchestra.Detected("backend", "")).targets == targets
-
-
 @pytest.mark.parametrize(
-    ("files", "defaults"),
+    ("files", "targets", "more"),
     [
-        ({}, ("claude", "codex")),
-        ({".gemini": None}, ("claude", "codex", "gemini")),
-        ({".claude": None, ".cursor/mcp.json": "", ".windsurf": None}, ("claude", "codex", "cursor", "windsurf")),
-        ({".gemini": "a file"}, ("claude", "codex")),
+        # A file of Orchestra's own is not made only to say nothing.
+        ({"AGENTS.md": SPEAKING, ".cursorrules": "x", "GEMINI.md": ""}, ("codex", "gemini"), ()),
+        ({".claude/CLAUDE.md": SPEAKING, ".cursorrules": "x"}, ("claude-rules",), ()),
+        ({"AGENTS.md": "x", ".cursorrules": "x"}, ("codex", "cursor"), ()),
+        ({"AGENTS.md": SPEAKING, CURSOR: OWN}, ("codex", "cursor"), ("cursor",)),
+        # The folders of agents add to the default.
+        ({}, (), ()),
+        ({".gemini": None}, (), ("gemini",)),
+        ({".claude": None, ".cursor/mcp.json": "", ".windsurf": None}, (), ("cursor", "windsurf")),
+        ({".gemini": "a file"}, (), ()),
     ],
 )
-def test_the_folders_of_agents_add_to_the_default(home: Home, files: Any, defaults: tuple[str, ...]) -> None:
+def test_a_draft_has_targets_and_what_is_taken_where_it_has_none(
+    home: Home, files: Any, targets: tuple[str, ...], more: tuple[str, ...]
+) -> None:
     put_files(home.code, files)
     draft = orchestra.make_draft(str(home.code), orchestra.Detected("backend", ""))
-    assert (draft.targets, draft.defaults) == ((), defaults)
+    assert (draft.targets, draft.defaults) == (targets, ("claude", "codex", *more))
 
 
 @pytest.mark.parametrize(
