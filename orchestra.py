@@ -12484,14 +12484,16 @@ class Registration(NamedTuple):
         notes = [*draft.notes, *([NO_PARTS] if self.has_parts and not parts else [])]
         return Registered(joined, [*map(visible, [first, *self._format(rows)])], notes)
 
-    @staticmethod
-    def _choose_targets(base: Codebase, draft: Draft) -> tuple[Optional[tuple[str, ...]], str]:
+    def _choose_targets(self, base: Codebase, draft: Draft) -> tuple[Optional[tuple[str, ...]], str]:
         """Return the targets to save, None to leave them to the layers, and why."""
         layers = [layer.path for layer in base.layers if layer.said.targets is not None]
         if layers:  # the user has decided
             return None, f"from {os.path.basename(layers[-1])}.yaml"
         if draft.targets:
-            return draft.targets, "already used in this folder"
+            agents = [AGENTS[target] for target in draft.targets]
+            twins = {twin for agent in agents if agent.owned for twin in agent.twins} - {a.path for a in agents}
+            alone = ", ".join(sorted(twin for twin in twins if os.path.exists(f"{self.path}/{twin}")))
+            return draft.targets, f"already used in this folder{alone and f'; left alone: {alone}'}"
         return None if draft.defaults == DEFAULT_TARGETS else draft.defaults, "default"
 
     @staticmethod
@@ -13768,7 +13770,9 @@ class Commands(NamedTuple):
         started = time.time() - 0.01  # a file's time may lag by a tick of the kernel's clock
         registered, dry_run = registration.run(), registration.dry_run
         for line in registered.lines:
-            print(line)
+            head = "".join(re.findall("^  [^:]+: +", line))
+            text = line[len(head) :]
+            print(*hang(head, text, self.screen.width if " " in text else 0), sep="\n")
         for note in registered.notes:
             self._note(note)
         key = registered.codebase.key

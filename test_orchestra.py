@@ -13531,6 +13531,17 @@ def test_init_tells_an_update_of_the_daemons_from_a_new_file(home: Home) -> None
         assert {file.path: file.verb for file in counted.files}["AGENTS.md"] == verb
 
 
+def test_init_fits_a_terminal_and_says_which_files_it_leaves_alone(home: Home) -> None:
+    put_files(home.code / "web", {"CLAUDE.md": "mine", ".github/copilot-instructions.md": "mine", "GEMINI.md": "mine"})
+    home.environ["COLUMNS"] = "60"
+    assert home.run_fine("init", str(home.code / "web"), "-p", "shop").lines[1:] == [
+        "  targets: claude-rules, gemini, copilot-rules (already used",
+        "           in this folder; left alone:",
+        "           .github/copilot-instructions.md, CLAUDE.md)",
+        "  edit:    ~/.orchestra/projects/shop/web.yaml",
+    ]
+
+
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
 def test_an_init_whose_sync_fails_is_exit_status_2(home: Home, dry_run: Any) -> None:
     put_files(home.code, {"GEMINI.md": orchestra.BLOCK_BEGIN})
