@@ -14447,29 +14447,14 @@ def test_what_is_said_of_a_project_called_like_an_option_can_be_typed(home: Home
 # ── 40 Doctor ─────────────────────────────────────────────────────────────────
 
 
-def break_yaml(home: Home) -> None:
-    home.write_registry("shop/bad.yaml", "name: bad\nnotes: x\n")
-
-
-def leave_lock(home: Home) -> None:
-    put_files(Path(orchestra.run_dir(home.path)), {"codebases/shop/api.lock": f"{DEAD}-aaaa\n"})
-
-
-def install_older(home: Home) -> None:
-    put_files(Path(home.path), {".orchestra/bin/orchestra": "#!/bin/sh\necho orchestra 0.0.1\n"})
-    os.chmod(orchestra.binary_path(home.path), 0o700)
-
-
 def put_in(path: str, content: Any = "x\n") -> Callable[[Home], None]:
     return lambda home: put_files(home.folder, {path: content})
 
 
-def put_tool(name: str, script: str) -> Callable[[Home], None]:
-    """Put a program on the PATH that doctor is run with."""
-
+def put_program(path: str, script: str) -> Callable[[Home], None]:
     def put(home: Home) -> None:
-        put_files(home.code, {f"bin/{name}": f"#!/bin/sh\n{script}\n"})
-        (home.code / "bin" / name).chmod(0o700)
+        put_files(home.folder, {path: f"#!/bin/sh\n{script}\n"})
+        (home.folder / path).chmod(0o700)
 
     return put
 
@@ -14479,17 +14464,17 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
     "program": ([], f"ok orchestra {orchestra.__version__}, {sys.executable} (", ""),
     "not on PATH": ([], "warn no program on PATH is called orchestra", "run install.sh"),
     "link not on PATH": (
-        [lambda home: put_files(Path(home.path), {".local/bin/orchestra": link_to("/nowhere")})],
+        [put_in("home/.local/bin/orchestra", link_to("/nowhere"))],
         "warn ~/.local/bin is not on PATH",
         'export PATH="$HOME/.local/bin:$PATH", in your shell\'s startup file',
     ),
     "old launcher": (
-        [install_older],
+        [put_program("home/.orchestra/bin/orchestra", "echo orchestra 0.0.1")],
         f"warn ~/.orchestra/bin/orchestra is orchestra 0.0.1, and this is {orchestra.__version__}",
         "run install.sh again",
     ),
     "broken launcher": (
-        [lambda home: put_files(Path(home.path), {".orchestra/bin/orchestra": ""})],
+        [put_in("home/.orchestra/bin/orchestra")],
         "FAIL ~/.orchestra/bin/orchestra does not run: permission denied",
         "run install.sh again",
     ),
@@ -14510,13 +14495,17 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "mend or remove it",
     ),
     "no login": (
-        [put_tool("systemctl", "echo running")],
+        [put_program("code/bin/systemctl", "echo running")],
         "warn the daemon will not start after a reboot",
         "orchestra daemon install",
     ),
     **({"no systemd": ([], "ok nothing here could start the daemon at login: ", "")} if IS_LINUX else {}),
     "registry": ([add_it(), sync_it], "ok registry: 1 codebase in 1 project", ""),
-    "broken": ([break_yaml], "FAIL ~/.orchestra/projects/shop/bad.yaml:2: notes: ", "orchestra edit shop/bad"),
+    "broken": (
+        [put_in("home/.orchestra/projects/shop/bad.yaml", "name: bad\nnotes: x\n")],
+        "FAIL ~/.orchestra/projects/shop/bad.yaml:2: notes: ",
+        "orchestra edit shop/bad",
+    ),
     "half a block": ([add_it(files={"GEMINI.md": orchestra.BLOCK_BEGIN})], "FAIL shop/api: GEMINI.md: ", ""),
     "linked": (
         [add_it(["claude"], {"CLAUDE.md": link_to("README.md")})],
@@ -14578,7 +14567,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "orchestra sync --all",
     ),
     "stale lock": (
-        [leave_lock],
+        [put_in("home/.orchestra/run/codebases/shop/api.lock", f"{DEAD}-aaaa\n")],
         "warn killed commands left 1 file: ~/.orchestra/run/codebases/shop/api.lock",
         "orchestra sync --all",
     ),
