@@ -7089,8 +7089,10 @@ def test_a_save_of_the_last_instant_is_kept_though_the_codebase_is_elsewhere_by_
 
 
 @pytest.mark.parametrize("swap", DAMAGED_SWAPS)
-def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
+def test_a_damaged_lock_file_stops_nothing_and_moves_nothing(home: Home, swap: bytes) -> None:
     home.make_codebase("shop/api")
+    put_files(home.folder, {"etc/hostname": "x"})
+    swap = swap.replace(b"\0/", f"\0{home.folder}/".encode())  # were a guard missing, root would move the real /etc
     for lock in (
         orchestra.codebase_lock_path(home.path, API),
         f"{orchestra.run_dir(home.path)}/registry.lock",
@@ -7099,6 +7101,7 @@ def test_a_damaged_lock_file_stops_nothing(home: Home, swap: bytes) -> None:
         Path(lock).write_bytes(b"x\n" + swap)
     assert home.sync().err == ""
     assert home.run_fine("project", "remove", "api").err == ""
+    assert contents(home.folder / "etc") == {"hostname": b"x"}
 
 
 def test_a_restore_that_fails_says_where(home: Home) -> None:
