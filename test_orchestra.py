@@ -1320,6 +1320,7 @@ def test_a_file_that_is_not_as_planned_is_not_touched(
     before = tree(home.code)
     with pytest.raises(orchestra.FileChanged):
         old.replace(expected=expected)
+    monkeypatch.setattr(orchestra.Place, "rename", lambda *names: 1 / 0)  # keeps its name all the time
     with pytest.raises(orchestra.FileChanged):
         old.remove(expected)
     assert tree(home.code) == before
@@ -2029,6 +2030,24 @@ def test_a_registry_file_set_aside_beside_the_new_one_goes_at_a_turn_a_minute_la
     with later:
         assert not left.exists()
     assert (home.backups(), Path(orchestra.run_dir(home.path), "registry.lock").read_bytes()) == ({}, b"")
+
+
+@pytest.mark.parametrize("name", ["notes.md", "sub/.orchestra-1-aa-1.tmp"])
+def test_a_damaged_lock_file_that_names_another_file_as_the_temporary_one_costs_nothing(home: Home, name: str) -> None:
+    root = home.make_codebase("shop/api", {"CLAUDE.md": "mine\n", name: "u1x\n"}, targets=["claude"])
+    swap = orchestra.Swap(f"{root}/CLAUDE.md", f"{root}/{name}", [orchestra.sha256_of(b"u1x\n")])
+    lock = Path(orchestra.codebase_lock_path(home.path, API))
+    put_files(lock.parent, {lock.name: orchestra.Leftover("1-aa", swap).format(1)})
+    home.sync()
+    assert (root / name).read_text() == "u1x\n"
+
+
+@pytest.mark.parametrize("content", [None, os.mkfifo, make_socket, link_to("README.md")])
+def test_what_has_a_temporary_files_name_and_is_no_file_stays(home: Home, content: Any) -> None:
+    root = home.make_codebase("shop/api", {"README.md": "mine"}, targets=["claude"])
+    left = leave_temporary(root, text=content)
+    assert sync_later(home).errors == ()
+    assert (os.path.lexists(left), home.backups()) == (True, {})
 
 
 def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
@@ -16944,7 +16963,7 @@ def test_what_is_no_file_any_more_in_the_instant_of_replacing_stays(any_scene: S
 
 
 def test_a_file_deleted_in_the_instant_of_replacing_does_not_come_back(any_scene: Scene) -> None:
-    any_scene.race([any_scene.file.unlink])
+    assert any_scene.race([any_scene.file.unlink]).status == 0
     any_scene.check_synced()
     assert b"mine" not in any_scene.file.read_bytes()
 
