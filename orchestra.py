@@ -1636,6 +1636,8 @@ def significant_text(path: str, data: bytes) -> bytes:
 
 # Versions
 
+GROUP_TIME = 2.0  # seconds at most between what one sync keeps of two files
+
 
 class Backup(NamedTuple):
     """A version of the file at `path`, kept at `when` (UTC; its folder) as `file`.
@@ -1666,15 +1668,35 @@ def time_name(now: float, step: int = 0) -> str:
     return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds)) + f".{micro:06d}Z"
 
 
-def local_time(when: str) -> str:
-    """Write the time of a version as local time."""
+def seconds_of(when: str) -> float:
+    """Read the time of a version, 0 for no time."""
     from datetime import datetime, timezone
 
     try:
-        at = datetime.strptime(when, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc)
-        return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
+        return datetime.strptime(when, "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=timezone.utc).timestamp()
     except (ValueError, OverflowError):
-        return ""
+        return 0.0
+
+
+def local_time(when: str) -> str:
+    """Write the time of a version as local time."""
+    seconds = seconds_of(when)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
+
+
+def take_last_group(backups: Sequence[Backup]) -> list[Backup]:
+    """Return the last version, and those of other files that the same sync kept.
+
+    It keeps them one soon after the other, and for the same reason.
+    """
+    found: dict[str, Backup] = {}
+    last = backups[-1]
+    for backup in reversed(backups):
+        is_near = seconds_of(last.when) - seconds_of(backup.when) <= GROUP_TIME
+        if backup.path in found or not is_near or backup.why != last.why:
+            break
+        found[backup.path] = last = backup
+    return [*found.values()][::-1]
 
 
 def parse_when(text: str, clock: Clock = time.time) -> Callable[[str], bool]:
@@ -8712,7 +8734,7 @@ def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optio
     if path is not None:
         found = [b for b in found if b.path == os.path.normpath(path)]
     if found:
-        return [backup for backup in found if backup.when == found[-1].when]
+        return take_last_group(found)
     for backup in reversed(backups):
         if backup.path == path and path not in files:
             problem = f"only agents' instruction files are restored; this one is kept as {backup.file}"
@@ -14290,7 +14312,7 @@ COMMANDS = {
     "restore": command(
         "bring back a file that a sync replaced",
         CODEBASE,
-        argument("path", metavar="PATH", nargs="?", help="default: every file of the latest backup"),
+        argument("path", metavar="PATH", nargs="?", help="default: every file that the last sync replaced"),
         switch("--list", help="list the backups"),
         argument("--at", metavar="TIME", help="'10 min ago', yesterday, 2026-11-29, 14:05, or from --list"),
         heading=DAILY,

@@ -1895,6 +1895,22 @@ def test_a_time_of_the_day_is_local_unless_z_follows(monkeypatch: Any) -> None:
         time.tzset()
 
 
+@pytest.mark.parametrize(
+    ("kept", "taken"),
+    [
+        (["00 a x", "01 b x", "02 c x"], "abc"),
+        (["00 a x", "03 b x", "05 c x"], "bc"),
+        (["00 b x", "01 a x", "02 b x"], "ab"),
+        (["00 a y", "01 b x"], "b"),
+        (["61 a x", "01 b x"], "b"),  # a damaged name
+    ],
+)
+def test_versions_kept_one_soon_after_the_other_are_of_one_sync(kept: list[str], taken: str) -> None:
+    rows = [row.split() for row in kept]
+    backups = [orchestra.Backup(f"20260301T1010{at}.000000Z", path, "", why) for at, path, why in rows]
+    assert "".join(backup.path for backup in orchestra.take_last_group(backups)) == taken
+
+
 @pytest.mark.parametrize("typed", ["", "tomorrow", "10 months ago", "25:00", "2026-13-01", "-1", "9" * 30, "\x1b"])
 def test_what_is_no_time_is_one_line(typed: str) -> None:
     with pytest.raises(orchestra.UsageError, match=r"^--at: expected a time, got '"):
@@ -7008,6 +7024,16 @@ def test_restore_lists_and_chooses(home: Home) -> None:
     assert "no backup of CLAUDE.md at 1999; times look" in home.run("restore", "api", "CLAUDE.md", "--at", "1999").err
     assert home.run("restore", "api", "GEMINI.md").status == 2
     assert home.run("restore", "api", "../../etc/passwd").status == 2
+
+
+def test_restore_brings_back_all_that_the_last_sync_replaced_and_a_second_one_undoes_that(home: Home) -> None:
+    root = home.make_synced("shop/api", targets=["claude", "codex", "gemini"])
+    written = contents(root)
+    edited = {path: edit(root / path, "# api", "# my api") for path in ("AGENTS.md", "CLAUDE.md")}
+    home.sync()
+    for expected in ({**written, **edited}, written):
+        assert len(home.run_fine("restore", "api").lines) == 2
+        assert contents(root) == expected
 
 
 @pytest.mark.parametrize("link", [".clinerules", CLINE])
