@@ -4947,6 +4947,12 @@ class Folder:
 
     # Evidence
 
+    def locate(self, condition: str) -> tuple[str, list[str], str]:
+        """Find the file that a condition is about; also return its keys and pattern."""
+        where, _, pattern = condition.partition(" ~ ")
+        names, *keys = where.split()
+        return self.find(*names.split("|")), keys, pattern
+
     def holds(self, evidence: str) -> str:
         """Return the first file that evidence names; "" if it does not hold."""
         return next(filter(None, map(self._holds_all, evidence.split(" or "))), "")
@@ -4961,12 +4967,6 @@ class Folder:
                 return ""
             source = source or name
         return source
-
-    def locate(self, condition: str) -> tuple[str, list[str], str]:
-        """Find the file that a condition is about; also return its keys and pattern."""
-        where, _, pattern = condition.partition(" ~ ")
-        names, *keys = where.split()
-        return self.find(*names.split("|")), keys, pattern
 
     def quote(self, evidence: str) -> str:
         """Return what the first condition of evidence leads to.
@@ -5010,10 +5010,10 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """What evidence shows; {} in `text` stands for what `quote` finds by it.
 
-    Without `evidence`, the ecosystem's sign counts. A test's text ends, in brackets,
-    with what is added to run one test. Four names are not commands:
-    `description`, `type` (of the codebase), `version` (of the language) and `tool`
-    (what else it is built with).
+    Without `evidence`, the ecosystem's sign counts. A test's text may end, in brackets,
+    with what is added to run one test. Four names are not commands: `description`,
+    `type` (of the codebase), `version` (of the language) and `tool` (what else it is
+    built with).
     """
 
     name: str
@@ -6557,15 +6557,13 @@ class Detected(NamedTuple):
 
 def open_folder(path: str, home: str) -> Folder:
     """Open a folder, and those above it up to its repository's root."""
-    if is_repository(path):
-        return Folder(path)
-    above = []
-    for outer in climb(os.path.dirname(path)):
-        if outer == home:
+    places: list[str] = []
+    for place in climb(path):
+        if place == home:
             break
-        above.append(outer)
-        if is_repository(outer):
-            return Folder(path, [Folder(folder) for folder in above])
+        places.append(place)
+        if is_repository(place):
+            return Folder(path, [*map(Folder, places[1:])])
     return Folder(path)
 
 
