@@ -7050,6 +7050,11 @@ def make_draft(root: str, found: Detected) -> Draft:
     )
 
 
+def is_fixture_of(member: str, path: str) -> bool:
+    """Return whether a path is in a member's folder of tests: nobody works on that."""
+    return path.startswith(f"{member}/") and bool(re.search("/(tests?|__tests__|fixtures)/", path[len(member) :]))
+
+
 def name_parts(root: str) -> tuple[str, dict[str, str]]:
     """Name the members of a workspace, by their paths; also return what lists them.
 
@@ -7057,7 +7062,8 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
     """
     source, found = find_part_paths(Folder(root))
     usable = (path for path in sorted({*found}) if re.match(PartPath.PATTERN, path))
-    paths = [path for path in usable if os.path.isdir(f"{root}/{path}")]
+    members = [path for path in usable if os.path.isdir(f"{root}/{path}")]
+    paths = [path for path in members if not any(is_fixture_of(other, path) for other in members)]
     counts = Counter(os.path.basename(path).casefold() for path in paths)
     names: dict[str, str] = {}
     stems: set[str] = set()

@@ -13609,6 +13609,15 @@ MONOREPOS: dict[str, tuple[Any, list[str]]] = {
         {"pnpm-workspace.yaml": "packages: ['packages/*', '!packages/old']", "packages/old/package.json": "{}"},
         MEMBERS,
     ),
+    "pnpm, with the fixtures of tests": (
+        {
+            "pnpm-workspace.yaml": "packages: ['packages/*', 'packages/*/test/*/*', tests/e2e]",
+            **{f"packages/{path}/package.json": "{}" for path in ("api/test/apps/basic", "web/test/a/b", "test")},
+            "tests/e2e/package.json": PACKAGE,
+            "packages/test/package.json": PACKAGE,
+        },
+        ["packages/api", "packages/test", "packages/web", "tests/e2e"],
+    ),
     "npm": ({"package.json": '{"workspaces": ["packages/*"]}'}, MEMBERS),
     "yarn": ({"package.json": '{"workspaces": {"packages": ["packages/*"]}}'}, MEMBERS),
     "cargo": ({"Cargo.toml": '[workspace]\nmembers = ["packages/*"]\n'}, MEMBERS),
