@@ -4541,7 +4541,9 @@ class RegistryTurn(Turn):
             try:
                 yield
             except FileChanged:
-                raise RegistryError(f"{file}: changed while Orchestra was writing it", "try again") from None
+                raise RegistryError(
+                    f"{file}: changed while Orchestra was writing it", "run the command again"
+                ) from None
 
 
 def save_codebase(home: str, codebase: Codebase) -> None:
@@ -10196,7 +10198,7 @@ def _explain_refusal(home: str, error: OSError) -> DaemonError:
     path = socket_path(home)
     # A full backlog is EAGAIN on Linux; on macOS ECONNREFUSED, as if nobody listened.
     if error.errno == errno.EAGAIN or (error.errno == errno.ECONNREFUSED and is_locked(daemon_lock_path(home))):
-        return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "try again")
+        return DaemonBusy(f"{path}: the daemon is running, but did not accept the connection", "run the command again")
     if error.errno in (errno.ENOENT, errno.ECONNREFUSED, errno.ENOTSOCK, errno.ENOTDIR, errno.EPROTOTYPE):
         return DaemonNotRunning(path)
     return IoError(path, error)

@@ -9716,8 +9716,9 @@ def test_a_refused_connection_means_busy_while_the_daemons_lock_is_held(live: Ho
         listener.bind(live.socket)
         lock = orchestra.try_lock(orchestra.daemon_lock_path(live.path))
         for ask in (orchestra.request_stop, orchestra.request_status):
-            with pytest.raises(orchestra.DaemonBusy, match="is running, but did not accept the connection"):
+            with pytest.raises(orchestra.DaemonBusy, match="is running, but did not accept the connection") as error:
                 ask(live.path)
+            assert error.value.hint == "run the command again"  # shown after "try:"
         os.close(lock)
         with pytest.raises(orchestra.DaemonNotRunning):
             orchestra.request_stop(live.path)
