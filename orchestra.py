@@ -5026,8 +5026,8 @@ class Row(NamedTuple):
 NO_COMMANDS = ("description", "type", "version", "tool")
 
 
-def find_tests(command: str, source: str) -> Iterator[Found]:
-    """Find how all tests are run, and how one: with what is in brackets at the end."""
+def spell_tests(command: str, source: str) -> Iterator[Found]:
+    """Spell how all tests are run, and how one: with what is in brackets at the end."""
     parts = re.fullmatch(r"(?s)(.*) \[(.*)\]", command)
     yield Found("test", parts[1] if parts else command, source)
     if parts:
@@ -5604,6 +5604,7 @@ class Python:
                     self.packages.setdefault(name, place)
 
     def _list_requirements(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """List the places that ask for packages, and what each asks for."""
         folder, toml = self.folder, self.TOML
         yield "", folder.texts(toml, "project", "dependencies")
         groups = folder.table(toml, "dependency-groups")
@@ -5762,9 +5763,11 @@ class Python:
         if manager and (place == "group dev" or defaults == "all" or name in groups):
             kind = ""
         is_package = folder.holds("pyproject.toml project or setup.py or setup.cfg metadata")
-        text = "pip install -e ." if is_package else "pip install -r requirements.txt"
-        if manager or not (is_package or folder.find("requirements.txt")):
-            text = installs.get(manager, "")
+        text = installs.get(manager, "")
+        if not manager and is_package:
+            text = "pip install -e ."
+        elif not manager and folder.find("requirements.txt"):
+            text = "pip install -r requirements.txt"
         text = installs.get(f"{manager} {kind}", text).replace("{}", name)
         if kind == "file" and is_package and not manager:
             text = text.replace("install", "install -e .")
@@ -5781,15 +5784,15 @@ class Python:
         source = folder.holds(self.PYTEST)
         if folder.find("manage.py") and "pytest-django" not in self.packages:
             python = f"{self.prefix}python manage.py"
-            yield from find_tests(f"{python} test [app.tests.TestCase.test_name]", "manage.py")
+            yield from spell_tests(f"{python} test [app.tests.TestCase.test_name]", "manage.py")
             yield Found("run", f"{python} runserver", "manage.py")
         elif self.manager == "hatch" and ("pytest" not in self.packages or "hatch-test" in self.hatch):
-            yield from find_tests(f"hatch test [{self.ONE_TEST}]", self.manager_source)
+            yield from spell_tests(f"hatch test [{self.ONE_TEST}]", self.manager_source)
         elif "pytest" in self.packages or (source and not folder.find("tox.ini", "noxfile.py")):
             is_listed = "pytest" in self.packages
             call = self.spell("pytest") or "pytest" if is_listed else f"{self.prefix}pytest"
             source = source or folder.find(self.TOML, "setup.cfg", "setup.py", "requirements*.txt", "Pipfile")
-            yield from find_tests(f"{call} [{self.ONE_TEST}]", source)
+            yield from spell_tests(f"{call} [{self.ONE_TEST}]", source)
 
     def _find_tox(self) -> Iterator[Found]:
         folder, prefix = self.folder, self.prefix if "tox" in self.packages else ""
@@ -5799,7 +5802,7 @@ class Python:
         test = flatten(environments.get("testenv", {}))
         if "pytest" in test:
             one = f" [-- {self.ONE_TEST}]" if "{posargs" in test else ""
-            yield from find_tests(f"{prefix}tox -e py{one}", "tox.ini")
+            yield from spell_tests(f"{prefix}tox -e py{one}", "tox.ini")
         named = {
             name.removeprefix("testenv:"): flatten(body)
             for name, body in environments.items()
@@ -5846,7 +5849,7 @@ class Ecosystem(NamedTuple):
                 if row.name in NO_COMMANDS:
                     yield Found(row.name, text, source)
                 elif row.name == "test":
-                    for item in find_tests(text, source):
+                    for item in spell_tests(text, source):
                         yield item._replace(text=self.spell(folder, item.text))
                 else:
                     yield Found(row.name, self.spell(folder, text), source)
@@ -5939,7 +5942,7 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
         option = " --project" if name.endswith("proj") else " --solution"
         call = "dotnet test" + option * bool(is_new and argument) + argument
         one = "" if is_new else " [--filter FullyQualifiedName~TestName]"
-        yield from find_tests(call + one, name)
+        yield from spell_tests(call + one, name)
     if folder.find(".editorconfig") and not folder.value(".config/dotnet-tools.json", "tools", "csharpier"):
         yield Found("format", f"dotnet format{argument}", ".editorconfig")
 
@@ -5971,7 +5974,7 @@ def find_xcode(folder: Folder) -> Iterator[Found]:
     if "product-type.bundle.unit-test" in text:
         device = " -destination 'platform=iOS Simulator,name=DEVICE'" * is_ios
         one = "[-only-testing:TARGET/CLASS/METHOD]"
-        yield from find_tests(f"xcodebuild test {call}{device} {one}", project)
+        yield from spell_tests(f"xcodebuild test {call}{device} {one}", project)
 
 
 def find_test_options(text: str) -> Optional[list[str]]:
@@ -6030,7 +6033,7 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
         source, test = "CMakePresets.json", pick_preset(folder, "testPresets", configure)
         yield Found("build", f"cmake --preset {configure} && cmake --build --preset {build}", source)
         if test:
-            yield from find_tests(f"ctest --preset {test} [-R NAME]", source)
+            yield from spell_tests(f"ctest --preset {test} [-R NAME]", source)
         return
     needed = find_test_options(text)
     options = "".join(f" -D{option}=ON" for option in dict.fromkeys(needed or ()))
@@ -6038,7 +6041,7 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
     if needed is not None:
         # A Makefile may call another test by `test`.
         one = "" if folder.find("Makefile") else " [-R NAME]"
-        yield from find_tests(f"ctest --test-dir build{one}", name)
+        yield from spell_tests(f"ctest --test-dir build{one}", name)
 
 
 # ── 19 Languages ──────────────────────────────────────────────────────────────
@@ -6826,8 +6829,8 @@ class Selection:
             for item in commands:
                 self.add(item, "" if item.name == "before a commit" else name)
 
-    def list(self, ecosystems: Iterable[str]) -> tuple[Found, ...]:
-        """List the commands by ecosystem, and in the order of NAMES."""
+    def put_in_order(self, ecosystems: Iterable[str]) -> tuple[Found, ...]:
+        """Order the commands by ecosystem, and as in NAMES."""
         keys = ((ecosystem, name) for ecosystem in ecosystems for name in self.NAMES)
         return tuple(self.found[key] for key in keys if key in self.found)
 
@@ -6840,7 +6843,7 @@ def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[F
     hooks = ".pre-commit-config.yaml"
     if folder.find(hooks):
         selection.add(Found("before a commit", "pre-commit run --all-files", hooks))
-    return selection.list(["", *[*found][1:]])
+    return selection.put_in_order(["", *[*found][1:]])
 
 
 # All together
