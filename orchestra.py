@@ -12328,10 +12328,13 @@ NO_PARTS = "--parts: no file here lists the packages of a workspace"
 
 
 class Registered(NamedTuple):
-    """A codebase as registered, and lines for the user: what was done, and notes."""
+    """A codebase as registered, and what to tell the user: what was done, and notes.
+
+    A line is a head and a text beside it, which alone may be wrapped.
+    """
 
     codebase: Codebase
-    lines: list[str]
+    lines: list[tuple[str, str]]
     notes: list[str]
 
 
@@ -12445,13 +12448,14 @@ class Registration(NamedTuple):
 
     def _update(self, codebase: Codebase) -> Registered:
         """Change a registered codebase's type, or propose its parts, if asked to."""
-        lines, notes = [self._change_type()], []
+        lines, notes = [("", self._change_type())], []
         if not self.dry_run:
             accept_empty_folder(self.home, codebase)
         if self.has_parts and not any(part.path for part in codebase.projects):
             parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], codebase.commands),)
             if parts:
-                lines += dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts))).splitlines()
+                text = dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts)))
+                lines += [(line, "") for line in text.splitlines()]
             notes = [f"add these to its `projects`: orchestra edit {typed(self.label)}" if parts else NO_PARTS]
         return Registered(codebase, lines, notes)
 
@@ -12478,8 +12482,8 @@ class Registration(NamedTuple):
         file = codebase_path(self.home, (self.key[0], f"{self.key[1]}.local"))
         if not self.dry_run:
             file = save_path(self.home, self.key, path, is_local=True)
-        lines = [f"{self.label} {verb} on this machine: {path} ({shorten_home(self.home, file)})"]
-        lines += [self._change_type()] if self.project_type else []
+        lines = [("", f"{self.label} {verb} on this machine: {path} ({shorten_home(self.home, file)})")]
+        lines += [("", self._change_type())] if self.project_type else []
         return Registered(codebase._replace(path=path), lines, [])
 
     def _create(self) -> Registered:
@@ -12513,7 +12517,7 @@ class Registration(NamedTuple):
         reason = "from --type" if self.project_type else detected.reason
         first = f"{verb} {self.label}: {component.project_type} ({reason})"
         notes = [*draft.notes, *([NO_PARTS] if self.has_parts and not parts else [])]
-        return Registered(joined, [*map(visible, [first, *self._format(rows)])], notes)
+        return Registered(joined, [("", visible(first)), *self._format(rows)], notes)
 
     def _choose_targets(self, base: Codebase, draft: Draft) -> tuple[Optional[tuple[str, ...]], str]:
         """Return the targets to save, None to leave them to the layers, and why."""
@@ -12528,11 +12532,11 @@ class Registration(NamedTuple):
         return None if draft.defaults == DEFAULT_TARGETS else draft.defaults, "default"
 
     @staticmethod
-    def _format(rows: Sequence[Found]) -> Iterator[str]:
+    def _format(rows: Sequence[Found]) -> Iterator[tuple[str, str]]:
         width = max(len(row.name) for row in rows) + 1
         for row in rows:
             source = f" ({row.source})" if row.source else ""
-            yield f"  {row.name + ':':{width}} {row.text}{source}"
+            yield visible(f"  {row.name + ':':{width}} "), visible(f"{row.text}{source}")
 
     def _spell_path(self) -> str:
         try:
@@ -13800,9 +13804,7 @@ class Commands(NamedTuple):
     def _register(self, registration: Registration, sync: bool = False) -> int:
         started = time.time() - 0.01  # a file's time may lag by a tick of the kernel's clock
         registered, dry_run = registration.run(), registration.dry_run
-        for line in registered.lines:
-            head = "".join(re.findall("^  [^:]+: +", line))
-            text = line[len(head) :]
+        for head, text in registered.lines:
             print(*hang(head, text, self.screen.width if " " in text else 0), sep="\n")
         for note in registered.notes:
             self._note(note)
