@@ -1341,6 +1341,21 @@ def test_a_private_file_is_private_while_it_is_written(old: OldFile, monkeypatch
     assert modes == [0o600, 0o600]
 
 
+def test_a_link_by_the_name_of_the_temporary_file_is_not_followed(home: Home, old: OldFile) -> None:
+    put_files(home.folder, {"outside": "theirs"})
+    put_files(home.code, {orchestra.temporary_name(f"{old.lock.token}-1", "x"): link_to("../outside")})
+    with pytest.raises(FileExistsError):
+        old.replace()
+    assert (old.look().data, (home.folder / "outside").read_text()) == (b"old", "theirs")
+
+
+def test_a_save_of_orchestras_own_that_fails_leaves_nothing(home: Home) -> None:
+    put_files(home.code, {"x": None})
+    with pytest.raises(orchestra.IoError):
+        orchestra.save_private(str(home.code / "x"), b"new", "t")
+    assert os.listdir(home.code) == ["x"]
+
+
 @pytest.mark.parametrize(
     ("during", "save"),
     [
@@ -3136,6 +3151,18 @@ def test_a_bad_layer_is_one_problem_and_stops_what_it_covers(home: Home, files: 
     assert ran.status == 2 and ran.err.count("orchestra: ~") == 1
     assert home.has("new", "blog/api") == ("blog/api" in spared)
     assert all(home.read(label).startswith("<!--") for label in ("shop/api", "shop/web", "blog/api"))
+
+
+@pytest.mark.parametrize(("linked", "target"), [("projects", "../blog/kept.md"), ("projects/shop", "sub/kept.md")])
+def test_a_link_may_lead_to_another_file_of_a_registry_or_project_that_is_a_link(
+    home: Home, linked: str, target: str
+) -> None:
+    home.make_codebase()
+    put_files(home.projects, {"blog/kept.md": "kept", "shop/sub/kept.md": "kept", "shop/api.md": link_to(target)})
+    folder = Path(orchestra.orchestra_root(home.path), linked)
+    folder.rename(home.folder / "elsewhere")
+    folder.symlink_to(home.folder / "elsewhere")
+    assert [prose.text for prose in home.registry().codebases[API].prose] == ["kept"]
 
 
 def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
