@@ -13718,7 +13718,7 @@ class Commands(NamedTuple):
                 words = [label_for(key), *filter(None, [getattr(self.args, "path", None)])]
                 raise UsageError(found, f"orchestra {self.args.line.name} {' '.join(map(typed, words))}")
             root = shorten_home(self.home, codebase_root(self.home, registry.codebases[key]))
-            self._note(f"{found}, whose folder is {root}")
+            self._note(f"{found}, whose files are written to {root}")
         if key:
             return key
         for key in registry.broken:

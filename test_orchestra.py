@@ -14813,7 +14813,7 @@ def test_a_git_worktree_means_its_codebase(home: Home, monkeypatch: Any, place: 
             run_git(root, *command.split())
     else:
         add_worktree(root, top, place == "near")
-    where = f"is in another git worktree of shop/api, whose folder is {root}\n"
+    where = f"is in another git worktree of shop/api, whose files are written to {root}\n"
     monkeypatch.chdir(home.code / place)
     assert "+++ b/CLAUDE.md" in home.run_fine("diff", ".").out
     ran = home.run_fine("sync")
