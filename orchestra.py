@@ -13916,8 +13916,10 @@ class Commands(NamedTuple):
         results = self._sync(registry, scope, dry_run)
         if args.json:
             print_json([self._describe(result) for result in results])
-        else:
+        elif results or registry.stray:
             self._print_results(results, dry_run)
+        else:
+            self._say(NO_CODEBASES)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
         failed = max(failed, self._note_remarks(remark for result in results for remark in result.remarks))

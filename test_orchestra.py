@@ -14903,7 +14903,8 @@ def test_quiet_commands_print_nothing_but_errors(home: Home) -> None:
 
 
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
-    assert home.run_fine("project", "list").err.startswith("no codebases yet\n  try: orchestra init ")
+    for words in ("project list", "status", "sync --all"):
+        assert home.run_fine(*words.split()).err.startswith("no codebases yet\n  try: orchestra init ")
     home.make_codebase("shop/api", projects=[{"name": "api", "project_type": "ml"}])
     home.register("shop/near", path="~/near")
     assert home.run_fine("project", "list").out.splitlines() == [
