@@ -9033,13 +9033,18 @@ def find_part(home: str, codebase: Codebase, folder: str) -> str:
 def preview_files(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> dict[str, bytes]:
     """Return the codebase's files as a sync would leave them, with the user's own text.
 
-    Where there is no folder, or a file cannot be written, it is what would be new.
+    Of a link it is what that leads to. Where there is no folder, or a file cannot be
+    written, it is what would be new.
     """
     files = render_files(codebase)
     with suppress(OrchestraError, OSError):
-        for file in Planner(home, codebase, owners, SyncMode(take_over=True)).plan().files:
-            if file.path in files and file.after is not None:
-                files[file.path] = file.after
+        plan = Planner(home, codebase, owners, SyncMode(take_over=True)).plan()
+        for file in plan.files:
+            is_link = file.before.kind == "symlink"
+            linked = read_disk(real_path(f"{plan.root}/{file.path}"), MAX_MANAGED_FILE) if is_link else ABSENT
+            after = linked.data if linked.kind == "file" else file.after
+            if file.path in files and after is not None:
+                files[file.path] = after
     return files
 
 

@@ -8033,6 +8033,16 @@ prose        shop/api.local.md            of my api"""
     assert [row.split() for row in rows] == [row.split() for row in expected.splitlines()]
 
 
+@pytest.mark.parametrize("target", ["AGENTS.md", "own.md", "nowhere.md"])
+def test_show_follows_a_link(home: Home, target: str) -> None:
+    files = {"AGENTS.md": "mine\n", "own.md": "my own\n", "CLAUDE.md": link_to(target)}
+    root = home.make_synced("shop/api", files, notes=["a"])
+    ran = home.run_fine("show", "api", "--target", "claude")
+    linked = root / target
+    assert ran.out == linked.read_text() if linked.exists() else ran.out.startswith(BEGIN.decode())
+    assert f"note: CLAUDE.md: {len(ran.lines)} lines;" in ran.err
+
+
 def test_show_needs_no_folder(home: Home) -> None:
     home.write_registry("shop/api.yaml", "name: api\nnotes: [a]\n")
     assert home.run_fine("show", "api", "--target", "claude").out.count("\n- a\n") == 1
