@@ -6007,8 +6007,9 @@ def test_three_hashes_decide(disk: Any, known: list[str], wanted: Any, purge: bo
     assert orchestra.decide(disk, known, wanted, purge) == action
 
 
-@pytest.mark.parametrize("target", ["AGENTS.md", "/etc/hostname", "nowhere", "CLAUDE.md"])
+@pytest.mark.parametrize("target", ["AGENTS.md", "../../outside.md", "nowhere", "CLAUDE.md"])
 def test_a_symlinked_managed_file_is_skipped_with_a_note(home: Home, target: str) -> None:
+    put_files(home.code, {"outside.md": "mine"})
     root = home.make_codebase("shop/api", {"CLAUDE.md": link_to(target)})
     ran = home.sync()
     assert ran.lines == ["create   shop/api AGENTS.md"]
@@ -6019,6 +6020,7 @@ def test_a_symlinked_managed_file_is_skipped_with_a_note(home: Home, target: str
     assert (home.staleness()["detail"] == "", "link" not in home.run("doctor").out) == (is_served, is_served)
     home.run_fine("project", "remove", "api", "--purge")
     assert os.readlink(root / "CLAUDE.md") == target and os.listdir(root) == ["CLAUDE.md"]
+    assert (home.code / "outside.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
