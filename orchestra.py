@@ -9138,7 +9138,8 @@ def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Probl
 #   1 A changed file that is empty, or that inotify knows to be open for writing,
 #     becomes a suspect and is not reported yet.
 #   2 A suspect is looked at again at its next event, at once; without an event after
-#     RECHECK_PAUSE, and then whenever it has been a suspect for twice as long.
+#     RECHECK_PAUSE, and then whenever it has kept its stamp for twice as long. One that
+#     is never left alone does not keep the daemon busy: `Suspects.LASTING`.
 #   3 A suspect that has kept its stamp for DEBOUNCE_WINDOW is overdue: it counts as it
 #     is. A missing file has its folder's stamp.
 #   4 What counts is noted by its codebase (`Debouncer`): a job reads and syncs it, the
@@ -9415,10 +9416,13 @@ class Suspects:
     A suspect is overdue when it has had one stamp for `window`, in seconds of `clock`.
     """
 
+    LASTING = 3  # windows, after which it is looked at once per window
+
     def __init__(self, window: float, clock: Clock) -> None:
         self._window = window
         self._clock = clock
         self._since: dict[str, tuple[Stamp, float]] = {}
+        self._found_at: dict[str, float] = {}
         self._again_at: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -9431,13 +9435,14 @@ class Suspects:
             known, since = self._since.get(path, (None, now))
             since = since if known == stamp else now
             self._since[path] = stamp, since
-            end, pause = since + self._window, max(RECHECK_PAUSE, now - since)
+            is_lasting = now - self._found_at.setdefault(path, now) > self.LASTING * self._window
+            end, pause = since + self._window, max(self._window if is_lasting else RECHECK_PAUSE, now - since)
             self._again_at[path] = min(end, now + pause) if end > now else now + pause
 
     def discard(self, paths: Iterable[str]) -> None:
         for path in paths:
-            self._since.pop(path, None)
-            self._again_at.pop(path, None)
+            for known in (self._since, self._found_at, self._again_at):
+                known.pop(path, None)
 
     def take_due(self) -> set[str]:
         """Take the suspects to look at again."""

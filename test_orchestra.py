@@ -9195,6 +9195,21 @@ def test_a_suspect_is_looked_at_again_after_pauses_that_double() -> None:
     assert set(suspects) == set()
 
 
+def test_a_suspect_that_keeps_changing_is_looked_at_once_per_window_in_the_end() -> None:
+    clock, looks = Clock(0), []
+    suspects = orchestra.Suspects(0.5, clock)
+    suspects.add({"api": STAMP})
+    while len(looks) < 1000 and clock.now < 5:  # a program writes it all the time
+        clock.now = suspects.next_due() or 0
+        assert suspects.take_due() == {"api"}
+        looks.append(clock.now)
+        suspects.add({"api": STAMP._replace(size=len(looks))})
+    assert clock.now >= 5 and sum(at > 2 for at in looks) <= 7
+    suspects.discard(["api"])
+    suspects.add({"api": STAMP})
+    assert suspects.next_due() == pytest.approx(clock.now + orchestra.RECHECK_PAUSE)
+
+
 def test_an_event_has_a_suspect_looked_at_soon_but_not_for_longer() -> None:
     clock = Clock(0)
     suspects = orchestra.Suspects(0.5, clock)
