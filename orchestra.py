@@ -2933,9 +2933,8 @@ class Schema(Kind):
     def write(self, value: Any) -> YamlNode:
         nodes = {}
         for name, kind in self.kinds.items():
-            field, default = getattr(value, name), self.defaults.get(name, "")
-            # An empty list is not written, unless it is not the default: targets: []
-            if field != default and (field or default is None):
+            field = getattr(value, name)
+            if field != self.defaults.get(name, ""):
                 nodes[name] = kind.write(field)
         return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
 

@@ -2532,6 +2532,7 @@ def test_a_save_survives_every_style_of_yaml(home: Home, loader: str, text: str)
     assert values["colour"] == "red" and "old" not in saved
     assert values.get("again") in (None, [["1"], "/code/api"])
     assert ("# after" in saved) == ("# after" in text) and ("\ufeff" in saved) == ("\ufeff" in text)
+    assert "\r\n" not in text or saved.count("\r\n") == saved.count("\n")
 
 
 def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
@@ -2544,7 +2545,7 @@ def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
 def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
     hostile = (
         *("no", "1.10", "~", "null", "'", '"', "- a", "a: b", "#", "a #b", " lead", "trail ", "a\nb\n", "\n", "["),
-        *("*a", "&a", "!x"),
+        *("*a", "&a", "!x", "a\x85b", "a\u2028b\u2029c"),
     )
     codebase = codebase_with(notes=hostile, commands=tuple((text, text) for text in hostile))
     orchestra.save_codebase(home.path, codebase)
@@ -3406,6 +3407,9 @@ def test_codebases_inherit_what_they_lack_from_their_project(home: Home) -> None
     plain, own = home.registry().codebases[("shop", "plain")], home.registry().codebases[("shop", "own")]
     assert plain[3:7] == ("of the shop", ("gemini",), (("build", "make"), ("lint", "ruff")), ("ours",))
     assert own[3:7] == ("d", (), (("build", "ninja"), ("lint", "ruff")), ("ours", "mine"))
+    home.write_registry("blog/project.yaml", "targets: []\n")
+    home.register("blog/api")
+    assert home.registry().codebases[("blog", "api")].targets == ()
 
 
 @pytest.mark.parametrize(
