@@ -4210,10 +4210,6 @@ class Registry(NamedTuple):
         return sorted([*self.codebases, *self.broken])
 
     @property
-    def short_names(self) -> dict[Key, str]:
-        return short_names(self.keys)
-
-    @property
     def problems(self) -> list[Problem]:
         return list(dict.fromkeys([*self.stray, *(p for key in sorted(self.broken) for p in self.broken[key])]))
 
@@ -10755,7 +10751,7 @@ class RegistryCache(NamedTuple):
         """Make the next cache, after the registry was read and codebases synced."""
         names = self.names
         if self.registry.codebases.keys() != registry.codebases.keys() or self.registry.broken or registry.broken:
-            names = registry.short_names
+            names = short_names(registry.keys)
         failures = {key: problems for key, problems in self.failures.items() if key in registry.codebases}
         for result in results:
             failures.pop(result.key, None)
