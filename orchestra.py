@@ -424,13 +424,23 @@ def _below_root(path: str) -> Callable[[str], str]:
     return lambda home: f"{orchestra_root(home)}/{path}"
 
 
+def _of_codebase(folder: str, suffix: str = "") -> Callable[[str, Key], str]:
+    """Make the function that returns the path of a codebase in such a folder."""
+    return lambda home, key: f"{orchestra_root(home)}/{folder}/{key[0]}/{key[1]}{suffix}"
+
+
 projects_root = _below_root("projects")
+codebase_path = _of_codebase("projects", ".yaml")
 schema_path = _below_root("schema.json")
 hashes_root = _below_root("hashes")
+record_path = _of_codebase("hashes", ".json")
 backups_root = _below_root("backups")
+backups_of = _of_codebase("backups")
 run_dir = _below_root("run")
+codebase_lock_path = _of_codebase("run/codebases", ".lock")
 daemon_lock_path = _below_root("run/daemon.lock")
 replaced_root = _below_root("run/replaced")
+replaced_path = _of_codebase("run/replaced", ".json")
 notify_path = _below_root("notify")
 socket_path = _below_root(DAEMON_SOCKET)
 logs_dir = _below_root("logs")
@@ -443,26 +453,6 @@ binary_path = _below_root("bin/orchestra")
 
 def project_path(home: str, project: str) -> str:
     return f"{projects_root(home)}/{project}/project.yaml"
-
-
-def codebase_path(home: str, key: Key) -> str:
-    return f"{projects_root(home)}/{key[0]}/{key[1]}.yaml"
-
-
-def record_path(home: str, key: Key) -> str:
-    return f"{hashes_root(home)}/{key[0]}/{key[1]}.json"
-
-
-def backups_of(home: str, key: Key) -> str:
-    return f"{backups_root(home)}/{key[0]}/{key[1]}"
-
-
-def codebase_lock_path(home: str, key: Key) -> str:
-    return f"{run_dir(home)}/codebases/{key[0]}/{key[1]}.lock"
-
-
-def replaced_path(home: str, key: Key) -> str:
-    return f"{replaced_root(home)}/{key[0]}/{key[1]}.json"
 
 
 def link_path(home: str) -> str:
