@@ -9371,19 +9371,23 @@ class Debouncer:
         self._window = window
         self._clock = clock
         self._open_until: dict[Any, float] = {}
-        self._waiting: set[Any] = set()
+        self._waiting: dict[Any, None] = {}  # the longest first
 
     def note(self, keys: Iterable[Any]) -> None:
-        self._waiting.update(keys)
+        self._waiting.update(dict.fromkeys(keys))
 
-    def take_due(self) -> set[Any]:
-        """Take the noted keys that have no open window, and open one for each."""
+    def take_due(self, most: Optional[int] = None) -> set[Any]:
+        """Take noted keys that have no open window, and open one for each.
+
+        If there are more than `most`, take those that have waited longest.
+        """
         now = self._clock()
         self._open_until = {key: end for key, end in self._open_until.items() if end > now}
-        due = self._waiting - self._open_until.keys()
-        self._waiting -= due
+        due = [key for key in self._waiting if key not in self._open_until][:most]
+        for key in due:
+            del self._waiting[key]
         self._open_until.update(dict.fromkeys(due, now + self._window))
-        return due
+        return set(due)
 
     def end_window(self, keys: Iterable[Any]) -> None:
         """Let keys fire at their next note."""
@@ -11123,7 +11127,8 @@ class Worker:
 #   1 Compare the paths that had events with the snapshot (`_on_events`,
 #     `Watcher.drain`; suspects: `Watcher.recheck`).
 #   2 Note in the schedule the codebases that changed (`note_files`, `key_of_change`).
-#   3 Make the watcher's next job of what is due (`Schedule.take_job`, `_submit`).
+#   3 Make the watcher's next job of what is due, or of the part that has waited longest
+#     (`Schedule.take_job`, `_submit`).
 #   4 In the worker, run the job, replace the cache and wake the loop (`Worker._work`,
 #     `run_job`).
 #   5 Take its outcome: suspects and failures go back to the schedule, the rest to the
@@ -11135,6 +11140,7 @@ class Worker:
 
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
 STOP_PATIENCE = 15.0  # seconds a job has to end; launchd's ExitTimeOut is 20
+MOST_CHANGED = 100  # keys of one job, which has old and new codebases in memory at once
 RETRY_INTERVAL = 10.0  # seconds until a sync whose error may pass is tried again
 MAX_DESCRIPTORS = 10240
 SOCKET = ("", "socket")  # stands for the control socket, in the log of problems
@@ -11209,13 +11215,15 @@ class Schedule:
         self._debouncer.note(key for key, at in self.retry_at.items() if at <= now)
         self.retry_at = {key: at for key, at in self.retry_at.items() if at > now}
         self.note_files(self.suspects.take_due())
-        changed = frozenset() if self.is_running else frozenset(self._debouncer.take_due())
+        changed: set[Key] = set() if self.is_running else self._debouncer.take_due(MOST_CHANGED)
+        if EVERYTHING in changed:
+            changed |= self._debouncer.take_due()
         if not changed:
             return None
         self.is_running = True
         target = SyncTarget.all() if EVERYTHING in changed else SyncTarget(())
         overdue, late = self.suspects.find_overdue(), self._find_waiting(MAX_WINDOWS)
-        return SyncJob(target, Source.WATCHER, None, changed, overdue, late)
+        return SyncJob(target, Source.WATCHER, None, frozenset(changed), overdue, late)
 
     def _find_waiting(self, windows: int) -> set[Key]:
         """Find the codebases that have been in doubt for some windows."""

@@ -9246,6 +9246,18 @@ def test_keys_are_debounced_independently() -> None:
     assert (debouncer.take_due(), debouncer.next_due()) == (set(), None)
 
 
+def test_of_too_many_keys_those_that_have_waited_longest_fire_first() -> None:
+    clock = Clock()
+    debouncer = orchestra.Debouncer(0.5, clock)
+    for keys in (["web"], ["app", "api"], ["web"]):
+        debouncer.note(keys)
+    assert debouncer.take_due(1) == {"web"}
+    debouncer.note(["web"])
+    assert debouncer.next_due() == 0.0  # at once
+    assert debouncer.take_due(3) == {"app", "api"}
+    assert debouncer.next_due() == clock.now + 0.5
+
+
 # ── 29 Logs ───────────────────────────────────────────────────────────────────
 
 
@@ -10942,6 +10954,23 @@ def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: di
             schedule.finish(orchestra.JobOutcome(job, **failure))
         clock.now += 1
     assert tries == [0, 1, 31]
+
+
+@pytest.mark.parametrize(
+    ("last", "sizes"), [(("shop", "last"), [100, 100, 51]), (orchestra.EVERYTHING, [100, 151])], ids=["one", "all"]
+)
+def test_many_changed_codebases_are_synced_in_parts_until_all_are(last: orchestra.Key, sizes: list[int]) -> None:
+    schedule = orchestra.Schedule("/home", Clock())
+    schedule.note([("shop", f"c{number}") for number in range(150)])
+    schedule.note([last, *(("shop", f"d{number}") for number in range(100))])
+    jobs = []
+    while schedule.next_due() == 0:  # at once
+        job = schedule.take_job()
+        assert job is not None and schedule.take_job() is None  # while one runs
+        jobs.append(job)
+        schedule.finish(orchestra.JobOutcome(job))
+    assert [len(job.changed) for job in jobs] == sizes
+    assert last in jobs[1].changed
 
 
 def test_a_file_that_was_overdue_may_be_a_suspect_again() -> None:
