@@ -8440,6 +8440,11 @@ class SyncCodebaseResult(NamedTuple):
         return [file.path for file in self.files if file.writes and file.action != Action.RELEASE]
 
     @property
+    def removed(self) -> list[str]:
+        """Those of the written that are removed, or lose their block."""
+        return [file.path for file in self.files if file.action in (Action.REMOVE, Action.EVICT)]
+
+    @property
     def unchanged(self) -> list[str]:
         return [file.path for file in self.files if not (file.writes or file.problem or file.is_foreign)]
 
@@ -12812,12 +12817,15 @@ def format_age(seconds: Optional[int]) -> str:
 
 def describe_results(results: Sequence[SyncCodebaseResult], dry_run: bool) -> str:
     """Count the files of a sync in one line."""
-    written = sum(len(result.written) for result in results)
+    removed = sum(len(result.removed) for result in results)
+    written = sum(len(result.written) for result in results) - removed
     unchanged = sum(len(result.unchanged) for result in results)
     foreign = sum(len(result.foreign) for result in results)
     failed = sum(len(result.failed) or bool(result.errors) for result in results)
     absent = sum(result.is_absent and not result.errors for result in results)
-    totals = f"{written} {'to write' if dry_run else 'written'}, {unchanged} unchanged"
+    totals = f"{written} {'to write' if dry_run else 'written'}"
+    totals += f", {removed} {'to remove' if dry_run else 'removed'}" if removed else ""
+    totals += f", {unchanged} unchanged"
     totals += f", {foreign} {FOREIGN}" if foreign else ""
     totals += f", {failed} failed" if failed else ""
     totals += f" in {count_of(len(results) - absent, 'codebase')}"

@@ -6314,7 +6314,11 @@ def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
     assert home.staleness()["status"] == "orphan"
     assert set(home.staleness()["detail"].split(", ")) == {".cursor/rules/orchestra.mdc", "AGENTS.md"}
     lines = ["remove       shop/api .cursor/rules/orchestra.mdc", "remove block shop/api AGENTS.md"]
-    assert sorted(home.sync().lines) == lines
+    assert home.run_fine("sync", "--dry-run", "--all").out.endswith(
+        "\n0 to write, 2 to remove, 1 unchanged in 1 codebase\n"
+    )
+    ran = home.sync()
+    assert sorted(ran.lines) == lines and ran.out.endswith("\n0 written, 2 removed, 1 unchanged in 1 codebase\n")
     assert sorted(contents(root)) == ["AGENTS.md", "CLAUDE.md"]
     assert (root / "AGENTS.md").read_bytes() == b"mine\n"
     assert not (root / ".cursor").exists()
