@@ -9663,9 +9663,7 @@ class Watcher:
         """List a folder, empty if there is none; return None if an error may pass."""
         try:
             return list_folder(folder)
-        except IoError as error:
-            if error.source.errno == errno.ENOTDIR:
-                return []
+        except IoError:
             self.must_poll = True
             return None
 
