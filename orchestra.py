@@ -5759,10 +5759,9 @@ class Python:
         workspace = "pyproject.toml tool uv workspace + not pyproject.toml project"
         if text == "uv sync" and folder.holds(workspace):
             text = "uv sync --all-packages"
-        if text:
-            sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
-            source = name if kind == "file" else folder.find(*sources)
-            yield Found("install", text, self.manager_source or source)
+        sources = (self.TOML, "setup.py", "setup.cfg", "requirements.txt")
+        source = name if kind == "file" else folder.find(*sources)
+        yield Found("install", text, self.manager_source or source)
 
     def _find_tests(self) -> Iterator[Found]:
         folder = self.folder
@@ -6828,7 +6827,7 @@ def detect_commands(folder: Folder, found: Mapping[str, list[Found]]) -> tuple[F
     hooks = ".pre-commit-config.yaml"
     if folder.find(hooks):
         selection.add(Found("before a commit", "pre-commit run --all-files", hooks))
-    return selection.put_in_order(["", *[*found][1:]])
+    return selection.put_in_order(["", *found])
 
 
 # All together
