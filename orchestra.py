@@ -13625,11 +13625,13 @@ class Doctor:
             is_retired = any(b.why == Reason.RETIRED and b.when >= synced_at for b in backups)
             if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
                 continue  # in the last case it was renamed: its next sync takes all over
-            label, place = label_for(key), self._short(root)
-            text = f"{label} has no registry file any more, but its text is still in {place}"
-            again = f"orchestra init {typed(place)} -p {typed(key[0])} --name {typed(key[1])}"
-            remove = f"orchestra project remove {typed(label)} --purge"
-            yield warning(f"{text}: {', '.join(left)}", f"{again} && {remove}")
+            text = f"{label_for(key)} has no registry file any more, but its text is still in {self._short(root)}"
+            yield warning(f"{text}: {', '.join(left)}", self._purge_again(root, key))
+
+    def _purge_again(self, root: str, key: Key) -> str:
+        """Say how to purge a codebase that is not registered any more."""
+        again = f"orchestra init {typed(self._short(root))} -p {typed(key[0])} --name {typed(key[1])}"
+        return f"{again} && orchestra project remove {typed(label_for(key))} --purge"
 
     def _notes_on(self, plan: Plan) -> Iterator[tuple[str, str]]:
         """Iterate over notes on the files that are written, or stay, by path."""
@@ -13667,7 +13669,13 @@ class Doctor:
         if files:
             text = f"killed commands left {count_of(len(files), 'file')}: {self._short(files[0])}"
             text += " and others" if files[1:] else ""
-            yield warning(text, "orchestra sync --all")
+            # No sync takes the turn of a codebase that is gone: a purge was killed.
+            fixes = [
+                self._purge_again(root, key)
+                for root, key in list_orphans(self.home, {*self._registry.keys}).items()
+                if codebase_lock_path(self.home, key) in files and not self._registry.owners.keys_at(identity_of(root))
+            ]
+            yield warning(text, fixes[0] if fixes else "orchestra sync --all")
 
     def _check_backups(self) -> Iterator[Finding]:
         files = [file for file in files_below(backups_root(self.home)) if os.path.basename(file) != Backups.NOTES]

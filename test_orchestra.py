@@ -14722,6 +14722,16 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "warn killed commands left 1 file: ~/.orchestra/run/codebases/shop/api.lock",
         "orchestra sync --all",
     ),
+    "killed purge": (
+        [
+            add_it(["codex"]),
+            sync_it,
+            lambda home: home.run("project", "remove", "api") and None,
+            put_in("home/.orchestra/run/codebases/shop/api.lock", f"{DEAD}-aaaa\n"),
+        ],
+        "warn killed commands left 1 file: ~/.orchestra/run/codebases/shop/api.lock",
+        "orchestra init ",
+    ),
     "backups": (
         [add_it(), sync_it, change_file("CLAUDE.md", edit_block), sync_it],
         "ok backups: 1 file, 1 kB",
@@ -14782,6 +14792,19 @@ def test_doctor_tells_what_a_codebase_left_until_it_is_purged(home: Home) -> Non
     for number, folder in enumerate(backups.iterdir()):
         folder.rename(backups / f"20200101T00000{number}.000000Z")  # long before the last sync
     assert len(ask()) == 1
+
+
+def test_the_fix_for_a_killed_purge_cleans_up_what_it_left(home: Home, monkeypatch: Any) -> None:
+    root, name = home.make_synced(files={"CLAUDE.md": "mine\n"}), f".orchestra-{DEAD}-aa-1-AGENTS.md.tmp"
+    home.run_fine("project", "remove", "api")
+    put_files(root, {name: "new text\n"})
+    put_files(home.folder, {"home/.orchestra/run/codebases/shop/api.lock": f"{DEAD}-aa\n"})
+    monkeypatch.chdir(root)
+    findings = json.loads(home.run("doctor", "--json").out)["findings"]
+    (fix,) = [finding["fix"] for finding in findings if finding["text"].startswith("killed commands left")]
+    for command in fix.replace("orchestra ", "").split(" && "):
+        home.run_fine(*command.split())
+    assert contents(root) == {"CLAUDE.md": b"mine\n"} and "killed commands" not in home.run("doctor").out
 
 
 def test_doctor_is_content_with_a_machine_that_is_set_up(machine: Machine) -> None:
