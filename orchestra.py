@@ -1254,6 +1254,11 @@ def is_locked(path: str) -> bool:
     return False
 
 
+def is_abandoned(path: str) -> bool:
+    """Return whether a lock file tells what a killed turn left; raises IoError."""
+    return not is_locked(path) and Leftover.parse(read_disk(path).data) is not None
+
+
 def write_lock(fd: int, data: bytes) -> None:
     """Write what others may want to know of a lock's holder; raises OSError."""
     os.ftruncate(fd, 0)
@@ -4462,8 +4467,10 @@ def load_with_layers(home: str, key: Key) -> Codebase:
 class RegistryTurn(Turn):
     """A turn at the registry. A file's backup name begins with its codebase's."""
 
+    LOCK = "registry.lock"
+
     def __init__(self, home: str) -> None:
-        super().__init__(home, f"{run_dir(home)}/registry.lock", backups_root(home), time.time)
+        super().__init__(home, f"{run_dir(home)}/{self.LOCK}", backups_root(home), time.time)
 
     def name_of(self, key: Key, file: str) -> str:
         return f"{label_for(key)}/{os.path.basename(file)}"
@@ -13664,8 +13671,7 @@ class Doctor:
         names = ((file, os.path.basename(file)) for file in files_below(orchestra_root(self.home)))
         files = [file for file, name in names if is_temporary_name(name) and has_exited(parse_temporary(name)[0])]
         for lock in sorted({*files_below(run_dir(self.home))} - {daemon_lock_path(self.home)}):
-            if lock.endswith(".lock") and not is_locked(lock):
-                files += [lock] if Leftover.parse(read_disk(lock).data) else []
+            files += [lock] if lock.endswith(".lock") and is_abandoned(lock) else []
         if files:
             text = f"killed commands left {count_of(len(files), 'file')}: {self._short(files[0])}"
             text += " and others" if files[1:] else ""
@@ -13923,12 +13929,13 @@ class Commands(NamedTuple):
         args = self.args
         if args.codebases and args.all:
             raise UsageError("give either CODEBASE or --all, not both")
+        dry_run = args.dry_run or args.check
+        cleared = attempt(self._clear_abandoned) if args.all and not dry_run else OK
         registry = load_registry(self.home)
         keys, failed = ([], OK) if args.all else self._find_all(registry, args.codebases)
         if failed and not keys:
             return failed
         scope = SyncScope.all() if args.all else SyncScope.codebase(*map(label_for, keys))
-        dry_run = args.dry_run or args.check
         results = self._sync(registry, scope, dry_run)
         if args.json:
             print_json([self._describe(result) for result in results])
@@ -13938,10 +13945,15 @@ class Commands(NamedTuple):
             self._say(NO_CODEBASES)
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
-        failed = max(failed, self._note_remarks(remark for result in results for remark in result.remarks))
+        failed = max(failed, cleared, self._note_remarks(remark for result in results for remark in result.remarks))
         files = [file for result in results for file in result.files]
         is_outdated = args.check and any(file.writes or file.is_foreign for file in files)
         return max(failed, report_all(problems)) or (OUT_OF_DATE if is_outdated else OK)
+
+    def _clear_abandoned(self) -> None:
+        """Clean up after a command that was killed while it changed the registry."""
+        if is_abandoned(f"{run_dir(self.home)}/{RegistryTurn.LOCK}"):
+            clear_registry(self.home)
 
     def _note_remarks(self, remarks: Iterable[Problem]) -> int:
         """Print notes on registry files, which with --strict are a failure."""

@@ -7529,6 +7529,24 @@ def test_leftovers_of_a_killed_run_are_swept_by_the_next(home: Home, place: str)
     assert home.leftovers() == [] and not list(home.folder.rglob(".orchestra-*.tmp"))
 
 
+def test_leftovers_of_a_killed_save_are_swept_by_a_sync_of_all(home: Home, monkeypatch: Any) -> None:
+    half = home.write_registry("shop/.orchestra-1-dead.tmp", "half")
+    home.run_fine("project", "list")
+    lock = Path(orchestra.run_dir(home.path), "registry.lock")
+    put_files(lock.parent, {lock.name: "1-dead\n"})
+    assert "orchestra sync --all" in home.run("doctor").out
+    home.run_fine("sync", "--all", "--dry-run")
+    holder = orchestra.try_lock(str(lock))
+    home.run_fine("sync", "--all")  # while a command runs, nothing of its turn is touched
+    os.close(holder)
+    assert half.exists() and lock.read_bytes() == b"1-dead\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(orchestra.RegistryTurn, "clean_up", refuse(errno.EROFS, "a place"))
+        assert home.run("sync", "--all").status == 2
+    home.run_fine("sync", "--all")
+    assert home.leftovers() == [] and not half.exists() and "killed commands" not in home.run("doctor").out
+
+
 @pytest.mark.parametrize("project", ["shop", "blog"])
 def test_leftovers_of_a_killed_save_are_swept_by_the_next(home: Home, project: str) -> None:
     home.write_registry("shop/.orchestra-1-dead.tmp", "half")
