@@ -8838,7 +8838,7 @@ class Staleness(NamedTuple):
     last_sync_at: Optional[str] = None
     last_sync_age: Optional[int] = None  # seconds
     active_tasks: int = 0
-    hint: str = ""  # the way out of an error, or the one command that syncs it
+    hint: str = ""  # the way out of an error, or what shows another registry's text
 
     @property
     def label(self) -> str:
@@ -8963,7 +8963,7 @@ def check_staleness(
         problems = plan.problems(home)
         status, detail = (State.ERROR, "; ".join(map(str, problems))) if problems else judge_plan(home, plan)
         is_foreign = any(file.is_foreign for file in plan.files)
-        hint = f"orchestra sync {typed(label_for(codebase.key))}" if is_foreign else ""
+        hint = f"orchestra diff {typed(label_for(codebase.key))}" if is_foreign else ""
         noted = ((file.path, file.note) for file in find_noted(plan) if not file.is_foreign)
         notes = [*noted, *find_replacing(plan)]
         detail = "; ".join(filter(None, [detail, *map(": ".join, notes)]))
@@ -13236,7 +13236,8 @@ def describe_daemon(daemon: Mapping[str, Any], clock: Clock = time.time) -> str:
 def next_steps(status: Status) -> list[str]:
     """Return the commands to type next, at most two; those for absent ones are last."""
     entries = status.codebases
-    stuck = [(e.status, e.hint) for e in entries if e.hint and e.needs_attention]
+    none_here = all(e.status == State.ABSENT for e in entries)
+    stuck = [(e.status, e.hint) for e in entries if e.hint and (e.needs_attention or none_here)]
     steps = [hint for state, hint in stuck if state == State.ERROR][:1]
     absent = [hint for state, hint in stuck if state == State.ABSENT]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
@@ -13943,6 +13944,8 @@ class Commands(NamedTuple):
             self._print_results(results, dry_run)
         else:
             self._say(NO_CODEBASES)
+        if args.all and results and all(result.is_absent for result in results):
+            self._note("no codebase is on this machine, so there was nothing to look at: orchestra status")
         errors = [error for result in results for error in result.errors]
         problems = [*registry.stray, *errors] if args.all else errors
         failed = max(failed, cleared, self._note_remarks(remark for result in results for remark in result.remarks))

@@ -6569,7 +6569,7 @@ def test_two_registries_do_not_replace_each_others_text_in_turns(home: Home, pat
     assert contents(root) == first
     entry = other.staleness()
     assert (entry["status"], entry["detail"]) == ("stale", f"{orchestra.FOREIGN}: {path}")
-    assert other.run("status").out.endswith("\nnext: orchestra sync shop/api\n")
+    assert other.run("status").out.endswith("\nnext: orchestra diff shop/api\n")
     for command in (("sync", "--all", "--check"), ("sync", "api", "--check"), ("status", "--check")):
         assert other.run(*command).status == 1, command
     told = json.loads(other.sync("--all", "--json").out)[0]
@@ -6606,7 +6606,7 @@ def test_a_machine_that_has_only_clones_finds_what_is_out_of_date(home: Home) ->
         "CODEBASE  STATE  SYNCED  WHAT",
         f"shop/api  new    never   {orchestra.FOREIGN}: AGENTS.md, {CURSOR}",
         "",
-        "next: orchestra sync shop/api",
+        "next: orchestra diff shop/api",
     ]
 
 
@@ -7370,6 +7370,13 @@ def test_an_absent_codebase_is_an_error_only_to_who_names_it(home: Home, take: A
     assert ran.out == "0 written, 0 unchanged, 1 failed in 1 codebase\n"
     assert home.run("sync", "shop/api", "--check").status == home.run("diff", "api").status == 2
     assert take_picture(home.code) == disk and contents(Path(orchestra.hashes_root(home.path))) == records
+
+
+def test_a_check_where_no_codebase_is_says_that_it_looked_at_nothing(home: Home) -> None:
+    home.register()
+    ran = home.run("sync", "--all", "--check")
+    assert (ran.status, ran.lines) == (0, [])
+    assert ran.err == "note: no codebase is on this machine, so there was nothing to look at: orchestra status\n"
 
 
 def test_a_folder_that_was_missing_for_a_while_is_current_when_it_is_back(home: Home) -> None:
@@ -14423,7 +14430,10 @@ STEPS: dict[str, tuple[list[Callable[[Home], Any]], str]] = {
                "orchestra sync shop/api"),
     "several": ([add_it(), lambda home: home.make_codebase("shop/b")], "next: orchestra sync --all"),
     "broken": ([lambda home: home.write_registry("shop/api.yaml", "{")], "next: orchestra edit shop/api"),
-    "absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], ""),
+    "absent": ([add_it(), lambda home: home.make_codebase("shop/b"), lambda home:
+                shutil.rmtree(home.code / "shop/api")], "next: orchestra sync shop/b"),
+    "all absent": ([add_it(), lambda home: shutil.rmtree(home.code / "shop/api")], "next: orchestra init PATH -p shop "
+                   "--name api"),
     "gone": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api")], "next: orchestra project move "
              "shop/api PATH, or bring the folder back, or orchestra project remove shop/api"),
     "gone and broken": ([add_it(), sync_it, lambda home: shutil.rmtree(home.code / "shop/api"), lambda home:
