@@ -4646,13 +4646,13 @@ def clear_registry(home: str) -> None:
 # ── 15 Manifests ──────────────────────────────────────────────────────────────
 
 # What the manifests in a folder say. No program is run; each file is read once, 1 MiB
-# of it at most, and one that is broken says nothing. Evidence is a condition on files,
-# written as text and decided by `Folder.holds`:
+# of it at most, and one that is broken says nothing. Evidence is a condition on
+# files, written as text and decided by `Folder.holds`:
 #
 #   mix.exs|test/*.exs               one of the files is there; * stands for any text
 #   package.json engines node        JSON, TOML, YAML, INI: a value under these keys
 #   mix.exs :credo                   other text: the words occur outside comment lines
-#   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches; ^ and $ are a line's
+#   Gemfile ~ ^ruby "(.*)"           any text: the pattern matches; ^, $ are a line's
 #   setup.py + not pyproject.toml    the first holds, and the second does not
 #   ruff.toml or setup.cfg flake8    one of the two holds; the first that does counts
 #
@@ -4942,7 +4942,7 @@ class Folder:
     # Evidence
 
     def locate(self, condition: str) -> tuple[str, list[str], str]:
-        """Find the file that a condition is about; also return its keys and pattern."""
+        """Find the file of a condition; also return its keys and its pattern."""
         where, _, pattern = condition.partition(" ~ ")
         names, *keys = where.split()
         return self.find(*names.split("|")), keys, pattern
@@ -5004,7 +5004,7 @@ class Found(NamedTuple):
 class Row(NamedTuple):
     """What evidence shows; {} in `text` stands for what `quote` finds by it.
 
-    Without `evidence`, the ecosystem's sign counts. A test's text may end, in brackets,
+    Without `evidence`, the ecosystem's sign counts. A test's text may end in brackets,
     with what is added to run one test. Four names are not commands: `description`,
     `type` (of the codebase), `version` (of the language) and `tool` (what else it is
     built with).
@@ -5019,7 +5019,7 @@ NO_COMMANDS = ("description", "type", "version", "tool")
 
 
 def spell_tests(command: str, source: str) -> Iterator[Found]:
-    """Spell how all tests are run, and how one: with what is in brackets at the end."""
+    """Spell how all tests are run, and how one: with what stands in brackets."""
     parts = re.fullmatch(r"(?s)(.*) \[(.*)\]", command)
     yield Found("test", parts[1] if parts else command, source)
     if parts:
@@ -5052,36 +5052,36 @@ def shorten_version(text: str) -> str:
 # judged by its text: one that would go on watching, or does nothing, is passed over,
 # and one that rewrites files is labelled so.
 #
-# A new name for what builds or tests is a word in Script.NAMES; a new task runner is a
-# function that returns Scripts, in TASK_RUNNERS.
+# A new name for what builds or tests is a word in Script.NAMES; a new task runner is
+# a function that returns Scripts, in TASK_RUNNERS.
 
 
 class Script:
-    """One script: its name, the text of its commands, and of those it calls by name."""
+    """One script: its name, and the text of its commands and of those it calls."""
 
     NAMES = {  # what a command's script may be called, best first; : _ . count as -
         "install": "install-dev dev-install setup-dev dev-setup setup bootstrap install deps init",
         "build": "build compile build-dev dev-build",
         "test": "test tests test-run test-once test-unit unit-test unit-tests unit test-lib test-vitest test-jest",
         "lint": (
-            "lint lint-check check-lint lint-ci eslint test-eslint test-lint ruff flake8"
-            " cs cs-check check-cs check-style phpcs"
+            "lint lint-check check-lint lint-ci eslint test-eslint test-lint ruff"
+            " flake8 cs cs-check check-cs check-style phpcs"
         ),
         "format": (
             "format fmt format-fix fix-format format-write prettier black"
             " fix lint-fix cs-fix fix-cs fix-style phpcbf pint"
         ),
         "type check": (
-            "typecheck type-check check-types types tsc types-check lint-types test-types"
-            " lint-typecheck test-typecheck typing mypy pyright phpstan psalm"
+            "typecheck type-check check-types types tsc types-check lint-types"
+            " test-types lint-typecheck test-typecheck typing mypy pyright phpstan psalm"
             " stan static-analysis analyse analyze"
         ),
         "run": "dev develop start serve run runserver",
         "check": "check verify ci precommit check-all validate",
     }
     CALLERS = (
-        *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all", "npm-run-all2"),
-        *("make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
+        *("npm", "pnpm", "yarn", "bun", "run-s", "run-p", "npm-run-all"),
+        *("npm-run-all2", "make", "$(MAKE)", "just", "task", "composer", "deno", "melos"),
     )
     INSTALLS = (
         r"\b(?:(?:npm|pnpm|yarn|bun|bundle|composer|poetry|pdm|pip3?|pipenv|mise)"
@@ -5121,7 +5121,7 @@ class Script:
     def __init__(self, name: str, bodies: Mapping[str, str]) -> None:
         self.name = name
         self.own = self._split(bodies[name])
-        self.last = self.own[-1] if self.own else ""  # further arguments are passed to it
+        self.last = self.own[-1] if self.own else ""  # gets further arguments
         self.text = "\n".join([bodies[name], *self._expand(bodies)])
         self.commands = self._split(self.text)
 
@@ -5192,7 +5192,7 @@ class Script:
             return self.rewrites
         if command == "run":
             builders = r"\b(?:tsc|tsup|rollup|unbuild|tsdown|esbuild|babel)\b"
-            copying = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what was built, to its place
+            copying = r"[@-]*(?:sudo )?(?:cp|mv|ln|install) "  # what was built
             only_builds = self.watches and re.search(builders, self.text)
             return not only_builds and not re.match(copying, self.last)
         if command == "check":
@@ -5207,18 +5207,18 @@ class Scripts(NamedTuple):
     source: str
     call: str
     bodies: Mapping[str, str]
-    more: str = ""  # what comes between a call and further arguments; "" if nothing can
+    more: str = ""  # what comes between a call and further arguments, if any can
 
     def script(self, name: str) -> Script:
         return Script(name, self.bodies)
 
     def pick(self) -> Iterator[tuple[str, Script]]:
         """Iterate over the commands, and the script for each."""
-        called = {re.sub("[_:.]", "-", name): name for name in reversed([*self.bodies])}
+        called = {re.sub("[_:.]", "-", name): name for name in [*self.bodies][::-1]}
         taken: dict[str, Script] = {}
         for command, names in Script.NAMES.items():
-            known = (self.script(called[name]) for name in names.split() if name in called)
-            scripts = [script for script in known if script.serves(command)]
+            known = [called[name] for name in names.split() if name in called]
+            scripts = [script for script in map(self.script, known) if script.serves(command)]
             if scripts:  # the first of the fittest
                 flaws = {"format": "only_checks", "test": "cure"}
                 flaw = flaws.get(command, "rewrites")
@@ -5246,7 +5246,7 @@ class Scripts(NamedTuple):
         waiting, seen = [script], {script.name}
         while waiting:
             script = waiting.pop()
-            own = (command for command in script.own if command != "bun test")  # which is bun's
+            own = (command for command in script.own if command != "bun test")  # bun's
             calls = map(Script.call_of, own)
             names = [call[0] for call in calls if len(call) == 1 and call[0] in self.bodies]
             if not names:
@@ -5256,7 +5256,7 @@ class Scripts(NamedTuple):
             waiting += map(self.script, new if len(seen) < 100 else ())
 
     def spell(self, script: Script, arguments: str = "") -> str:
-        """Spell the command line that runs a script, with arguments if it takes any."""
+        """Spell the command that runs a script, with arguments if it takes any."""
         line = self.call.replace("{}", script.name)
         line = re.sub("^(npm|pnpm|yarn) run test$", r"\1 test", line)
         return line + (self.more and self.more + arguments) if arguments else line
@@ -5359,9 +5359,9 @@ TASK_RUNNERS = (read_justfile, read_taskfile, read_mise, read_makefile)
 # ── 17 Node and Python ────────────────────────────────────────────────────────
 
 # Two ecosystems in which the package manager decides how a command is spelled. A new
-# one of Node is a row in Node.MANAGERS; one of Python is a row in Python.MANAGERS, with
-# its ways to install in INSTALLS and, if it has them, its scripts in SCRIPTS and its
-# lists of requirements in `_list_requirements`.
+# one of Node is a row in Node.MANAGERS; one of Python is a row in Python.MANAGERS,
+# with its ways to install in INSTALLS and, if it has them, its scripts in SCRIPTS and
+# its lists of requirements in `_list_requirements`.
 
 # Node
 
@@ -5468,7 +5468,7 @@ class Node:
         whole = dict(scripts.pick()).get("test")
         leaves = [*scripts.leaves(whole)] if whole else []
         runners = {name for name, _, _ in self.ONE_TEST}
-        testing = [leaf for leaf in leaves if not runners.isdisjoint(leaf.last.split())]
+        testing = [leaf for leaf in leaves if runners & {*leaf.last.split()}]
         script = testing[0] if len(testing) == 1 else whole if leaves == [whole] else None
         if not script:
             return
@@ -5787,7 +5787,7 @@ class Python:
 
     def _find_tox(self) -> Iterator[Found]:
         folder, prefix = self.folder, self.prefix if "tox" in self.packages else ""
-        if self.manager and "tox" not in self.packages:  # then it may well be out of date
+        if self.manager and "tox" not in self.packages:  # it may be out of date
             return
         environments = folder.table("tox.ini")
         test = flatten(environments.get("testenv", {}))
@@ -6037,9 +6037,9 @@ def find_cmake(folder: Folder) -> Iterator[Found]:
 
 # ── 19 Languages ──────────────────────────────────────────────────────────────
 
-# What is customary in each ecosystem, and the evidence that it is so here. To add one,
-# add an ecosystem, with a Row for each command and each fact; where several rows have
-# one name, the first that holds counts.
+# What is customary in each ecosystem, and the evidence that it is so here. To add
+# one, add an ecosystem, with a Row for each command and each fact; where several rows
+# have one name, the first that holds counts.
 
 NO_PYTHON = " + not pyproject.toml build-system + not pyproject.toml project + not setup.py"
 PHPCS = "*phpcs.xml* + composer.json ~ codesniffer|coding-standard|/wpcs"
@@ -6528,9 +6528,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
 
 # ── 20 Detection ──────────────────────────────────────────────────────────────
 
-# What `init` finds in a folder is the first draft of a registry file, which then is the
-# user's. A wrong command is worse than none: where the evidence is weak, nothing is
-# said. `detect` takes these steps:
+# What `init` finds in a folder is the first draft of a registry file, which then is
+# the user's. A wrong command is worse than none: where the evidence is weak, nothing
+# is said. `detect` takes these steps:
 #
 #   1 Open the folder, and those above it in its repository: a lock file may be there.
 #   2 Read the ecosystems that have a sign there, in the order of ECOSYSTEMS.
@@ -6572,11 +6572,11 @@ class Readme:
     SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
     NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
     NO_DESCRIPTION = (  # what a first sentence begins with that says something else
-        r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|if|to"
-        r"|we(?:'re| are)|thanks?|please|looking|you|first|begin|install|sponsor\w*"
+        r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|if"
+        r"|to|we(?:'re| are)|thanks?|please|looking|you|first|begin|install|sponsor\w*"
         r"|deprecated|this repository is|an extra special)\b"
     )
-    MARKUP = (  # what is taken out of prose: images, tags, emphasis, reStructuredText's links
+    MARKUP = (  # what is taken out: images, tags, reStructuredText's links, emphasis
         (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
         (r"<[^<>]*>(?!`)|&nbsp;", ""),
         (r"`([^`<>]*) <[^<>`]*>`_{1,2}", r"\1"),
@@ -6706,7 +6706,7 @@ def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Foun
 # The packages of a workspace
 
 
-WORKSPACES = (  # whose, where its globs and its members' names are, and how one is used
+WORKSPACES = (  # whose, where globs and members' names are, and how one is used
     ("javascript", "pnpm-workspace.yaml packages", "package.json name", ""),
     ("javascript", "package.json workspaces", "package.json name", ""),
     ("javascript", "package.json workspaces packages", "package.json name", ""),
@@ -6910,9 +6910,9 @@ def read_own_texts(root: str) -> dict[str, str]:
 def known_runners() -> frozenset[str]:
     """Return what a command of the user's own may begin with, as those drafted do."""
     names = (
-        "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry pdm hatch"
-        " tox nox pytest python python3 pip pre-commit php bundle rake rspec mvn gradle fvm"
-        " ninja gofmt docker"
+        "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry"
+        " pdm hatch tox nox pytest python python3 pip pre-commit php bundle rake rspec"
+        " mvn gradle fvm ninja gofmt docker"
     )
     rows = (row for system in ECOSYSTEMS for row in system.rows if row.name not in NO_COMMANDS)
     drafted = (row.text.split(" ", 1)[0] for row in rows)
@@ -6921,12 +6921,12 @@ def known_runners() -> frozenset[str]:
 
 def is_command(text: str, is_fenced: bool) -> bool:
     """Recognize a command of a known runner; a runner's bare name may be just that."""
-    need_no_arguments = ("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec")
+    alone = ("make", "ninja", "tox", "nox", "pytest", "ctest", "rake", "rspec")
     words = [*itertools.dropwhile(lambda word: "=" in word, text.strip().removeprefix("$ ").split())]
     if not words or words[1:2] == ["#"]:
         return False
     is_script = len(words) > 1 and re.match(r"(?:\./|bin/|scripts?/|vendor/bin/)\w", words[0])
-    is_known = words[0] in known_runners() and (len(words) > 1 or is_fenced or words[0] in need_no_arguments)
+    is_known = words[0] in known_runners() and (len(words) > 1 or is_fenced or words[0] in alone)
     return bool(is_script or is_known)
 
 
@@ -6976,7 +6976,7 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
     def is_link(path: str) -> bool:
         others = (f"{root}/{agent.path}" for agent in AGENTS.values() if agent.path != path)
         own = f"{root}/{path}"
-        return os.path.islink(own) and any(is_same_file(own, other) for other in others)
+        return os.path.islink(own) and any(is_same_file(own, it) for it in others)
 
     def hides_own(path: str) -> bool:
         return any(row.hidden in texts for row in HIDING if row.path == path)
@@ -7054,7 +7054,7 @@ def is_fixture_of(member: str, path: str) -> bool:
 def name_parts(root: str) -> tuple[str, dict[str, str]]:
     """Name the members of a workspace, by their paths; also return what lists them.
 
-    A part is called after its folder; those that would be called alike, by their paths.
+    A part is called after its folder, or by its path where two would be called alike.
     """
     source, found = find_part_paths(Folder(root))
     usable = (path for path in sorted({*found}) if re.match(PartPath.PATTERN, path))
