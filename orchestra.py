@@ -10570,7 +10570,7 @@ class SocketServer:
     def _on_ready(self, client: Client, mask: int) -> None:
         if client not in self.clients:
             return  # closed in this step
-        if mask & client.wanted_events & READABLE:
+        if mask & READABLE:
             client.receive()
         self._advance(client)
 
