@@ -5177,8 +5177,8 @@ class Script:
             for program, cure, once in self.CURES:
                 if program in words and words.isdisjoint((cure, *once.split())):
                     cures.setdefault(command, cure)
-        is_cured = all(command == self.last for command in cures)
-        return next(iter(cures.values()), "") if is_cured and not self.watches else None
+        is_curable = not self.watches and all(command == self.last for command in cures)
+        return next(iter(cures.values()), "") if is_curable else None
 
     def serves(self, command: str) -> bool:
         """Return whether it is what a command of this name should be."""
@@ -5852,9 +5852,9 @@ def ecosystem(name: str, sign: str, *rows: Row, **more: Any) -> Ecosystem:
 
 def use_wrapper(folder: Folder, command: str) -> str:
     """Call the script in the folder that gets the tool in the right version."""
-    wrappers = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
+    files = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
     tool, _, rest = command.partition(" ")
-    wrapper = folder.find(wrappers.get(tool, ""))
+    wrapper = folder.find(files.get(tool, ""))
     if wrapper == ".fvmrc":
         return f"fvm {command}"
     return f"./{wrapper} {rest}" if wrapper else command
@@ -5941,8 +5941,8 @@ def find_dotnet(folder: Folder) -> Iterator[Found]:
 def leave_out_ios(folder: Folder, command: str) -> str:
     """Leave out what builds for this computer, where a package is for iOS alone."""
     platforms = re.search(r"platforms: *\[([^\[\]]*)\]", folder.text("Package.swift"))
-    is_ios_only = platforms and re.findall(r"\.(\w+)\(", platforms[1]) == ["iOS"]
-    return "" if is_ios_only and re.match("swift (build|test|run)", command) else command
+    is_ios = platforms and re.findall(r"\.(\w+)\(", platforms[1]) == ["iOS"]
+    return "" if is_ios and re.match("swift (build|test|run)", command) else command
 
 
 def find_xcode(folder: Folder) -> Iterator[Found]:
@@ -6978,7 +6978,7 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
         own = f"{root}/{path}"
         return os.path.islink(own) and any(is_same_file(own, it) for it in others)
 
-    def hides_own(path: str) -> bool:
+    def hides(path: str) -> bool:
         return any(row.hidden in texts for row in HIDING if row.path == path)
 
     imports_agents = r"(?<![\w`@/.])@(?:\.{1,2}/)*AGENTS\.md\b"
@@ -6992,7 +6992,7 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
     targets: dict[str, None] = {}
     for agent in AGENTS.values():
         is_imported = agent.path == "AGENTS.md" and bool(importing)
-        is_used = not written and any(map(has, agent.traces)) and not hides_own(agent.path)
+        is_used = not written and any(map(has, agent.traces)) and not hides(agent.path)
         is_there = is_imported or has(agent.path) or is_used
         if agent.target in written:
             targets[agent.target] = None
@@ -7025,8 +7025,9 @@ def make_draft(root: str, found: Detected) -> Draft:
     if most and counts[most] >= 2:
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
-        beside = {t for t in targets if any(twin in texts for twin in AGENTS[t].twins)}
-        kept = [t for t in targets if not AGENTS[t].owned or t in beside or t in written]
+        staying = {t for t in targets if any(twin in texts for twin in AGENTS[t].twins)}
+        staying.update(written)
+        kept = [t for t in targets if not AGENTS[t].owned or t in staying]
         targets = tuple(kept) or targets
     paragraphs = (
         (found.description, "{}"),
