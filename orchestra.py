@@ -7731,7 +7731,8 @@ def adopt_record(home: str, key: Key, root: str, owners: Optional[Owners]) -> No
     try:
         if find_former(home, root, owners) == former:
             Backups(home, former).move_to(Backups(home, key))
-            move_private(record_path(home, former), record_path(home, key))  # last: till then it is found again
+            # Last: until then the former name is found again.
+            move_private(record_path(home, former), record_path(home, key))
     finally:
         os.close(turn)
 
@@ -8173,7 +8174,8 @@ class Planner:
             for agent in self._wanted.values()
             if agent.hides and agent.path not in self._beside and self._has_own_text(agent.hides, looks)
         ]
-        surroundings = ",".join([*self._beside, "", *self._importing, *(file.path + file.note for file in self._unfit)])
+        unfit = [file.path + file.note for file in self._unfit]
+        surroundings = ",".join([*self._beside, "", *self._importing, *unfit])
         inputs = f"{program_stamp()} {surroundings} {label_for(key)} {self._codebase.digest}"
         digests = self._digest_wanted(looks, inputs)
         plans = (
@@ -8252,7 +8254,7 @@ class Planner:
             elif notes or unfit:
                 looks[path] = Look(agent, resolved=f"{self._root}/{path}", note=[*notes, *unfit][0])
         for path, agent in self._wanted.items():
-            if path in record.owned and not agent.owned:  # it was Orchestra's whole, and a block is wanted now
+            if path in record.owned and not agent.owned:  # a block is wanted now
                 look = look_at(self._root, record.agent_at(path))
                 looks[path] = look._replace(agent=agent) if look.digest in record.known(path) else looks[path]
         is_gone = record.files and all(look.disk.kind == "absent" for look in looks.values())
@@ -8551,7 +8553,7 @@ class CodebaseTurn(Turn):
             when = self.back_up(file.path, before, Reason.EDITED)
             restore = f"orchestra restore {typed(label_for(self.key))} {typed(file.path)} --at {when}"
             note = f"the replaced version is kept; to get it back: {restore}"
-            if file.digest is None and file.action == Action.EVICT:  # in a purge: it is no longer registered
+            if file.digest is None and file.action == Action.EVICT:  # in a purge
                 kept = os.path.join(backups_of(self.home, self.key), when, file.path)
                 note = f"the replaced version is kept as {shorten_home(self.home, kept)}"
             file = file._replace(note="; ".join(filter(None, [note, file.note])))
@@ -8563,7 +8565,7 @@ class CodebaseTurn(Turn):
                 remove_file(place, before, self)
                 return file
             if before.kind == "file" and not before.data and place.age(self.clock) < 2.0:
-                time.sleep(0.2)  # an editor may have emptied it to write it anew; replace_file looks again
+                time.sleep(0.2)  # an editor may write it anew; replace_file looks again
             managed = managed_text(file.agent, before.data) or b""
             has_user_text = bool(before.data) and managed.strip() != before.data.strip()
             replace_file(place, file.after, before, self, durable=has_user_text)
@@ -8572,7 +8574,7 @@ class CodebaseTurn(Turn):
     def _apply_file(self, root: str, file: FilePlan) -> FilePlan:
         if not file.writes:
             return file
-        if not self.is_clean:  # another swap would overwrite the lock file, which tells where a save may be
+        if not self.is_clean:  # the lock file tells where a save may be: keep it
             problem = Problem(file.path, "skipped because an earlier file failed", retry=True)
             return file._replace(action=Action.SKIP, problem=problem)
         try:
@@ -8619,7 +8621,8 @@ class CodebaseTurn(Turn):
         stuck = {file.path: known[file.path] for file in done.files if file.path in doomed and file.problem}
         record = record._replace(files={**record.files, **stuck}, inputs="" if stuck else record.inputs)
         record = self._remove_spare_folders(plan.root, record)
-        if not any(file.writes for file in done.files) and (plan.writes or any(file.problem for file in done.files)):
+        has_problem = any(file.problem for file in done.files)
+        if not any(file.writes for file in done.files) and (plan.writes or has_problem):
             record = record._replace(synced_at=plan.record.synced_at)  # nothing came of it
         if record != first:
             save_record(self.home, self.key, record, self)
