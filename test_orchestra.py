@@ -10978,7 +10978,11 @@ def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key
 FAILED = orchestra.SyncCodebaseResult("shop", "api", errors=(orchestra.Problem("api", "the folder is missing"),))
 
 
-@pytest.mark.parametrize("failure", [{"results": [FAILED]}, {"error": "the registry cannot be read"}], ids=str)
+LEFT_OVER = FAILED._replace(errors=(), has_leftovers=True)
+FAILURES = [{"results": [FAILED]}, {"results": [LEFT_OVER]}, {"error": "the registry cannot be read"}]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=["codebase", "leftovers", "registry"])
 def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: dict[str, Any]) -> None:
     clock = Clock()
     schedule = orchestra.Schedule("/home", clock)
