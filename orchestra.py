@@ -3901,18 +3901,17 @@ class RegistryFile(Document):
         return Prose(self.path, text.strip("\n").rstrip(), self.digest, tuple(self.problems), tuple(self.notes))
 
 
-def digests_of(home: str, codebase: Codebase) -> dict[str, str]:
+def digests_of(home: str, key: Key, layers: Iterable[Layer]) -> dict[str, str]:
     """Return the SHA-256 of a codebase's files by path, "" for one that is missing."""
-    paths = layer_paths(home, codebase.key)
-    digests = {path + suffix: "" for path in paths for suffix in (".yaml", ".md")}
-    for layer in codebase.layers:
+    digests = {path + suffix: "" for path in layer_paths(home, key) for suffix in (".yaml", ".md")}
+    for layer in layers:
         digests.update(layer.digests)
     return digests
 
 
 def is_current(home: str, codebase: Codebase) -> bool:
     """Return whether the files that a codebase was read from have not changed."""
-    known = digests_of(home, codebase)
+    known = digests_of(home, codebase.key, codebase.layers)
 
     def digest(path: str) -> str:
         if not (known[path] or os.access(path, os.F_OK)):
@@ -4008,7 +4007,7 @@ class LayerReader:
         known: Mapping[Any, Any] = {},
     ) -> None:
         self.shared: dict[str, Any] = {}  # a Layer, Prose, or None for none
-        self.seen: dict[str, str] = {}  # the SHA-256 of each file, "" where there is none
+        self.seen: dict[str, str] = {}  # `digests_of` all codebases that are broken
         self._home = home
         self._parsed = parsed
         self._names = names
@@ -4024,6 +4023,13 @@ class LayerReader:
         base, path = self.read_base(key[0]), f"{self._root}/{key[0]}/{key[1]}"
         found = (self._read_layer("codebase", path, key), self._read_layer("codebase.local", f"{path}.local", key))
         own = [layer for layer in found if layer]
+        codebase, problems = self._join(key, base, own)
+        if codebase is None:
+            self.seen.update(digests_of(self._home, key, (*base.layers, *own)))
+        return codebase, problems
+
+    def _join(self, key: Key, base: Codebase, own: Sequence[Layer]) -> tuple[Optional[Codebase], tuple[Problem, ...]]:
+        """Make a codebase of its layers, or return the problems that stop it."""
         layers = (*base.layers, *own)
         problems = [problem for layer in reversed(layers) for problem in layer.problems]
         if problems:
@@ -4096,11 +4102,9 @@ class LayerReader:
         folder, _, name = path.rpartition("/")
         # A name in Unicode may be listed in another form of it (macOS).
         names = self._names.get(folder) if name.isascii() else None
-        self.seen[path] = ""
         if not (must_exist or (os.path.lexists(path) if names is None else name in names)):
             return None  # as most are
         file = RegistryFile(self._home, path, hint)
-        self.seen[path] = file.digest
         return None if file.problems and not must_exist and not os.path.lexists(path) else file
 
     def _read_layer(self, kind: str, path: str, key: Key) -> Optional[Layer]:
@@ -4198,7 +4202,7 @@ class Registry(NamedTuple):
     stray: tuple[Problem, ...]  # of files that are not a codebase's
     owners: Owners
     shared: Mapping[str, Any] = {}  # of several codebases, as LayerReader keeps it
-    seen: Mapping[str, str] = {}  # what was read for it, likewise
+    seen: Mapping[str, str] = {}  # what was read of the broken ones, likewise
 
     @property
     def keys(self) -> list[Key]:
@@ -4415,6 +4419,7 @@ def reload_codebases(
         if other != key:
             loser = codebases.pop(other if first == key else key)
             broken[loser.key] = (_explain_lost_claim(home, loser, first),)
+            reader.seen.update(digests_of(home, loser.key, loser.layers))
     shared = {**registry.shared, **reader.shared}
     return Registry(codebases, broken, registry.stray, Owners(owners, codebases, registry.owners), shared, reader.seen)
 
@@ -10933,11 +10938,12 @@ class SyncRun:
         They are the files that were gone or empty, and those being written; if it is
         broken, all that differ.
         """
-        digests, none = digests_of(self._home, old) if old else {}, ("", sha256_of(b""))
-        changed = {path for path, digest in digests.items() if seen.get(path, digest) != digest}
+        digests, none = digests_of(self._home, key, old.layers) if old else {}, ("", sha256_of(b""))
+        found = digests_of(self._home, key, new.layers) if new else seen
+        changed = {path for path, digest in digests.items() if found.get(path, digest) != digest}
         if new:
-            lost = {path for path in changed if digests[path] not in none and seen[path] in none}
-            changed = lost | {path for path in changed if not is_at_rest(path, seen[path])}
+            lost = {path for path in changed if digests[path] not in none and found[path] in none}
+            changed = lost | {path for path in changed if not is_at_rest(path, found[path])}
         return self._suspect(key, changed if new or changed else {codebase_path(self._home, key)})
 
     def _suspect(self, key: Key, files: Iterable[str]) -> Collection[str]:
