@@ -3991,6 +3991,15 @@ class ParsedFiles:
                     save_private(cache, self._head(lines) + lines, lock.token, durable=False)
 
 
+def keep_equal(old: Codebase, new: Codebase) -> Codebase:
+    """Give a codebase that was read again its old values where they are equal.
+
+    An edit leaves most of a file as it was, and a daemon need not hold that twice.
+    """
+    values: list[Any] = [value if value == other else other for value, other in zip(old, new)]
+    return Codebase(*values)
+
+
 class LayerReader:
     """Reads the layers of codebases; what several of them share is read once.
 
@@ -4043,6 +4052,7 @@ class LayerReader:
         # A file alone, as most codebases have, needs no other hash than its own.
         digest = digests[0] if len(digests) == 1 else sha256_of(repr(digests).encode())
         said = functools.reduce(CODEBASE_SCHEMA.join, records)._replace(digest=digest, layers=layers)
+        said = keep_equal(known, said) if known else said
         problems = self._check_targets(said)
         return (None, tuple(problems)) if problems else (said, ())
 
@@ -4137,9 +4147,7 @@ class LayerReader:
             said = file.read_layer(kind, key)
             if self._parsed and not file.problems:
                 self._parsed.add(file, kind, said)
-            if known:  # an edit leaves most of a file as it was
-                kept: list[Any] = [old if old == new else new for old, new in zip(known.said, said)]
-                said = Codebase(*kept)
+            said = keep_equal(known.said, said) if known else said
         return said._replace(extra=()) if said.extra else said
 
     def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> bool:
