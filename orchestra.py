@@ -8242,7 +8242,7 @@ class Planner:
             if old in ("", self._root) or not os.path.isdir(old) or os.path.samefile(old, self._root):
                 return None
         earlier = {path: record.known(path) for path in {**record.files, **record.earlier}}
-        self._record = Record(record.synced_at, earlier=earlier, owned=record.owned)
+        self._record = Record(record.synced_at, earlier=earlier, seals=record.seals, owned=record.owned)
         is_taken = self._owners is not None and self._owners.keys_at(identity_of(old))
         if real_path(old) != expand_home(real_path(self._home), record.root) or old == self._home or is_taken:
             return None

@@ -6308,6 +6308,16 @@ def test_a_codebase_reached_through_a_link_is_fine(home: Home) -> None:
     assert (root / ".cursor/rules/orchestra.mdc").exists()
 
 
+def test_text_in_a_folder_that_changed_hands_is_still_this_registrys(home: Home) -> None:
+    root = home.make_synced("shop/api", targets=["claude"])
+    home.make_codebase("shop/new", targets=["claude"])
+    home.register("shop/new", path=str(root), targets=["claude"])
+    home.register("shop/api", path=str(home.code / "shop/new"), targets=["claude"], notes=["another text"])
+    ran = home.sync("--all")
+    assert (ran.status, ran.out.splitlines()[-1]) == (0, "2 written, 0 unchanged in 2 codebases")
+    assert orchestra.FOREIGN not in ran.err and home.sync("--all", "--check").status == 0
+
+
 def test_a_dropped_target_is_an_orphan_and_removed(home: Home) -> None:
     root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["claude", "codex", "cursor"])
     home.register("shop/api", targets=["claude"])
