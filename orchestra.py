@@ -2915,7 +2915,7 @@ class Schema(Kind):
                     problem = "expected a value, got nothing" if value else "required, but missing"
                     doc.complain(f"{prefix}{name}: {problem}", value or node)
         for name, _ in node.value if items else ():
-            if name.value in items:
+            if name.id == "scalar" and name.value in items:
                 doc.note_unknown(name, prefix + name.value, self.kinds)
         return self.make(**values, extra=tuple(items.items()))
 

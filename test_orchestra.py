@@ -2295,6 +2295,7 @@ BAD_FILES = {
     "key twice": (GOOD + "path: /y\n", "3: path: duplicate key"),
     "nested key twice": (task_file("id: 1, title: t, id: 2"), TASK + r"\.id: duplicate key"),
     "list as key": (GOOD + "? [a]\n: b\n", "3: key: expected text as a key, got a list"),
+    "list as key after an unknown one": (GOOD + "x: y\n? [a]\n: b\n", "4: key: expected text as a key, got a list"),
     "merge key": (GOOD + "<<: {a: b}\n", "3: <<: merge keys are not supported, as in YAML 1.2"),
     "no name": ("path: /x\n", "1: name: required, but missing"),
     "empty name": ("name: ''\npath: /x\n", "1: name: expected a value, got nothing"),
