@@ -4030,6 +4030,11 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
         (pyproject("", "pytest", Makefile="x:\n\tuv run pytest\n"), "test: uv run pytest"),
         ({**pyproject(""), ".python-version": "3.14\n"}, "built with: Python 3.14"),
         ({"setup.py": "setup(\n    python_requires='>=3.8',\n)"}, "built with: Python 3.8+"),
+        (
+            {"setup.cfg": "[metadata]\ndescription = Sells\n[options]\npython_requires = >=3.9\n"},
+            "description: Sells | built with: Python 3.9+",
+        ),
+        ({"setup.py": "", "mise.toml": "[tools]\npython = '3.13'\n"}, "built with: Python 3.13"),
     ],
 )
 def test_python_has_the_commands_of_its_environment(home: Home, files: Any, expected: str) -> None:
@@ -4094,10 +4099,15 @@ def composer(**keys: Any) -> dict[str, str]:
     return {"composer.json": json.dumps(keys)}
 
 
+def composer_dev(*packages: str) -> dict[str, str]:
+    return composer(**{"require-dev": dict.fromkeys(packages, "*")})
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),  # - where nothing may be said; other names are not looked at
     [
-        ({"mix.exs": ""}, "install: mix deps.get | build: mix compile | test: - | lint: - | run: -"),
+        ({"mix.exs": ""}, "install: mix deps.get | build: mix compile | test: - | lint: - | built with: Elixir"),
+        ({"mix.exs": '  lint: ["x"]\n{:ex_check, "~> 1"}\n'}, "lint: mix lint | check: mix check"),
         ({"mix.exs": "", "test": None}, "test: mix test | one test: mix test test/path/to/file_test.exs:LINE"),
         ({"mix.exs": 'apps_path: "apps"'}, "one test: mix test apps/APP/test/path/to/file_test.exs:LINE"),
         ({"mix.exs": "#  {:credo, 1}\n", ".formatter.exs": ""}, "lint: - | format: mix format"),
@@ -4133,6 +4143,31 @@ def composer(**keys: Any) -> dict[str, str]:
             "test: php artisan test | one test: php artisan test --filter=NAME | run: php artisan serve | "
             "built with: PHP 8.2+, Laravel 12",
         ),
+        (
+            {**composer(require={"symfony/framework-bundle": "7.2.*"}), "bin/phpunit": "", "phpunit.xml": ""},
+            "test: php bin/phpunit | one test: php bin/phpunit --filter NAME | built with: PHP, Symfony 7.2",
+        ),
+        (
+            {**composer_dev("symfony/phpunit-bridge"), "phpunit.xml": ""},
+            "test: vendor/bin/simple-phpunit | one test: vendor/bin/simple-phpunit --filter NAME",
+        ),
+        (
+            {**composer_dev("nette/tester"), "tests": None},
+            "test: vendor/bin/tester tests | one test: vendor/bin/tester tests/FILE",
+        ),
+        ({**composer_dev("codeception/codeception"), "codeception.yml": ""}, "test: vendor/bin/codecept run"),
+        (
+            {**composer_dev("squizlabs/php_codesniffer", "vimeo/psalm"), "phpcs.xml.dist": "", "psalm.xml": ""},
+            "lint: vendor/bin/phpcs | format: vendor/bin/phpcbf | type check: vendor/bin/psalm",
+        ),
+        (
+            {**composer_dev("symplify/easy-coding-standard"), "ecs.php": ""},
+            "lint: vendor/bin/ecs check | format: vendor/bin/ecs check --fix",
+        ),
+        (
+            {**composer_dev("friendsofphp/php-cs-fixer"), ".php-cs-fixer.php": ""},
+            "lint: vendor/bin/php-cs-fixer check | format: vendor/bin/php-cs-fixer fix",
+        ),
         ({**composer(), ".php-cs-fixer.dist.php": ""}, "format: -"),  # not installed by composer
         ({"Gemfile": 'gem "jekyll"', "_config.yml": ""}, "install: -"),  # a site about something else
         ({"Gemfile": 'gem "fastlane"', "Rakefile": "task :x"}, "install: -"),
@@ -4160,7 +4195,21 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         (
             {"Gemfile": 'gem "standard"', "bin/rails": "", "bin/dev": "", ".ruby-version": "ruby-3.4.1\n"},
-            "lint: bundle exec standardrb | format: bundle exec standardrb --fix | run: bin/dev",
+            "lint: bundle exec standardrb | format: bundle exec standardrb --fix | run: bin/dev | "
+            "built with: Ruby 3.4.1",
+        ),
+        (
+            {"x.gemspec": "", "bin/setup": "", "bin/rubocop": "", "bin/ci": "", "Gemfile": 'ruby "3.3.6"'},
+            "install: bin/setup | lint: bin/rubocop | format: bin/rubocop -a | check: bin/ci | built with: Ruby 3.3.6",
+        ),
+        (
+            {"x.gemspec": "", "script/bootstrap": "", "script/test": "", "script/cibuild": "", "Steepfile": ""},
+            "install: script/bootstrap | test: script/test | check: script/cibuild | "
+            "type check: bundle exec steep check",
+        ),
+        (
+            {"bin/rails": "", "config.ru": "", "sorbet/config": ""},
+            "run: bin/rails server | type check: bundle exec srb tc",
         ),
         (
             {"Cargo.toml": "[package]\nedition = '2021'", "src/main.rs": "", "rust-toolchain": "1.80.1\n"},
@@ -4168,13 +4217,25 @@ def composer(**keys: Any) -> dict[str, str]:
             "lint: cargo clippy --all-targets | format: cargo fmt | run: cargo run | built with: Rust 1.80.1",
         ),
         (
-            {"Cargo.toml": "[workspace.package]\nrust-version = '1.75'\n", "rustfmt.toml": 'group_imports = "One"'},
+            {
+                "Cargo.toml": "[workspace.package]\nrust-version = '1.75'\ndescription = 'Sells'\n",
+                "rustfmt.toml": 'group_imports = "One"',
+            },
+            "build: cargo build --workspace | lint: cargo clippy --workspace --all-targets | description: Sells | "
             "test: cargo test --workspace | one test: cargo test -p CRATE name_of_the_test | run: - | "
             "format: cargo +nightly fmt --all | built with: Rust 1.75+",
         ),
         (
             {"Cargo.toml": "[[bin]]\n[[bin]]", "src/main.rs": "", ".config/nextest.toml": ""},
             "test: cargo nextest run | one test: cargo nextest run name_of_the_test | run: -",
+        ),
+        (
+            {"Cargo.toml": "[workspace]\n", ".config/nextest.toml": ""},
+            "test: cargo nextest run --workspace | format: cargo fmt --all | built with: Rust",
+        ),
+        (
+            {"Cargo.toml": "[package]\ndefault-run = 'shop'", "rust-toolchain.toml": 'channel = "1.80"'},
+            "run: cargo run | built with: Rust 1.80",
         ),
         ({"Cargo.toml": CARGO + "path = 'core/main.rs'", "core/main.rs": ""}, "run: cargo run"),
         ({"Cargo.toml": CARGO, "src/main.rs": ""}, "run: cargo run"),
@@ -4212,13 +4273,25 @@ def composer(**keys: Any) -> dict[str, str]:
             "one test: mvn test -pl MODULE -Dtest=ClassName#method | run: - | lint: mvn spotless:check | "
             "format: mvn spotless:apply",
         ),
+        (
+            {
+                "pom.xml": "<artifactId>spring-boot-starter-parent</artifactId>\n<version>3.4.1</version>\n"
+                "<maven.compiler.source>11</maven.compiler.source> spring-boot-maven-plugin fmt-maven-plugin"
+            },
+            "format: mvn fmt:format | run: mvn spring-boot:run | built with: Java 11, Spring Boot 3.4.1",
+        ),
+        (
+            {"pom.xml": "quarkus-maven-plugin formatter-maven-plugin", ".sdkmanrc": "java=21.0.5-tem\n"},
+            "format: mvn formatter:format | run: mvn quarkus:dev | built with: Java 21.0.5",
+        ),
+        ({"pom.xml": "spring-javaformat-maven-plugin"}, "format: mvn spring-javaformat:apply"),
         ({"pom.xml": "<description>${x}</description>\n<release>${java}</release>"}, "built with: Java"),
         ({"pom.xml": "", "mvnw": "", "build.gradle": "", "gradlew": ""}, "test: ./mvnw test | test (gradle): -"),
         (
             {"build.gradle.kts": 'jvmToolchain(21)\nid("com.diffplug.spotless")', "gradlew": "", "src/test": None},
             "build: ./gradlew assemble | test: ./gradlew test | check: ./gradlew check | "
-            "one test: ./gradlew test --tests 'ClassName.method' | format: ./gradlew spotlessApply | "
-            "built with: Java 21",
+            "one test: ./gradlew test --tests 'ClassName.method' | lint: ./gradlew spotlessCheck | "
+            "format: ./gradlew spotlessApply | built with: Java 21",
         ),
         (
             {"settings.gradle": "include ':app'\n", "gradlew": "", "build.gradle": "// spotless"},
@@ -4226,6 +4299,27 @@ def composer(**keys: Any) -> dict[str, str]:
         ),
         ({"build.gradle.kts": 'kotlin("jvm")', "gradle/libs.versions.toml": KOTLIN}, "built with: Kotlin 2.1.0"),
         ({"build.gradle.kts": "java", "gradle/libs.versions.toml": KOTLIN}, "built with: -"),
+        (
+            {
+                "build.gradle.kts": 'kotlin("jvm") version "2.0.21"\nid("org.jlleitschuh.gradle.ktlint")\napplication',
+                ".java-version": "21\n",
+            },
+            "lint: gradle ktlintCheck | format: gradle ktlintFormat | run: gradle run | "
+            "built with: Java 21, Kotlin 2.0.21",
+        ),
+        (
+            {
+                "build.gradle": "description = 'Sells'\nsourceCompatibility = 17\n"
+                "id 'org.springframework.boot' version '3.4.1'\nid 'io.gitlab.arturbosch.detekt'\n",
+                "gradle/wrapper/gradle-wrapper.properties": "gradle-8.5-bin.zip",
+            },
+            "lint: gradle detekt | run: gradle bootRun | description: Sells | "
+            "built with: Java 17, Spring Boot 3.4.1, Gradle 8.5",
+        ),
+        (
+            {"build.gradle": "multiplatform kotlin.jvm org.jetbrains.intellij"},
+            "test: gradle test allTests | run: gradle runIde",
+        ),
         (
             {"build.gradle": 'alias(libs.plugins.kotlin.multiplatform)\n"org.springframework.boot" apply false'},
             "test: gradle allTests | run: -",
@@ -4253,11 +4347,20 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"A.sln": SLN, "ProjectSettings/x": ""}, "build: -"),  # Unity's
         (
             {"A.slnx": SOLUTION, "A.csproj": "", "global.json": '{"test": {"runner": "Microsoft.Testing.Platform"}}'},
-            "test: dotnet test --solution A.slnx | one test: -",
+            "test: dotnet test --solution A.slnx | one test: - | built with: .NET",
         ),
         (
             {"A.csproj": "<TargetFramework>net8.0</TargetFramework>\n<Description>Sells</Description>"},
             "build: dotnet build | test: - | built with: .NET 8.0 | description: Sells",
+        ),
+        (
+            {
+                "A.csproj": "",
+                "Directory.Build.props": "<TargetFrameworks>net9.0</TargetFrameworks>",
+                ".config/dotnet-tools.json": '{"tools": {"csharpier": {"version": "1.0.0"}}}',
+                ".editorconfig": "",
+            },
+            "format: dotnet csharpier format . | built with: .NET 9.0",
         ),
         (
             {"Package.swift": "// swift-tools-version: 5.9\n.testTarget(name: x)", ".swiftformat": ""},
@@ -4268,6 +4371,19 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"Package.swift": "platforms: [.iOS(.v16), .macOS(.v13)],", "Sources": None}, "build: swift build | test: -"),
         ({"Package.swift": "", "CMakeLists.txt": ""}, "build: cmake -B build && cmake --build build"),
         ({"Package.swift": ".executableTarget()", "Sources": None}, "run: swift run"),
+        (
+            {"App.xcworkspace": None, "Podfile": "", "Gemfile": "gem 'cocoapods'", ".swift-version": "6.0\n"},
+            "type: mobile | install: bundle exec pod install | build: - | built with: Swift 6.0",
+        ),
+        (
+            {"Tuist.swift": "", ".swift-format": ""},
+            "install: tuist install && tuist generate --no-open | lint: swift format lint --recursive . | "
+            "format: swift format --in-place --recursive . | built with: Swift",
+        ),
+        (
+            {"App.xcodeproj": None, "project.yml": "targets: {App: {}}", ".swiftlint.yml": ""},
+            "install: xcodegen generate | lint: swiftlint",
+        ),
         (
             {SCHEME: "", "App.xcodeproj/project.pbxproj": PBXPROJ.format("iphoneos"), "Podfile": ""},
             "install: pod install | "
@@ -4291,30 +4407,71 @@ def composer(**keys: Any) -> dict[str, str]:
             {"pubspec.yaml": "dependencies: {flutter: x}", ".fvmrc": '{"flutter": "3.24.1"}', "test/a_test.dart": ""},
             "test: fvm flutter test | built with: Flutter 3.24.1",
         ),
+        (
+            {
+                "pubspec.yaml": "environment: {flutter: 3.27.0}\ndependencies: {flutter: {}}\n"
+                "dev_dependencies: {build_runner: any}\n",
+                "melos.yaml": "",
+            },
+            "install: melos bootstrap | build: dart run build_runner build | built with: Flutter 3.27.0",
+        ),
         ({"pubspec.yaml": "dependencies: {flutter: {}}", "lib/main.dart": ""}, "type: mobile | run: flutter run"),
         ({"pubspec.yaml": "dev_dependencies:\n  test: x", "test/a_test.dart": ""}, "type: backend | test: dart test"),
         ({"pubspec.yaml": "dependencies:\n  test: any\n", "test/a_test.dart": ""}, "test: dart test"),
-        ({"pubspec.yaml": "name: x", "test/a_test.dart": ""}, "test: - | lint: dart analyze"),
+        (
+            {"pubspec.yaml": "name: x", "test/a_test.dart": ""},
+            "install: dart pub get | test: - | lint: dart analyze | format: dart format . | built with: Dart",
+        ),
+        (
+            {"pubspec.yaml": "description: Sells\nenvironment: {sdk: ^3.5.0}\n", ".fvmrc": ""},
+            "install: fvm flutter pub get | description: Sells | built with: Dart 3.5+",
+        ),
         (
             {"pubspec.yaml": "name: x", "melos.yaml": "scripts: {test: {run: x}, format: dart format}"},
             "install: melos bootstrap | test: melos run test | format: melos run format",
         ),
-        ({"deno.json": '{"tasks": {"test": "deno test -A", "dev": "x"}}'}, "test: deno task test | run: deno task dev"),
+        (
+            {"deno.json": '{"tasks": {"test": "deno test -A", "dev": "x"}}'},
+            "test: deno task test | one test: deno test -A path/to/file_test.ts --filter NAME | run: deno task dev",
+        ),
         (
             {"deno.jsonc": '// A comment\n{"tasks": {"test": "x", /* no */ }, "a": "// yes",}', "biome.json": "{}"},
             "test: deno task test | lint: - | format: -",
         ),
         ({"deno.json": "{}", "src/x_test.ts": ""}, "test: deno test -A"),
-        ({"deno.json": "{}", "x_test.ts": ""}, "test: deno test -A | lint: deno lint | format: deno fmt"),
+        (
+            {"deno.json": "{}", "x_test.ts": ""},
+            "install: deno install | test: deno test -A | lint: deno lint | format: deno fmt | built with: Deno",
+        ),
         ({"deno.json": "{}", **npm(test="x")}, "test: npm test | lint: -"),
-        ({"gleam.toml": 'gleam = ">= 1.4.0"', "test": None}, "test: gleam test | built with: Gleam 1.4.0+"),
+        (
+            {"gleam.toml": 'description = "Sells"\ngleam = ">= 1.4.0"', "test": None},
+            "install: gleam deps download | build: gleam build | test: gleam test | format: gleam format | "
+            "type check: gleam check | description: Sells | built with: Gleam 1.4.0+",
+        ),
+        ({"gleam.toml": ""}, "test: - | built with: Gleam"),
         ({"rebar.config": "", "test/x_SUITE.erl": ""}, "test: rebar3 ct | one test: rebar3 ct --suite=test/NAME_SUITE"),
         ({"rebar.config": "", "erlang.mk": "", "test/x_tests.erl": ""}, "build: make | test: make tests | one test: -"),
-        ({"rebar.config": "{plugins, [erlfmt]}."}, "build: rebar3 compile | format: rebar3 fmt"),
+        ({"rebar.config": "{plugins, [erlfmt]}."}, "build: rebar3 compile | format: rebar3 fmt | built with: Erlang"),
+        ({"rebar.config": "", "test/x_tests.erl": ""}, "test: rebar3 eunit | one test: rebar3 eunit --module=NAME"),
         (
-            {"build.sbt": 'ThisBuild / scalaVersion := "3.3.1"', "project/plugins.sbt": '"sbt-scalafmt"'},
-            "test: sbt test | format: sbt scalafmtAll | built with: Scala 3.3.1",
+            {
+                "rebar.config": '{minimum_otp_vsn, "26"}. {plugins, [rebar3_lint]}. {dialyzer, []}.',
+                "test/x_SUITE.erl": "",
+                "test/x_tests.erl": "",
+            },
+            "test: rebar3 do eunit, ct | lint: rebar3 lint | type check: rebar3 dialyzer | built with: Erlang/OTP 26",
         ),
+        (
+            {
+                "build.sbt": 'ThisBuild / scalaVersion := "3.3.1"',
+                "project/plugins.sbt": '"sbt-scalafmt"',
+                "project/build.properties": "sbt.version=1.10.7\n",
+            },
+            "build: sbt compile | test: sbt test | one test: sbt 'testOnly *ClassName' | lint: sbt scalafmtCheckAll | "
+            "format: sbt scalafmtAll | built with: Scala 3.3.1, sbt 1.10.7",
+        ),
+        ({"build.sbt": ""}, "lint: - | built with: Scala"),
         (
             {"x.cabal": "synopsis: Parses\ntest-suite t\n", "stack.yaml": "snapshot: lts-22.43\n"},
             "build: stack build | test: stack test | description: Parses | built with: Haskell, Stackage LTS 22.43",
@@ -4322,16 +4479,46 @@ def composer(**keys: Any) -> dict[str, str]:
         ({"x.cabal": "library\n"}, "build: cabal build | test: -"),
         ({"cabal.project": "", "x.cabal": "library\n"}, "build: cabal build all | test: -"),
         ({"cabal.project": "", "stack.yaml": ""}, "build: cabal build all | test: cabal test all"),
-        ({"dune-project": "", "x.opam": "", ".ocamlformat": ""}, "test: dune test | format: dune fmt"),
+        ({"cabal.project": "", "x.cabal": "test-suite t\n"}, "test: cabal test all"),
+        ({"stack.yaml": ""}, "test: stack test"),
+        (
+            {"x.cabal": "test-suite t\n", ".hlint.yaml": "", "fourmolu.yaml": ""},
+            "test: cabal test | lint: hlint . | format: fourmolu -i .",
+        ),
+        (
+            {"dune-project": '(synopsis "Parses")\n(ocaml (>= 5.1))', "x.opam": "", ".ocamlformat": ""},
+            "install: opam install . --deps-only --with-test | build: dune build | test: dune test | "
+            "format: dune fmt | description: Parses | built with: OCaml 5.1",
+        ),
+        ({"dune-project": ""}, "install: - | format: - | built with: OCaml"),
         (
             {"build.zig": 'b.step("test", "x")', "build.zig.zon": '.{ .minimum_zig_version = "0.14.0" }'},
             "build: zig build | test: zig build test | one test: - | run: - | built with: Zig 0.14.0",
         ),
+        (
+            {"build.zig": 'b.step("run", "x") "test-filter"'},
+            "one test: zig build test -Dtest-filter=NAME | format: zig fmt . | run: zig build run",
+        ),
         ({"build.zig": "", "build.zig.zon": '.minimum_zig_version = "0.17.0-dev.1+a"'}, "built with: Zig"),
         ({"foundry.toml": "", "hardhat.config.ts": "", **npm(test="hardhat test")}, "test: npm test"),
-        ({"foundry.toml": ""}, "test: forge test | one test: forge test --match-test NAME"),
-        ({"shard.yml": "name: x", "spec": None}, "install: shards install | test: crystal spec"),
-        ({"Project.toml": 'uuid = "1"', "test/runtests.jl": ""}, "test: julia --project -e 'using Pkg; Pkg.test()'"),
+        (
+            {"foundry.toml": ""},
+            "build: forge build | test: forge test | one test: forge test --match-test NAME | format: forge fmt | "
+            "built with: Solidity",
+        ),
+        ({"foundry.toml": "profile.default.solc = '0.8.26'"}, "built with: Solidity 0.8.26"),
+        (
+            {"shard.yml": "description: Sells\ncrystal: '>= 1.10'", "spec": None},
+            "install: shards install | test: crystal spec | format: crystal tool format | description: Sells | "
+            "built with: Crystal 1.10+",
+        ),
+        ({"shard.yml": "name: x"}, "test: - | built with: Crystal"),
+        (
+            {"Project.toml": 'uuid = "1"', "test/runtests.jl": ""},
+            "install: julia --project -e 'using Pkg; Pkg.instantiate()' | "
+            "test: julia --project -e 'using Pkg; Pkg.test()' | built with: Julia",
+        ),
+        ({"Project.toml": 'uuid = "1"\ncompat.julia = "1.9"'}, "test: - | built with: Julia 1.9"),
         ({"Project.toml": 'name = "x"'}, "install: -"),
         (
             {"CMakeLists.txt": CMAKE},
@@ -4339,7 +4526,14 @@ def composer(**keys: Any) -> dict[str, str]:
             "one test: ctest --test-dir build -R NAME | built with: C++17, CMake 3.14+",
         ),
         ({"CMakeLists.txt": "enable_testing()\n"}, "test: -"),  # those of its parts, if any
-        ({"CMakeLists.txt": "project(x)\n"}, "test: -"),
+        ({"CMakeLists.txt": "project(x)\n"}, "test: - | built with: -"),
+        (
+            {"CMakeLists.txt": 'project(x DESCRIPTION "Sells" LANGUAGES CXX)', ".gitmodules": "path = x\n"},
+            "install: git submodule update --init --recursive | description: Sells | built with: C++",
+        ),
+        ({"CMakeLists.txt": "target_compile_features(x PUBLIC cxx_std_20)\n"}, "built with: C++20"),
+        ({"CMakeLists.txt": "set(CMAKE_C_STANDARD 11)\n"}, "built with: C11"),
+        ({"CMakeLists.txt": "project(x C)\n"}, "built with: C"),
         # What the first test stands under must be on.
         *(
             ({"CMakeLists.txt": f"include(CTest)\n{text}"}, f"build: cmake -B build{options} && cmake --build build")
@@ -4383,7 +4577,11 @@ def composer(**keys: Any) -> dict[str, str]:
             {"meson.build": "project('x', 'c', meson_version: '>= 0.59')\nsubdir('tests')\n", "CMakeLists.txt": ""},
             "test: meson test -C build | one test: meson test -C build NAME | built with: C, Meson 0.59+",
         ),
-        ({"meson.build": "project('x')\n"}, "build: meson setup build && meson compile -C build | test: -"),
+        (
+            {"meson.build": "project('x', 'cpp')\n", ".clang-format": ""},
+            "build: meson setup build && meson compile -C build | test: - | format: clang-format -i path/to/file | "
+            "built with: C++",
+        ),
         (
             {"configure.ac": CONFIGURE, "autogen.sh": "", "Makefile.am": "SUBDIRS = src tests\n"},
             "build: ./autogen.sh && ./configure && make | test: make check | built with: C",
@@ -4392,18 +4590,55 @@ def composer(**keys: Any) -> dict[str, str]:
             {"configure.ac": CONFIGURE, ".gitmodules": "path = x\n", "Makefile.am": "SUBDIRS = src\n"},
             "install: git submodule update --init --recursive | test: - | build: autoreconf -i && ./configure && make",
         ),
+        (
+            {"configure.ac": "AC_PROG_CXX\n", "bootstrap": "", "Makefile.am": "TESTS = x\n"},
+            "build: ./bootstrap && ./configure && make | test: make check | "
+            "one test: make check TESTS=path/to/test | built with: C++",
+        ),
         ({"configure": "", "Makefile.in": "check: all\n"}, "build: ./configure && make | test: make check"),
-        ({"MODULE.bazel": ""}, "build: bazel build //... | test: bazel test //..."),
+        (
+            {"MODULE.bazel": ""},
+            "build: bazel build //... | test: bazel test //... | one test: bazel test //path/to:target",
+        ),
         ({"MODULE.bazel": "", "go.mod": ""}, "build: go build ./... | build (bazel): -"),
         (
             {"main.tf": 'required_version = ">= 1.5"', ".tflint.hcl": ""},
             "install: terraform init | lint: tflint | format: terraform fmt -recursive | test: - | "
             "check: terraform validate | built with: Terraform 1.5+",
         ),
+        ({"x.tf": "", "x.tftest.hcl": ""}, "test: terraform test | lint: - | built with: Terraform"),
+        ({"x.tf": "", ".terraform-version": "1.9.8\n"}, "built with: Terraform 1.9.8"),
     ],
 )
 def test_a_language_has_the_commands_of_its_tools(home: Home, files: Any, expected: str) -> None:
     check_found(home, files, expected)
+
+
+def test_each_row_of_a_language_has_a_case(home: Home) -> None:
+    """A row counts where it is the first of its name, and the case expects that name."""
+    tests: Any = (
+        test_a_language_has_the_commands_of_its_tools,
+        test_python_has_the_commands_of_its_environment,
+        test_node_has_the_commands_of_its_scripts_and_tools,
+        test_description_and_versions_come_from_the_manifests,
+    )
+    cases = [case for test in tests for case in test.pytestmark[0].args[1] if case[0]]
+    missing = {(system.name, row) for system in orchestra.ECOSYSTEMS for row in system.rows}
+    for number, (files, expected) in enumerate(cases):
+        root = home.code / str(number)
+        put_files(root, files)
+        folder = orchestra.Folder(str(root))
+        for system in (system for system in orchestra.ECOSYSTEMS if folder.holds(system.sign)):
+            seen = {item.name for item in system.find(folder)}
+            for row in system.rows:
+                alone = system._replace(rows=(row,), find=lambda folder: ())
+                if row.name in seen or not any(item.text for item in alone.read(folder)):
+                    continue
+                shown = "built with" if row.name in ("version", "tool") else row.name
+                if f"{shown}: " in expected:
+                    missing.discard((system.name, row))
+                seen |= {row.name} - {"tool"}  # of which several count
+    assert missing == set(), "add a case for these rows"
 
 
 @pytest.mark.parametrize(
