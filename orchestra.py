@@ -5,7 +5,7 @@
 # ///
 """Keep AI coding agents' instruction files in sync, from one registry.
 
-    ~/.orchestra/projects/shop/api.yaml          the registry: one YAML file a codebase
+    ~/.orchestra/projects/shop/api.yaml         the registry: one YAML file per codebase
         │  read and checked (9 to 14)
         ▼
     Codebase ── rendered (22) ──► the text each agent should see
@@ -16,7 +16,7 @@
                                  ▼  backed up, then replaced in one step (26, 5 to 7)
                   CLAUDE.md, AGENTS.md, .cursor/rules/orchestra.mdc ...
 
-    The daemon: a YAML file is saved ─► event ─► what changed ─► debounced (28)
+    The daemon: a registry file is saved ─► event ─► what changed ─► debounced (28)
                 ─► job (32) ─► Plan, as above
 
 Contents
@@ -51,7 +51,7 @@ Contents
     24 Records            what was last written, which proves that it is Orchestra's
     25 Plan               what is to be written now, and what becomes of what is there
     26 Sync               carrying a plan out, and bringing replaced text back
-    27 Status and diff    a plan put into a word, and into a diff
+    27 Status and diff    a plan put into a word or a diff; what an agent is told
 
   IV Daemon
     28 Watching           events say where to look; the tree, what changed
@@ -63,7 +63,7 @@ Contents
 
   V Program
     34 Installing         PyYAML and the installed program
-    35 Services           the daemon at login: launchd
+    35 Services           the daemon in the background: launchd, systemd
     36 Registering        a folder becomes a codebase
     37 Output             messages, tables and colors for a terminal or a pipe
     38 Arguments          the rows of the table of commands
@@ -400,7 +400,7 @@ class Problem(NamedTuple):
 #     schema.json                      the JSON Schema of its files, for editors
 #     hashes/PROJECT/NAME.json         the record of what was last written to a codebase
 #     backups/PROJECT/NAME/TIME/PATH   what was replaced
-#     run/                             lock files, the cache of parsed files
+#     run/                             locks, what was parsed, what the daemon replaced
 #     logs/, daemon.sock               the daemon's
 #     notify                           the user's own program, run with what went wrong
 #     lib/, bin/                       the installed program, and its PyYAML
@@ -9089,55 +9089,6 @@ def trace_origins(home: str, codebase: Codebase) -> Iterator[tuple[str, str, str
             yield "prose", prose.text.strip(), prose.file[start:]
 
 
-# Replaced text
-
-# Where the daemon replaced hand-written text, `daemon status` reports it for a day, or
-# until the codebase is restored or synced by hand. The notes are kept in a file per
-# codebase, so that they outlast the daemon and commands can remove them.
-
-REPLACED_KEPT = 86_400  # seconds
-
-
-def forget_replaced(home: str, keys: Iterable[Key]) -> None:
-    """Remove the notes of codebases that the user has dealt with; raises IoError."""
-    if os.path.isdir(replaced_root(home)):
-        for key in keys:
-            remove_private(replaced_path(home, key))
-
-
-def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
-    """Load a codebase's notes by path; remove them if they are too old, or damaged."""
-    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        value = parse_object(read_disk(replaced_path(home, key)).data)
-        if now - float(value["at"]) < REPLACED_KEPT:
-            return {str(path): str(note) for path, note in value["notes"].items()}
-    with suppress(IoError):
-        forget_replaced(home, [key])
-    return {}
-
-
-def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> None:
-    data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
-    with suppress(IoError):  # the log has it
-        save_private(replaced_path(home, key), data, new_token(), durable=False)
-
-
-def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
-    """List what is noted of some codebases, and remove what is too old of any."""
-    root = replaced_root(home)
-    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
-    problems = []
-    for project, name in files:
-        key = (project, name[: -len(".json")])
-        notes = load_replaced(home, key, now) if name.endswith(".json") else {}
-        problems += [
-            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-            for path, note in notes.items()
-            if key in keys
-        ]
-    return sorted(problems)
-
-
 # ══ IV Daemon ═════════════════════════════════════════════════════════════════
 
 # ── 28 Watching ───────────────────────────────────────────────────────────────
@@ -11360,6 +11311,55 @@ class JobLog:
             self._notify(str(problem))
         if len(new) > MAX_LOGGED_ERRORS:
             self._log.warning("more problems", count=len(new) - MAX_LOGGED_ERRORS)
+
+
+# Replaced text
+
+# Where the daemon replaced hand-written text, `daemon status` reports it for a day, or
+# until the codebase is restored or synced by hand. The notes are kept in a file per
+# codebase, so that they outlast the daemon and commands can remove them.
+
+REPLACED_KEPT = 86_400  # seconds
+
+
+def forget_replaced(home: str, keys: Iterable[Key]) -> None:
+    """Remove the notes of codebases that the user has dealt with; raises IoError."""
+    if os.path.isdir(replaced_root(home)):
+        for key in keys:
+            remove_private(replaced_path(home, key))
+
+
+def load_replaced(home: str, key: Key, now: float) -> dict[str, str]:
+    """Load a codebase's notes by path; remove them if they are too old, or damaged."""
+    with suppress(IoError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        value = parse_object(read_disk(replaced_path(home, key)).data)
+        if now - float(value["at"]) < REPLACED_KEPT:
+            return {str(path): str(note) for path, note in value["notes"].items()}
+    with suppress(IoError):
+        forget_replaced(home, [key])
+    return {}
+
+
+def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> None:
+    data = json.dumps({"at": now, "notes": {**load_replaced(home, key, now), **notes}}).encode()
+    with suppress(IoError):  # the log has it
+        save_private(replaced_path(home, key), data, new_token(), durable=False)
+
+
+def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
+    """List what is noted of some codebases, and remove what is too old of any."""
+    root = replaced_root(home)
+    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
+    problems = []
+    for project, name in files:
+        key = (project, name[: -len(".json")])
+        notes = load_replaced(home, key, now) if name.endswith(".json") else {}
+        problems += [
+            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
+            for path, note in notes.items()
+            if key in keys
+        ]
+    return sorted(problems)
 
 
 # The loop
