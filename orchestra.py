@@ -2070,9 +2070,10 @@ class Turn(Lock):
 
 # ── 8 Agents ──────────────────────────────────────────────────────────────────
 
-# One row per agent: a new agent is a new row here, and a word in the README. The
-# facts are from the makers' documentation, as of November 2026. Agents that read
-# AGENTS.md, and need no file of their own, have no row.
+# One row per agent: a new agent is a new row here, and a word in the README. Agents
+# that read AGENTS.md, and need no file of their own, have no row. What agents read
+# together, or in place of another file, is in the tables behind. All is from the
+# makers' documentation, as of November 2026.
 
 
 class Budget(NamedTuple):
@@ -2202,18 +2203,32 @@ class Hiding(NamedTuple):
     path: str
     hidden: str
     readers: str
-    mend: str
+    mend: str = ""
 
 
-HIDING = (  # as of November 2026
+HIDING = (  # files of Orchestra's that would hide the user's
     Hiding("AGENTS.md", "CLAUDE.md", "OpenCode, Kilo, Pi, Zed and Codebuff", "move that text into {prose}"),
     Hiding(".github/copilot-instructions.md", "AGENTS.md", "Zed", "use the target copilot-rules"),
     Hiding(".github/copilot-instructions.md", "CLAUDE.md", "Zed", "use the target copilot-rules"),
     Hiding(".junie/AGENTS.md", "AGENTS.md", "Junie", "drop the target junie"),
 )
-# A file of the user's, and the one that its agent then does not read. As of November
-# 2026.
-REPLACING = (("AGENTS.override.md", "AGENTS.md", "Codex"), ("WARP.md", "AGENTS.md", "Warp"))
+SHADOWING = (  # the user's that hide Orchestra's, in each folder
+    Hiding("AGENTS.override.md", "AGENTS.md", "Codex"),
+    Hiding("WARP.md", "AGENTS.md", "Warp"),
+)
+ALSO_SHADOWING = (  # files of other agents, in the top folder: no news for a status
+    Hiding(".rules", "AGENTS.md", "Zed"),
+    Hiding(".cursorrules", "AGENTS.md", "Zed"),
+    Hiding(".junie/AGENTS.md", "AGENTS.md", "Junie"),
+)
+# Who joins which files: what targets of both write, this agent reads twice. That of the
+# two defaults is no finding.
+JOINED = {
+    "Copilot in VS Code": ("CLAUDE.md", "AGENTS.md", ".github/copilot-instructions.md"),
+    "Antigravity": ("AGENTS.md", "GEMINI.md", ".agents/rules/orchestra.md"),
+    "Cursor": ("AGENTS.md", ".cursor/rules/orchestra.mdc"),
+    "Devin": ("CLAUDE.md", "AGENTS.md", ".cursor/rules/orchestra.mdc"),
+}
 DEFAULT_TARGETS = ("claude", "codex")
 MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
 
@@ -8937,15 +8952,15 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
     return state, "; ".join(f"{change}: {', '.join(paths[change])}" for change in found)
 
 
-def find_replacing(plan: Plan, rows: Iterable[tuple[str, str, str]] = REPLACING) -> Iterator[tuple[str, str]]:
+def find_shadowing(plan: Plan, also: Iterable[Hiding] = ()) -> Iterator[tuple[str, str]]:
     """Find files of the user's that an agent reads in place of a planned one."""
     written = {file.path for file in plan.files if file.after is not None}
     parts = sorted({f"{file.agent.part}/" for file in plan.files if file.agent.part})
-    for row in rows:
-        for folder in ("", *parts) if row in REPLACING else ("",):
-            path, hidden = folder + row[0], folder + row[1]
-            if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
-                yield path, f"{row[2]} reads it instead of {hidden}"
+    found = [(folder, row) for row in SHADOWING for folder in ("", *parts)]
+    for folder, row in (*found, *(("", row) for row in also)):
+        path, hidden = folder + row.path, folder + row.hidden
+        if hidden in written and path not in written and os.path.lexists(f"{plan.root}/{path}"):
+            yield path, f"{row.readers} reads it instead of {hidden}"
 
 
 def find_noted(plan: Plan) -> Iterator[FilePlan]:
@@ -8983,7 +8998,7 @@ def check_staleness(
         is_foreign = any(file.is_foreign for file in plan.files)
         hint = f"orchestra diff {typed(label_for(codebase.key))}" if is_foreign else ""
         noted = ((file.path, file.note) for file in find_noted(plan) if not file.is_foreign)
-        notes = [*noted, *find_replacing(plan)]
+        notes = [*noted, *find_shadowing(plan)]
         detail = "; ".join(filter(None, [detail, *map(": ".join, notes)]))
         synced_at = plan.old_record.synced_at if plan.old_record else ""
     except (OrchestraError, OSError) as error:
@@ -13485,20 +13500,6 @@ NOTE_FIXES = {  # what to do about a note on a file, by words in the note; the f
     "at most": "orchestra edit {label}, or shorten your own text in the file",
     "": "orchestra edit {label}",
 }
-# Who joins which files: what targets of both write, this agent reads twice. That of the
-# two defaults is no finding. As of November 2026.
-JOINED = {
-    "Copilot in VS Code": ("CLAUDE.md", "AGENTS.md", ".github/copilot-instructions.md"),
-    "Antigravity": ("AGENTS.md", "GEMINI.md", ".agents/rules/orchestra.md"),
-    "Cursor": ("AGENTS.md", ".cursor/rules/orchestra.mdc"),
-    "Devin": ("CLAUDE.md", "AGENTS.md", ".cursor/rules/orchestra.mdc"),
-}
-# Files of other agents that also keep one from reading a file: no news for a status.
-ALSO_REPLACING = (
-    (".rules", "AGENTS.md", "Zed"),
-    (".cursorrules", "AGENTS.md", "Zed"),
-    (".junie/AGENTS.md", "AGENTS.md", "Junie"),
-)
 
 
 class Doctor:
@@ -13667,7 +13668,7 @@ class Doctor:
             if not file.note and file.action == Action.KEEP:
                 for note in describe_text(file.agent, ABSENT, file.before.data, None):
                     yield file.path, note
-        yield from find_replacing(plan, (*REPLACING, *ALSO_REPLACING))
+        yield from find_shadowing(plan, ALSO_SHADOWING)
 
     def _check_doubles(self) -> Iterator[Finding]:
         readers: dict[tuple[str, tuple[str, ...]], list[Key]] = {}
