@@ -8460,7 +8460,7 @@ class SyncCodebaseResult(NamedTuple):
     codebase: str
     files: tuple[FilePlan, ...] = ()
     errors: tuple[Problem, ...] = ()
-    has_leftovers: bool = False  # a file is set aside, as it may still be written to
+    has_files_aside: bool = False  # a file is set aside, as it may still be written to
     is_absent: bool = False  # its folder is not on this machine
     remarks: Sequence[Problem] = ()  # on its registry files, in which nothing is wrong
 
@@ -8498,7 +8498,7 @@ class SyncCodebaseResult(NamedTuple):
 class CodebaseTurn(Turn):
     """A turn at a codebase's files; their backup names are the managed paths."""
 
-    def __init__(self, home: str, codebase: Codebase, clock: Clock) -> None:
+    def __init__(self, home: str, codebase: Codebase, clock: Clock = time.time) -> None:
         self.codebase = codebase
         self.key = codebase.key
         super().__init__(home, codebase_lock_path(home, self.key), backups_of(home, self.key), clock)
@@ -8736,27 +8736,27 @@ def sync_codebase(
     clock: Clock = time.time,
 ) -> SyncCodebaseResult:
     """Bring one codebase's files up to date; what goes wrong is in the result."""
-    key, label, has_leftovers = codebase.key, label_for(codebase.key), False
+    key, label, has_files_aside = codebase.key, label_for(codebase.key), False
     try:
         if mode.dry_run:
             plan = Planner(home, codebase, owners, mode).plan()
         else:
             with CodebaseTurn(home, codebase, clock) as turn:
                 plan = turn.sync(owners, mode)
-            has_leftovers = turn.has_files_aside or os.path.lexists(turn.aside)
+            has_files_aside = turn.has_files_aside or os.path.lexists(turn.aside)
     except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
         problem = Problem.from_error(error).below(label)
         return SyncCodebaseResult(*key, errors=(problem,), is_absent=isinstance(error, FolderAbsent))
     is_news = mode.purge or not plan.is_done
     files = tuple(_without_bytes(file, is_news) for file in plan.all_files(home))
     problems = tuple(problem.below(label) for problem in plan.problems(home))
-    return SyncCodebaseResult(*key, files, problems, has_leftovers)
+    return SyncCodebaseResult(*key, files, problems, has_files_aside)
 
 
-def clean_up_codebase(home: str, codebase: Codebase, clock: Clock = time.time) -> None:
+def clean_up_codebase(home: str, codebase: Codebase) -> None:
     """Clean up after a killed sync, before a codebase goes; raises OrchestraError."""
     if os.path.isdir(codebase_root(home, codebase)):
-        with CodebaseTurn(home, codebase, clock):
+        with CodebaseTurn(home, codebase):
             pass
 
 
@@ -8785,7 +8785,7 @@ def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optio
     raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
 
 
-def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = time.time) -> bool:
+def restore_file(home: str, codebase: Codebase, backup: Backup) -> bool:
     """Put a backup back, and return whether that changed anything.
 
     What it replaces is backed up in turn. Of a shared file only the block is put back,
@@ -8793,7 +8793,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup, clock: Clock = t
     Raises SyncError, IoError.
     """
     root = find_root(home, codebase)
-    with CodebaseTurn(home, codebase, clock) as turn:
+    with CodebaseTurn(home, codebase) as turn:
         try:
             return turn.restore(root, backup)
         except FileChanged as error:
@@ -9029,7 +9029,7 @@ def _lines_of(data: bytes) -> list[str]:
     return [line for line in re.split(r"(?<=\n)", data.decode("utf-8", "replace")) if line]
 
 
-def diff_codebase(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> tuple[str, tuple[Problem, ...]]:
+def diff_codebase(home: str, codebase: Codebase, owners: Owners) -> tuple[str, tuple[Problem, ...]]:
     """Write a unified diff of what a sync would do; also return the problems.
 
     Characters that do not show on a terminal, or move its cursor, are escaped.
@@ -9059,7 +9059,7 @@ def find_part(home: str, codebase: Codebase, folder: str) -> str:
     return max((path for path in parts if f"{folder}/".startswith(f"{root}/{path}/")), key=len, default="")
 
 
-def preview_files(home: str, codebase: Codebase, owners: Optional[Owners] = None) -> dict[str, bytes]:
+def preview_files(home: str, codebase: Codebase, owners: Owners) -> dict[str, bytes]:
     """Return the codebase's files as a sync would leave them, with the user's own text.
 
     Of a link it is what that leads to. Where there is no folder, or a file cannot be
@@ -11081,7 +11081,7 @@ class Worker:
                     release_memory()
                 return JobOutcome(job, statuses=statuses)
             if job.source == Source.ABSENT:
-                return JobOutcome(job, found=self._find_absent())
+                return JobOutcome(job, found=self._find_returned())
             self.cache, outcome = run_job(self._home, self.cache, job)
             return outcome
         except OrchestraError as error:
@@ -11100,7 +11100,7 @@ class Worker:
             return False
         return True
 
-    def _find_absent(self) -> frozenset[Key]:
+    def _find_returned(self) -> frozenset[Key]:
         codebases = self.cache.registry.codebases
         return frozenset(key for key in self.cache.absent if not is_absent(self._home, codebases[key]))
 
@@ -11251,7 +11251,7 @@ class Schedule:
                 self.retry_at.pop(result.key, None)
             else:
                 self.retry_at.setdefault(result.key, now + RETRY_INTERVAL)
-            if result.has_leftovers or result.errors:
+            if result.has_files_aside or result.errors:
                 self._failed.add(result.key)  # a folder may come back, a lock be free
 
     def _note_waiting(self, outcome: JobOutcome, now: float) -> None:
@@ -13377,6 +13377,7 @@ class LiveStatus:
     """What `status --watch` shows. `scan` judges the codebases."""
 
     MOST_EVENTS = 200
+    TICK = 0.25  # seconds between two looks
     RESCAN = 2.0  # seconds between two scans, or more if scans are slow:
     RESCAN_SHARE = 20  # times what the last one took
 
@@ -13447,7 +13448,7 @@ def own_screen() -> Iterator[None]:
             sys.stdout.flush()
 
 
-def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
+def show_live(live: LiveStatus, screen: Screen) -> None:
     """Keep a live status on the terminal until q is typed."""
     import select
 
@@ -13462,7 +13463,7 @@ def show_live(live: LiveStatus, screen: Screen, tick: float = 0.25) -> None:
                 sys.stdout.write(f"\033[H{text}\033[K\033[J")
                 sys.stdout.flush()
                 shown = (size, lines)
-            if select.select([0], [], [], tick)[0]:
+            if select.select([0], [], [], live.TICK)[0]:
                 keys = os.read(0, 64)
                 if not keys or b"q" in keys.lower():
                     return

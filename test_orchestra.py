@@ -2084,7 +2084,7 @@ def test_what_has_a_temporary_files_name_and_is_no_file_stays(home: Home, conten
 def test_a_huge_temporary_file_is_not_read(home: Home) -> None:
     huge = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), text="")
     os.truncate(huge, orchestra.Turn.MAX_ASIDE + 1)
-    assert sync_later(home).has_leftovers and huge.exists()
+    assert sync_later(home).has_files_aside and huge.exists()
 
 
 @needs_leases
@@ -2106,8 +2106,8 @@ def test_a_leftover_that_is_no_agents_file_is_not_advised_to_be_the_registry(hom
 
 def test_a_temporary_file_of_a_turn_that_may_still_run_stays_for_a_minute(home: Home) -> None:
     left = leave_temporary(home.make_codebase("shop/api", targets=["claude"]), process=os.getpid())
-    assert sync_later(home, 0).has_leftovers and left.exists()
-    assert not sync_later(home, orchestra.Turn.ASIDE_TIME + 10).has_leftovers and not left.exists()
+    assert sync_later(home, 0).has_files_aside and left.exists()
+    assert not sync_later(home, orchestra.Turn.ASIDE_TIME + 10).has_files_aside and not left.exists()
     assert home.backups() == {"CLAUDE.md": b"u1x\n"}
 
 
@@ -6469,11 +6469,11 @@ def test_a_file_set_aside_in_the_folder_that_was_left_is_released_there(home: Ho
     hide_writers(monkeypatch)
     put_files(home.code / "other", {"code.py": ""})
     home.register("shop/api", path=str(home.code / "other"), targets=["claude"])
-    assert sync_later(home, 0).has_leftovers and kept.exists()
+    assert sync_later(home, 0).has_files_aside and kept.exists()
     sync_later(home)
     assert not kept.exists() and home.backups()["CLAUDE.md"] == b"u1x\n"
     sync_later(home, 300)
-    assert not sync_later(home, 300).has_leftovers
+    assert not sync_later(home, 300).has_files_aside
 
 
 @pytest.mark.parametrize("path", ["GEMINI.md", CLINE])
@@ -11223,7 +11223,7 @@ def test_a_change_means_its_codebase_or_everything(path: str, key: orchestra.Key
 FAILED = orchestra.SyncCodebaseResult("shop", "api", errors=(orchestra.Problem("api", "the folder is missing"),))
 
 
-LEFT_OVER = FAILED._replace(errors=(), has_leftovers=True)
+LEFT_OVER = FAILED._replace(errors=(), has_files_aside=True)
 FAILURES = [{"results": [FAILED]}, {"results": [LEFT_OVER]}, {"error": "the registry cannot be read"}]
 
 
@@ -17491,7 +17491,7 @@ def test_what_is_written_to_a_file_of_unknown_writers_is_kept(
         assert home.sync().lines == [] and b"u1x" in everything_below(aside)
         opened.write(b"u2x\n")
     result = sync_later(home)
-    assert (result.errors, result.has_leftovers, aside.exists()) == ((), False, False)
+    assert (result.errors, result.has_files_aside, aside.exists()) == ((), False, False)
     assert user_words(home.backups()["CLAUDE.md"]) == {b"u1x", b"u2x"}
     assert home.leftovers() == []
 
@@ -17502,8 +17502,8 @@ def test_a_file_of_unknown_writers_goes_after_a_minute_without_a_change(
     hide_writers(monkeypatch)
     scene.home.sync()
     aside = backups_folder(scene.home) / ".aside"
-    assert sync_later(scene.home, orchestra.Turn.ASIDE_TIME - 30).has_leftovers and os.listdir(aside) != []
-    assert not sync_later(scene.home, orchestra.Turn.ASIDE_TIME + 30).has_leftovers and not aside.exists()
+    assert sync_later(scene.home, orchestra.Turn.ASIDE_TIME - 30).has_files_aside and os.listdir(aside) != []
+    assert not sync_later(scene.home, orchestra.Turn.ASIDE_TIME + 30).has_files_aside and not aside.exists()
     assert scene.home.backups() == {}
     scene.check_synced()
 
@@ -17519,12 +17519,12 @@ def test_where_the_backups_are_on_another_disk_the_file_keeps_a_name_beside_the_
     hide_writers(monkeypatch)
     with open(scene.file, "ab", buffering=0) as opened:
         result = sync_later(home, 0)
-        assert (result.errors, result.has_leftovers) == ((), True)
+        assert (result.errors, result.has_files_aside) == ((), True)
         opened.write(b"u1x\n")
     (left,) = scene.root.glob(".orchestra-kept-*.tmp")
     assert b"u1x" in left.read_bytes()
-    assert sync_later(home, 0).has_leftovers and left.exists()
-    assert not sync_later(home).has_leftovers and not left.exists()
+    assert sync_later(home, 0).has_files_aside and left.exists()
+    assert not sync_later(home).has_files_aside and not left.exists()
     assert b"u1x" in home.backups()["CLAUDE.md"]
     assert Path(orchestra.codebase_lock_path(home.path, API)).read_bytes() == b""
 
