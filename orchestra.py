@@ -7638,7 +7638,7 @@ def describe_text(agent: Agent, before: Disk, after: bytes, join: Optional[str])
 #
 #   1 It lies in hashes/ under the codebase's name, and says of which folder it is
 #     (`root`). A record of another folder means that the codebase has moved (section
-#     Plan, step 3).
+#     Plan, step 4).
 #   2 A codebase without one may have had another name. Then there is a record of this
 #     very folder whose codebase is no longer registered, an orphan (`find_former`).
 #   3 A sync moves that, and the backups before it, to the new name (`adopt_record`).
@@ -7826,15 +7826,17 @@ def is_foreign_text(home: str, agent: Agent, text: bytes) -> bool:
 # How a plan is made (`Planner.plan`); all of this only looks:
 #
 #   1 Find the folder. It must be there, fit to be a codebase's, and no other's.
-#   2 Load the record, if need be under the codebase's former name.
-#   3 If the record is of another folder that is still there, plan the files there as
+#   2 Load the record, if need be under the codebase's former name. A folder above the
+#     recorded one is refused: the path may be half-typed.
+#   3 Leave out the parts whose folders are not the codebase's own.
+#   4 If the record is of another folder that is still there, plan the files there as
 #     for a dropped target. Their texts count as known in the new folder, which may be
 #     a copy.
-#   4 Look at the managed files that are wanted or recorded; for a purge, at every one.
-#   5 Refuse a folder that was synced and is empty now: its disk may not be mounted.
-#   6 Render what is wanted, unless the record holds the hashes of the same rendering.
-#   7 Decide what happens to each file.
-#   8 Make the record that is true before, during and after the writing of the files.
+#   5 Look at the managed files that are wanted or recorded; for a purge, at every one.
+#   6 Refuse a folder that was synced and is empty now: its disk may not be mounted.
+#   7 Render what is wanted, unless the record holds the hashes of the same rendering.
+#   8 Decide what happens to each file.
+#   9 Make the record that is true before, during and after the writing of the files.
 
 MAX_MANAGED_FILE = 8 << 20  # bytes
 FOREIGN = "written from another registry"
@@ -8159,7 +8161,7 @@ class Planner:
         self._home = home
         self._codebase = codebase
         self._owners = owners
-        self._inner = Owners() if owners is None else owners
+        self._others = Owners() if owners is None else owners  # whose folders may be inside
         self._mode = mode
         self._wanted: dict[str, Agent] = {}
         self._unfit: list[FilePlan] = []  # folders of parts that get no files
@@ -8225,10 +8227,10 @@ class Planner:
         return recorded if is_same else spell_path(self._home, self._root)
 
     def _pass_over_parts(self) -> None:
-        """Leave out the files of parts whose folders are not the codebase's own."""
+        """Leave out parts whose folders are not the codebase's own (step 3)."""
         parts = []
         for part in self._codebase.projects:
-            reason = self._inner.why_not_part(self._root, part.path, self._codebase.key) if part.path else ""
+            reason = self._others.why_not_part(self._root, part.path, self._codebase.key) if part.path else ""
             if reason:
                 note = f"skipped: the part {visible(part.name)}'s folder {reason}"
                 self._unfit.append(FilePlan(part.path, Action.SKIP, Agent("", part.path), note=note))
@@ -8237,7 +8239,7 @@ class Planner:
             self._codebase = self._codebase._replace(projects=tuple(parts))
 
     def _check_is_not_above(self) -> None:
-        """Refuse a folder above the one synced before: the path may be half-typed."""
+        """Refuse a folder above the one synced before (step 2)."""
         root, former = self._root, expand_home(self._home, self._record.root)
         if former.startswith(root.rstrip("/") + "/") and os.path.isdir(former) and not is_repository(root):
             raise SyncError(
@@ -8247,7 +8249,7 @@ class Planner:
             )
 
     def _plan_former(self) -> Optional[Plan]:
-        """Plan the folder where the codebase was before (step 3).
+        """Plan the folder where the codebase was before (step 4).
 
         A folder that was moved, and is gone, is the same folder. One that is a link, or
         reached through one now, is not looked at.
@@ -8275,7 +8277,7 @@ class Planner:
             if agent.target in AGENTS and not agent.part:  # in no folder but its own
                 continue
             folders = [f"{self._root}/{folder}" for folder in folders_above(path)]
-            inner = (self._inner.keys_at(identity_of(folder), self._codebase.key) for folder in folders)
+            inner = (self._others.keys_at(identity_of(folder), self._codebase.key) for folder in folders)
             notes = [f"skipped: it is in the folder of {label_for(keys[0])}" for keys in inner if keys]
             unfit = [file.note for file in self._unfit if file.path in folders_above(path)]
             if unfit and not is_purge and path not in self._wanted:
@@ -8299,7 +8301,7 @@ class Planner:
         return looks
 
     def _check_not_emptied(self) -> None:
-        """Raise SyncError if the folder is empty (step 5)."""
+        """Raise SyncError if the folder is empty (step 6)."""
         codebase = self._codebase
         if self._record.root not in ("", self._spell_root()):
             return  # another folder may well be empty
@@ -8316,7 +8318,7 @@ class Planner:
         return (looks.get(path) or look_at(self._root, Agent("", path))).has_own_text
 
     def _digest_wanted(self, looks: Mapping[str, Look], inputs: str) -> Mapping[str, str]:
-        """Return the hashes of the wanted texts (step 6)."""
+        """Return the hashes of the wanted texts (step 7)."""
         recorded = self._record.files
         # The record may be damaged, so it counts only if it agrees with the disk.
         if inputs == self._record.inputs and all(
@@ -8338,14 +8340,14 @@ class Planner:
     def _plan_wanted(self, look: Look, digest: str) -> FilePlan:
         """Plan a target's file, whoever wrote what is there."""
         agent, before, path = look.agent, look.disk, look.agent.path
-        action = decide(look.digest, _known_digests(self._record, path, look), digest or None, evict=True)
+        if not digest:  # the user's own text is there, and says it all
+            plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
+            return plan._replace(action=Action.KEEP) if plan.action == Action.RELEASE else plan
+        action = decide(look.digest, _known_digests(self._record, path, look), digest)
         if action == Action.CREATE and before.kind == "absent" and self._sparse.leaves_out(look.resolved):
             return FilePlan(path, Action.SKIP, agent, before, note="skipped: it is outside git's sparse checkout")
         if action == Action.REPLACE and is_reformatted(look.text or b"", self._texts[path]):
             action = Action.KEEP
-        if not digest:
-            plan = _plan_unwanted(look, self._record, evict=True)._replace(digest="")
-            return plan._replace(action=Action.KEEP) if plan.action == Action.RELEASE else plan
         if action == Action.KEEP:
             after, join = before.data, None
         else:
@@ -8375,7 +8377,7 @@ class Planner:
                 yield f"{row.readers} will read it instead of your {hidden}: {row.mend.format(prose=prose)}"
 
     def _next_record(self, files: Sequence[FilePlan]) -> Record:
-        """Make the record (step 8)."""
+        """Make the record (step 9)."""
         record = self._record
         if len(files) == len(record.files) and all(
             file.action == Action.KEEP and record.files.get(file.path) == file.digest for file in files
