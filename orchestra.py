@@ -7697,7 +7697,7 @@ def load_record(home: str, key: Key) -> Optional[Record]:
             earlier,
             {str(path): str(join) for path, join in values["joins"].items()},
             [str(folder) for folder in values["folders"] if is_inside(folder)],
-            str(values["source"]),
+            str(values.get("source", "")),
             str(values.get("root", "")),
             [str(seal) for seal in values.get("seals", ())],
             [path for path in owned if path in files or path in earlier],

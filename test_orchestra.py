@@ -5783,8 +5783,11 @@ def old_text(begin: str = "", end: str = "") -> str:
     )
 
 
+@pytest.mark.parametrize("source", [{"source": "of an older version"}, {}])  # the first ones had none
 @pytest.mark.parametrize("edits", [False, True])
-def test_what_an_older_version_wrote_is_known_and_an_edit_of_it_is_kept(home: Home, edits: bool) -> None:
+def test_what_an_older_version_wrote_is_known_and_an_edit_of_it_is_kept(
+    home: Home, edits: bool, source: dict[str, str]
+) -> None:
     texts = {
         "AGENTS.md": old_text("mine\n\n" + orchestra.BLOCK_BEGIN + "\n", orchestra.BLOCK_END + "\n").encode(),
         CLINE: old_text().replace("\n", "\r\n").encode(),
@@ -5797,7 +5800,7 @@ def test_what_an_older_version_wrote_is_known_and_an_edit_of_it_is_kept(home: Ho
     record = {"synced_at": "2026-01-01T00:00:00Z", "files": exact, "earlier": {}, "joins": {"AGENTS.md": "\n"}}
     file = home.record
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({**record, "folders": [], "source": "of an older version"}))
+    file.write_text(json.dumps({**record, "folders": [], **source}))
     if edits:
         texts = {path: edit(root / path, "# api", "# my api") for path in texts}
     assert home.status_of() == "stale"
