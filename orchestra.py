@@ -1097,6 +1097,7 @@ class Leftover(NamedTuple):
 
     token: str
     swap: Optional[Swap] = None
+    is_read: bool = True  # if not, another version wrote the swap, or it was cut short
 
     @classmethod
     def parse(cls, data: bytes) -> "Optional[Leftover]":
@@ -1109,7 +1110,7 @@ class Leftover(NamedTuple):
         if number and number in parts[3:]:
             path, temporary, *hashes = parts[: parts.index(number, 3)]
             swap = Swap(path, temporary, hashes)
-        return cls(token.decode("utf-8", "replace"), swap)
+        return cls(token.decode("utf-8", "replace"), swap, swap is not None or not rest)
 
     def format(self, number: int) -> bytes:
         """Write what `parse` reads; a number around the swap shows that it is whole."""
@@ -1963,7 +1964,7 @@ class Turn(Lock):
         if leftover.swap:
             with blame(os.path.dirname(leftover.swap.path)):
                 self._settle_swap(leftover.swap, folders, name_of)
-        self.remove_temporaries(folders, name_of, leftover)
+        self.remove_temporaries(folders, name_of, leftover if leftover.is_read else None)
 
     def _settle_swap(self, swap: Swap, folders: Sequence[str], name_of: Callable[[str], str]) -> None:
         """Settle a swap where it was made or, if that moved, in one of `folders`."""

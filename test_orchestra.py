@@ -2073,6 +2073,16 @@ def test_a_damaged_lock_file_that_names_another_file_as_the_temporary_one_costs_
     assert (root / name).read_text() == "u1x\n"
 
 
+@needs_leases
+@pytest.mark.parametrize("swap", ['[1, ["/code/CLAUDE.md", "/code/.orchestra-1.tmp", ["ab", "cd"]], 1]\n', "1\0/code"])
+def test_a_swap_announced_by_another_version_or_in_part_costs_no_save(home: Home, swap: str) -> None:
+    left = leave_temporary(home.make_codebase("shop/api", targets=["claude"]))
+    lock = Path(orchestra.codebase_lock_path(home.path, API))
+    put_files(lock.parent, {lock.name: f"{DEAD}-aa\n{swap}"})
+    home.sync()
+    assert (home.backups(), left.exists()) == ({"CLAUDE.md": b"u1x\n"}, False)
+
+
 @pytest.mark.parametrize("content", [None, os.mkfifo, make_socket, link_to("README.md")])
 def test_what_has_a_temporary_files_name_and_is_no_file_stays(home: Home, content: Any) -> None:
     root = home.make_codebase("shop/api", {"README.md": "mine"}, targets=["claude"])
