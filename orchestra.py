@@ -1718,9 +1718,9 @@ def parse_when(text: str, clock: Clock = time.time) -> Callable[[str], bool]:
     if words in days:
         words = f"{days[words]:%Y-%m-%d}"
     for form, size in (("%Y-%m-%d", 86400), ("%Y-%m-%d %H:%M", 60), ("%Y-%m-%d %H:%M:%S", 1)):
-        for typed in (words.rstrip("z").strip(), f"{now:%Y-%m-%d} {words.rstrip('z').strip()}"):
+        for spelled in (words.rstrip("z").strip(), f"{now:%Y-%m-%d} {words.rstrip('z').strip()}"):
             try:
-                start = datetime.strptime(typed, form).replace(tzinfo=zone).timestamp()
+                start = datetime.strptime(spelled, form).replace(tzinfo=zone).timestamp()
             except (ValueError, OverflowError):
                 continue
             return lambda when: time_name(start) <= when < time_name(start + size)
@@ -2669,7 +2669,7 @@ class Kind:
     def describe(self) -> Any: ...
 
     def join(self, weaker: Any, stronger: Any) -> Any:
-        """Return what two layers say together: the stronger one counts if it speaks."""
+        """Return what two layers say together; here, the stronger if it has a value."""
         return stronger or weaker
 
 
@@ -4098,7 +4098,7 @@ class LayerReader:
 
     @staticmethod
     def _find_lines(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
-        """Complain of a file's targets at their lines, which parsed files have not."""
+        """Complain of targets at their lines, which are not among the parsed values."""
         nodes = file.parse_items()
         targets = file.read_items(nodes["targets"], "targets") if bad and "targets" in nodes else []
         for i, node in enumerate(targets):
@@ -6704,9 +6704,9 @@ def find_ml_package(folder: Folder) -> str:
 
 def detect_type(folder: Folder, first: Optional[Ecosystem], items: Iterable[Found]) -> tuple[str, str]:
     """Detect the type, and what decided it; `first` is the first ecosystem."""
-    typed = next((item for item in items if item.name == "type"), None)
-    if typed:
-        return typed.text, typed.source
+    told = next((item for item in items if item.name == "type"), None)
+    if told:
+        return told.text, told.source
 
     is_node = bool(first and first.name == "javascript")
 
@@ -6761,7 +6761,7 @@ def find_members(folder: Folder, globs: str, name: str) -> list[Folder]:
 
 
 def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
-    """Find the members of the first workspace with any, and the file that says so."""
+    """Find the members of the first workspace with any, and what file lists them."""
     for _, globs, name, _ in WORKSPACES:
         members = find_members(folder, globs, name)
         if members:
@@ -6777,12 +6777,12 @@ def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
 
 
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
-    """Tell the packages of a workspace: up to 12 by name, more by their number."""
+    """Describe the packages of a workspace: up to 12 by name, more by their number."""
     for _, globs, name, one in sorted(WORKSPACES, key=lambda row: row[0] != first):
         names, places = set(), Counter[str]()
         for member in find_members(folder, globs, name):
             own = member.value(*name.split()) or os.path.basename(member.path)
-            # What is no name is not told: it could tell agents anything.
+            # Only what looks like a name: other text could tell agents anything.
             if isinstance(own, str) and re.fullmatch(r"@?[\w./-]{1,200}", own):
                 names.add(own)
             path = os.path.relpath(member.path, folder.path)
@@ -6937,7 +6937,7 @@ def read_own_texts(root: str) -> dict[str, str]:
 
 @functools.lru_cache(1)
 def known_runners() -> frozenset[str]:
-    """Return what a command of the user's own may begin with, as those drafted do."""
+    """Return what commands begin with: task runners, and whatever is drafted."""
     names = (
         "npm npx pnpm yarn bun bunx node nx turbo make just task mise uv uvx poetry"
         " pdm hatch tox nox pytest python python3 pip pre-commit php bundle rake rspec"
@@ -6992,11 +6992,11 @@ def find_written(root: str) -> set[str]:
 def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) -> tuple[str, ...]:
     """Find the agents whose instruction files are there.
 
-    Those that Orchestra has `written` for stay; then no traces of others count.
-    One is left out if its file imports AGENTS.md, or is a link to another's file: it
-    reads the text there, and would read it twice. So is one whose new file would hide
-    the user's own. Where the user's own text is, the agent's target with a file of
-    Orchestra's alone is taken, if it has one.
+    Those that Orchestra has `written` for stay; if there are any, no traces of others
+    count. One is left out if its file imports AGENTS.md, or is a link to another's
+    file: it reads the text there, and would read it twice. So is one whose new file
+    would hide the user's own. Where the user's own text is, the agent's target with a
+    file of Orchestra's alone is taken, if it has one.
     """
 
     def has(path: str) -> bool:
@@ -8270,6 +8270,7 @@ class Planner:
         return Plan(old, tuple(file for file in files if file.writes or file.problem), record, record)
 
     def _look_at_files(self) -> dict[str, Look]:
+        """Look at the managed files, by their paths (steps 5 and 6)."""
         record, is_purge = self._record, self._mode.purge
         others = {path: record.agent_at(path) for path in record.files if path not in self._wanted}
         files = {**self._wanted, **(known_files(self._codebase, record) if is_purge else others)}
@@ -8349,23 +8350,22 @@ class Planner:
             return FilePlan(path, Action.SKIP, agent, before, note="skipped: it is outside git's sparse checkout")
         if action == Action.REPLACE and is_reformatted(look.text or b"", self._texts[path]):
             action = Action.KEEP
-        if action == Action.KEEP:
-            after, join = before.data, None
-        else:
+        after, join = before.data, None
+        if action != Action.KEEP:
             is_whole = not agent.owned and path in self._record.owned and look.text == before.data
             after, join = insert_managed_text(agent, ABSENT if is_whole else before, self._texts[path])
         if len(after) > MAX_MANAGED_FILE:
             got = f"got {len(after)} bytes with the text from the registry"
             hint = f"orchestra show {typed(label_for(self._codebase.key))} --origin"
-            error = SyncError(f"expected at most {MAX_MANAGED_FILE >> 20} MiB, {got}", hint)
-            return FilePlan(path, Action.SKIP, agent, before, problem=Problem.from_error(error, path))
+            problem = Problem(path, f"expected at most {MAX_MANAGED_FILE >> 20} MiB, {got}", hint)
+            return FilePlan(path, Action.SKIP, agent, before, problem=problem)
         notes = [*describe_text(agent, before, after, join)]
         if action == Action.CREATE and before.kind == "absent" and path not in self._record.files:
             notes += self._describe_hiding(agent)
         return FilePlan(path, action, agent, before, after, digest, join, "; ".join(notes))
 
     def _describe_hiding(self, agent: Agent) -> Iterator[str]:
-        """Tell which agents will read a new file in place of one of the user's."""
+        """Note which agents will read a new file in place of one of the user's."""
         folder = f"{agent.part}/" if agent.is_nested and agent.part else ""
         file = codebase_path(self._home, self._codebase.key)
         prose = shorten_home(self._home, f"{os.path.splitext(file)[0]}.md")
@@ -8580,6 +8580,10 @@ class CodebaseTurn(Turn):
     # Applying a plan
 
     def _write_file(self, root: str, file: FilePlan) -> FilePlan:
+        """Back up a file if need be, and replace or remove it; return it with notes.
+
+        Raises FileChanged, OrchestraError, OSError.
+        """
         before = file.before
         if file.action in Action.BACKED_UP:
             when = self.back_up(file.path, before, Reason.EDITED)
@@ -8604,6 +8608,7 @@ class CodebaseTurn(Turn):
         return file
 
     def _apply_file(self, root: str, file: FilePlan) -> FilePlan:
+        """Do what is planned for one file; what goes wrong becomes its problem."""
         if not file.writes:
             return file
         if not self.is_clean:  # the lock file tells where a save may be: keep it
@@ -8810,7 +8815,7 @@ def restore_file(home: str, codebase: Codebase, backup: Backup) -> bool:
 
 
 def pass_over_absent(results: Iterable[SyncCodebaseResult]) -> list[SyncCodebaseResult]:
-    """Drop the errors of absent codebases, which only who names them should see."""
+    """Drop the errors of absent codebases: one is an error only if it is named."""
     return [result._replace(errors=()) if result.is_absent else result for result in results]
 
 
@@ -9472,7 +9477,7 @@ def find_first_link(path: str) -> Optional[str]:
 
 
 class Anchors:
-    """The folders, by path, in which some names matter, as parts of a link's way.
+    """The folders to watch because a link leads through them, with the names in each.
 
     What a link leads to may go and come back (a git checkout), and links on the way to
     it may be changed. Watches are set by `watch`.
@@ -9498,7 +9503,7 @@ class Anchors:
         self.add(root)
 
     def add(self, path: str) -> None:
-        """Add the ways by which a path leads to its file, and its links to theirs."""
+        """Add the folders and names that a path leads through, its links followed."""
         for _ in range(self.MAX_LINKS):
             link = find_first_link(path)
             self._add_name(link or path)
@@ -9584,6 +9589,7 @@ class Watcher:
         return self._changed
 
     def _is_structural(self, path: str) -> bool:
+        """Return whether an event may have changed which folders there are to watch."""
         if self._anchors.concern(path):
             return True
         folder, name = os.path.split(path)
@@ -9604,6 +9610,7 @@ class Watcher:
                 self._look_at_file(self._snapshot.setdefault(folder, {}), path, trust_stamp=False)
 
     def _look_at_all(self) -> None:
+        """Compare the whole tree; find its folders anew, and drop the other watches."""
         self.must_poll = self.backend.fileno() < 0
         self._anchors.reset(self._root)
         entries = self._list(self._root)
@@ -9628,6 +9635,7 @@ class Watcher:
         self.backend.retain({*self._folders, *self._anchors, *self.suspects}.union(*self._snapshot.values()))
 
     def _look_at_folder(self, folder: str) -> None:
+        """Watch and compare a folder, and all below it."""
         self._watch(folder)
         entries = self._list(folder)
         if entries is None:
@@ -9669,6 +9677,7 @@ class Watcher:
             self._forget(known, path)
 
     def _look_at_file(self, known: dict[str, SeenFile], path: str, trust_stamp: bool = True) -> None:
+        """Compare a file; read it unless its stamp is known, and can be trusted."""
         is_new_watch = self._watch(path, is_file=True)
         try:
             info = os.stat(path)
@@ -9758,6 +9767,7 @@ class LogFile:
         os.dup2(self._fd, self._stream)
 
     def write(self, line: bytes, echo: bool = True) -> None:
+        """Append a line, after a rotation if need be; `echo` shows it as well."""
         is_stream = self.is_at(self._stream)
         with suppress(OSError, IoError):
             if os.fstat(self._fd).st_size + len(line) > self._limit:
@@ -10005,6 +10015,7 @@ class Notifier:
         return None if is_executable else Problem(path, "not executable", f"chmod u+x {typed(path)}")
 
     def _has_ended(self) -> bool:
+        """Return whether the program has ended; kill one that runs for too long."""
         status = self._running.poll()
         self._look_at = self._clock() + self.LOOK
         if status is None:
@@ -10391,8 +10402,8 @@ class Client:
 def peer_uid(connection: Any) -> Optional[int]:
     """Return the user at the other end of a Unix socket; None if that is unknown.
 
-    Linux: unix(7), SO_PEERCRED. macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at
-    level 0.
+    It is -1, nobody, if the other end has disconnected. Linux: unix(7), SO_PEERCRED.
+    macOS: sys/ucred.h, struct xucred by LOCAL_PEERCRED at level 0.
     """
     import socket
     import struct
@@ -10616,7 +10627,7 @@ class SocketServer:
 
 
 def describe_lock_holder(home: str) -> str:
-    """Tell which process is the daemon and since when; "" if its lock does not say so.
+    """Describe the daemon's process, and since when it runs; "" if that is unknown.
 
     A killed daemon leaves its lock file; one that is starting writes it in a moment.
     """
@@ -10711,7 +10722,7 @@ class DaemonSocket:
 
 QUEUE_SIZE = 64
 MAX_LOGGED_ERRORS = 10  # of one job
-EVERYTHING = ("", "")  # stands for all codebases: a project.yaml changed
+EVERYTHING = ("", "")  # stands for all codebases: a shared layer changed
 STRAY = ("", "stray")  # stands for files that belong to no codebase
 SyncTarget = SyncScope  # of a job; no agent's target
 
@@ -11047,7 +11058,7 @@ class Worker:
         self.thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
 
     def submit(self, job: SyncJob) -> bool:
-        """Queue a job if there is room; the watcher, with one at most, always has."""
+        """Queue a job if there is room; the watcher has one at most, and room."""
         has_room = job.source == Source.WATCHER or self.jobs.qsize() < QUEUE_SIZE
         if has_room:
             self.jobs.put(job)
@@ -11193,7 +11204,7 @@ class Schedule:
         return {key_of_change(self._home, path) for path in paths}
 
     def note_failed(self) -> None:
-        """Note what failed, at a rescan, but not at each where those are frequent."""
+        """Note what failed, at a rescan; if those are frequent, only now and then."""
         now = self._clock()
         if self._failed and now >= self._try_failed_at:
             self._debouncer.note(self._failed)
@@ -11314,7 +11325,7 @@ class JobLog:
 
     @staticmethod
     def _take_new(known: dict[Key, Sequence[Problem]], found: Mapping[Key, Sequence[Problem]]) -> list[Problem]:
-        """Make what some codebases have now known; return what none had before."""
+        """Update `known` by what some codebases have; return what none had before."""
         before = set(itertools.chain.from_iterable(known.values()))
         known.update(found)
         for key in [key for key, problems in found.items() if not problems]:
@@ -11404,7 +11415,7 @@ class Daemon:
         self._staleness_at: Optional[float] = None
         self._is_stopping = False
         self._stop_by = 0.0
-        # The last status, as `_look` found it, and its replies, pretty or not.
+        # The last status, as `_gather_status` found it, and its replies, pretty or not.
         self._told: tuple[Optional[RegistryCache], list[Any], dict[bool, bytes]] = (None, [], {})
         with ExitStack() as opened:
             self._socket = DaemonSocket(home, self._started_at)
@@ -11483,6 +11494,7 @@ class Daemon:
         return max(0.0, min(at for at in deadlines if at is not None) - self._clock())
 
     def _do_due(self) -> None:
+        """Look where it is time to, drop silent clients, and submit the next job."""
         now = self._clock()
         if now >= self._rescan_at:
             self._check_socket()
@@ -11594,15 +11606,15 @@ class Daemon:
             raise ProtocolError(f"the daemon's queue is full ({QUEUE_SIZE} jobs): try again")
         client.state = Client.WAITING
 
-    def _look(self) -> tuple[RegistryCache, list[Problem], int]:
-        """Return what changes in a status: the cache, other problems, the queue."""
+    def _gather_status(self) -> tuple[RegistryCache, list[Problem], int]:
+        """Gather what changes in a status: the cache, other problems, the queue."""
         cache = self._worker.cache
         replaced = replaced_problems(self.home, cache.names, self._wall_clock())
         return cache, [*self._schedule.problems, *replaced], self._worker.jobs.qsize()
 
     def _encode_status(self, pretty: bool = False) -> bytes:
         """Encode the status, or return the last reply if nothing has changed."""
-        cache, *rest = found = self._look()
+        cache, *rest = found = self._gather_status()
         if self._told[0] is not cache or self._told[1] != rest:
             self._told = cache, rest, {}
         replies = self._told[2]
@@ -11611,7 +11623,7 @@ class Daemon:
         return replies[pretty]
 
     def status(self) -> dict[str, Any]:
-        return self._describe(*self._look())
+        return self._describe(*self._gather_status())
 
     def _describe(self, cache: RegistryCache, others: list[Problem], queue_depth: int) -> dict[str, Any]:
         problems = [*cache.problems, *others]
@@ -12993,7 +13005,7 @@ class CommandLine:
 
     @property
     def is_group(self) -> bool:
-        """Return whether a word of a command should follow."""
+        """Whether a word of a command should follow."""
         return not self.name or bool(self.subcommands())
 
     @property
@@ -13012,7 +13024,7 @@ class CommandLine:
 
     @property
     def awaits_value(self) -> bool:
-        """Return whether the last word is an option that a value should follow."""
+        """Whether the last word is an option that a value should follow."""
         option = self.options.get(self.rest[-1]) if self.rest else None
         return option is not None and not option.is_switch
 
