@@ -11265,6 +11265,7 @@ class Schedule:
                 self.retry_at.pop(result.key, None)
             else:
                 self.retry_at.setdefault(result.key, now + RETRY_INTERVAL)
+            self._failed.discard(result.key)
             if result.has_files_aside or result.errors:
                 self._failed.add(result.key)  # a folder may come back, a lock be free
 

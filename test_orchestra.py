@@ -11256,6 +11256,16 @@ def test_what_failed_is_tried_again_at_a_rescan_but_not_every_second(failure: di
     assert tries == [0, 1, 31]
 
 
+@pytest.mark.parametrize("failure", FAILURES[:2], ids=["codebase", "leftovers"])
+def test_what_has_been_synced_since_it_failed_is_not_tried_again(failure: dict[str, Any]) -> None:
+    schedule = orchestra.Schedule("/home", Clock())
+    for outcome in (failure, {"results": [FAILED._replace(errors=())]}):
+        job = orchestra.SyncJob(orchestra.SyncTarget.codebase(), "watcher", None, frozenset([FAILED.key]))
+        schedule.finish(orchestra.JobOutcome(job, **outcome))
+    schedule.note_failed()
+    assert schedule.take_job() is None
+
+
 @pytest.mark.parametrize(
     ("last", "sizes"), [(("shop", "last"), [100, 100, 51]), (orchestra.EVERYTHING, [100, 151])], ids=["one", "all"]
 )
