@@ -2333,14 +2333,21 @@ class Document:
     MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
     MAX_ITEMS = 20000  # of all lists together, likewise
     MAX_NOTES = 20
-    ADVICE = {  # by what YAML's readers say
+    INDENTED = "this line is indented differently from the one above,"
+    ADVICE = {  # by what YAML's two readers say
         "tab character": "tabs cannot indent YAML",
         "cannot start any token": "put quotes around text that starts with {}",
         "undefined alias": "put quotes around text that starts with *",
         "unknown directive name": "put quotes around text that starts with %",
         "unexpected end of stream": "the quote that opens here is not closed",
-        "mapping values are not allowed": "this line is indented differently from the one above,"
-        ' or text that contains ": " needs quotes',
+        "mapping values are not allowed": f'{INDENTED} or text that contains ": " needs quotes',
+        "expected (?:key|'-'|<block end>)": INDENTED
+        + " or text that begins with a quote or bracket needs quotes around all of it",
+        "expected ':'": 'expected "key: value" or "- item"',
+        "entries are not allowed": 'a list begins on the next line; text that starts with "- " needs quotes',
+        "keys are not allowed": "put quotes around text that starts with ?",
+        "alphabetic or numeric": "put quotes around text that starts with * or &",
+        "comment or (?:a )?line break": "put quotes around text that starts with > or |",
         "another document": "expected one document, got another after ---",
     }
 
@@ -2399,8 +2406,8 @@ class Document:
             problem = f"expected printable text, got the character #x{error.character:04x}"
         except yaml.MarkedYAMLError as error:
             problem, mark = error.problem or error.context, error.problem_mark or error.context_mark
-            if "end of stream" in problem and error.context_mark:
-                mark = error.context_mark  # where the quote opens
+            if error.context_mark and re.search("end of stream|expected ':'", problem):
+                mark = error.context_mark  # where the quote opens, or the line that is no pair
             line += mark.line if mark else 0
             problem = self._explain(problem, text[mark.index :][:1] if mark else "")
             leftover = re.search(r"(?m)^(?:(?:<{7}|\|{7}|>{7}) |={7}\r?$)", text)
@@ -2413,7 +2420,7 @@ class Document:
 
     def _explain(self, problem: str, character: str) -> str:
         problem = "tab character" if character == "\t" else problem
-        return next((text.format(character) for sign, text in self.ADVICE.items() if sign in problem), problem)
+        return next((text.format(character) for sign, text in self.ADVICE.items() if re.search(sign, problem)), problem)
 
     def _check_depth(self, text: str) -> None:
         # A level of nesting needs a bracket or half a column (a list may be indented

@@ -2290,6 +2290,32 @@ BAD_FILES = {
         GOOD + "description: a: b\n",
         '3: yaml: this line is indented .*, or text that contains ": " needs quotes',
     ),
+    **bad_values(
+        *(
+            "indentation",
+            GOOD + "%",
+            "5: yaml: this line is indented .*, or text that begins with a quote or bracket .*",
+        ),
+        *("commands:\n  build: x\n test: y\n", "projects:\n  - name: x\n  project_type: ml\n"),
+    ),
+    **bad_values(
+        *(
+            "text behind",
+            GOOD + "notes:\n- %\n",
+            "4: yaml: .*, or text that begins with a quote or bracket needs quotes .*",
+        ),
+        *("'a' b", "{fmt} is", "[x] done"),
+    ),
+    **bad_values(
+        *("no pair", GOOD + "%\nnotes: []\n", '3: yaml: expected "key: value" or "- item"'),
+        *("description it is", "description:it is", "-item"),
+    ),
+    **bad_values(
+        *("sign at first", GOOD + "notes:\n- %\n", r"4: yaml: put quotes around text that starts with [*>?].*"),
+        *("*.md", "&.md", "> so", "| so"),
+    ),
+    "question": (GOOD + "description: ? why\n", r"3: yaml: put quotes around text that starts with \?"),
+    "list in a line": (GOOD + "notes: - a\n", "3: yaml: a list begins on the next line; .*"),
     "colon in a list": (GOOD + "notes:\n- see: here\n", r'4: notes\[0\]: needs quotes, because it contains ": "'),
     "unknown anchor": (
         "name: api\npath: *nope\n",
