@@ -11065,7 +11065,7 @@ class Worker:
         self.thread = threading.Thread(target=self._work, name="sync processor", daemon=True)
 
     def submit(self, job: SyncJob) -> bool:
-        """Queue a job if there is room; the watcher has one at most, and room."""
+        """Queue a job if there is room; for the watcher's only job there always is."""
         has_room = job.source == Source.WATCHER or self.jobs.qsize() < QUEUE_SIZE
         if has_room:
             self.jobs.put(job)

@@ -22,8 +22,9 @@ Contents
   `grep -n '^# [─═]'` lists them. A test stands under the section whose code it checks; a
   new case is a row of its table. An agent's expected text is in Agents and Text;
   registry files that are refused are BAD_FILES in YAML; what a command prints is under
-  the command's section: status in Status and diff, restore in Sync, daemon in Logs and
-  Daemon, others in Commands.
+  the section that does its work: init in Registering, sync and restore in Sync, diff
+  and show in Status and diff, status in Status screen, daemon in Logs, Daemon and
+  Services, doctor in Doctor, others in Commands.
 
   Every step interrupted   Each change of the disk, killed after every operation and
                            failing at every one. A new command is a row of SCENARIOS.
@@ -2591,6 +2592,9 @@ def test_saved_text_of_any_kind_is_read_back(home: Home, loader: str) -> None:
 
 # ── 10 Kinds ──────────────────────────────────────────────────────────────────
 
+# Kinds have no tests of their own: files are read and written with them, in YAML,
+# Codebases and Layers.
+
 
 # ── 11 Codebases ──────────────────────────────────────────────────────────────
 
@@ -4078,6 +4082,8 @@ def test_python_has_the_commands_of_its_environment(home: Home, files: Any, expe
 
 
 # ── 18 Ecosystems ─────────────────────────────────────────────────────────────
+
+# What a language's function finds is among the cases of Languages.
 
 
 # ── 19 Languages ──────────────────────────────────────────────────────────────
