@@ -3444,7 +3444,7 @@ def test_codebases_inherit_what_they_lack_from_their_project(home: Home) -> None
     )
     home.register("shop/plain")
     home.register("shop/own", description="d", targets=[], commands={"build": "ninja"}, conventions=["mine"])
-    plain, own = home.registry().codebases[("shop", "plain")], home.registry().codebases[("shop", "own")]
+    own, plain = orchestra.list_codebases(home.path)
     assert plain[3:7] == ("of the shop", ("gemini",), (("build", "make"), ("lint", "ruff")), ("ours",))
     assert own[3:7] == ("d", (), (("build", "ninja"), ("lint", "ruff")), ("ours", "mine"))
     home.write_registry("blog/project.yaml", "targets: []\n")
