@@ -7779,6 +7779,12 @@ def known_files(codebase: Codebase, record: Record) -> dict[str, Agent]:
     return {**written, **possible_files(codebase)}
 
 
+def list_written(home: str, codebase: Codebase) -> list[str]:
+    """List the files with Orchestra's text in a codebase's folder."""
+    root, record = codebase_root(home, codebase), load_record(home, codebase.key) or Record()
+    return [path for path in sorted(record.files) if root and os.path.lexists(f"{root}/{path}")]
+
+
 def accept_empty_folder(home: str, codebase: Codebase) -> None:
     """Forget what was written into a folder that is empty now; raises IoError."""
     root = codebase_root(home, codebase)
@@ -8798,6 +8804,15 @@ def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optio
     wanted = path or "any instruction file"
     wanted += f" at {at}; times look like {backups[-1].when[:15]}" if at else ""
     raise SyncError(f"{label}: no backup of {wanted}", f"orchestra restore {typed(label)} --list")
+
+
+def suggest_old_backups(home: str, registry: Registry, name: Optional[str]) -> str:
+    """Suggest to list the backups of a codebase that is no longer registered."""
+    root = backups_root(home)
+    kept = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
+    found = [key for key in (*registry.keys, *kept) if name in (key[1], label_for(key))]
+    is_old = bool(found) and found[0] not in registry.keys
+    return f"ls {typed(shorten_home(home, backups_of(home, found[0])))}" if is_old else ""
 
 
 def restore_file(home: str, codebase: Codebase, backup: Backup) -> bool:
@@ -10882,6 +10897,7 @@ class SyncRun:
         self._keep_doubtful()
 
     def sync(self) -> list[SyncCodebaseResult]:
+        """Sync what the job is for, except what is in doubt, now or by the end."""
         mode = DEFAULT_MODE if self._is_asked else SyncMode(reload=self._reload_one)
         results = run_pipeline(self._home, self._scope(), mode, self.registry)
         results = results if self._is_asked else pass_over_absent(results)
@@ -10900,6 +10916,7 @@ class SyncRun:
         return changed
 
     def _reload(self) -> Registry:
+        """Read again what may have changed: all, or some codebases."""
         names = self._job.target.names
         if names is None or STRAY in self._job.changed or self._concerns_stray_files():
             return load_registry(self._home, self._old)
@@ -10918,6 +10935,7 @@ class SyncRun:
         return any(os.path.lexists(f"{stem}.local.yaml") and not os.path.lexists(f"{stem}.yaml") for stem in stems)
 
     def _find_doubtful(self) -> dict[Key, Collection[str]]:
+        """Find which of the codebases that were read again are in doubt, and why."""
         codebases, old, broken = self.registry.codebases, self._old, self.registry.broken
         read = {key for key in self._changed if key not in codebases}
         read |= {key for key, problems in broken.items() if problems != old.broken.get(key)}
@@ -10987,6 +11005,7 @@ class SyncRun:
         self.registry = self.registry._replace(codebases=codebases, broken=broken, owners=new_owners)
 
     def _scope(self) -> SyncScope:
+        """Return what to sync: a watcher's job is for what changed, or was mended."""
         registry, job = self.registry, self._job
         if self._is_asked or (job.target.names is None and not self.in_doubt):
             return job.target
@@ -11300,6 +11319,7 @@ class JobLog:
         self._noted: dict[Key, Sequence[Problem]] = {}
 
     def write(self, outcome: JobOutcome) -> None:
+        """Log what became of a job, and notify of replaced text and of problems."""
         if outcome.bug:
             self._log.warning("job failed", source="bug", error=outcome.bug)
         for result in outcome.results:
@@ -12650,15 +12670,6 @@ def suggest_moves(home: str, registry: Registry, folder: str) -> list[str]:
     return [f"orchestra project move {typed(label_for(key))} {typed(place)}" for key, place in found if key]
 
 
-def suggest_old_backups(home: str, registry: Registry, name: Optional[str]) -> str:
-    """Suggest to list the backups of a codebase that is no longer registered."""
-    root = backups_root(home)
-    kept = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
-    found = [key for key in (*registry.keys, *kept) if name in (key[1], label_for(key))]
-    is_old = bool(found) and found[0] not in registry.keys
-    return f"ls {typed(shorten_home(home, backups_of(home, found[0])))}" if is_old else ""
-
-
 def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since: float) -> SyncCodebaseResult:
     """Count as written what the daemon has written since, if it was the faster."""
     record = load_record(home, result.key) or Record()
@@ -12672,12 +12683,6 @@ def count_daemons_files(home: str, result: SyncCodebaseResult, root: str, since:
         return file._replace(action=Action.CREATE, join=record.joins.get(file.path))
 
     return result._replace(files=tuple(map(count, result.files)))
-
-
-def list_written(home: str, codebase: Codebase) -> list[str]:
-    """List the files with Orchestra's text in a codebase's folder."""
-    root, record = codebase_root(home, codebase), load_record(home, codebase.key) or Record()
-    return [path for path in sorted(record.files) if root and os.path.lexists(f"{root}/{path}")]
 
 
 # ── 37 Output ─────────────────────────────────────────────────────────────────
