@@ -1097,7 +1097,7 @@ class Leftover(NamedTuple):
 
     token: str
     swap: Optional[Swap] = None
-    is_read: bool = True  # if not, another version wrote the swap, or it was cut short
+    is_read: bool = True  # if not, another version wrote the swap
 
     @classmethod
     def parse(cls, data: bytes) -> "Optional[Leftover]":
@@ -1110,7 +1110,8 @@ class Leftover(NamedTuple):
         if number and number in parts[3:]:
             path, temporary, *hashes = parts[: parts.index(number, 3)]
             swap = Swap(path, temporary, hashes)
-        return cls(token.decode("utf-8", "replace"), swap, swap is not None or not rest)
+        # One that was cut short has not taken place: it is announced before.
+        return cls(token.decode("utf-8", "replace"), swap, number.isdigit() or not number)
 
     def format(self, number: int) -> bytes:
         """Write what `parse` reads; a number around the swap shows that it is whole."""
