@@ -2332,8 +2332,8 @@ class Document:
 
     MAX_DEPTH = 100  # libyaml overflows the C stack at about ten thousand levels
     MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
-    MAX_ITEMS = 20000  # of all lists together, likewise
-    MAX_NOTES = 20
+    MAX_ITEMS = {"sequence": 20_000, "mapping": 200_000}  # of all of a kind together, likewise
+    MAX_TOLD = 20  # problems, and notes
     INDENTED = "this line is indented differently from the one above,"
     ADVICE = {  # by what YAML's two readers say
         "tab character": "tabs cannot indent YAML",
@@ -2358,7 +2358,8 @@ class Document:
         self.notes: list[Problem] = []  # on what is ignored, or written in another way
         self._hint = hint
         self._text_size = 0
-        self._item_count = 0
+        self._counts = Counter[str]()  # of items, by the kind of node
+        self.has_enough = False  # of problems: others may only follow from them
 
     def problem(self, message: str, line: int = 1) -> Problem:
         return Problem(visible(f"{self.place}:{line}"), visible(message), self._hint)
@@ -2366,15 +2367,17 @@ class Document:
     def complain(self, message: str, node: YamlNode = None, line: int = 1) -> None:
         """Add a problem, at the line of a node if there is one."""
         line = node.start_mark.line + 1 if node is not None else line
-        self.problems.append(self.problem(message, line))
+        if not self.has_enough:
+            self.problems.append(self.problem(message, line))
+            self.has_enough = len(self.problems) >= self.MAX_TOLD
 
     def note(self, message: str, line: int) -> None:
-        if len(self.notes) < self.MAX_NOTES:
+        if len(self.notes) < self.MAX_TOLD:
             self.notes.append(self.problem(message, line))
 
     def note_unknown(self, node: YamlNode, key: str, known: Iterable[str]) -> None:
         """Add a note on an unknown key, by its node and its path."""
-        near = nearest(node.value, known) if len(self.notes) < self.MAX_NOTES else ""
+        near = nearest(node.value, known) if len(self.notes) < self.MAX_TOLD else ""
         key = key if len(key) <= 200 else excerpt(key)
         line = node.start_mark.line + 1 if node.start_mark else 1  # one that was made has no mark
         self.note(f"{key}: unknown key, ignored{near and f': did you mean {near}?'}", line)
@@ -2484,12 +2487,7 @@ class Document:
         if node.id != "sequence":
             self.reject(node, key, "a list")
             return []
-        self._item_count += len(node.value)
-        if self._item_count <= self.MAX_ITEMS:
-            return list(node.value)
-        if self._item_count - len(node.value) <= self.MAX_ITEMS:
-            self.complain(f"{key}: expected at most {self.MAX_ITEMS} list items in the file, aliases expanded", node)
-        return []
+        return [] if self._exceeds_items(node, key) else list(node.value)
 
     def read_mapping(self, node: YamlNode, key: str) -> dict[str, YamlNode]:
         """Read the keys of a mapping as text, each once; the values stay nodes."""
@@ -2498,6 +2496,8 @@ class Document:
             return {}
         prefix = f"{key}." if key else ""
         items: dict[str, YamlNode] = {}
+        if self._exceeds_items(node, key or "file"):
+            return items
         for name, value in node.value:
             text = name.value
             if not text or not isinstance(text, str):
@@ -2509,6 +2509,18 @@ class Document:
             else:
                 items[text] = value
         return items
+
+    def _exceeds_items(self, node: YamlNode, key: str) -> bool:
+        """Count the items of a node; return whether the file has too many by now."""
+        limit, before = self.MAX_ITEMS[node.id], self._counts[node.id]
+        self._counts[node.id] += len(node.value)
+        if self._counts[node.id] <= limit:
+            return False
+        if before <= limit:
+            noun = "list items" if node.id == "sequence" else "keys"
+            self.complain(f"{key}: expected at most {limit} {noun} in the file, aliases expanded", node)
+            self.has_enough = True
+        return True
 
 
 # Writing nodes
@@ -2797,8 +2809,9 @@ class OneOf(Text):
         text = doc.read_text(node, key)
         text = self.aliases.get(text, text) if text else text
         if text is not None and text not in self.options:
-            like = did_you_mean(text, self.options)
-            names = f"one of {len(self.options)} names" if like and len(self.options) > 8 else " | ".join(self.options)
+            like = "" if doc.has_enough else did_you_mean(text, itertools.islice(self.options, 200))
+            is_long = len(self.options) > (8 if like else 100)
+            names = f"one of {len(self.options)} names" if is_long else " | ".join(self.options)
             doc.reject(node, key, names, like)
         return text or ""
 
@@ -3833,6 +3846,7 @@ class RegistryFile(Document):
         self.path = file
         self.digest = ""
         self._data = b""
+        self._included_size = 0  # characters
         real = follow_link(file)
         if disk is None and (real != file or file.count("/") > projects_root(home).count("/") + 2):
             outside = find_outside(home, file)
@@ -3922,7 +3936,13 @@ class RegistryFile(Document):
             noun = "comment" if closing == "-->" else "code fence"
             self.note(f"the {noun} is never closed: closed at the end of the file", line)
             text = f"{text.rstrip()}\n{closing}"
-        return Prose(self.path, text.strip("\n").rstrip(), self.digest, tuple(self.problems), tuple(self.notes))
+        text = sys.intern(text.strip("\n").rstrip())  # thousands of links may lead to one file
+        return Prose(self.path, text, self.digest, tuple(self.problems), tuple(self.notes))
+
+    def count_included(self, text: str) -> None:
+        self._included_size += len(text)
+        if self._included_size > self.MAX_TEXT:
+            self.complain(f"include: expected files of at most {self.MAX_TEXT} characters together, got more")
 
 
 def digests_of(home: str, key: Key, layers: Iterable[Layer]) -> dict[str, str]:
@@ -4090,11 +4110,11 @@ class LayerReader:
             paths.update((spelled_alike(agent.path), f"the part in {agent.part}") for agent in parts)
         problems = []
         for layer in codebase.layers:
-            bad = [i for i, target in enumerate(layer.said.targets or ()) if target not in known]
+            bad = {i for i, target in enumerate(layer.said.targets or ()) if target not in known}
             wrong = {}
             for target in layer.said.custom_targets:
                 other = paths.get(spelled_alike(target.path), target.target)
-                if target in custom and other != target.target:
+                if known[target.target] == target and other != target.target:
                     wrong[target.target] = f"path: {other} has that file"
                 elif target.header and target.owns == "block":
                     wrong[target.target] = "header: only a target that owns the file may have one"
@@ -4105,7 +4125,7 @@ class LayerReader:
         return problems
 
     @staticmethod
-    def _find_lines(file: RegistryFile, kind: OneOf, bad: Sequence[int], wrong: Mapping[str, str]) -> list[Problem]:
+    def _find_lines(file: RegistryFile, kind: OneOf, bad: Container[int], wrong: Mapping[str, str]) -> list[Problem]:
         """Complain of targets at their lines, which are not among the parsed values."""
         nodes = file.parse_items()
         targets = file.read_items(nodes["targets"], "targets") if bad and "targets" in nodes else []
@@ -4152,7 +4172,7 @@ class LayerReader:
         prose: list[Prose] = []
         missing: list[str] = []
         if file and not file.problems:
-            lost = [name for name in said.include if not self._include(file, name, prose, missing)]
+            lost = {name for name in said.include if not self._include(file, name, prose, missing)}
             self._complain_of_lost(file, lost)
         prose += [own] if own else []
         found = [source for source in (file, *prose) if source]
@@ -4176,16 +4196,19 @@ class LayerReader:
 
     def _include(self, file: RegistryFile, name: str, prose: list[Prose], missing: list[str]) -> bool:
         """Add an included file to `prose`, and where it is not to `missing`."""
+        if file.problems:
+            return True
         for folder in dict.fromkeys((os.path.dirname(file.path), self._root)):
             found = self._read_prose(f"{folder}/{name}", is_shared=True)
             if found:
                 prose.append(found)
+                file.count_included(found.text)
                 return True
             missing.append(f"{folder}/{name}")
         return False
 
     @staticmethod
-    def _complain_of_lost(file: RegistryFile, names: Sequence[str]) -> None:
+    def _complain_of_lost(file: RegistryFile, names: Container[str]) -> None:
         nodes = file.parse_items() if names else {}  # again: what was parsed before has no lines
         for i, item in enumerate(file.read_items(nodes["include"], "include") if "include" in nodes else ()):
             if item.value in names:

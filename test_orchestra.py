@@ -2286,6 +2286,10 @@ BAD_FILES = {
     "deep dashes": (GOOD + "x:\n" + "- " * 10_000 + "a\n", TOO_DEEP),
     "2 MiB": (GOOD + "# " + "x" * (2 << 20), "1: file: expected at most 1048576 bytes, got more"),
     "long aliases": (f"{GOOD}x: &t {'x' * 10_000}\nnotes: [{'*t,' * 1000}]\n", ".* characters .*, aliases expanded"),
+    "keys of aliases": (
+        f"{GOOD}skills:\n- &a {{id: x, {', '.join(f'u{i}: 1' for i in range(2000))}}}\n" + "- *a\n" * 101,
+        r"4: skills\[99\]: expected at most 200000 keys in the file, aliases expanded",
+    ),
     "invalid UTF-8": (b"name: api\npath: /x\xff\n", "2: file: expected UTF-8, got the byte 0xff"),
     "half a character": ('name: api\npath: "/x\\ud800"\n', ".*"),
     "open list": (GOOD + "targets: [claude\n", r"\d: yaml: (did not find )?expected .*"),
@@ -2465,6 +2469,15 @@ def test_an_alias_bomb_is_refused_quickly(home: Home, title: str, problems: int)
     ran = run_in_time(home, "project", "list")
     assert (ran.status, len(ran.complaints)) == (2, problems)
     assert all(" at most " in complaint for complaint in ran.complaints)
+
+
+def test_of_many_problems_in_a_file_twenty_are_told(home: Home) -> None:
+    targets = [f"t{i}" for i in range(10_000)]
+    custom = "".join(f"  u{i}: {{path: u{i}.md}}\n" for i in range(10_000))
+    home.write_registry("shop/api.yaml", f"{GOOD}targets: [{', '.join(targets)}]\ncustom_targets:\n{custom}")
+    ran = run_in_time(home, "project", "list")
+    assert (ran.status, len(ran.complaints)) == (2, 20) and len(ran.err) < 10_000
+    assert all(re.search(r": expected one of 10020 names, got", complaint) for complaint in ran.complaints)
 
 
 @pytest.mark.parametrize(
@@ -3169,6 +3182,14 @@ BAD_LAYERS = {
     "include: hidden": (
         {"all.yaml": "include: [.x.md]", ".x.md": "x"},
         r"all.yaml:1: include\[0\]: expected .* without hidden names .*",
+    ),
+    "include: more than a file can have": (
+        {
+            "shop/project.yaml": f"include: [{', '.join(f'{i}.md' for i in range(100))}]",
+            "big.md": "x" * orchestra.MAX_REGISTRY_FILE,
+            **{f"shop/{i}.md": link_to("../big.md") for i in range(9)},
+        },
+        "shop/project.yaml:1: include: expected files of at most 8388608 characters together, got more",
     ),
     "include: not UTF-8": ({"all.yaml": "include: [x.md]", "x.md": b"\xff"}, "x.md:1: file: expected UTF-8, .*"),
     "include: a link out": (
