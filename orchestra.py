@@ -4969,20 +4969,23 @@ class Folder:
         named = ((key.value, value) for key, value in node.value if key.id == "scalar")
         return {key: self._plain(value, count) for key, value in named}
 
-    def members(self, globs: Sequence[str], manifest: str) -> "list[Folder]":
-        """Open the folders that globs of a workspace name, if they have a manifest."""
+    def members(self, globs: Sequence[str], manifest: str) -> "Iterator[Folder]":
+        """Open the folders that globs of a workspace name, if they have a manifest.
+
+        One that several links lead to is opened once.
+        """
         import fnmatch
 
         globs = [glob for glob in globs if len(glob) <= self.MAX_GLOB][:100]
         excluded = [glob[1:].strip("./") for glob in globs if glob.startswith("!")]
         paths = dict.fromkeys(path for glob in globs if glob[:1] != "!" for path in self.expand(glob))
-        members = (
-            f"{self.path}/{path}"
-            for path in paths
-            if not any(fnmatch.fnmatch(path, glob) for glob in excluded)
-            if os.path.isfile(f"{self.path}/{path}/{manifest}")
-        )
-        return [*map(Folder, itertools.islice(members, self.MAX_MEMBERS))]
+        members: dict[Optional[Identity], str] = {}
+        for path in paths:
+            place = f"{self.path}/{path}"
+            is_excluded = any(fnmatch.fnmatch(path, glob) for glob in excluded)
+            if not is_excluded and os.path.isfile(f"{place}/{manifest}"):
+                members.setdefault(identity_of(place), place)
+        return map(Folder, itertools.islice(members.values(), self.MAX_MEMBERS))
 
     def _match(self, above: str, part: str) -> list[str]:
         """List the names in a folder below that match one part of a glob."""
@@ -5178,11 +5181,14 @@ class Script:
         ("ng", "--watch=false", "--no-watch build serve lint e2e"),
     )
 
+    MAX_TEXT = 20_000  # characters that are read
+
     def __init__(self, name: str, bodies: Mapping[str, str]) -> None:
         self.name = name
-        self.own = self._split(bodies[name])
+        body = bodies[name][: self.MAX_TEXT]
+        self.own = self._split(body)
         self.last = self.own[-1] if self.own else ""  # gets further arguments
-        self.text = "\n".join([bodies[name], *self._expand(bodies)])
+        self.text = "\n".join([body, *self._expand(bodies)])[: self.MAX_TEXT]
         self.commands = self._split(self.text)
 
     @classmethod
@@ -5662,11 +5668,10 @@ class Python:
         groups = folder.table(toml, "dependency-groups")
         for group in sorted(groups, key=lambda name: name != "dev"):
             yield f"group {group}", folder.texts(toml, "dependency-groups", group)
-            items = groups[group] if isinstance(groups[group], list) else ()
-            for item in items if group == "dev" else ():
-                if isinstance(item, dict):
-                    other = str(item.get("include-group"))
-                    yield "group dev", folder.texts(toml, "dependency-groups", other)
+            items = groups[group] if group == "dev" and isinstance(groups[group], list) else ()
+            included = {str(item.get("include-group")): None for item in items if isinstance(item, dict)}
+            for other in included:
+                yield "group dev", folder.texts(toml, "dependency-groups", other)
         yield "group dev", folder.texts(toml, "tool", "uv", "dev-dependencies")
         yield "", folder.table(toml, "tool", "poetry", "dependencies")
         yield "group dev", folder.table(toml, "tool", "poetry", "dev-dependencies")
@@ -6784,7 +6789,7 @@ OTHER_WORKSPACES = (  # the file, where in it members stand, and what each looks
 )
 
 
-def find_members(folder: Folder, globs: str, name: str) -> list[Folder]:
+def find_members(folder: Folder, globs: str, name: str) -> Iterator[Folder]:
     """Open the members of a workspace, by its columns of WORKSPACES."""
     source, *keys = globs.split()
     excluded = (f"!{glob}" for glob in folder.texts(source, *keys[:-1], "exclude"))
@@ -6794,12 +6799,11 @@ def find_members(folder: Folder, globs: str, name: str) -> list[Folder]:
 def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
     """Find the members of the first workspace with any, and what file lists them."""
     for _, globs, name, _ in WORKSPACES:
-        members = find_members(folder, globs, name)
-        if members:
-            paths = [os.path.relpath(member.path, folder.path) for member in members]
+        paths = [os.path.relpath(member.path, folder.path) for member in find_members(folder, globs, name)]
+        if paths:
             return globs.partition(" ")[0], paths
     for source, around, pattern in OTHER_WORKSPACES:
-        text = "".join(re.findall(around, folder.text(source)))
+        text = "\n".join(re.findall(around, folder.text(source)))
         found = re.findall(pattern, text)
         paths = [path.replace(":", "/").strip("./") for path in found]
         if paths:
@@ -7118,8 +7122,8 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
     A part is called after its folder, or by its path where two would be called alike.
     """
     source, found = find_part_paths(Folder(root))
-    usable = (path for path in sorted({*found}) if re.match(PartPath.PATTERN, path))
-    members = [path for path in usable if os.path.isdir(f"{root}/{path}")]
+    usable = (path for path in sorted({*found}) if PartPath().is_fit(path) and os.path.isdir(f"{root}/{path}"))
+    members = [*itertools.islice(usable, Folder.MAX_MEMBERS)]
     paths = [path for path in members if not any(is_fixture_of(other, path) for other in members)]
     counts = Counter(os.path.basename(path).casefold() for path in paths)
     names: dict[str, str] = {}
@@ -8088,18 +8092,19 @@ class Sparse(NamedTuple):
             return cls()
 
         def read(path: str) -> bytes:
-            return read_disk(path, MAX_MANAGED_FILE).data
+            return read_disk(path, 1 << 20).data
 
         try:
             git = find_git_folder(top)
             common = read_git_path(git, "commondir")
             settings = read(f"{common}/config") + read(f"{git}/config.worktree")
-            if not re.search(rb"(?im)^\s*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
+            if not re.search(rb"(?im)^[ \t]*sparsecheckout\s*=\s*(?:true|yes|on|1)\s*$", settings):
                 return cls()
             text = read(f"{git}/info/sparse-checkout").decode()
         except (IoError, ValueError):  # not text, or no path
             return cls()
-        return cls(top, [line for line in text.splitlines() if line.strip() and not line.startswith("#")])
+        lines = (line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+        return cls(top, [line for line in lines if len(line) <= 4096])  # as paths can have
 
     @staticmethod
     def _matches(pattern: str, names: Sequence[str], is_folder: bool) -> bool:
@@ -9083,13 +9088,24 @@ def _lines_of(data: bytes) -> list[str]:
     return [line for line in re.split(r"(?<=\n)", data.decode("utf-8", "replace")) if line]
 
 
+def _diff_lines(old: Sequence[str], new: Sequence[str], old_name: str, new_name: str) -> Iterable[str]:
+    """Write a unified diff; where difflib might take hours, one that replaces all."""
+    import difflib
+
+    counts = Counter(new)
+    often = len(new) // 100 + 1 if len(new) >= 200 else 200  # difflib passes over what is there more often
+    pairs = sum(counts[line] for line in old if counts[line] <= often)
+    if pairs <= 20_000:
+        return difflib.unified_diff(old, new, old_name, new_name)
+    head = [f"--- {old_name}\n", f"+++ {new_name}\n", f"@@ -1,{len(old)} +1,{len(new)} @@\n"]
+    return [*head, *(f"-{line}" for line in old), *(f"+{line}" for line in new)]
+
+
 def diff_codebase(home: str, codebase: Codebase, owners: Owners) -> tuple[str, tuple[Problem, ...]]:
     """Write a unified diff of what a sync would do; also return the problems.
 
     Characters that do not show on a terminal, or move its cursor, are escaped.
     """
-    import difflib
-
     plan = Planner(home, codebase, owners, SyncMode(take_over=True)).plan()
     parts: list[str] = []
     for file in plan.all_files(home):
@@ -9097,7 +9113,7 @@ def diff_codebase(home: str, codebase: Codebase, owners: Owners) -> tuple[str, t
             old, new = _lines_of(file.before.data), _lines_of(file.after or b"")
             old_name = "/dev/null" if file.before.kind == "absent" else f"a/{file.path}"
             new_name = "/dev/null" if file.after is None else f"b/{file.path}"
-            for line in difflib.unified_diff(old, new, old_name, new_name):
+            for line in _diff_lines(old, new, old_name, new_name):
                 parts.append(line if line.endswith("\n") else line + "\n\\ No newline at end of file\n")
     problems = tuple(problem.below(label_for(codebase.key)) for problem in plan.problems(home))
     return show_hidden("".join(parts)), problems

@@ -3746,6 +3746,7 @@ def test_a_version_is_told_as_short_as_it_can_be(text: str, version: str) -> Non
         (["./packages/*/", "!packages/b"], ["a"]),
         (["packages/a"], ["a"]),
         (["pack*/a*", "packages/a"], ["a"]),
+        (["packages/*", "again/*"], ["a", "b"]),
         (["*"], []),
         (["../*", "/etc", "packages/../packages/*", ""], []),
         (["nowhere/*"], []),
@@ -3758,6 +3759,7 @@ def test_the_members_of_a_workspace_have_a_manifest(home: Home, globs: list[str]
         home.code,
         {"packages/a/m": "", "packages/b/m": "", "packages/c/x": "", "packages/.d/m": "", "node_modules/m": ""},
     )
+    put_files(home.code, {"again": link_to("packages")})
     assert [os.path.basename(member.path) for member in orchestra.Folder(str(home.code)).members(globs, "m")] == members
 
 
@@ -4906,6 +4908,28 @@ def test_of_several_the_first_ecosystem_speaks_for_the_whole(home: Home, files: 
     check_found(home, files, expected)
 
 
+ITEMS = "'a'," * 100_000
+GROUPS = f"[dependency-groups]\ndev = [{'{include-group=1},' * 10_000}]\n1 = [{ITEMS}]\n"
+BIG_SCRIPTS = {name: "npm run big" for names in orchestra.Script.NAMES.values() for name in names.split()}
+ROUNDABOUT = "\n".join(f"\t./{'/'.join(names)}" for names in itertools.product("ab", repeat=14))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"pyproject.toml": GROUPS},
+        package(scripts={**BIG_SCRIPTS, "big": "prettier a;" * 90_000}),
+        {"go.work": f"use (\n{ROUNDABOUT}\n)\n", "a": link_to("."), "b": link_to(".")},
+        {".git/config": "\n" * 200_000, ".git/info/sparse-checkout": "*a" * 200_000},
+        {".git/config": "[core]\nsparseCheckout = on\n", ".git/info/sparse-checkout": "*a" * 2_000_000},
+    ],
+    ids=["groups", "scripts", "links in a circle", "settings", "patterns"],
+)
+def test_a_repository_cannot_make_init_slow(home: Home, files: Any) -> None:
+    put_files(home.code, files)
+    assert run_in_time(home, "init", str(home.code), "-p", "shop", "--name", "api", "--sync").status == 0
+
+
 # ── 21 Drafting ───────────────────────────────────────────────────────────────
 
 
@@ -5644,6 +5668,8 @@ def faults_of_pattern(pattern: str) -> list[str]:
             if name in ("AT", "ASSERT", "ASSERT_NOT", "GROUPREF"):
                 if name.startswith("ASSERT"):
                     walk(arg[1], False, [])
+                elif is_by_line and str(arg) == "AT_BEGINNING":
+                    before = [{"\n"}]  # a search begins again at each of many line ends
                 continue
             if name in ("MAX_REPEAT", "MIN_REPEAT"):
                 is_endless = arg[1] == sre_parse.MAXREPEAT
@@ -5667,7 +5693,9 @@ def faults_of_pattern(pattern: str) -> list[str]:
             is_empty = is_empty and optional
         return chars, before, is_empty
 
-    walk(sre_parse.parse(pattern), False, [])
+    tree = sre_parse.parse(pattern)
+    is_by_line = bool(tree.state.flags & re.MULTILINE)
+    walk(tree, False, [])
     return faults
 
 
@@ -5684,6 +5712,8 @@ def faults_of_pattern(pattern: str) -> list[str]:
         (r"(?:a*b)*c", False),
         (r"(\w+)(?:|x)\d*!", False),
         (r"(?:\n.*?)?\s*", False),
+        (r"(?m)^[ \t]*a", True),
+        (r"(?m)^\s*a", False),
     ],
 )
 def test_the_helper_tells_patterns_apart(pattern: str, is_fine: bool) -> None:
@@ -8399,6 +8429,16 @@ def test_show_follows_a_link(home: Home, target: str) -> None:
 def test_show_needs_no_folder(home: Home) -> None:
     home.write_registry("shop/api.yaml", "name: api\nnotes: [a]\n")
     assert home.run_fine("show", "api", "--target", "claude").out.count("\n- a\n") == 1
+
+
+def test_a_diff_of_many_lines_that_are_alike_replaces_all_of_them(home: Home) -> None:
+    root = home.make_codebase(files={CURSOR: "".join(f"{i % 150}\n" for i in range(100_000))}, targets=["cursor"])
+    put_files(home.projects, {"shop/api.md": "".join(f"{i % 149}\n" for i in range(20_000))})
+    ran = run_in_time(home, "diff", "api")
+    home.sync()
+    removed, added = ran.lines[3:100_003], ran.lines[100_003:]
+    assert ran.lines[2] == f"@@ -1,100000 +1,{len(added)} @@" and {line[0] for line in removed} == {"-"}
+    assert "".join(f"{line[1:]}\n" for line in added) == (root / CURSOR).read_text()
 
 
 def test_a_diff_shows_what_would_move_the_cursor(home: Home) -> None:
@@ -14080,6 +14120,8 @@ MONOREPOS: dict[str, tuple[Any, list[str]]] = {
     "cargo": ({"Cargo.toml": '[workspace]\nmembers = ["packages/*"]\n'}, MEMBERS),
     "uv": ({"pyproject.toml": '[tool.uv.workspace]\nmembers = ["packages/*"]\n'}, MEMBERS),
     "go": ({"go.work": "go 1.22\nuse ./packages/api // x\nuse (\n\t./packages/web\n\t./no\n)\n"}, MEMBERS),
+    "go, one by one": ({"go.work": "use ./packages/api\nuse ./packages/web\n"}, MEMBERS),
+    "npm, a name with a line end": ({"package.json": '{"workspaces": ["*/*"]}', "odd/a\n/package.json": "{}"}, MEMBERS),
     "gradle": ({"settings.gradle": "include ':packages:api', 'packages:web'\n"}, MEMBERS),
     "gradle in Kotlin": (
         {"settings.gradle.kts": 'rootProject.name = "packages"\ninclude(\n  ":packages:api",\n)\n'},
