@@ -1101,9 +1101,9 @@ class Leftover(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> "Optional[Leftover]":
-        """Read a lock file; None if it is empty, or ends before any file was made."""
+        """Read a lock file, None if it is empty; first versions wrote a token only."""
         token, newline, rest = data.partition(b"\n")
-        if not newline:
+        if not token:
             return None
         number, *parts = os.fsdecode(rest).split("\0")
         swap = None
@@ -1111,7 +1111,8 @@ class Leftover(NamedTuple):
             path, temporary, *hashes = parts[: parts.index(number, 3)]
             swap = Swap(path, temporary, hashes)
         # One that was cut short has not taken place: it is announced before.
-        return cls(token.decode("utf-8", "replace"), swap, number.isdigit() or not number)
+        is_read = bool(newline) and (number.isdigit() or not number)
+        return cls(token.decode("utf-8", "replace"), swap, is_read)
 
     def format(self, number: int) -> bytes:
         """Write what `parse` reads; a number around the swap shows that it is whole."""

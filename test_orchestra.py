@@ -2090,6 +2090,15 @@ def test_a_swap_announced_by_another_version_costs_no_save(home: Home, swap: str
     assert (home.backups(), left.exists()) == (backups, False)
 
 
+def test_what_a_killed_turn_of_the_first_versions_left_is_cleaned_up(home: Home) -> None:
+    home.make_synced("shop/api", targets=["claude"])
+    leave_temporary(Path(orchestra.backups_of(home.path, API)), "")
+    lock = Path(orchestra.codebase_lock_path(home.path, API))
+    put_files(lock.parent, {lock.name: f"{DEAD}-aa"})
+    home.sync()
+    assert (home.leftovers(), lock.read_bytes()) == ([], b"")
+
+
 @pytest.mark.parametrize("content", [None, os.mkfifo, make_socket, link_to("README.md")])
 def test_what_has_a_temporary_files_name_and_is_no_file_stays(home: Home, content: Any) -> None:
     root = home.make_codebase("shop/api", {"README.md": "mine"}, targets=["claude"])
