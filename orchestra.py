@@ -5917,13 +5917,14 @@ def ecosystem(name: str, sign: str, *rows: Row, **more: Any) -> Ecosystem:
 
 
 def use_wrapper(folder: Folder, command: str) -> str:
-    """Call the script in the folder that gets the tool in the right version."""
+    """Call the repository's script that gets the tool in the right version."""
     files = {"mvn": "mvnw", "gradle": "gradlew", "flutter": ".fvmrc", "dart": ".fvmrc"}
     tool, _, rest = command.partition(" ")
-    wrapper = folder.find(files.get(tool, ""))
-    if wrapper == ".fvmrc":
-        return f"fvm {command}"
-    return f"./{wrapper} {rest}" if wrapper else command
+    file = files.get(tool, "")
+    above = next((n for n, place in enumerate((folder, *folder.above)) if place.find(file)), None)
+    if above is None:
+        return command
+    return f"fvm {command}" if file == ".fvmrc" else f"{'../' * above or './'}{file} {rest}"
 
 
 def use_binstub(folder: Folder, command: str) -> str:

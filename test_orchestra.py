@@ -3932,7 +3932,7 @@ MEMBER = {"packages/a/package.json": '{"scripts": {"test": "vitest", "build": "x
 
 
 @pytest.mark.parametrize(
-    ("files", "folder", "install"),
+    ("files", "folder", "first"),
     [
         (package(), "", "npm install"),
         ({**package(), "package-lock.json": ""}, "", "npm install"),
@@ -3951,11 +3951,14 @@ MEMBER = {"packages/a/package.json": '{"scripts": {"test": "vitest", "build": "x
         ({"yarn.lock": "", "packages/.git": None, **MEMBER}, "packages/a", "npm install"),
         ({"yarn.lock": "", "packages/a/.git": "gitdir: x", **MEMBER}, "packages/a", "npm install"),
         ({".git": None, "uv.lock": "", "a/pyproject.toml": "[project]\n"}, "a", "uv sync"),
+        ({".git": None, "gradlew": "", "a/b/build.gradle": ""}, "a/b", "../../gradlew assemble"),
+        ({".git": None, "mvnw": "", "a/pom.xml": "", "a/mvnw": ""}, "a", "./mvnw package -DskipTests"),
+        ({".git": None, ".fvmrc": "", "a/pubspec.yaml": ""}, "a", "fvm dart pub get"),
     ],
 )
-def test_the_package_manager_is_the_repositorys(home: Home, files: Any, folder: str, install: str) -> None:
+def test_the_package_manager_is_the_repositorys(home: Home, files: Any, folder: str, first: str) -> None:
     put_files(home.code, files)
-    assert orchestra.detect(str(home.code / folder)).commands[0].text == install
+    assert orchestra.detect(str(home.code / folder)).commands[0].text == first
 
 
 def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
