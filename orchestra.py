@@ -6798,19 +6798,15 @@ def find_members(folder: Folder, globs: str, name: str) -> Iterator[Folder]:
     return folder.members([*folder.texts(source, *keys), *excluded], name.partition(" ")[0])
 
 
-def find_part_paths(folder: Folder) -> tuple[str, list[str]]:
-    """Find the members of the first workspace with any, and what file lists them."""
+def find_part_paths(folder: Folder) -> Iterator[tuple[str, str]]:
+    """Iterate over the paths of the members of all workspaces, and what lists each."""
     for _, globs, name, _ in WORKSPACES:
-        paths = [os.path.relpath(member.path, folder.path) for member in find_members(folder, globs, name)]
-        if paths:
-            return globs.partition(" ")[0], paths
+        for member in find_members(folder, globs, name):
+            yield os.path.relpath(member.path, folder.path), globs.partition(" ")[0]
     for source, around, pattern in OTHER_WORKSPACES:
         text = "\n".join(re.findall(around, folder.text(source)))
-        found = re.findall(pattern, text)
-        paths = [path.replace(":", "/").strip("./") for path in found]
-        if paths:
-            return source, paths
-    return "", []
+        for path in re.findall(pattern, text):
+            yield path.replace(":", "/").strip("./"), source
 
 
 def detect_packages(folder: Folder, first: str) -> Optional[Found]:
@@ -7119,12 +7115,12 @@ def is_fixture_of(member: str, path: str) -> bool:
 
 
 def name_parts(root: str) -> tuple[str, dict[str, str]]:
-    """Name the members of a workspace, by their paths; also return what lists them.
+    """Name the members of workspaces, by their paths; also return what lists them.
 
     A part is called after its folder, or by its path where two would be called alike.
     """
-    source, found = find_part_paths(Folder(root))
-    usable = (path for path in sorted({*found}) if PartPath().is_fit(path) and os.path.isdir(f"{root}/{path}"))
+    sources = dict([*find_part_paths(Folder(root))][::-1])  # the first counts
+    usable = (path for path in sorted(sources) if PartPath().is_fit(path) and os.path.isdir(f"{root}/{path}"))
     members = [*itertools.islice(usable, Folder.MAX_MEMBERS)]
     paths = [path for path in members if not any(is_fixture_of(other, path) for other in members)]
     counts = Counter(os.path.basename(path).casefold() for path in paths)
@@ -7137,15 +7133,18 @@ def name_parts(root: str) -> tuple[str, dict[str, str]]:
             name = f"{len(stems)}-{name}"  # in front: the stem is cut at its end
         names[path] = name
         stems.add(spelled_alike(Component(name, "").stem))
-    return source, names
+    return ", ".join(dict.fromkeys(sources[path] for path in names)), names
 
 
-def draft_parts(root: str, home: str, names: Mapping[str, str], known: Pairs) -> Iterator[Component]:
-    """Draft a codebase's parts, without what is installed once for all of it."""
+def draft_parts(root: str, home: str, names: Mapping[str, str], whole: Detected) -> Iterator[Component]:
+    """Draft a codebase's parts, without what is installed once for the whole of it."""
+    folder = Folder(root)
+    runners = [read_runner(folder).source for read_runner in TASK_RUNNERS]  # a part has its own
+    installs = [c.text for c in whole.commands if c.name.startswith("install") and c.source not in runners]
     for path, name in names.items():
         detected = detect(f"{root}/{path}", home)
         draft = make_draft(f"{root}/{path}", detected)
-        commands = tuple(pair for pair in draft.commands if pair[0] != "install" or pair not in known)
+        commands = tuple(pair for pair in draft.commands if pair[1] not in installs)
         yield Component(name, detected.project_type, (), (), path, draft.description, commands)
 
 
@@ -12583,7 +12582,7 @@ class Registration(NamedTuple):
         if not self.dry_run:
             accept_empty_folder(self.home, codebase)
         if self.has_parts and not any(part.path for part in codebase.projects):
-            parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], codebase.commands),)
+            parts = (*draft_parts(self.path, self.home, name_parts(self.path)[1], detect(self.path, self.home)),)
             if parts:
                 text = dump_yaml(CODEBASE_SCHEMA.write(Codebase("", "", projects=parts)))
                 lines += [(line, "") for line in text.splitlines()]
@@ -12633,7 +12632,7 @@ class Registration(NamedTuple):
         codebase = Codebase(
             *(*self.key, self._spell_path(), draft.description, targets),
             commands=draft.commands,
-            projects=(component, *draft_parts(self.path, self.home, asked, draft.commands)),
+            projects=(component, *draft_parts(self.path, self.home, asked, detected)),
         )
         if not self.dry_run:
             self._save(codebase)

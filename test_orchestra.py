@@ -14140,6 +14140,14 @@ MONOREPOS: dict[str, tuple[Any, list[str]]] = {
         MEMBERS[:1],
     ),
     "maven": ({"pom.xml": "<modules><module> packages/web </module><module>../x</module></modules>"}, MEMBERS[1:]),
+    "maven and npm": (
+        {
+            "pom.xml": "<modules><module>api</module></modules>",
+            "api/pom.xml": "",
+            "package.json": '{"workspaces": ["*/web"]}',
+        },
+        ["api", "packages/web"],
+    ),
     "none": ({"package.json": "{}"}, []),
 }
 
@@ -14186,6 +14194,30 @@ def test_parts_that_would_be_called_alike_are_called_by_their_paths(home: Home) 
     file.write_text(file.read_text().replace("project_type: backend\n", f"project_type: backend\n{proposal[10:]}"))
     assert home.registry().codebases["shop", "mono"].projects[1:] == parts
     assert home.run_fine("init", str(root), "-p", "shop", "--parts").lines == [first]
+
+
+MAKE_INSTALL = {"Makefile": "install:\n\tpip install x\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "part", "installs"),
+    [
+        ({}, {}, []),
+        ({"CLAUDE.md": SPEAKING}, {}, []),
+        ({"Cargo.toml": "[workspace]"}, {"Cargo.toml": ""}, []),
+        ({"Cargo.toml": "[workspace]"}, {}, []),
+        ({}, {"yarn.lock": ""}, ["yarn install"]),
+        (MAKE_INSTALL, MAKE_INSTALL, ["make install"]),
+    ],
+)
+def test_a_part_does_not_repeat_what_is_installed_for_the_whole(
+    home: Home, files: Any, part: Any, installs: list[str]
+) -> None:
+    put_files(home.code / "mono", {".git": None, **package(workspaces=["a"], scripts={"build": "tsc"}), **files})
+    put_files(home.code / "mono/a", {"package.json": PACKAGE, **part})
+    home.run_fine("init", str(home.code / "mono"), "-p", "shop", "--parts")
+    part = home.registry().codebases["shop", "mono"].projects[1]
+    assert [text for name, text in part.commands if "install" in name] == installs
 
 
 def test_parts_that_nothing_lists_are_told(home: Home) -> None:
