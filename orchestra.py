@@ -1568,7 +1568,7 @@ def remove_file(place: Place, expected: Disk, lock: Lock) -> None:
 # kept, its number, and its origin. To keep one (`Turn.back_up`):
 #
 #   1 Skip a text equal to the newest version's but for white space that Markdown
-#     ignores.
+#     ignores, unless a user wrote it and that is Orchestra's.
 #   2 Write file and notes to a temporary folder, and flush them. If a kill ends this,
 #     the next turn removes the folder.
 #   3 Rename the folder to its time; now it is a version. If that name is taken, try the
@@ -7824,7 +7824,10 @@ def accept_empty_folder(home: str, codebase: Codebase) -> None:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _seals_in_record(path: str, mtime_ns: int, size: int) -> bytes:
-    """Return a record's seals in their quotes; thousands of sets would take 25 MB."""
+    """Return a record's seals in their quotes; read again if its time or size differ.
+
+    As bytes, since thousands of sets would take 25 MB.
+    """
     return b"".join(re.findall(b'"[0-9a-f]{8}"', read_disk(path).data))
 
 
@@ -8467,8 +8470,9 @@ class Planner:
 
 # A sync takes the codebase's lock, plans, and applies the plan; and repeats that, up to
 # MAX_TRIES times, if a file is saved meanwhile (`CodebaseTurn.sync`). It begins with
-# adopting the record of a renamed codebase, and removes temporary files that others
-# left. A plan is applied in steps:
+# adopting the record of a renamed codebase, reads registry files again that have
+# changed since they were read, and removes temporary files that others left. A plan is
+# applied in steps:
 #
 #   1 Clean the folder where the codebase was before. The record goes on naming that
 #     folder until nothing of Orchestra's is left there. If a file there is busy,
@@ -10352,7 +10356,7 @@ def print_status(path: bytes, version: bytes) -> bool:
 
     The launcher has a copy of this function, which uses built-in modules alone, since
     scripts poll the status: so it takes as long as Python's own start (10 ms of CPU),
-    and with all of Orchestra loaded 3.7 times as long. Anything else is left to that.
+    and with all of Orchestra loaded 3.7 times as long. The rest is left to the latter.
     """
     import _socket
     import posix
@@ -11734,7 +11738,8 @@ def start_blocking(home: str, environ: Mapping[str, str] = os.environ) -> int:
 
 # ── 34 Installing ─────────────────────────────────────────────────────────────
 
-# A new copy is tested before it replaces a working one.
+# What is installed is the running script, which so is known to run, for a Python that
+# was tried. PyYAML is made as a whole or not at all.
 
 # The program and PyYAML
 
