@@ -3810,6 +3810,14 @@ def find_layer_key(home: str, path: str) -> Optional[Key]:
     return (project, "" if stem == "project" else stem) if above == projects_root(home) else None
 
 
+def edit_command(home: str, file: str) -> str:
+    """Return how to edit a registry file: `orchestra edit` opens codebases' own."""
+    key = find_layer_key(home, file)
+    if key and file == codebase_path(home, key):
+        return f"orchestra edit {typed(label_for(key))}"
+    return f"edit {typed(shorten_home(home, file))}"
+
+
 def find_outside(home: str, file: str) -> str:
     """Return where a registry file is if a link leads out of the registry, "" if not.
 
@@ -3841,9 +3849,8 @@ class RegistryFile(Document):
     }
     MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
-    def __init__(self, home: str, file: str, hint: str = "", disk: Optional[Disk] = None) -> None:
-        place = shorten_home(home, file)
-        super().__init__(place, hint or f"edit {typed(place)}")
+    def __init__(self, home: str, file: str, disk: Optional[Disk] = None) -> None:
+        super().__init__(shorten_home(home, file), edit_command(home, file))
         self.path = file
         self.digest = ""
         self._data = b""
@@ -4120,8 +4127,7 @@ class LayerReader:
                 elif target.header and target.owns == "block":
                     wrong[target.target] = "header: only a target that owns the file may have one"
             if bad or wrong:
-                hint = f"orchestra edit {typed(label_for(codebase.key))}" if layer is codebase.layers[-1] else ""
-                file = RegistryFile(self._home, f"{layer.path}.yaml", hint)
+                file = RegistryFile(self._home, f"{layer.path}.yaml")
                 problems += self._find_lines(file, OneOf(known), bad, wrong)
         return problems
 
@@ -4152,19 +4158,18 @@ class LayerReader:
             self._bases[project] = unnamed._replace(layers=tuple(layers))
         return self._bases[project]
 
-    def _open(self, path: str, hint: str = "", must_exist: bool = False) -> Optional[RegistryFile]:
+    def _open(self, path: str, must_exist: bool = False) -> Optional[RegistryFile]:
         """Open a file of the registry; None if there is none."""
         folder, _, name = path.rpartition("/")
         # A name in Unicode may be listed in another form of it (macOS).
         names = self._names.get(folder) if name.isascii() else None
         if not (must_exist or (os.path.lexists(path) if names is None else name in names)):
             return None  # as most are
-        file = RegistryFile(self._home, path, hint)
+        file = RegistryFile(self._home, path)
         return None if file.problems and not must_exist and not os.path.lexists(path) else file
 
     def _read_layer(self, kind: str, path: str, key: Key) -> Optional[Layer]:
-        is_main = kind == "codebase"
-        file = self._open(f"{path}.yaml", f"orchestra edit {typed(label_for(key))}" if is_main else "", is_main)
+        file = self._open(f"{path}.yaml", must_exist=kind == "codebase")
         own = self._read_prose(f"{path}.md", is_shared=kind in SHARED)
         if file is None and own is None:
             return None
@@ -4432,9 +4437,8 @@ class RegistryScan:
 def _explain_lost_claim(home: str, codebase: Codebase, owner: Key) -> Problem:
     """Explain that a codebase's folder is another's, at the file that has its path."""
     file = next(f"{layer.path}.yaml" for layer in reversed(codebase.layers) if layer.said.path)
-    place, main = shorten_home(home, file), codebase_path(home, codebase.key)
-    edit = f"orchestra edit {typed(label_for(codebase.key))}" if file == main else f"edit {typed(place)}"
-    return Document(place, edit).problem(f"path: {codebase.path} already belongs to {label_for(owner)}")
+    problem = f"path: {codebase.path} already belongs to {label_for(owner)}"
+    return Document(shorten_home(home, file), edit_command(home, file)).problem(problem)
 
 
 def reload_codebases(
@@ -4507,7 +4511,7 @@ def list_codebases(home: str) -> list[Codebase]:
 def load_codebase(home: str, project: str, name: str) -> Codebase:
     """Load one codebase from its own file; raises RegistryError."""
     key = (project, name)
-    file = RegistryFile(home, codebase_path(home, key), f"orchestra edit {typed(label_for(key))}")
+    file = RegistryFile(home, codebase_path(home, key))
     codebase = file.read_layer("codebase", key)
     if file.problems:
         raise error_for(file.problems)
@@ -4572,7 +4576,7 @@ class RegistryTurn(Turn):
         text: Optional[str] = None
         old: YamlNode = None
         if disk.kind == "file":
-            doc = RegistryFile(self.home, file, "", disk)
+            doc = RegistryFile(self.home, file, disk)
             old = doc.parse()
             if old is not None:
                 doc.read_mapping(old, "")
@@ -13711,11 +13715,10 @@ class Doctor:
             yield fine(f"not on this machine: {', '.join(absent)}")
 
     def _edit_targets(self, codebase: Codebase) -> str:
-        """Say how to edit the file that a codebase's targets are from."""
-        files = [layer.path for layer in codebase.layers if layer.said.targets is not None]
-        if files and f"{files[-1]}.yaml" != codebase_path(self.home, codebase.key):
-            return f"edit {typed(self._short(f'{files[-1]}.yaml'))}"
-        return f"orchestra edit {typed(label_for(codebase.key))}"
+        """Return how to edit the file that a codebase's targets are from."""
+        own = codebase_path(self.home, codebase.key)
+        files = [f"{layer.path}.yaml" for layer in codebase.layers if layer.said.targets is not None]
+        return edit_command(self.home, [own, *files][-1])
 
     def _check_unregistered(self) -> Iterator[Finding]:
         """Look for the text of codebases whose registry file was removed by hand."""

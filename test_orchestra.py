@@ -14829,6 +14829,16 @@ def test_status_shows_what_needs_attention_in_80_columns(home: Home) -> None:
     assert len(more.splitlines()) == 4 + 8 + 2  # in a pipe, nothing is wrapped
 
 
+@pytest.mark.parametrize("text", ["notes: x\n", "targets: [vi]\n"])
+@pytest.mark.parametrize("name", ["all", "shop/project.local", "shop/api", "shop/api.local"])
+def test_the_next_step_of_a_problem_is_to_edit_its_file(home: Home, name: str, text: str) -> None:
+    home.make_codebase("shop/api", notes=[])
+    own = home.file().read_text().replace("notes", "x") if name == "shop/api" else ""
+    put_files(home.projects, {"shop/api.local.yaml": "", f"{name}.yaml": own + text})
+    edit = "orchestra edit shop/api" if name == "shop/api" else f"edit ~/.orchestra/projects/{name}.yaml"
+    assert home.run("status").out.endswith(f"next: {edit}\n")
+
+
 def test_status_tells_the_problem_of_a_shared_layer_once(home: Home) -> None:
     for label in ("shop/api", "shop/web", "blog/c"):
         home.make_codebase(label)
