@@ -610,6 +610,12 @@ def names_in(folder: str) -> list[str]:
         return []
 
 
+def keys_below(root: str, suffix: str = "") -> list[Key]:
+    """List the codebases that have a file PROJECT/NAME, with a suffix, in a folder."""
+    names = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
+    return [(project, name[: len(name) - len(suffix)]) for project, name in names if name.endswith(suffix)]
+
+
 def is_ignored(name: str) -> bool:
     """Return whether a name is hidden, or an editor's backup, swap or lock file's."""
     return name.startswith((".", "#")) or name.endswith("~")
@@ -4331,10 +4337,7 @@ def list_folder(folder: str) -> list[os.DirEntry[str]]:
 
 def find_keys(home: str) -> list[Key]:
     """List the registered codebases by the names of their files; none is read."""
-    root = projects_root(home)
-    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
-    keys = [(project, name[: -len(".yaml")]) for project, name in files if name.endswith(".yaml")]
-    return sorted(filter(is_valid_key, keys))
+    return sorted(filter(is_valid_key, keys_below(projects_root(home), ".yaml")))
 
 
 def find_custom_targets(home: str) -> list[str]:
@@ -7374,7 +7377,7 @@ def render_body(codebase: Codebase, is_split: bool = False) -> str:
         *(("", [prose.text]) for prose in codebase.prose),
         ("Tasks", [*map(_render_task, tasks)]),
         ("Skills", [_render_skill(skill) for skill in codebase.skills]),
-        ("Agents", [_render_role(role) for c in parts for role in c.agents]),
+        ("Agents", [_render_role(role) for part in parts for role in part.agents]),
         ("Notes", [f"- {many_lines(text)}" for text in codebase.notes]),
     )
     return "\n".join(itertools.starmap(_render_section, ((title, lines) for title, lines in sections if any(lines))))
@@ -7762,15 +7765,11 @@ def save_record(home: str, key: Key, record: Record, lock: Lock) -> None:
 def list_orphans(home: str, registered: set[Key]) -> dict[str, Key]:
     """List the codebases that have a record but are not registered, by folder."""
     found = []
-    for project in names_in(hashes_root(home)):
-        for name in names_in(f"{hashes_root(home)}/{project}"):
-            key = (project, name[: -len(".json")])
-            if not name.endswith(".json") or key in registered:
-                continue
-            with suppress(IoError):
-                record = load_record(home, key)
-                if record and record.root:
-                    found.append((record.synced_at, expand_home(home, record.root), key))
+    for key in keys_below(hashes_root(home), ".json"):
+        with suppress(IoError):
+            record = None if key in registered else load_record(home, key)
+            if record and record.root:
+                found.append((record.synced_at, expand_home(home, record.root), key))
     return {root: key for _, root, key in sorted(found)}
 
 
@@ -8846,9 +8845,7 @@ def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optio
 
 def suggest_old_backups(home: str, registry: Registry, name: Optional[str]) -> str:
     """Suggest to list the backups of a codebase that is no longer registered."""
-    root = backups_root(home)
-    kept = [(project, codebase) for project in names_in(root) for codebase in names_in(f"{root}/{project}")]
-    found = [key for key in (*registry.keys, *kept) if name in (key[1], label_for(key))]
+    found = [key for key in (*registry.keys, *keys_below(backups_root(home))) if name in (key[1], label_for(key))]
     is_old = bool(found) and found[0] not in registry.keys
     return f"ls {typed(shorten_home(home, backups_of(home, found[0])))}" if is_old else ""
 
@@ -9058,7 +9055,7 @@ def check_staleness(
     home: str, codebase: Codebase, owners: Optional[Owners] = None, clock: Clock = time.time
 ) -> Staleness:
     """Judge one codebase; if that fails, its status is `error`, or `absent`."""
-    tasks = sum(task.status != "done" for component in codebase.projects for task in component.tasks)
+    tasks = sum(len(part.open_tasks) for part in codebase.projects)
     try:
         plan = Planner(home, codebase, owners).plan()
         problems = plan.problems(home)
@@ -11454,17 +11451,11 @@ def note_replaced(home: str, key: Key, notes: Mapping[str, str], now: float) -> 
 
 def replaced_problems(home: str, keys: Container[Key], now: float) -> list[Problem]:
     """List what is noted of some codebases, and remove what is too old of any."""
-    root = replaced_root(home)
-    files = [(project, name) for project in names_in(root) for name in names_in(f"{root}/{project}")]
     problems = []
-    for project, name in files:
-        key = (project, name[: -len(".json")])
-        notes = load_replaced(home, key, now) if name.endswith(".json") else {}
-        problems += [
-            Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}")
-            for path, note in notes.items()
-            if key in keys
-        ]
+    for key in keys_below(replaced_root(home), ".json"):
+        for path, note in load_replaced(home, key, now).items():
+            if key in keys:
+                problems.append(Problem(f"{label_for(key)}: {path}", f"hand-written text was replaced; {note}"))
     return sorted(problems)
 
 
@@ -12601,7 +12592,7 @@ class Registration(NamedTuple):
     def _change_type(self) -> str:
         for _ in range(MAX_TRIES):
             codebase = load_codebase(self.home, *self.key)
-            if self.project_type in (None, *(c.project_type for c in codebase.projects)):
+            if self.project_type in (None, *(part.project_type for part in codebase.projects)):
                 return f"{self.label} is already registered: {self.file}"
             first, *rest = codebase.projects or (Component(self.key[1], ""),)
             first = first._replace(project_type=self.project_type or "")
@@ -13956,7 +13947,7 @@ class Commands(NamedTuple):
         for key in registry.keys:
             codebase = registry.codebases.get(key, Codebase(*key, targets=()))
             path = codebase_root(self.home, codebase)
-            types = [component.project_type for component in codebase.projects]
+            types = [part.project_type for part in codebase.projects]
             kind = State.WORDS[State.ERROR][0] if key in registry.broken else ", ".join(dict.fromkeys(types))
             rows.append((label_for(key), kind, shorten_home(self.home, path) or "-"))
             entry = {"project": key[0], "codebase": key[1], "path": path or None, "project_types": types}
