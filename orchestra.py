@@ -338,6 +338,14 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def format_json(value: Any) -> str:
+    """Write JSON for people, with what a line cannot show escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
 def excerpt(text: str) -> str:
     """Quote a text, or the beginning of a long one."""
     return repr(text if len(text) <= 40 else text[:37] + "...")
@@ -3212,7 +3220,10 @@ def check_name(kind: str, name: str) -> None:
         (not 1 <= len(name) <= 100, "names have 1 to 100 characters"),
         (re.search("[\ud800-\udfff]", name), "names must be valid UTF-8"),
         (len(name.encode("utf-8", "replace")) > 240, "names have at most 240 bytes"),  # a suffix must fit, too
-        (re.search(r"[/\x00-\x1f\x7f-\x9f]", name), "names cannot contain slashes or control characters"),
+        (
+            re.search("[/\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", name),
+            "names cannot contain slashes or control characters",
+        ),
         (is_ignored(name), "names cannot start with . or #, or end in ~"),
         (kind == "codebase" and name.casefold() == "project", "project.yaml describes the project itself"),
         (kind == "codebase" and name.casefold() == "all", "all.yaml is what all codebases share"),
@@ -10259,8 +10270,7 @@ def encode_line(value: Mapping[str, Any]) -> bytes:
 
 def encode_reply(data: Any, pretty: bool = False) -> bytes:
     if pretty:
-        text = json.dumps(data, indent=2, ensure_ascii=False)
-        return b'{"ok":true,"data":%b}\n' % text.encode("utf-8", "backslashreplace")
+        return b'{"ok":true,"data":%b}\n' % format_json(data).encode()
     return encode_line({"ok": True, "data": data})
 
 
@@ -12789,7 +12799,7 @@ def ask(question: str, default: bool) -> bool:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(format_json(value))
 
 
 def pick(record: Any, *names: str) -> dict[str, Any]:
@@ -13917,7 +13927,7 @@ class Commands(NamedTuple):
         started = time.time() - 0.01  # a file's time may lag by a tick of the kernel's clock
         registered, dry_run = registration.run(), registration.dry_run
         for head, text in registered.lines:
-            print(*hang(head, text, self.screen.width if " " in text else 0), sep="\n")
+            print(*hang(visible(head), visible(text), self.screen.width if " " in text else 0), sep="\n")
         for note in registered.notes:
             self._note(note)
         key = registered.codebase.key
@@ -13966,7 +13976,7 @@ class Commands(NamedTuple):
         registry = load_registry(self.home)
         key = self._readable(registry, self.args.codebase).key
         for line in Registration(self.home, key, path, None).move(registry):
-            print(line)
+            print(visible(line))
         return OK
 
     def cmd_project_remove(self) -> int:

@@ -2900,6 +2900,7 @@ def test_init_lands_in_the_project_and_the_name_that_are_listed(home: Home, monk
     "name",
     [
         *("", "../x", "a/b", "/", ".x", "..", ".", "#x", "x~", "a\0b", "a\nb", "a\x7fb", "a\x85b", "\udcff"),
+        *("a\u202eb", "a\u2028b", "\u2067a"),
         *("a" * 101, "a" * 300, "\N{GRINNING FACE}" * 100),
     ],
 )
@@ -14443,6 +14444,17 @@ def test_project_list_says_each_type_once(home: Home) -> None:
 
 
 # ── 37 Output ─────────────────────────────────────────────────────────────────
+
+
+def test_what_moves_a_terminals_cursor_is_escaped(home: Home) -> None:
+    odd = "odd \x1b[2J\x9b31m\u202e\xe9"
+    home.write_registry("shop/api.yaml", f"name: api\npath: {json.dumps(str(home.code / odd))}\n")
+    out = home.run("status", "--json").out
+    assert "odd \\u001b[2J\\u009b31m\\u202e\xe9" in out
+    assert f"/{odd}: " in json.loads(out)["codebases"][0]["detail"]
+    (home.code / f"{odd}!").mkdir()
+    moved = home.run_fine("project", "move", "api", str(home.code / f"{odd}!"))
+    assert moved.lines[0].endswith("odd \\x1b[2J\\x9b31m\\u202e\xe9!")
 
 
 class Terminal(io.StringIO):
