@@ -4073,7 +4073,7 @@ class LayerReader:
     """Reads the layers of codebases; what several of them share is read once.
 
     `names` are those in each folder that has been listed. `known` are what earlier
-    readers made: layers and prose by path, codebases by key. What has not changed stays
+    readers made: layers and prose by file, codebases by key. What has not changed stays
     the same object, so that a daemon does not keep it twice.
     """
 
@@ -4166,9 +4166,10 @@ class LayerReader:
         if project not in self._bases:
             layers = []
             for kind, path in zip(SHARED, layer_paths(self._home, (project, ""))):
-                if path not in self.shared:
-                    self.shared[path] = self._read_layer(kind, path, (project, ""))
-                layers += [self.shared[path]] if self.shared[path] else []
+                file = f"{path}.yaml"
+                if file not in self.shared:
+                    self.shared[file] = self._read_layer(kind, path, (project, ""))
+                layers += [self.shared[file]] if self.shared[file] else []
             said = functools.reduce(CODEBASE_SCHEMA.join, (layer.said for layer in layers), Codebase(project, ""))
             digest = sha256_of(repr([layer.digests for layer in layers]).encode())
             unnamed = said._replace(name="", created_at="", updated_at="", digest=digest)
@@ -4190,7 +4191,7 @@ class LayerReader:
         own = self._read_prose(f"{path}.md", is_shared=kind in SHARED)
         if file is None and own is None:
             return None
-        known = self._known.get(path)
+        known = self._known.get(f"{path}.yaml")
         said = self._read_said(file, kind, key, known) if file else Codebase(key[0], "")
         prose: list[Prose] = []
         missing: list[str] = []
@@ -4295,7 +4296,7 @@ class Registry(NamedTuple):
         codebases = {key: self.codebases[key] for key in keys if key in self.codebases}
         layers = [layer for codebase in codebases.values() for layer in codebase.layers]
         prose = {prose.file: prose for layer in layers for prose in layer.prose}
-        return {**self.shared, **codebases, **{layer.path: layer for layer in layers}, **prose}
+        return {**self.shared, **codebases, **{f"{layer.path}.yaml": layer for layer in layers}, **prose}
 
     def remarks(self, keys: Iterable[Key]) -> list[Problem]:
         """List what a user should know of the files of some codebases, each once.

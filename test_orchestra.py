@@ -3158,6 +3158,14 @@ def test_what_codebases_share_is_read_once_and_kept_once(home: Home, monkeypatch
     assert (old.notes, new.notes) == ((), ("new",)) and new.skills is old.skills
 
 
+@pytest.mark.parametrize("stem", ["shop/api", "shop/project"])
+def test_a_codebase_may_be_called_as_a_file_of_prose(home: Home, stem: str) -> None:
+    files = {f"{stem}.md": "prose", f"{stem}.md.yaml": f"name: {stem[5:]}.md\n", "shop/api.yaml": "name: api\n"}
+    put_files(home.projects, files)
+    before = home.registry()
+    assert len(before.codebases) == 2 and orchestra.load_registry(home.path, before) == before
+
+
 BAD_LAYERS = {
     "a folder": ({"all.yaml": None}, "all.yaml:1: file: expected a file, got a folder"),
     "a folder of prose": ({"shop/api.md": None}, "shop/api.md:1: file: expected a file, got a folder"),
