@@ -5745,10 +5745,12 @@ class Python:
                 yield Found(row.name, self.spell(row.text), source)
         if "ruff" in self.packages:
             yield Found("lint", self.spell("ruff check ."), self.TOML)
-        hooks, call = ".pre-commit-config.yaml", re.escape(f"{self.prefix}pre-commit")
-        is_called = self.folder.holds(f"Makefile ~ {call} or [jJ]ustfile ~ {call}")
-        if self.folder.find(hooks) and ("pre-commit" in self.packages or is_called):
-            yield Found("before a commit", f"{self.prefix}pre-commit run --all-files", hooks)
+        hooks = ".pre-commit-config.yaml"
+        for program in ("pre-commit", "prek") if self.folder.find(hooks) else ():
+            call = re.escape(f"{self.prefix}{program}")
+            is_called = self.folder.holds(f"Makefile ~ {call} or [jJ]ustfile ~ {call}")
+            if program in self.packages or is_called:
+                yield Found("before a commit", f"{self.prefix}{program} run --all-files", hooks)
         yield from self._find_sessions(sessions)
         yield from self._find_tox()
         if self.manager:
@@ -6133,7 +6135,7 @@ PHP_CS_FIXER = ".php-cs-fixer* + composer.json ~ php-cs-fixer"
 TEST_TASK = r"TestTask\.\w+\b(?![ (]*:(?!test\b))"
 STANDARD_RB = r""".standard.yml or Gemfile ~ ^[ \t]*gem[ (]+["']standard["']"""
 RUBOCOP = ".rubocop.yml + Gemfile rubocop or .rubocop.yml + *.gemspec rubocop"
-ANDROID = "app*/src/main/AndroidManifest.xml"
+ANDROID = "app*/src/main/AndroidManifest.xml|src/main/AndroidManifest.xml"
 CTEST = r"CMakeLists.txt ~ (?i)^[ \t]*(?:enable_testing|include[ \t]*\([ \t]*CTest)\b"
 MESON_TEST = r"meson.build ~ ^[ \t]*(?:test *\(|subdir *\( *'tests?')"
 
@@ -6312,7 +6314,9 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         Row("test", "gradle allTests", "build.gradle* multiplatform"),
         Row("test", "gradle test"),
         Row("one test", "gradle :MODULE:test --tests 'ClassName.method'", f"settings.gradle* include + not {ANDROID}"),
-        Row("one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test"),
+        Row(
+            "one test", "gradle test --tests 'ClassName.method'", "build.gradle* + src/test + not build.gradle* android"
+        ),
         Row(
             "one test",
             "gradle :app:testDebugUnitTest --tests 'ClassName.method'",
@@ -6566,6 +6570,7 @@ ECOSYSTEMS = (  # those further up come first where several are in one folder
         "python",
         "pyproject.toml project or pyproject.toml tool poetry"
         " or pyproject.toml build-system or setup.py or setup.cfg metadata or Pipfile|manage.py"
+        " or pyproject.toml tool uv workspace"
         " or pyproject.toml|requirements.txt|noxfile.py + not package.json",
         Row("description", "{}", "pyproject.toml project description"),
         Row("description", "{}", "pyproject.toml tool poetry description"),
@@ -6658,9 +6663,9 @@ class Readme:
     SENTENCE_END = r"(?<=[.!?]) (?=[A-Z`(])"
     NO_PROSE = ("#", "<", "|", "- ", "* ", "+ ", "..", ":", "~~~", "[!", "---", "    ", "\t")
     NO_DESCRIPTION = (  # what a first sentence begins with that says something else
-        r"(?i)\W*(?:see|for|check|click|read|visit|warning|note|important|welcome|if"
+        r"(?i)[\W_]*(?:see|for|check|click|read|visit|warning|note|important|welcome|if"
         r"|to|we(?:'re| are)|thanks?|please|looking|you|first|begin|install|sponsor\w*"
-        r"|deprecated|this repository is|an extra special)\b"
+        r"|deprecated|update|this repo(?:sitory)? (?:is|and)|an extra special)\b"
     )
     MARKUP = (  # what is taken out: images, tags, reStructuredText's links, emphasis
         (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
@@ -7057,7 +7062,7 @@ def find_targets(root: str, texts: Mapping[str, str], written: Collection[str]) 
     def is_link(path: str) -> bool:
         others = (f"{root}/{agent.path}" for agent in AGENTS.values() if agent.path != path)
         own = f"{root}/{path}"
-        return os.path.islink(own) and any(is_same_file(own, it) for it in others)
+        return os.path.islink(own) and any(is_same_file(own, it) for it in others if not os.path.islink(it))
 
     def hides(path: str) -> bool:
         return any(row.hidden in texts for row in HIDING if row.path == path)

@@ -4070,6 +4070,10 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
             "before a commit: uv run pre-commit run --all-files",
         ),
         ({**pyproject("", "pytest"), ".pre-commit-config.yaml": ""}, "before a commit: pre-commit run --all-files"),
+        (
+            {**pyproject("", "prek", uv_lock=""), ".pre-commit-config.yaml": ""},
+            "before a commit: uv run prek run --all-files",
+        ),
         (pyproject("", "pytest"), "install: pip install -e . --group dev | test: pytest"),
         (pyproject(DEPENDABLE), "install: pip install -e '.[dev]' | test: pytest"),
         (pyproject(DEPENDABLE, uv_lock=""), "install: uv sync --extra dev"),
@@ -4425,6 +4429,11 @@ def composer_dev(*packages: str) -> dict[str, str]:
             "one test: ./gradlew :app:testDebugUnitTest --tests 'ClassName.method'",
         ),
         ({"settings.gradle": "", MANIFEST: "", "app/build.gradle": "apply '../flavors.gradle'"}, "one test: -"),
+        (
+            {"build.gradle": "libs.plugins.android.library", "src/test": None, "src/main/AndroidManifest.xml": ""},
+            "type: mobile | build: gradle assembleDebug | one test: - | check: -",
+        ),
+        ({"build.gradle": "libs.plugins.android.library", "src/test": None}, "test: gradle test | one test: -"),
         (
             {"Shop.sln": SLN, ".editorconfig": "", "global.json": '{"sdk": {"version": "9.0.100"}}'},
             "install: dotnet restore | build: dotnet build | test: dotnet test | format: dotnet format | "
@@ -4851,6 +4860,8 @@ def test_description_and_versions_come_from_the_manifests(home: Home, files: Any
         ("# shop\n[Docs are](x) | [Blog](y)\n\n- one of two\n\nSells many things.\n", "Sells many things."),
         ("# shop\n```\nnpm install this shop\n\nand so on\n```\nSells many things.\n", "Sells many things."),
         ("# shop\n\nSee the site for more.\n\nIt is fast and nice.\n", ""),
+        ("# shop\n\n**Update 2025** it has a cousin.\n\n_This repo and all in it need Rust_\n", ""),
+        ("# shop\n\n_This repo and all in it need Rust 2_\n", ""),
         ("# shop\n\n## Usage\n\nRun it in your folder.\n", ""),
         ("# Web shop\n\n## News\n\nWe have news.\n\n## About\n\nWeb shop is a shop. It is.\n", "Web shop is a shop."),
         ("# shop\n\n## HTTP\n\nHTTP is a protocol of the web.\n", ""),
@@ -4904,6 +4915,10 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
         (
             {"pyproject.toml": "[tool.uv.workspace]\nmembers = ['a']\n", "a/pyproject.toml": "[project]\nname = 'x'\n"},
             "packages: x (one of them: `uv run --package NAME pytest`) | install: uv sync --all-packages",
+        ),
+        (
+            {**toml("[tool.uv.workspace]\nmembers = ['a']\n"), **npm(test="x")},
+            "install: uv sync --all-packages | test: - | test (javascript): npm test",
         ),
         (
             {
@@ -5048,6 +5063,7 @@ OWN = f"---\nx: y\n---\n\n{orchestra.BANNER.format(seal='1a2b3c4d')}\n\n# x\n"
         ({"CLAUDE.md": link_to("AGENTS.md"), "AGENTS.md": "x"}, ("codex",)),
         ({"CLAUDE.md": "x", "AGENTS.md": link_to("CLAUDE.md")}, ("claude-rules",)),
         ({"CLAUDE.md": link_to("docs.md"), "docs.md": "x"}, ("claude-rules",)),
+        ({"CLAUDE.md": link_to("a.md"), "AGENTS.md": link_to("a.md"), "a.md": "x"}, ("claude-rules", "codex")),
         # A file of the user's is not touched where the agent reads another.
         ({"CLAUDE.md": "x", "AGENTS.md": "x", "GEMINI.md": "x"}, ("claude-rules", "codex", "gemini")),
         ({".claude/CLAUDE.md": "x", ".claude/rules/a.md": "x", COPILOT: "x"}, ("claude-rules", "copilot-rules")),
