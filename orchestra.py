@@ -3928,9 +3928,10 @@ class RegistryFile(Document):
         said: Codebase = schema.read(self, root, project=key[0], digest=self.digest)
         node = next((value for name, value in root.value if name.value == "name"), root) if said.name else root
         name = key[1] if kind in OWN else key[0]
-        called = f"file is called {name}.yaml" if kind in OWN else f"folder is called {name}"
+        called = {"codebase": f"file is called {name}.yaml", "codebase.local": f"codebase is called {name}"}
         if said.name and said.name != name:
-            self.complain(f"name: the {called}, but name says {said.name!r}", node)
+            problem = called.get(kind, f"folder is called {name}")
+            self.complain(f"name: the {problem}, but name says {said.name!r}", node)
         self.notes.sort(key=lambda note: int(note.where.rpartition(":")[2]))
         return said
 
