@@ -8991,7 +8991,8 @@ class Status(NamedTuple):
         return f"{places}: {states}" if states else places
 
 
-def _name_change(file: FilePlan, record: Record) -> str:
+def _name_change(file: FilePlan, plan: Plan) -> str:
+    record = plan.old_record or Record()
     if file.is_foreign:
         return FOREIGN
     if file.action in (Action.REMOVE, Action.RELEASE, Action.EVICT):
@@ -9001,7 +9002,11 @@ def _name_change(file: FilePlan, record: Record) -> str:
         return "missing"
     if file.action == Action.CREATE and recorded:
         return "block missing"
-    return "registry changed" if recorded != file.digest or file.action == Action.UPDATE else "edited by hand"
+    if recorded == file.digest and file.action != Action.UPDATE:
+        return "edited by hand"
+    # Otherwise the user's own text changed around the block, or Orchestra was upgraded.
+    before, now = (inputs.rpartition(" ")[2] for inputs in (record.inputs, plan.record.inputs))
+    return "registry changed" if before and now and before != now else "out of date"
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
@@ -9019,6 +9024,7 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
         "missing": State.STALE,
         "block missing": State.STALE,
         "registry changed": State.STALE,
+        "out of date": State.STALE,
         "block no longer needed": State.STALE,
         FOREIGN: State.STALE,
         "edited by hand": State.MODIFIED,
@@ -9027,7 +9033,7 @@ def judge_plan(home: str, plan: Plan) -> tuple[str, str]:
     paths: dict[str, list[str]] = {change: [] for change in states}
     for file in plan.all_files(home):
         if file.writes or file.is_foreign:
-            paths[_name_change(file, plan.old_record)].append(file.path)
+            paths[_name_change(file, plan)].append(file.path)
     found = [change for change in states if paths[change]]
     state = states[found[0]]
     if state != State.STALE and len(found) == 1:

@@ -8276,6 +8276,19 @@ def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
     assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
 
 
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        (add_it(["codex"], notes=["n"]), "registry changed: AGENTS.md"),
+        (change_file("AGENTS.md", lambda d: d + b"mine\n"), "out of date: AGENTS.md"),
+    ],
+)
+def test_status_tells_a_changed_registry_from_text_of_ones_own(home: Home, change: Any, detail: str) -> None:
+    for step in (add_it(["codex"]), sync_it, change):
+        step(home)
+    assert home.staleness()["detail"] == detail
+
+
 def test_status_names_every_change_whatever_the_state(home: Home) -> None:
     root = home.make_codebase("shop/api", targets=["claude", "codex", "cline"])
     home.sync()
