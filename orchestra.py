@@ -14137,7 +14137,7 @@ class Commands(NamedTuple):
             replaced = replaced_problems(self.home, set(keys), time.time())
             for line in view._replace(notes=[*replaced, *remarks]).format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
-        elif not failed:
+        elif not (failed or status.stray):
             self._say(NO_CODEBASES)
         failed = max(failed, report_all(status.stray))
         is_broken = any(entry.status == State.ERROR for entry in status.codebases)

@@ -15508,6 +15508,10 @@ def test_quiet_commands_print_nothing_but_errors(home: Home) -> None:
 def test_project_list_is_a_table_with_paths_as_they_were_written(home: Home) -> None:
     for words in ("project list", "status", "sync --all"):
         assert home.run_fine(*words.split()).err.startswith("no codebases yet\n  try: orchestra init ")
+    stray = home.write_registry("shop/api.yml", "")
+    for words in ("project list", "status", "sync --all"):
+        assert home.run(*words.split()).err.startswith("orchestra: ~/.orchestra/projects/shop/api.yml:1: ignored")
+    stray.unlink()
     home.make_codebase("shop/api", projects=[{"name": "api", "project_type": "ml"}])
     home.register("shop/near", path="~/near")
     assert home.run_fine("project", "list").out.splitlines() == [
