@@ -3993,6 +3993,18 @@ def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
         ({**npm(test="jest --ci -c x.js"), "yarn.lock": ""}, "one test: yarn test path/to/file.test.js"),
         (npm(test="mocha test/**/*.js"), 'one test: npm test -- -g "name"'),
         (npm(test="node --test test/a.js"), "one test: -"),
+        *(
+            (npm(test=call), f"one test: npm test -- {one}")
+            for call, one in (
+                ("react-scripts test", "--watchAll=false path/to/file.test.js"),
+                ("playwright test", "path/to/file.spec.js"),
+                ("ng test", "--watch=false --include path/to/file.spec.js"),
+                ("node --test", "path/to/file.test.js"),
+                ("ava", "path/to/test.js"),
+                ("ava test/a.js", '--match "name"'),
+                ("tap", "path/to/test.js"),
+            )
+        ),
         (npm(test="npm run unit", unit="tsc && jest"), "one test: npm run unit -- path/to/file.test.js"),
         (npm(test="jest && tsc"), "one test: -"),
         ({**npm(test="bun test"), "bun.lock": ""}, "one test: bun test path/to/file.test.js"),
@@ -4096,8 +4108,29 @@ DEPENDABLE = "[project.optional-dependencies]\ndev = ['pytest']\n"
         (pyproject(DEPENDABLE, pdm_lock=""), "install: pdm install -G dev"),
         ({**pyproject("", pdm_lock=""), "requirements-dev.txt": "pytest\n"}, "install: pdm install"),
         (pyproject("[tool.pdm.build]\nx = 1\n", "pytest"), "test: pytest"),
-        ({"Pipfile": "[dev-packages]\npytest = '*'\n"}, "install: pipenv install --dev | test: pipenv run pytest"),
-        (toml(HATCH), "install: - | test: hatch run pytest | lint: hatch run ruff check ."),
+        (
+            {"Pipfile": "[dev-packages]\npytest = '*'\n[scripts]\nlint = 'x'\n"},
+            "install: pipenv install --dev | test: pipenv run pytest | lint: pipenv run lint | "
+            "built with: Python, Pipenv",
+        ),
+        (
+            pyproject("", "pytest", poetry_lock=""),
+            "install: poetry install | test: poetry run pytest | built with: Python, Poetry",
+        ),
+        (pyproject(DEPENDABLE, poetry_lock=""), "install: poetry install --extras dev"),
+        (
+            toml("[project]\n[tool.pdm.dev-dependencies]\ntest = ['pytest']\n[tool.pdm.scripts]\nlint = 'x'\n"),
+            "install: pdm install | test: pdm run pytest | lint: pdm run lint | built with: Python, PDM",
+        ),
+        (
+            pyproject("[tool.pixi.tasks]\nlint = 'x'\n", "pytest", pixi_lock=""),
+            "install: pixi install | test: pixi run pytest | lint: pixi run lint",
+        ),
+        (pyproject("t = ['pytest']\n", uv_lock=""), "install: uv sync --group t | test: uv run pytest"),
+        (pyproject("[tool.taskipy.tasks]\nlint = 'x'\n"), "lint: task lint"),
+        (pyproject("", "flake8", _flake8=""), "lint: flake8"),
+        (pyproject("[tool.basedpyright]\n", "basedpyright"), "type check: basedpyright"),
+        (toml(HATCH), "install: - | test: hatch run pytest | lint: hatch run ruff check . | built with: Python, Hatch"),
         (toml(HATCH.replace("cov", "test")), "test: hatch run test"),
         (toml("[tool.hatch.envs.docs.scripts]\nbuild = 'x'\n"), "build: - | test: hatch test"),
         (toml("[tool.hatch.envs.types.scripts]\ncheck = 'mypy x'\n"), "type check: hatch run types:check"),
@@ -4931,6 +4964,10 @@ def test_a_readme_describes_in_its_first_sentence_of_prose(home: Home, readme: s
                 "c/Cargo.toml": "",
             },
             "packages: c (one of them: `cargo test -p NAME`)",
+        ),
+        (
+            {**package(workspaces={"packages": ["p/*"]}), "p/a/package.json": "", "yarn.lock": ""},
+            "packages: a (one of them: `yarn workspace NAME run SCRIPT`)",
         ),
         (package(workspaces=["nowhere/*"]), "packages: -"),
         (
