@@ -9005,8 +9005,9 @@ def _name_change(file: FilePlan, plan: Plan) -> str:
     if recorded == file.digest and file.action != Action.UPDATE:
         return "edited by hand"
     # Otherwise the user's own text changed around the block, or Orchestra was upgraded.
+    # (0.1 recorded two hashes where there is a project.yaml.)
     before, now = (inputs.rpartition(" ")[2] for inputs in (record.inputs, plan.record.inputs))
-    return "registry changed" if before and now and before != now else "out of date"
+    return "registry changed" if len(before) == len(now) and before != now else "out of date"
 
 
 def judge_plan(home: str, plan: Plan) -> tuple[str, str]:

@@ -8313,11 +8313,18 @@ def test_a_file_without_its_block_is_not_called_missing(home: Home) -> None:
     assert home.staleness()["detail"] == "missing: AGENTS.md; block missing: CLAUDE.md"
 
 
+def upgrade_from_first(home: Home) -> None:
+    """Make it look as if version 0.1 had written the record, of two registry files."""
+    change_file("AGENTS.md", lambda d: d + b"mine\n")(home)
+    home.record.write_text(re.sub(r"(shop/api )([0-9a-f]{64})", r"\1\2\2", home.record.read_text()))
+
+
 @pytest.mark.parametrize(
     ("change", "detail"),
     [
         (add_it(["codex"], notes=["n"]), "registry changed: AGENTS.md"),
         (change_file("AGENTS.md", lambda d: d + b"mine\n"), "out of date: AGENTS.md"),
+        (upgrade_from_first, "out of date: AGENTS.md"),
     ],
 )
 def test_status_tells_a_changed_registry_from_text_of_ones_own(home: Home, change: Any, detail: str) -> None:
