@@ -9164,7 +9164,7 @@ def preview_files(home: str, codebase: Codebase, owners: Owners) -> dict[str, by
     """Return the codebase's files as a sync would leave them, with the user's own text.
 
     Of a link it is what that leads to. Where there is no folder, or a file cannot be
-    written, it is what would be new.
+    written, it is what would be new. A file that is not needed is empty.
     """
     files = render_files(codebase)
     with suppress(OrchestraError, OSError):
@@ -9173,8 +9173,8 @@ def preview_files(home: str, codebase: Codebase, owners: Owners) -> dict[str, by
             is_link = file.before.kind == "symlink"
             linked = read_disk(real_path(f"{plan.root}/{file.path}"), MAX_MANAGED_FILE) if is_link else ABSENT
             after = linked.data if linked.kind == "file" else file.after
-            if file.path in files and after is not None:
-                files[file.path] = after
+            if file.path in files and (after is not None or file.digest == ""):
+                files[file.path] = after or b""
     return files
 
 
@@ -14215,7 +14215,9 @@ class Commands(NamedTuple):
         if of_part:
             self._note(f"this is for {part} alone; the codebase's: orchestra show {typed(label)}")
         for agent in of_part or agents:
-            self._note(f"{agent.path}: {describe_size(agent, files[agent.path])}")
+            data = files[agent.path]
+            size = describe_size(agent, data) if data else "not written: there is nothing to add to your own text"
+            self._note(f"{agent.path}: {size}")
         return OK
 
     def cmd_schema(self) -> int:

@@ -8512,6 +8512,15 @@ prose        shop/api.local.md            of my api"""
     assert [row.split() for row in rows] == [row.split() for row in expected.splitlines()]
 
 
+def test_show_tells_which_file_is_not_written(home: Home) -> None:
+    home.make_codebase("shop/api", {COPILOT: "mine\n"}, targets=["copilot-rules"], notes=[])
+    note = f"note: {orchestra.AGENTS['copilot-rules'].path}: not written: there is nothing to add to your own text\n"
+    for argv, out in (((), "# api\n"), (("--target", "copilot-rules"), "")):
+        ran = home.run_fine("show", "api", *argv)
+        assert (ran.out, ran.err) == (out, note)
+    assert home.sync().lines == []
+
+
 @pytest.mark.parametrize("target", ["AGENTS.md", "own.md", "nowhere.md"])
 def test_show_follows_a_link(home: Home, target: str) -> None:
     files = {"AGENTS.md": "mine\n", "own.md": "my own\n", "CLAUDE.md": link_to(target)}
