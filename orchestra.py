@@ -2343,7 +2343,10 @@ def conflict_line(text: str) -> int:
 
 
 class Document:
-    """A YAML file being read, and its problems, in which it is called `place`."""
+    """A YAML file being read, and its problems, in which it is called `place`.
+
+    `at` is the path of a node in it, as the problems have it.
+    """
 
     MAX_DEPTH = 100  # libyaml overflows the C stack at about ten thousand levels
     MAX_TEXT = 8 << 20  # characters, including those that aliases repeat
@@ -2390,17 +2393,17 @@ class Document:
         if len(self.notes) < self.MAX_TOLD:
             self.notes.append(self.problem(message, line))
 
-    def note_unknown(self, node: YamlNode, key: str, known: Iterable[str]) -> None:
-        """Add a note on an unknown key, by its node and its path."""
+    def note_unknown(self, node: YamlNode, at: str, known: Iterable[str]) -> None:
+        """Add a note on an unknown key."""
         near = nearest(node.value, known) if len(self.notes) < self.MAX_TOLD else ""
-        key = key if len(key) <= 200 else excerpt(key)
+        at = at if len(at) <= 200 else excerpt(at)
         line = node.start_mark.line + 1 if node.start_mark else 1  # one that was made has no mark
-        self.note(f"{key}: unknown key, ignored{near and f': did you mean {near}?'}", line)
+        self.note(f"{at}: unknown key, ignored{near and f': did you mean {near}?'}", line)
 
-    def reject(self, node: YamlNode, key: str, expected: str, guess: str = "") -> None:
+    def reject(self, node: YamlNode, at: str, expected: str, guess: str = "") -> None:
         found = {"mapping": "a mapping", "sequence": "a list"}.get(node.id)
         found = found or ("nothing" if is_null(node) else excerpt(node.value))
-        self.complain(f"{key}: expected {expected}, got {found}{guess}", node)
+        self.complain(f"{at}: expected {expected}, got {found}{guess}", node)
 
     def compose(self, text: str) -> Optional[YamlNode]:
         """Parse YAML text to its root node; None where a problem says why."""
@@ -2478,45 +2481,45 @@ class Document:
 
         return visit(root)
 
-    def read_text(self, node: YamlNode, key: str) -> Optional[str]:
+    def read_text(self, node: YamlNode, at: str) -> Optional[str]:
         """Read a scalar as typed; None where a problem says why."""
         text = node.value
-        if node.id == "mapping" and not node.flow_style and key.endswith("]"):  # - see: here
-            self.complain(f'{key}: needs quotes, because it contains ": "', node)
+        if node.id == "mapping" and not node.flow_style and at.endswith("]"):  # - see: here
+            self.complain(f'{at}: needs quotes, because it contains ": "', node)
             return None
         if not isinstance(text, str) or is_null(node):
-            self.reject(node, key, "text")
+            self.reject(node, at, "text")
             return None
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            self.complain(f"{key}: expected text in Unicode, got half a surrogate pair", node)
+            self.complain(f"{at}: expected text in Unicode, got half a surrogate pair", node)
             return None
         self._text_size += len(text)
         if self._text_size <= self.MAX_TEXT:
             return sys.intern(text)  # codebases share much of it; the daemon keeps all
         if self._text_size - len(text) <= self.MAX_TEXT:
-            self.complain(f"{key}: expected at most {self.MAX_TEXT} characters in the file, aliases expanded", node)
+            self.complain(f"{at}: expected at most {self.MAX_TEXT} characters in the file, aliases expanded", node)
         return None
 
-    def read_items(self, node: YamlNode, key: str) -> list[YamlNode]:
+    def read_items(self, node: YamlNode, at: str) -> list[YamlNode]:
         """Read the nodes of a list."""
         if node.id != "sequence":
-            self.reject(node, key, "a list")
+            self.reject(node, at, "a list")
             return []
-        return [] if self._exceeds_items(node, key) else list(node.value)
+        return [] if self._exceeds_items(node, at) else list(node.value)
 
-    def read_mapping(self, node: YamlNode, key: str) -> dict[str, YamlNode]:
+    def read_mapping(self, node: YamlNode, at: str) -> dict[str, YamlNode]:
         """Read the keys of a mapping as text, each once; the values stay nodes."""
         if node.id != "mapping":
-            self.reject(node, key or "file", "a mapping")
+            self.reject(node, at or "file", "a mapping")
             return {}
-        prefix = f"{key}." if key else ""
+        prefix = f"{at}." if at else ""
         items: dict[str, YamlNode] = {}
-        if self._exceeds_items(node, key or "file"):
+        if self._exceeds_items(node, at or "file"):
             return items
         for name, value in node.value:
             text = name.value
             if not text or not isinstance(text, str):
-                self.reject(name, key or "key", "text as a key")
+                self.reject(name, at or "key", "text as a key")
             elif text == "<<" and not name.style:
                 self.complain(f"{prefix}<<: merge keys are not supported, as in YAML 1.2", name)
             elif text in items:
@@ -2525,7 +2528,7 @@ class Document:
                 items[text] = value
         return items
 
-    def _exceeds_items(self, node: YamlNode, key: str) -> bool:
+    def _exceeds_items(self, node: YamlNode, at: str) -> bool:
         """Count the items of a node; return whether the file has too many by now."""
         limit, before = self.MAX_ITEMS[node.id], self._counts[node.id]
         self._counts[node.id] += len(node.value)
@@ -2533,7 +2536,7 @@ class Document:
             return False
         if before <= limit:
             noun = "list items" if node.id == "sequence" else "keys"
-            self.complain(f"{key}: expected at most {limit} {noun} in the file, aliases expanded", node)
+            self.complain(f"{at}: expected at most {limit} {noun} in the file, aliases expanded", node)
             self.has_enough = True
         return True
 
@@ -2693,11 +2696,11 @@ Pairs = tuple[tuple[str, str], ...]
 
 
 class Kind:
-    """What a key may hold. Problems call it by its path: projects[0].tasks[2].id."""
+    """What a key may hold; `at` is its path in a file, as projects[0].tasks[2].id."""
 
     restore: Callable[[Any], Any]
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> Any: ...
+    def read(self, doc: Document, node: YamlNode, at: str) -> Any: ...
 
     def write(self, value: Any) -> YamlNode: ...
 
@@ -2713,8 +2716,8 @@ class Text(Kind):
 
     restore = staticmethod(sys.intern)
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        return doc.read_text(node, key) or ""
+    def read(self, doc: Document, node: YamlNode, at: str) -> str:
+        return doc.read_text(node, at) or ""
 
     def write(self, value: str) -> YamlNode:
         return _text_node(value)
@@ -2732,10 +2735,10 @@ class FormedText(Text):
     def is_fit(self, text: str) -> bool:
         return re.fullmatch(self.PATTERN, text) is not None
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        text = doc.read_text(node, key)
+    def read(self, doc: Document, node: YamlNode, at: str) -> str:
+        text = doc.read_text(node, at)
         if text is not None and not self.is_fit(text):
-            doc.reject(node, key, self.EXPECTED)
+            doc.reject(node, at, self.EXPECTED)
         return text or ""
 
     def describe(self) -> dict[str, Any]:
@@ -2766,11 +2769,11 @@ class ManagedPath(FormedText):
     def is_fit(self, text: str) -> bool:
         return is_managed_path(text)
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        path = super().read(doc, node, key)
+    def read(self, doc: Document, node: YamlNode, at: str) -> str:
+        path = super().read(doc, node, at)
         for agent in AGENTS.values():
             if spelled_alike(agent.path) == spelled_alike(path):
-                doc.reject(node, key, f"a file that no target has (use {agent.target})")
+                doc.reject(node, at, f"a file that no target has (use {agent.target})")
         return path
 
 
@@ -2820,14 +2823,14 @@ class OneOf(Text):
     def describe(self) -> dict[str, Any]:
         return {"enum": [*self.options, *self.aliases]}
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> str:
-        text = doc.read_text(node, key)
+    def read(self, doc: Document, node: YamlNode, at: str) -> str:
+        text = doc.read_text(node, at)
         text = self.aliases.get(text, text) if text else text
         if text is not None and text not in self.options:
             like = "" if doc.has_enough else did_you_mean(text, itertools.islice(self.options, 200))
             is_long = len(self.options) > (8 if like else 100)
             names = f"one of {len(self.options)} names" if is_long else " | ".join(self.options)
-            doc.reject(node, key, names, like)
+            doc.reject(node, at, names, like)
         return text or ""
 
 
@@ -2837,9 +2840,9 @@ class ListOf(Kind):
     def __init__(self, item: Kind) -> None:
         self.item = item
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
-        nodes = doc.read_items(node, key)
-        return tuple([self.item.read(doc, item, f"{key}[{i}]") for i, item in enumerate(nodes)])
+    def read(self, doc: Document, node: YamlNode, at: str) -> tuple[Any, ...]:
+        nodes = doc.read_items(node, at)
+        return tuple([self.item.read(doc, item, f"{at}[{i}]") for i, item in enumerate(nodes)])
 
     def restore(self, value: Any) -> Optional[tuple[Any, ...]]:
         return None if value is None else tuple(map(self.item.restore, value))
@@ -2871,12 +2874,12 @@ class MapOf(ListOf):
         self._record = item
         self._taken = taken
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
+    def read(self, doc: Document, node: YamlNode, at: str) -> tuple[Any, ...]:
         found = []
-        for name, value in doc.read_mapping(node, key).items():
+        for name, value in doc.read_mapping(node, at).items():
             if name in self._taken or not re.fullmatch(self.NAME, name):
-                doc.complain(f"{key}: expected a new name of letters, digits, - _ and ., got {excerpt(name)}", value)
-            found.append(self._record.read(doc, value, f"{key}.{name}", **{self._record.make._fields[0]: name}))
+                doc.complain(f"{at}: expected a new name of letters, digits, - _ and ., got {excerpt(name)}", value)
+            found.append(self._record.read(doc, value, f"{at}.{name}", **{self._record.make._fields[0]: name}))
         return tuple(found)
 
     def restore(self, value: Any) -> tuple[Any, ...]:
@@ -2893,15 +2896,15 @@ class MapOf(ListOf):
 class PartList(ListOf):
     """The parts of a codebase; of those with folders, no two are called alike."""
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> tuple[Any, ...]:
-        parts = super().read(doc, node, key)
+    def read(self, doc: Document, node: YamlNode, at: str) -> tuple[Any, ...]:
+        parts = super().read(doc, node, at)
         seen: dict[str, str] = {}
         for i, part in enumerate(parts):
             for name in ({"path": part.path, "name": part.stem} if part.path else {}).items():
                 mark = f"{name[0]} {spelled_alike(name[1])}"
                 if mark in seen:
-                    doc.complain(f"{key}[{i}].{name[0]}: {seen[mark]} has the same", node.value[i])
-                seen[mark] = f"{key}[{i}]"
+                    doc.complain(f"{at}[{i}].{name[0]}: {seen[mark]} has the same", node.value[i])
+                seen[mark] = f"{at}[{i}]"
         return parts
 
 
@@ -2915,9 +2918,9 @@ class Choice(ListOf):
 class TextMap(Kind):
     """A mapping of text to text, as pairs."""
 
-    def read(self, doc: Document, node: YamlNode, key: str) -> Pairs:
-        items = doc.read_mapping(node, key)
-        return tuple([(name, doc.read_text(value, f"{key}.{name}") or "") for name, value in items.items()])
+    def read(self, doc: Document, node: YamlNode, at: str) -> Pairs:
+        items = doc.read_mapping(node, at)
+        return tuple([(name, doc.read_text(value, f"{at}.{name}") or "") for name, value in items.items()])
 
     def restore(self, value: Any) -> Pairs:
         return tuple([(sys.intern(name), sys.intern(text)) for name, text in value])
@@ -2952,10 +2955,10 @@ class Schema(Kind):
         other.defaults = {**dict.fromkeys(self.kinds, ""), **self.defaults}
         return other
 
-    def read(self, doc: Document, node: YamlNode, key: str = "", **values: Any) -> Any:
+    def read(self, doc: Document, node: YamlNode, at: str = "", **values: Any) -> Any:
         """Read a record; `values` are those of the fields that are not keys."""
-        items = doc.read_mapping(node, key)
-        prefix = f"{key}." if key else ""
+        items = doc.read_mapping(node, at)
+        prefix = f"{at}." if at else ""
         for name, kind in self.kinds.items():
             value = items.pop(name, None)
             is_required = name not in self.defaults
