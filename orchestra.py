@@ -13787,7 +13787,9 @@ class Doctor:
     def _check_leftovers(self) -> Iterator[Finding]:
         names = ((file, os.path.basename(file)) for file in files_below(orchestra_root(self.home)))
         files = [file for file, name in names if is_temporary_name(name) and has_exited(parse_temporary(name)[0])]
-        for lock in sorted({*files_below(run_dir(self.home))} - {daemon_lock_path(self.home)}):
+        # The next fetch of PyYAML cleans up after one that failed.
+        others = {daemon_lock_path(self.home), f"{run_dir(self.home)}/pip.lock"}
+        for lock in sorted({*files_below(run_dir(self.home))} - others):
             files += [lock] if lock.endswith(".lock") and is_abandoned(lock) else []
         if files:
             text = f"killed commands left {count_of(len(files), 'file')}: {self._short(files[0])}"

@@ -15278,7 +15278,7 @@ FINDINGS: dict[str, tuple[list[Callable[[Home], Any]], str, str]] = {
         "orchestra sync --all",
     ),
     "stale lock": (
-        [put_in("home/.orchestra/run/codebases/shop/api.lock", f"{DEAD}-aaaa\n")],
+        [put_in(f"home/.orchestra/run/{name}.lock", f"{DEAD}-aaaa\n") for name in ("codebases/shop/api", "pip")],
         "warn killed commands left 1 file: ~/.orchestra/run/codebases/shop/api.lock",
         "orchestra sync --all",
     ),
