@@ -6669,7 +6669,7 @@ class Readme:
     NO_DESCRIPTION = (  # what a first sentence begins with that says something else
         r"(?i)[\W_]*(?:see|for|check|click|read|visit|warning|note|important|welcome|if"
         r"|to|we(?:'re| are)|thanks?|please|looking|you|first|begin|install|sponsor\w*"
-        r"|deprecated|update|this repo(?:sitory)? (?:is|and)|an extra special)\b"
+        r"|deprecated|update|this (?:readme|repo(?:sitory)?) (?:is|and)|an extra special|get in|join|follow)\b"
     )
     MARKUP = (  # what is taken out: images, tags, reStructuredText's links, emphasis
         (r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])", ""),
@@ -12686,7 +12686,9 @@ class Registration(NamedTuple):
             twins = {twin for agent in agents if agent.owned for twin in agent.twins} - {a.path for a in agents}
             alone = ", ".join(sorted(twin for twin in twins if os.path.exists(f"{self.path}/{twin}")))
             return draft.targets, f"already used in this folder{alone and f'; left alone: {alone}'}"
-        return None if draft.defaults == DEFAULT_TARGETS else draft.defaults, "default"
+        if draft.defaults == DEFAULT_TARGETS:
+            return None, "default"
+        return draft.defaults, "default, and agents with a folder here"
 
     @staticmethod
     def _format(rows: Sequence[Found]) -> Iterator[tuple[str, str]]:

@@ -4898,6 +4898,8 @@ def test_description_and_versions_come_from_the_manifests(home: Home, files: Any
         ("# shop\n\nSee the site for more.\n\nIt is fast and nice.\n", ""),
         ("# shop\n\n**Update 2025** it has a cousin.\n\n_This repo and all in it need Rust_\n", ""),
         ("# shop\n\n_This repo and all in it need Rust 2_\n", ""),
+        ("# shop\n\nThis README is just a *quick* start document.\n", ""),
+        ("# shop\n\nGet in contact with us there: @shop\n", ""),
         ("# shop\n\n## Usage\n\nRun it in your folder.\n", ""),
         ("# Web shop\n\n## News\n\nWe have news.\n\n## About\n\nWeb shop is a shop. It is.\n", "Web shop is a shop."),
         ("# shop\n\n## HTTP\n\nHTTP is a protocol of the web.\n", ""),
@@ -14184,6 +14186,18 @@ def test_init_fits_a_terminal_and_says_which_files_it_leaves_alone(home: Home) -
         "           .github/copilot-instructions.md, CLAUDE.md)",
         "  edit:    ~/.orchestra/projects/shop/web.yaml",
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "claude, codex (default)"),
+        ({".gemini": None}, "claude, codex, gemini (default, and agents with a folder here)"),
+    ],
+)
+def test_init_tells_the_default_from_agents_with_a_folder_there(home: Home, files: Any, told: str) -> None:
+    put_files(home.code, files)
+    assert home.run_fine("init", str(home.code), "-p", "shop").lines[1] == f"  targets: {told}"
 
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
