@@ -9637,6 +9637,7 @@ class Watcher:
     """
 
     RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
+    MAX_FOLDERS = 10_000  # a link in a registry from others may lead to all of the disk
 
     def __init__(
         self, home: str, backend: Backend, clock: Clock = time.time, monotonic: Clock = time.monotonic
@@ -9730,12 +9731,21 @@ class Watcher:
                 self._look_at_files(folder, ())
         self.backend.retain({*self._folders, *self._anchors, *self.suspects}.union(*self._snapshot.values()))
 
-    def _look_at_folder(self, folder: str) -> None:
-        """Watch and compare a folder, and all below it."""
+    def _look_at_folder(self, top: str) -> None:
+        """Watch and compare a folder, and all below it, up to MAX_FOLDERS in all."""
+        waiting = [top]  # not recursion: they may be nested deeper than Python calls
+        while waiting:
+            below = self._look_into(waiting.pop())
+            below = below[: max(0, self.MAX_FOLDERS - len(self._folders))]
+            self._folders.update(below)
+            waiting += below
+
+    def _look_into(self, folder: str) -> list[str]:
+        """Watch and compare a folder, and return those in it."""
         self._watch(folder)
         entries = self._list(folder)
         if entries is None:
-            return
+            return []
         known = self._snapshot.get(folder, {})
         files = [entry for entry in entries if entry.path in known or WATCHED_FILE.fullmatch(entry.name)]
         self._follow_links(files)
@@ -9743,9 +9753,7 @@ class Watcher:
         is_project = os.path.dirname(folder) == self._root
         below = [e for e in entries if not is_ignored(e.name) and self._is_folder(e, follow=is_project)]
         self._follow_links(below)
-        self._folders.update(entry.path for entry in below)
-        for entry in below:
-            self._look_at_folder(entry.path)
+        return [entry.path for entry in below]
 
     @staticmethod
     def _is_folder(entry: os.DirEntry[str], follow: bool) -> bool:

@@ -8903,6 +8903,16 @@ def test_what_is_below_a_folder_that_cannot_be_listed_now_is_not_taken_for_gone(
     assert watcher.look() == set() and snapshot_of(watcher) == before
 
 
+def test_a_link_to_all_of_the_disk_is_followed_only_so_far(live: Home, monkeypatch: Any) -> None:
+    put_files(live.code, {f"disk/{i}/some.md": "" for i in range(30)})
+    put_files(live.projects, {"all": link_to(str(live.code / "disk"))})
+    live.register("shop/api")
+    monkeypatch.setattr(orchestra.Watcher, "MAX_FOLDERS", 20)
+    watcher = orchestra.Watcher(live.path, orchestra.Backend())
+    changed = watcher.look()
+    assert str(live.file("shop/api")) in changed and 1 < len(changed) < 20
+
+
 def test_a_link_that_goes_while_it_is_followed_stops_nothing(live: Home, monkeypatch: Any) -> None:
     file = live.save("shop/one")
     watcher = orchestra.Watcher(live.path, orchestra.Backend())
