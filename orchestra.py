@@ -505,8 +505,8 @@ def expand_home(home: str, path: str) -> str:
 # through its opened folder (Place), so that no link put in the way leads elsewhere.
 
 # O_NONBLOCK, or opening a FIFO for reading would wait for its writer.
-READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 REFUSED_KINDS = {  # what is there, by the errno of an open(2) that failed
     errno.ENOENT: "absent",
@@ -560,7 +560,7 @@ def read_disk(path: str, limit: int = -1, folder: Optional[int] = None) -> Disk:
     At most `limit` bytes are read, or all if it is negative. Raises IoError.
     """
     try:
-        fd = os.open(path, READING, dir_fd=folder)
+        fd = os.open(path, READ_FLAGS, dir_fd=folder)
     except OSError as error:
         if error.errno not in REFUSED_KINDS:
             raise IoError(path, error) from error
@@ -735,7 +735,7 @@ class Place(NamedTuple):
 
 def open_place(path: str, backup_name: str = "") -> Place:
     """Open the folder of a file; links in its path are followed. Raises OSError."""
-    return Place(os.open(os.path.dirname(path), FOLDER), path, backup_name)
+    return Place(os.open(os.path.dirname(path), FOLDER_FLAGS), path, backup_name)
 
 
 def open_place_below(root: str, path: str, backup_name: str, make: bool = False) -> Place:
@@ -744,7 +744,7 @@ def open_place_below(root: str, path: str, backup_name: str, make: bool = False)
     `make` makes missing folders. Links on the way are refused (OSError), so that
     nothing outside `root` is ever changed.
     """
-    flags = FOLDER | os.O_NOFOLLOW
+    flags = FOLDER_FLAGS | os.O_NOFOLLOW
     folder = os.open(root, flags)
     try:
         for name in path.split("/")[:-1]:
@@ -867,7 +867,7 @@ def flush(fd: int) -> None:
 
 def flush_folder(path: str) -> None:
     """Wait until the names in a folder are on the disk."""
-    fd = os.open(path, FOLDER)
+    fd = os.open(path, FOLDER_FLAGS)
     try:
         os.fsync(fd)
     finally:
@@ -1347,7 +1347,7 @@ def _open_idle(place: Place, expected: Disk, lock: Lock) -> Iterator[int]:
     deadline = time.monotonic() + 0.2
     while True:
         try:
-            fd = os.open(place.name, READING, dir_fd=place.folder)
+            fd = os.open(place.name, READ_FLAGS, dir_fd=place.folder)
         except OSError as error:
             if error.errno in REFUSED_KINDS:
                 raise FileChanged(place.path) from error
@@ -1423,7 +1423,7 @@ class Displaced:
         """Step 5. Return whether the file is gone, or set aside; raises OSError."""
         place = self.place
         try:
-            fd = os.open(self.temporary, READING, dir_fd=place.folder)
+            fd = os.open(self.temporary, READ_FLAGS, dir_fd=place.folder)
         except FileNotFoundError:
             return True
         except OSError:
@@ -2012,7 +2012,7 @@ class Turn(Lock):
 
     def _remove_temporaries_in(self, path: str, name_of: Callable[[str], str], leftover: Optional[Leftover]) -> bool:
         try:
-            folder = os.open(path, FOLDER | os.O_NOFOLLOW)
+            folder = os.open(path, FOLDER_FLAGS | os.O_NOFOLLOW)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             return True  # nothing was written there, or it is reported when it is
         are_gone = True
@@ -2044,7 +2044,7 @@ class Turn(Lock):
         """Remove files set aside that nothing writes to any more; raises IoError."""
         with blame(self.aside):
             try:
-                folder = os.open(self.aside, FOLDER)
+                folder = os.open(self.aside, FOLDER_FLAGS)
             except FileNotFoundError:
                 return
             try:
@@ -2062,7 +2062,7 @@ class Turn(Lock):
         IoError.
         """
         try:
-            fd = os.open(name, READING, dir_fd=folder)
+            fd = os.open(name, READ_FLAGS, dir_fd=folder)
         except OSError:
             return True  # or a link: not one of Orchestra's
         try:
