@@ -3327,8 +3327,8 @@ def find_main_worktree(top: str) -> str:
     return ""
 
 
-class Folders:
-    """The folders that some paths lead to.
+class FolderIndex:
+    """The folders that some paths lead to, by device and inode.
 
     `spellings` has the paths of each, `inner` one of the paths below each folder above
     them. A folder that does not answer in time is in neither.
@@ -3409,13 +3409,13 @@ class Owners(dict[str, Key]):
         self.orphans: Optional[Owners] = None  # of records whose codebase is gone
         self._look = look
         self._codebases = codebases
-        self._folders: Optional[Folders] = old._folders if old is not None else None
+        self._folders: Optional[FolderIndex] = old._folders if old is not None else None
         self._is_fitting = False  # whether they are those of these paths
 
     @property
-    def folders(self) -> Folders:
+    def folders(self) -> FolderIndex:
         if self._folders is None or not (self._is_fitting or self.keys() == self._folders.paths):
-            self._folders = Folders(self, self._look)
+            self._folders = FolderIndex(self, self._look)
         self._is_fitting = True
         return self._folders
 
@@ -3463,7 +3463,7 @@ class Owners(dict[str, Key]):
     def key_inside(self, identity: Optional[Identity]) -> Optional[Key]:
         """Find a codebase whose folder is below a folder."""
         path = self.folders.inner.get(identity) if identity else None
-        above = itertools.chain.from_iterable(Folders.above(path)) if path else ()
+        above = itertools.chain.from_iterable(FolderIndex.above(path)) if path else ()
         return self[path] if path and identity in map(self._look, above) else None
 
     def why_unfit(self, home: str, folder: str, identity: Identity) -> str:

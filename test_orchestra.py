@@ -2750,7 +2750,7 @@ def test_folders_stay_known_until_the_registry_names_others(home: Home) -> None:
 
 
 def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
-    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.01)
+    monkeypatch.setattr(orchestra.FolderIndex, "PATIENCE", 0.01)
     answer, answered = threading.Event(), []
 
     def look(path: str) -> orchestra.Identity:
@@ -2764,7 +2764,7 @@ def test_a_folder_that_never_answers_holds_nobody_up(monkeypatch: Any) -> None:
 
 
 def test_folders_that_answer_slowly_are_waited_for(monkeypatch: Any) -> None:
-    monkeypatch.setattr(orchestra.Folders, "PATIENCE", 0.5)
+    monkeypatch.setattr(orchestra.FolderIndex, "PATIENCE", 0.5)
     owners = owners_of(lambda path: (1, time.sleep(0.05) or 2), **{f"c{i}": f"/{i}" for i in range(12)})
     assert len(owners.folders.spellings[1, 2]) == 12
 
