@@ -8964,6 +8964,11 @@ class Staleness(NamedTuple):
         return label_for((self.project, self.codebase))
 
     @property
+    def is_outdated(self) -> bool:
+        """Whether a sync, or a decision on a hand edit, would bring it up to date."""
+        return self.status not in (*State.FINE, State.ERROR)
+
+    @property
     def needs_attention(self) -> bool:
         if self.status == State.ABSENT:
             return self.last_sync_at is not None  # its folder was here
@@ -8981,7 +8986,7 @@ class Status(NamedTuple):
         return {
             "projects": len({entry.project for entry in self.codebases}),
             "codebases": len(self.codebases),
-            "stale": sum(entry.status not in (*State.FINE, State.ERROR) for entry in self.codebases),
+            "stale": sum(entry.is_outdated for entry in self.codebases),
         }
 
     def describe(self) -> str:
@@ -13382,7 +13387,7 @@ def next_steps(status: Status) -> list[str]:
     absent = [hint for state, hint in stuck if state == State.ABSENT]
     edited = [typed(e.label) for e in entries if e.status == State.MODIFIED]
     steps += [f"orchestra diff {label}" for label in edited[:1]]
-    outdated = [e for e in entries if e.status not in (*State.FINE, State.ERROR)]
+    outdated = [e for e in entries if e.is_outdated]
     by_all = [typed(e.label) for e in outdated if not e.hint]
     if by_all:
         steps.append("orchestra sync --all" if len(by_all) > 1 else f"orchestra sync {by_all[0]}")
