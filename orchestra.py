@@ -2764,10 +2764,15 @@ class ManagedPath(FormedText):
 
     INSIDE = r"(?!\.\.?/|\.[Gg][Ii][Tt]/)[^/\x00-\x1f]+/"
     PATTERN = rf"^({INSIDE})*[^/\x00-\x1f]*\.(md|mdc|markdown|txt)$"
-    EXPECTED = f"a relative path without .. to a text for agents ({' '.join(MANAGED_SUFFIXES)})"
+    EXPECTED = f"a relative path without .. to a text for agents ({' '.join(MANAGED_SUFFIXES)}), not to what they run"
+    # In a folder like .claude: the frontmatter of these may name programs that start by
+    # themselves (hooks, MCP servers), and tools that need no permission.
+    RUN = "agent agents chatmodes command commands droids hooks modes plugins prompts skill skills workflows"
 
     def is_fit(self, text: str) -> bool:
-        return is_managed_path(text)
+        folders = text.casefold().split("/")[:-1]
+        hidden = itertools.dropwhile(lambda name: not name.startswith("."), folders)
+        return is_managed_path(text) and not {*hidden} & {*self.RUN.split()}
 
     def read(self, doc: Document, node: YamlNode, at: str) -> str:
         path = super().read(doc, node, at)

@@ -2384,6 +2384,7 @@ BAD_FILES = {
         *("target's path", target_file("path: %"), TARGET_PATH),
         *("/x.md", "../x.md", "a/../x.md", "./x.md", "a//x.md", ".git/x.md", ".GIT/x.md", "docs/", "x", "x.py"),
         *("CMakeLists.txt", "requirements-dev.txt", r'"a\nb.md"'),
+        *(".claude/skills/x/SKILL.md", ".github/Agents/x.agent.md", "web/.opencode/command/x.md"),
     ),
     **bad_values(
         *("target's path", target_file("path: %"), r".* expected a file that no target has \(use .*"),
