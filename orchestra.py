@@ -12744,11 +12744,15 @@ class Registration(NamedTuple):
         command = f"echo '*.local.*' >> {typed(shorten_home(self.home, f'{folders[-1]}/.gitignore'))}"
         return [f"git keeps this registry; let it ignore what is for one machine: {command}"]
 
-    def _find_outer_codebases(self, registry: Registry) -> list[str]:
-        folders = [f for f in climb(os.path.dirname(self.path)) if not is_repository(f)]
-        keys = [key for folder in folders for key in registry.owners.keys_at(identity_of(folder))]
+    def _find_outer_codebases(self, registry: Registry) -> Iterator[str]:
+        undo = "" if self.dry_run else f"; if that was not meant: orchestra project remove {typed(self.label)}"
         reason = "its folder contains this one and is not a repository"
-        return [f"{label_for(key)} is no longer synced: {reason}" for key in keys]
+        for folder in climb(os.path.dirname(self.path)):
+            for label in map(label_for, registry.owners.keys_at(identity_of(folder))):
+                if not is_repository(folder):
+                    yield f"{label} is no longer synced: {reason}{undo}"
+                elif not is_repository(self.path):
+                    yield f"this folder is in that of {label}{undo}"
 
 
 def suggest_moves(home: str, registry: Registry, folder: str) -> list[str]:

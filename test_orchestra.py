@@ -2854,12 +2854,19 @@ def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home:
     root = home.make_synced("shop/whole", {entry: "gitdir: /elsewhere\n"} if entry else {})
     (root / "api").mkdir()
     ran = home.run_fine("init", str(root / "api"), "-p", "shop", "--sync")
-    note = "note: shop/whole is no longer synced: its folder contains this one and is not a repository\n"
-    assert ran.err == ("" if entry else note)
+    note = "shop/whole is no longer synced: its folder contains this one and is not a repository"
+    note = "this folder is in that of shop/whole" if entry else note
+    note = f"note: {note}; if that was not meant: orchestra project remove shop/api\n"
+    assert ran.err == note
     assert home.status_of("shop/api") == "current" and home.status_of("shop/whole") == ("current" if entry else "error")
     assert (root / "CLAUDE.md").exists()
     home.run_fine("project", "remove", "whole", "--purge")
     assert not (root / "CLAUDE.md").exists() and (root / "api/CLAUDE.md").exists()
+
+
+def test_a_repository_in_another_may_be_a_codebase_without_ado(home: Home) -> None:
+    root = home.make_synced("shop/whole", {".git": None, "sub/.git": "gitdir: ../.git/modules/sub"})
+    assert home.run_fine("init", str(root / "sub"), "-p", "shop").err == ""
 
 
 def test_a_path_that_was_cut_short_to_the_folder_above_gets_no_files(home: Home) -> None:
