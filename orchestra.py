@@ -3409,8 +3409,8 @@ class Owners(dict[str, Key]):
         look: Callable[[str], Optional[Identity]] = identity_of,
     ) -> None:
         super().__init__(owners)
-        self.look_once = functools.cache(look)
-        self.look_around_once = functools.cache(lambda folder: frozenset(map(look, climb(folder))))
+        self._look_once = functools.cache(look)
+        self._look_around_once = functools.cache(lambda folder: frozenset(map(look, climb(folder))))
         self.orphans: Optional[Owners] = None  # of records whose codebase is gone
         self._look = look
         self._codebases = codebases
@@ -3473,12 +3473,12 @@ class Owners(dict[str, Key]):
 
     def why_unfit(self, home: str, folder: str, identity: Identity) -> str:
         """Return why a folder, by its real path, cannot be a codebase; "" if it can."""
-        if identity == self.look_once(home):
+        if identity == self._look_once(home):
             return "the home folder cannot be a codebase"
-        if identity == self.look_once("/"):
+        if identity == self._look_once("/"):
             return "the root of the file system cannot be a codebase"
-        own = self.look_once(orchestra_root(home))
-        if own and (own == identity or own in self.look_around_once(os.path.dirname(folder))):
+        own = self._look_once(orchestra_root(home))
+        if own and (own == identity or own in self._look_around_once(os.path.dirname(folder))):
             return "a folder of Orchestra's own cannot be a codebase"
         inner = self.key_inside(identity)
         if inner and not is_repository(folder):
@@ -3875,8 +3875,9 @@ class RegistryFile(Document):
     MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
     def __init__(self, home: str, file: str, disk: Optional[Disk] = None) -> None:
-        super().__init__(shorten_home(home, file), edit_command(home, file))
+        super().__init__(shorten_home(home, file))
         self.path = file
+        self._home = home
         self.digest = ""
         self._data = b""
         self._included_size = 0  # characters
@@ -3898,6 +3899,9 @@ class RegistryFile(Document):
         self._data = disk.data
         if len(disk.data) > MAX_REGISTRY_FILE:
             self.complain(f"file: expected at most {MAX_REGISTRY_FILE} bytes, got more")
+
+    def problem(self, message: str, line: int = 1) -> Problem:
+        return super().problem(message, line)._replace(hint=edit_command(self._home, self.path))
 
     def decode(self) -> Optional[str]:
         """Return the file's text; None where a problem says why."""
