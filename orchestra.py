@@ -3872,6 +3872,7 @@ class RegistryFile(Document):
         "created_at": ("project", "codebase"),
         "updated_at": ("project", "codebase"),
     }
+    IMPORT = r"(?<![\w`@/.])@(?:~/|/|\.\./)[^\s`]{0,200}"  # from outside of the codebase
     MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
     def __init__(self, home: str, file: str, disk: Optional[Disk] = None) -> None:
@@ -3962,6 +3963,10 @@ class RegistryFile(Document):
         if conflict:
             self.complain(f"file: {UNFINISHED_MERGE}{', or indent the example' * is_fenced}", line=conflict)
         text = blank_controls(text)
+        mark = re.search(self.IMPORT, text)
+        if mark:
+            problem = f"agents may import {mark[0].rstrip('.,;:)')} from outside of the codebase: put it in backticks"
+            self.note(problem, text.count("\n", 0, mark.start()) + 1)
         mark = re.search(self.MARK, text)
         if mark:
             self.note("a marker of Orchestra's own: agents see it as text", text.count("\n", 0, mark.start()) + 1)

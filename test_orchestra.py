@@ -3285,6 +3285,7 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
         ("all.yaml", "x" * 999 + ": y\n", [r"1: 'x+\.\.\.': unknown key, ignored"]),
         ("all.md", "# A\n```sh\nls\n", ["2: the code fence is never closed: closed at the end of the file"]),
         ("shop/api.md", "a\n<!-- b\n```\nc\n", ["2: the comment is never closed: closed at the end of the file"]),
+        ("all.md", "`@/a` @docs/x.md a@/b\n@~/.x/y, @/a\n", ["2: agents may import @~/.x/y from .*: put .*"]),
         ("all.md", "<!-- Orchestra:END -->\n", ["1: a marker of Orchestra's own: agents see it as text"]),
     ],
 )
