@@ -14169,12 +14169,12 @@ class Commands(NamedTuple):
         keys, failed = self._choose_codebases(registry)
         status, remarks = scan_staleness(self.home, registry, keys), registry.remarks(keys)
         is_full = self.args.all or bool(self.args.codebases)
-        view = StatusView(status, ask_daemon(self.home), remarks, is_full)
+        notes = [*replaced_problems(self.home, set(keys), time.time()), *remarks]
+        view = StatusView(status, ask_daemon(self.home), notes, is_full)
         if self.args.json:
             print_json(view.as_json())
         elif status.codebases:
-            replaced = replaced_problems(self.home, set(keys), time.time())
-            for line in view._replace(notes=[*replaced, *remarks]).format(self.screen.width):
+            for line in view.format(self.screen.width):
                 print(self.screen.paint_words(line, STATE_COLORS))
         elif not (failed or status.stray):
             self._say(NO_CODEBASES)

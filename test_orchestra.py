@@ -15044,8 +15044,9 @@ def test_status_asks_the_daemon_and_tells_of_replaced_text(served: Home) -> None
     wait_until(lambda: served.has("next"))
     wait_until(lambda: "note: shop/api: CLAUDE.md: hand-written text was replaced" in served.run("status").out)
     assert re.match("1 codebase in 1 project: 1 current\ndaemon: running \\d+ s\n", served.run("status").out)
-    daemon = json.loads(served.run("status", "--json").out)["daemon"]
-    assert daemon == {"running": True, "version": orchestra.__version__, "pid": served.answers()}
+    status = json.loads(served.run("status", "--json").out)
+    assert [note.startswith("shop/api: CLAUDE.md: hand-written text") for note in status["notes"]] == [True]
+    assert status["daemon"] == {"running": True, "version": orchestra.__version__, "pid": served.answers()}
 
 
 def test_status_tells_what_the_daemon_has_trouble_with_once() -> None:
