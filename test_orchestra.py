@@ -3885,6 +3885,13 @@ def test_a_script_is_taken_for_what_its_name_and_its_text_say(scripts: Any, comm
     assert listed(orchestra.Scripts("package.json", "{}", scripts, " +").find()) == commands
 
 
+def test_a_script_that_another_one_calls_counts_as_its_text() -> None:
+    callers = "npm run|pnpm|yarn|bun run|run-s|run-p|npm-run-all|npm-run-all2|make|$(MAKE)|just|task"
+    for call in f"{callers}|composer|composer run|deno run|melos run".split("|"):
+        assert orchestra.Script("x", {"x": f"{call} y", "y": "eslint --fix ."}).rewrites, call
+    assert not orchestra.Script("x", {"x": "echo y", "y": "eslint --fix ."}).rewrites
+
+
 JUSTFILE = """\
 set shell := ["bash", "-c"]
 alias t := test
@@ -4042,6 +4049,22 @@ def test_nothing_is_looked_up_in_the_home_folder_or_above(home: Home) -> None:
 )
 def test_node_has_the_commands_of_its_scripts_and_tools(home: Home, files: Any, expected: str) -> None:
     check_found(home, files, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "packages"),
+    [
+        ("mobile", "expo react-native @capacitor/core nativescript"),
+        ("frontend", "next nuxt @sveltejs/kit astro @angular/core react vue svelte preact solid-js lit ember-source"),
+        ("backend", "express fastify koa hono @nestjs/core @hapi/hapi"),
+    ],
+)
+def test_a_framework_is_told_and_decides_the_type(home: Home, kind: str, packages: str) -> None:
+    for name in packages.split():
+        put_files(home.code, package(dependencies={name: "^2.5.0"}))
+        detected = orchestra.detect(str(home.code))
+        assert (detected.project_type, detected.reason) == (kind, f"{name} in package.json")
+        assert detected.built_with and detected.built_with.text.endswith(" 2.5+"), name
 
 
 def pyproject(text: str, *tools: str, **files: str) -> dict[str, str]:
