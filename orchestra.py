@@ -14229,15 +14229,17 @@ class Commands(NamedTuple):
     def cmd_show(self) -> int:
         registry = load_registry(self.home)
         codebase = self._readable(registry, self.args.codebase)
+        label, name, target = label_for(codebase.key), self.args.codebase, self.args.target
+        part = "" if name in (codebase.name, label) else find_part(self.home, codebase, self._absolute(name or "."))
         if self.args.origin:
             rows = [("WHAT", "FROM", "TEXT")]
             for key, whole, file in trace_origins(self.home, codebase):
                 text = whole.partition("\n")[0]
                 rows.append((key, file, text if len(text) <= 60 else f"{text[:57]}..."))
             self.screen.print_table(rows)
+            if part:
+                self._note(f"this is for all of {label}; what is for {part} alone is from {label}.yaml")
             return OK
-        label, name, target = label_for(codebase.key), self.args.codebase, self.args.target
-        part = "" if name in (codebase.name, label) else find_part(self.home, codebase, self._absolute(name or "."))
         shown = codebase._replace(targets=(target,)) if target else codebase
         files = preview_files(self.home, shown, registry.owners)
         agents = [*managed_files(shown).values()]

@@ -8482,6 +8482,8 @@ def test_show_in_a_parts_folder_is_of_the_part(home: Home, monkeypatch: Any) -> 
     for argv in ((), ("..",), (str(root / "packages/web"),)):
         ran = home.run_fine("show", *argv)
         assert ran.out.startswith("# web\n") and "pnpm test" in ran.out and "noted" not in ran.out
+        origin = "this is for all of shop/api; what is for packages/web alone is from shop/api.yaml"
+        assert home.run_fine("show", *argv, "--origin").err == f"note: {origin}\n"
         note, *sizes = ran.err.splitlines()
         assert note == "note: this is for packages/web alone; the codebase's: orchestra show shop/api"
         assert [size.split(":")[1].strip() for size in sizes] == [
@@ -8494,6 +8496,7 @@ def test_show_in_a_parts_folder_is_of_the_part(home: Home, monkeypatch: Any) -> 
         ("kiro", ".kiro/steering/orchestra.md"),
     ):
         assert home.run_fine("show", "--target", target).out == files[path]
+    assert home.run_fine("show", "api", "--origin").err == ""
     assert home.run_fine("show", "api") == whole == home.run_fine("show", str(root))
     monkeypatch.chdir(root / "packages")
     assert home.run_fine("show") == whole
