@@ -3480,6 +3480,12 @@ class Owners(dict[str, Key]):
         own = self._look_once(orchestra_root(home))
         if own and (own == identity or own in self._look_around_once(os.path.dirname(folder))):
             return "a folder of Orchestra's own cannot be a codebase"
+        # A registry from others might lead to ~/.claude, whose CLAUDE.md is read
+        # everywhere.
+        if "/." in folder and shorten_home(real_path(home), folder).startswith("~/."):
+            places = itertools.takewhile(lambda place: place != real_path(home), climb(folder))
+            if not any(map(is_repository, places)):
+                return "a hidden folder in the home folder is a codebase only in a repository"
         inner = self.key_inside(identity)
         if inner and not is_repository(folder):
             return f"it contains {label_for(inner)} and is not a repository itself"

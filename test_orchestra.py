@@ -2818,6 +2818,7 @@ UNFIT = {
     "the home folder cannot be a codebase": ("~/", "~/link"),
     "the root of the file system cannot be a codebase": ("/",),
     "a folder of Orchestra's own cannot be a codebase": ("~/.orchestra", "~/.orchestra/projects/shop", "~/own"),
+    "a hidden folder in the home folder is a codebase only in a repository": ("~/.claude", "~/.config/x", "~/claude"),
     "it contains shop/api and is not a repository itself": ("{code}", "{code}/shop/", "{code}/real", "{code}/deep"),
 }
 
@@ -2827,6 +2828,7 @@ def test_folders_that_cannot_be_a_codebase_are_refused(home: Home, path: str, fo
     root = home.make_codebase()
     put_files(home.code, {"real/x": "", "link": link_to("real/api"), "deep/er/x": "", "via": link_to("deep/er")})
     put_files(Path(home.path), {"link": link_to("."), "own": link_to(".orchestra/hashes")})
+    put_files(Path(home.path), {".claude/x": "", ".config/x/y": "", "claude": link_to(".claude")})
     if path.endswith("real"):
         shutil.move(str(root), home.code / "real/api")
         home.register(path=str(home.code / "link"))
@@ -2862,6 +2864,12 @@ def test_a_repository_may_hold_codebases_and_any_other_folder_not_any_more(home:
     assert (root / "CLAUDE.md").exists()
     home.run_fine("project", "remove", "whole", "--purge")
     assert not (root / "CLAUDE.md").exists() and (root / "api/CLAUDE.md").exists()
+
+
+def test_a_hidden_folder_of_the_home_folder_may_be_in_a_repository(home: Home) -> None:
+    put_files(Path(home.path), {".dots/.git/config": "", ".dots/api/x": "", "code/.x/y/z": ""})
+    for name in ("~/.dots/api", "~/code/.x/y"):
+        home.run_fine("init", name, "-p", "shop", "--sync")
 
 
 def test_a_repository_in_another_may_be_a_codebase_without_ado(home: Home) -> None:
