@@ -7132,9 +7132,10 @@ def make_draft(root: str, found: Detected) -> Draft:
     counts = {path: count_commands(text) for path, text in texts.items()}
     most = max(counts, key=lambda path: counts[path], default="")
     shown = [found.description, found.built_with, found.packages, *found.commands]
-    if most and counts[most] >= 2:
+    if most and counts[most] >= 2:  # one alone may be in passing
         found = found._replace(description=None, built_with=None, packages=None, commands=())
         shown = [Found("commands", f"left out, {most} has its own ({counts[most]})", "")]
+        # A file of Orchestra's own would say nothing, but for one beside the user's.
         staying = {t for t in targets if any(twin in texts for twin in AGENTS[t].twins)}
         staying.update(written)
         kept = [t for t in targets if not AGENTS[t].owned or t in staying]
@@ -7163,7 +7164,7 @@ def is_fixture_of(member: str, path: str) -> bool:
 
 
 def name_parts(root: str) -> tuple[str, dict[str, str]]:
-    """Name the members of workspaces, by their paths; also return what lists them.
+    """Name up to 100 members of workspaces, by path; also return what lists them.
 
     A part is called after its folder, or by its path where two would be called alike.
     """
