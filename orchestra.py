@@ -12619,8 +12619,9 @@ class Registration(NamedTuple):
         self._check_has_no_other_name(registry)
 
     def _check_has_no_other_name(self, registry: Registry) -> None:
-        for other in registry.owners.keys_at(identity_of(self.path), self.key):
-            label = label_for(other)
+        others = registry.owners.keys_at(identity_of(self.path), self.key)
+        if others:
+            label = label_for(others[0])
             problem = f"{self.path}: this folder is already registered as {label}"
             remove = f"orchestra project remove {typed(label)}"
             raise RegistryError(problem, f"{remove} first, to move it elsewhere")
