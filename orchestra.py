@@ -3827,6 +3827,11 @@ def layer_paths(home: str, key: Key) -> list[str]:
     return [f"{stem}{end}" for stem in stems for end in ("", ".local")]
 
 
+def own_files(home: str, key: Key) -> list[str]:
+    """Return the paths that a codebase's own files can have, the YAML file first."""
+    return [path + suffix for path in layer_paths(home, key)[len(SHARED) :] for suffix in (".yaml", ".md")]
+
+
 def find_layer_key(home: str, path: str) -> Optional[Key]:
     """Find whose layer a file is by its name, None if it is nobody's.
 
@@ -4722,9 +4727,8 @@ def retire_codebase(home: str, key: Key) -> list[str]:
     RegistryError if there is none, IoError.
     """
     main, kept = codebase_path(home, key), []
-    stem = main[: -len(".yaml")]
     with RegistryTurn(home) as turn:
-        for file in (main, *(f"{stem}{suffix}" for suffix in (".md", ".local.yaml", ".local.md"))):
+        for file in own_files(home, key):
             name, disk = turn.name_of(key, file), read_disk(real_path(file))
             if disk.kind != "file":
                 if file == main:
@@ -8876,8 +8880,9 @@ def choose_backups(home: str, codebase: Codebase, path: Optional[str], at: Optio
     for backup in reversed(backups):
         if backup.path == path and path not in files:
             problem = f"only agents' instruction files are restored; this one is kept as {backup.file}"
-            copy = f"cp {typed(backup.file)} {typed(codebase_path(home, codebase.key))}"
-            raise SyncError(f"{path}: {problem}", copy if path.endswith(".yaml") else "")
+            places = (file for file in own_files(home, codebase.key) if os.path.basename(file) == path)
+            copies = (f"cp {typed(backup.file)} {typed(file)}" for file in places)
+            raise SyncError(f"{path}: {problem}", next(copies, ""))
     if not backups:
         raise SyncError(f"{label}: nothing to restore: no backups yet")
     wanted = path or "any instruction file"

@@ -7560,6 +7560,18 @@ def test_a_registry_file_in_the_backups_is_put_back_by_cp(home: Home) -> None:
     assert file.read_text() == "{name: api, path: /x, notes: [one, two]}\n"
 
 
+def test_each_of_a_removed_codebases_own_files_is_put_back_by_cp_in_its_place(home: Home) -> None:
+    files = {"api.local.yaml": "notes: [mine]\n", "api.md": "prose\n", "api.local.md": "my prose\n"}
+    home.make_codebase()
+    put_files(home.projects / "shop", files)
+    home.run_fine("project", "remove", "api")
+    home.register()
+    for name in files:
+        ran = home.run("restore", "api", name)
+        subprocess.run(["/bin/sh", "-c", ran.err.partition("try: ")[2].strip()], check=True)
+    assert {name: (home.projects / "shop" / name).read_text() for name in files} == files
+
+
 def test_a_codebase_that_disappears_during_its_sync_is_not_recreated(home: Home, monkeypatch: Any) -> None:
     root = home.make_codebase("shop/api", targets=["cursor"])
     real = orchestra.save_record
