@@ -8487,7 +8487,7 @@ class Planner:
             earlier[path] = list(dict.fromkeys(older))[:MAX_EARLIER]
         joins, folders = dict(record.joins), set(record.folders)
         for file in files:
-            if file.action == Action.KEEP and file.digest and file.path not in record.files:
+            if file.action != Action.CREATE and file.digest and file.path not in record.files:
                 block = None if file.agent.owned else find_block(file.before.data)
                 if block and file.before.data[: block.start].replace(BOM, b""):
                     # It came with the repository: another machine appended it, with the
