@@ -2374,6 +2374,7 @@ class Document:
         self.place = place
         self.problems: list[Problem] = []
         self.notes: list[Problem] = []  # on what is ignored, or written in another way
+        self._comments: dict[int, str] = {}  # those without a blank after the #, by where they begin
         self._hint = hint
         self._text_size = 0
         self._counts = Counter[str]()  # of items, by the kind of node
@@ -2413,6 +2414,7 @@ class Document:
             self.complain(f"yaml: {UNFINISHED_MERGE}", line=conflict)
             return None
         line = 1
+        self._comments = {found.start(): found[1] for found in re.finditer(r"(?<=\S)[ \t]+(#[^\s#]\S*)", text)}
         try:
             self._check_depth(text)
             root: Optional[YamlNode] = yaml.compose(text, Loader=text_loader())
@@ -2490,6 +2492,10 @@ class Document:
         if not isinstance(text, str) or is_null(node):
             self.reject(node, at, "text")
             return None
+        if self._comments and not node.style and node.end_mark and node.end_mark.index in self._comments:
+            word = excerpt(self._comments[node.end_mark.index])
+            advice = "put quotes around the text, or a blank after the #"
+            self.note(f"{at}: {word} begins a comment, so it is left out: {advice}", node.start_mark.line + 1)
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             self.complain(f"{at}: expected text in Unicode, got half a surrogate pair", node)
             return None

@@ -3290,6 +3290,11 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
         ),
         ("shop/project.yaml", "skills:\n- {id: a, desc: b}\n", [r"2: skills\[0\]\.desc: unknown key, ignored"]),
         ("shop/project.yaml", "".join(f"key{n}: x\n" for n in range(999)), ["[0-9]+: key[0-9]+: unknown .*"] * 20),
+        (
+            "shop/project.yaml",
+            "notes:\n- é😀 see #12 now\n- 'see' #x\n- see # x\n- C#\n- see\n  all #y\n- |\n  see #z\n",
+            [r"2: notes\[0\]: '#12' begins a comment, so it is left out: .*", r"6: notes\[4\]: '#y' begins .*"],
+        ),
         ("all.yaml", "x" * 999 + ": y\n", [r"1: 'x+\.\.\.': unknown key, ignored"]),
         ("all.md", "# A\n```sh\nls\n", ["2: the code fence is never closed: closed at the end of the file"]),
         ("shop/api.md", "a\n<!-- b\n```\nc\n", ["2: the comment is never closed: closed at the end of the file"]),
@@ -3297,6 +3302,7 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
         ("all.md", "<!-- Orchestra:END -->\n", ["1: a marker of Orchestra's own: agents see it as text"]),
     ],
 )
+@pytest.mark.usefixtures("loader")
 def test_what_is_ignored_in_a_file_is_noted(home: Home, name: str, text: str, notes: list[str]) -> None:
     home.make_codebase()
     home.write_registry(name, text)
