@@ -4005,6 +4005,12 @@ class RegistryFile(Document):
             self.complain(f"include: expected files of at most {self.MAX_TEXT} characters together, got more")
 
 
+def edit_source(home: str, codebase: Codebase, name: str) -> str:
+    """Return how to edit the file that a codebase's path, or its targets, are from."""
+    files = [f"{layer.path}.yaml" for layer in codebase.layers if getattr(layer.said, name) not in (None, "")]
+    return edit_command(home, [codebase_path(home, codebase.key), *files][-1])
+
+
 def digests_of(home: str, key: Key, layers: Iterable[Layer]) -> dict[str, str]:
     """Return the SHA-256 of a codebase's files by path, "" for one that is missing."""
     digests = {path + suffix: "" for path in layer_paths(home, key) for suffix in (".yaml", ".md")}
@@ -8207,7 +8213,6 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
     an unfit folder may still be purged.
     """
     path = codebase_root(home, codebase)
-    edit = f"orchestra edit {typed(label_for(codebase.key))}"
     if not path:
         file = shorten_home(home, codebase_path(home, codebase.key))
         raise FolderAbsent(f"{file}: no path on this machine", _hint_for_absent(home, codebase.key))
@@ -8218,17 +8223,18 @@ def find_root(home: str, codebase: Codebase, owners: Optional[Owners] = None, pu
             hint = _hint_for_absent(home, codebase.key)
             raise FolderAbsent(f"{path}: the folder is missing", hint) from None
     if not stat.S_ISDIR(info.st_mode):
-        raise SyncError(f"{path}: that is a file, not a folder", f"{edit}, or bring the folder back")
+        hint = f"{edit_source(home, codebase, 'path')}, or bring the folder back"
+        raise SyncError(f"{path}: that is a file, not a folder", hint)
     root = real_path(path)
     if owners is None:
         return root
     identity = (info.st_dev, info.st_ino)
     owner = owners.owner_at(identity, codebase.key, path)
     if owner != codebase.key:
-        raise SyncError(f"{path}: this folder belongs to {label_for(owner)}", edit)
+        raise SyncError(f"{path}: this folder belongs to {label_for(owner)}", edit_source(home, codebase, "path"))
     problem = "" if purge else owners.why_unfit(home, root, identity)
     if problem:
-        raise SyncError(f"{path}: {problem}: nothing is written there", edit)
+        raise SyncError(f"{path}: {problem}: nothing is written there", edit_source(home, codebase, "path"))
     return root
 
 
@@ -8347,7 +8353,7 @@ class Planner:
             raise SyncError(
                 f"{root}: this folder holds the codebase's former one, {former}, and is no repository itself:"
                 " nothing is written there",
-                f"orchestra edit {typed(label_for(self._codebase.key))}",
+                edit_source(self._home, self._codebase, "path"),
             )
 
     def _plan_former(self) -> Optional[Plan]:
@@ -13778,17 +13784,11 @@ class Doctor:
                 yield failure(str(problem.below(label)), problem.hint)
             for path, note in self._notes_on(plan):
                 fix = next(fix for words, fix in NOTE_FIXES.items() if words in note)
-                fix = fix.format(label=typed(label), edit_targets=self._edit_targets(codebase))
+                fix = fix.format(label=typed(label), edit_targets=edit_source(self.home, codebase, "targets"))
                 said = note.partition("; to replace it: ")[0]  # the fix says the rest
                 yield warning(f"{label}: {path}: {said}", fix)
         if absent:
             yield fine(f"not on this machine: {', '.join(absent)}")
-
-    def _edit_targets(self, codebase: Codebase) -> str:
-        """Return how to edit the file that a codebase's targets are from."""
-        own = codebase_path(self.home, codebase.key)
-        files = [f"{layer.path}.yaml" for layer in codebase.layers if layer.said.targets is not None]
-        return edit_command(self.home, [own, *files][-1])
 
     def _check_unregistered(self) -> Iterator[Finding]:
         """Look for the text of codebases whose registry file was removed by hand."""
@@ -13832,7 +13832,7 @@ class Doctor:
             labels = ", ".join(map(label_for, keys))
             text = f"{reader} reads the same text in {' and '.join(twice)}: {labels}"
             extra = next(path for path in reversed(twice) if path not in defaults)
-            edit = self._edit_targets(self._registry.codebases[keys[0]])
+            edit = edit_source(self.home, self._registry.codebases[keys[0]], "targets")
             fix = f"drop the target {by_path[extra]}: {edit}"
             yield warning(text, fix)
 

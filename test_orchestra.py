@@ -15031,6 +15031,11 @@ def test_the_next_step_of_a_problem_is_to_edit_its_file(home: Home, name: str, t
     assert home.run("status").out.endswith(f"next: {edit}\n")
 
 
+def test_the_next_step_for_an_unfit_folder_is_to_edit_the_file_that_has_its_path(home: Home) -> None:
+    put_files(home.projects, {"shop/api.yaml": "name: api\n", "shop/api.local.yaml": f"path: {home.path}\n"})
+    assert home.run("status").out.endswith("next: edit ~/.orchestra/projects/shop/api.local.yaml\n")
+
+
 def test_status_tells_the_problem_of_a_shared_layer_once(home: Home) -> None:
     for label in ("shop/api", "shop/web", "blog/c"):
         home.make_codebase(label)
