@@ -9241,8 +9241,9 @@ def trace_origins(home: str, codebase: Codebase) -> Iterator[tuple[str, str, str
     for key in keys:
         value = getattr(codebase, key)
         is_list = isinstance(value, tuple) and key != "targets"
+        kind: Any = frozenset if is_list else lambda own: own
+        said = [(layer.path[start:], kind(getattr(layer.said, key))) for layer in codebase.layers]
         for item in value if is_list else filter(None, [value]):
-            said = ((layer.path[start:], getattr(layer.said, key)) for layer in codebase.layers)
             files = [f"{path}.yaml" for path, own in said if (item in own if is_list else item == own)]
             parts = (item,) if isinstance(item, str) else item if key == "targets" else filter(None, item[:2])
             yield key, (", " if key == "targets" else ": ").join(parts), ", ".join(files if is_list else files[-1:])
@@ -12926,8 +12927,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 def hang(head: str, text: str, width: int) -> list[str]:
     """Wrap a text beside its head; a width of 0 has room for all."""
-    room = max(width - text_width(head), 20) if width else sys.maxsize
-    lines = wrap(text, room)
+    lines = wrap(text, max(width - text_width(head), 20)) if width else [text]
     return [head + lines[0], *(" " * text_width(head) + line for line in lines[1:])]
 
 

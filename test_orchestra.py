@@ -14681,6 +14681,18 @@ def test_a_text_is_wrapped_at_spaces_or_where_it_must_be(text: str, width: int, 
     assert orchestra.wrap(text, width) == lines
 
 
+def test_what_is_wide_or_has_many_pieces_is_soon_printed(home: Home) -> None:
+    many = ", ".join(f"c{i}" for i in range(19_000))
+    wide = f"{{name: '{'a ' * 400_000}', project_type: ml, path: q, notes: [x]}}"
+    home.make_codebase()
+    home.write_registry("shop/api.yaml", f"{home.text()}conventions: [{many}]\nprojects: [{wide}]\n")
+    home.write_registry("shop/project.yaml", f"notes: [{many}]\n")
+    started = time.process_time()
+    assert len(home.run_fine("show", "api", "--origin").lines) > 38_000
+    assert "'s folder is missing" in home.run_fine("status", "api").out
+    assert time.process_time() - started < 5
+
+
 def test_a_table_is_aligned_and_its_last_column_wrapped(monkeypatch: Any) -> None:
     rows = [("NAME", "STATE", "WHAT"), ("日本", "stale", "one two three four five six"), ("a", "current", "x\x1b[0m\n")]
     out = Terminal()
