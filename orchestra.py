@@ -11053,8 +11053,12 @@ class SyncRun:
         return reload_codebases(self._home, self._old, keys)
 
     def _concerns_stray_files(self) -> bool:
-        """Return whether a local sister may have lost its codebase, or found one."""
-        if self._old.stray and not self._changed <= {*self._old.codebases, *self._old.broken}:
+        """Return whether a change may end or cause a problem that is no codebase's.
+
+        A local sister may have found its codebase, or lost it.
+        """
+        whose = {key if key[0] else find_layer_key(self._home, key[1]) for key in self._job.changed}
+        if self._old.stray and not whose <= {*self._old.codebases, *self._old.broken}:
             return True
         stems = [os.path.splitext(path)[0] for path in self._job.overdue]
         return any(os.path.lexists(f"{stem}.local.yaml") and not os.path.lexists(f"{stem}.yaml") for stem in stems)

@@ -11847,6 +11847,16 @@ def test_a_local_sister_that_is_left_alone_is_a_problem(live: Home, turned: orch
     turn_until(turned, lambda: turned.status()["problems"] == [])
 
 
+def test_the_problem_of_a_project_without_codebases_ends_when_it_is_mended(live: Home) -> None:
+    live.save()
+    live.write_registry("team/project.yaml", "include: [python.md]\n")
+    with turned_by_hand(live) as daemon:
+        turn_until(daemon, lambda: live.has("first") and daemon.status()["last_sync_at_unix"])
+        assert daemon.status()["problems"]
+        put_files(live.projects, {"python.md": "Use ruff."})
+        turn_until(daemon, lambda: daemon.status()["problems"] == [])
+
+
 def test_a_codebase_whose_file_is_deleted_leaves_the_status(served: Home) -> None:
     served.save("shop/api")
     served.save("team/api")
