@@ -2496,6 +2496,9 @@ class Document:
             word = excerpt(self._comments[node.end_mark.index])
             advice = "put quotes around the text, or a blank after the #"
             self.note(f"{at}: {word} begins a comment, so it is left out: {advice}", node.start_mark.line + 1)
+        if node.tag.startswith("!"):
+            tag = f"{excerpt(node.tag)} is a tag in YAML, so it is left out: put quotes around the text"
+            self.note(f"{at}: {tag}", node.start_mark.line + 1)
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             self.complain(f"{at}: expected text in Unicode, got half a surrogate pair", node)
             return None

@@ -3295,6 +3295,7 @@ def test_each_included_file_that_is_missing_is_a_problem(home: Home) -> None:
             "notes:\n- é😀 see #12 now\n- 'see' #x\n- see # x\n- C#\n- see\n  all #y\n- |\n  see #z\n",
             [r"2: notes\[0\]: '#12' begins a comment, so it is left out: .*", r"6: notes\[4\]: '#y' begins .*"],
         ),
+        ("all.yaml", "notes:\n- !important x\n- !!str 1.10\n", [r"2: notes\[0\]: '!important' is a tag in YAML, .*"]),
         ("all.yaml", "x" * 999 + ": y\n", [r"1: 'x+\.\.\.': unknown key, ignored"]),
         ("all.md", "# A\n```sh\nls\n", ["2: the code fence is never closed: closed at the end of the file"]),
         ("shop/api.md", "a\n<!-- b\n```\nc\n", ["2: the comment is never closed: closed at the end of the file"]),
