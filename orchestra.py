@@ -2618,14 +2618,15 @@ class NotSpliced(Exception):
     """Two nodes differ in more than scalars."""
 
 
-def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int, int, str]]:
+def _scalar_edits(old: YamlNode, new: Optional[YamlNode], digests: dict[int, str]) -> Iterator[tuple[int, int, str]]:
     """Iterate over the scalars that differ: start, end, new text.
 
+    `digests` are those known, by id: aliases may repeat a long list in every key.
     Raises NotSpliced if more than scalars differ.
     """
     if new is None or old.id != new.id:
         raise NotSpliced
-    if digest_node(old) == digest_node(new):
+    if digest_node(old, digests) == digest_node(new, digests):
         return
     if old.id == "scalar":
         entry = dump_yaml(_mapping_node({"k": new}))[3:-1]
@@ -2638,10 +2639,10 @@ def _scalar_edits(old: YamlNode, new: Optional[YamlNode]) -> Iterator[tuple[int,
             raise NotSpliced
         for key, value in old.value:
             if key.value in wanted:
-                yield from _scalar_edits(value, wanted[key.value])
+                yield from _scalar_edits(value, wanted[key.value], digests)
     elif len(old.value) == len(new.value):
         for one, other in zip(old.value, new.value):
-            yield from _scalar_edits(one, other)
+            yield from _scalar_edits(one, other, digests)
     else:
         raise NotSpliced
 
@@ -2671,13 +2672,14 @@ def edit_yaml(text: str, old: YamlNode, new: YamlNode, normalize: Callable[[Yaml
     wanted = {key.value: value for key, value in new.value}
     said = {key.value for key, _ in normalize(old).value}
     newline = "\r\n" if "\r\n" in text else "\n"
+    digests: dict[int, str] = {}
     edits = []
     for key, value in old.value:
         node = wanted.pop(key.value, None)
         if node is None and key.value not in said:
             continue
         try:
-            edits += [*_scalar_edits(value, node)]
+            edits += [*_scalar_edits(value, node, digests)]
         except NotSpliced:
             start, end = key.start_mark.index, _end_of_value(text, value)
             entry = "" if node is None else dump_yaml(_mapping_node({key.value: node}))
@@ -2996,11 +2998,12 @@ class Schema(Kind):
 
     def write(self, value: Any) -> YamlNode:
         nodes = {}
+        retagged: dict[int, YamlNode] = {}
         for name, kind in self.kinds.items():
             field = getattr(value, name)
             if field != self.defaults.get(name, ""):
                 nodes[name] = kind.write(field)
-        return _mapping_node({**nodes, **{name: _retag(node, {}) for name, node in value.extra}})
+        return _mapping_node({**nodes, **{name: _retag(node, retagged) for name, node in value.extra}})
 
     def describe(self) -> dict[str, Any]:
         """Describe the mapping as it is read without problems and notes."""

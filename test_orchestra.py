@@ -2602,10 +2602,18 @@ def test_a_save_survives_every_style_of_yaml(home: Home, loader: str, text: str)
     assert "\r\n" not in text or saved.count("\r\n") == saved.count("\n")
 
 
-def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home) -> None:
-    laughs = "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 'lol'}]\n" for i in range(10))
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 'lol'}]\n" for i in range(10)),
+        f"a: &a [{'x,' * 30_000}]\n" + "".join(f"a{i}: *a\n" for i in range(10_000)),
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 3000)),
+    ],
+    ids=["laughs", "repeated", "nested"],
+)
+def test_an_alias_bomb_in_unknown_keys_does_not_stop_a_save(home: Home, keys: str) -> None:
     root = home.make_codebase("shop/api")
-    home.write_registry("shop/api.yaml", f"name: api\npath: {root}\n{laughs}")
+    home.write_registry("shop/api.yaml", f"name: api\npath: {root}\n{keys}")
     assert run_in_time(home, "init", str(root), "-p", "shop", "-t", "ml").status == 0
 
 
