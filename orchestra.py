@@ -2254,7 +2254,7 @@ MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
 def is_managed_path(path: str) -> bool:
     """Return whether Orchestra may write a file, by its path in a codebase's folder."""
     names = path.casefold().split("/")
-    is_inside = path.isprintable() and not {"", ".", "..", ".git"} & {*names}
+    is_inside = len(path) <= 4096 and path.isprintable() and not {"", ".", "..", ".git"} & {*names}
     is_program = re.match(r"cmakelists\.txt|.*(?:requirements|constraints)", names[-1])  # or lists what to install
     return is_inside and names[-1].endswith(MANAGED_SUFFIXES) and not is_program
 

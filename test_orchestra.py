@@ -2380,6 +2380,7 @@ BAD_FILES = {
         task_file("id: 1, title: t, status: later"),
         TASK + r"\.status: expected pending \| inprogress \| blocked \| done, got 'later'",
     ),
+    "target's path that is too long": (target_file(f"path: {'a/' * 100_000}x.md"), TARGET_PATH),
     **bad_values(
         *("target's path", target_file("path: %"), TARGET_PATH),
         *("/x.md", "../x.md", "a/../x.md", "./x.md", "a//x.md", ".git/x.md", ".GIT/x.md", "docs/", "x", "x.py"),
