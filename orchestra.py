@@ -3497,7 +3497,7 @@ class Owners(dict[str, Key]):
         if "/." in folder and shorten_home(real_path(home), folder).startswith("~/."):
             places = itertools.takewhile(lambda place: place != real_path(home), climb(folder))
             if not any(map(is_repository, places)):
-                return "a hidden folder in the home folder is a codebase only in a repository"
+                return "a hidden folder in the home folder is a codebase only in a repository (git init)"
         inner = self.key_inside(identity)
         if inner and not is_repository(folder):
             return f"it contains {label_for(inner)} and is not a repository itself"

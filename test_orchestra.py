@@ -2827,7 +2827,11 @@ UNFIT = {
     "the home folder cannot be a codebase": ("~/", "~/link"),
     "the root of the file system cannot be a codebase": ("/",),
     "a folder of Orchestra's own cannot be a codebase": ("~/.orchestra", "~/.orchestra/projects/shop", "~/own"),
-    "a hidden folder in the home folder is a codebase only in a repository": ("~/.claude", "~/.config/x", "~/claude"),
+    "a hidden folder in the home folder is a codebase only in a repository (git init)": (
+        "~/.claude",
+        "~/.config/x",
+        "~/claude",
+    ),
     "it contains shop/api and is not a repository itself": ("{code}", "{code}/shop/", "{code}/real", "{code}/deep"),
 }
 
