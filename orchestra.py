@@ -5,7 +5,7 @@
 # ///
 """Keep AI coding agents' instruction files in sync, from one registry.
 
-    ~/.orchestra/projects/shop/api.yaml         the registry: one YAML file per codebase
+    ~/.orchestra/projects/shop/api.yaml         registry: one YAML file per codebase
         │  read and checked (9 to 14)
         ▼
     Codebase ── rendered (22) ──► the text each agent should see
@@ -843,7 +843,7 @@ def swap_files(folder: int, one: str, other: str) -> bool:
 
 
 def rename_exclusively(folder: int, name: str, new: str) -> bool:
-    """Rename unless the name is taken; False if it is not supported; raises OSError."""
+    """Rename unless the name is taken; False if unsupported; raises OSError."""
     flags = {"linux": 0x1, "darwin": 0x4}  # RENAME_NOREPLACE, RENAME_EXCL
     return _rename_by_flag(folder, name, new, flags)
 
@@ -1182,7 +1182,7 @@ class Lock:
     def __init__(self, path: str, timeout: float = 30.0) -> None:
         self.leftover = Leftover(new_token())  # what a kill would leave now
         self.aside = f"{path}.aside"  # the folder for files that are set aside
-        self.has_files_aside = False  # beside the user's, where the next turn must look
+        self.has_files_aside = False  # beside the user's: the next turn looks there
         self.is_clean = True  # if not, the file is left as by a kill
         self._path = path
         self._timeout = timeout
@@ -1822,7 +1822,7 @@ class Backups:
         if not isinstance(value, dict):
             return str(value or ""), 0, HAND_EDIT
         why, number, origin = str(value.get("why", "")), value.get("number"), value.get("quota")
-        if type(number) is not int or not 0 < number < 1 << 62:  # a larger one is damage
+        if type(number) is not int or not 0 < number < 1 << 62:  # larger is damage
             number = 0
         return why, number, DISPLACED if origin == DISPLACED else HAND_EDIT
 
@@ -2580,7 +2580,7 @@ def _retag(node: YamlNode, done: dict[int, YamlNode]) -> YamlNode:
         if node.id == "scalar":
             bare = (not node.style, bool(node.style))
             tag = yaml.resolver.Resolver().resolve(yaml.ScalarNode, node.value, bare)
-            text = "null" if is_null(node) else node.value  # "" is not valid everywhere
+            text = "null" if is_null(node) else node.value  # "" is not always valid
             done[id(node)] = yaml.ScalarNode(tag, text, style=node.style)
         elif node.id == "sequence":
             items = [_retag(item, done) for item in node.value]
@@ -3895,7 +3895,7 @@ class RegistryFile(Document):
         "created_at": ("project", "codebase"),
         "updated_at": ("project", "codebase"),
     }
-    IMPORT = r"(?<![\w`@/.])@(?:~/|/|\.\./)[^\s`]{0,200}"  # from outside of the codebase
+    IMPORT = r"(?<![\w`@/.])@(?:~/|/|\.\./)[^\s`]{0,200}"  # from outside the codebase
     MARK = r"<!--(?=[ \t]*(?:(?i:orchestra):|Written by Orchestra \())"
 
     def __init__(self, home: str, file: str, disk: Optional[Disk] = None) -> None:
@@ -4068,7 +4068,7 @@ class ParsedFiles:
             data = read_disk(f"{run_dir(self._home)}/parsed.jsonl").data
         except IoError:
             return []
-        lines = memoryview(data)[data.find(b"\n") + 1 :]  # no copy: it may be megabytes
+        lines = memoryview(data)[data.find(b"\n") + 1 :]  # no copy: that may be big
         return data.splitlines()[1:] if data.startswith(self._head(lines)) else []
 
     def _head(self, lines: Buffer) -> bytes:
@@ -4197,7 +4197,7 @@ class LayerReader:
 
     @staticmethod
     def _find_lines(file: RegistryFile, kind: OneOf, bad: Container[int], wrong: Mapping[str, str]) -> list[Problem]:
-        """Complain of targets at their lines, which are not among the parsed values."""
+        """Complain of targets at their lines, which the parsed values lack."""
         nodes = file.parse_items()
         targets = file.read_items(nodes["targets"], "targets") if bad and "targets" in nodes else []
         for i, node in enumerate(targets):
@@ -7769,7 +7769,7 @@ class Record(NamedTuple):
     earlier: Mapping[str, Sequence[str]] = {}  # those before it, the newest first
     joins: Mapping[str, str] = {}  # what joins an appended block to the user's text
     folders: Sequence[str] = ()  # made for managed files
-    inputs: str = ""  # stands for all that `files` were rendered from; "source" on disk
+    inputs: str = ""  # stands for what `files` were rendered from; "source" on disk
     root: str = ""  # the folder's real path; "" in records of older versions
     seals: Sequence[str] = ()  # of all texts written
     owned: Sequence[str] = ()  # those of the paths where the whole file is Orchestra's
@@ -7977,7 +7977,7 @@ class Action:
 
 
 class FilePlan(NamedTuple):
-    """What is to happen to one managed file; `after` is None where it is to be gone."""
+    """What is to happen to one managed file; `after` is None to remove it."""
 
     path: str
     action: str
@@ -8715,7 +8715,7 @@ class CodebaseTurn(Turn):
                 remove_file(place, before, self)
                 return file
             if before.kind == "file" and not before.data and place.age(self.clock) < 2.0:
-                time.sleep(0.2)  # an editor may write it anew; replace_file looks again
+                time.sleep(0.2)  # it may be written anew; replace_file looks again
             managed = managed_text(file.agent, before.data) or b""
             has_user_text = bool(before.data) and managed.strip() != before.data.strip()
             replace_file(place, file.after, before, self, durable=has_user_text)
@@ -8866,7 +8866,7 @@ def sync_codebase(
             with CodebaseTurn(home, codebase, clock) as turn:
                 plan = turn.sync(owners, mode)
             has_files_aside = turn.has_files_aside or os.path.lexists(turn.aside)
-    except (OrchestraError, OSError) as error:  # of one codebase alone: the others go on
+    except (OrchestraError, OSError) as error:  # of this codebase: the others go on
         problem = Problem.from_error(error).below(label)
         return SyncCodebaseResult(*key, errors=(problem,), is_absent=isinstance(error, FolderAbsent))
     is_news = mode.purge or not plan.is_done
@@ -9430,7 +9430,7 @@ class KqueueBackend(Backend):
         self._select: Any = select  # mypy knows kqueue only on macOS
         self._queue: Any = self._select.kqueue()
         self._budget = budget
-        self._watched: dict[str, tuple[int, int, int]] = {}  # path: (fd, device, inode)
+        self._watched: dict[str, tuple[int, int, int]] = {}  # path: fd, device, inode
         self._path_of: dict[int, str] = {}
 
     def fileno(self) -> int:
@@ -9687,7 +9687,7 @@ class Watcher:
     """
 
     RACY_TIME = 2 * 10**9  # ns: a younger file may change without a new stamp
-    MAX_FOLDERS = 10_000  # a link in a registry from others may lead to all of the disk
+    MAX_FOLDERS = 10_000  # a shared registry's link may lead to all of the disk
 
     def __init__(
         self, home: str, backend: Backend, clock: Clock = time.time, monotonic: Clock = time.monotonic
@@ -9736,7 +9736,7 @@ class Watcher:
         return self._changed
 
     def _is_structural(self, path: str) -> bool:
-        """Return whether an event may have changed which folders there are to watch."""
+        """Return whether an event may change which folders to watch."""
         if self._anchors.concern(path):
             return True
         folder, name = os.path.split(path)
@@ -9757,7 +9757,7 @@ class Watcher:
                 self._look_at_file(self._snapshot.setdefault(folder, {}), path, trust_stamp=False)
 
     def _look_at_all(self) -> None:
-        """Compare the whole tree; find its folders anew, and drop the other watches."""
+        """Compare the whole tree; find its folders anew, and drop other watches."""
         self.must_poll = self.backend.fileno() < 0
         self._anchors.reset(self._root)
         entries = self._list(self._root)
@@ -10276,7 +10276,7 @@ STATUS_PAUSE = 0.1  # seconds between two tries
 MAX_CLIENTS = 128  # fewer where few descriptors are allowed (`Daemon`)
 SILENT_GRACE = 0.25  # seconds after which a silent client may be dropped to make room
 TOO_MANY_CLIENTS = "daemon: expected at most as many clients as"
-READABLE, WRITABLE = 1, 2  # selectors' EVENT_READ and EVENT_WRITE, which cost an import
+READABLE, WRITABLE = 1, 2  # as in selectors, whose import takes time
 
 # Lines
 
@@ -11309,7 +11309,7 @@ class Worker:
 
 STALENESS_DELAY = 1.0  # seconds without work before the staleness scan
 STOP_PATIENCE = 15.0  # seconds a job has to end; launchd's ExitTimeOut is 20
-MOST_CHANGED = 100  # keys of one job, which has old and new codebases in memory at once
+MOST_CHANGED = 100  # keys of one job, which has their codebases in memory twice
 RETRY_INTERVAL = 10.0  # seconds until a sync whose error may pass is tried again
 MAX_DESCRIPTORS = 10240
 SOCKET = ("", "socket")  # stands for the control socket, in the log of problems
@@ -12714,7 +12714,7 @@ class Registration(NamedTuple):
         detected = detect(self.path, self.home)
         origin, parts = name_parts(self.path)
         if parts and self.has_parts:
-            detected = detected._replace(packages=None)  # the list of the parts says it
+            detected = detected._replace(packages=None)  # the list of parts says it
         draft = make_draft(self.path, detected)
         targets, source = self._choose_targets(base, draft)
         component = Component(self.key[1], self.project_type or detected.project_type)
@@ -13408,7 +13408,7 @@ STATE_COLORS = {
 
 
 def ask_daemon(home: str) -> dict[str, Any]:
-    """Return the daemon's status, at once: `running` is False where nothing listens."""
+    """Return the daemon's status, at once: `running` is False if nothing listens."""
     try:
         reply = send_request(home, {"cmd": "status"}, timeout=1.0)
     except DaemonNotRunning:
@@ -13468,7 +13468,7 @@ class StatusView(NamedTuple):
         """List the codebases in a table, and the notes below it."""
         entries = [entry for entry in self.status.codebases if self.is_full or entry.needs_attention]
         entries.sort(key=lambda entry: list(State.WORDS)[::-1].index(entry.status))
-        alike: dict[str, list[Staleness]] = {}  # a broken layer stops all that it covers
+        alike: dict[str, list[Staleness]] = {}  # a broken layer stops all it covers
         for entry in entries:
             is_grouped = entry.status == State.ERROR and not self.is_full
             alike.setdefault(entry.detail if is_grouped else entry.label, []).append(entry)
@@ -13810,7 +13810,7 @@ class Doctor:
             backups = Backups(self.home, key).versions()
             is_retired = any(b.why == Reason.RETIRED and b.when >= synced_at for b in backups)
             if not left or is_retired or self._registry.owners.keys_at(identity_of(root)):
-                continue  # in the last case it was renamed: its next sync takes all over
+                continue  # renamed, in the last case: its next sync takes all over
             text = f"{label_for(key)} has no registry file any more, but its text is still in {self._short(root)}"
             yield warning(f"{text}: {', '.join(left)}", self._purge_again(root, key))
 
