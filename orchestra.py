@@ -9567,15 +9567,16 @@ class Suspects:
         return iter(self._since)
 
     def add(self, found: Mapping[str, Stamp]) -> None:
-        """Add suspects with their stamps; a known one is looked at again."""
+        """Add suspects with their stamps; a poll puts off none that is overdue."""
         now = self._clock()
         for path, stamp in found.items():
             known, since = self._since.get(path, (None, now))
             since = since if known == stamp else now
             self._since[path] = stamp, since
             is_lasting = now - self._found_at.setdefault(path, now) > self.LASTING * self._window
-            end, pause = since + self._window, max(self._window if is_lasting else RECHECK_PAUSE, now - since)
-            self._again_at[path] = min(end, now + pause) if end > now else now + pause
+            end = since + self._window
+            later = now + max(self._window if is_lasting else RECHECK_PAUSE, now - since)
+            self._again_at[path] = min(end, later) if end > now else self._again_at.get(path, later)
 
     def discard(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -9767,9 +9768,8 @@ class Watcher:
         self._follow_links(entries)
         self._folders = {entry.path for entry in entries if os.path.isdir(entry.path)}
         links = (e.path for e in entries if e.is_symlink() and not WATCHED_FILE.fullmatch(e.name))
-        dangling = {path for path in links if not os.path.exists(path)}
-        self._changed |= dangling ^ self._dangling
-        self._dangling = dangling
+        known, self._dangling = self._dangling, {path for path in links if not os.path.exists(path)}
+        self._changed |= known ^ self._dangling
         # A folder that is called all.yaml stops all codebases.
         self._look_at_files(self._root, [entry.path for entry in entries if WATCHED_FILE.fullmatch(entry.name)])
         for folder in [*self._folders]:
@@ -14301,14 +14301,15 @@ class Commands(NamedTuple):
             args.codebase, args.path = None, args.codebase
         registry = load_registry(self.home)
         try:
-            codebase = self._readable(registry, args.codebase)
+            key = self._find(registry, args.codebase)
+            codebase = None if args.list else registry.readable(key)
         except OrchestraError as error:
             error.hint = suggest_old_backups(self.home, registry, args.codebase) or error.hint
             raise
-        label = label_for(codebase.key)
-        if args.list:
+        label = label_for(key)
+        if codebase is None:
             rows = [("WHEN (UTC)", "LOCAL TIME", "FILE", "WHY")]
-            for backup in Backups(self.home, codebase.key).versions():
+            for backup in Backups(self.home, key).versions():
                 rows.append((backup.when, local_time(backup.when), backup.path, backup.why))
             if rows[1:]:
                 self.screen.print_table(rows)
@@ -14318,7 +14319,7 @@ class Commands(NamedTuple):
         for backup in choose_backups(self.home, codebase, args.path, args.at):
             changed = restore_file(self.home, codebase, backup)
             print(f"{'restored' if changed else 'unchanged'} {label} {backup.path} ({backup.when})")
-        forget_replaced(self.home, [codebase.key])
+        forget_replaced(self.home, [key])
         self._note(
             f"the next sync replaces it again; to keep a change, put it in the registry: orchestra edit {typed(label)}"
         )

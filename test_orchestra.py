@@ -7542,6 +7542,9 @@ def test_restore_lists_and_chooses(home: Home) -> None:
     assert "no backup of CLAUDE.md at 1999; times look" in home.run("restore", "api", "CLAUDE.md", "--at", "1999").err
     assert home.run("restore", "api", "GEMINI.md").status == 2
     assert home.run("restore", "api", "../../etc/passwd").status == 2
+    home.file().write_text("name: [")
+    assert home.run("restore", "api").status == 2
+    assert len(home.run_fine("restore", "api", "--list").out.splitlines()) > len(rows)
 
 
 def test_restore_brings_back_all_that_the_last_sync_replaced_and_a_second_one_undoes_that(home: Home) -> None:
@@ -9816,6 +9819,7 @@ def test_an_event_has_a_suspect_looked_at_soon_but_not_for_longer() -> None:
     assert (set(suspects), suspects.next_due()) == (set(), None)
     suspects.add({"web": STAMP})
     clock.now = 0.7  # the loop was kept from looking
+    suspects.add({"web": STAMP})  # it polls everything first
     assert (suspects.take_due(), suspects.find_overdue()) == ({"web"}, {"web": STAMP})
 
 
