@@ -7126,10 +7126,10 @@ def test_a_hand_edit_of_a_colleagues_text_is_a_hand_edit(home: Home) -> None:
 
 def test_a_block_that_another_machine_appended_is_taken_out_with_its_blank_line(home: Home) -> None:
     root = home.make_synced("shop/api", {"AGENTS.md": "mine\n"}, targets=["codex"])
-    for notes in ([], ["two"]):
+    for notes, lines in ((["noted"], []), (["two"], ["replace  shop/api AGENTS.md"])):
         home.sync("--all")
         other = other_home(home, targets=["codex"], notes=notes)
-        assert other.sync("api").lines == ["replace  shop/api AGENTS.md"] * len(notes)
+        assert other.sync("api").lines == lines
         other.run_fine("project", "remove", "api", "--purge")
         assert contents(root) == {"AGENTS.md": b"mine\n"}
 
