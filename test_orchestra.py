@@ -18905,7 +18905,7 @@ def check_registry(home: str, dice: random.Random) -> bool:
 BEYOND_SCHEMAS = re.compile(
     r".*(duplicate key|name: required, but missing|name says '|levels of nesting|aliases expanded|half a surrogate"
     r"|expected at most|merge keys|NUL|name: expected a value|ignored here|custom_targets.*: expected"
-    r"|projects\[.*path: expected|has the same)"
+    r"|projects\[.*path: expected|has the same|so it is left out)"
 )
 
 
