@@ -2254,7 +2254,8 @@ MANAGED_SUFFIXES = (".md", ".mdc", ".markdown", ".txt")
 def is_managed_path(path: str) -> bool:
     """Return whether Orchestra may write a file, by its path in a codebase's folder."""
     names = path.casefold().split("/")
-    is_inside = len(path) <= 4096 and path.isprintable() and not {"", ".", "..", ".git"} & {*names}
+    is_short = len(path) <= 4096 and path.isprintable() and max(map(len, path.encode().split(b"/"))) <= 255
+    is_inside = is_short and not {"", ".", "..", ".git"} & {*names}
     is_program = re.match(r"cmakelists\.txt|.*(?:requirements|constraints)", names[-1])  # or lists what to install
     return is_inside and names[-1].endswith(MANAGED_SUFFIXES) and not is_program
 
@@ -2807,11 +2808,11 @@ class Frontmatter(FormedText):
     """Lines between --- and ---, at the top of a file."""
 
     PATTERN = r"^\s*---\n[^\x00]*---\s*$"
-    EXPECTED = "frontmatter: --- on its first and its last line, and nowhere else"
+    EXPECTED = "frontmatter: --- on its first and its last line alone, and no HTML comment"
 
     def is_fit(self, text: str) -> bool:
         lines = text.strip("\n").split("\n")
-        is_whole = len(lines) > 1 and lines[0] == lines[-1] == "---"
+        is_whole = len(lines) > 1 and lines[0] == lines[-1] == "---" and not re.search("<!--|-->", text)
         return is_whole and "---" not in map(str.strip, lines[1:-1]) and all(map(str.isprintable, lines))
 
 

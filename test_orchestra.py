@@ -2380,7 +2380,10 @@ BAD_FILES = {
         task_file("id: 1, title: t, status: later"),
         TASK + r"\.status: expected pending \| inprogress \| blocked \| done, got 'later'",
     ),
-    "target's path that is too long": (target_file(f"path: {'a/' * 100_000}x.md"), TARGET_PATH),
+    **bad_values(
+        *("target's path that is too long", target_file("path: %"), TARGET_PATH),
+        *("a/" * 100_000 + "x.md", "é" * 127 + ".md"),
+    ),
     **bad_values(
         *("target's path", target_file("path: %"), TARGET_PATH),
         *("/x.md", "../x.md", "a/../x.md", "./x.md", "a//x.md", ".git/x.md", ".GIT/x.md", "docs/", "x", "x.py"),
@@ -2393,7 +2396,7 @@ BAD_FILES = {
     ),
     **bad_values(
         *("header", target_file('path: x.md, header: "%"'), r"4: custom_targets\.mine\.header: expected front.*"),
-        *("x", "---", "--- a ---", r"---\na", r"---\n---\nx\n---", r"---\n\e\n---", r"x\n---"),
+        *("x", "---", "--- a ---", r"---\na", r"---\n---\nx\n---", r"---\n\e\n---", r"x\n---", r"---\nx: <!--\n---"),
     ),
     **bad_values(
         *("limit", target_file("path: x.md, limit: %"), r"4: custom_targets\.mine\.limit: expected .*"),
@@ -18880,7 +18883,7 @@ def test_any_bytes_in_the_registry_make_a_codebase_or_problems(live: Home, loade
                     text = text.replace(b"name: api\n", f"name: {name}\n".encode())
                     live.file(f"shop/{name}").write_bytes(text)
             read += check_registry(live.path, dice)
-    assert read > dose.tried / 4
+    assert read > dose.tried / 5
 
 
 def check_registry(home: str, dice: random.Random) -> bool:
