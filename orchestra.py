@@ -3495,9 +3495,10 @@ class Owners(dict[str, Key]):
             return "a folder of Orchestra's own cannot be a codebase"
         # A registry from others might lead to ~/.claude, whose CLAUDE.md is read
         # everywhere.
-        if "/." in folder and shorten_home(real_path(home), folder).startswith("~/."):
-            places = itertools.takewhile(lambda place: place != real_path(home), climb(folder))
-            if not any(map(is_repository, places)):
+        if "/." in folder:
+            top = real_path(home)
+            places = itertools.takewhile(lambda place: place != top, climb(folder))
+            if shorten_home(top, folder).startswith("~/.") and not any(map(is_repository, places)):
                 return "a hidden folder in the home folder is a codebase only in a repository (git init)"
         inner = self.key_inside(identity)
         if inner and not is_repository(folder):
